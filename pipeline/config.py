@@ -1,0 +1,376 @@
+"""Strict, frozen configuration: YAML plus overrides, validated once, before torch is imported.
+
+A config is a tree of `Config` classes. Its leaves have dotted names (`loss.aux_focal.lambda`); these are the
+names on the command line, in MLflow's params and in error messages.
+"""
+
+import difflib
+import json
+import types
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, Union, get_args, get_origin
+
+import yaml
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from pipeline.errors import UserError
+
+
+class Config(BaseModel):
+    """A frozen block of settings: unknown keys, NaN and infinity are refused; numeric text is a number."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        validate_default=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain_values(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if value is None and _block(annotation):
+            return {}  # `aux_focal:` with nothing under it is the block with its defaults
+        if isinstance(value, bool) and _scalar(annotation) in (int, float):
+            raise ValueError("true and false are not numbers")
+        return value
+
+
+C = TypeVar("C", bound=Config)
+
+
+class Key(NamedTuple):
+    """One leaf of a config class."""
+
+    path: str  # dotted
+    field: FieldInfo
+    default: str  # canonical text; "required" where there is none
+
+    @property
+    def allowed(self) -> str:
+        """What the key accepts, in words: type and bounds."""
+        return _describe(self.field)
+
+
+def keys(model: type[Config], prefix: str = "") -> Iterator[Key]:
+    """The leaves of a config class, in the order they are written."""
+    for name, field in model.model_fields.items():
+        path = prefix + (field.alias or name)
+        block = _block(field.annotation)
+        if block:
+            yield from keys(block, path + ".")
+        else:
+            required = field.is_required() or field.default is PydanticUndefined
+            yield Key(path, field, "required" if required else canonical(field.default))
+
+
+def flatten(config: Config, prefix: str = "") -> dict[str, str]:
+    """Every effective value under its dotted key, as canonical text (what MLflow's params hold)."""
+    flat: dict[str, str] = {}
+    for name, field in type(config).model_fields.items():
+        value, path = getattr(config, name), prefix + (field.alias or name)
+        if isinstance(value, Config):
+            flat |= flatten(value, path + ".")
+        else:
+            flat[path] = canonical(value)
+    return flat
+
+
+def canonical(value: Any) -> str:
+    """One text for one value: 1e-1, 0.10 and 0.1 are all `0.1`."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, tuple | list | dict):
+        return json.dumps(value, ensure_ascii=False)
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML: loading it gives an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
+
+
+def load(
+    model: type[C],
+    file: Path | None = None,
+    overrides: Mapping[str, str] | None = None,
+    short: Mapping[str, str] | None = None,
+) -> C:
+    """Read `file`, lay `overrides` (dotted or short name -> text) over it, and validate the whole.
+
+    Raises:
+        UserError: an unknown key (names the nearest), or a value outside of what its key allows.
+    """
+    tree = read_yaml(file) if file else {}
+    short = short or {}
+    known = {key.path: key for key in keys(model)}
+    given: dict[str, str] = {}
+    for name, text in (overrides or {}).items():
+        path = short.get(name, name)
+        if path not in known:
+            raise UserError(f"unknown key {name}{nearest(name, [*short, *known])}")
+        if given.get(path, name) != name:
+            raise UserError(f"{path} is given twice, as {given[path]} and as {name}")
+        given[path] = name
+        _set(tree, path, _parse(text, known[path].field))
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_explain(error, known, file, given)) from None
+
+
+def nearest(name: str, candidates: list[str]) -> str:
+    """`; did you mean X?`, or the whole list where nothing comes near and the list is short."""
+    leaf = {candidate.rsplit(".", 1)[-1]: candidate for candidate in reversed(candidates)}
+    close = difflib.get_close_matches(name, candidates, 1, 0.7)
+    close = close or [leaf[m] for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(leaf), 1, 0.6)]
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; allowed: {', '.join(candidates)}" if len(candidates) <= 12 else "; --help lists the keys"
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML that refuses a key written twice, which plain YAML silently takes the last of."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value} is written twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A YAML file as a mapping.
+
+    Raises:
+        UserError: the file is missing, unreadable, not UTF-8, not YAML, or not a mapping.
+    """
+    try:
+        tree = yaml.load(file.read_text(encoding="utf-8"), _StrictLoader)  # noqa: S506 (a SafeLoader)
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{file}:{where} not valid YAML: {problem or error}") from None
+    if tree is None:
+        raise UserError(f"{file}: the file is empty")
+    if not isinstance(tree, dict):
+        raise UserError(f"{file}: found a {type(tree).__name__}, allowed: a mapping of keys")
+    return tree
+
+
+def validate(model: type[C], tree: Mapping[str, Any], file: Path | None) -> C:
+    """`tree` as a `model`, or a UserError that names the file and the key."""
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_explain(error, {key.path: key for key in keys(model)}, file, {})) from None
+
+
+def _set(tree: dict[str, Any], path: str, value: Any) -> None:
+    *blocks, leaf = path.split(".")
+    for block in blocks:
+        if not isinstance(tree.get(block), dict):
+            tree[block] = {}
+        tree = tree[block]
+    tree[leaf] = value
+
+
+def _parse(text: str, field: FieldInfo) -> Any:
+    """An override's text as a value: strings as they are typed, all else as YAML reads it."""
+    optional, plain = _optional(field.annotation)
+    if optional and text in ("null", "None", ""):
+        return None
+    if plain is str or (get_origin(plain) is Literal and text in get_args(plain)):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _explain(error: ValidationError, known: dict[str, Key], file: Path | None, given: dict[str, str]) -> str:
+    """Pydantic's findings as one line."""
+    told = []
+    for finding in error.errors():
+        parts = [str(part) for part in finding["loc"]]
+        # a union's branch or a list's index may follow the key: keep the longest part that is a key
+        path = next((p for n in range(len(parts), 0, -1) if (p := ".".join(parts[:n])) in known), ".".join(parts))
+        where = f"--{given[path]}" if path in given else str(file) if file else "config"
+        name = "" if given.get(path) == path else path
+        place = f"{where}: {name}" if name else where
+        inner = path in known and len(parts) > path.count(".") + 1
+        if inner and get_origin(known[path].field.annotation) is dict:
+            reason = finding["ctx"]["error"] if finding["type"] == "value_error" else finding["msg"]
+            line = f"{where}: {'.'.join(parts)}: found {_shown(finding['input'])}, {reason}"
+        elif finding["type"] == "extra_forbidden":
+            line = f"{where}: unknown key {path}{nearest(path, list(known))}"
+        elif finding["type"] == "missing" and not inner:
+            line = f"{place} is required"
+        elif path in known:
+            shown = "a list that is too short" if finding["type"] == "missing" else _shown(finding["input"])
+            line = f"{place}: found {shown}, allowed: {known[path].allowed}"
+            if finding["type"] == "value_error":
+                line += f" ({finding['ctx']['error']})"
+        else:
+            reason = finding["ctx"]["error"] if finding["type"] == "value_error" else finding["msg"]
+            line = f"{place}: {reason}" if path else f"{where}: {reason}"
+        if line not in told:
+            told.append(line)
+    return "; ".join(told)
+
+
+def _shown(value: Any) -> str:
+    text = canonical(value) if not isinstance(value, str) else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _optional(annotation: Any) -> tuple[bool, Any]:
+    """(may it be None, what it is otherwise)."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        rest = [arg for arg in get_args(annotation) if arg is not type(None)]
+        return len(rest) < len(get_args(annotation)), rest[0] if len(rest) == 1 else Union[tuple(rest)]  # noqa: UP007
+    return False, annotation
+
+
+def _scalar(annotation: Any) -> Any:
+    plain = _optional(annotation)[1]
+    return get_args(plain)[0] if get_origin(plain) is Annotated else plain
+
+
+def _block(annotation: Any) -> type[Config] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Config) else None
+
+
+def _describe(field: FieldInfo) -> str:
+    optional, plain = _optional(field.annotation)
+    metadata = list(field.metadata)
+    if get_origin(plain) is Annotated:
+        plain, *inner = get_args(plain)
+        metadata += [item for entry in inner for item in (entry.metadata if isinstance(entry, FieldInfo) else [entry])]
+    names = {int: "integer", float: "number", bool: "true or false", str: "text", Path: "path"}
+    if get_origin(plain) is Literal:
+        text = "one of: " + ", ".join(canonical(value) for value in get_args(plain))
+    elif get_origin(plain) is tuple:
+        items = get_args(plain)
+        count = "" if Ellipsis in items else f"{len(items)} "
+        text = f"list of {count}{names.get(_scalar(items[0]), 'value')}s"
+    elif get_origin(plain) is dict:
+        text = "mapping"
+    else:
+        text = names.get(plain, "value")
+    signs = {Ge: (">=", "ge"), Gt: (">", "gt"), Le: ("<=", "le"), Lt: ("<", "lt")}
+    bounds = [f"{sign} {getattr(item, name)}" for item in metadata for kind, (sign, name) in signs.items()
+              if isinstance(item, kind)]  # fmt: skip
+    text = " ".join([text, " and ".join(bounds)]).strip()
+    return f"{text} or null" if optional else text
+
+
+Positive = Annotated[int, Field(ge=1)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+
+
+class AdamConfig(Config):
+    lr: float = Field(1e-3, gt=0)
+    """peak learning rate"""
+    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    """decay of the running mean of the gradient and of its square (Kingma & Ba 2015)"""
+    eps: float = Field(1e-8, gt=0)
+    """added to the denominator"""
+
+
+class DenseOptimizerConfig(AdamConfig):
+    weight_decay: float = Field(0.0, ge=0)
+    """decoupled weight decay (AdamW, Loshchilov & Hutter 2019)"""
+
+
+class ScheduleConfig(Config):
+    warmup_steps: int = Field(0, ge=0)
+    """optimizer steps over which the learning rate rises linearly (not the focal gate: that is loss.aux_focal)"""
+    decay: Literal["cosine", "constant"] = "cosine"
+    """what the learning rate does after its warm-up"""
+    final_ratio: float = Field(0.0, ge=0, le=1)
+    """where cosine decay ends, as a share of the peak"""
+
+
+class TrainingConfig(Config):
+    num_train_epochs: Positive = 1
+    """passes over the training split"""
+    max_steps: Positive | None = None
+    """stop after this many optimizer steps, if that comes before the last epoch's end"""
+    batch_size: Positive = 512
+    """rows of a micro-batch"""
+    accumulation_steps: Positive = 1
+    """micro-batches of an optimizer step; losses are normalised over all of them together"""
+    clip_norm: float | None = Field(None, gt=0)
+    """clip the norm of the dense gradients to this"""
+    amp: Literal["no", "bf16", "fp16"] = "no"
+    """automatic mixed precision of forward and backward; losses stay fp32"""
+    threads: Positive | None = None
+    """CPU threads of torch; null = torch's choice. Another number may round differently"""
+
+
+class EvaluationConfig(Config):
+    every_steps: Positive | None = None
+    """evaluate on the validation split every so many optimizer steps, and at the end; null = each epoch's end"""
+    metric: str = Field("", pattern=r"^(valid/.+)?$")
+    """the validation metric (valid/...) that chooses the best weights; empty = the task's own"""
+    mode: Literal["max", "min"] = "max"
+    """whether more or less of evaluation.metric is better"""
+    patience: Positive | None = None
+    """stop after this many evaluations without a better evaluation.metric; null = never"""
+    batch_size: Positive = 8192
+    """rows of an evaluation batch"""
+
+
+class TrackingConfig(Config):
+    enabled: bool = True
+    """false: nothing is written to MLflow"""
+    log_every: Positive = 1
+    """log every so many optimizer steps"""
+    log_model: bool = True
+    """log the best weights as an MLflow model"""
+
+
+class RunConfig(Config):
+    """What every training task has."""
+
+    short: ClassVar[dict[str, str]] = {
+        "epochs": "training.num_train_epochs",
+        "max_steps": "training.max_steps",
+        "batch_size": "training.batch_size",
+    }
+
+    experiment: str | None = Field(None, min_length=1)
+    """MLflow experiment; null = the one `mlflow run` opened, or MLflow's default"""
+    run_name: str | None = Field(None, min_length=1)
+    """name of the run; null = a short one made of what is most often tuned"""
+    output_dir: str = Field("outputs", min_length=1)
+    """folder of the runs' own files, one folder a run"""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """of initial weights, shuffling and dropout"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto = cuda where there is one"""
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    def name(self) -> str:
+        """A readable name of the run, short enough for a chart's legend."""
+        raise NotImplementedError
+
+    def with_values(self, **values: Any) -> Self:
+        """A copy with top-level blocks or values replaced, validated again."""
+        return type(self).model_validate(self.model_dump(by_alias=True) | values)

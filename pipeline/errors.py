@@ -1,0 +1,19 @@
+"""What can go wrong by the user's hand, told in one line."""
+
+
+class UserError(Exception):
+    """A usage, config or data error: one line that says what was found, where, and what is allowed.
+
+    The command line prints it on standard error without a traceback and exits with 2.
+    """
+
+    exit_code = 2
+
+    def __str__(self) -> str:
+        return " ".join(super().__str__().split())
+
+
+class TrainingError(UserError):
+    """Training could not go on (a loss became NaN, the store refused a write): exit code 1."""
+
+    exit_code = 1

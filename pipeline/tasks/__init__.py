@@ -1,0 +1,1 @@
+"""One folder a task: config, data, model, named losses and evaluation."""

@@ -1,0 +1,203 @@
+"""The data contract: what the user says of a raw file (`SourceSchema`), and what training reads (`DataSchema`).
+
+A prepared folder holds `train.parquet`, `validation.parquet`, `test.parquet`, `vocabulary.parquet` and
+`schema.json`. In the Parquet splits stand `click` and `conversion` (int8), one int32 column per categorical
+feature, one list<int32> column per multi-valued feature (with `<name>.weights`, list<float>, where it is weighted)
+and one float column per numeric feature. Ids count within a feature: 0 = out of vocabulary, 1 = missing, then the
+vocabulary.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from pipeline.config import Config, Positive, validate
+from pipeline.errors import UserError
+
+OUT_OF_VOCABULARY, MISSING, FIRST_ID = 0, 1, 2
+LABELS = ("click", "conversion")
+SPLITS = ("train", "validation", "test")
+SCHEMA_FILE = "schema.json"
+VOCABULARY_FILE = "vocabulary.parquet"  # columns: feature (string), value (string), id (int32), count (int64)
+
+# What pandas reads as missing, so that a raw frame means the same to `prepare_ctr` and to a logged model.
+MISSING_TEXT = (
+    "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A",
+    "NA", "NULL", "NaN", "None", "n/a", "nan", "null",
+)  # fmt: skip
+
+
+class FeatureSource(Config):
+    kind: Literal["categorical", "multi", "numeric"]
+    """categorical: one id a row; multi: any number of ids a row; numeric: one number a row"""
+    min_count: Positive = 1
+    """ids seen less often than this in the training split become out-of-vocabulary"""
+    separator: str = Field("|", min_length=1)
+    """multi: what stands between the ids of a text cell"""
+    weight_separator: str | None = Field(None, min_length=1)
+    """multi: what stands between an id and its weight (`sports:0.5`); null = no weight in the cell"""
+    weights: str | None = None
+    """multi: the column that holds the weights, in the same order; null = none"""
+    missing: Literal["error", "mean"] | float = "error"
+    """numeric: what a missing value becomes: error = refuse it, mean = the training mean, or a number"""
+    bins: Positive = 32
+    """numeric: quantile bins of the piecewise-linear encoding"""
+
+    @model_validator(mode="after")
+    def _keys_fit_kind(self) -> "FeatureSource":
+        fitting = {
+            "categorical": {"min_count"},
+            "multi": {"min_count", "separator", "weight_separator", "weights"},
+            "numeric": {"missing", "bins"},
+        }[self.kind]
+        foreign = self.model_fields_set - fitting - {"kind"}
+        if foreign:
+            raise ValueError(f"{', '.join(sorted(foreign))} has no meaning for kind {self.kind}")
+        if self.weights and self.weight_separator:
+            raise ValueError("weights and weight_separator exclude each other")
+        return self
+
+
+def _short_form(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) else value
+
+
+class LabelSource(Config):
+    click: str
+    """a column that holds 0/1 or true/false, or a condition such as `status != "new"`"""
+    conversion: str
+    """likewise; a condition may name `click`: `click and income == "50000+."`"""
+
+
+class SplitSource(Config):
+    by: str | None = None
+    """split by the hash of this column, so that its equal values stay together; null = every row at random"""
+    seed: int = Field(0, ge=0)
+    """another seed gives another split"""
+    train: float = Field(0.8, gt=0, le=1)
+    """share of the training split"""
+    validation: float = Field(0.1, ge=0, lt=1)
+    """share of the validation split"""
+    test: float = Field(0.1, ge=0, lt=1)
+    """share of the test split"""
+
+    @model_validator(mode="after")
+    def _shares_sum_to_one(self) -> "SplitSource":
+        total = self.train + self.validation + self.test
+        if abs(total - 1) > 1e-9:
+            raise ValueError(f"train, validation and test sum to {total:g}, allowed: 1")
+        return self
+
+
+class CsvSource(Config):
+    delimiter: str = Field(",", min_length=1, max_length=1)
+    """what stands between the columns"""
+    strip: bool = True
+    """take blanks away around every value"""
+
+
+class SourceSchema(Config):
+    """What a raw CSV or Parquet file holds, said by its owner (the YAML that `prepare_ctr` takes)."""
+
+    columns: tuple[str, ...] | None = None
+    """CSV without a header: the columns' names in file order; null = the first line names them"""
+    csv: CsvSource = CsvSource()
+    labels: LabelSource
+    features: dict[str, Annotated[FeatureSource, BeforeValidator(_short_form)]] = Field(min_length=1)
+    """column -> kind, or a mapping with `kind` and its settings"""
+    missing_values: tuple[str, ...] = MISSING_TEXT
+    """text that means "no value" (exact); the default is what pandas reads so"""
+    split: SplitSource = SplitSource()
+
+
+class Feature(Config):
+    """A feature as training reads it."""
+
+    name: str
+    kind: Literal["categorical", "multi", "numeric"]
+    size: int = Field(0, ge=0)
+    """categorical, multi: number of ids, 0 (out of vocabulary) and 1 (missing) included"""
+    weighted: bool = False
+    """multi: a column `<name>.weights` stands beside it"""
+    separator: str = "|"
+    weight_separator: str | None = None
+    weights: str | None = None
+    edges: tuple[float, ...] = ()
+    """numeric: increasing edges of the bins, from training quantiles"""
+    fill: float | None = None
+    """numeric: what a missing value becomes; null = refuse it"""
+    out_of_vocabulary: dict[str, float] = {}
+    """categorical, multi: share of the ids that are out of vocabulary, by split"""
+
+
+class Split(Config):
+    file: str
+    rows: int = Field(ge=0)
+    clicks: int = Field(ge=0)
+    conversions: int = Field(ge=0)
+    sha256: str
+
+
+class BaseRates(Config):
+    """Of the training split."""
+
+    ctr: float
+    """clicks per impression"""
+    cvr: float
+    """conversions per click"""
+
+
+class DataSchema(Config):
+    """`schema.json`: all that training needs to know of a prepared folder."""
+
+    format: Literal[1] = 1
+    features: tuple[Feature, ...]
+    splits: dict[str, Split]
+    base_rates: BaseRates
+    vocabulary_sha256: str
+    missing_values: tuple[str, ...] = MISSING_TEXT
+    strip: bool = True
+    truth: bool = False
+    """the splits hold the true probabilities as `p_ctr` and `p_cvr` (double): generated data"""
+    source: str = ""
+    """file name and SHA-256 of what it was made from, or the generator's settings"""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the data: of the splits' and the vocabulary's digests and the features."""
+        kept = self.model_dump(mode="json", include={"format", "features", "splits", "vocabulary_sha256", "truth"})
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+    @classmethod
+    def read(cls, folder: Path) -> "DataSchema":
+        """`folder/schema.json`.
+
+        Raises:
+            UserError: it is missing, unreadable or not a schema.
+        """
+        file = folder / SCHEMA_FILE
+        try:
+            tree = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(
+                f"{folder}: no {SCHEMA_FILE}; allowed: a folder that prepare_ctr wrote"
+                if folder.is_dir() else f"{folder}: no such folder; allowed: a folder that prepare_ctr wrote"
+            ) from None  # fmt: skip
+        except OSError as error:
+            raise UserError(f"{file}: {error.strerror or error}") from None
+        except ValueError as error:
+            raise UserError(f"{file}: not valid JSON: {error}") from None
+        return validate(cls, tree, file)
+
+    def write(self, folder: Path) -> None:
+        text = json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False)
+        (folder / SCHEMA_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def sha256_of(file: Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
