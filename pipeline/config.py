@@ -101,24 +101,22 @@ def load(
     model: type[C],
     file: Path | None = None,
     overrides: Mapping[str, str] | None = None,
-    short: Mapping[str, str] | None = None,
+    shown_as: Mapping[str, str] | None = None,
 ) -> C:
-    """Read `file`, lay `overrides` (dotted or short name -> text) over it, and validate the whole.
+    """Read `file`, lay `overrides` (dotted key -> text) over it, and validate the whole.
+
+    `shown_as`: the names under which the user typed some of the overrides.
 
     Raises:
         UserError: an unknown key (names the nearest), or a value outside of what its key allows.
     """
     tree = read_yaml(file) if file else {}
-    short = short or {}
     known = {key.path: key for key in keys(model)}
     given: dict[str, str] = {}
-    for name, text in (overrides or {}).items():
-        path = short.get(name, name)
+    for path, text in (overrides or {}).items():
         if path not in known:
-            raise UserError(f"unknown key {name}{nearest(name, [*short, *known])}")
-        if given.get(path, name) != name:
-            raise UserError(f"{path} is given twice, as {given[path]} and as {name}")
-        given[path] = name
+            raise UserError(f"unknown key {path}{nearest(path, list(known))}")
+        given[path] = (shown_as or {}).get(path, path)
         _set(tree, path, _parse(text, known[path].field))
     try:
         return model.model_validate(tree)
@@ -325,8 +323,8 @@ class TrainingConfig(Config):
 class EvaluationConfig(Config):
     every_steps: Positive | None = None
     """evaluate on the validation split every so many optimizer steps, and at the end; null = each epoch's end"""
-    metric: str = Field("", pattern=r"^(valid/.+)?$")
-    """the validation metric (valid/...) that chooses the best weights; empty = the task's own"""
+    metric: str = Field(pattern=r"^valid/.+")
+    """the validation metric that chooses the best weights"""
     mode: Literal["max", "min"] = "max"
     """whether more or less of evaluation.metric is better"""
     patience: Positive | None = None
@@ -335,9 +333,12 @@ class EvaluationConfig(Config):
     """rows of an evaluation batch"""
 
 
-class TrackingConfig(Config):
+class TrackingSwitch(Config):
     enabled: bool = True
     """false: nothing is written to MLflow"""
+
+
+class TrackingConfig(TrackingSwitch):
     log_every: Positive = 1
     """log every so many optimizer steps"""
     log_model: bool = True
@@ -364,12 +365,16 @@ class RunConfig(Config):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = cuda where there is one"""
     training: TrainingConfig = TrainingConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
+    evaluation: EvaluationConfig
     tracking: TrackingConfig = TrackingConfig()
 
     def name(self) -> str:
         """A readable name of the run, short enough for a chart's legend."""
-        raise NotImplementedError
+        return self.run_name or f"seed {self.seed}"
+
+    def warnings(self, given: frozenset[str] = frozenset()) -> list[str]:  # noqa: ARG002
+        """What is allowed but looks like a mistake. `given`: the dotted keys that the user overrode."""
+        return []
 
     def with_values(self, **values: Any) -> Self:
         """A copy with top-level blocks or values replaced, validated again."""

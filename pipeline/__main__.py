@@ -1,0 +1,125 @@
+"""`python -m pipeline NAME [--key value ...]`: entry name -> validated config -> lazy import -> run."""
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import click
+
+from pipeline.config import Config, keys, load, nearest
+from pipeline.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+class Entry(NamedTuple):
+    about: str
+    config: str  # module:class of its keys
+    target: str  # module:name, a Task class that `launch` trains, or a function of (config, given)
+    file: str | None = None  # the config where none is named
+    trains: bool = False
+
+
+MMOE_CONFIG = "pipeline.tasks.mmoe.config:MmoeConfig"
+ENTRIES = {
+    "main": Entry(
+        "The whole story on the embedded data: a baseline, the focal arm, and both side by side.",
+        MMOE_CONFIG, "pipeline.story:main", "configs/mtl_mmoe.yaml",
+    ),
+    "prepare_ctr": Entry(
+        "Raw impressions (CSV or Parquet, with a schema) to a folder that train_mmoe reads.",
+        "pipeline.tasks.mmoe.config:PrepareCtrConfig", "pipeline.tasks.mmoe.entry:prepare_ctr",
+        "configs/prepare_ctr.yaml",
+    ),
+    "train_mmoe": Entry(
+        "MMoE click and conversion training with an auxiliary focal loss on CTCVR.",
+        MMOE_CONFIG, "pipeline.tasks.mmoe.task:MmoeTask", "configs/mtl_mmoe.yaml", trains=True,
+    ),
+}  # fmt: skip
+
+
+def command(name: str, entry: Entry) -> click.Command:
+    """The entry as a click command: an option a key, made from the config's types."""
+    model: type[Config] = resolve(entry.config)
+    short: dict[str, str] = getattr(model, "short", {})
+    names: dict[str, list[str]] = {}
+    for alias, path in short.items():
+        names.setdefault(path, []).append(alias)
+    file = click.Option(["--config"], metavar="FILE", help=f"YAML file  [default: {entry.file}]")
+    options = [
+        click.Option(
+            [f"--{alias}" for alias in [*names.get(key.path, []), key.path]] + [_identifier(key.path)],
+            metavar="VALUE",
+            help=f"{key.field.description or key.path}  [{key.allowed}; default: {key.default}]",
+        )
+        for key in keys(model)
+    ]
+
+    def run(config: str | None, **texts: str | None) -> None:
+        paths = {_identifier(key.path): key.path for key in keys(model)}
+        overrides = {paths[name]: text for name, text in texts.items() if text is not None}
+        source = Path(config) if config else ROOT / entry.file if entry.file else None
+        shown = {path: names[path][0] for path in overrides if path in names}
+        validated = load(model, source, overrides, shown_as=shown)
+        target = resolve(entry.target)
+        if entry.trains:
+            resolve("pipeline.launch:launch")(validated, target, frozenset(overrides))
+        else:
+            target(validated, frozenset(overrides))
+
+    wide = {"max_content_width": 120}
+    return click.Command(name, params=[file, *options], callback=run, help=entry.about, context_settings=wide)
+
+
+class Entries(click.Group):
+    """Builds the one command that is asked for, so that no other is imported."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(ENTRIES)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        return command(cmd_name, ENTRIES[cmd_name]) if cmd_name in ENTRIES else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Entry points"):
+            formatter.write_dl([(name, entry.about) for name, entry in ENTRIES.items()])
+
+
+def resolve(reference: str) -> Any:
+    """`module:name` as the thing itself."""
+    module, name = reference.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run an entry point; errors of the user's become one line and exit code 2."""
+    group = Entries("pipeline", help="Tune focal losses, with every loss component of every run in MLflow.")
+    try:
+        group.main(arguments, prog_name="python -m pipeline", standalone_mode=False)
+    except click.NoSuchOption as error:
+        candidates = [opt.lstrip("-") for param in error.ctx.command.params for opt in param.opts] if error.ctx else []
+        name = error.option_name.lstrip("-")
+        _fail(f"unknown key {name}{nearest(name, candidates)}", 2)
+    except click.NoSuchCommand as error:
+        _fail(f"unknown entry point {error.command_name}{nearest(str(error.command_name), list(ENTRIES))}", 2)
+    except click.ClickException as error:
+        _fail(error.format_message(), 2)
+    except UserError as error:
+        _fail(str(error), error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("stopped", 130)
+    sys.exit(0)
+
+
+def _identifier(path: str) -> str:
+    return path.replace(".", "__").replace("lambda", "lambda_")
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""From a validated config to a finished, tracked run."""
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline import plots
+from pipeline.config import RunConfig, flatten, to_yaml
+from pipeline.console import Console, say, warn
+from pipeline.task import Task
+from pipeline.run import MemoryRun, MlflowRun, Run, RunRequest, Writer
+from pipeline.training import Result, Training, count_steps, resolve_device
+
+TaskFactory = Callable[[Any], Task]
+
+
+def launch(config: RunConfig, make_task: TaskFactory, given: frozenset[str]) -> Result:
+    """Train one run, in the MLflow run that `mlflow run` opened if there is one."""
+    with ExitStack() as stack:
+        writer = stack.enter_context(Writer()) if config.tracking.enabled else None
+        run_id = os.environ.get("MLFLOW_RUN_ID")
+        run, result = train_run(config, make_task, writer, given=given, run_id=run_id)
+    say(f"\n{run.name}\n{headline(result.metrics)}")
+    if isinstance(run, MlflowRun):
+        say(f"run {run.id} in {run.tracking_uri}\nnext: make ui opens MLflow on it")
+    return result
+
+
+def train_run(
+    config: RunConfig,
+    make_task: TaskFactory,
+    writer: Writer | None,
+    *,
+    given: frozenset[str] = frozenset(),
+    run_id: str | None = None,
+    launcher: str | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> tuple[Run, Result]:
+    """Load the data, open the run, train, and leave everything in it. Without a writer nothing is tracked."""
+    if config.training.threads:
+        torch.set_num_threads(config.training.threads)
+    device = resolve_device(config.device)
+    task = make_task(config)
+    request = RunRequest(config.name(), config.experiment, run_id, launcher, dict(tags or {}))
+    run: Run = MlflowRun(writer, request, Path(config.output_dir)) if writer else MemoryRun(config.name())
+    finished = False
+    try:
+        _describe(run, task, given)
+        total_steps = count_steps(task)
+        for warning in [*config.warnings(given), *task.warnings(total_steps)]:
+            warn(warning)
+        say(f"{run.name}: {total_steps} steps on {device}, " + ", ".join(f"{k} {v}" for k, v in task.summary().items()))
+        result = Training(task, run, Console(total_steps), device).train()
+        _leave(run, task, result.model, result.metrics, device)
+        finished = True
+        run.finish("FINISHED")
+    except BaseException as error:
+        if not finished:
+            run.set_tags({"failure": str(error) or type(error).__name__})
+            run.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+    return run, result
+
+
+def headline(metrics: Mapping[str, float]) -> str:
+    """The test metrics in a few words; validation where there is no test split."""
+    split = "test" if any(name.startswith("test/") for name in metrics) else "valid"
+    shown = {name: value for name, value in metrics.items() if name.startswith(f"{split}/")}
+    return "  ".join(f"{name} {value:.4f}" for name, value in shown.items() if "auc" in name or "f1" in name)
+
+
+def _describe(run: Run, task: Task, given: frozenset[str]) -> None:
+    """Params, tags, input and config of a run: what it is before it starts."""
+    config, dataset = task.config, task.dataset
+    flat = flatten(config)
+    short = {name: flat[path] for name, path in config.short.items()}
+    run.log_params(flat | short | dict(task.summary()))
+    run.set_tags({"data_digest": dataset.digest, "seed": str(config.seed), "overrides": ", ".join(sorted(given))})
+    run.log_input(dataset.name, dataset.digest, dataset.source, dataset.profile)
+    file = run.folder / "config.yaml"
+    file.write_text(to_yaml(config), encoding="utf-8")
+    run.log_artifact(file)
+    run.flush()
+
+
+def _leave(run: Run, task: Task, model: nn.Module, metrics: Mapping[str, float], device: str) -> None:
+    """Plots, note and model of a trained run."""
+    folder = run.folder / "plots"
+    folder.mkdir(exist_ok=True)
+    plots.losses(run.history(), folder / "losses.png")
+    task.plots(model, folder, device)
+    for file in sorted(folder.glob("*.png")):
+        run.log_artifact(file, "plots")
+    rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items() if name.startswith("test/"))
+    run.set_tags({"mlflow.note.content": f"| test, at the best weights | |\n|---|---|\n{rows}"})
+    if task.config.tracking.log_model:
+        export = asdict(task.export(model, run.folder / "model"))
+        run.log_model(export | {"folder": str(export["folder"].resolve())})

@@ -1,0 +1,89 @@
+"""Losses as pure functions of tensors. Every function returns values per element; whoever calls takes the mean.
+
+Shapes: B = rows of a batch. Logits, labels and results are [B] unless said otherwise.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
+
+LOG_HALF = -math.log(2)
+
+
+class LogProbability(NamedTuple):
+    """log p and log(1 - p) of one event, each exact where the other is tiny."""
+
+    log_p: Tensor
+    log_1mp: Tensor
+
+
+def product_log_probability(z_ctr: Tensor, z_cvr: Tensor) -> LogProbability:
+    """The funnel's p_ctcvr = sigmoid(z_ctr) * sigmoid(z_cvr) (ESMM, Ma et al. 2018, equation 1) in log space.
+
+    log(1 - p) has two forms, because neither is right everywhere. Where p < 1/2, log1p(-p). Elsewhere 1 - p cancels,
+    but 1 - ab = (1 - a) + a(1 - b) does not: log-add-exp of its two terms. Clamping log p away from 0 instead would
+    lose the gradient: it is 1/2 at z_ctr = z_cvr = 20.
+    """
+    log_a, log_b = logsigmoid(z_ctr), logsigmoid(z_cvr)
+    log_p = log_a + log_b
+    unlikely = log_p < LOG_HALF
+    # The branch not taken must not see log p = 0: its infinite derivative times zero would be NaN.
+    log1p_form = torch.log1p(-torch.exp(torch.where(unlikely, log_p, LOG_HALF)))
+    sum_form = torch.logaddexp(logsigmoid(-z_ctr), log_a + logsigmoid(-z_cvr))
+    return LogProbability(log_p, torch.where(unlikely, log1p_form, sum_form))
+
+
+def binary_cross_entropy(probability: LogProbability, label: Tensor, pos_weight: float = 1.0) -> Tensor:
+    """-w y log p - (1 - y) log(1 - p), in nats."""
+    return -pos_weight * label * probability.log_p - (1 - label) * probability.log_1mp
+
+
+def binary_focal(
+    probability: LogProbability,
+    label: Tensor,
+    gamma: float,
+    alpha: float | None = None,
+    detach_weight: bool = True,
+) -> Tensor:
+    """(1 - p_t)^gamma times cross-entropy (Lin et al. 2017, equations 4 and 5), in nats.
+
+    p_t is p where the label is 1 and 1 - p where it is 0. `alpha` weighs positives by alpha and negatives by
+    1 - alpha. With `detach_weight` the factor is a weight and carries no gradient of its own.
+    """
+    log_pt = torch.where(label > 0.5, probability.log_p, probability.log_1mp)
+    log_1mpt = torch.where(label > 0.5, probability.log_1mp, probability.log_p)
+    factor = torch.exp(gamma * log_1mpt)  # finite with finite gradient for every gamma >= 0, unlike a power
+    if detach_weight:
+        factor = factor.detach()
+    if alpha is not None:
+        factor = factor * (alpha * label + (1 - alpha) * (1 - label))
+    return -factor * log_pt
+
+
+def click_cross_entropy(z_ctr: Tensor, click: Tensor, pos_weight: float = 1.0) -> Tensor:
+    """Cross-entropy of the click from its logit, positives weighted by `pos_weight`."""
+    weight = torch.as_tensor(pos_weight, dtype=z_ctr.dtype, device=z_ctr.device)
+    return binary_cross_entropy_with_logits(z_ctr, click, pos_weight=weight, reduction="none")
+
+
+def clicked_cross_entropy(z_cvr: Tensor, click: Tensor, conversion: Tensor) -> Tensor:
+    """Cross-entropy of the conversion on clicked rows, exactly 0 with zero gradient on all others."""
+    return click * binary_cross_entropy_with_logits(z_cvr, conversion, reduction="none")
+
+
+def gate_entropy_deficit(gates: Tensor) -> Tensor:
+    """log E - H(gate), in nats, mean over tasks: 0 where every expert has the same share. gates [B, T, E] -> [B]."""
+    entropy = -(gates * torch.log(gates.clamp_min(torch.finfo(gates.dtype).tiny))).sum(-1)
+    return (math.log(gates.shape[-1]) - entropy).mean(-1)
+
+
+def gate_imbalance(gates: Tensor) -> Tensor:
+    """E * sum_e share_e^2 - 1, the squared coefficient of variation of the experts' shares over a batch.
+
+    (Shazeer et al. 2017, equation 7, for softmax gates.) Mean over tasks; 0 where every expert has the same share
+    of the batch. gates [B, T, E] -> scalar.
+    """
+    return (gates.shape[-1] * gates.mean(0).square().sum(-1) - 1).mean()

@@ -1,0 +1,27 @@
+"""What changes with the step, as pure functions of numbers."""
+
+import math
+
+
+def gate_is_open(global_step: int, warmup_steps: int) -> bool:
+    """The auxiliary loss acts from optimizer step `warmup_steps` on; steps count from 0."""
+    return global_step >= warmup_steps
+
+
+def clipped_pos_weight(raw: float, clip: float | None) -> float:
+    """The weight of positives that acts: the raw one, at most `clip`."""
+    return raw if clip is None else min(raw, clip)
+
+
+def learning_rate_factor(step: int, total_steps: int, warmup_steps: int, decay: str, final_ratio: float) -> float:
+    """What the peak learning rate is multiplied by at `step` (from 0).
+
+    Rises linearly over `warmup_steps` (1/warmup at step 0, 1 at step warmup - 1), then follows half a cosine to
+    `final_ratio` at `total_steps` (Loshchilov & Hutter 2017, equation 5), or stays.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if decay == "constant":
+        return 1.0
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return final_ratio + (1 - final_ratio) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,122 @@
+"""What a task supplies to the one training loop: data, model, named losses and evaluation."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pipeline.config import RunConfig, ScheduleConfig
+
+Rows = npt.NDArray[np.int64]
+TOTAL = "loss_total"  # the one that is differentiated
+
+
+class Batch(Protocol):
+    """Tensors of some rows."""
+
+    def to(self, device: str) -> Self: ...
+
+    def __len__(self) -> int: ...
+
+
+class Dataset(NamedTuple):
+    """What the run was fed with, as MLflow's inputs show it."""
+
+    name: str
+    digest: str  # SHA-256, hex
+    source: str
+    profile: Mapping[str, Any]  # counts worth seeing beside the name
+
+
+@dataclass(frozen=True)
+class ModelExport:
+    """A logged model: files that `pipeline.tasks.<task>.predict.load(folder)` turns into a predictor."""
+
+    folder: Path
+    task: str
+    inputs: Sequence[str] | None  # names of the raw columns; None = one unnamed column of text
+    outputs: Mapping[str, str]  # column -> "double" or "string"
+    example: Any  # what predict takes, as plain lists: {column: values}, or a list of texts
+
+
+class Task(Protocol):
+    """One kind of experiment. `B` is the task's batch type; rows are indices into the training split.
+
+    Losses are named. `losses` returns each as this micro-batch's share of the mean over the whole optimizer step
+    (accumulation window), so that summing over micro-batches gives the exact mean whatever their sizes: divide sums
+    by the step's `counts`, never by the micro-batch's own.
+    """
+
+    @property
+    def config(self) -> RunConfig: ...
+
+    @property
+    def schedule(self) -> ScheduleConfig:
+        """Of the learning rate."""
+        ...
+
+    @property
+    def dataset(self) -> Dataset:
+        """Everything that the run is fed with."""
+        ...
+
+    def summary(self) -> Mapping[str, str]:
+        """Facts worth a param or a line at the start: rows, parameters."""
+        ...
+
+    def warnings(self, total_steps: int) -> Sequence[str]:
+        """What is allowed but looks like a mistake, known once data and steps are."""
+        ...
+
+    def model(self) -> nn.Module:
+        """A new model; its weights depend on torch's seed alone."""
+        ...
+
+    def optimizers(self, model: nn.Module) -> Mapping[str, Optimizer]:
+        """Named optimizers at their peak learning rates; the names appear in `lr/*` and `grad_norm/*`."""
+        ...
+
+    def plan(self, epoch: int) -> Sequence[Rows]:
+        """The micro-batches of an epoch: the rows of the i-th, for any i, from (seed, epoch, i) alone."""
+        ...
+
+    def batch(self, rows: Rows) -> Any:
+        """The training rows as a batch, on the CPU."""
+        ...
+
+    def counts(self, batch: Any) -> Mapping[str, Tensor]:
+        """What each loss is a mean over: rows, clicks, labelled cells. Labels alone decide."""
+        ...
+
+    def losses(self, model: nn.Module, batch: Any, counts: Mapping[str, Tensor], step: int) -> Mapping[str, Tensor]:
+        """Every named loss, parts before what is made of them, `loss_total` among them."""
+        ...
+
+    def settings(self, step: int) -> Mapping[str, float | bool]:
+        """What is scheduled by the step and logged beside the losses: a gate, its weight."""
+        ...
+
+    def logged_losses(self, names: Sequence[str]) -> Sequence[str]:
+        """Of the losses, those to log."""
+        ...
+
+    def evaluate(self, model: nn.Module, split: str, device: str) -> Mapping[str, float]:
+        """Metrics of a split (`valid` or `test`) under their full names."""
+        ...
+
+    def findings(self, metrics: Mapping[str, float]) -> Sequence[str]:
+        """What an evaluation shows that the user should hear of at once."""
+        ...
+
+    def plots(self, model: nn.Module, folder: Path, device: str) -> None:
+        """Pictures of the finished model, as PNG files in the folder."""
+        ...
+
+    def export(self, model: nn.Module, folder: Path) -> ModelExport:
+        """All that predicting from raw input needs, written into the folder."""
+        ...

@@ -1,0 +1,160 @@
+"""The model: fused embeddings, experts, gates, towers and DeepFM parts.
+
+Shapes: B = batch, F = features (ids first, then numeric), D = embedding width, W = heads with a wide part,
+E = experts, T = tasks (ctr, cvr), H = width of an expert's output.
+"""
+
+import math
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.tasks.mmoe.config import TASKS, HeadConfig, ModelConfig
+from pipeline.tasks.mmoe.data import Impressions, Layout
+from pipeline.tasks.mmoe.schema import BaseRates
+
+
+class Output(NamedTuple):
+    logits: Tensor  # [B, T]: of the click, and of the conversion given a click
+    gates: Tensor | None  # [B, T, E], each task's weights sum to 1; None without gates
+
+
+class FeatureEmbedding(nn.Module):
+    """Every feature as a vector of D + W numbers, from one fused table and one product.
+
+    Ids look up rows of the table; a bag of several ids is their weighted sum. A numeric feature is encoded piecewise
+    linearly over its quantile bins, then mapped linearly (Gorishniy et al. 2022, "On embeddings for numerical
+    features", equations 1 and 4). The last W columns are the weights of wide parts and start at 0.
+    """
+
+    def __init__(self, layout: Layout, width: int, wide_width: int, sparse: bool) -> None:
+        super().__init__()
+        total = width + wide_width
+        self.id_count, self.sparse = len(layout.id_features), sparse
+        self.table = nn.Parameter(torch.zeros(max(1, layout.table_rows), total))
+        nn.init.normal_(self.table[:, :width], std=0.05)
+        count = len(layout.numeric_features)
+        bins = max((len(feature.edges) - 1 for feature in layout.numeric_features), default=1)
+        low, span = torch.zeros(count, bins), torch.full((count, bins), math.inf)  # absent bins encode to 0
+        for row, feature in enumerate(layout.numeric_features):
+            edges = torch.tensor(feature.edges, dtype=torch.float64)
+            low[row, : len(edges) - 1] = edges[:-1].float()
+            span[row, : len(edges) - 1] = edges.diff().float()
+        self.register_buffer("low", low, persistent=False)
+        self.register_buffer("span", span, persistent=False)
+        self.numeric_weight = nn.Parameter(torch.zeros(count, bins, total))
+        nn.init.normal_(self.numeric_weight[..., :width], std=0.05)
+        self.numeric_bias = nn.Parameter(torch.zeros(count, total))
+
+    def forward(self, batch: Impressions) -> Tensor:
+        """[B, F, D + W]"""
+        size = len(batch)
+        parts = []
+        if self.id_count:
+            lengths = batch.lengths.flatten()
+            offsets = lengths.cumsum(0, dtype=lengths.dtype) - lengths
+            pooled = functional.embedding_bag(
+                batch.ids, self.table, offsets, mode="sum", sparse=self.sparse, per_sample_weights=batch.weights
+            )
+            parts.append(pooled.view(size, self.id_count, -1))
+        if len(self.numeric_bias):
+            low, span = self.get_buffer("low"), self.get_buffer("span")
+            encoded = ((batch.numeric.unsqueeze(-1) - low) / span).clamp(0, 1)
+            parts.append(torch.einsum("bmk,mkd->bmd", encoded, self.numeric_weight) + self.numeric_bias)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+class GroupedLayers(nn.Module):
+    """G multi-layer perceptrons of the same shape side by side, ReLU after each layer: [G, B, in] -> [G, B, out]."""
+
+    def __init__(self, groups: int, widths: list[int], dropout: float) -> None:
+        super().__init__()
+        pairs = list(pairwise(widths))
+        self.weights = nn.ParameterList([torch.empty(groups, inner, outer) for inner, outer in pairs])
+        self.biases = nn.ParameterList([torch.zeros(groups, 1, outer) for _, outer in pairs])
+        for weight in self.weights:
+            nn.init.normal_(weight, std=math.sqrt(2 / weight.shape[1]))  # He et al. 2015, equation 10
+        self.dropout = dropout
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        for weight, bias in zip(self.weights, self.biases, strict=True):
+            if hidden.dim() == 2:  # all groups read the same input: one wide product
+                wide = hidden @ weight.transpose(0, 1).flatten(1)
+                hidden = wide.view(len(hidden), *weight.shape[::2]).transpose(0, 1) + bias
+            else:
+                hidden = torch.baddbmm(bias, hidden, weight)
+            hidden = functional.dropout(functional.relu(hidden), self.dropout, self.training)
+        return hidden
+
+
+class Mmoe(nn.Module):
+    """Multi-gate mixture of experts (Ma et al. 2018, equations 3 and 6), or a shared bottom, with two heads."""
+
+    def __init__(self, config: ModelConfig, layout: Layout, base_rates: BaseRates, sparse: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.heads: list[HeadConfig] = [getattr(config.heads, task) for task in TASKS]
+        self.wide_heads = [index for index, head in enumerate(self.heads) if head.wide]
+        self.deep_heads = [index for index, head in enumerate(self.heads) if head.deep]
+        features, tasks = len(layout.id_features) + len(layout.numeric_features), len(self.deep_heads)
+        self.embedding = FeatureEmbedding(layout, config.embedding_dim, len(self.wide_heads), sparse)
+        width = features * config.embedding_dim
+        self.experts, self.gate, self.towers = None, None, None
+        if tasks:
+            gated = config.kind == "mmoe"
+            experts = config.experts.count if gated else 1
+            self.experts = GroupedLayers(experts, [width, *config.experts.hidden], config.experts.dropout)
+            if gated:
+                self.gate = nn.Linear(width, tasks * experts, bias=False)
+                nn.init.zeros_(self.gate.weight)  # every expert starts with the same share
+            tower_widths = [config.experts.hidden[-1], *config.towers.hidden]
+            self.towers = GroupedLayers(tasks, tower_widths, config.towers.dropout)
+            self.last = nn.Parameter(torch.empty(tasks, tower_widths[-1]))
+            nn.init.normal_(self.last, std=1 / math.sqrt(tower_widths[-1]))
+        rates = [base_rates.ctr, base_rates.cvr]
+        self.bias = nn.Parameter(torch.tensor([_logit(rate) for rate in rates]))
+
+    def forward(self, batch: Impressions) -> Output:
+        embedded = self.embedding(batch)  # [B, F, D + W]
+        vectors = functional.dropout(
+            embedded[..., : self.config.embedding_dim], self.config.embedding_dropout, self.training
+        )
+        terms: list[list[Tensor]] = [[] for _ in self.heads]
+        gates = None
+        if self.experts is not None and self.towers is not None:
+            shared = vectors.flatten(1)
+            outputs = self.experts(shared)  # [E, B, H]
+            gates = self._gates(shared)
+            if gates is None:
+                mixed = outputs.expand(len(self.deep_heads), -1, -1)
+            else:
+                mixed = torch.einsum("bte,ebh->tbh", gates.to(outputs.dtype), outputs)
+            deep = torch.einsum("tbh,th->tb", self.towers(mixed), self.last)
+            for row, deep_head in enumerate(self.deep_heads):
+                terms[deep_head].append(deep[row])
+        if any(head.fm for head in self.heads):
+            # half of (square of the sum - sum of the squares): all pairs in one pass (Rendle 2010, lemma 3.1)
+            product = 0.5 * (vectors.sum(1).square() - vectors.square().sum(1)).sum(1)
+            for index, head in enumerate(self.heads):
+                if head.fm:
+                    terms[index].append(product)
+        for column, wide_head in enumerate(self.wide_heads):
+            terms[wide_head].append(embedded[..., self.config.embedding_dim + column].sum(1))
+        logits = [sum(parts[1:], parts[0]).float() + self.bias[index] for index, parts in enumerate(terms)]
+        return Output(torch.stack(logits, 1), gates)
+
+    def _gates(self, shared: Tensor) -> Tensor | None:
+        if self.gate is None:
+            return None
+        logits = self.gate(shared).float().view(len(shared), len(self.deep_heads), -1)
+        if self.training and self.config.gate.noise:
+            logits = logits + self.config.gate.noise * torch.randn_like(logits)
+        return torch.softmax(logits / self.config.gate.temperature, -1)
+
+
+def _logit(rate: float) -> float:
+    bounded = min(max(rate, 1e-6), 1 - 1e-6)
+    return math.log(bounded / (1 - bounded))

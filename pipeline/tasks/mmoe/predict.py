@@ -1,0 +1,68 @@
+"""A logged MMoE: raw feature columns in, probabilities out."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import load_file
+
+from pipeline.config import load as load_config
+from pipeline.tasks.mmoe.config import MmoeConfig
+from pipeline.tasks.mmoe.data import ImpressionTable, Layout, impressions
+from pipeline.tasks.mmoe.encoding import Encoder
+from pipeline.tasks.mmoe.model import Mmoe
+from pipeline.tasks.mmoe.schema import FIRST_ID, VOCABULARY_FILE, DataSchema
+
+BATCH_ROWS = 8192
+
+
+def load(folder: Path) -> Callable[[pd.DataFrame], pd.DataFrame]:
+    """The predictor that `MmoeTask.export` wrote into the folder."""
+    encoder = Encoder.load(folder)
+    layout = Layout.of(encoder.schema)
+    model = Mmoe(load_config(MmoeConfig, folder / "config.yaml").model, layout, encoder.schema.base_rates)
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    model.eval()
+
+    def predict(frame: pd.DataFrame) -> pd.DataFrame:
+        table = ImpressionTable(impressions(encoder.encode(frame), layout), None)
+        logits = np.empty((len(frame), 2))
+        with torch.inference_mode():
+            for rows in table.batches(BATCH_ROWS) if len(table) else ():
+                logits[rows] = model(table.batch(rows)).logits.double().numpy()
+        p_ctr, p_cvr = 1 / (1 + np.exp(-logits.T))
+        return pd.DataFrame({"p_ctr": p_ctr, "p_cvr": p_cvr, "p_ctcvr": p_ctr * p_cvr}, index=frame.index)
+
+    return predict
+
+
+def raw_example(folder: Path, rows: int) -> dict[str, list[Any]]:
+    """The first prepared validation rows as the raw columns they came from, for a model's input example."""
+    schema = DataSchema.read(folder)
+    encoded = next(pq.ParquetFile(folder / schema.splits["validation"].file).iter_batches(batch_size=rows)).to_pydict()
+    vocabulary = pq.read_table(folder / VOCABULARY_FILE).to_pandas()
+    values = {name: dict(zip(part["id"], part["value"], strict=True)) for name, part in vocabulary.groupby("feature")}
+    raw: dict[str, list[Any]] = {}
+    for feature in schema.features:
+        known, column = values.get(feature.name, {}), encoded[feature.name]
+        if feature.kind == "numeric":
+            raw[feature.name] = column
+        elif feature.kind == "categorical":
+            raw[feature.name] = [known.get(number) for number in column]  # None where the value was not kept
+        else:
+            kept = [[position for position, number in enumerate(cell) if number >= FIRST_ID] for cell in column]
+            weights = encoded.get(f"{feature.name}.weights", [[None] * len(cell) for cell in column])
+            texts = [[known[cell[position]] for position in keep] for cell, keep in zip(column, kept, strict=True)]
+            shown = [[f"{cell[position]:g}" for position in keep] if feature.weighted else []
+                     for cell, keep in zip(weights, kept, strict=True)]  # fmt: skip
+            if feature.weight_separator:
+                texts = [[text + feature.weight_separator + weight for text, weight in zip(*pair, strict=True)]
+                         for pair in zip(texts, shown, strict=True)]  # fmt: skip
+            raw[feature.name] = [feature.separator.join(cell) for cell in texts]
+            if feature.weights:
+                raw[feature.weights] = [feature.separator.join(cell) for cell in shown]
+    return raw

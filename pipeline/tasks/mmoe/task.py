@@ -1,0 +1,272 @@
+"""The MMoE task: its data, model, named losses and evaluation, for the loop in `pipeline.training`."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+from torch.optim import Adam, AdamW, Optimizer, SparseAdam
+
+from pipeline import plots
+from pipeline.config import to_yaml
+from pipeline.errors import UserError
+from pipeline.losses import (
+    LogProbability,
+    binary_cross_entropy,
+    binary_focal,
+    click_cross_entropy,
+    clicked_cross_entropy,
+    gate_entropy_deficit,
+    gate_imbalance,
+    product_log_probability,
+)
+from pipeline.metrics import Array, binary_metrics, calibration_bins
+from pipeline.schedules import gate_is_open
+from pipeline.task import TOTAL, Dataset, ModelExport, Rows
+from pipeline.tasks.mmoe.config import TASKS, MmoeConfig
+from pipeline.tasks.mmoe.data import Impressions, ImpressionTable, Layout, Shuffle, read_split
+from pipeline.tasks.mmoe.embedded import embedded_data
+from pipeline.tasks.mmoe.model import Mmoe, Output
+from pipeline.tasks.mmoe.predict import raw_example
+from pipeline.tasks.mmoe.schema import SCHEMA_FILE, VOCABULARY_FILE, DataSchema
+
+SPLIT_FILES = {"valid": "validation", "test": "test"}
+EVENTS = ("ctr", "cvr", "ctcvr")
+
+
+class MmoeTask:
+    def __init__(self, config: MmoeConfig) -> None:
+        """Reads the data.
+
+        Raises:
+            UserError: the prepared folder is missing or damaged, or a split that is needed is empty.
+        """
+        self.config, self.schedule = config, config.optim.schedule
+        self.folder = Path(config.data.path) if config.data.path else embedded_data(config.data.embedded)
+        self.schema = DataSchema.read(self.folder)
+        for split in ("train", "validation"):
+            if split not in self.schema.splits or not self.schema.splits[split].rows:
+                raise UserError(f"{self.folder}: the {split} split is empty; allowed: at least one row")
+        self.layout = Layout.of(self.schema)
+        self.train = read_split(self.folder, self.schema, "train")
+        self.held_out = cache(lambda split: read_split(self.folder, self.schema, SPLIT_FILES[split]))
+        self.held_out("valid")
+        self.bayes = cache(self._bayes)
+        focal = config.loss.aux_focal
+        self.pos_weight = {"ctr": config.loss.pos_weight("ctr"), "ctcvr": config.loss.pos_weight("ctcvr")}
+        self.focal_alpha = focal.alpha if focal.use_alpha else None
+
+    @property
+    def dataset(self) -> Dataset:
+        splits = {
+            name: {"rows": split.rows, "clicks": split.clicks, "conversions": split.conversions}
+            for name, split in self.schema.splits.items()
+        }
+        name = self.folder.name if self.config.data.path else "embedded"
+        return Dataset(name, self.schema.digest, self.schema.source, splits)
+
+    def summary(self) -> Mapping[str, str]:
+        with torch.device("meta"):
+            parameters = sum(weight.numel() for weight in self.model().parameters())
+        return {"parameters": str(parameters)} | {
+            f"rows_{name}": str(split.rows) for name, split in self.schema.splits.items()
+        }
+
+    def warnings(self, total_steps: int) -> Sequence[str]:
+        focal = self.config.loss.aux_focal
+        found = []
+        if focal.enabled and focal.warmup_steps >= total_steps:
+            found.append(
+                f"loss.aux_focal.warmup_steps is {focal.warmup_steps}, the last of {total_steps} steps is "
+                f"{total_steps - 1}: the focal term will never switch on"
+            )
+        if not focal.compute_fp32 and self.config.training.amp == "no":
+            found.append("loss.aux_focal.compute_fp32: false has no effect with training.amp: no")
+        return found
+
+    def model(self) -> Mmoe:
+        sparse = self.config.optim.embedding.name == "sparse_adam"
+        return Mmoe(self.config.model, self.layout, self.schema.base_rates, sparse)
+
+    def optimizers(self, model: nn.Module) -> Mapping[str, Optimizer]:
+        assert isinstance(model, Mmoe)
+        table = model.embedding.table
+        dense, embedding = self.config.optim.dense, self.config.optim.embedding
+        rest = [parameter for parameter in model.parameters() if parameter is not table]
+        return {
+            "dense": AdamW(
+                rest, lr=dense.lr, betas=dense.betas, eps=dense.eps, weight_decay=dense.weight_decay, fused=True
+            ),
+            "embedding": (
+                SparseAdam([table], lr=embedding.lr, betas=embedding.betas, eps=embedding.eps)
+                if model.embedding.sparse
+                else Adam([table], lr=embedding.lr, betas=embedding.betas, eps=embedding.eps, fused=True)
+            ),
+        }
+
+    def plan(self, epoch: int) -> Sequence[Rows]:
+        return Shuffle(len(self.train), self.config.training.batch_size, self.config.seed, epoch)
+
+    def batch(self, rows: Rows) -> Impressions:
+        return self.train.batch(rows)
+
+    def counts(self, batch: Impressions) -> Mapping[str, Tensor]:
+        rows = torch.full((), float(len(batch)), device=batch.click.device)
+        return {"rows": rows, "clicks": batch.click.sum()}
+
+    def losses(
+        self, model: nn.Module, batch: Impressions, counts: Mapping[str, Tensor], step: int
+    ) -> Mapping[str, Tensor]:
+        output: Output = model(batch)
+        with torch.autocast(batch.click.device.type, enabled=False):
+            return self._losses(output, batch, counts, step)
+
+    def _losses(self, output: Output, batch: Impressions, counts: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
+        esmm, focal, gate = self.config.esmm, self.config.loss.aux_focal, self.config.model.gate
+        z_ctr, z_cvr = output.logits[:, 0], output.logits[:, 1]
+        click, conversion, rows = batch.click, batch.conversion, counts["rows"]
+        ctcvr = product_log_probability(z_ctr, z_cvr)
+        found = {
+            "loss_ctr": click_cross_entropy(z_ctr, click, self.pos_weight["ctr"]).sum() / rows,
+            "loss_ctcvr_bce": binary_cross_entropy(ctcvr, conversion, self.pos_weight["ctcvr"]).sum() / rows,
+            "loss_cvr_aux": clicked_cross_entropy(z_cvr, click, conversion).sum() / counts["clicks"].clamp_min(1),
+        }
+        found["loss_ctcvr"] = found["loss_ctcvr_bce"]
+        if self._focal_is_on(step):
+            if not focal.compute_fp32 and self.config.training.amp != "no":
+                low = torch.bfloat16 if self.config.training.amp == "bf16" else torch.float16
+                ctcvr = product_log_probability(z_ctr.to(low), z_cvr.to(low))
+            values = binary_focal(ctcvr, conversion, focal.gamma, self.focal_alpha, focal.detach_p_for_weight)
+            found["loss_ctcvr_focal"] = values.float().sum() / rows
+            found["loss_ctcvr"] = found["loss_ctcvr_bce"] + focal.lambda_ * found["loss_ctcvr_focal"]
+        total = (
+            esmm.lambda_ctr * found["loss_ctr"]
+            + esmm.lambda_ctcvr * found["loss_ctcvr"]
+            + esmm.lambda_cvr_aux * found["loss_cvr_aux"]
+        )
+        share = len(batch) / rows  # a regulariser is a mean over rows too
+        if output.gates is not None and gate.entropy_weight:
+            found["loss_gate_entropy"] = gate.entropy_weight * gate_entropy_deficit(output.gates).mean() * share
+            total = total + found["loss_gate_entropy"]
+        if output.gates is not None and gate.balance_weight:
+            found["loss_gate_balance"] = gate.balance_weight * gate_imbalance(output.gates) * share
+            total = total + found["loss_gate_balance"]
+        return found | {TOTAL: total}
+
+    def settings(self, step: int) -> Mapping[str, float | bool]:
+        focal = self.config.loss.aux_focal
+        return {
+            "aux_focal_on": self._focal_is_on(step),
+            "aux_focal_lambda": focal.lambda_ if focal.enabled else 0.0,
+            "aux_focal_gamma": focal.gamma,
+        }
+
+    def logged_losses(self, names: Sequence[str]) -> Sequence[str]:
+        return names if self.config.loss.aux_focal.log_components else [TOTAL]
+
+    def _focal_is_on(self, step: int) -> bool:
+        focal = self.config.loss.aux_focal
+        return focal.enabled and gate_is_open(step, focal.warmup_steps)
+
+    def evaluate(self, model: nn.Module, split: str, device: str) -> Mapping[str, float]:
+        table = self.held_out(split)
+        if not len(table):
+            return {}
+        logits, gate_means, gate_entropy = self._predict(model, table, device)
+        found: dict[str, float] = {}
+        for event, (label, probability) in _events(table, logits).items():
+            values = binary_metrics(label, *(part.double().numpy() for part in probability))
+            found |= {f"{split}/{name}_{event}": value for name, value in values.items()}
+        found |= self.bayes(split)
+        if gate_means is not None and gate_entropy is not None and split == "valid":
+            names = [task for task in TASKS if getattr(self.config.model.heads, task).deep]
+            for task, shares, entropy in zip(names, gate_means.tolist(), gate_entropy.tolist(), strict=True):
+                found |= {f"gate/{task}/{expert}": share for expert, share in enumerate(shares)}
+                found[f"gate/{task}/entropy"] = entropy
+        return found
+
+    def _bayes(self, split: str) -> dict[str, float]:
+        """AUCs of the true probabilities, where they are known: what no model can beat on these rows."""
+        table = self.held_out(split)
+        if table.truth is None:
+            return {}
+        logits = np.stack([np.log(p) - np.log1p(-p) for p in (table.truth["p_ctr"], table.truth["p_cvr"])], 1)
+        found = {}
+        for event, (label, probability) in _events(table, torch.from_numpy(logits)).items():
+            values = binary_metrics(label, *(part.numpy() for part in probability))
+            if "auc" in values:
+                found[f"{split}/auc_{event}_bayes"] = values["auc"]
+        return found
+
+    def _predict(
+        self, model: nn.Module, table: ImpressionTable, device: str
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Logits [N, T], mean gates [T, E] and mean gate entropy [T] (nats), on the CPU."""
+        was_training = model.training
+        model.eval()
+        logits, shares, entropies = [], [], []
+        with torch.inference_mode():
+            for rows in table.batches(self.config.evaluation.batch_size):
+                output: Output = model(table.batch(rows).to(device))
+                logits.append(output.logits)
+                if output.gates is not None:
+                    shares.append(output.gates.double().sum(0))
+                    entropies.append(torch.special.entr(output.gates.double()).sum((0, 2)))
+        model.train(was_training)
+        whole = torch.cat(logits).cpu()
+        if not shares:
+            return whole, None, None
+        return whole, torch.stack(shares).sum(0).cpu() / len(table), torch.stack(entropies).sum(0).cpu() / len(table)
+
+    def findings(self, metrics: Mapping[str, float]) -> Sequence[str]:
+        found = []
+        for name, share in metrics.items():
+            task, _, expert = name.removeprefix("gate/").partition("/")
+            if name.startswith("gate/") and expert.isdigit() and not 0.01 <= share <= 0.8:
+                found.append(f"expert {expert} has {share:.1%} of the {task} gate; usual: 1%-80%")
+        return found
+
+    def plots(self, model: nn.Module, folder: Path, device: str) -> None:
+        table = self.held_out("valid")
+        logits = self._predict(model, table, device)[0]
+        curves = {
+            event: calibration_bins(label, np.exp(probability.log_p.double().numpy()))
+            for event, (label, probability) in _events(table, logits).items()
+            if len(label)
+        }
+        plots.calibration(curves, folder / "calibration.png")
+
+    def export(self, model: nn.Module, folder: Path) -> ModelExport:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {name: weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()},
+            folder / "model.safetensors",
+        )
+        (folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+        for name in (SCHEMA_FILE, VOCABULARY_FILE):
+            shutil.copyfile(self.folder / name, folder / name)
+        return ModelExport(
+            folder=folder,
+            task="mmoe",
+            inputs=self.schema.raw_columns,
+            outputs={f"p_{event}": "double" for event in EVENTS},
+            example=raw_example(self.folder, rows=5),
+        )
+
+
+def _events(table: ImpressionTable, logits: Tensor) -> dict[str, tuple[Array, LogProbability]]:
+    """Labels and log probabilities of each event; conversions given a click are judged on clicked rows alone."""
+    click, conversion = table.columns.click.double().numpy(), table.columns.conversion.double().numpy()
+    z_ctr, z_cvr = logits[:, 0], logits[:, 1]
+    clicked = table.columns.click > 0.5
+    given_click = z_cvr[clicked]
+    return {
+        "ctr": (click, LogProbability(logsigmoid(z_ctr), logsigmoid(-z_ctr))),
+        "cvr": (conversion[clicked.numpy()], LogProbability(logsigmoid(given_click), logsigmoid(-given_click))),
+        "ctcvr": (conversion, product_log_probability(z_ctr, z_cvr)),
+    }

@@ -1,0 +1,285 @@
+"""All that talks to MLflow: the writer process, which delivers the journals of runs to the tracking store.
+
+`pipeline.run` starts it with `python -m pipeline.tracking` and asks it, a JSON line at a time, to open a run and to
+finish it. In between it reads the run's journal as it grows. If the trainer dies, it delivers what there is and marks
+the run FAILED.
+"""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from pipeline.journal import JOURNAL_FILE, JournalReader, Record, read_all
+
+HISTORY_FILE = "history.parquet"
+POLL_SECONDS = 0.5  # how long a point may wait in the journal before it is delivered
+BATCH_POINTS = 1000  # MLflow's limit for one log_batch
+GIVE_UP_SECONDS = 60  # how long a store that does not answer is tried
+
+
+def main() -> None:
+    """Serve requests from standard input until it closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever mlflow prints must not mix with the answers
+    import mlflow.pyfunc  # noqa: F401 (takes seconds, while the trainer loads its data)
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            delivery = Delivery(request["open"], Path(request["output_dir"]))
+        except Exception as error:  # whatever the store says becomes the user's one line
+            _answer(answers, {"error": f"tracking store {_tracking_uri()}: {_one_line(error)}"})
+            continue
+        _answer(answers, {"run_id": delivery.run_id, "name": delivery.name, "tracking_uri": _tracking_uri()})
+        asked = delivery.follow(sys.stdin)
+        if asked:
+            _answer(answers, delivery.report())
+
+
+class Delivery:
+    """Brings one run's journal to the tracking store."""
+
+    def __init__(self, request: Mapping[str, Any], output_dir: Path) -> None:
+        import mlflow
+        from mlflow.exceptions import MlflowException
+
+        _quiet()
+        self.client = mlflow.MlflowClient()
+        self.problems: list[str] = []
+        self.points, self.given_up, self.ended = 0, False, False
+        launcher = request["launcher"]
+        run = self.client.get_run(request["run_id"]) if request["run_id"] else None
+        wanted = request["experiment"]
+        if run and wanted and self.client.get_experiment(run.info.experiment_id).name != wanted:
+            launcher, run = run.info.run_id, None  # `mlflow run` opened it elsewhere: it only started ours
+        if launcher:
+            self.client.set_tag(launcher, "role", "launcher")
+        if run is None:
+            experiment_id = self._experiment(wanted, MlflowException)
+            run = self.client.create_run(experiment_id, run_name=request["name"], tags=_context_tags())
+        elif _is_random(run.info.run_name or ""):
+            self.client.update_run(run.info.run_id, name=request["name"])
+        self.run_id: str = run.info.run_id
+        self.name: str = self.client.get_run(self.run_id).info.run_name
+        self.params = set(run.data.params)  # what `mlflow run` wrote as typed: cannot be changed, is not ours
+        self.folder = output_dir / self.run_id
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / JOURNAL_FILE).touch()
+        for key, value in {**request["tags"], "run_dir": str(self.folder)}.items():
+            self.client.set_tag(self.run_id, key, value)
+        self.reader = JournalReader(self.folder / JOURNAL_FILE)
+
+    def _experiment(self, name: str | None, refused: type[Exception]) -> str:
+        name = name or os.environ.get("MLFLOW_EXPERIMENT_NAME")
+        if name is None:
+            return os.environ.get("MLFLOW_EXPERIMENT_ID") or "0"
+        found = self.client.get_experiment_by_name(name)
+        if found is None:
+            try:
+                return str(self.client.create_experiment(name))
+            except refused:
+                found = self.client.get_experiment_by_name(name)  # another process was first
+                if found is None:
+                    raise
+        if found.lifecycle_stage != "active":
+            raise ValueError(f"experiment {name} is deleted; restore it, or name another")
+        return str(found.experiment_id)
+
+    def follow(self, requests: IO[str]) -> bool:
+        """Deliver until the run is finished. True if the trainer asked, False if it is gone."""
+        asked = False
+        while True:
+            if not self.deliver() and asked:
+                break
+            readable = asked or select.select([requests], [], [], POLL_SECONDS)[0]
+            if not asked and readable:
+                if not requests.readline():
+                    break  # the trainer is gone
+                asked = True
+        while self.deliver():
+            pass
+        if not self.ended:
+            self.end("FAILED")
+        return asked
+
+    def report(self) -> Record:
+        used = os.times()
+        return {"points": self.points, "problems": self.problems, "cpu_seconds": used.user + used.system}
+
+    def deliver(self) -> bool:
+        """Bring the next records to the store; False when there were none."""
+        records = self.reader.read()
+        steps: list[Record] = []
+        for record in records:
+            if record["op"] == "metrics":
+                waiting = sum(len(step["values"]) for step in steps)
+                if waiting and waiting + len(record["values"]) > BATCH_POINTS:
+                    self.log_steps(steps)
+                    steps = []
+                steps.append(record)
+                continue
+            self.log_steps(steps)
+            steps = []
+            self.log_other(record)
+        self.log_steps(steps)
+        return bool(records)
+
+    def log_steps(self, steps: Sequence[Record]) -> None:
+        from mlflow.entities import Metric
+
+        points = [
+            Metric(key, float(value), step["time"], step["step"])
+            for step in steps
+            for key, value in step["values"].items()
+        ]
+        for start in range(0, len(points), BATCH_POINTS):
+            batch = points[start : start + BATCH_POINTS]
+            if self.attempt(f"{len(batch)} points", self.client.log_batch, self.run_id, metrics=batch):
+                self.points += len(batch)
+
+    def log_other(self, record: Record) -> None:
+        from mlflow.entities import Param, RunTag
+
+        op = record["op"]
+        if op == "params":
+            new = [Param(key, value) for key, value in record["values"].items() if key not in self.params]
+            self.params |= set(record["values"])
+            for start in range(0, len(new), 100):
+                self.attempt("params", self.client.log_batch, self.run_id, params=new[start : start + 100])
+        elif op == "tags":
+            tags = [RunTag(key, value) for key, value in record["values"].items()]
+            self.attempt("tags", self.client.log_batch, self.run_id, tags=tags)
+        elif op == "artifact":
+            folder = record["folder"] or None
+            self.attempt(record["file"], self.client.log_artifact, self.run_id, record["file"], folder)
+        elif op == "input":
+            self.attempt("input", self.log_input, record)
+        elif op == "model":
+            self.attempt("model", self.log_model, record)
+        elif op == "finish":
+            self.end(record["status"])
+
+    def log_input(self, record: Record) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        dataset = Dataset(
+            name=record["name"],
+            digest=record["digest"][:32],  # MLflow takes 36 characters at most; the whole is in a tag
+            source_type="local",
+            source=json.dumps({"uri": record["source"]}),
+            profile=json.dumps(record["profile"]),
+        )
+        tags = [InputTag("mlflow.data.context", "training")]
+        self.client.log_inputs(self.run_id, [DatasetInput(dataset, tags)])
+
+    def log_model(self, record: Record) -> None:
+        import mlflow
+
+        from pipeline import serving
+
+        if mlflow.active_run() is None:
+            mlflow.start_run(self.run_id)  # models are logged to the active run; `end` ends it
+        serving.log_model(record)
+
+    def end(self, status: str) -> None:
+        """Write the whole history beside the run, then end it."""
+        import mlflow
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self.ended = True
+        columns: dict[str, list[Any]] = {"metric": [], "step": [], "value": [], "timestamp": []}
+        for record in read_all(self.folder / JOURNAL_FILE):
+            if record["op"] == "metrics":
+                columns["metric"] += record["values"]
+                columns["step"] += [record["step"]] * len(record["values"])
+                columns["value"] += [float(value) for value in record["values"].values()]
+                columns["timestamp"] += [record["time"]] * len(record["values"])
+        types = {"metric": pa.string(), "step": pa.int64(), "value": pa.float64(), "timestamp": pa.int64()}
+        table = pa.table({name: pa.array(values, types[name]) for name, values in columns.items()})
+        pq.write_table(table, self.folder / HISTORY_FILE)
+        self.attempt(HISTORY_FILE, self.client.log_artifact, self.run_id, str(self.folder / HISTORY_FILE))
+        if self.problems and status == "FINISHED":
+            status = "FAILED"
+        if mlflow.active_run() is not None:
+            mlflow.end_run(status)
+        self.attempt(f"status {status}", self.client.set_terminated, self.run_id, status)
+
+    def attempt(self, what: str, call: Any, *arguments: Any, **named: Any) -> bool:
+        """Call the store, again and again while it is away. A refusal is a problem that `report` tells."""
+        started, pause = time.monotonic(), 0.5
+        while True:
+            try:
+                call(*arguments, **named)
+                return True
+            except Exception as error:
+                patient = not self.given_up and time.monotonic() - started < GIVE_UP_SECONDS
+                if _is_temporary(error) and patient:
+                    time.sleep(pause)
+                    pause = min(2 * pause, 5)
+                    continue
+                self.given_up |= _is_temporary(error)
+                self.problems.append(f"{what} not delivered: {_one_line(error)}")
+                return False
+
+
+def _is_temporary(error: Exception) -> bool:
+    """The store may be back later: no connection, a time-out, a locked database, a server error."""
+    code = getattr(error, "error_code", "")
+    return isinstance(error, ConnectionError | TimeoutError) or code in (
+        "INTERNAL_ERROR",
+        "TEMPORARILY_UNAVAILABLE",
+        "REQUEST_LIMIT_EXCEEDED",
+    )
+
+
+def _one_line(error: Exception) -> str:
+    text = str(getattr(error, "orig", None) or error) or type(error).__name__
+    text = text.split("[SQL:")[0].split("(Background on")[0]
+    return " ".join(text.split())[:300]
+
+
+def _tracking_uri() -> str:
+    """Where runs go, without a password."""
+    import mlflow
+
+    scheme, separator, rest = str(mlflow.get_tracking_uri()).partition("://")
+    return f"{scheme}{separator}{rest.rsplit('@', 1)[-1]}"
+
+
+def _context_tags() -> dict[str, str]:
+    """User, source and git commit, as `mlflow run` sets them."""
+    from mlflow.tracking.context import registry
+
+    return dict(registry.resolve_tags()) | {"mlflow.source.name": "python -m pipeline"}
+
+
+def _is_random(name: str) -> bool:
+    """A name that MLflow made up (`legendary-gnat-695`)."""
+    first, _, number = name.rpartition("-")
+    return number.isdigit() and first.replace("-", "").isalpha()
+
+
+def _quiet() -> None:
+    import logging
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _answer(stream: IO[str], reply: Record) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        stream.write(json.dumps(reply) + "\n")
+        stream.flush()
+
+
+if __name__ == "__main__":
+    main()

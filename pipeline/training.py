@@ -1,0 +1,217 @@
+"""The one training loop, for every task."""
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.checkpoint import load_weights, save_weights
+from pipeline.config import EvaluationConfig
+from pipeline.console import Console, say, warn
+from pipeline.errors import UserError
+from pipeline.recording import Recorder
+from pipeline.run import Run
+from pipeline.schedules import learning_rate_factor
+from pipeline.task import TOTAL, Rows, Task
+
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Result:
+    """What a training leaves: the model holds the best weights."""
+
+    model: nn.Module
+    steps: int = 0  # optimizer steps completed
+    metrics: dict[str, float] = field(default_factory=dict)  # the last value of every evaluation metric
+
+
+class Training:
+    """A task in training. The result depends on config, data and thread count alone."""
+
+    def __init__(self, task: Task, run: Run, console: Console, device: str) -> None:
+        self.task, self.config, self.run, self.console, self.device = task, task.config, run, console, device
+        torch.manual_seed(self.config.seed)
+        self.model = task.model().to(device)
+        self.optimizers = task.optimizers(self.model)
+        self.peaks = {
+            name: [group["lr"] for group in optimizer.param_groups] for name, optimizer in self.optimizers.items()
+        }
+        self.scaler = torch.amp.GradScaler(device, enabled=self.config.training.amp == "fp16")
+        self.total_steps = count_steps(task)
+        self.recorder = Recorder(run, console, self.config.tracking.log_every)
+        self.keeper = BestKeeper(self.config.evaluation, run.folder / "best" / "model.safetensors")
+        self.result = Result(self.model)
+        self.evaluated_at = -1
+
+    def train(self) -> Result:
+        """Train, evaluate, keep the best weights, and evaluate those once on the test split.
+
+        Raises:
+            NonFiniteError: a loss became NaN or infinite; what was logged before is in the run.
+        """
+        started = time.perf_counter()
+        every = self.config.evaluation.every_steps
+        self.model.train()
+        for epoch in range(self.config.training.num_train_epochs):
+            for window in windows(self.task.plan(epoch), self.config.training.accumulation_steps):
+                if self._is_over():
+                    break
+                self._step(window)
+                if every and self.result.steps % every == 0:
+                    self._evaluate()
+            if self._is_over():
+                break
+            if not every:
+                self._evaluate()
+        if self.evaluated_at != self.result.steps:
+            self._evaluate()
+        self.recorder.drain()
+        self.run.log_metrics(self.result.steps, {"time/train_seconds": time.perf_counter() - started})
+        save_weights(self.model.state_dict(), self.run.folder / "final" / "model.safetensors")
+        self.keeper.restore(self.model)
+        tested = dict(self.task.evaluate(self.model, "test", self.device))
+        self.run.log_metrics(self.result.steps, tested)
+        self.result.metrics |= tested
+        self.console.close()
+        return self.result
+
+    def _is_over(self) -> bool:
+        return self.result.steps >= self.total_steps or self.keeper.exhausted
+
+    def _step(self, window: list[Rows]) -> None:
+        """One optimizer step over the window's micro-batches."""
+        step = self.result.steps
+        factor = learning_rate_factor(step, self.total_steps, **self.task.schedule.model_dump())
+        for name, optimizer in self.optimizers.items():
+            for group, peak in zip(optimizer.param_groups, self.peaks[name], strict=True):
+                group["lr"] = peak * factor
+        losses = self._backward(window, step)
+        norms = self._update()
+        settings = {f"lr/{name}": optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
+        settings |= self.task.settings(step)
+        logged = tuple(self.task.logged_losses(list(losses)))
+        self.recorder.step(step, losses, logged, norms, settings, sum(len(rows) for rows in window))
+        self.result.steps = step + 1
+
+    def _backward(self, window: list[Rows], step: int) -> dict[str, Tensor]:
+        """Gradients of the whole window's mean losses; returns those losses."""
+        amp = self.config.training.amp
+        batches: list[Any] = [self.task.batch(rows).to(self.device) for rows in window]
+        counts = _sum([self.task.counts(batch) for batch in batches])
+        shares = []
+        for batch in batches:
+            with torch.autocast(self.device, dtype=AMP.get(amp), enabled=amp != "no"):
+                losses = self.task.losses(self.model, batch, counts, step)
+            self.scaler.scale(losses[TOTAL]).backward()  # type: ignore[no-untyped-call]
+            shares.append({name: loss.detach() for name, loss in losses.items()})
+        return _sum(shares)
+
+    def _update(self) -> dict[str, Tensor]:
+        """One step of every optimizer; returns the gradient norms before clipping."""
+        norms = {}
+        for name, optimizer in self.optimizers.items():
+            self.scaler.unscale_(optimizer)
+            parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            sparse = [parameter for parameter in parameters if parameter.grad.is_sparse]
+            for parameter in sparse:  # a row's gradients in one place, for the norm and for the optimizer
+                parameter.grad = parameter.grad.coalesce()
+            norm = torch.nn.utils.get_total_norm([p.grad.values() if p.grad.is_sparse else p.grad for p in parameters])
+            if self.config.training.clip_norm is not None and not sparse:
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.config.training.clip_norm, norm)
+            norms[f"grad_norm/{name}"] = norm
+            self.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
+        return norms
+
+    def _evaluate(self) -> None:
+        """Validation metrics, logged under the number of steps completed."""
+        step = self.evaluated_at = self.result.steps
+        self.recorder.pause()
+        metrics = dict(self.task.evaluate(self.model, "valid", self.device))
+        self.run.log_metrics(step, metrics)
+        self.run.flush()
+        self.result.metrics |= metrics
+        self.keeper.consider(metrics, self.model, step)
+        name = self.keeper.metric
+        score = f"{name} {metrics[name]:.4f}" if name in metrics else "evaluated"
+        say(f"step {step}: {score}" + (" (best)" if self.keeper.step == step else ""))
+        for finding in self.task.findings(metrics):
+            warn(f"step {step}: {finding}")
+        self.recorder.resume()
+
+
+class BestKeeper:
+    """The best weights so far on disk, and when to stop."""
+
+    def __init__(self, config: EvaluationConfig, file: Path) -> None:
+        self.metric, self.sign, self.patience = config.metric, 1 if config.mode == "max" else -1, config.patience
+        self.file = file
+        self.best, self.without_gain = -math.inf, 0
+        self.step: int | None = None
+
+    @property
+    def exhausted(self) -> bool:
+        return self.patience is not None and self.without_gain >= self.patience
+
+    def consider(self, metrics: Mapping[str, float], model: nn.Module, step: int) -> None:
+        """Keep the weights if their metric is the best yet."""
+        if self.metric not in metrics:
+            names = ", ".join(sorted(name for name in metrics if name.startswith("valid/")))
+            warn(f"evaluation.metric {self.metric} is not among the metrics at step {step}: {names}")
+            return
+        score = self.sign * metrics[self.metric]
+        if score > self.best:
+            self.best, self.step, self.without_gain = score, step, 0
+            save_weights(model.state_dict(), self.file)
+        else:
+            self.without_gain += 1
+
+    def restore(self, model: nn.Module) -> None:
+        """The best weights back into the model; the last ones stay where no evaluation had the metric."""
+        if self.step is not None:
+            load_weights(model, self.file)
+
+
+def windows(plan: Sequence[Rows], size: int) -> Iterator[list[Rows]]:
+    """The plan's micro-batches, `size` to an optimizer step; the last step of an epoch may have fewer."""
+    for start in range(0, len(plan), size):
+        yield [plan[index] for index in range(start, min(start + size, len(plan)))]
+
+
+def count_steps(task: Task) -> int:
+    """Optimizer steps of the whole training, early stopping aside."""
+    training = task.config.training
+    longest = training.max_steps or math.inf
+    steps = 0
+    for epoch in range(training.num_train_epochs):
+        if steps >= longest:
+            break
+        steps += -(-len(task.plan(epoch)) // training.accumulation_steps)
+    return int(min(steps, longest))
+
+
+def resolve_device(wanted: str) -> str:
+    """`auto` as what this machine has.
+
+    Raises:
+        UserError: cuda is asked for and there is none.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: found cuda, but torch sees no CUDA device; allowed here: auto, cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+
+
+def _sum(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The parts' tensors added up by name."""
+    total = dict(parts[0])
+    for part in parts[1:]:
+        for name, value in part.items():
+            total[name] = total[name] + value
+    return total
