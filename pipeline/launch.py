@@ -13,8 +13,8 @@ from torch import nn
 from pipeline import plots
 from pipeline.config import RunConfig, flatten, to_yaml
 from pipeline.console import Console, say, warn
-from pipeline.task import Task
 from pipeline.run import MemoryRun, MlflowRun, Run, RunRequest, Writer
+from pipeline.task import Task
 from pipeline.training import Result, Training, count_steps, resolve_device
 
 TaskFactory = Callable[[Any], Task]

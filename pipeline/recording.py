@@ -6,7 +6,7 @@ for every step's numbers. A NaN is therefore noticed a few steps late, but named
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +29,6 @@ class _Step:
     losses: tuple[str, ...]
     norms: tuple[str, ...]
     values: Tensor  # of the losses, then of the norms
-    logged: tuple[str, ...]  # of the losses
     settings: Mapping[str, float | bool]
     rows: int
     time_ms: int
@@ -39,8 +38,11 @@ class _Step:
 class Recorder:
     """Buffers steps; `drain` checks them, logs every `log_every`-th and forgets them."""
 
-    def __init__(self, run: Run, console: Console, log_every: int) -> None:
-        self.run, self.console, self.log_every = run, console, log_every
+    def __init__(
+        self, run: Run, console: Console, log_every: int, logged: Callable[[Sequence[str]], Sequence[str]]
+    ) -> None:
+        """`logged`: of the names of a step's losses, those to log."""
+        self.run, self.console, self.log_every, self.logged = run, console, log_every, logged
         self.waiting: list[_Step] = []
         self.rows_since_log, self.last_log = 0, time.perf_counter()
         self.last_drain = self.last_log
@@ -49,15 +51,14 @@ class Recorder:
         self,
         step: int,
         losses: Mapping[str, Tensor],
-        logged: tuple[str, ...],
         norms: Mapping[str, Tensor],
         settings: Mapping[str, float | bool],
         rows: int,
     ) -> None:
-        """Take a step's numbers. `logged`: the losses to log; all are checked."""
+        """Take a step's numbers; all losses are checked, whether they are logged or not."""
         values = torch.stack([*losses.values(), *norms.values()])
         clock = time.perf_counter()
-        self.waiting.append(_Step(step, tuple(losses), tuple(norms), values, logged, settings, rows, now_ms(), clock))
+        self.waiting.append(_Step(step, tuple(losses), tuple(norms), values, settings, rows, now_ms(), clock))
         if len(self.waiting) >= DRAIN_STEPS or clock - self.last_drain > DRAIN_SECONDS:
             self.drain()
 
@@ -91,7 +92,9 @@ class Recorder:
             self.rows_since_log += entry.rows
             if entry.step % self.log_every:
                 continue
-            metrics: dict[str, float | bool] = {name: found[name] for name in (*entry.logged, *entry.norms)}
+            metrics: dict[str, float | bool] = {
+                name: found[name] for name in (*self.logged(entry.losses), *entry.norms)
+            }
             metrics |= entry.settings
             metrics["throughput/rows_per_second"] = self.rows_since_log / max(1e-9, entry.clock - self.last_log)
             metrics["global_step"] = entry.step

@@ -82,7 +82,9 @@ class MemoryRun:
         self.params: dict[str, str] = {}
         self.tags: dict[str, str] = {}
         self.points: list[tuple[int, dict[str, float]]] = []
+        self.times: list[int] = []
         self.artifacts: list[str] = []
+        self.models: list[Mapping[str, Any]] = []
         self.inputs: list[dict[str, Any]] = []
         self.status = "RUNNING"
 
@@ -94,6 +96,7 @@ class MemoryRun:
 
     def log_metrics(self, step: int, metrics: Mapping[str, float], time_ms: int | None = None) -> None:
         self.points.append((step, dict(metrics)))
+        self.times.append(time_ms or now_ms())
 
     def log_artifact(self, file: Path, folder: str = "") -> None:
         self.artifacts.append(f"{folder}/{file.name}".lstrip("/"))
@@ -102,7 +105,7 @@ class MemoryRun:
         self.inputs.append({"name": name, "digest": digest, "source": source, "profile": profile})
 
     def log_model(self, export: Mapping[str, Any]) -> None:
-        self.artifacts.append("model")
+        self.models.append(export)
 
     def flush(self) -> None:
         """Nothing waits."""

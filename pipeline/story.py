@@ -5,9 +5,9 @@ from typing import Any
 
 from pipeline.console import say, table
 from pipeline.launch import train_run
+from pipeline.run import MlflowRun, Writer
 from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.task import MmoeTask
-from pipeline.run import MlflowRun, Writer
 
 
 def main(config: MmoeConfig, given: frozenset[str]) -> None:

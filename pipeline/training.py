@@ -44,7 +44,7 @@ class Training:
         }
         self.scaler = torch.amp.GradScaler(device, enabled=self.config.training.amp == "fp16")
         self.total_steps = count_steps(task)
-        self.recorder = Recorder(run, console, self.config.tracking.log_every)
+        self.recorder = Recorder(run, console, self.config.tracking.log_every, task.logged_losses)
         self.keeper = BestKeeper(self.config.evaluation, run.folder / "best" / "model.safetensors")
         self.result = Result(self.model)
         self.evaluated_at = -1
@@ -95,8 +95,7 @@ class Training:
         norms = self._update()
         settings = {f"lr/{name}": optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
         settings |= self.task.settings(step)
-        logged = tuple(self.task.logged_losses(list(losses)))
-        self.recorder.step(step, losses, logged, norms, settings, sum(len(rows) for rows in window))
+        self.recorder.step(step, losses, norms, settings, sum(len(rows) for rows in window))
         self.result.steps = step + 1
 
     def _backward(self, window: list[Rows], step: int) -> dict[str, Tensor]:

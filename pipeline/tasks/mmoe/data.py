@@ -4,6 +4,7 @@ The ids of all rows and all id features lie in one flat stream, already shifted 
 how many belong to each (row, feature) bag. N = rows, F = id features, M = numeric features.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -116,7 +117,7 @@ class Shuffle(Sequence[Rows]):
         return np.random.Generator(np.random.PCG64(self.seed)).permutation(self.rows)
 
     def __len__(self) -> int:
-        return -(-self.rows // self.batch_size)
+        return math.ceil(self.rows / self.batch_size)
 
     def __getitem__(self, index: Any) -> Any:
         if not 0 <= index < len(self):

@@ -8,10 +8,10 @@ from tqdm import tqdm
 
 from pipeline.config import flatten
 from pipeline.console import say, warn
+from pipeline.run import MlflowRun, RunRequest, Writer
 from pipeline.tasks.mmoe.config import PrepareCtrConfig
 from pipeline.tasks.mmoe.prepare import prepare
 from pipeline.tasks.mmoe.schema import SCHEMA_FILE, DataSchema
-from pipeline.run import MlflowRun, RunRequest, Writer
 
 OUT_OF_VOCABULARY_WARNING = 0.2
 

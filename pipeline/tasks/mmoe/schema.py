@@ -60,6 +60,11 @@ class FeatureSource(Config):
             raise ValueError("weights and weight_separator exclude each other")
         return self
 
+    @property
+    def weighted(self) -> bool:
+        """Every id of a row has a weight."""
+        return self.weights is not None or self.weight_separator is not None
+
 
 def _short_form(value: Any) -> Any:
     return {"kind": value} if isinstance(value, str) else value
@@ -109,7 +114,7 @@ class SourceSchema(Config):
     features: dict[str, Annotated[FeatureSource, BeforeValidator(_short_form)]] = Field(min_length=1)
     """column -> kind, or a mapping with `kind` and its settings"""
     missing_values: tuple[str, ...] = MISSING_TEXT
-    """text that means "no value" (exact); the default is what pandas reads so"""
+    """text that means "no value" (exact; in a numeric column any spelling); the default is what pandas reads so"""
     split: SplitSource = SplitSource()
 
 
@@ -129,7 +134,7 @@ class Feature(Config):
     """numeric: increasing edges of the bins, from training quantiles"""
     fill: float | None = None
     """numeric: what a missing value becomes; null = refuse it"""
-    out_of_vocabulary: dict[str, float] = {}
+    out_of_vocabulary: dict[str, float] = Field(default_factory=dict)
     """categorical, multi: share of the ids that are out of vocabulary, by split"""
 
 
@@ -170,6 +175,11 @@ class DataSchema(Config):
         """SHA-256 (hex) of the data: of the splits' and the vocabulary's digests and the features."""
         kept = self.model_dump(mode="json", include={"format", "features", "splits", "vocabulary_sha256", "truth"})
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def raw_columns(self) -> list[str]:
+        """The raw columns that the features are made of."""
+        return [name for feature in self.features for name in (feature.name, feature.weights) if name]
 
     @classmethod
     def read(cls, folder: Path) -> "DataSchema":

@@ -1,0 +1,195 @@
+"""Label conditions such as `click and income == "50000+."`: a small language, never run as Python.
+
+Comparisons (`== != < <= > >=`, `in [..]`, `not in [..]`) of a column with texts or numbers, a bare column of 0/1
+labels, `and`, `or`, `not` and parentheses. A column whose name is no Python name stands in backticks. A missing value
+is equal to nothing: every comparison with it is false, `!=` and `not in` are true.
+"""
+
+import ast
+import math
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.errors import UserError
+
+ALLOWED = (
+    "a column compared (==, !=, <, <=, >, >=, in [..], not in [..]) with a text or a number, a column of 0/1 labels, "
+    "and, or, not, (..)"
+)
+_COMPARE: dict[type[ast.cmpop], tuple[str, str]] = {  # the function, and that of the sides swapped
+    ast.Eq: ("equal", "equal"),
+    ast.NotEq: ("not_equal", "not_equal"),
+    ast.Lt: ("less", "greater"),
+    ast.LtE: ("less_equal", "greater_equal"),
+    ast.Gt: ("greater", "less"),
+    ast.GtE: ("greater_equal", "less_equal"),
+}
+_QUOTED = re.compile(rb"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|`[^`]*`""")
+
+
+class Columns(Protocol):
+    """The raw columns of a batch, as conditions read them."""
+
+    def text(self, column: str) -> pa.Array:
+        """Stripped text; null = missing."""
+
+    def number(self, column: str) -> pa.Array:
+        """Doubles; NaN = missing.
+
+        Raises:
+            UserError: a value is not a number.
+        """
+
+    def label(self, column: str) -> pa.Array:
+        """Truth values, none missing.
+
+        Raises:
+            UserError: a value is not 0 or 1.
+        """
+
+
+Evaluate = Callable[[Columns], pa.Array]
+
+
+@dataclass(frozen=True)
+class Condition:
+    text: str
+    columns: tuple[str, ...]
+    """that it reads, each once, in the order they are named"""
+    texts: tuple[str, ...]
+    """that it compares with"""
+    evaluate: Evaluate = field(repr=False, compare=False)
+    """a batch's columns -> truth values, none missing"""
+
+
+def parse(text: str) -> Condition:
+    """Compile a condition.
+
+    Raises:
+        UserError: it is not one; names the condition, the position (characters, from 1) and what is allowed.
+    """
+    parser = _Parser(text)
+    evaluate = parser.compiled()
+    return Condition(text, tuple(dict.fromkeys(parser.columns)), tuple(parser.texts), evaluate)
+
+
+def columns_of(text: str) -> tuple[str, ...]:
+    """The columns that a condition reads."""
+    return parse(text).columns
+
+
+class _Parser:
+    def __init__(self, text: str) -> None:
+        self.text = " ".join(text.split("\n")).strip()
+        self.source = self.text.encode()
+        self.columns: list[str] = []
+        self.texts: list[str] = []
+
+    def compiled(self) -> Evaluate:
+        # a name in backticks becomes as many underscores: Python's parser then counts the same positions
+        plain = _QUOTED.sub(lambda found: b"_" * len(found[0]) if found[0][:1] == b"`" else found[0], self.source)
+        try:
+            with warnings.catch_warnings(action="ignore"):  # Python's own advice on odd expressions
+                tree = ast.parse(plain.decode(), mode="eval")
+            return self.truth(tree.body)
+        except SyntaxError as error:
+            position = error.offset - 1 if error.offset else len(self.text)  # 0 = at the end
+            raise self.refused(position, error.msg) from None
+        except (RecursionError, MemoryError, ValueError, OverflowError):
+            raise self.refused(0, "cannot be read") from None
+
+    def refused(self, position: int, problem: str) -> UserError:
+        shown = self.text if len(self.text) <= 200 else self.text[:197] + "..."
+        return UserError(f"condition `{shown}`, position {position + 1}: {problem}; allowed: {ALLOWED}")
+
+    def refused_node(self, node: ast.AST, problem: str = "") -> UserError:
+        start = len(self.source[: getattr(node, "col_offset", 0)].decode())
+        return self.refused(start, problem or f"found {self.written(node)}")
+
+    def written(self, node: ast.AST) -> str:
+        """The node as the user wrote it."""
+        return self.source[getattr(node, "col_offset", 0) : getattr(node, "end_col_offset", None)].decode()
+
+    def truth(self, node: ast.expr) -> Evaluate:
+        if isinstance(node, ast.BoolOp):
+            parts = [self.truth(value) for value in node.values]
+            join = pc.and_ if isinstance(node.op, ast.And) else pc.or_
+            return lambda columns: _joined(join, [part(columns) for part in parts])
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            part = self.truth(node.operand)
+            return lambda columns: pc.invert(part(columns))
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            parts = [self.comparison(*each) for each in zip(sides, node.ops, sides[1:], strict=False)]
+            return lambda columns: _joined(pc.and_, [part(columns) for part in parts])  # 18 <= age < 30
+        if isinstance(node, ast.Name):
+            column = self.column(node)
+            return lambda columns: columns.label(column)
+        raise self.refused_node(node)
+
+    def comparison(self, left: ast.expr, operator: ast.cmpop, right: ast.expr) -> Evaluate:
+        if isinstance(operator, ast.In | ast.NotIn):
+            return self.membership(self.column(left), right, isinstance(operator, ast.NotIn))
+        if type(operator) not in _COMPARE:
+            raise self.refused_node(left, "found is")
+        function, swapped = _COMPARE[type(operator)]
+        if isinstance(left, ast.Constant | ast.UnaryOp):  # 18 < age
+            left, right, function = right, left, swapped
+        column, constant = self.column(left), self.constant(right)
+        compare = getattr(pc, function)
+        # null where the column is missing: equal to nothing
+        return lambda columns: compare(_read(columns, column, constant), constant).fill_null(function == "not_equal")
+
+    def membership(self, column: str, node: ast.expr, negated: bool) -> Evaluate:
+        if not isinstance(node, ast.List | ast.Tuple | ast.Set) or not node.elts:
+            raise self.refused_node(node, f"found {self.written(node)} after in")
+        constants = [self.constant(element) for element in node.elts]
+        if len({type(constant) for constant in constants}) > 1:
+            raise self.refused_node(node, "found texts and numbers in one list")
+        allowed = pa.array(constants)
+
+        def evaluate(columns: Columns) -> pa.Array:
+            found = pc.is_in(_read(columns, column, constants[0]), value_set=allowed)
+            return pc.invert(found) if negated else found
+
+        return evaluate
+
+    def column(self, node: ast.expr) -> str:
+        if not isinstance(node, ast.Name):
+            raise self.refused_node(node, f"found {self.written(node)} where a column is due")
+        name = self.written(node)  # not node.id, in which Python replaces some letters
+        if name.startswith("`"):
+            name = name[1:-1]
+        self.columns.append(name)
+        return name
+
+    def constant(self, node: ast.expr) -> str | float:
+        sign = 1
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
+            sign, node = -1 if isinstance(node.op, ast.USub) else 1, node.operand
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                raise self.refused_node(node)
+        value = node.value if isinstance(node, ast.Constant) else None
+        if isinstance(value, str):
+            self.texts.append(value.strip())
+            return value.strip()
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return float(sign * value)
+        raise self.refused_node(node, f"found {self.written(node)} where a text or a number is due")
+
+
+def _read(columns: Columns, column: str, constant: str | float) -> pa.Array:
+    return columns.text(column) if isinstance(constant, str) else columns.number(column)
+
+
+def _joined(join: Callable[[Any, Any], pa.Array], parts: Sequence[pa.Array]) -> pa.Array:
+    whole = parts[0]
+    for part in parts[1:]:
+        whole = join(whole, part)
+    return whole

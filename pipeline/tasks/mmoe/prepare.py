@@ -1,0 +1,288 @@
+"""`prepare_ctr`: a raw CSV or Parquet file, and a YAML that says what it holds, to training-ready columns.
+
+Two passes over the rows, in memory that does not grow with them. The first reads the labels and, of the training
+split, ids and numbers; the second writes the splits.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.config import read_yaml, validate
+from pipeline.errors import UserError
+from pipeline.tasks.mmoe.cells import Floats
+from pipeline.tasks.mmoe.encoding import Encoder, refuse_missing, to_float32
+from pipeline.tasks.mmoe.plan import Plan
+from pipeline.tasks.mmoe.reading import Batch, Recut, Source
+from pipeline.tasks.mmoe.schema import (
+    FIRST_ID,
+    LABELS,
+    MISSING,
+    OUT_OF_VOCABULARY,
+    SCHEMA_FILE,
+    SPLITS,
+    VOCABULARY_FILE,
+    BaseRates,
+    DataSchema,
+    Feature,
+    SourceSchema,
+    Split,
+    sha256_of,
+)
+from pipeline.tasks.mmoe.statistics import Counts, Numbers, bin_edges
+
+ROW_GROUP_ROWS = 65_536
+FILES = (*(f"{split}.parquet" for split in SPLITS), VOCABULARY_FILE, SCHEMA_FILE)  # the schema last: it says "ready"
+
+
+def prepare(
+    data: Path,
+    schema_file: Path,
+    output_dir: Path,
+    *,
+    batch_rows: int = 65_536,
+    progress: Callable[[int], None] | None = None,
+) -> DataSchema:
+    """Write splits, vocabulary and `schema.json` into `output_dir`: all of them, or nothing.
+
+    `data`: a file, or a folder whose files (.csv, .csv.gz, .parquet; one format) are read in sorted order.
+    `progress` is called with the number of rows of each batch, in both passes.
+
+    Raises:
+        UserError: anything is wrong with the files; names file, row and column, what was found and what is allowed.
+    """
+    declared = validate(SourceSchema, read_yaml(schema_file), schema_file)
+    source = Source(data, declared.columns, declared.csv)
+    plan = Plan(declared, schema_file, source.files[0], source.names(source.files[0]))
+
+    def batches() -> Iterator[Batch]:
+        for batch in source.batches(plan.columns, batch_rows):
+            yield batch
+            if progress:
+                progress(batch.rows)
+
+    with _published(output_dir, data, source.files) as folder:
+        training = TrainingSplit(plan)
+        for batch in batches():
+            training.add(batch)
+        if not training.rows:
+            found = f"{training.all_rows} rows, none of them in the training split" if training.all_rows else "no rows"
+            raise UserError(f"{data}: {found}, allowed: at least one training row")
+        vocabularies = training.vocabularies()
+        _write_vocabularies(vocabularies, folder / VOCABULARY_FILE)
+        schema = DataSchema(
+            features=training.described(vocabularies),
+            splits={},
+            base_rates=BaseRates(ctr=0, cvr=0),  # known when the splits are
+            vocabulary_sha256=sha256_of(folder / VOCABULARY_FILE),
+            missing_values=declared.missing_values,
+            strip=declared.csv.strip,
+            source=source.description(),
+        )
+        encoder = Encoder(schema, {name: table["value"].to_pylist() for name, table in vocabularies.items()})
+        with ExitStack() as stack:
+            writers = [stack.enter_context(SplitWriter(folder / f"{split}.parquet", schema)) for split in SPLITS]
+            for batch in batches():
+                table = pa.table(plan.labels(batch) | encoder.encode_columns(batch.columns, batch.place))
+                splits = plan.split(batch)
+                for number, writer in enumerate(writers):
+                    writer.add(table.filter(pa.array(splits == number)))
+        schema = _with_splits(schema, dict(zip(SPLITS, writers, strict=True)))
+        if sum(split.rows for split in schema.splits.values()) != training.all_rows:
+            raise UserError(f"{data}: changed while it was read")
+        schema.write(folder)
+    return schema
+
+
+class TrainingSplit:
+    """What the training split says of the features; the cells of all splits are checked on the way."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.features = plan, plan.declared.features
+        self.rows = self.all_rows = 0
+        self._numeric = [name for name, feature in self.features.items() if feature.kind == "numeric"]
+        self._numbers = Numbers(len(self._numeric))
+        self._counts = {name: Counts() for name in self.features if name not in self._numeric}
+
+    def add(self, batch: Batch) -> None:
+        self.plan.labels(batch)  # for its errors
+        training = self.plan.split(batch) == 0
+        self.all_rows += batch.rows
+        self.rows += int(training.sum())
+        for name, counts in self._counts.items():
+            feature, column = self.features[name], batch.columns[name]
+            if feature.kind == "categorical":
+                counts.add(self.plan.cells.texts(column, name, batch.place), training)
+            else:
+                weights = batch.columns[feature.weights] if feature.weights else None
+                bags = self.plan.cells.bags(name, column, weights, feature, batch.place)
+                counts.add(bags.texts, training[bags.owners])
+        if self._numeric:
+            values = np.column_stack([self._values(name, batch) for name in self._numeric])
+            self._numbers.add(batch.start + np.flatnonzero(training), values[training])
+
+    def vocabularies(self) -> dict[str, pa.Table]:
+        """Of each id feature: value and count, in the order of the ids."""
+        return {name: counts.vocabulary(self.features[name].min_count) for name, counts in self._counts.items()}
+
+    def described(self, vocabularies: Mapping[str, pa.Table]) -> tuple[Feature, ...]:
+        """The features as training reads them."""
+        numeric = dict(
+            zip(self._numeric, zip(self._numbers.means(), self._numbers.sample().T, strict=True), strict=True)
+        )
+        features = []
+        for name, declared in self.features.items():
+            if name in numeric:
+                mean, sample = numeric[name]
+                fill = None if declared.missing == "error" else declared.missing
+                if fill == "mean":
+                    fill = self._mean(name, float(mean))
+                read = sample if fill is None else np.where(np.isnan(sample), fill, sample)
+                features.append(Feature(name=name, kind="numeric", fill=fill, edges=bin_edges(read, declared.bins)))
+            else:
+                size = FIRST_ID + vocabularies[name].num_rows
+                how = declared.model_dump(include={"separator", "weight_separator", "weights"})
+                features.append(Feature(name=name, kind=declared.kind, size=size, weighted=declared.weighted, **how))
+        return tuple(features)
+
+    def _mean(self, name: str, mean: float) -> float:
+        if np.isnan(mean):
+            key = f"{self.plan.schema_file}: features.{name}.missing"
+            raise UserError(f"{key}: found mean, but no training row has a value; allowed: a number")
+        return mean
+
+    def _values(self, name: str, batch: Batch) -> Floats:
+        """As training will read them, but for a mean that is not known yet."""
+        values = self.plan.cells.numbers(batch.columns[name], name, batch.place)
+        missing = self.features[name].missing
+        if missing == "error":
+            refuse_missing(values, name, batch.place)
+        elif missing != "mean":
+            values = np.where(np.isnan(values), missing, values)
+        to_float32(values, name, batch.place)  # for its errors
+        return values
+
+
+class SplitWriter:
+    """One Parquet split: row groups of one size, whatever the batches, so that its bytes depend on the data alone."""
+
+    def __init__(self, file: Path, schema: DataSchema) -> None:
+        self.file, self.rows = file, 0
+        self.sums = dict.fromkeys(LABELS, 0)
+        self.unknown = {feature.name: 0 for feature in schema.features if feature.kind != "numeric"}
+        self.known = dict(self.unknown)
+        self._recut = Recut(ROW_GROUP_ROWS)
+        self._writer = pq.ParquetWriter(file, _arrow_schema(schema.features), compression="zstd")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
+        with self._writer:
+            for piece in self._recut.rest() if failed is None else ():
+                self._writer.write_table(piece, row_group_size=ROW_GROUP_ROWS)
+
+    def add(self, table: pa.Table) -> None:
+        self.rows += table.num_rows
+        for label in LABELS:
+            self.sums[label] += int(table[label].to_numpy().sum())
+        for name in self.unknown:
+            ids = table[name].combine_chunks()
+            ids = (ids.flatten() if pa.types.is_list(ids.type) else ids).to_numpy(zero_copy_only=False)
+            self.unknown[name] += int((ids == OUT_OF_VOCABULARY).sum())
+            self.known[name] += int((ids > MISSING).sum())
+        for piece in self._recut.add(table):
+            self._writer.write_table(piece, row_group_size=ROW_GROUP_ROWS)
+
+    def described(self) -> Split:
+        clicks, conversions = (self.sums[label] for label in LABELS)
+        sha256 = sha256_of(self.file)
+        return Split(file=self.file.name, rows=self.rows, clicks=clicks, conversions=conversions, sha256=sha256)
+
+    def out_of_vocabulary(self, name: str) -> float:
+        """Of the ids that are there, the share that is out of vocabulary; a missing value is no id."""
+        return self.unknown[name] / max(1, self.unknown[name] + self.known[name])
+
+
+def _with_splits(schema: DataSchema, writers: Mapping[str, SplitWriter]) -> DataSchema:
+    features = tuple(
+        feature if feature.kind == "numeric" else feature.model_copy(update={
+            "out_of_vocabulary": {split: writer.out_of_vocabulary(feature.name) for split, writer in writers.items()}
+        })
+        for feature in schema.features
+    )  # fmt: skip
+    splits = {split: writer.described() for split, writer in writers.items()}
+    train = splits["train"]
+    rates = BaseRates(ctr=train.clicks / train.rows, cvr=train.conversions / max(1, train.clicks))
+    return schema.model_copy(update={"features": features, "splits": splits, "base_rates": rates})
+
+
+def _arrow_schema(features: Sequence[Feature]) -> pa.Schema:
+    fields = [(label, pa.int8()) for label in LABELS]
+    for feature in features:
+        kinds = {"categorical": pa.int32(), "multi": pa.list_(pa.int32()), "numeric": pa.float32()}
+        fields.append((feature.name, kinds[feature.kind]))
+        if feature.weighted:
+            fields.append((f"{feature.name}.weights", pa.list_(pa.float32())))
+    return pa.schema(fields)
+
+
+def _write_vocabularies(vocabularies: Mapping[str, pa.Table], file: Path) -> None:
+    schema = pa.schema([("feature", pa.string()), ("value", pa.string()), ("id", pa.int32()), ("count", pa.int64())])
+    with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        for name, table in vocabularies.items():
+            ids = np.arange(FIRST_ID, FIRST_ID + table.num_rows, dtype=np.int32)
+            columns = [pa.repeat(name, table.num_rows), table["value"], pa.array(ids), table["count"]]
+            writer.write_table(pa.table(columns, schema=schema))
+
+
+@contextmanager
+def _published(folder: Path, data: Path, files: Sequence[Path]) -> Iterator[Path]:
+    """A work folder inside of `folder`, whose files move up at the end; on an error all is as it was."""
+    try:
+        outputs = {(folder / name).resolve() for name in FILES}
+        if data.resolve() == folder.resolve() or any(file.resolve() in outputs for file in files):
+            raise UserError(f"output_dir {folder}: would write over the data, allowed: another folder")
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".prepare-", dir=folder))
+    except OSError as error:
+        raise UserError(f"output_dir {folder}: {error.strerror or error}") from None
+    try:
+        yield work
+        _move_up(work, folder)
+        made = []
+    except OSError as error:
+        raise UserError(f"output_dir {folder}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
+
+
+def _move_up(work: Path, folder: Path) -> None:
+    """Old files out, new files in, the schema last: a folder without one is not ready."""
+    old = work / "old"
+    old.mkdir()
+    try:
+        for name in reversed(FILES):
+            if (folder / name).exists():
+                os.replace(folder / name, old / name)
+        for name in FILES:
+            os.replace(work / name, folder / name)
+    except BaseException:
+        for name in FILES:
+            if not (work / name).exists():
+                os.replace(folder / name, work / name)
+            if (old / name).exists():
+                os.replace(old / name, folder / name)
+        raise

@@ -1,0 +1,237 @@
+"""Raw CSV and Parquet files as a stream of batches; a CSV's cells are all text."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from pipeline.errors import UserError
+from pipeline.tasks.mmoe.cells import no_column, plain
+from pipeline.tasks.mmoe.schema import CsvSource, sha256_of
+
+SUFFIXES = (".csv", ".csv.gz", ".parquet")
+BLOCK_BYTES = 4 << 20  # what is parsed at once; a CSV row must fit into it
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one file."""
+
+    file: Path
+    first: int  # number of the first row within its file, from 1, the header not counted
+    start: int  # number of the first row among all rows of all files, from 0
+    rows: int
+    columns: dict[str, pa.Array]
+
+    def place(self, row: int) -> str:
+        return f"{self.file}: row {self.first + row}"
+
+
+class Recut:
+    """Cuts a stream of tables into tables of `rows` rows each, whatever came in."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows, self._held, self._count = rows, list[pa.Table](), 0
+
+    def add(self, table: pa.Table) -> Iterator[pa.Table]:
+        self._held.append(table)
+        self._count += table.num_rows
+        if self._count < self.rows:
+            return
+        whole = pa.concat_tables(self._held)
+        cut = self._count - self._count % self.rows
+        self._held, self._count = [whole.slice(cut)], self._count - cut
+        for start in range(0, cut, self.rows):
+            yield whole.slice(start, self.rows).combine_chunks()
+
+    def rest(self) -> Iterator[pa.Table]:
+        if self._count:
+            yield pa.concat_tables(self._held).combine_chunks()
+        self._held, self._count = [], 0
+
+
+class Source:
+    """A file, or the files of a folder in sorted order.
+
+    Raises:
+        UserError: nothing is there, it cannot be read, or the files are of more than one format.
+    """
+
+    def __init__(self, data: Path, columns: Sequence[str] | None = None, csv: CsvSource | None = None) -> None:
+        self.files = _find(data)
+        self.given, self.csv = columns, csv or CsvSource()
+        self.parquet = _is_parquet(self.files[0])
+        if columns and self.parquet:
+            raise UserError(f"{self.files[0]}: columns names a headerless CSV's columns; a Parquet file has its own")
+        if not self.csv.delimiter.isascii() or self.csv.delimiter in '\r\n"':
+            raise UserError(
+                f"csv.delimiter: found {self.csv.delimiter!r}, allowed: an ASCII character, no quote or line end"
+            )
+
+    def names(self, file: Path) -> list[str]:
+        """The names of a file's columns."""
+        with _told(file):
+            if self.parquet:
+                return list(pq.ParquetFile(file).schema_arrow.names)
+            names = list(self.given or self._header(file))
+            return [name.strip() for name in names] if self.csv.strip else names
+
+    def batches(self, wanted: Sequence[str], rows: int) -> Iterator[Batch]:
+        """The wanted columns of all rows, at most `rows` at a time, in order.
+
+        Raises:
+            UserError: a wanted column is absent, or a file is damaged; names the file and, where it can, the row.
+        """
+        start = 0
+        for file in self.files:
+            names = self.names(file)
+            for name in wanted:
+                if names.count(name) != 1:
+                    found = f"column {name} is there twice" if name in names else no_column(name, names)
+                    raise UserError(f"{file}: {found}")
+            first = 1
+            with _told(file):
+                for table in self._tables(file, names, list(wanted), rows):
+                    batch = Batch(file, first, start, table.num_rows, {})
+                    for name in wanted:
+                        batch.columns[name] = plain(table[name].combine_chunks(), name, batch.place)
+                    yield batch
+                    first, start = first + table.num_rows, start + table.num_rows
+
+    def description(self) -> str:
+        """File names and the SHA-256 of the file, or of the files' digests one after another."""
+        digests = [sha256_of(file) for file in self.files]
+        names = [file.name for file in self.files]
+        if len(names) > 4:
+            names = [f"{names[0]} to {names[-1]} ({len(names)} files)"]
+        whole = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+        return f"{', '.join(names)}, SHA-256 {whole}"
+
+    def _tables(self, file: Path, names: list[str], wanted: list[str], rows: int) -> Iterator[pa.Table]:
+        recut = Recut(rows)
+        batches = (
+            pq.ParquetFile(file).iter_batches(rows, columns=wanted) if self.parquet else self._csv(file, names, wanted)
+        )
+        for batch in batches:
+            yield from recut.add(pa.Table.from_batches([batch]).select(wanted))
+        yield from recut.rest()
+
+    def _header(self, file: Path) -> list[str]:
+        with _opened(file) as stream:
+            if stream.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+                raise UserError(f"{file}: found UTF-16, allowed: UTF-8 text")
+        with _opened(file) as stream:
+            parse = pa.csv.ParseOptions(
+                delimiter=self.csv.delimiter, newlines_in_values=True, invalid_row_handler=lambda _: "skip"
+            )
+            read = pa.csv.ReadOptions(block_size=BLOCK_BYTES, use_threads=False)
+            try:
+                return list(pa.csv.open_csv(stream, read, parse).schema.names)
+            except pa.ArrowInvalid as error:
+                if "Empty CSV" in str(error):
+                    raise UserError(f"{file}: no rows") from None
+                raise
+
+    def _csv(self, file: Path, names: list[str], wanted: list[str]) -> Iterator[pa.RecordBatch]:
+        original = self.given or self._header(file)
+        last = original[-1]  # read even if nobody wants it: that is where a quote left open ends
+        header = 0 if self.given else 1
+        wrong: list[Any] = []
+
+        def refuse(row: Any) -> str:
+            wrong.append(row)
+            return "error"
+
+        by_name = dict(zip(names, original, strict=True))
+        read = [by_name[name] for name in wanted]
+        read += [last] if last not in read else []
+        end = b""
+        with _opened(file) as stream:
+            try:
+                batches = pa.csv.open_csv(
+                    stream,
+                    pa.csv.ReadOptions(block_size=BLOCK_BYTES, use_threads=False, column_names=self.given),
+                    pa.csv.ParseOptions(
+                        delimiter=self.csv.delimiter, newlines_in_values=True, invalid_row_handler=refuse
+                    ),
+                    pa.csv.ConvertOptions(
+                        column_types=dict.fromkeys(original, pa.binary()), include_columns=read,
+                        strings_can_be_null=False, check_utf8=False,
+                    ),
+                )  # fmt: skip
+                for batch in batches:
+                    if batch.num_rows:
+                        end = batch.column(len(read) - 1 if last == read[-1] else read.index(last))[-1].as_py()
+                        yield batch.rename_columns([*wanted, *["" for _ in read[len(wanted) :]]])
+            except pa.ArrowInvalid:
+                if wrong:
+                    row, found, allowed = wrong[0].number - header, wrong[0].actual_columns, wrong[0].expected_columns
+                    raise UserError(f"{file}: row {row}: found {found} columns, allowed: {allowed}") from None
+                raise
+        if b"\n" in end and not _ends_with_quote(file):
+            raise UserError(f"{file}: the last row has a quote that is never closed")
+
+
+def _find(data: Path) -> list[Path]:
+    try:
+        if data.is_dir():
+            files = sorted(
+                file for file in data.iterdir()
+                if file.name.lower().endswith(SUFFIXES) and file.name[0] not in "._" and file.is_file()
+            )  # fmt: skip
+            if not files:
+                raise UserError(f"{data}: no data file in this folder, allowed: {', '.join(SUFFIXES)}")
+        else:
+            if data.exists() and not data.is_file():
+                raise UserError(f"{data}: neither a file nor a folder")
+            files = [data]
+        for file in files:
+            with file.open("rb") as stream:
+                if not stream.read(1):
+                    raise UserError(f"{file}: the file is empty")
+    except OSError as error:
+        raise UserError(f"{getattr(error, 'filename', None) or data}: {error.strerror or error}") from None
+    if len({_is_parquet(file) for file in files}) > 1:
+        raise UserError(f"{data}: CSV and Parquet files in one folder, allowed: one format")
+    return files
+
+
+def _is_parquet(file: Path) -> bool:
+    return file.name.lower().endswith(".parquet")
+
+
+def _opened(file: Path) -> Any:
+    compressed = file.name.lower().endswith(".gz")
+    return pa.input_stream(str(file), compression="gzip" if compressed else None)
+
+
+def _ends_with_quote(file: Path) -> bool:
+    end = b""
+    with _opened(file) as stream:
+        while chunk := stream.read(BLOCK_BYTES):
+            end = (end + chunk)[-16:]
+    return bool(end.rstrip(b"\r\n").endswith(b'"'))
+
+
+@contextmanager
+def _told(file: Path) -> Iterator[None]:
+    """What Arrow says of a damaged file, in one line."""
+    try:
+        yield
+    except UnicodeDecodeError:
+        raise UserError(f"{file}: the header is not UTF-8 text") from None
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).split("\n")[0]
+        if "straddling" in reason or "out of sync" in reason:
+            reason = f"a row over {BLOCK_BYTES >> 20} MiB, or a quote that is never closed"
+        elif "gzip" in reason or "zlib" in reason or "compressed stream" in reason:
+            reason = f"not a whole gzip file ({reason})"
+        elif "magic bytes" in reason or _is_parquet(file):
+            reason = f"not a whole Parquet file ({reason})"
+        raise UserError(f"{file}: {reason[:300]}") from None

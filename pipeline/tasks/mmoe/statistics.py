@@ -1,0 +1,140 @@
+"""What the training split says of its columns, in bounded memory, whatever the batches: ids, means, quantiles."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.tasks.mmoe.cells import Floats, Ints, Texts
+
+Hashes = npt.NDArray[np.uint64]
+
+SAMPLE_ROWS = 200_000
+BLOCK_ROWS = 65_536
+
+
+def splitmix64(values: Hashes) -> Hashes:
+    """A 64-bit hash that is a permutation (Steele, Lea & Flood 2014, the finaliser of SplitMix)."""
+    mixed = values + np.uint64(0x9E3779B97F4A7C15)  # arrays wrap round silently
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+class Counts:
+    """How often each text comes. Memory grows with the distinct texts alone."""
+
+    def __init__(self) -> None:
+        self._parts: list[pa.Table] = []
+        self._rows = self._merged_rows = 0
+
+    def add(self, texts: Texts, rows: npt.NDArray[np.bool_]) -> None:
+        """The texts of the rows where `rows` is true."""
+        counts = np.bincount(texts.codes[rows], minlength=len(texts.values))
+        there = pa.array(counts > 0)
+        part = pa.table({"value": texts.values.filter(there), "count": pa.array(counts).filter(there)})
+        self._parts.append(part)
+        self._rows += part.num_rows
+        if self._rows > 2 * self._merged_rows + 1_000_000:
+            self._merge()
+
+    def vocabulary(self, min_count: int) -> pa.Table:
+        """Columns value and count: the most frequent first, then by text; without missing and rare texts."""
+        self._merge()
+        table = self._parts[0]
+        table = table.filter(pc.and_(pc.is_valid(table["value"]), pc.greater_equal(table["count"], min_count)))
+        return table.sort_by([("count", "descending"), ("value", "ascending")])
+
+    def _merge(self) -> None:
+        whole = pa.concat_tables(self._parts).group_by("value").aggregate([("count", "sum")])
+        self._parts = [whole.rename_columns(["value", "count"])]
+        self._rows = self._merged_rows = whole.num_rows
+
+
+class Numbers:
+    """Means, and a uniform sample of rows, of numeric columns; NaN = missing.
+
+    The sample is the rows whose number has the smallest hash, so neither batches nor order matter.
+    """
+
+    def __init__(self, columns: int, sample_rows: int = SAMPLE_ROWS) -> None:
+        self.sample_rows = sample_rows
+        self._sums, self._counts = np.zeros(columns), np.zeros(columns, dtype=np.int64)
+        self._block = np.empty((0, columns))
+        self._keys = np.empty(0, dtype=np.uint64)
+        self._sample = np.empty((0, columns))
+        self._limit = np.uint64(2**64 - 1)  # rows above are out already
+
+    def add(self, numbers: Ints, values: Floats) -> None:
+        """numbers: [rows], of each row among all; values: [rows, columns]."""
+        # a sum's last bits depend on where it is cut: always cut at the same rows
+        self._block = np.concatenate([self._block, values])
+        whole = len(self._block) - len(self._block) % BLOCK_ROWS
+        for start in range(0, whole, BLOCK_ROWS):
+            self._sum(self._block[start : start + BLOCK_ROWS])
+        self._block = self._block[whole:]
+
+        keys = splitmix64(numbers.astype(np.uint64))
+        kept = keys <= self._limit
+        self._keys = np.concatenate([self._keys, keys[kept]])
+        self._sample = np.concatenate([self._sample, values[kept]])
+        if len(self._keys) > 2 * self.sample_rows:
+            self._shrink()
+
+    def means(self) -> Floats:
+        """Of the values that are there; NaN where a column has none."""
+        self._sum(self._block)
+        self._block = self._block[:0]
+        with np.errstate(invalid="ignore"):
+            return self._sums / self._counts
+
+    def sample(self) -> Floats:
+        """[at most sample_rows, columns]."""
+        self._shrink()
+        return self._sample
+
+    def _sum(self, block: Floats) -> None:
+        self._sums += np.nansum(np.ascontiguousarray(block.T), axis=1)
+        self._counts += np.isfinite(block).sum(axis=0)
+
+    def _shrink(self) -> None:
+        if len(self._keys) > self.sample_rows:
+            kept = np.argpartition(self._keys, self.sample_rows - 1)[: self.sample_rows]
+            self._keys, self._sample = self._keys[kept], self._sample[kept]
+            self._limit = self._keys.max()
+
+
+def bin_edges(values: Sequence[float] | Floats, bins: int) -> tuple[float, ...]:
+    """Increasing edges, unique in float32, at most `bins` + 1, for a piecewise-linear encoding.
+
+    All distinct values where they are few enough; else quantiles, and what these leave of the budget goes to the
+    quantiles of the values beside the most frequent one (of capital gains, 96% are 0: plain quantiles see only that).
+    """
+    ordered = np.sort(np.asarray(values, dtype=np.float32))
+    distinct, counts = np.unique(ordered, return_counts=True)
+    if len(distinct) == 1:
+        value = distinct[0]  # 1e9 + 1 is 1e9 in float32: then to the next one, and from the last one back
+        with np.errstate(over="ignore"):
+            above = max(value + np.float32(1), np.nextafter(value, np.float32(np.inf)))
+        distinct = np.array([value, above] if np.isfinite(above) else [np.nextafter(value, np.float32(0)), value])
+    if len(distinct) <= bins + 1:
+        return _floats(distinct)
+    edges = _quantiles(ordered, bins + 1)
+    others = ordered[ordered != distinct[counts.argmax()]]
+    for points in range(bins + 1, 1, -1):
+        united = np.union1d(edges, _quantiles(others, points))
+        if len(united) <= bins + 1:
+            return _floats(united)
+    return _floats(edges)
+
+
+def _quantiles(ordered: npt.NDArray[np.float32], points: int) -> npt.NDArray[np.float32]:
+    """Observed values at equal shares of the rows, smallest and largest included."""
+    return np.unique(ordered[np.linspace(0, len(ordered) - 1, points).round().astype(np.int64)])
+
+
+def _floats(edges: npt.NDArray[np.float32]) -> tuple[float, ...]:
+    """In the shortest decimals that are the same float32."""
+    return tuple(float(str(edge)) for edge in edges)
