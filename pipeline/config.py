@@ -214,7 +214,8 @@ def _explain(error: ValidationError, known: dict[str, Key], file: Path | None, g
             reason = finding["ctx"]["error"] if finding["type"] == "value_error" else finding["msg"]
             line = f"{where}: {'.'.join(parts)}: found {_shown(finding['input'])}, {reason}"
         elif finding["type"] == "extra_forbidden":
-            line = f"{where}: unknown key {path}{nearest(path, list(known))}"
+            blocks = {key[:at] for key in known for at, letter in enumerate(key) if letter == "."}
+            line = f"{where}: unknown key {path}{nearest(path, [*known, *sorted(blocks)])}"
         elif finding["type"] == "missing" and not inner:
             line = f"{place} is required"
         elif path in known:
@@ -272,6 +273,9 @@ def _describe(field: FieldInfo) -> str:
     signs = {Ge: (">=", "ge"), Gt: (">", "gt"), Le: ("<=", "le"), Lt: ("<", "lt")}
     bounds = [f"{sign} {getattr(item, name)}" for item in metadata for kind, (sign, name) in signs.items()
               if isinstance(item, kind)]  # fmt: skip
+    bounds += [f"matching {item.pattern}" for item in metadata if getattr(item, "pattern", None)]
+    if plain is not str:
+        bounds += [f"of at least {item.min_length}" for item in metadata if getattr(item, "min_length", 0)]
     text = " ".join([text, " and ".join(bounds)]).strip()
     return f"{text} or null" if optional else text
 

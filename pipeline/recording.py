@@ -82,24 +82,28 @@ class Recorder:
             return
         table = torch.cat([entry.values for entry in waiting]).tolist()  # the one transfer from the device
         position = 0
-        for entry in waiting:
-            names = (*entry.losses, *entry.norms)
-            found = dict(zip(names, table[position : position + len(names)], strict=True))
-            position += len(names)
-            for name in entry.losses:
-                if not math.isfinite(value := found[name]):
-                    raise NonFiniteError(f"{name} is {value} at step {entry.step}; try a lower learning rate")
-            self.rows_since_log += entry.rows
-            if entry.step % self.log_every:
-                continue
-            metrics: dict[str, float | bool] = {
-                name: found[name] for name in (*self.logged(entry.losses), *entry.norms)
-            }
-            metrics |= entry.settings
-            metrics["throughput/rows_per_second"] = self.rows_since_log / max(1e-9, entry.clock - self.last_log)
-            metrics["global_step"] = entry.step
-            self.rows_since_log, self.last_log = 0, entry.clock
-            self.run.log_metrics(entry.step, metrics, entry.time_ms)
-            self.console.step(metrics)
-        self.run.flush()
-        self.console.flush()
+        try:
+            for entry in waiting:
+                names = (*entry.losses, *entry.norms)
+                self._log(entry, dict(zip(names, table[position : position + len(names)], strict=True)))
+                position += len(names)
+        finally:
+            self.run.flush()
+            self.console.flush()
+
+    def _log(self, entry: _Step, found: Mapping[str, float]) -> None:
+        for name in entry.losses:
+            if not math.isfinite(found[name]):
+                raise NonFiniteError(f"{name} is {found[name]} at step {entry.step}; try a lower learning rate")
+        self.rows_since_log += entry.rows
+        if entry.step % self.log_every:
+            return
+        # under fp16 a norm is infinite where the loss scale was too high and the step was skipped: no point then
+        norms = [name for name in entry.norms if math.isfinite(found[name])]
+        metrics: dict[str, float | bool] = {name: found[name] for name in (*self.logged(entry.losses), *norms)}
+        metrics |= entry.settings
+        metrics["throughput/rows_per_second"] = self.rows_since_log / max(1e-9, entry.clock - self.last_log)
+        metrics["global_step"] = entry.step
+        self.rows_since_log, self.last_log = 0, entry.clock
+        self.run.log_metrics(entry.step, metrics, entry.time_ms)
+        self.console.step(metrics)

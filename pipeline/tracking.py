@@ -69,7 +69,7 @@ class Delivery:
             self.client.update_run(run.info.run_id, name=request["name"])
         self.run_id: str = run.info.run_id
         self.name: str = self.client.get_run(self.run_id).info.run_name
-        self.params = set(run.data.params)  # what `mlflow run` wrote as typed: cannot be changed, is not ours
+        self.params = dict(run.data.params)  # what `mlflow run` wrote as typed: cannot be changed, is not ours
         self.folder = output_dir / self.run_id
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / JOURNAL_FILE).touch()
@@ -151,7 +151,12 @@ class Delivery:
         op = record["op"]
         if op == "params":
             new = [Param(key, value) for key, value in record["values"].items() if key not in self.params]
-            self.params |= set(record["values"])
+            # a dotted key typed as `-P optim.dense.lr=3e-4` stays as it was typed: its canonical text is a tag
+            typed = {key: value for key, value in record["values"].items()
+                     if "." in key and self.params.get(key, value) != value}  # fmt: skip
+            for key, value in typed.items():
+                self.attempt("tags", self.client.set_tag, self.run_id, f"canonical.{key}", value)
+            self.params |= record["values"]
             for start in range(0, len(new), 100):
                 self.attempt("params", self.client.log_batch, self.run_id, params=new[start : start + 100])
         elif op == "tags":

@@ -1,0 +1,99 @@
+"""Small data, small configs and a ready-made tracking store for the tests."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; two test processes share two cores
+for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
+    del os.environ[name]
+
+
+@pytest.fixture(scope="session")
+def impressions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared folder of 5,000 generated impressions."""
+    from pipeline.tasks.mmoe.embedded import generate
+
+    folder = tmp_path_factory.mktemp("impressions")
+    generate(folder, rows=5000, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tracking database without runs; making one takes seconds, copying it none."""
+    folder = tmp_path_factory.mktemp("store")
+    code = "import mlflow; mlflow.MlflowClient().search_experiments()"
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, capture_output=True)
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder with a ready tracking store."""
+    shutil.copyfile(empty_store, tmp_path / "mlflow.db")
+    # an experiment remembers where its artifacts go: here
+    code = (
+        "import sqlite3, sys; base = sqlite3.connect('mlflow.db');"
+        "base.execute('update experiments set artifact_location = ?', (sys.argv[1],)); base.commit()"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "mlruns" / "0")], cwd=tmp_path, check=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    return tmp_path
+
+
+@pytest.fixture
+def client(workplace: Path) -> Iterator[Any]:
+    """MLflow's own client on the workplace's store."""
+    import mlflow
+
+    mlflow.set_tracking_uri(f"sqlite:///{workplace / 'mlflow.db'}")
+    yield mlflow.MlflowClient()
+    mlflow.set_tracking_uri(None)
+
+
+@pytest.fixture
+def small(impressions: Path, tmp_path: Path) -> Callable[..., Any]:
+    """`small(key=value, ...)`: the shipped MMoE config shrunk to 12 steps, with dotted overrides on top."""
+    from pipeline.config import load
+    from pipeline.tasks.mmoe.config import MmoeConfig
+
+    def make(**overrides: Any) -> Any:
+        texts = SHRUNK | {"data.path": str(impressions), "output_dir": str(tmp_path / "outputs")}
+        texts |= {key.replace("__", "."): str(value) for key, value in overrides.items()}
+        return load(MmoeConfig, ROOT / "configs/mtl_mmoe.yaml", texts)
+
+    return make
+
+
+SHRUNK = {
+    "training.max_steps": "12",
+    "training.batch_size": "64",
+    "training.threads": "1",
+    "loss.aux_focal.warmup_steps": "5",
+    "model.experts.hidden": "[16]",
+    "model.towers.hidden": "[8]",
+    "evaluation.every_steps": "6",
+    "tracking.log_model": "false",
+}
+
+
+def run_pipeline(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python -m pipeline ...` as a user runs it."""
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline", *arguments],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )

@@ -1,0 +1,271 @@
+"""The loop, on small data: what a step is made of, what a run leaves, and that it can be trusted bit for bit."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.config import load, to_yaml
+from pipeline.console import Console
+from pipeline.errors import UserError
+from pipeline.recording import NonFiniteError
+from pipeline.run import MemoryRun
+from pipeline.tasks.mmoe.config import MmoeConfig
+from pipeline.tasks.mmoe.task import MmoeTask
+from pipeline.training import Result, Training, resolve_device, windows
+
+Make = Callable[..., MmoeConfig]
+MEASURED = ("throughput/", "time/")
+
+
+def train(config: MmoeConfig, folder: Path | None = None) -> tuple[MemoryRun, Result]:
+    torch.set_num_threads(1)
+    run = MemoryRun(folder=folder)
+    return run, Training(MmoeTask(config), run, Console(0, quiet=True), "cpu").train()
+
+
+def history(run: MemoryRun) -> list[tuple[int, dict[str, float]]]:
+    """Every point but wall-clock measurements."""
+    return [
+        (step, kept)
+        for step, values in run.points
+        if (kept := {name: value for name, value in values.items() if not name.startswith(MEASURED)})
+    ]
+
+
+def steps(run: MemoryRun) -> list[dict[str, float]]:
+    return [values for _, values in history(run) if "loss_total" in values]
+
+
+def final(run: MemoryRun) -> dict[str, torch.Tensor]:
+    return load_file(run.folder / "final" / "model.safetensors")
+
+
+def assert_same_weights(one: MemoryRun, other: MemoryRun) -> None:
+    first, second = final(one), final(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_logged_parts_make_the_logged_total(small: Make) -> None:
+    config = small(**{"loss.aux_focal.lambda": 0.2, "esmm.lambda_ctr": 0.7, "model.gate.entropy_weight": 0.3,
+                      "model.gate.balance_weight": 0.4})  # fmt: skip
+    run, _ = train(config)
+    logged = steps(run)
+    assert [values["global_step"] for values in logged] == list(range(12))
+    for step, values in enumerate(logged):
+        on = step >= 5
+        assert values["aux_focal_on"] == on
+        assert ("loss_ctcvr_focal" in values) == on
+        ctcvr = values["loss_ctcvr_bce"] + (0.2 * values["loss_ctcvr_focal"] if on else 0)
+        assert values["loss_ctcvr"] == pytest.approx(ctcvr, rel=1e-6)
+        parts = (0.7 * values["loss_ctr"], values["loss_ctcvr"], 0.1 * values["loss_cvr_aux"])
+        total = sum(parts) + values["loss_gate_entropy"] + values["loss_gate_balance"]
+        assert values["loss_total"] == pytest.approx(total, rel=1e-6)
+        assert (values["aux_focal_lambda"], values["aux_focal_gamma"]) == (0.2, 1.0)
+
+
+def test_the_first_logged_losses_are_those_of_the_first_batch(small: Make) -> None:
+    """Computed here from logits with textbook formulas in float64."""
+    config = small(**{"loss.aux_focal.warmup_steps": 0, "loss.aux_focal.gamma": 2})
+    run, _ = train(config)
+    torch.manual_seed(config.seed)
+    task = MmoeTask(config)
+    batch = task.batch(task.plan(0)[0])
+    z = task.model()(batch).logits.detach().double().numpy()
+    p_ctr, p_cvr = 1 / (1 + np.exp(-z.T))
+    p, click, bought = p_ctr * p_cvr, batch.click.numpy(), batch.conversion.numpy()
+    expected = {
+        "loss_ctr": -np.mean(24.7 * click * np.log(p_ctr) + (1 - click) * np.log(1 - p_ctr)),
+        "loss_ctcvr_bce": -np.mean(300 * bought * np.log(p) + (1 - bought) * np.log(1 - p)),
+        "loss_ctcvr_focal": -np.mean(bought * (1 - p) ** 2 * np.log(p) + (1 - bought) * p**2 * np.log(1 - p)),
+        "loss_cvr_aux": -np.sum(click * (bought * np.log(p_cvr) + (1 - bought) * np.log(1 - p_cvr))) / click.sum(),
+    }
+    for name, value in expected.items():
+        assert steps(run)[0][name] == pytest.approx(value, rel=2e-5), name
+
+
+def test_disabled_missing_and_zero_lambda_are_the_same_training(small: Make, tmp_path: Path) -> None:
+    tree = small().model_dump(by_alias=True)
+    del tree["loss"]["aux_focal"]
+    configs = {
+        "disabled": small(**{"loss.aux_focal.enabled": "false"}),
+        "missing": MmoeConfig.model_validate(tree),
+        "zero": small(**{"loss.aux_focal.lambda": 0}),
+    }
+    runs = {name: train(config)[0] for name, config in configs.items()}
+    focal_only = {"loss_ctcvr_focal", "aux_focal_on"}
+    logged = {
+        name: [{key: value for key, value in values.items() if key not in focal_only} for _, values in history(run)]
+        for name, run in runs.items()
+    }
+    assert logged["disabled"] == logged["missing"] == logged["zero"]
+    assert_same_weights(runs["disabled"], runs["missing"])
+    assert_same_weights(runs["disabled"], runs["zero"])
+    assert any("loss_ctcvr_focal" in values for values in steps(runs["zero"]))
+    other, _ = train(small(**{"loss.aux_focal.lambda": 0.2}))
+    assert not all(torch.equal(final(other)[name], weight) for name, weight in final(runs["zero"]).items())
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(small: Make, tmp_path: Path) -> None:
+    noisy = {"model.experts.dropout": 0.2, "model.gate.noise": 0.5, "model.embedding_dropout": 0.1}
+    config = small(**noisy)
+    first, _ = train(config)
+    again, _ = train(config)
+    assert history(first) == history(again)
+    assert_same_weights(first, again)
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config), encoding="utf-8")
+    assert history(train(load(MmoeConfig, file))[0]) == history(first)
+    assert history(train(small(**noisy, seed=1))[0]) != history(first)
+
+
+@pytest.mark.parametrize("table", ["sparse_adam", "adam"])
+def test_accumulating_is_one_large_batch(small: Make, table: str) -> None:
+    """Four micro-batches of 16 rows and one batch of 64: the same means, whatever clicks each part holds."""
+    common = {"optim.embedding.name": table, "loss.aux_focal.warmup_steps": 2}
+    whole, _ = train(small(**common))
+    parts, _ = train(small(**common, **{"training.batch_size": 16, "training.accumulation_steps": 4}))
+    for one, other in zip(steps(whole)[:4], steps(parts)[:4], strict=True):
+        for name in one:
+            assert other[name] == pytest.approx(one[name], rel=2e-4, abs=1e-7), name
+    first, other_first = steps(whole)[0], steps(parts)[0]
+    for name in ("loss_total", "loss_cvr_aux", "grad_norm/dense", "grad_norm/embedding"):
+        assert other_first[name] == pytest.approx(first[name], rel=1e-5)
+
+
+def test_windows_cover_the_plan_once() -> None:
+    plan = [np.array([number]) for number in range(7)]
+    assert [[int(rows[0]) for rows in window] for window in windows(plan, 3)] == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+def test_every_row_is_seen_once_an_epoch(small: Make) -> None:
+    config = small(**{"training.max_steps": "null", "training.num_train_epochs": 2, "training.batch_size": 300})
+    task = MmoeTask(config)
+    for epoch in range(2):
+        seen = np.concatenate([task.plan(epoch)[index] for index in range(len(task.plan(epoch)))])
+        assert np.array_equal(np.sort(seen), np.arange(4000))
+    assert not np.array_equal(task.plan(0)[0], task.plan(1)[0])
+    run, result = train(config)
+    assert result.steps == len(steps(run)) == 2 * math.ceil(4000 / 300)
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+@pytest.mark.parametrize("fp32", ["true", "false"])
+def test_mixed_precision_stays_near_full_precision(small: Make, amp: str, fp32: str) -> None:
+    full, _ = train(small(**{"loss.aux_focal.warmup_steps": 0}))
+    mixed, _ = train(small(**{"training.amp": amp, "loss.aux_focal.compute_fp32": fp32,
+                              "loss.aux_focal.warmup_steps": 0}))  # fmt: skip
+    for name in ("loss_ctr", "loss_ctcvr_bce", "loss_ctcvr_focal"):
+        near, exact = steps(mixed)[0][name], steps(full)[0][name]
+        assert near == pytest.approx(exact, rel=0.03)
+        assert near != exact
+    assert all(math.isfinite(value) for values in steps(mixed) for value in values.values())
+
+
+def test_compute_fp32_off_computes_the_focal_term_alone_in_low_precision(small: Make) -> None:
+    base = {"training.amp": "bf16", "loss.aux_focal.warmup_steps": 0, "training.max_steps": 1}
+    exact, rough = (
+        steps(train(small(**base, **{"loss.aux_focal.compute_fp32": flag}))[0])[0] for flag in ("true", "false")
+    )
+    assert exact["loss_ctcvr_bce"] == rough["loss_ctcvr_bce"]
+    assert exact["loss_ctcvr_focal"] != rough["loss_ctcvr_focal"]
+
+
+def test_a_loss_that_explodes_is_named_with_its_step(small: Make) -> None:
+    config = small(**{"optim.dense.lr": 1e30, "optim.embedding.lr": 1e30})
+    run = MemoryRun()
+    with pytest.raises(NonFiniteError, match=r"loss_ctr is (nan|inf) at step 1;"):
+        Training(MmoeTask(config), run, Console(0, quiet=True), "cpu").train()
+    assert [values["global_step"] for values in steps(run)] == [0]  # what came before is there
+
+
+def test_log_every_thins_and_log_components_off_leaves_the_total(small: Make) -> None:
+    all_of_it, _ = train(small())
+    thinned, _ = train(small(**{"tracking.log_every": 5}))
+    assert [values["global_step"] for values in steps(thinned)] == [0, 5, 10]
+    assert steps(thinned) == steps(all_of_it)[::5]
+    bare, _ = train(small(**{"loss.aux_focal.log_components": "false"}))
+    assert {name for values in steps(bare) for name in values if name.startswith("loss_")} == {"loss_total"}
+    assert [v["loss_total"] for v in steps(bare)] == [v["loss_total"] for v in steps(all_of_it)]
+
+
+def test_learning_rates_follow_the_schedule(small: Make) -> None:
+    run, _ = train(
+        small(**{"optim.schedule.warmup_steps": 4, "optim.schedule.final_ratio": 0.1, "optim.dense.lr": 0.01})
+    )
+    rates = [values["lr/dense"] for values in steps(run)]
+    assert rates[:4] == pytest.approx([0.0025, 0.005, 0.0075, 0.01])
+    expected = [0.01 * (0.1 + 0.9 * (1 + math.cos(math.pi * (step - 4) / 8)) / 2) for step in range(4, 12)]
+    assert rates[4:] == pytest.approx(expected)
+
+
+def test_clipping_bounds_the_dense_gradient_only(small: Make) -> None:
+    """With plain gradients of norm n, the clipped first Adam step is the same; the second differs."""
+    free, _ = train(small())
+    clipped, _ = train(small(**{"training.clip_norm": 0.01}))
+    assert steps(free)[0] == steps(clipped)[0]  # norms are logged before clipping
+    assert steps(free)[0]["grad_norm/dense"] > 0.01
+    assert steps(free)[3]["loss_total"] != steps(clipped)[3]["loss_total"]
+
+
+def test_evaluations_stand_at_completed_steps_and_the_test_split_once(small: Make) -> None:
+    run, _ = train(small(**{"training.max_steps": 10, "evaluation.every_steps": 4}))
+    assert [step for step, values in run.points if "valid/auc_ctr" in values] == [4, 8, 10]
+    assert [step for step, values in run.points if "test/auc_ctr" in values] == [10]
+    evaluated = next(values for _, values in run.points if "valid/auc_ctr" in values)
+    for event in ("ctr", "cvr", "ctcvr"):
+        for name in ("logloss", "ece"):
+            assert f"valid/{name}_{event}" in evaluated
+    for task in ("ctr", "cvr"):
+        shares = [evaluated[f"gate/{task}/{expert}"] for expert in range(4)]
+        assert sum(shares) == pytest.approx(1)
+        assert 0 <= evaluated[f"gate/{task}/entropy"] <= math.log(4) + 1e-9
+
+
+def test_the_best_weights_are_tested_and_patience_stops(small: Make) -> None:
+    overrides = {"training.max_steps": 60, "evaluation.every_steps": 2, "evaluation.metric": "valid/logloss_ctr"}
+    run, result = train(small(**overrides, **{"evaluation.mode": "max", "evaluation.patience": 3}))
+    scores = {step: values["valid/logloss_ctr"] for step, values in run.points if "valid/logloss_ctr" in values}
+    best = max(scores, key=lambda step: scores[step])
+    assert result.steps == max(scores) == best + 2 * 3 < 60  # stopped after three evaluations without a gain
+    kept = load_file(run.folder / "best" / "model.safetensors")
+    assert all(torch.equal(weight, result.model.state_dict()[name]) for name, weight in kept.items())
+    assert not all(torch.equal(weight, final(run)[name]) for name, weight in kept.items())
+    task = MmoeTask(small(**overrides))
+    assert task.evaluate(result.model, "valid", "cpu")["valid/logloss_ctr"] == scores[best]
+
+
+def test_deepfm_parts_and_shared_bottom_train(small: Make) -> None:
+    parts = {f"model.heads.{task}.{part}": "true" for task in ("ctr", "cvr") for part in ("wide", "fm")}
+    for overrides in (parts, {"model.kind": "shared_bottom"}, parts | {"model.heads.ctr.deep": "false"}):
+        run, _ = train(small(**overrides))
+        assert all(math.isfinite(values["loss_total"]) for values in steps(run))
+    assert not any("gate/ctr/0" in values for _, values in train(small(**{"model.kind": "shared_bottom"}))[0].points)
+
+
+def test_warnings_that_need_data_and_steps(small: Make) -> None:
+    task = MmoeTask(small(**{"loss.aux_focal.warmup_steps": 12}))
+    assert "will never switch on" in task.warnings(total_steps=12)[0]
+    assert task.warnings(total_steps=13) == []
+    assert MmoeTask(small(**{"loss.aux_focal.compute_fp32": "false"})).warnings(100)[0].endswith("training.amp: no")
+    shares = {"gate/ctr/0": 0.85, "gate/ctr/1": 0.145, "gate/ctr/2": 0.005, "gate/ctr/entropy": 0.005}
+    assert [text.split(" of")[0] for text in task.findings(shares)] == ["expert 0 has 85.0%", "expert 2 has 0.5%"]
+
+
+def test_a_missing_metric_is_told_and_keeps_the_last_weights(small: Make, capsys: Any) -> None:
+    run, result = train(small(**{"evaluation.metric": "valid/auc_nothing"}))
+    assert "valid/auc_nothing is not among the metrics" in capsys.readouterr().err
+    assert all(torch.equal(weight, result.model.state_dict()[name]) for name, weight in final(run).items())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_without_cuda_is_refused() -> None:
+    assert resolve_device("auto") == "cpu"
+    with pytest.raises(UserError, match="allowed here: auto, cpu"):
+        resolve_device("cuda")
