@@ -1,0 +1,275 @@
+"""Every entry point as a user starts it: through MLproject, and wrongly."""
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT, run_pipeline
+
+PROJECT_FILES = ("MLproject", "conda.yaml", "configs")
+TINY = {"max_steps": "8", "warmup_steps": "4", "batch_size": "256", "data.embedded.rows": "4000",
+        "evaluation.every_steps": "4", "training.threads": "1"}  # fmt: skip
+
+SCHEMA = """
+labels: {click: clicked, conversion: bought}
+features:
+  color: categorical
+  size: {kind: numeric, missing: mean}
+split: {seed: 3}
+"""
+
+
+@pytest.fixture
+def project(workplace: Path) -> Path:
+    """A working copy of the project: mlflow.db and mlruns stay out of the real one."""
+    for name in PROJECT_FILES:
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copyfile)(source, workplace / name)
+    return workplace
+
+
+def mlflow_run(entry: str, project: Path, **overrides: str) -> subprocess.CompletedProcess[str]:
+    arguments = [part for key, value in overrides.items() for part in ("-P", f"{key}={value}")]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # the entry's command says `python`
+    return subprocess.run(
+        [sys.executable, "-m", "mlflow", "run", str(project), "-e", entry, "--env-manager=local", *arguments],
+        cwd=project, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+def raw_file(folder: Path, rows: int = 2000) -> Path:
+    random = np.random.default_rng(0)
+    color = random.integers(0, 5, rows)
+    size = random.normal(size=rows).round(3)
+    clicked = random.random(rows) < 0.2 + 0.1 * color
+    bought = clicked & (random.random(rows) < 0.3 + 0.1 * (size > 0))
+    frame = pd.DataFrame({"color": color, "size": size, "clicked": clicked.astype(int), "bought": bought.astype(int)})
+    frame.loc[::50, "size"] = np.nan
+    file = folder / "raw.csv"
+    frame.to_csv(file, index=False)
+    (folder / "schema.yaml").write_text(SCHEMA, encoding="utf-8")
+    return file
+
+
+def test_train_mmoe_through_mlproject(project: Path, client: Any) -> None:
+    result = mlflow_run("train_mmoe", project, **TINY, **{"lambda": "1e-1"})
+    assert result.returncode == 0, result.stderr
+    (run,) = client.search_runs(["0"])
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "mmoe l.1 g1 w4 s0"
+    assert run.data.params["lambda"] == "1e-1"  # as typed
+    assert run.data.params["loss.aux_focal.lambda"] == "0.1"
+    assert run.data.params["gamma"] == "1.0"
+    assert run.data.params["training.batch_size"] == "256"
+    assert len(run.data.tags["data_digest"]) == 64
+    assert run.inputs.dataset_inputs[0].dataset.digest == run.data.tags["data_digest"][:32]
+
+    lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    assert [line["global_step"] for line in lines] == list(range(8))
+    assert [line["aux_focal_on"] for line in lines] == [False] * 4 + [True] * 4
+    for key in ("loss_total", "loss_ctr", "loss_ctcvr", "loss_ctcvr_bce", "loss_ctcvr_focal", "loss_cvr_aux",
+                "aux_focal_on", "aux_focal_lambda", "aux_focal_gamma", "global_step", "lr/dense", "lr/embedding",
+                "grad_norm/dense", "grad_norm/embedding", "throughput/rows_per_second"):  # fmt: skip
+        points = {point.step: point.value for point in client.get_metric_history(run.info.run_id, key)}
+        assert points == {line["global_step"]: float(line[key]) for line in lines if key in line}, key
+    assert {item.path for item in client.list_artifacts(run.info.run_id)} >= {"config.yaml", "history.parquet", "plots"}
+
+    # the run's own config.yaml runs again to the same numbers
+    config = client.download_artifacts(run.info.run_id, "config.yaml")
+    assert run_pipeline("train_mmoe", "--config", config, cwd=project).returncode == 0
+    again = client.search_runs(["0"])[0]
+    assert again.info.run_id != run.info.run_id
+    histories = [
+        pd.read_parquet(client.download_artifacts(which.info.run_id, "history.parquet")).query(
+            "not metric.str.startswith('throughput/') and not metric.str.startswith('time/')"
+        )[["metric", "step", "value"]].reset_index(drop=True)
+        for which in (run, again)
+    ]  # fmt: skip
+    pd.testing.assert_frame_equal(*histories)
+
+
+def test_main_through_mlproject(project: Path, client: Any) -> None:
+    result = mlflow_run("main", project, **TINY)
+    assert result.returncode == 0, result.stderr
+    runs = {run.info.run_name: run for run in client.search_runs(["0"])}
+    assert runs["mmoe baseline s0"].data.tags["role"] == "baseline"
+    assert runs["mmoe l.1 g1 w4 s0"].data.tags["role"] == "arm"
+    launcher = next(run for run in runs.values() if run.data.tags.get("role") == "launcher")
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert len(runs) == 3
+    assert "loss_total" not in launcher.data.metrics
+    assert runs["mmoe baseline s0"].data.metrics["aux_focal_on"] == 0
+    assert runs["mmoe l.1 g1 w4 s0"].data.metrics["aux_focal_on"] == 1
+    assert "make ui" in result.stderr
+    assert f"{runs['mmoe baseline s0'].data.metrics['test/auc_ctr']:.4f}" in result.stderr
+
+
+def test_prepare_ctr_through_mlproject_then_training_and_predicting(project: Path, client: Any) -> None:
+    raw = raw_file(project)
+    prepared = mlflow_run("prepare_ctr", project, data=str(raw), schema="schema.yaml", output_dir="prepared")
+    assert prepared.returncode == 0, prepared.stderr
+    (run,) = client.search_runs(["0"])
+    assert run.info.status == "FINISHED"
+    frame = pd.read_csv(raw)
+    metrics = run.data.metrics
+    assert sum(metrics[f"rows/{split}"] for split in ("train", "validation", "test")) == 2000
+    assert sum(metrics[f"conversions/{split}"] for split in ("train", "validation", "test")) == frame["bought"].sum()
+
+    trained = mlflow_run("train_mmoe", project, **TINY, data="prepared", experiment="shop")
+    assert trained.returncode == 0, trained.stderr
+    (run,) = client.search_runs([client.get_experiment_by_name("shop").experiment_id])
+    assert run.data.params["data.path"] == "prepared"
+
+    # the model predicts from raw values, in a process that does not know this project
+    answer = project / "predictions.json"
+    code = (
+        "import sys, pandas as pd, mlflow\n"
+        "assert not [p for p in sys.path if p.rstrip('/') == sys.argv[3]]\n"
+        "model = mlflow.pyfunc.load_model(f'runs:/{sys.argv[1]}/model')\n"
+        "raw = pd.read_csv('raw.csv')\n"
+        "model.predict(raw[['color', 'size']]).to_json(sys.argv[2], orient='records', double_precision=15)\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, run.info.run_id, str(answer), str(ROOT)], cwd=project, check=True,
+        capture_output=True, timeout=120,
+    )  # fmt: skip
+    predicted = pd.read_json(answer, orient="records")
+    assert list(predicted.columns) == ["p_ctr", "p_cvr", "p_ctcvr"]
+    np.testing.assert_allclose(predicted.p_ctcvr, predicted.p_ctr * predicted.p_cvr, rtol=1e-9)
+    assert_predicts_like_the_evaluation(predicted, frame, project, run)
+
+
+def assert_predicts_like_the_evaluation(predicted: pd.DataFrame, frame: pd.DataFrame, project: Path, run: Any) -> None:
+    """The test split's log loss, from raw rows through the logged model, is the one that the run logged."""
+    test = pd.read_parquet(project / "prepared" / "test.parquet")
+    filled = frame["size"].astype("float32")
+    keys = set(zip(test["size"], test["click"], test["conversion"], strict=True))
+    chosen = [
+        key in keys for key in zip(filled.fillna(np.inf), frame["clicked"], frame["bought"], strict=True)
+    ]  # sizes are distinct enough to find the rows again; missing ones were filled and are found by their number
+    assert 0.7 * len(test) < sum(chosen) < 1.3 * len(test)
+    p, y = predicted["p_ctr"][chosen], frame["clicked"][chosen]
+    loss = -np.mean(y * np.log(p) + (1 - y) * np.log(1 - p))
+    assert loss == pytest.approx(run.data.metrics["test/logloss_ctr"], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ({"lamda": "0.1"}, "unknown key lamda; did you mean lambda?"),
+        ({"lambda": "abc"}, "found 'abc', allowed: number >= 0"),
+    ],
+)
+def test_a_bad_override_through_mlproject_fails_the_run(
+    project: Path, client: Any, overrides: dict[str, str], told: str
+) -> None:
+    result = mlflow_run("train_mmoe", project, **overrides)
+    assert result.returncode == 1
+    assert told in result.stderr
+    assert "Traceback" not in result.stderr
+    assert [run.info.status for run in client.search_runs(["0"])] == ["FAILED"]
+
+
+def assert_one_line(result: subprocess.CompletedProcess[str], *parts: str, code: int = 2) -> None:
+    lines = result.stderr.strip().splitlines()
+    assert result.returncode == code, result.stderr
+    assert len(lines) == 1, result.stderr
+    for part in parts:
+        assert part in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--lambda", "-1"], ["loss.aux_focal.lambda", "found -1", "number >= 0"]),
+        (["--loss.aux_focal.target_head", "ctr"], ["target_head", "'ctr'", "one of: ctcvr"]),
+        (["--config", "absent.yaml"], ["absent.yaml", "No such file"]),
+        (["--data", "nowhere"], ["nowhere", "no such folder"]),
+        (["--lambda"], ["lambda", "requires an argument"]),
+        (["0.1"], ["unexpected extra argument"]),
+        (["--data.embedded.cache", "/proc/nothing"], ["/proc/nothing", "cache"]),
+        (["--output_dir", "/proc/nothing", "--data.embedded.rows", "1000"], ["output_dir /proc/nothing"]),
+    ],
+    ids=lambda value: " ".join(value)[:40],
+)
+def test_bad_input_is_one_line_and_code_2(workplace: Path, arguments: list[str], parts: list[str]) -> None:
+    assert_one_line(run_pipeline("train_mmoe", *arguments, cwd=workplace), *parts)
+
+
+def test_an_unknown_entry_point(workplace: Path) -> None:
+    assert_one_line(run_pipeline("trainmmoe", cwd=workplace), "did you mean train_mmoe?")
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Iterator[Path]:
+    yield raw_file(tmp_path, rows=60)
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (lambda lines: lines[:1], ["no rows"]),
+        (lambda lines: [], ["empty"]),
+        (lambda lines: [*lines[:7], lines[7].rsplit(",", 2)[0] + ",2,0", *lines[8:]], ["row 7", "clicked", "'2'"]),
+        (lambda lines: [*lines[:7], lines[7].rsplit(",", 2)[0] + ",0,1", *lines[8:]], ["row 7", "without a click"]),
+        (lambda lines: [lines[0].replace("color", "colour"), *lines[1:]], ["color", "colour"]),
+        (lambda lines: [*lines[:-1], "3,0.5"], ["row 60"]),
+        (lambda lines: [*lines[:3], "3,big,1,0", *lines[4:]], ["row 3", "size", "'big'"]),
+    ],
+    ids=["header only", "empty", "third value", "conversion without click", "absent column", "cut line", "no number"],
+)
+def test_bad_raw_data(workplace: Path, raw: Path, change: Any, parts: list[str]) -> None:
+    lines = change(raw.read_text().splitlines())
+    raw.write_text("\n".join(lines) + ("\n" if lines else ""))
+    arguments = ["--data", str(raw), "--schema", "schema.yaml", "--output_dir", "prepared"]
+    assert_one_line(run_pipeline("prepare_ctr", *arguments, cwd=workplace), *parts)
+    assert not list((workplace / "prepared").glob("*"))
+
+
+def test_nan_without_a_rule_a_cut_gzip_and_a_cut_parquet(workplace: Path, raw: Path) -> None:
+    schema = workplace / "schema.yaml"
+    schema.write_text(SCHEMA.replace("{kind: numeric, missing: mean}", "numeric"))
+    arguments = ["--schema", "schema.yaml", "--output_dir", "prepared", "--data"]
+    assert_one_line(run_pipeline("prepare_ctr", *arguments, str(raw), cwd=workplace), "row 1", "size")
+    schema.write_text(SCHEMA)
+    whole = gzip.compress(raw.read_bytes())
+    (workplace / "cut.csv.gz").write_bytes(whole[: len(whole) // 2])
+    assert_one_line(run_pipeline("prepare_ctr", *arguments, "cut.csv.gz", cwd=workplace), "cut.csv.gz")
+    pd.read_csv(raw).to_parquet(workplace / "cut.parquet")
+    content = (workplace / "cut.parquet").read_bytes()
+    (workplace / "cut.parquet").write_bytes(content[: len(content) // 2])
+    assert_one_line(run_pipeline("prepare_ctr", *arguments, "cut.parquet", cwd=workplace), "cut.parquet")
+    prepared = run_pipeline("prepare_ctr", *arguments, str(raw), cwd=workplace)
+    assert prepared.returncode == 0, prepared.stderr
+    split = workplace / "prepared" / "train.parquet"
+    split.write_bytes(split.read_bytes()[:-100])
+    assert_one_line(run_pipeline("train_mmoe", "--data", "prepared", cwd=workplace), "train.parquet", "Parquet")
+
+
+def test_a_loss_that_explodes_ends_the_run_failed(workplace: Path, client: Any) -> None:
+    arguments = [part for key, value in TINY.items() for part in (f"--{key}", value)]
+    result = run_pipeline("train_mmoe", *arguments, "--optim.dense.lr", "1e30", "--optim.embedding.lr", "1e30")
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert result.stderr.strip().splitlines()[-1].startswith("error: loss_ctr is ")
+    (run,) = client.search_runs(["0"])
+    assert run.info.status == "FAILED"
+    assert "at step 1" in run.data.tags["failure"]
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "loss_total")] == [0]
+    assert len(result.stdout.splitlines()) == 1
+
+
+def test_untracked_training_leaves_no_store(tmp_path: Path) -> None:
+    arguments = [part for key, value in TINY.items() for part in (f"--{key}", value)]
+    result = run_pipeline("train_mmoe", *arguments, "--tracking.enabled", "false", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"data_cache"}
