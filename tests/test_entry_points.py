@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -210,15 +209,15 @@ def test_an_unknown_entry_point(workplace: Path) -> None:
 
 
 @pytest.fixture
-def raw(tmp_path: Path) -> Iterator[Path]:
-    yield raw_file(tmp_path, rows=60)
+def raw(tmp_path: Path) -> Path:
+    return raw_file(tmp_path, rows=60)
 
 
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
         (lambda lines: lines[:1], ["no rows"]),
-        (lambda lines: [], ["empty"]),
+        (lambda lines: lines[:0], ["empty"]),
         (lambda lines: [*lines[:7], lines[7].rsplit(",", 2)[0] + ",2,0", *lines[8:]], ["row 7", "clicked", "'2'"]),
         (lambda lines: [*lines[:7], lines[7].rsplit(",", 2)[0] + ",0,1", *lines[8:]], ["row 7", "without a click"]),
         (lambda lines: [lines[0].replace("color", "colour"), *lines[1:]], ["color", "colour"]),

@@ -1,0 +1,1 @@
+"""Performance figures, measured in one run each: `python -m bench`."""
