@@ -11,10 +11,12 @@ import os
 import select
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import unquote, urlsplit
 
 from pipeline.journal import JOURNAL_FILE, JournalReader, Record, read_all
 
@@ -76,6 +78,11 @@ class Delivery:
         for key, value in {**request["tags"], "run_dir": str(self.folder)}.items():
             self.client.set_tag(self.run_id, key, value)
         self.reader = JournalReader(self.folder / JOURNAL_FILE)
+        try:
+            _check_artifacts(run.info.artifact_uri)
+        except OSError:
+            self.client.set_terminated(self.run_id, "FAILED")
+            raise
 
     def _experiment(self, name: str | None, refused: type[Exception]) -> str:
         name = name or os.environ.get("MLFLOW_EXPERIMENT_NAME")
@@ -244,6 +251,15 @@ def _is_temporary(error: Exception) -> bool:
         "TEMPORARILY_UNAVAILABLE",
         "REQUEST_LIMIT_EXCEEDED",
     )
+
+
+def _check_artifacts(uri: str) -> None:
+    """Refuse now what would be refused once the training is done: a local artifact folder that is closed to us."""
+    parts = urlsplit(uri)
+    if parts.scheme in ("", "file"):
+        folder = Path(unquote(parts.path))
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 def _one_line(error: Exception) -> str:

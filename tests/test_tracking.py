@@ -3,10 +3,12 @@
 import json
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +187,60 @@ def test_a_store_that_cannot_be_written(workplace: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{workplace / 'damaged.db'}")
     with Writer() as writer, pytest.raises(UserError, match=r"tracking store sqlite.*not a database"):
         open_run(writer)
+
+
+def test_a_closed_artifact_folder_is_refused_at_once(client: Any, workplace: Path) -> None:
+    (workplace / "closed").write_text("a file in the way")
+    client.create_experiment("closed", artifact_location=str(workplace / "closed"))
+    with Writer() as writer, pytest.raises(UserError, match="Not a directory"):
+        open_run(writer, experiment="closed")
+    (run,) = client.search_runs([client.get_experiment_by_name("closed").experiment_id])
+    assert run.info.status == "FAILED"
+
+
+def test_a_tracking_server_takes_the_same(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{workplace / 'mlflow.db'}",
+         "--artifacts-destination", str(workplace / "served"), "--host", "127.0.0.1", "--port", str(port),
+         "--workers", "1"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        uri = f"http://127.0.0.1:{port}"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        wait_for(lambda: _answers(uri), 60)
+        mlflow.set_tracking_uri(uri)
+        client = mlflow.MlflowClient()
+        client.create_experiment("served")
+        note = workplace / "note.txt"
+        note.write_text("read me")
+        with Writer() as writer:
+            run = open_run(writer, experiment="served")
+            run.log_artifact(note)
+            for step in range(300):
+                run.log_metrics(step, {"loss_total": step / 3, "loss_ctr": step / 7}, 1000 + step)
+            run.finish("FINISHED")
+        assert client.get_run(run.id).info.status == "FINISHED"
+        points = client.get_metric_history(run.id, "loss_total")
+        assert [(p.step, p.value, p.timestamp) for p in points] == [(s, s / 3, 1000 + s) for s in range(300)]
+        assert Path(client.download_artifacts(run.id, "note.txt")).read_text() == "read me"
+        assert len(pd.read_parquet(client.download_artifacts(run.id, "history.parquet"))) == 600
+    finally:
+        mlflow.set_tracking_uri(None)
+        os.killpg(server.pid, signal.SIGKILL)
+
+
+def _answers(uri: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{uri}/health", timeout=1) as reply:
+            return bool(reply.status == 200)
+    except OSError:
+        return False
 
 
 def test_a_deleted_experiment_is_refused(client: Any, workplace: Path) -> None:
