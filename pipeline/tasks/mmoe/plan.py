@@ -47,7 +47,7 @@ class Plan:
                 written.add(column)
             self._known(key, [name])
             self._known(f"{key}.weights", [feature.weights] if feature.weights else [])
-            if isinstance(feature.missing, float) and abs(feature.missing) > np.finfo(np.float32).max:
+            if isinstance(feature.missing, float) and abs(feature.missing) > float(np.finfo(np.float32).max):
                 raise self._wrong(f"{key}.missing", f"found {feature.missing}, allowed: numbers up to 3.4e38")
         by = self._known("split.by", [declared.split.by] if declared.split.by is not None else [])
         weights = [feature.weights for feature in declared.features.values() if feature.weights]
@@ -59,8 +59,8 @@ class Plan:
         Raises:
             UserError: a value that is not 0 or 1, or a conversion without a click.
         """
-        click = self._evaluated(self.click, LabelColumns(self.label_cells, batch, None))
-        conversion = self._evaluated(self.conversion, LabelColumns(self.label_cells, batch, click))
+        click = _evaluated(self.click, LabelColumns(self.label_cells, batch, None))
+        conversion = _evaluated(self.conversion, LabelColumns(self.label_cells, batch, click))
         clicks, conversions = (values.to_numpy(zero_copy_only=False) for values in (click, conversion))
         orphans = np.flatnonzero(conversions & ~clicks)
         if len(orphans):
@@ -87,12 +87,12 @@ class Plan:
             keys = np.where(there[texts.codes], hashes[texts.codes], keys)
         seed = splitmix64(np.array([shares.seed % 2**64], dtype=np.uint64))
         uniform = (splitmix64(keys ^ seed) >> np.uint64(11)) * 2.0**-53  # [0, 1)
-        borders = [shares.train, 1.0 if shares.test == 0 else shares.train + shares.validation]
+        borders = [shares.train, shares.train + shares.validation]
         return np.searchsorted(borders, uniform, side="right").astype(np.int8)
 
     def _label(self, label: str, text: str) -> str | Condition:
         """A column's name, or else a condition."""
-        if text in self.names and (label, text) != (CONVERSION, CLICK):
+        if text in self.names:
             return text
         try:
             condition = parse(text)
@@ -106,9 +106,6 @@ class Plan:
                     "nothing; allowed: another text, or missing_values without this one",
                 )
         return condition
-
-    def _evaluated(self, label: str | Condition, columns: "LabelColumns") -> pa.Array:
-        return columns.label(label) if isinstance(label, str) else label.evaluate(columns)
 
     def _known(self, key: str, columns: list[str]) -> list[str]:
         for column in columns:
@@ -145,6 +142,10 @@ class LabelColumns:
 
     def _raw(self, column: str) -> pa.Array:
         return self.click if self.click is not None and column == CLICK else self.batch.columns[column]
+
+
+def _evaluated(label: str | Condition, columns: LabelColumns) -> pa.Array:
+    return columns.label(label) if isinstance(label, str) else label.evaluate(columns)
 
 
 def _columns(label: str | Condition) -> list[str]:

@@ -232,6 +232,6 @@ def _told(file: Path) -> Iterator[None]:
             reason = f"a row over {BLOCK_BYTES >> 20} MiB, or a quote that is never closed"
         elif "gzip" in reason or "zlib" in reason or "compressed stream" in reason:
             reason = f"not a whole gzip file ({reason})"
-        elif "magic bytes" in reason or _is_parquet(file):
-            reason = f"not a whole Parquet file ({reason})"
+        elif _is_parquet(file):
+            reason = f"not a {'whole' if 'magic bytes' in reason else 'readable'} Parquet file ({reason})"
         raise UserError(f"{file}: {reason[:300]}") from None
