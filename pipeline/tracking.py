@@ -8,6 +8,7 @@ the run FAILED.
 import contextlib
 import json
 import os
+import re
 import select
 import signal
 import sys
@@ -53,7 +54,7 @@ class Delivery:
         import mlflow
         from mlflow.exceptions import MlflowException
 
-        _quiet()
+        _settle()
         self.client = mlflow.MlflowClient()
         self.problems: list[str] = []
         self.points, self.given_up, self.ended = 0, False, False
@@ -263,8 +264,9 @@ def _check_artifacts(uri: str) -> None:
 
 
 def _one_line(error: Exception) -> str:
-    text = str(getattr(error, "orig", None) or error) or type(error).__name__
+    text = str(error) or type(error).__name__
     text = text.split("[SQL:")[0].split("(Background on")[0]
+    text = re.split(r"\((?:\w+\.)+\w*Error\) ", text)[-1]  # what the database said, without what SQLAlchemy said of it
     return " ".join(text.split())[:300]
 
 
@@ -289,11 +291,15 @@ def _is_random(name: str) -> bool:
     return number.isdigit() and first.replace("-", "").isalpha()
 
 
-def _quiet() -> None:
+def _settle() -> None:
+    """MLflow neither prints nor insists: what fails is told by us, in one line and within seconds."""
     import logging
 
+    import mlflow.store.db.utils
+
     for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    mlflow.store.db.utils.MAX_RETRY_COUNT = 5  # 10 would take 100 s to say that a database cannot be opened
 
 
 def _answer(stream: IO[str], reply: Record) -> None:

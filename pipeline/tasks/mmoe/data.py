@@ -5,6 +5,7 @@ how many belong to each (row, feature) bag. N = rows, F = id features, M = numer
 """
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -141,9 +142,9 @@ def read_split(folder: Path, schema: DataSchema, split: str) -> ImpressionTable:
         table = pq.ParquetFile(file).read(columns=wanted)  # of the file alone: its folder names no partitions
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; run prepare_ctr again") from None
-    except PermissionError as error:
-        raise UserError(f"{file}: {error.strerror}") from None
-    except (pa.ArrowInvalid, OSError) as error:
+    except OSError as error:
+        raise UserError(f"{file}: {os.strerror(error.errno) if error.errno else error}") from None
+    except pa.ArrowInvalid as error:
         raise UserError(f"{file}: not a whole Parquet file: {error}") from None
     missing = [name for name in wanted if name not in table.column_names]
     if missing:
