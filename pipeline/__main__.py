@@ -1,6 +1,7 @@
 """`python -m pipeline NAME [--key value ...]`: entry name -> validated config -> lazy import -> run."""
 
 import importlib
+import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -11,6 +12,10 @@ from pipeline.config import Config, keys, load, nearest
 from pipeline.errors import UserError
 
 ROOT = Path(__file__).parent.parent
+
+# Threads of torch that wait by spinning stall for milliseconds a product when another process (our own writer to
+# MLflow) has one of the cores: ten times slower steps were measured on two cores. Must be set before torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 class Entry(NamedTuple):
