@@ -104,7 +104,7 @@ class AuxFocalConfig(Config):
     """the head that gets the focal term"""
     lambda_: float = Field(0.1, alias="lambda", ge=0)
     """weight of the focal term; usual: 0.05-0.2"""
-    gamma: float = Field(1.0, ge=0)
+    gamma: float = Field(1.0, ge=0, le=100)
     """focusing exponent; usual: 1-2"""
     use_alpha: bool = False
     """weigh positives by alpha and negatives by 1 - alpha in the focal term"""

@@ -6,7 +6,7 @@ how many belong to each (row, feature) bag. N = rows, F = id features, M = numer
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -151,6 +152,10 @@ def read_split(folder: Path, schema: DataSchema, split: str) -> ImpressionTable:
         raise UserError(f"{file}: no column {missing[0]}, which schema.json names")
     if table.num_rows != schema.splits[split].rows:
         raise UserError(f"{file}: {table.num_rows} rows, but schema.json says {schema.splits[split].rows}")
+    for feature in schema.features:
+        _check_kind(table, feature, file)
+    for name in LABELS:
+        _check(pa.types.is_integer(table[name].type) and not table[name].null_count, file, name, "0 or 1 in every row")
     truth = {name: table[name].to_numpy() for name in ("p_ctr", "p_cvr")} if schema.truth else None
     features = {name: _whole(table[name]) for name in wanted}
     return ImpressionTable(impressions(features, Layout.of(schema), file), truth)
@@ -201,6 +206,36 @@ def impressions(columns: Mapping[str, pa.Array], layout: Layout, file: Path | No
         torch.from_numpy(lengths),
         None if weights is None else torch.from_numpy(weights),
     )
+
+
+def _check_kind(table: pa.Table, feature: Feature, file: Path) -> None:
+    """A column holds what schema.json says of its feature, without gaps."""
+    column = table[feature.name]
+    if feature.kind == "numeric":
+        _check(pa.types.is_floating(column.type) and not column.null_count, file, feature.name, "a number in every row")
+    elif feature.kind == "categorical":
+        _check(pa.types.is_integer(column.type) and not column.null_count, file, feature.name, "an id in every row")
+    else:
+        _check(_holds(column, pa.types.is_integer), file, feature.name, "a list of ids in every row")
+        if feature.weighted:
+            name = f"{feature.name}.weights"
+            _check(_holds(table[name], pa.types.is_floating), file, name, "a list of weights in every row")
+            same = pc.all(pc.equal(pc.list_value_length(column), pc.list_value_length(table[name]))).as_py()
+            _check(same is not False, file, name, f"as many weights as {feature.name} has ids")
+
+
+def _holds(column: pa.ChunkedArray, kind: Callable[[pa.DataType], bool]) -> bool:
+    """Lists of the kind, none missing, with none missing in them."""
+    if not pa.types.is_list(column.type) or not kind(column.type.value_type):
+        return False
+    return not column.null_count and not pc.list_flatten(column).null_count
+
+
+def _check(holds: bool, file: Path, column: str, allowed: str) -> None:
+    if not holds:
+        raise UserError(
+            f"{file}: column {column} is not as schema.json says, allowed: {allowed}; run prepare_ctr again"
+        )
 
 
 def _whole(column: pa.ChunkedArray) -> pa.Array:

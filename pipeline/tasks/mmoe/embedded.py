@@ -71,7 +71,7 @@ class World:
     """Everything about users, items and circumstances, from the seed alone."""
 
     def __init__(self, seed: int) -> None:
-        random = np.random.Generator(np.random.PCG64([seed, GENERATOR_VERSION]))
+        random = _stream(seed, 1, GENERATOR_VERSION)
         self.popularity = {name: _popularity(SIZES[name], random) for name in ("user", "item")}
         self.user = {name: _skewed(random, SIZES[name], USERS) for name in ("age", "city")}
         self.item = {"category": _skewed(random, SIZES["category"], ITEMS)}
@@ -100,7 +100,7 @@ class World:
         self.slot_bias = -0.3 * np.arange(SIZES["slot"])
         self.age_bias = np.linspace(-0.6, 0.6, SIZES["age"])
         self.intercept = np.zeros(2)
-        p_ctr, p_cvr = self._rows(np.random.Generator(np.random.PCG64([seed, 0])), 200_000)[1:3]
+        p_ctr, p_cvr = self._rows(_stream(seed, 2), 200_000)[1:3]
         logits = [np.log(p / (1 - p)) for p in (p_ctr, p_cvr)]
         first = _intercept(logits[0], np.ones(len(p_ctr)), CTR)
         weights = 1 / (1 + np.exp(-(logits[0] + first)))  # conversions are counted on clicks
@@ -126,7 +126,7 @@ class World:
 
     def chunk(self, seed: int, number: int, count: int) -> pa.Table:
         """`count` impressions of the `number`-th chunk as the Parquet splits hold them, with the true p."""
-        random = np.random.Generator(np.random.PCG64([seed, 1, number]))
+        random = _stream(seed, 3, number)
         ids, p_ctr, p_cvr = self._rows(random, count)
         click = random.random(count) < p_ctr
         conversion = click & (random.random(count) < p_cvr)
@@ -170,11 +170,15 @@ def embedded_data(config: EmbeddedDataConfig) -> Path:
         raise UserError(f"data.embedded.cache {config.cache}: {error.strerror or error}") from None
     try:
         generate(work, config.rows, config.seed)
+        if folder.exists() and not (folder / SCHEMA_FILE).exists():
+            shutil.rmtree(folder)  # what is left of a damaged one
         try:
             work.rename(folder)  # whole or not at all
         except OSError:
             if not (folder / SCHEMA_FILE).exists():  # else another process was first, with the same data
                 raise
+    except OSError as error:
+        raise UserError(f"data.embedded.cache {config.cache}: {error.strerror or error}") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return folder
@@ -238,6 +242,11 @@ def _write_vocabulary(file: Path) -> None:
         "count": pa.array(np.zeros(len(numbers), dtype=np.int64)),  # generated, not counted
     })  # fmt: skip
     pq.write_table(table, file)
+
+
+def _stream(seed: int, kind: int, number: int = 0) -> np.random.Generator:
+    """A random stream of its own for every (kind, number); no word is 0, because NumPy pads seeds with zeros."""
+    return np.random.Generator(np.random.PCG64([seed, kind, number + 1]))
 
 
 def _popularity(size: int, random: np.random.Generator) -> Floats:

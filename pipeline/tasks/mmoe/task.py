@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid
 from torch.optim import Adam, AdamW, Optimizer, SparseAdam
 
 from pipeline import plots
@@ -23,6 +22,7 @@ from pipeline.losses import (
     clicked_cross_entropy,
     gate_entropy_deficit,
     gate_imbalance,
+    log_probability,
     product_log_probability,
 )
 from pipeline.metrics import Array, binary_metrics, calibration_bins
@@ -264,9 +264,8 @@ def _events(table: ImpressionTable, logits: Tensor) -> dict[str, tuple[Array, Lo
     click, conversion = table.columns.click.double().numpy(), table.columns.conversion.double().numpy()
     z_ctr, z_cvr = logits[:, 0], logits[:, 1]
     clicked = table.columns.click > 0.5
-    given_click = z_cvr[clicked]
     return {
-        "ctr": (click, LogProbability(logsigmoid(z_ctr), logsigmoid(-z_ctr))),
-        "cvr": (conversion[clicked.numpy()], LogProbability(logsigmoid(given_click), logsigmoid(-given_click))),
+        "ctr": (click, log_probability(z_ctr)),
+        "cvr": (conversion[clicked.numpy()], log_probability(z_cvr[clicked])),
         "ctcvr": (conversion, product_log_probability(z_ctr, z_cvr)),
     }
