@@ -170,6 +170,7 @@ def embedded_data(config: EmbeddedDataConfig) -> Path:
         raise UserError(f"data.embedded.cache {config.cache}: {error.strerror or error}") from None
     try:
         generate(work, config.rows, config.seed)
+        work.chmod(0o755)  # temporary folders are closed to others
         if folder.exists() and not (folder / SCHEMA_FILE).exists():
             shutil.rmtree(folder)  # what is left of a damaged one
         try:

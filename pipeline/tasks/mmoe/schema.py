@@ -9,6 +9,7 @@ vocabulary.
 
 import hashlib
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -136,6 +137,12 @@ class Feature(Config):
     """numeric: what a missing value becomes; null = refuse it"""
     out_of_vocabulary: dict[str, float] = Field(default_factory=dict)
     """categorical, multi: share of the ids that are out of vocabulary, by split"""
+
+    @model_validator(mode="after")
+    def _edges_make_bins(self) -> "Feature":
+        if self.kind == "numeric" and (len(self.edges) < 2 or any(b <= a for a, b in pairwise(self.edges))):
+            raise ValueError("edges of a numeric feature: allowed: at least two, increasing")
+        return self
 
 
 class Split(Config):
