@@ -9,7 +9,7 @@ import json
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
@@ -282,104 +282,3 @@ def _describe(field: FieldInfo) -> str:
 
 Positive = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
-
-
-class AdamConfig(Config):
-    lr: float = Field(1e-3, gt=0)
-    """peak learning rate"""
-    betas: tuple[Probability, Probability] = (0.9, 0.999)
-    """decay of the running mean of the gradient and of its square (Kingma & Ba 2015)"""
-    eps: float = Field(1e-8, gt=0)
-    """added to the denominator"""
-
-
-class DenseOptimizerConfig(AdamConfig):
-    weight_decay: float = Field(0.0, ge=0)
-    """decoupled weight decay (AdamW, Loshchilov & Hutter 2019)"""
-
-
-class ScheduleConfig(Config):
-    warmup_steps: int = Field(0, ge=0)
-    """optimizer steps over which the learning rate rises linearly (not the focal gate: that is loss.aux_focal)"""
-    decay: Literal["cosine", "constant"] = "cosine"
-    """what the learning rate does after its warm-up"""
-    final_ratio: float = Field(0.0, ge=0, le=1)
-    """where cosine decay ends, as a share of the peak"""
-
-
-class TrainingConfig(Config):
-    num_train_epochs: Positive = 1
-    """passes over the training split"""
-    max_steps: Positive | None = None
-    """stop after this many optimizer steps, if that comes before the last epoch's end"""
-    batch_size: Positive = 512
-    """rows of a micro-batch"""
-    accumulation_steps: Positive = 1
-    """micro-batches of an optimizer step; losses are normalised over all of them together"""
-    clip_norm: float | None = Field(None, gt=0)
-    """clip the norm of the dense gradients to this"""
-    amp: Literal["no", "bf16", "fp16"] = "no"
-    """automatic mixed precision of forward and backward; losses stay fp32"""
-    threads: Positive | None = None
-    """CPU threads of torch; null = torch's choice. Another number may round differently"""
-
-
-class EvaluationConfig(Config):
-    every_steps: Positive | None = None
-    """evaluate on the validation split every so many optimizer steps, and at the end; null = each epoch's end"""
-    metric: str = Field(pattern=r"^valid/.+")
-    """the validation metric that chooses the best weights"""
-    mode: Literal["max", "min"] = "max"
-    """whether more or less of evaluation.metric is better"""
-    patience: Positive | None = None
-    """stop after this many evaluations without a better evaluation.metric; null = never"""
-    batch_size: Positive = 8192
-    """rows of an evaluation batch"""
-
-
-class TrackingSwitch(Config):
-    enabled: bool = True
-    """false: nothing is written to MLflow"""
-
-
-class TrackingConfig(TrackingSwitch):
-    log_every: Positive = 1
-    """log every so many optimizer steps"""
-    log_model: bool = True
-    """log the best weights as an MLflow model"""
-
-
-class RunConfig(Config):
-    """What every training task has."""
-
-    short: ClassVar[dict[str, str]] = {
-        "epochs": "training.num_train_epochs",
-        "max_steps": "training.max_steps",
-        "batch_size": "training.batch_size",
-    }
-
-    experiment: str | None = Field(None, min_length=1)
-    """MLflow experiment; null = the one `mlflow run` opened, or MLflow's default"""
-    run_name: str | None = Field(None, min_length=1)
-    """name of the run; null = a short one made of what is most often tuned"""
-    output_dir: str = Field("outputs", min_length=1)
-    """folder of the runs' own files, one folder a run"""
-    seed: int = Field(0, ge=0, lt=2**63)
-    """of initial weights, shuffling and dropout"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto = cuda where there is one"""
-    training: TrainingConfig = TrainingConfig()
-    evaluation: EvaluationConfig
-    tracking: TrackingConfig = TrackingConfig()
-
-    def name(self) -> str:
-        """A readable name of the run, short enough for a chart's legend."""
-        return self.run_name or f"seed {self.seed}"
-
-    def warnings(self, given: frozenset[str] = frozenset()) -> list[str]:  # noqa: ARG002
-        """What is allowed but looks like a mistake. `given`: the dotted keys that the user overrode."""
-        return []
-
-    def with_values(self, **values: Any) -> Self:
-        """A copy with top-level blocks or values replaced, validated again."""
-        return type(self).model_validate(self.model_dump(by_alias=True) | values)

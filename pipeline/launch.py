@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from pipeline import plots
-from pipeline.config import RunConfig, flatten, to_yaml
+from pipeline.blocks import RunConfig
+from pipeline.config import flatten, to_yaml
 from pipeline.console import Console, say, warn
+from pipeline.errors import UserError
 from pipeline.run import MemoryRun, MlflowRun, Run, RunRequest, Writer
 from pipeline.task import Task
 from pipeline.training import Result, Training, count_steps, resolve_device
@@ -62,10 +64,18 @@ def train_run(
         run.finish("FINISHED")
     except BaseException as error:
         if not finished:
-            run.set_tags({"failure": str(error) or type(error).__name__})
-            run.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            _abandon(run, error)
         raise
     return run, result
+
+
+def _abandon(run: Run, error: BaseException) -> None:
+    """End a run that an error cut off; what cannot be delivered is told, but does not hide the error."""
+    run.set_tags({"failure": str(error) or type(error).__name__})
+    try:
+        run.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+    except UserError as undelivered:
+        warn(str(undelivered))
 
 
 def headline(metrics: Mapping[str, float]) -> str:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pipeline.config import RunConfig, ScheduleConfig
+from pipeline.blocks import RunConfig, ScheduleConfig
 
 Rows = npt.NDArray[np.int64]
 TOTAL = "loss_total"  # the one that is differentiated

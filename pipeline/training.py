@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.blocks import EvaluationConfig
 from pipeline.checkpoint import load_weights, save_weights
-from pipeline.config import EvaluationConfig
 from pipeline.console import Console, say, warn
 from pipeline.errors import UserError
 from pipeline.recording import Recorder

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -265,6 +266,26 @@ def test_a_loss_that_explodes_ends_the_run_failed(workplace: Path, client: Any) 
     assert "at step 1" in run.data.tags["failure"]
     assert [point.step for point in client.get_metric_history(run.info.run_id, "loss_total")] == [0]
     assert len(result.stdout.splitlines()) == 1
+
+
+def test_ctrl_c_ends_the_run_killed_with_what_it_had(workplace: Path, client: Any) -> None:
+    arguments = [part for key, value in TINY.items() for part in (f"--{key}", value)]
+    arguments[arguments.index("--max_steps") + 1] = "null"
+    endless = ["--training.num_train_epochs", "100000", "--evaluation.every_steps", "100000"]
+    trainer = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "train_mmoe", *arguments, *endless],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert trainer.stdout
+    assert trainer.stdout.readline().startswith("{")
+    trainer.send_signal(signal.SIGINT)
+    errors = trainer.communicate(timeout=60)[1]
+    assert trainer.returncode == 130
+    assert "Traceback" not in errors
+    (run,) = client.search_runs(["0"])
+    assert run.info.status == "KILLED"
+    assert len(client.get_metric_history(run.info.run_id, "loss_total")) >= 1
+    assert "history.parquet" in {item.path for item in client.list_artifacts(run.info.run_id)}
 
 
 def test_untracked_training_leaves_no_store(tmp_path: Path) -> None:

@@ -4,17 +4,15 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config import (
+from pipeline.blocks import (
     AdamConfig,
-    Config,
     DenseOptimizerConfig,
     EvaluationConfig,
-    Positive,
-    Probability,
     RunConfig,
     ScheduleConfig,
     TrackingSwitch,
 )
+from pipeline.config import Config, Positive, Probability
 from pipeline.schedules import clipped_pos_weight
 
 TASKS = ("ctr", "cvr")
