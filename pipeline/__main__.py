@@ -13,9 +13,10 @@ from pipeline.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 
-# Threads of torch that wait by spinning stall for milliseconds a product when another process (our own writer to
-# MLflow) has one of the cores: ten times slower steps were measured on two cores. Must be set before torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Torch's threads wait for each other by spinning. When another process has one of their cores, a step of 8 ms took
+# 130 (two threads, two cores); with a bounded spin 34, and 9 instead of 8 when alone. Acts before torch is loaded.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 class Entry(NamedTuple):

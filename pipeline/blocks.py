@@ -44,7 +44,8 @@ class TrainingConfig(Config):
     amp: Literal["no", "bf16", "fp16"] = "no"
     """automatic mixed precision of forward and backward; losses stay fp32"""
     threads: Positive | None = None
-    """CPU threads of torch; null = torch's choice. Another number may round differently"""
+    """CPU threads of torch; null = one fewer than cores, which is for the tracking writer. Another number may round
+    differently"""
 
 
 class EvaluationConfig(Config):

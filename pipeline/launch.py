@@ -19,6 +19,8 @@ from pipeline.run import MemoryRun, MlflowRun, Run, RunRequest, Writer
 from pipeline.task import Task
 from pipeline.training import Result, Training, count_steps, resolve_device
 
+TORCH_THREADS = torch.get_num_threads()  # what torch would take: the cores, or OMP_NUM_THREADS
+
 TaskFactory = Callable[[Any], Task]
 
 
@@ -45,8 +47,7 @@ def train_run(
     tags: Mapping[str, str] | None = None,
 ) -> tuple[Run, Result]:
     """Load the data, open the run, train, and leave everything in it. Without a writer nothing is tracked."""
-    if config.training.threads:
-        torch.set_num_threads(config.training.threads)
+    torch.set_num_threads(config.training.threads or max(1, TORCH_THREADS - 1))
     device = resolve_device(config.device)
     task = make_task(config)
     request = RunRequest(config.name(), config.experiment, run_id, launcher, dict(tags or {}))

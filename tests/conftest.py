@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
-os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; two test processes share two cores
 for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
     del os.environ[name]
