@@ -29,7 +29,7 @@ from pipeline.tasks.mmoe.task import MmoeTask
 from pipeline.training import Training
 
 ROOT = Path(__file__).parent.parent
-ROWS, BATCH, STEPS, PAIRS = 500_000, 1024, 300, 11
+ROWS, BATCH, STEPS, PAIRS = 500_000, 1024, 300, 21
 WARMUP_STEPS = 30
 
 

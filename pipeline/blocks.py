@@ -44,8 +44,7 @@ class TrainingConfig(Config):
     amp: Literal["no", "bf16", "fp16"] = "no"
     """automatic mixed precision of forward and backward; losses stay fp32"""
     threads: Positive | None = None
-    """CPU threads of torch; null = one fewer than cores, which is for the tracking writer. Another number may round
-    differently"""
+    """CPU threads of torch; null = one fewer than cores, for the tracking writer. Another number rounds differently"""
 
 
 class EvaluationConfig(Config):
