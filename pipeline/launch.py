@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from pipeline.blocks import RunConfig
 from pipeline.config import flatten, to_yaml
 from pipeline.console import Console, say, warn
 from pipeline.errors import UserError
-from pipeline.run import MemoryRun, MlflowRun, Run, RunRequest, Writer
+from pipeline.run import MemoryRun, MlflowRun, Run, RunRequest, Writer, writer_for
 from pipeline.task import Task
 from pipeline.training import Result, Training, count_steps, resolve_device
 
@@ -26,10 +25,8 @@ TaskFactory = Callable[[Any], Task]
 
 def launch(config: RunConfig, make_task: TaskFactory, given: frozenset[str]) -> Result:
     """Train one run, in the MLflow run that `mlflow run` opened if there is one."""
-    with ExitStack() as stack:
-        writer = stack.enter_context(Writer()) if config.tracking.enabled else None
-        run_id = os.environ.get("MLFLOW_RUN_ID")
-        run, result = train_run(config, make_task, writer, given=given, run_id=run_id)
+    with writer_for(config.tracking) as writer:
+        run, result = train_run(config, make_task, writer, given=given, run_id=os.environ.get("MLFLOW_RUN_ID"))
     say(f"\n{run.name}\n{headline(result.metrics)}")
     if isinstance(run, MlflowRun):
         say(f"run {run.id} in {run.tracking_uri}\nnext: make ui opens MLflow on it")

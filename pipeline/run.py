@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from pipeline.blocks import TrackingSwitch
 from pipeline.errors import TrainingError, UserError
 from pipeline.journal import JOURNAL_FILE, JournalWriter, Record, read_all
 
@@ -174,6 +175,11 @@ class Writer:
         if "error" in reply:
             raise UserError(reply["error"])
         return reply
+
+
+def writer_for(tracking: TrackingSwitch) -> contextlib.AbstractContextManager[Writer | None]:
+    """A writer, or None where tracking is switched off."""
+    return Writer() if tracking.enabled else contextlib.nullcontext()
 
 
 class MlflowRun:

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from pipeline.config import flatten
 from pipeline.console import say, warn
-from pipeline.run import MlflowRun, RunRequest, Writer
+from pipeline.run import MlflowRun, RunRequest, Writer, writer_for
 from pipeline.tasks.mmoe.config import PrepareCtrConfig
 from pipeline.tasks.mmoe.prepare import prepare
 from pipeline.tasks.mmoe.schema import SCHEMA_FILE, DataSchema
@@ -22,8 +22,8 @@ def prepare_ctr(config: PrepareCtrConfig, given: frozenset[str]) -> None:  # noq
     with tqdm(unit=" rows", unit_scale=True, disable=None) as bar:
         schema = prepare(Path(config.data), Path(config.schema_), output, progress=lambda rows: _advance(bar, rows))
     _tell(schema)
-    if config.tracking.enabled:
-        with Writer() as writer:
+    with writer_for(config.tracking) as writer:
+        if writer:
             _track(writer, config, schema, output)
     say(f"next: train_mmoe with data={output}")
 
