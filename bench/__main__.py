@@ -1,136 +1,31 @@
 """Prints one JSON object a figure: {"name", "value", "unit", "reference", "ratio", "spread"}.
 
 `ratio` is value over reference, `spread` the quartiles of the ratio over interleaved pairs. Training runs on one
-thread; the tracking writer is a process of its own and needs a second core.
+thread; the tracking writer is a process of its own and needs a second core. `python -m bench visobert` runs one alone.
 """
 
-import json
 import os
-import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
-
-import itertools
+os.environ["RAYON_NUM_THREADS"] = "1"
 
 import torch
 
-from pipeline.config import load
-from pipeline.console import Console
-from pipeline.run import MemoryRun, MlflowRun, RunRequest, Writer
-from pipeline.task import TOTAL
-from pipeline.tasks.mmoe.config import MmoeConfig
-from pipeline.tasks.mmoe.task import MmoeTask
-from pipeline.training import Training
+from bench import mmoe, visobert
 
-ROOT = Path(__file__).parent.parent
-ROWS, BATCH, STEPS, PAIRS = 500_000, 1024, 300, 21
-WARMUP_STEPS = 30
-
-
-def figure(
-    name: str, value: float, unit: str, reference: float | None = None, ratios: list[float] | None = None
-) -> None:
-    quartiles = statistics.quantiles(ratios, n=4) if ratios and len(ratios) > 2 else None
-    found: dict[str, Any] = {"name": name, "value": value, "unit": unit, "reference": reference}
-    found["ratio"] = statistics.median(ratios) if ratios else None
-    found["spread"] = [quartiles[0], quartiles[2]] if quartiles else None
-    print(json.dumps(found), flush=True)
-
-
-def config_for(folder: Path) -> MmoeConfig:
-    overrides = {
-        "data.embedded.rows": ROWS,
-        "data.embedded.cache": folder / "data",
-        "training.batch_size": BATCH,
-        "training.max_steps": STEPS + WARMUP_STEPS,
-        "training.threads": 1,
-        "loss.aux_focal.warmup_steps": 0,
-        "tracking.log_model": "false",
-    }
-    return load(MmoeConfig, ROOT / "configs/mtl_mmoe.yaml", {key: str(value) for key, value in overrides.items()})
-
-
-class Block:
-    """A training of which only the steps are timed, in wall and in CPU seconds of this process."""
-
-    def __init__(self, task: MmoeTask, run: MemoryRun | MlflowRun) -> None:
-        self.training = Training(task, run, Console(0, quiet=True), "cpu")
-        self.training.model.train()
-        self.plan = task.plan(0)
-
-    def steps(self, first: int, count: int) -> tuple[float, float]:
-        wall, cpu = time.perf_counter(), time.process_time()
-        for index in range(first, first + count):
-            self.training._step([self.plan[index]])
-        self.training.recorder.drain()
-        return time.perf_counter() - wall, time.process_time() - cpu
-
-
-def logging_overhead(task: MmoeTask, folder: Path) -> None:
-    """Every step logged to SQLite against tracking switched off, in pairs of equal trainings, turn about."""
-    wall, cpu, plain_walls, writer_cpu = [], [], [], []
-    with Writer() as writer:
-        for pair in range(PAIRS):
-            taken: dict[str, tuple[float, float]] = {}
-            for kind in ("tracked", "plain") if pair % 2 else ("plain", "tracked"):
-                name = f"{kind} {pair}"
-                run = MlflowRun(writer, RunRequest(name), folder / "runs") if kind == "tracked" else MemoryRun(name)
-                block = Block(task, run)
-                block.steps(0, WARMUP_STEPS)
-                taken[kind] = block.steps(WARMUP_STEPS, STEPS)
-                run.finish("FINISHED")
-                if isinstance(run, MlflowRun):
-                    writer_cpu.append(run.writer_cpu_seconds)
-                    points = run.points
-            wall.append(taken["tracked"][0] / taken["plain"][0])
-            cpu.append(taken["tracked"][1] / taken["plain"][1])
-            plain_walls.append(taken["plain"][0])
-    milliseconds = 1000 * statistics.median(plain_walls) / STEPS
-    figure("logging_wall", milliseconds * statistics.median(wall), "ms a step", milliseconds, wall)
-    figure("logging_cpu", statistics.median(cpu), "trainer CPU, of the CPU without tracking", 1.0, cpu)
-    spent = [later - earlier for earlier, later in itertools.pairwise(writer_cpu)]
-    figure("logging_writer_cpu", 1e6 * statistics.median(spent) / points, "us of the writer a point")
-
-
-def training_speed(task: MmoeTask) -> None:
-    """Rows per CPU second of the trainer against forward and backward of the same model on one fixed batch."""
-    block = Block(task, MemoryRun())
-    batch = task.batch(block.plan[0])
-    counts = task.counts(batch)
-
-    def limit(count: int) -> float:
-        started = time.process_time()
-        for _ in range(count):
-            task.losses(block.training.model, batch, counts, 0)[TOTAL].backward()
-            block.training.model.zero_grad(set_to_none=True)
-        return time.process_time() - started
-
-    measured(lambda: block.steps(0, 100)[1], lambda: limit(100), "mmoe_b1024", 100 * BATCH)
-
-
-def measured(own: Callable[[], float], reference: Callable[[], float], name: str, rows: int) -> None:
-    own(), reference()
-    pairs = [(rows / own(), rows / reference()) for _ in range(PAIRS)]
-    values, references = zip(*pairs, strict=True)
-    ratios = [value / limit for value, limit in pairs]
-    figure(name, statistics.median(values), "rows per CPU second", statistics.median(references), ratios)
+BENCHES = {"mmoe": mmoe.main, "visobert": visobert.main}
 
 
 def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
-        task = MmoeTask(config_for(folder))
-        training_speed(task)
-        logging_overhead(task, folder)
+        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{Path(scratch) / 'mlflow.db'}"
+        for name in sys.argv[1:] or BENCHES:
+            BENCHES[name](Path(scratch))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -22,7 +22,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 class Entry(NamedTuple):
     about: str
     config: str  # module:class of its keys
-    target: str  # module:name, a Task class that `launch` trains, or a function of (config, given)
+    target: str  # module:name, what makes a Task from the config, or a function of (config, given)
     file: str | None = None  # the config where none is named
     trains: bool = False
 
@@ -33,6 +33,11 @@ ENTRIES = {
         "The whole story on the embedded data: a baseline, the focal arm, and both side by side.",
         MMOE_CONFIG, "pipeline.story:main", "configs/mtl_mmoe.yaml",
     ),
+    "data_prep": Entry(
+        "Reviews to their sentiment distribution and alpha, with copies and lengths.",
+        "pipeline.tasks.visobert.config:DataPrepConfig", "pipeline.tasks.visobert.entry:data_prep",
+        "configs/data_prep.yaml",
+    ),
     "prepare_ctr": Entry(
         "Raw impressions (CSV or Parquet, with a schema) to a folder that train_mmoe reads.",
         "pipeline.tasks.mmoe.config:PrepareCtrConfig", "pipeline.tasks.mmoe.entry:prepare_ctr",
@@ -41,6 +46,11 @@ ENTRIES = {
     "train_mmoe": Entry(
         "MMoE click and conversion training with an auxiliary focal loss on CTCVR.",
         MMOE_CONFIG, "pipeline.tasks.mmoe.task:MmoeTask", "configs/mtl_mmoe.yaml", trains=True,
+    ),
+    "train_visobert": Entry(
+        "Multi-label aspect sentiment training with a global-alpha focal loss.",
+        "pipeline.tasks.visobert.config:VisobertConfig", "pipeline.tasks.visobert.entry:make_task",
+        "configs/config_multi.yaml", trains=True,
     ),
 }  # fmt: skip
 

@@ -124,6 +124,15 @@ def load(
         raise UserError(_explain(error, known, file, given)) from None
 
 
+def with_default(tree: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A copy of `tree` with `value` under the dotted key where it has none; for defaults that follow another key."""
+    name, _, rest = path.partition(".")
+    if not rest:
+        return {name: value} | dict(tree)
+    block = tree.get(name) or {}
+    return {**tree, name: with_default(block, rest, value)} if isinstance(block, Mapping) else dict(tree)
+
+
 def nearest(name: str, candidates: list[str]) -> str:
     """`; did you mean X?`, or the whole list where nothing comes near and the list is short."""
     leaf = {candidate.rsplit(".", 1)[-1]: candidate for candidate in reversed(candidates)}
@@ -201,12 +210,19 @@ def _parse(text: str, field: FieldInfo) -> Any:
 
 def _explain(error: ValidationError, known: dict[str, Key], file: Path | None, given: dict[str, str]) -> str:
     """Pydantic's findings as one line."""
-    told = []
+    told: list[str] = []
+    explained: set[str] = set()
     for finding in error.errors():
         parts = [str(part) for part in finding["loc"]]
         # a union's branch or a list's index may follow the key: keep the longest part that is a key
         path = next((p for n in range(len(parts), 0, -1) if (p := ".".join(parts[:n])) in known), ".".join(parts))
         where = f"--{given[path]}" if path in given else str(file) if file else "config"
+        if path in explained:
+            continue
+        if path in known and get_origin(_optional(known[path].field.annotation)[1]) in (Union, types.UnionType):
+            explained.add(
+                path
+            )  # each kind that it could have been has findings of its own: the first has the whole value
         name = "" if given.get(path) == path else path
         place = f"{where}: {name}" if name else where
         inner = path in known and len(parts) > path.count(".") + 1
@@ -255,17 +271,23 @@ def _block(annotation: Any) -> type[Config] | None:
 
 def _describe(field: FieldInfo) -> str:
     optional, plain = _optional(field.annotation)
+    if get_origin(plain) in (Union, types.UnionType):
+        text = " or ".join(_describe(FieldInfo(annotation=kind)) for kind in get_args(plain))
+        return f"{text} or null" if optional else text
     metadata = list(field.metadata)
     if get_origin(plain) is Annotated:
         plain, *inner = get_args(plain)
         metadata += [item for entry in inner for item in (entry.metadata if isinstance(entry, FieldInfo) else [entry])]
     names = {int: "integer", float: "number", bool: "true or false", str: "text", Path: "path"}
     if get_origin(plain) is Literal:
-        text = "one of: " + ", ".join(canonical(value) for value in get_args(plain))
+        values = [canonical(value) for value in get_args(plain)]
+        text = values[0] if len(values) == 1 else "one of: " + ", ".join(values)
     elif get_origin(plain) is tuple:
         items = get_args(plain)
         count = "" if Ellipsis in items else f"{len(items)} "
         text = f"list of {count}{names.get(_scalar(items[0]), 'value')}s"
+        if get_origin(items[0]) is Annotated:
+            metadata += [item for entry in get_args(items[0])[1:] for item in getattr(entry, "metadata", [entry])]
     elif get_origin(plain) is dict:
         text = "mapping"
     else:

@@ -52,10 +52,13 @@ def train_run(
     finished = False
     try:
         _describe(run, task, given)
+        _tell_epochs(config, given)
         total_steps = count_steps(task)
         for warning in [*config.warnings(given), *task.warnings(total_steps)]:
             warn(warning)
-        say(f"{run.name}: {total_steps} steps on {device}, " + ", ".join(f"{k} {v}" for k, v in task.summary().items()))
+        say(f"{run.name}: {total_steps} steps on {device}")
+        for name, value in task.summary().items():
+            say(f"  {name} {value}")
         result = Training(task, run, Console(total_steps), device).train()
         _leave(run, task, result.model, result.metrics, device)
         finished = True
@@ -79,7 +82,7 @@ def _abandon(run: Run, error: BaseException) -> None:
 def headline(metrics: Mapping[str, float]) -> str:
     """The test metrics in a few words; validation where there is no test split."""
     split = "test" if any(name.startswith("test/") for name in metrics) else "valid"
-    shown = {name: value for name, value in metrics.items() if name.startswith(f"{split}/")}
+    shown = {name: value for name, value in metrics.items() if name.startswith(f"{split}/") and name.count("/") == 1}
     return "  ".join(f"{name} {value:.4f}" for name, value in shown.items() if "auc" in name or "f1" in name)
 
 
@@ -94,17 +97,37 @@ def _describe(run: Run, task: Task, given: frozenset[str]) -> None:
     file = run.folder / "config.yaml"
     file.write_text(to_yaml(config), encoding="utf-8")
     run.log_artifact(file)
+    folder = run.folder / "description"
+    folder.mkdir(parents=True, exist_ok=True)
+    known = task.describe(folder)
+    if known:
+        run.log_metrics(0, known)
+    _log_files(run, folder)
     run.flush()
 
 
+def _log_files(run: Run, folder: Path) -> None:
+    """Every file below the folder as an artifact, where it lies in it."""
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        where = file.parent.relative_to(folder).as_posix()
+        run.log_artifact(file, "" if where == "." else where)
+
+
+def _tell_epochs(config: RunConfig, given: frozenset[str]) -> None:
+    epochs = config.training.num_train_epochs
+    if "training.num_train_epochs" in given:
+        warn(f"Using epochs from command line: {epochs} (overrides config)")
+    else:
+        say(f"Using epochs from config: {epochs}")
+
+
 def _leave(run: Run, task: Task, model: nn.Module, metrics: Mapping[str, float], device: str) -> None:
-    """Plots, note and model of a trained run."""
-    folder = run.folder / "plots"
-    folder.mkdir(exist_ok=True)
-    plots.losses(run.history(), folder / "losses.png")
-    task.plots(model, folder, device)
-    for file in sorted(folder.glob("*.png")):
-        run.log_artifact(file, "plots")
+    """Report, note and model of a trained run."""
+    folder = run.folder / "report"
+    (folder / "plots").mkdir(parents=True, exist_ok=True)
+    plots.losses(run.history(), folder / "plots" / "losses.png")
+    task.report(model, folder, device)
+    _log_files(run, folder)
     rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items() if name.startswith("test/"))
     run.set_tags({"mlflow.note.content": f"| test, at the best weights | |\n|---|---|\n{rows}"})
     if task.config.tracking.log_model:

@@ -4,6 +4,7 @@ Shapes: B = rows of a batch. Logits, labels and results are [B] unless said othe
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -96,3 +97,27 @@ def gate_imbalance(gates: Tensor) -> Tensor:
     of the batch. gates [B, T, E] -> scalar.
     """
     return (gates.shape[-1] * gates.mean(0).square().sum(-1) - 1).mean()
+
+
+def multi_label_focal(
+    logits: Tensor, label: Tensor, gamma: float = 0.0, alpha: Sequence[float] | Tensor | None = None
+) -> Tensor:
+    """-alpha[y] (1 - p_t)^gamma log p_t of every labelled cell (Lin et al. 2017, equation 5, over a softmax), in nats.
+
+    logits: [..., C]. label: [...], the index of the class; anything outside of 0..C-1 is an unlabelled cell, whose
+    value is 0 with a gradient of exactly 0. alpha: a weight a class; None = ones. With gamma 0 and no alpha this is
+    cross-entropy. The factor carries its gradient. Whoever calls divides the sum by the number of labelled cells.
+    """
+    classes = logits.shape[-1]
+    labelled = (label >= 0) & (label < classes)
+    index = label.clamp(0, classes - 1).long().unsqueeze(-1)
+    # an unlabelled cell's logits are replaced before anything is made of them: not even a NaN leaks out of it
+    log_p = torch.log_softmax(torch.where(labelled.unsqueeze(-1), logits, 0.0), -1)
+    value = -log_p.gather(-1, index).squeeze(-1)
+    if gamma:
+        others = log_p.scatter(-1, index, -torch.inf)
+        value = value * torch.exp(gamma * torch.logsumexp(others, -1))  # log(1 - p_t): exact where p_t is near 1
+    if alpha is not None:
+        weights = torch.as_tensor(alpha, dtype=log_p.dtype, device=log_p.device)
+        value = value * weights[index.squeeze(-1)]
+    return torch.where(labelled, value, 0.0)

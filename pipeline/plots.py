@@ -33,6 +33,21 @@ def calibration(curves: Mapping[str, tuple[Floats, Floats, Floats]], file: Path)
     figure.savefig(file, dpi=110)
 
 
+def confusion(counts: npt.NDArray[np.int64], names: Sequence[str], file: Path) -> None:
+    """Counts of truth by prediction, coloured by the share of each truth. counts: [C, C]."""
+    figure, axes = _figure(1)
+    shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
+    axes[0].imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for (truth, predicted), count in np.ndenumerate(counts):
+        colour = "white" if shares[truth, predicted] > 0.5 else "black"
+        axes[0].text(
+            predicted, truth, f"{count}\n{shares[truth, predicted]:.1%}", ha="center", va="center", color=colour
+        )
+    ticks = range(len(names))
+    axes[0].set(xticks=ticks, yticks=ticks, xticklabels=names, yticklabels=names, xlabel="predicted", ylabel="truth")
+    figure.savefig(file, dpi=110)
+
+
 def losses(history: Sequence[tuple[int, Mapping[str, float]]], file: Path) -> None:
     """Every logged loss over the steps, smoothed, a panel a loss; a line marks where a loss first joins in."""
     names = list(dict.fromkeys(name for _, values in history for name in values if name.startswith("loss_")))
@@ -55,4 +70,27 @@ def losses(history: Sequence[tuple[int, Mapping[str, float]]], file: Path) -> No
         axis.grid(alpha=0.3)
     for axis in axes[len(names) :]:
         axis.set_axis_off()
+    figure.savefig(file, dpi=110)
+
+
+def sentiments(counts: Mapping[str, Sequence[int]], names: Sequence[str], file: Path) -> None:
+    """Labels of each sentiment, as counts and as shares. counts: of each name, first over all aspects, then of each."""
+    figure, axes = _figure(2)
+    figure.set_figheight(1.7 + 0.26 * len(counts))
+    values = np.array(list(counts.values()), dtype=np.float64)
+    shares = values / np.maximum(1, values.sum(1, keepdims=True))
+    of_aspects = np.where(np.arange(len(values))[:, None] == 0, 0, values)  # a bar for all would dwarf theirs
+    for axis, shown, title in ((axes[0], of_aspects, "labelled cells"), (axes[1], shares, "share")):
+        left = np.zeros(len(counts))
+        for name, column, colour in zip(names, shown.T, ("C2", "C3", "0.65"), strict=True):
+            axis.barh(range(len(counts)), column, left=left, color=colour, label=name)
+            left += column
+        axis.set(yticks=range(len(counts)), yticklabels=[], title=title)
+        axis.invert_yaxis()
+        axis.locator_params(axis="x", nbins=6)
+        axis.grid(alpha=0.3, axis="x")
+    rows = [row.replace("$", r"\$") for row in counts]  # else two of them would open a formula
+    axes[0].set_yticklabels([f"{row}: {int(total):,}" for row, total in zip(rows, values.sum(1), strict=True)])
+    axes[1].set(xlim=(0, 1))
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
     figure.savefig(file, dpi=110)

@@ -182,6 +182,17 @@ def writer_for(tracking: TrackingSwitch) -> contextlib.AbstractContextManager[Wr
     return Writer() if tracking.enabled else contextlib.nullcontext()
 
 
+def fetch_artifact(run_id: str, file: str, folder: Path) -> Path:
+    """Copy an artifact of another run into the folder.
+
+    Raises:
+        UserError: there is no such run, it has no such artifact, or the store does not answer.
+    """
+    with Writer() as writer:
+        request = {"run_id": run_id, "file": file, "folder": str(folder.resolve())}
+        return Path(writer.ask({"fetch": request})["path"])
+
+
 class MlflowRun:
     """A run in MLflow, written through its journal."""
 
@@ -198,7 +209,9 @@ class MlflowRun:
             raise UserError(f"output_dir {output_dir}: {error.strerror or error}") from None
         self.writer = writer
         reply = writer.ask({"open": asdict(request), "output_dir": str(output_dir.resolve())})
-        self.id, self.name, self.tracking_uri = reply["run_id"], reply["name"], reply["tracking_uri"]
+        self.id: str = reply["run_id"]
+        self.name: str = reply["name"]
+        self.tracking_uri: str = reply["tracking_uri"]
         self.folder = output_dir / self.id
         self.journal = JournalWriter(self.folder / JOURNAL_FILE)
         self.points, self.writer_cpu_seconds = 0, 0.0

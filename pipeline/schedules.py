@@ -13,12 +13,16 @@ def clipped_pos_weight(raw: float, clip: float | None) -> float:
     return raw if clip is None else min(raw, clip)
 
 
-def learning_rate_factor(step: int, total_steps: int, warmup_steps: int, decay: str, final_ratio: float) -> float:
+def learning_rate_factor(
+    step: int, total_steps: int, *, warmup_steps: int, decay: str, final_ratio: float, warmup_ratio: float = 0.0
+) -> float:
     """What the peak learning rate is multiplied by at `step` (from 0).
 
-    Rises linearly over `warmup_steps` (1/warmup at step 0, 1 at step warmup - 1), then follows half a cosine to
-    `final_ratio` at `total_steps` (Loshchilov & Hutter 2017, equation 5), or stays.
+    Rises linearly over the warm-up (1/warmup at step 0, 1 at step warmup - 1): `warmup_steps`, or `warmup_ratio` of
+    `total_steps` if that is more. Then it follows half a cosine to `final_ratio` at `total_steps` (Loshchilov & Hutter
+    2017, equation 5), or stays.
     """
+    warmup_steps = max(warmup_steps, round(warmup_ratio * total_steps))
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if decay == "constant":

@@ -1,42 +1,83 @@
-"""`main`: the whole story on one page: the same model with and without the auxiliary focal loss."""
+"""`main`: the whole story on one page: click and conversion with and without the focal loss, and review sentiment."""
 
 import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from pipeline.config import keys
+from pipeline.config import keys, load
 from pipeline.console import say, table, warn
 from pipeline.launch import train_run
-from pipeline.run import MlflowRun, writer_for
+from pipeline.run import MlflowRun, Run, Writer, writer_for
 from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.task import MmoeTask
+from pipeline.tasks.visobert.config import DataPrepConfig, VisobertConfig
+from pipeline.tasks.visobert.entry import prepare_reviews
+from pipeline.tasks.visobert.task import VisobertTask
 
 FOCAL_KEYS = frozenset(key.path for key in keys(MmoeConfig) if key.path.startswith("loss.aux_focal."))
+CONFIGS = Path(__file__).parent.parent / "configs"
+REVIEW_EPOCHS = "6"  # of the file's 15: enough to see it learn
+RANKING_METRICS = ("test/auc_ctr", "test/auc_ctcvr", "test/pr_auc_ctcvr", "test/logloss_ctcvr")
+REVIEW_METRICS = ("aspect_f1_macro", "sentiment_f1_macro", "pair_f1_micro")
 
 
 def main(config: MmoeConfig, given: frozenset[str]) -> None:
-    """Train the baseline and the focal arm from the same seed, and show them side by side."""
+    """Train the baseline and the focal arm from the same seed, then a review model, and show what came out."""
     if "loss.aux_focal.enabled" in given:
         warn("loss.aux_focal.enabled has no effect here: one arm has it off, the other on")
-    arms = {"baseline": _with_focal(config, enabled=False), "focal": _with_focal(config, enabled=True)}
-    launcher = os.environ.get("MLFLOW_RUN_ID")  # `mlflow run` opens a run; ours are two of their own
-    rows, store = [], "memory alone"
+    launcher = os.environ.get("MLFLOW_RUN_ID")  # `mlflow run` opens a run; ours are runs of their own
     with writer_for(config.tracking) as writer:
-        for arm, arm_config in arms.items():
-            acting = given - FOCAL_KEYS if arm == "baseline" else given
-            tags = {"arm": arm, "role": "baseline" if arm == "baseline" else "arm"}
-            run, result = train_run(arm_config, MmoeTask, writer, given=acting, launcher=launcher, tags=tags)
-            rows.append((run, result))
-            store = run.tracking_uri if isinstance(run, MlflowRun) else store
-    shown = ("test/auc_ctr", "test/auc_ctcvr", "test/pr_auc_ctcvr", "test/logloss_ctcvr")
+        ranking = _ranking(config, given, writer, launcher)
+        reviews, scores = _reviews(config, writer, launcher)
     say("")
-    say(table((run.name, {name: result.metrics.get(name) for name in shown}) for run, result in rows))
-    bayes = {f"{name}_bayes": rows[0][1].metrics[f"{name}_bayes"] for name in shown[:2]
-             if f"{name}_bayes" in rows[0][1].metrics}  # fmt: skip
+    say(table((run.name, {name: scored.get(name) for name in RANKING_METRICS}) for run, scored in ranking))
+    bayes = {f"{name}_bayes": value for name in RANKING_METRICS[:2]
+             if (value := ranking[0][1].get(f"{name}_bayes")) is not None}  # fmt: skip
     if bayes:
         say("no model can beat " + ", ".join(f"{name} {value:.4f}" for name, value in bayes.items()))
-    say("One seed cannot tell a better setting from luck.")
-    say(f"\n{len(rows)} runs in {store}: " + ", ".join(f"{run.name} ({run.id})" for run, _ in rows))
-    say("next: `make ui` opens MLflow; select both runs and press Compare")
+    say("One seed cannot tell a better setting from luck.\n")
+    rows = {reviews.name: "", "TF-IDF, logistic regression": "_tfidf", "majority": "_majority"}
+    say(table((row, {f"test/{name}": scores.get(f"test/{name}{suffix}") for name in REVIEW_METRICS})
+              for row, suffix in rows.items()))  # fmt: skip
+    runs = [run for run, _ in ranking] + [reviews]
+    store = reviews.tracking_uri if isinstance(reviews, MlflowRun) else "memory alone"
+    say(f"\n{len(runs)} runs in {store}: " + ", ".join(f"{run.name} ({run.id})" for run in runs))
+    say("next: `make ui` opens MLflow; select the first two runs and press Compare")
+
+
+def _ranking(
+    config: MmoeConfig, given: frozenset[str], writer: Writer | None, launcher: str | None
+) -> list[tuple[Run, Mapping[str, float]]]:
+    """The MMoE without and with the auxiliary focal loss."""
+    arms = {"baseline": _with_focal(config, enabled=False), "focal": _with_focal(config, enabled=True)}
+    found: list[tuple[Run, Mapping[str, float]]] = []
+    for arm, arm_config in arms.items():
+        acting = given - FOCAL_KEYS if arm == "baseline" else given
+        tags = {"arm": arm, "role": "baseline" if arm == "baseline" else "arm"}
+        run, result = train_run(arm_config, MmoeTask, writer, given=acting, launcher=launcher, tags=tags)
+        found.append((run, result.metrics))
+    return found
+
+
+def _reviews(config: MmoeConfig, writer: Writer | None, launcher: str | None) -> tuple[Run, Mapping[str, float]]:
+    """Alpha of the embedded reviews, then a short training of the small model with it."""
+    shared = {"experiment": config.experiment or "null", "data.cache": config.data.embedded.cache}
+    switch = {"tracking.enabled": str(config.tracking.enabled).lower()}
+    preparing = load(DataPrepConfig, CONFIGS / "data_prep.yaml", shared | switch | {"runs_dir": config.output_dir})
+    alpha, alpha_run = prepare_reviews(preparing, writer, launcher=launcher)
+    own = {"training.num_train_epochs": REVIEW_EPOCHS, "data_prep_run": alpha_run or "null"}
+    same = {
+        "output_dir": config.output_dir,
+        "seed": str(config.seed),
+        "device": config.device,
+        "training.max_steps": str(config.training.max_steps or "null"),
+        "training.threads": str(config.training.threads or "null"),
+        "tracking.log_model": str(config.tracking.log_model).lower(),
+    }
+    training = load(VisobertConfig, CONFIGS / "config_multi_embedded.yaml", shared | switch | own | same)
+    run, result = train_run(training, lambda ready: VisobertTask(ready, alpha), writer, launcher=launcher)
+    return run, result.metrics
 
 
 def _with_focal(config: MmoeConfig, **values: Any) -> MmoeConfig:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -14,6 +15,7 @@ from pipeline.blocks import RunConfig, ScheduleConfig
 
 Rows = npt.NDArray[np.int64]
 TOTAL = "loss_total"  # the one that is differentiated
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Batch(Protocol):
@@ -69,6 +71,10 @@ class Task(Protocol):
         """Facts worth a param or a line at the start: rows, parameters."""
         ...
 
+    def describe(self, folder: Path) -> Mapping[str, float]:
+        """What is known before training: files written into the folder become artifacts; returns metrics of step 0."""
+        ...
+
     def warnings(self, total_steps: int) -> Sequence[str]:
         """What is allowed but looks like a mistake, known once data and steps are."""
         ...
@@ -113,8 +119,8 @@ class Task(Protocol):
         """What an evaluation shows that the user should hear of at once."""
         ...
 
-    def plots(self, model: nn.Module, folder: Path, device: str) -> None:
-        """Pictures of the finished model, as PNG files in the folder."""
+    def report(self, model: nn.Module, folder: Path, device: str) -> None:
+        """Pictures and tables of the finished model, as files in folders of this one; each becomes an artifact."""
         ...
 
     def export(self, model: nn.Module, folder: Path) -> ModelExport:

@@ -36,6 +36,9 @@ def main() -> None:
 
     for line in sys.stdin:
         request = json.loads(line)
+        if "fetch" in request:
+            _answer(answers, _fetch(**request["fetch"]))
+            continue
         try:
             delivery = Delivery(request["open"], Path(request["output_dir"]))
         except Exception as error:  # whatever the store says becomes the user's one line
@@ -45,6 +48,20 @@ def main() -> None:
         asked = delivery.follow(sys.stdin)
         if asked:
             _answer(answers, delivery.report())
+
+
+def _fetch(run_id: str, file: str, folder: str) -> Record:
+    """Copy a run's artifact into the folder; the answer holds its path there, or an error."""
+    import mlflow
+
+    _settle()
+    try:
+        client = mlflow.MlflowClient()
+        if file not in [found.path for found in client.list_artifacts(run_id)]:
+            return {"error": f"run {run_id} in {_tracking_uri()} has no artifact {file}"}
+        return {"path": client.download_artifacts(run_id, file, folder)}
+    except Exception as error:  # whatever the store says becomes the user's one line
+        return {"error": f"tracking store {_tracking_uri()}: {_one_line(error)}"}
 
 
 class Delivery:

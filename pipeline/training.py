@@ -17,9 +17,7 @@ from pipeline.errors import UserError
 from pipeline.recording import Recorder
 from pipeline.run import Run
 from pipeline.schedules import learning_rate_factor
-from pipeline.task import TOTAL, Rows, Task
-
-AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from pipeline.task import AMP, TOTAL, Rows, Task
 
 
 @dataclass

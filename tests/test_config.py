@@ -85,7 +85,7 @@ def test_what_is_no_weight_is_refused(value: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "allowed"),
     [
-        ("loss.aux_focal.target_head", "ctr", "one of: ctcvr"),
+        ("loss.aux_focal.target_head", "ctr", "ctcvr"),
         ("loss.aux_focal.warmup_steps", "1.5", "integer >= 0"),
         ("training.amp", "fp8", "one of: no, bf16, fp16"),
         ("model.experts.hidden", "[]", "list of integers"),

@@ -191,7 +191,7 @@ def assert_one_line(result: subprocess.CompletedProcess[str], *parts: str, code:
     ("arguments", "parts"),
     [
         (["--lambda", "-1"], ["loss.aux_focal.lambda", "found -1", "number >= 0"]),
-        (["--loss.aux_focal.target_head", "ctr"], ["target_head", "'ctr'", "one of: ctcvr"]),
+        (["--loss.aux_focal.target_head", "ctr"], ["target_head", "'ctr'", "ctcvr"]),
         (["--config", "absent.yaml"], ["absent.yaml", "No such file"]),
         (["--data", "nowhere"], ["nowhere", "no such folder"]),
         (["--lambda"], ["lambda", "requires an argument"]),

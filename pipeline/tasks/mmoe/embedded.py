@@ -8,8 +8,6 @@ no model can beat on these rows is known too: the Bayes AUC, of the true probabi
 
 import hashlib
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import UserError
+from pipeline.cache import made_once
 from pipeline.tasks.mmoe.config import EmbeddedDataConfig
 from pipeline.tasks.mmoe.schema import (
     FIRST_ID,
@@ -161,28 +159,9 @@ def embedded_data(config: EmbeddedDataConfig) -> Path:
     settings = {"generator": GENERATOR_VERSION, "rows": config.rows, "seed": config.seed}
     name = "impressions-" + hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     folder = Path(config.cache) / name
-    if (folder / SCHEMA_FILE).exists():
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
-    except OSError as error:
-        raise UserError(f"data.embedded.cache {config.cache}: {error.strerror or error}") from None
-    try:
-        generate(work, config.rows, config.seed)
-        work.chmod(0o755)  # temporary folders are closed to others
-        if folder.exists() and not (folder / SCHEMA_FILE).exists():
-            shutil.rmtree(folder)  # what is left of a damaged one
-        try:
-            work.rename(folder)  # whole or not at all
-        except OSError:
-            if not (folder / SCHEMA_FILE).exists():  # else another process was first, with the same data
-                raise
-    except OSError as error:
-        raise UserError(f"data.embedded.cache {config.cache}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return folder
+    return made_once(
+        folder, [SCHEMA_FILE], lambda work: generate(work, config.rows, config.seed), "data.embedded.cache"
+    )
 
 
 def generate(folder: Path, rows: int, seed: int) -> DataSchema:

@@ -77,6 +77,9 @@ class MmoeTask:
             f"rows_{name}": str(split.rows) for name, split in self.schema.splits.items()
         }
 
+    def describe(self, folder: Path) -> Mapping[str, float]:  # noqa: ARG002
+        return {}
+
     def warnings(self, total_steps: int) -> Sequence[str]:
         focal = self.config.loss.aux_focal
         found = []
@@ -231,7 +234,7 @@ class MmoeTask:
                 found.append(f"expert {expert} has {share:.1%} of the {task} gate; usual: 1%-80%")
         return found
 
-    def plots(self, model: nn.Module, folder: Path, device: str) -> None:
+    def report(self, model: nn.Module, folder: Path, device: str) -> None:
         table = self.held_out("valid")
         logits = self._predict(model, table, device)[0]
         curves = {
@@ -239,7 +242,8 @@ class MmoeTask:
             for event, (label, probability) in _events(table, logits).items()
             if len(label)
         }
-        plots.calibration(curves, folder / "calibration.png")
+        (folder / "plots").mkdir(parents=True, exist_ok=True)
+        plots.calibration(curves, folder / "plots" / "calibration.png")
 
     def export(self, model: nn.Module, folder: Path) -> ModelExport:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,30 @@
+"""Names of things as MLflow takes them."""
+
+from collections.abc import Sequence
+
+from pipeline.errors import UserError
+
+LONGEST = 200  # of MLflow's 250 characters; the rest is for what stands before a name
+
+
+def metric_names(names: Sequence[str]) -> dict[str, str]:
+    """Each name -> what stands for it within a metric's name.
+
+    MLflow takes letters, digits, `_`, `-`, `.`, spaces and (not on Windows) colons; a slash would open another section
+    of charts. Anything else becomes `_`, a colon too, so that a name is the same everywhere.
+
+    Raises:
+        UserError: two names become one, or a name is too long.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        plain = "".join(letter if letter.isalnum() or letter in "_-. " else "_" for letter in name)
+        if not plain.strip("."):
+            plain = "_" * max(1, len(plain))  # as parts of a path, `.` and `..` are refused
+        if len(plain) > LONGEST:
+            raise UserError(f"{name[:40]}...: found a name of {len(name)} characters, allowed: {LONGEST}")
+        other = next((first for first, taken in found.items() if taken == plain and first != name), None)
+        if other is not None:
+            raise UserError(f"{other} and {name} would both be metric {plain}; rename one of them")
+        found[name] = plain
+    return found

@@ -1,0 +1,1 @@
+"""Multi-label aspect sentiment with a global-alpha focal loss."""

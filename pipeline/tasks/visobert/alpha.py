@@ -1,0 +1,147 @@
+"""Alpha, the weight of each sentiment in the focal loss, and the counts it comes from.
+
+Auto alpha is `total / (3 * count)` over the labelled cells of the training split, in the order of SENTIMENTS: a
+sentiment that is as frequent as the others weighs 1, a rare one more.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from annotated_types import Ge
+from pydantic import TypeAdapter, ValidationError
+
+from pipeline.errors import UserError
+from pipeline.tasks.visobert.reviews import SENTIMENTS, Reviews, without_polarity
+
+ALPHA_FILE = "alpha.json"
+FORMULA = "alpha[s] = labelled_cells / (3 * counts[s]), s in the order positive, negative, neutral"
+
+Counts = npt.NDArray[np.int64]
+Count = Annotated[int, Ge(0)]
+Weight = Annotated[float, Ge(0)]
+Mode = Literal["auto", "custom", "ones"]
+
+
+@dataclass(frozen=True)
+class Alpha:
+    """Weights of positive, negative, neutral, with what they were counted from."""
+
+    mode: Mode
+    vector: tuple[Weight, Weight, Weight]
+    counts: tuple[Count, Count, Count]
+    per_aspect_counts: tuple[tuple[Count, Count, Count], ...]  # as aspects
+    aspects: tuple[str, ...]
+    detection_only: tuple[str, ...]
+    labelled_cells: int  # the sum of counts
+    digest: str  # SHA-256 of the training file, hex
+    source: str  # path of the training file, or "embedded"
+
+    @property
+    def text(self) -> str:
+        """The vector as MLflow's param holds it: auto to four digits, else exactly."""
+        return json.dumps([round(weight, 4) for weight in self.vector] if self.mode == "auto" else list(self.vector))
+
+    def metrics(self) -> dict[str, float]:
+        """The vector in full precision, under metric names."""
+        return {f"alpha/{name}": weight for name, weight in zip(SENTIMENTS, self.vector, strict=True)}
+
+    def write(self, file: Path) -> None:
+        """Write alpha.json: all of it, or nothing."""
+        tree: dict[str, Any] = {"formula": FORMULA if self.mode == "auto" else None, "order": SENTIMENTS}
+        tree |= asdict(self)
+        tree["per_aspect_alpha"] = {
+            aspect: [sum(counts) / (3 * count) if count else None for count in counts]
+            for aspect, counts in zip(self.aspects, self.per_aspect_counts, strict=True)
+        }
+        part = file.with_name(f".{file.name}.{os.getpid()}")
+        part.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        part.replace(file)
+
+    @classmethod
+    def read(cls, file: Path) -> "Alpha":
+        """Read what `write` wrote.
+
+        Raises:
+            UserError: the file cannot be read, or is not an alpha.json.
+        """
+        try:
+            alpha = TypeAdapter(cls).validate_python(json.loads(file.read_text(encoding="utf-8")))
+        except OSError as error:
+            raise UserError(f"{file}: {error.strerror or error}") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"]) or "the whole"
+            raise UserError(f"{file}: not an alpha.json of data_prep ({key}: {first['msg']})") from None
+        except ValueError as error:  # neither UTF-8 nor JSON
+            raise UserError(f"{file}: not an alpha.json of data_prep ({error})") from None
+        sums = np.sum(alpha.per_aspect_counts, axis=0, dtype=np.int64).tolist() if alpha.aspects else [0, 0, 0]
+        if (
+            len(alpha.per_aspect_counts) != len(alpha.aspects)
+            or sums != list(alpha.counts)
+            or sum(sums) != alpha.labelled_cells
+            or not np.isfinite(alpha.vector).all()
+        ):
+            raise UserError(f"{file}: not an alpha.json of data_prep (its counts do not add up)")
+        return alpha
+
+
+def count_sentiments(labels: npt.NDArray[np.int8]) -> Counts:
+    """Labelled cells of each aspect and sentiment. labels [N, A] -> [A, 3]"""
+    return np.stack([(labels == code).sum(axis=0, dtype=np.int64) for code in range(len(SENTIMENTS))], axis=1)
+
+
+def auto_alpha(counts: Sequence[int] | Counts) -> tuple[float, float, float]:
+    """total / (3 * count) of each sentiment. counts: [3]
+
+    Raises:
+        UserError: a sentiment has no example.
+    """
+    positive, negative, neutral = (int(count) for count in counts)
+    total = positive + negative + neutral
+    for name, count in zip(SENTIMENTS, (positive, negative, neutral), strict=True):
+        if not count:
+            raise UserError(
+                f"alpha: no {name} label among {total} labelled cells, so auto alpha has no weight for it; give "
+                f"training data with {name} labels, or multi_label.focal_alpha as a list of 3 numbers or null"
+            )
+    return total / (3 * positive), total / (3 * negative), total / (3 * neutral)
+
+
+def alpha_of(
+    reviews: Reviews,
+    detection_only: Sequence[str],
+    focal_alpha: Literal["auto"] | tuple[float, float, float] | None,
+) -> Alpha:
+    """Alpha of a training split; `detection_only` aspects do not count. null (None) are ones.
+
+    Raises:
+        UserError: no labelled cell at all, or auto and a sentiment without one.
+    """
+    per_aspect = count_sentiments(without_polarity(reviews, detection_only).labels)
+    counts = per_aspect.sum(axis=0)
+    if not counts.sum():
+        raise UserError(f"{reviews.source}: no labelled cell at all, allowed: reviews with sentiments to learn from")
+    mode: Mode = "auto" if focal_alpha == "auto" else "ones" if focal_alpha is None else "custom"
+    vector = auto_alpha(counts) if focal_alpha == "auto" else (1.0, 1.0, 1.0) if focal_alpha is None else focal_alpha
+    return Alpha(
+        mode=mode,
+        vector=vector,
+        counts=_three(counts),
+        per_aspect_counts=tuple(_three(row) for row in per_aspect),
+        aspects=reviews.aspects,
+        detection_only=tuple(detection_only),
+        labelled_cells=int(counts.sum()),
+        digest=reviews.digest,
+        source=reviews.source,
+    )
+
+
+def _three(counts: Counts) -> tuple[int, int, int]:
+    positive, negative, neutral = counts.tolist()
+    return positive, negative, neutral

@@ -1,0 +1,74 @@
+"""From logits to what a user reads: aspects with sentiment and probability."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+
+from pipeline.tasks.visobert.model import Output
+from pipeline.tasks.visobert.reviews import SENTIMENTS
+from pipeline.tasks.visobert.scores import Flags, Prediction
+
+MENTIONED_TEXT = "mentioned"
+# of a logged model's folder
+ASPECTS_FILE, TOKENIZER_FOLDER, ENCODER_FOLDER = "aspects.json", "tokenizer", "encoder"
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A model's answers for N reviews and A aspects."""
+
+    output: Output  # logits [N, A, 3] and [N, A], on the CPU
+    thresholds: npt.NDArray[np.float64]  # [A]
+    aspects: Sequence[str]
+    polar: Flags  # [A], aspects with sentiments
+
+    @cached_property
+    def sentiment(self) -> npt.NDArray[np.float64]:
+        """Probability of each sentiment, given that the aspect is mentioned. [N, A, 3]"""
+        return torch.softmax(self.output.sentiment.double(), -1).numpy()
+
+    @cached_property
+    def mentioned(self) -> npt.NDArray[np.float64] | None:
+        """Probability that the aspect is mentioned. [N, A]; None without aspect detection."""
+        return None if self.output.aspect is None else torch.sigmoid(self.output.aspect.double()).numpy()
+
+    @cached_property
+    def prediction(self) -> Prediction:
+        mentioned = None if self.mentioned is None else self.mentioned >= self.thresholds
+        return Prediction(self.sentiment.argmax(-1).astype(np.int8), mentioned)
+
+    def frame(self) -> pd.DataFrame:
+        """A row a review: a column an aspect (the sentiment, `mentioned`, or None), then the probabilities.
+
+        Without aspect detection every aspect has a sentiment.
+        """
+        words = np.array(SENTIMENTS, dtype=object)
+        found: dict[str, object] = {}
+        for index, aspect in enumerate(self.aspects):
+            said = words[self.prediction.sentiment[:, index]]
+            if not self.polar[index]:
+                said = np.full(len(said), MENTIONED_TEXT if self.mentioned is not None else None, dtype=object)
+            if self.prediction.mentioned is not None:
+                said = np.where(self.prediction.mentioned[:, index], said, np.array(None, dtype=object))
+            found[aspect] = said
+        for index, aspect in enumerate(self.aspects):
+            if self.mentioned is not None:
+                found[f"{aspect}/{MENTIONED_TEXT}"] = self.mentioned[:, index]
+            if self.polar[index]:
+                for position, name in enumerate(SENTIMENTS):
+                    found[f"{aspect}/{name}"] = self.sentiment[:, index, position]
+        return pd.DataFrame(found, columns=list(column_types(self.aspects, self.polar, self.mentioned is not None)))
+
+
+def column_types(aspects: Sequence[str], polar: Flags, detection: bool) -> dict[str, str]:
+    """The columns of `Answers.frame` with MLflow's types."""
+    kinds = dict.fromkeys(aspects, "string")
+    for aspect, has_sentiments in zip(aspects, polar, strict=True):
+        parts = ([MENTIONED_TEXT] if detection else []) + (list(SENTIMENTS) if has_sentiments else [])
+        kinds |= {f"{aspect}/{part}": "double" for part in parts}
+    return kinds

@@ -1,0 +1,280 @@
+"""The keys of `train_visobert` (configs/config_multi.yaml) and of `data_prep`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.blocks import (
+    AdamConfig,
+    EvaluationConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrackingSwitch,
+    TrainingConfig,
+)
+from pipeline.config import Config, Positive, Probability, with_default
+
+EMBEDDED = "embedded"  # the model.name and the tokenizer that need nothing from elsewhere
+
+
+class EmbeddedReviewsConfig(Config):
+    rows: int = Field(4000, ge=100)
+    """reviews to generate; 80% train, 10% validation, 10% test"""
+    seed: int = Field(0, ge=0)
+    """of the generator (not of the model)"""
+
+
+class ReviewFormatConfig(Config):
+    """How review files are read: CSV, JSONL or Parquet, labels in a column an aspect or all in one column."""
+
+    text_column: str | None = Field(None, min_length=1)
+    """column of the text; null = the first there is of data, text, comment, review, content, sentence"""
+    label_column: str | None = Field(None, min_length=1)
+    """column of all labels, as {ASPECT#Polarity};{ASPECT}; null = `label` or `labels`, else a column an aspect"""
+    aspects: tuple[str, ...] | None = Field(None, min_length=1)
+    """the aspects; null = every other column, or every aspect that the label column names"""
+    detection_only: tuple[str, ...] = ()
+    """aspects of which only the mention counts, beside those whose labels carry no polarity"""
+    on_bad_label: Literal["error", "drop"] = "error"
+    """a label that is none of Positive, Negative, Neutral: error = stop there, drop = leave that cell out and say so"""
+    embedded: EmbeddedReviewsConfig = EmbeddedReviewsConfig()
+    cache: str = Field("data_cache", min_length=1)
+    """folder where generated reviews and tokenised texts are kept"""
+
+
+class PrepDataConfig(ReviewFormatConfig):
+    path: str | None = Field(None, min_length=1)
+    """the training file (.csv, .jsonl, .parquet); null = the embedded reviews"""
+    validation: str | None = Field(None, min_length=1)
+    """the validation file, for duplicates across splits; null = none"""
+    test: str | None = Field(None, min_length=1)
+    """the test file, for duplicates across splits; null = none"""
+
+
+class DataPrepConfig(Config):
+    """Reviews to sentiment distribution and alpha."""
+
+    short: ClassVar[dict[str, str]] = {"data": "data.path"}
+
+    data: PrepDataConfig = PrepDataConfig()
+    tokenizer: str = Field(EMBEDDED, min_length=1)
+    """whose tokens are counted: embedded = one trained on the training file; else a hub id or a local folder"""
+    output_dir: str = Field("outputs/data_prep", min_length=1)
+    """folder for the figures, tables and alpha.json"""
+    experiment: str | None = Field(None, min_length=1)
+    """MLflow experiment; null = the one `mlflow run` opened, or MLflow's default"""
+    runs_dir: str = Field("outputs", min_length=1)
+    """folder of the runs' own files, one folder a run"""
+    tracking: TrackingSwitch = TrackingSwitch()
+
+
+class TrainDataConfig(ReviewFormatConfig):
+    train: str | None = Field(None, min_length=1)
+    """the training file (.csv, .jsonl, .parquet); null = the embedded reviews"""
+    validation: str | None = Field(None, min_length=1)
+    """the validation file; null = data.validation_share of the training file"""
+    test: str | None = Field(None, min_length=1)
+    """the test file; null = no test"""
+    validation_share: float = Field(0.1, gt=0, lt=1)
+    """share of the training file that validates where data.validation is null, by the hash of the text"""
+    oversampling: Literal["none", "capped"] = "none"
+    """capped: an epoch repeats training reviews of rare sentiments, each at most data.oversampling_ratio times"""
+    oversampling_ratio: float = Field(3.0, ge=1)
+    """with data.oversampling: a review is drawn at most this often an epoch"""
+
+    @model_validator(mode="after")
+    def _files_go_together(self) -> "TrainDataConfig":
+        if self.train is None and (self.validation or self.test):
+            raise ValueError("validation or test is given without train; allowed: all of them embedded, or train too")
+        return self
+
+
+class EmbeddedModelConfig(Config):
+    """The small encoder that is trained from scratch."""
+
+    vocabulary: int = Field(8000, ge=300)
+    """entries of its tokenizer, which is trained on the training split"""
+    width: int = Field(192, ge=2, multiple_of=2)
+    """of the token embeddings and of every layer"""
+    layers: Positive = 1
+    """residual blocks, each a convolution and a gated recurrence in both directions"""
+    dropout: Probability = 0.2
+    """of the channels of embeddings and layers"""
+    token_dropout: Probability = 0.15
+    """share of the tokens that training hides"""
+
+
+class ModelConfig(Config):
+    name: str = Field("5CD-AI/visobert-14gb-corpus", min_length=1)
+    """a hub id, a local folder, or `embedded`: a small encoder and tokenizer of our own, trained from scratch"""
+    revision: str | None = Field(None, min_length=1)
+    """hub: branch, tag or commit; null = main"""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """hub or folder: pretrained = its weights, random = its architecture with new weights"""
+    pooling: Literal["pooler", "cls", "aspect_attention"] = "aspect_attention"
+    """what a head sees: the model's own pooler, the first token, or an attention of each aspect's own over the text"""
+    hidden: Positive | None = 512
+    """width of the dense layer before the classifier; null = no such layer. Default for the embedded model: null"""
+    dropout: Probability = 0.1
+    """dropout on what was pooled and after the dense layer. Default for the embedded model: 0.3"""
+    aspect_detection: bool = True
+    """a second head tells whether an aspect is mentioned at all; false: sentiment alone"""
+    max_tokens: int = Field(256, ge=8)
+    """longer texts are cut to this many tokens"""
+    embedded: EmbeddedModelConfig = EmbeddedModelConfig()
+
+
+Weight = Annotated[float, Field(ge=0)]
+
+
+class AspectLossConfig(Config):
+    loss: Literal["bce", "focal"] = "bce"
+    """of the aspect detection head"""
+    gamma: float = Field(2.0, ge=0, le=100)
+    """focal: focusing exponent"""
+    alpha: float | None = Field(None, ge=0, le=1)
+    """focal: weight of mentioned aspects, 1 - alpha of the others; null = no weights"""
+
+
+class MultiLabelConfig(Config):
+    use_focal_loss: bool = True
+    """false: plain cross-entropy on the labelled cells"""
+    focal_gamma: float = Field(2.0, ge=0, le=100)
+    """focusing exponent; 0 = no focusing"""
+    focal_alpha: Literal["auto"] | tuple[Weight, Weight, Weight] | None = "auto"
+    """weights of positive, negative, neutral; auto = total / (3 * count) of the training split; null = ones"""
+    alpha_from: Literal["original", "oversampled"] = "original"
+    """auto: count the training split as it is, or as data.oversampling repeats it"""
+    lambda_sentiment: float = Field(1.0, ge=0)
+    """weight of loss_sentiment in the total"""
+    lambda_aspect: float = Field(2.0, ge=0)
+    """weight of loss_aspect in the total"""
+    aspect: AspectLossConfig = AspectLossConfig()
+
+
+class VisobertTrainingConfig(TrainingConfig):
+    num_train_epochs: Positive = 15
+    """passes over the training split"""
+    batch_size: Positive = 64
+    """reviews of a micro-batch, at most"""
+    batch_tokens: Positive = 4096
+    """tokens of a micro-batch, padding included, at most (one review may exceed it)"""
+    clip_norm: float | None = Field(1.0, gt=0)
+    """clip the norm of the gradients, of encoder and head each, to this"""
+    amp: Literal["no", "bf16", "fp16"] = "bf16"
+    """automatic mixed precision; losses stay fp32. Default for the embedded model: no"""
+
+
+class EncoderOptimizerConfig(AdamConfig):
+    lr: float = Field(3e-5, gt=0)
+    """peak learning rate of the encoder's last layer. Default for the embedded model: 0.003"""
+    weight_decay: float = Field(0.01, ge=0)
+    """decoupled weight decay (AdamW, Loshchilov & Hutter 2019); none on biases and normalisation"""
+    layer_decay: float = Field(0.9, gt=0, le=1)
+    """a layer's learning rate is this times that of the layer above it. Default for the embedded model: 1"""
+
+
+class HeadOptimizerConfig(AdamConfig):
+    lr: float = Field(3e-4, gt=0)
+    """peak learning rate of pooling and heads. Default for the embedded model: 0.003"""
+    weight_decay: float = Field(0.01, ge=0)
+    """decoupled weight decay (AdamW, Loshchilov & Hutter 2019); none on biases and normalisation"""
+
+
+class VisobertScheduleConfig(ScheduleConfig):
+    warmup_ratio: float = Field(0.1, ge=0, lt=1)
+    """the learning rate rises linearly over this share of all steps, or over warmup_steps if those are more"""
+
+
+class VisobertOptimConfig(Config):
+    encoder: EncoderOptimizerConfig = EncoderOptimizerConfig()
+    head: HeadOptimizerConfig = HeadOptimizerConfig()
+    schedule: VisobertScheduleConfig = VisobertScheduleConfig()
+
+
+class VisobertEvaluationConfig(EvaluationConfig):
+    metric: str = Field("valid/pair_f1_micro", pattern=r"^valid/.+")
+    """the validation metric that chooses the best weights. Without aspect detection: valid/sentiment_f1_macro"""
+    batch_size: Positive = 256
+    """reviews of an evaluation batch, at most"""
+
+
+# Defaults where model.name is embedded: a small model that starts from new weights.
+FROM_SCRATCH: Mapping[str, Any] = {
+    "model.hidden": None,
+    "model.dropout": 0.3,
+    "training.amp": "no",
+    "optim.encoder.lr": 3e-3,
+    "optim.encoder.layer_decay": 1.0,
+    "optim.encoder.betas": (0.9, 0.99),
+    "optim.head.lr": 3e-3,
+    "optim.head.betas": (0.9, 0.99),
+}
+
+
+class VisobertConfig(RunConfig):
+    short: ClassVar[dict[str, str]] = RunConfig.short | {
+        "alpha": "multi_label.focal_alpha",
+        "gamma": "multi_label.focal_gamma",
+    }
+
+    data: TrainDataConfig = TrainDataConfig()
+    data_prep_run: str | None = Field(None, min_length=1)
+    """id of a data_prep run of the same training file, whose alpha is taken; null = alpha is counted here"""
+    model: ModelConfig = ModelConfig()
+    multi_label: MultiLabelConfig = MultiLabelConfig()
+    training: VisobertTrainingConfig = VisobertTrainingConfig()
+    optim: VisobertOptimConfig = VisobertOptimConfig()
+    evaluation: VisobertEvaluationConfig = VisobertEvaluationConfig()
+    baselines: bool = True
+    """score the majority and TF-IDF with logistic regression on the same splits"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_that_follow_the_model(cls, tree: Any) -> Any:
+        """Fill in what suits the embedded model, or one without detection, where the user says nothing."""
+        given = tree.get("model")
+        model: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
+        fitting = dict(FROM_SCRATCH) if model.get("name") == EMBEDDED else {}
+        if model.get("aspect_detection") in (False, "false"):
+            fitting["evaluation.metric"] = "valid/sentiment_f1_macro"
+        for path, value in fitting.items():
+            tree = with_default(tree, path, value)
+        return tree
+
+    def name(self) -> str:
+        if self.run_name:
+            return self.run_name
+        loss = self.multi_label
+        alpha: str = "ones" if loss.focal_alpha is None else "auto"
+        if isinstance(loss.focal_alpha, tuple):
+            alpha = " ".join(f"{weight:g}" for weight in loss.focal_alpha)
+        arm = f"{alpha} g{loss.focal_gamma:g}" if loss.use_focal_loss else "ce"
+        return f"{'small' if self.model.name == EMBEDDED else 'bert'} {arm} s{self.seed}"
+
+    def warnings(self, given: frozenset[str] = frozenset()) -> list[str]:
+        loss, embedded = self.multi_label, self.model.name == EMBEDDED
+        idle: list[tuple[bool, str, Sequence[str]]] = [  # (does it hold, why, keys that then do nothing)
+            (not loss.use_focal_loss, "multi_label.use_focal_loss is false",
+             ["multi_label.focal_gamma", "multi_label.focal_alpha", "multi_label.alpha_from", "data_prep_run"]),
+            (loss.focal_alpha != "auto", "multi_label.focal_alpha is not auto",
+             ["multi_label.alpha_from", "data_prep_run"]),
+            (self.data.oversampling == "none", "data.oversampling is none",
+             ["data.oversampling_ratio", "multi_label.alpha_from"]),
+            (self.data_prep_run is not None, "alpha comes from data_prep_run", ["multi_label.alpha_from"]),
+            (loss.aspect.loss == "bce", "multi_label.aspect.loss is bce",
+             ["multi_label.aspect.gamma", "multi_label.aspect.alpha"]),
+            (not self.model.aspect_detection, "model.aspect_detection is false",
+             ["multi_label.aspect.", "multi_label.lambda_aspect"]),
+            (embedded, "model.name is embedded", ["model.revision", "model.init"]),
+            (not embedded, "model.name is not embedded", ["model.embedded."]),
+            (self.data.train is not None, "data.train is given", ["data.embedded."]),
+            (self.data.train is None, "the data are the embedded reviews", ["data.validation_share"]),
+            (self.data.validation is not None, "data.validation is given", ["data.validation_share"]),
+        ]  # fmt: skip
+        found = [f"{key} has no effect while {why}" for holds, why, prefixes in idle if holds
+                 for key in sorted(given) if key.startswith(tuple(prefixes))]  # fmt: skip
+        if loss.use_focal_loss and not 0.5 <= loss.focal_gamma <= 5:
+            found.append(f"multi_label.focal_gamma is {loss.focal_gamma:g}; usual: 0.5-5")
+        return found

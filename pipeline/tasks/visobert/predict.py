@@ -1,0 +1,62 @@
+"""A logged aspect sentiment model: texts in, sentiments of every aspect out."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load_file
+
+from pipeline.config import load as load_config
+from pipeline.tasks.visobert.answers import ASPECTS_FILE, ENCODER_FOLDER, TOKENIZER_FOLDER, Answers
+from pipeline.tasks.visobert.config import EMBEDDED, VisobertConfig
+from pipeline.tasks.visobert.data import LengthBuckets, ReviewTable
+from pipeline.tasks.visobert.model import AspectSentimentModel, Output, build_model
+from pipeline.tasks.visobert.tokenizer import load_saved
+
+
+def load(folder: Path) -> Callable[[Any], pd.DataFrame]:
+    """The predictor that `VisobertTask.export` wrote into the folder."""
+    config = load_config(VisobertConfig, folder / "config.yaml")
+    told = json.loads((folder / ASPECTS_FILE).read_text(encoding="utf-8"))
+    aspects, polar = told["aspects"], ~np.isin(told["aspects"], told["detection_only"])
+    tokenizer = load_saved(folder / TOKENIZER_FOLDER, config.model.name)
+    encoder = EMBEDDED if config.model.name == EMBEDDED else str(folder / ENCODER_FOLDER)
+    built = config.model.model_copy(update={"name": encoder})
+    model = build_model(built, len(aspects), tokenizer, weights=False)
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    model.eval()
+    size, budget = config.evaluation.batch_size, config.training.batch_tokens
+
+    def predict(texts: Any) -> pd.DataFrame:
+        column = texts.iloc[:, 0] if isinstance(texts, pd.DataFrame) else pd.Series(texts, dtype=object)
+        listed = ["" if text is None or pd.isna(text) else str(text) for text in column]
+        tokens = tokenizer.encode(listed, config.model.max_tokens)
+        table = ReviewTable(tokens, np.empty((len(listed), 0), np.int8), tokenizer.pad_id)
+        output = predict_logits(model, table, size, budget)
+        answers = Answers(output, model.thresholds.double().numpy(), aspects, polar)
+        return answers.frame().set_index(column.index)
+
+    return predict
+
+
+def predict_logits(
+    model: AspectSentimentModel, table: ReviewTable, batch_size: int, batch_tokens: int, device: str = "cpu"
+) -> Output:
+    """Logits of all rows of the table, in their order, on the CPU in fp32. The model must be in evaluation mode."""
+    batches = LengthBuckets(table.lengths.numpy(), batch_size, batch_tokens)
+    parts: list[Output] = []
+    with torch.inference_mode():
+        for rows in batches:
+            batch = table.batch(rows).to(device)
+            parts.append(model(batch.ids, batch.mask))
+    if not parts:
+        aspect = torch.empty(0, model.aspects) if model.detects else None
+        return Output(torch.empty(0, model.aspects, 3), aspect)
+    back = torch.from_numpy(np.argsort(np.concatenate(batches.batches)))
+    sentiment = torch.cat([part.sentiment for part in parts]).float().cpu()[back]
+    found = [part.aspect for part in parts if part.aspect is not None]
+    return Output(sentiment, torch.cat(found).float().cpu()[back] if found else None)

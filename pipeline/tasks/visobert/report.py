@@ -1,0 +1,55 @@
+"""What a finished model leaves beside its metrics: tables, pictures, predictions and its most confident errors."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from pipeline import plots
+from pipeline.tasks.visobert.answers import MENTIONED_TEXT, Answers
+from pipeline.tasks.visobert.reviews import MENTIONED, NOT_MENTIONED, SENTIMENTS, UNKNOWN, Reviews
+from pipeline.tasks.visobert.scores import aspect_table, confusion, labelled
+
+MOST_CONFIDENT = 200
+
+
+def write_report(folder: Path, split: str, reviews: Reviews, answers: Answers) -> None:
+    """Files of a split into `evaluation/` and `plots/` of the folder."""
+    tables, pictures = folder / "evaluation", folder / "plots"
+    for part in (tables, pictures):
+        part.mkdir(parents=True, exist_ok=True)
+    rows = aspect_table(reviews.labels, answers.prediction, reviews.aspects, answers.polar)
+    pd.DataFrame(rows).to_csv(tables / f"{split}_aspects.csv", index=False)
+    counts = confusion(reviews.labels, answers.prediction.sentiment)
+    named = pd.DataFrame(counts, index=pd.Index(SENTIMENTS, name="truth"), columns=list(SENTIMENTS))
+    named.to_csv(tables / f"{split}_confusion.csv")
+    plots.confusion(counts, SENTIMENTS, pictures / f"{split}_confusion.png")
+    frame = answers.frame()
+    frame.insert(0, "text", list(reviews.texts))
+    frame.insert(1, "labels", [reviews.labels_text(row) for row in range(len(reviews))])
+    frame.to_csv(tables / f"{split}_predictions.csv", index=False)
+    confident_errors(reviews, answers).to_csv(tables / f"{split}_errors.csv", index=False)
+
+
+def confident_errors(reviews: Reviews, answers: Answers) -> pd.DataFrame:
+    """Cells where the model is wrong, the most certain first: sentiment of labelled cells, and detection.
+
+    `probability` is that of what was predicted. At most MOST_CONFIDENT rows.
+    """
+    words = dict(enumerate(SENTIMENTS)) | {MENTIONED: MENTIONED_TEXT, NOT_MENTIONED: "-"}
+    labels, said = reviews.labels, answers.prediction
+    wrong = [(answers.sentiment.max(-1), labelled(labels) & (said.sentiment != labels), "sentiment")]
+    if said.mentioned is not None and answers.mentioned is not None:
+        sure = np.where(said.mentioned, answers.mentioned, 1 - answers.mentioned)
+        wrong.append((sure, (labels != UNKNOWN) & ((labels > NOT_MENTIONED) != said.mentioned), "mention"))
+    found = []
+    for sure, cells, kind in wrong:
+        for row, aspect in zip(*np.nonzero(cells), strict=True):
+            if kind == "sentiment":
+                guess = SENTIMENTS[said.sentiment[row, aspect]]
+            else:
+                guess = words[NOT_MENTIONED] if labels[row, aspect] > NOT_MENTIONED else MENTIONED_TEXT
+            found.append((sure[row, aspect], kind, reviews.aspects[aspect], words[labels[row, aspect]], guess, row))
+    found.sort(key=lambda error: -error[0])
+    listed = [(*error[:5], reviews.texts[error[5]]) for error in found[:MOST_CONFIDENT]]
+    return pd.DataFrame(listed, columns=["probability", "error", "aspect", "truth", "predicted", "text"])

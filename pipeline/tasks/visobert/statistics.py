@@ -1,0 +1,70 @@
+"""What reviews hold: sentiments, mentions and lengths."""
+
+import csv
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.tasks.visobert.alpha import count_sentiments
+from pipeline.tasks.visobert.reviews import MENTIONED, SENTIMENTS, UNKNOWN, Reviews
+
+PERCENTILES = (1, 5, 25, 50, 75, 90, 95, 99)
+ALL = "all aspects"
+
+
+def distribution(reviews: Reviews) -> dict[str, Any]:
+    """Counts of a split overall and per aspect; shares are of labelled cells, None where there is none.
+
+    `mentions` are cells with a sentiment or without, `without_polarity` the latter, `dropped` the bad labels.
+    """
+    counts = count_sentiments(reviews.labels)
+    without = (reviews.labels == MENTIONED).sum(axis=0)
+    dropped = (reviews.labels == UNKNOWN).sum(axis=0)
+    rows = zip(reviews.aspects, counts.tolist(), without.tolist(), dropped.tolist(), strict=True)
+    return {
+        "reviews": len(reviews),
+        "reviews_without_a_mention": int((reviews.labels < 0).all(axis=1).sum()),
+        "overall": _row(counts.sum(axis=0).tolist(), int(without.sum()), int(dropped.sum())),
+        "aspects": {aspect: _row(*row) for aspect, *row in rows},
+    }
+
+
+def _row(counts: list[int], without: int, dropped: int) -> dict[str, Any]:
+    total = sum(counts)
+    return {
+        "counts": dict(zip(SENTIMENTS, counts, strict=True)),
+        "shares": {name: count / total if total else None for name, count in zip(SENTIMENTS, counts, strict=True)},
+        "labelled_cells": total,
+        "mentions": total + without,
+        "without_polarity": without,
+        "dropped": dropped,
+    }
+
+
+def write_distribution(
+    splits: Mapping[str, Mapping[str, Any]], more: Mapping[str, Any], json_file: Path, csv_file: Path
+) -> None:
+    """The distributions of the splits as JSON, with `more`, and as CSV: a line a split and aspect."""
+    text = json.dumps({"splits": splits, **more}, indent=2, ensure_ascii=False)
+    json_file.write_text(text + "\n", encoding="utf-8")
+    with csv_file.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream)
+        shares = [f"{name}_share" for name in SENTIMENTS]
+        others = ["labelled_cells", "mentions", "without_polarity", "dropped"]
+        writer.writerow(["split", "aspect", *SENTIMENTS, *shares, *others])
+        for split, found in splits.items():
+            for aspect, row in [(ALL, found["overall"]), *found["aspects"].items()]:
+                values = [*row["counts"].values(), *row["shares"].values(), *(row[name] for name in others)]
+                writer.writerow([split, aspect, *values])
+
+
+def token_lengths(lengths: npt.NDArray[np.int64]) -> dict[str, float]:
+    """Mean and percentiles of texts' token counts; p% of the texts are no longer than the p-th. lengths: [N]"""
+    values = np.percentile(lengths, PERCENTILES, method="inverted_cdf").tolist()
+    found: dict[str, float] = {"mean": float(lengths.mean()), "min": int(lengths.min())}
+    found |= {f"p{percent}": int(value) for percent, value in zip(PERCENTILES, values, strict=True)}
+    return found | {"max": int(lengths.max())}

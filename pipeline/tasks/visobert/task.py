@@ -1,0 +1,315 @@
+"""The aspect sentiment task: its data, model, named losses and evaluation, for the loop in `pipeline.training`."""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from pipeline.blocks import AdamConfig
+from pipeline.config import to_yaml
+from pipeline.errors import UserError
+from pipeline.losses import binary_cross_entropy, binary_focal, log_probability, multi_label_focal
+from pipeline.names import metric_names
+from pipeline.task import AMP, TOTAL, Dataset, ModelExport, Rows
+from pipeline.tasks.visobert.alpha import ALPHA_FILE, Alpha, alpha_of
+from pipeline.tasks.visobert.answers import ASPECTS_FILE, ENCODER_FOLDER, TOKENIZER_FOLDER, Answers, column_types
+from pipeline.tasks.visobert.baselines import TfidfBaseline, majority
+from pipeline.tasks.visobert.config import VisobertConfig
+from pipeline.tasks.visobert.data import LengthBuckets, ReviewBatch, ReviewTable, capped_repeats, tokenise
+from pipeline.tasks.visobert.model import AspectSentimentModel, Output, PretrainedEncoder, build_model, by_depth
+from pipeline.tasks.visobert.predict import predict_logits
+from pipeline.tasks.visobert.report import write_report
+from pipeline.tasks.visobert.reviews import NOT_MENTIONED, SENTIMENTS, UNKNOWN, Reviews
+from pipeline.tasks.visobert.scores import labelled, score, tuned_thresholds
+from pipeline.tasks.visobert.splits import load_splits
+from pipeline.tasks.visobert.tokenizer import load_tokenizer
+
+COMPARED = ("aspect_f1_macro", "sentiment_f1_macro", "pair_f1_micro", "pair_f1_macro")  # of the baselines
+EXAMPLE_LETTERS = 200
+MANY_CUT = 0.01
+
+Named = Sequence[tuple[str, nn.Parameter]]
+
+
+class VisobertTask:
+    def __init__(self, config: VisobertConfig, alpha: Alpha | None = None) -> None:
+        """Reads the data. `alpha`: of a `data_prep` run; None = as the config says.
+
+        Raises:
+            UserError: a file, the tokenizer or the model's folder is missing or damaged, or alpha is of other data.
+        """
+        self.config, self.schedule = config, config.optim.schedule
+        self.splits = load_splits(config.data)
+        train = self.splits.train
+        self.aspects = train.aspects
+        self.polar = ~np.isin(self.aspects, self.splits.detection_only)
+        names = metric_names(self.aspects)
+        self.names = [names[aspect] for aspect in self.aspects]
+        self.repeats = self._repeats()
+        self.alpha = self._alpha(alpha)
+        self.tokenizer = load_tokenizer(
+            config.model.name, config.model.revision, train.texts, config.model.embedded.vocabulary
+        )
+        self.table = cache(self._table)
+        with torch.device("meta"):
+            model = self._build(weights=False)
+        self.parameters = sum(weight.numel() for weight in model.parameters())
+        self.baselines = cache(self._baselines)
+
+    def _reviews(self, split: str) -> Reviews | None:
+        return {"train": self.splits.train, "valid": self.splits.valid, "test": self.splits.test}[split]
+
+    def _table(self, split: str) -> ReviewTable | None:
+        reviews = self._reviews(split)
+        if reviews is None:
+            return None
+        tokens = tokenise(self.tokenizer, reviews.texts, self.config.model.max_tokens, Path(self.config.data.cache))
+        return ReviewTable(tokens, reviews.labels, self.tokenizer.pad_id)
+
+    @property
+    def _train(self) -> ReviewTable:
+        table = self.table("train")
+        assert table is not None
+        return table
+
+    def _repeats(self) -> npt.NDArray[np.float64] | None:
+        """[N], how often an epoch draws each training review, on average; None = once."""
+        if self.config.data.oversampling == "none":
+            return None
+        return capped_repeats(self.splits.train.labels, self.config.data.oversampling_ratio)
+
+    def _alpha(self, given: Alpha | None) -> Alpha:
+        """The alpha that acts, checked against the data."""
+        loss, train = self.config.multi_label, self.splits.train
+        counted = train
+        if self.repeats is not None and loss.alpha_from == "oversampled":
+            rows = np.repeat(np.arange(len(train)), np.rint(self.repeats).astype(np.int64))
+            counted = Reviews(train.source, train.digest, (), train.labels[rows], train.aspects, ())
+        if given is None or loss.focal_alpha != "auto":
+            return alpha_of(counted, self.splits.detection_only, loss.focal_alpha)
+        run = f"data_prep_run {self.config.data_prep_run}"
+        if given.digest != train.digest:
+            raise UserError(
+                f"{run}: its alpha is of {given.source} (SHA-256 {given.digest[:12]}...), but the training file is "
+                f"{train.source} ({train.digest[:12]}...); allowed: a data_prep run of the same file"
+            )
+        if given.aspects != train.aspects or set(given.detection_only) != set(self.splits.detection_only):
+            raise UserError(
+                f"{run}: it counted {', '.join(given.aspects)} with detection-only {list(given.detection_only)}, "
+                f"this run {', '.join(train.aspects)} with {list(self.splits.detection_only)}; allowed: the same"
+            )
+        return given
+
+    @property
+    def dataset(self) -> Dataset:
+        train = self.splits.train
+        profile: dict[str, object] = {"train_file_digest": train.digest}
+        for name in ("train", "valid", "test"):
+            reviews = self._reviews(name)
+            if reviews is not None:
+                cells = labelled(reviews.labels)
+                profile[name] = {"reviews": len(reviews), "labelled_cells": int(cells.sum()), "file": reviews.source}
+        return Dataset(Path(train.source).name, self.splits.digest, train.source, profile)
+
+    def summary(self) -> Mapping[str, str]:
+        reviews = {name: self._reviews(name) for name in ("train", "valid", "test")}
+        counts = ", ".join(f"{name} {count}" for name, count in zip(SENTIMENTS, self.alpha.counts, strict=True))
+        loss = self.config.multi_label
+        return {
+            "alpha_mode": self.alpha.mode,
+            "distribution": counts,
+            "alpha_vector": self.alpha.text,
+            "gamma": f"{loss.focal_gamma}",
+            "aspects": str(len(self.aspects)),
+            "parameters": str(self.parameters),
+        } | {f"reviews_{name}": str(len(split)) for name, split in reviews.items() if split is not None}
+
+    def describe(self, folder: Path) -> Mapping[str, float]:
+        self.alpha.write(folder / ALPHA_FILE)
+        return self.alpha.metrics()
+
+    def warnings(self, total_steps: int) -> Sequence[str]:  # noqa: ARG002
+        found = [note for split in (self.splits.train, self.splits.valid, self.splits.test) if split
+                 for note in split.notes]  # fmt: skip
+        lengths = self._train.lengths.numpy()
+        cut = float((lengths >= self.config.model.max_tokens).mean())
+        if cut > MANY_CUT:
+            found.append(f"{cut:.1%} of the training reviews reach model.max_tokens {self.config.model.max_tokens}")
+        return found
+
+    def _build(self, *, weights: bool) -> AspectSentimentModel:
+        return build_model(self.config.model, len(self.aspects), self.tokenizer, weights=weights)
+
+    def model(self) -> AspectSentimentModel:
+        model = self._build(weights=True)
+        labels = self.splits.train.labels
+        known, mentioned = (labels != UNKNOWN).sum(0), (labels > NOT_MENTIONED).sum(0)
+        model.start_at(torch.from_numpy((mentioned + 1) / (known + 2)))  # +1, +2: no rate of 0 or 1
+        return model
+
+    def optimizers(self, model: nn.Module) -> Mapping[str, Optimizer]:
+        assert isinstance(model, AspectSentimentModel)
+        encoder, head = self.config.optim.encoder, self.config.optim.head
+        layers = [(encoder.layer_decay**depth.steps, depth.parameters) for depth in by_depth(model.encoder)]
+        rest = [(name, weight) for name, weight in model.named_parameters() if not name.startswith("encoder.")]
+        return {
+            "encoder": _adamw(layers, encoder, encoder.weight_decay),
+            "head": _adamw([(1.0, rest)], head, head.weight_decay),
+        }
+
+    def plan(self, epoch: int) -> Sequence[Rows]:
+        training = self.config.training
+        generator = np.random.Generator(np.random.PCG64([self.config.seed, epoch]))
+        lengths = self._train.lengths.numpy()
+        return LengthBuckets(lengths, training.batch_size, training.batch_tokens, generator, self.repeats)
+
+    def batch(self, rows: Rows) -> ReviewBatch:
+        return self._train.batch(rows)
+
+    def counts(self, batch: ReviewBatch) -> Mapping[str, Tensor]:
+        sentiment = (batch.labels >= 0) & (batch.labels < len(SENTIMENTS))
+        return {"labelled": sentiment.sum(), "known": (batch.labels != UNKNOWN).sum()}
+
+    def losses(
+        self,
+        model: nn.Module,
+        batch: ReviewBatch,
+        counts: Mapping[str, Tensor],
+        step: int,  # noqa: ARG002
+    ) -> Mapping[str, Tensor]:
+        output: Output = model(batch.ids, batch.mask)
+        with torch.autocast(batch.labels.device.type, enabled=False):
+            return self._losses(output, batch.labels, counts)
+
+    def _losses(self, output: Output, labels: Tensor, counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        config = self.config.multi_label
+        gamma, alpha = (config.focal_gamma, self.alpha.vector) if config.use_focal_loss else (0.0, None)
+        values = multi_label_focal(output.sentiment.float(), labels, gamma, alpha)
+        found = {"loss_sentiment": values.sum() / counts["labelled"].clamp_min(1)}
+        total = config.lambda_sentiment * found["loss_sentiment"]
+        if output.aspect is not None:
+            probability = log_probability(output.aspect.float())
+            mentioned = (labels > NOT_MENTIONED).float()
+            if config.aspect.loss == "focal":
+                aspect = config.aspect
+                values = binary_focal(probability, mentioned, aspect.gamma, aspect.alpha, detach_weight=False)
+            else:
+                values = binary_cross_entropy(probability, mentioned)
+            known = labels != UNKNOWN
+            found["loss_aspect"] = torch.where(known, values, 0.0).sum() / counts["known"].clamp_min(1)
+            total = total + config.lambda_aspect * found["loss_aspect"]
+        return found | {TOTAL: total}
+
+    def settings(self, step: int) -> Mapping[str, float | bool]:  # noqa: ARG002
+        return {}
+
+    def logged_losses(self, names: Sequence[str]) -> Sequence[str]:
+        return names
+
+    def evaluate(self, model: nn.Module, split: str, device: str) -> Mapping[str, float]:
+        """Scores of a split; on `valid` the model's thresholds are tuned first, and stay with its weights."""
+        reviews, table = self._reviews(split), self.table(split)
+        if reviews is None or table is None:
+            return {}
+        assert isinstance(model, AspectSentimentModel)
+        output = self._predict(model, table, device)
+        if split == "valid" and output.aspect is not None:
+            probability = torch.sigmoid(output.aspect.double()).numpy()
+            model.thresholds.copy_(torch.from_numpy(tuned_thresholds(reviews.labels, probability)))
+        answers = self._answers(model, output)
+        labels = torch.from_numpy(reviews.labels)
+        counts = self.counts(ReviewBatch(labels, labels, labels))
+        losses = {name: value.item() for name, value in self._losses(output, labels, counts).items()}
+        found = score(reviews.labels, answers.prediction, self.names, self.polar)
+        return {f"{split}/{name}": value for name, value in (losses | found | self.baselines(split)).items()}
+
+    def _predict(self, model: AspectSentimentModel, table: ReviewTable, device: str) -> Output:
+        """Logits of all rows, on the CPU in fp32."""
+        was_training, amp = model.training, self.config.training.amp
+        size, budget = self.config.evaluation.batch_size, self.config.training.batch_tokens
+        model.eval()
+        with torch.autocast(device, dtype=AMP.get(amp), enabled=amp != "no"):
+            output = predict_logits(model, table, size, budget, device)
+        model.train(was_training)
+        return output
+
+    def _answers(self, model: AspectSentimentModel, output: Output) -> Answers:
+        return Answers(output, model.thresholds.cpu().double().numpy(), self.aspects, self.polar)
+
+    def _baselines(self, split: str) -> dict[str, float]:
+        """What the majority and TF-IDF with logistic regression reach on the same rows."""
+        reviews = self._reviews(split)
+        if reviews is None or not self.config.baselines:
+            return {}
+        predictions = {
+            "majority": majority(self.splits.train.labels, len(reviews)),
+            "tfidf": self._tfidf.predict(reviews.texts),
+        }
+        found: dict[str, float] = {}
+        for name, prediction in predictions.items():
+            scores = score(reviews.labels, prediction, self.names, self.polar)
+            found |= {f"{metric}_{name}": scores[metric] for metric in COMPARED if metric in scores}
+        return found
+
+    @cached_property
+    def _tfidf(self) -> TfidfBaseline:
+        train, valid = self.splits.train, self.splits.valid
+        return TfidfBaseline(train.texts, train.labels, (valid.texts, valid.labels))
+
+    def findings(self, metrics: Mapping[str, float]) -> Sequence[str]:  # noqa: ARG002
+        return []
+
+    def report(self, model: nn.Module, folder: Path, device: str) -> None:
+        """Tables and pictures of the finished model on the test split, or on validation where there is none."""
+        assert isinstance(model, AspectSentimentModel)
+        split = "test" if self.splits.test is not None else "valid"
+        reviews, table = self._reviews(split), self.table(split)
+        assert reviews is not None
+        assert table is not None
+        answers = self._answers(model, self._predict(model, table, device))
+        write_report(folder, split, reviews, answers)
+
+    def export(self, model: nn.Module, folder: Path) -> ModelExport:
+        assert isinstance(model, AspectSentimentModel)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {name: weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()},
+            folder / "model.safetensors",
+        )
+        (folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+        self.tokenizer.save(folder / TOKENIZER_FOLDER)
+        if isinstance(model.encoder, PretrainedEncoder):
+            cast(Any, model.encoder.model).config.save_pretrained(str(folder / ENCODER_FOLDER))
+        told = {"aspects": self.aspects, "detection_only": self.splits.detection_only}
+        (folder / ASPECTS_FILE).write_text(json.dumps(told, ensure_ascii=False) + "\n", encoding="utf-8")
+        outputs = column_types(self.aspects, self.polar, detection=self.config.model.aspect_detection)
+        return ModelExport(
+            folder=folder,
+            task="visobert",
+            inputs=None,
+            outputs=outputs,
+            example=[text[:EXAMPLE_LETTERS] for text in self.splits.valid.texts[:2]],
+        )
+
+
+def _adamw(
+    layers: Sequence[tuple[float, Sequence[tuple[str, nn.Parameter]]]], config: AdamConfig, decay: float
+) -> AdamW:
+    """AdamW over (share of the learning rate, named parameters); no weight decay on vectors: biases, normalisation."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for share, parameters in layers:
+        for _, weight in parameters:
+            groups.setdefault((share, decay if weight.ndim > 1 else 0.0), []).append(weight)
+    return AdamW(
+        [{"params": weights, "lr": share * config.lr, "weight_decay": weight_decay}
+         for (share, weight_decay), weights in groups.items()],
+        betas=config.betas, eps=config.eps, fused=True,
+    )  # fmt: skip

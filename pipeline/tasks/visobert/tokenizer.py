@@ -1,0 +1,212 @@
+"""From texts to token ids: tokenizers of pretrained models, and one of our own."""
+
+import hashlib
+import json
+import logging
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
+
+from pipeline.errors import UserError
+from pipeline.tasks.visobert.config import EMBEDDED
+from pipeline.tasks.visobert.pretrained import model_folder
+
+TOKENIZER_FILE = "tokenizer.json"
+# one of these must be there: without a vocabulary transformers makes up an empty one, and says nothing
+VOCABULARY_FILES = (TOKENIZER_FILE, "*.model", "vocab.txt", "vocab.json", "*.codes", "*.tiktoken")
+PAD, UNKNOWN, START, MASK = "<pad>", "<unk>", "<s>", "<mask>"
+END_OF_WORD = "</w>"
+LETTERS = 400  # different characters, the most frequent; the rest is unknown
+
+
+class Tokens(NamedTuple):
+    """Texts as one flat stream. T = all tokens, N = texts."""
+
+    ids: npt.NDArray[np.int32]  # [T]
+    lengths: npt.NDArray[np.int64]  # [N]
+
+
+class Tokenizer(Protocol):
+    size: int  # ids are below this
+    pad_id: int
+    mask_id: int  # stands for a token that is hidden
+    digest: str  # equal digests give equal ids
+
+    def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> Tokens:
+        """Ids with the tokens that the model wants around a text; longer texts are cut."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write what `load_saved` reads."""
+        ...
+
+
+def normalise(text: str) -> str:
+    """Unicode NFC: one code for one Vietnamese letter, however it was typed."""
+    return unicodedata.normalize("NFC", text)
+
+
+def load_tokenizer(name: str, revision: str | None, texts: Sequence[str], vocabulary: int) -> Tokenizer:
+    """The tokenizer of a model.
+
+    `name`: a hub id, a local folder, or `embedded`: then one of `vocabulary` entries is trained on `texts`.
+
+    Raises:
+        UserError: there is no such folder or model, or no tokenizer in it.
+    """
+    if name == EMBEDDED:
+        return EmbeddedTokenizer.train(texts, vocabulary)
+    return PretrainedTokenizer(model_folder(name, revision, weights=False), name)
+
+
+def load_saved(folder: Path, name: str) -> Tokenizer:
+    """The tokenizer that `save` wrote, of the model `name`."""
+    if name == EMBEDDED:
+        return EmbeddedTokenizer(Backend.from_file(str(folder / TOKENIZER_FILE)))
+    return PretrainedTokenizer(folder, name)
+
+
+class EmbeddedTokenizer:
+    """Byte-pair encoding (Sennrich et al. 2016) of lower-cased text, trained on the training split."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.size = backend.get_vocab_size()
+        self.pad_id: int = backend.get_vocab()[PAD]
+        self.mask_id: int = backend.get_vocab()[MASK]
+        self.digest = hashlib.sha256(backend.to_str().encode()).hexdigest()
+
+    @classmethod
+    def train(cls, texts: Sequence[str], vocabulary: int) -> "EmbeddedTokenizer":
+        backend = Backend(models.BPE(unk_token=UNKNOWN, end_of_word_suffix=END_OF_WORD))
+        backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Whitespace(), pre_tokenizers.Digits(individual_digits=True)]
+        )
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocabulary,
+            min_frequency=2,
+            limit_alphabet=LETTERS,
+            end_of_word_suffix=END_OF_WORD,
+            special_tokens=[PAD, UNKNOWN, START, MASK],
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer)
+        start = (START, backend.token_to_id(START))
+        backend.post_processor = processors.TemplateProcessing(single=f"{START} $A", special_tokens=[start])
+        return cls(backend)
+
+    def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> Tokens:
+        if max_tokens is None:
+            self.backend.no_truncation()
+        else:
+            self.backend.enable_truncation(max_tokens)
+        found = self.backend.encode_batch_fast([normalise(text) for text in texts])
+        return _flat([encoding.ids for encoding in found])
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.backend.no_truncation()
+        self.backend.save(str(folder / TOKENIZER_FILE))
+
+
+class PretrainedTokenizer:
+    """Whatever transformers can load, and what it should be able to."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        """Read the tokenizer in the folder.
+
+        Raises:
+            UserError: there is none, or it cannot be read.
+        """
+        self.backend: Any = _load(folder, name)
+        self.size = len(self.backend)
+        pads = (self.backend.pad_token_id, self.backend.eos_token_id, 0)  # a mask hides what is padded anyway
+        self.pad_id = next(int(pad) for pad in pads if pad is not None)
+        mask = self.backend.mask_token_id
+        self.mask_id = self.pad_id if mask is None else int(mask)
+        self.digest = hashlib.sha256(_definition(self.backend, folder)).hexdigest()
+
+    def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> Tokens:
+        # padding and truncation are said outright: ViSoBERT's file has both baked in, to 256
+        found = self.backend(
+            [normalise(text) for text in texts],
+            padding=False,
+            truncation=max_tokens is not None,
+            max_length=max_tokens,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        return _flat(found["input_ids"])
+
+    def save(self, folder: Path) -> None:
+        self.backend.save_pretrained(str(folder))
+
+
+def _load(folder: Path, name: str) -> Any:
+    if not any(found for pattern in VOCABULARY_FILES for found in folder.glob(pattern)):
+        raise UserError(
+            f"model.name {name}: no tokenizer in {folder}, allowed: a folder with one of {', '.join(VOCABULARY_FILES)}"
+        )
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    failure: Exception | None = None
+    loaded: Any = None
+    try:
+        loaded = AutoTokenizer.from_pretrained(str(folder))
+    except Exception as error:  # what it raises depends on the tokenizer's class
+        failure = error
+    file = folder / TOKENIZER_FILE
+    if file.exists():
+        # Some classes of transformers 5 build their own kind of model instead of the file's: ViSoBERT's says
+        # XLMRobertaTokenizer, which is always Unigram, but is byte-pair encoding.
+        try:
+            written = PreTrainedTokenizerFast(tokenizer_file=str(file), **_special_tokens(folder))  # type: ignore[no-untyped-call]
+        except Exception as error:
+            raise UserError(f"model.name {name}: {file} cannot be read: {error}") from None
+        if loaded is None or not _same_model(loaded, written):
+            return written
+    if loaded is None:
+        raise UserError(f"model.name {name}: transformers cannot load the tokenizer in {folder}: {failure}")
+    return loaded
+
+
+def _same_model(loaded: Any, written: Any) -> bool:
+    """Do two tokenizers cut words alike: is the kind of model and the vocabulary the same?"""
+    kinds = {type(tokenizer.backend_tokenizer.model) for tokenizer in (loaded, written) if tokenizer.is_fast}
+    return len(kinds) == 1 and loaded.get_vocab() == written.get_vocab()
+
+
+def _special_tokens(folder: Path) -> dict[str, str]:
+    """Names of the special tokens (`pad_token`, ...), as the folder's files give them."""
+    found: dict[str, str] = {}
+    for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
+        entries = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        for key, value in entries.items():
+            text = value.get("content") if isinstance(value, dict) else value
+            if key.endswith("_token") and isinstance(text, str):
+                found[key] = text
+    return found
+
+
+def _definition(backend: Any, folder: Path) -> bytes:
+    """All that decides the ids."""
+    if backend.is_fast:
+        backend.backend_tokenizer.no_truncation()
+        backend.backend_tokenizer.no_padding()
+        return bytes(backend.backend_tokenizer.to_str(), "utf-8")
+    files = sorted(file for pattern in (*VOCABULARY_FILES, "*.json", "*.txt") for file in folder.glob(pattern))
+    return repr(type(backend)).encode() + b"".join(file.read_bytes() for file in files)
+
+
+def _flat(ids: Sequence[Sequence[int]]) -> Tokens:
+    lengths = np.fromiter((len(text) for text in ids), dtype=np.int64, count=len(ids))
+    flat = np.concatenate([np.asarray(text, dtype=np.int32) for text in ids]) if len(ids) else np.empty(0, np.int32)
+    return Tokens(flat, lengths)

@@ -1,0 +1,491 @@
+"""Alpha, distribution, copies and lengths: by hand, against brute force, and the entry point as a user starts it."""
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT, run_pipeline
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.errors import UserError
+from pipeline.names import metric_names
+from pipeline.tasks.visobert import duplicates
+from pipeline.tasks.visobert.alpha import ALPHA_FILE, Alpha, alpha_of, auto_alpha, count_sentiments
+from pipeline.tasks.visobert.duplicates import (
+    distinct,
+    find_duplicates,
+    folded,
+    in_conflict,
+    near_components,
+    summary,
+    write_duplicates,
+)
+from pipeline.tasks.visobert.reviews import MENTIONED, NOT_MENTIONED, UNKNOWN, Reviews
+from pipeline.tasks.visobert.statistics import distribution, token_lengths, write_distribution
+
+P, N, U = range(3)
+O, M, X = NOT_MENTIONED, MENTIONED, UNKNOWN  # noqa: E741 (nothing, mention, unknown: tables stay readable)
+COUNTS = (9_880, 9_734, 9_427)
+ALPHA_TEXT = "[0.9798, 0.9945, 1.0269]"  # 29041 / (3 * 9880) = 0.97979, / (3 * 9734) = 0.99449, / (3 * 9427) = 1.02688
+
+
+def reviews_of(labels: list[list[int]], texts: list[str] | None = None, **more: Any) -> Reviews:
+    aspects = tuple("ABCDEFGH"[: len(labels[0])])
+    texts = texts or [f"review {number}" for number in range(len(labels))]
+    return Reviews("train.csv", "ab12", tuple(texts), np.array(labels, dtype=np.int8), aspects, (), **more)
+
+
+# ---------------------------------------------------------------- alpha
+
+
+def test_alpha_by_hand() -> None:
+    assert auto_alpha([2, 1, 3]) == (6 / 6, 6 / 3, 6 / 9)
+    assert [round(weight, 4) for weight in auto_alpha(COUNTS)] == json.loads(ALPHA_TEXT)
+    labels = [[P, O, M], [P, N, M], [X, U, U], [N, P, O], [U, U, M]]
+    assert count_sentiments(np.array(labels, dtype=np.int8)).tolist() == [[2, 1, 1], [1, 1, 2], [0, 0, 1]]
+    assert count_sentiments(np.array(labels, dtype=np.int8)).dtype == np.int64
+
+    alpha = alpha_of(reviews_of(labels), ("C",), "auto")  # C's one neutral is a mention only
+    assert alpha.counts == (3, 2, 3)
+    assert alpha.vector == (8 / 9, 8 / 6, 8 / 9)
+    assert alpha.text == "[0.8889, 1.3333, 0.8889]"
+    assert alpha.metrics() == {"alpha/positive": 8 / 9, "alpha/negative": 8 / 6, "alpha/neutral": 8 / 9}
+    assert (alpha.mode, alpha.labelled_cells, alpha.detection_only) == ("auto", 8, ("C",))
+    assert alpha.per_aspect_counts == ((2, 1, 1), (1, 1, 2), (0, 0, 0))
+    assert (alpha.digest, alpha.source) == ("ab12", "train.csv")
+    assert alpha_of(reviews_of(labels), (), "auto").counts == (3, 2, 4)
+
+
+@settings(deadline=None)
+@given(st.tuples(*[st.integers(1, 10**9)] * 3))
+def test_auto_alpha_gives_every_sentiment_the_same_weight_in_all(counts: tuple[int, int, int]) -> None:
+    shares = np.array(auto_alpha(counts)) * counts
+    np.testing.assert_allclose(shares, sum(counts) / 3, rtol=1e-12)
+
+
+def test_custom_alpha_and_ones_still_carry_the_counts() -> None:
+    reviews = reviews_of([[P], [P], [N]])
+    custom = alpha_of(reviews, (), (1.0, 1.23456789, 1.5))
+    assert (custom.mode, custom.text, custom.counts) == ("custom", "[1.0, 1.23456789, 1.5]", (2, 1, 0))
+    ones = alpha_of(reviews, (), None)
+    assert (ones.mode, ones.text, ones.vector) == ("ones", "[1.0, 1.0, 1.0]", (1.0, 1.0, 1.0))
+    with pytest.raises(UserError, match=r"no neutral label among 3 labelled cells.*focal_alpha as a list of 3 numbers"):
+        alpha_of(reviews, (), "auto")
+
+
+@pytest.mark.parametrize("focal_alpha", ["auto", (1.0, 2.0, 3.0), None])
+def test_no_labelled_cell_is_an_error_in_every_mode(focal_alpha: Any) -> None:
+    for reviews, only in ((reviews_of([[O], [M], [X]]), ()), (reviews_of([[P], [N], [U]]), ("A",))):
+        with pytest.raises(UserError, match=r"train\.csv: no labelled cell at all"):
+            alpha_of(reviews, only, focal_alpha)
+
+
+def test_alpha_file_round_trip(tmp_path: Path) -> None:
+    alpha = alpha_of(reviews_of([[P, O], [N, U], [U, U]]), (), "auto")
+    alpha.write(tmp_path / ALPHA_FILE)
+    assert Alpha.read(tmp_path / ALPHA_FILE) == alpha
+    assert [file.name for file in tmp_path.iterdir()] == [ALPHA_FILE]
+    told = json.loads((tmp_path / ALPHA_FILE).read_text())
+    assert told["per_aspect_alpha"] == {"A": [1.0, 1.0, 1.0], "B": [None, None, 1 / 3]}
+    assert told["formula"].startswith("alpha[s] = labelled_cells / (3 * counts[s])")
+    assert told["order"] == ["positive", "negative", "neutral"]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda told: told.pop("counts"), "counts: Field required"),
+        (lambda told: told.update(vector=[1, 2]), "vector"),
+        (lambda told: told.update(vector=[1, 2, float("inf")]), "do not add up"),
+        (lambda told: told.update(mode="car"), "mode"),
+        (lambda told: told.update(counts=[-1, 1, 4]), "counts.0"),
+        (lambda told: told.update(counts=[2, 1, 2]), "do not add up"),
+        (lambda told: told.update(labelled_cells=5), "do not add up"),
+        (lambda told: told.update(aspects=["A"]), "do not add up"),
+    ],
+)
+def test_an_alpha_file_that_is_none(tmp_path: Path, change: Any, told: str) -> None:
+    file = tmp_path / ALPHA_FILE
+    alpha_of(reviews_of([[P, O], [N, U], [U, O]]), (), "auto").write(file)
+    tree = json.loads(file.read_text())
+    change(tree)
+    file.write_text(json.dumps(tree))
+    with pytest.raises(UserError) as caught:
+        Alpha.read(file)
+    assert str(caught.value).startswith(f"{file}: not an alpha.json of data_prep (")
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"[1, 2]", b"{", b"\xff\xfe"])
+def test_an_alpha_file_of_something_else(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / ALPHA_FILE
+    with pytest.raises(UserError, match="No such file"):
+        Alpha.read(file)
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"not an alpha\.json"):
+        Alpha.read(file)
+
+
+# ---------------------------------------------------------------- names
+
+
+def test_names_of_metrics() -> None:
+    names = metric_names(["SER&ACC", "Độ bền", "a/b", "a:b.c", "..", "x-1 2"])
+    assert list(names.values()) == ["SER_ACC", "Độ bền", "a_b", "a_b.c", "__", "x-1 2"]
+    with pytest.raises(UserError, match="A&B and A/B would both be metric A_B"):
+        metric_names(["A&B", "A/B"])
+    assert metric_names(["A_B", "A_B"]) == {"A_B": "A_B"}
+    with pytest.raises(UserError, match="found a name of 201 characters, allowed: 200"):
+        metric_names(["x" * 201])
+
+
+@settings(deadline=None)
+@given(st.text(max_size=20))
+def test_mlflow_takes_every_name(name: str) -> None:
+    from mlflow.utils.validation import _validate_metric_name
+
+    (plain,) = metric_names([name]).values()
+    for metric in (plain, f"valid/f1/{plain}"):
+        if metric:
+            _validate_metric_name(metric)
+    assert "/" not in plain
+
+
+# ---------------------------------------------------------------- distribution and lengths
+
+
+def test_distribution_by_hand(tmp_path: Path) -> None:
+    found = distribution(reviews_of([[P, M], [P, O], [N, M], [O, O], [X, O]]))
+    assert found["reviews"] == 5
+    assert found["reviews_without_a_mention"] == 2  # a dropped label is no mention
+    assert found["overall"] == {
+        "counts": {"positive": 2, "negative": 1, "neutral": 0},
+        "shares": {"positive": 2 / 3, "negative": 1 / 3, "neutral": 0.0},
+        "labelled_cells": 3, "mentions": 5, "without_polarity": 2, "dropped": 1,
+    }  # fmt: skip
+    assert found["aspects"]["B"]["shares"] == {"positive": None, "negative": None, "neutral": None}
+    assert (found["aspects"]["B"]["mentions"], found["aspects"]["A"]["dropped"]) == (2, 1)
+
+    write_distribution({"train": found}, {"more": 1}, tmp_path / "d.json", tmp_path / "d.csv")
+    assert json.loads((tmp_path / "d.json").read_text()) == {"splits": {"train": found}, "more": 1}
+    frame = pd.read_csv(tmp_path / "d.csv").set_index("aspect")
+    assert list(frame.index) == ["all aspects", "A", "B"]
+    assert frame.loc["A", ["positive", "negative", "neutral", "labelled_cells"]].tolist() == [2, 1, 0, 3]
+    assert frame.loc["all aspects", "positive_share"] == pytest.approx(2 / 3)
+    assert np.isnan(frame.loc["B", "neutral_share"])
+
+
+def test_token_lengths_by_hand() -> None:
+    lengths = token_lengths(np.array([4, 1, 3, 2], dtype=np.int64))
+    assert lengths == {"mean": 2.5, "min": 1, "p1": 1, "p5": 1, "p25": 1, "p50": 2, "p75": 3, "p90": 4, "p95": 4,
+                       "p99": 4, "max": 4}  # fmt: skip
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 500), min_size=1))
+def test_a_percentile_is_the_smallest_length_that_holds_its_share(lengths: list[int]) -> None:
+    found = token_lengths(np.array(lengths, dtype=np.int64))
+    for percent in (1, 5, 25, 50, 75, 90, 95, 99):
+        held = [value for value in lengths if sum(other <= value for other in lengths) * 100 >= percent * len(lengths)]
+        assert found[f"p{percent}"] == min(held)
+
+
+# ---------------------------------------------------------------- copies
+
+
+def shingles(text: str) -> set[str]:
+    return {text[start : start + 5] for start in range(max(1, len(text) - 4))}
+
+
+def jaccard(one: str, other: str) -> float:
+    first, second = shingles(one), shingles(other)
+    return len(first & second) / len(first | second)
+
+
+def by_brute_force(texts: list[str]) -> list[int]:
+    """The first text that each is joined to, by comparing all with all."""
+    joined = list(range(len(texts)))
+    for one, other in itertools.combinations(range(len(texts)), 2):
+        if jaccard(texts[one], texts[other]) >= 0.8 - 1e-9:
+            low, high = sorted((joined[one], joined[other]))
+            joined = [low if value == high else value for value in joined]
+    return joined
+
+
+WORDS = st.sampled_from(["pin", "trâu", "máy", "đẹp", "giao", "hàng nhanh", "ship", "lâu", "ok", "tốt", "😂", "rất"])
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.lists(WORDS, min_size=1, max_size=30).map(" ".join), min_size=1, max_size=12),
+    st.lists(st.tuples(st.integers(0, 1000), st.integers(0, 200), st.sampled_from(["", "x", "!! "])), max_size=20),
+)
+def test_near_copies_are_those_of_brute_force(texts: list[str], edits: list[tuple[int, int, str]]) -> None:
+    for which, at, put in edits:  # copies with a letter less or more
+        text = texts[which % len(texts)]
+        texts.append(text[: at % len(text)] + put + text[at % len(text) + 1 :] or "x")
+    texts = list(dict.fromkeys(texts))
+    assert near_components(texts).tolist() == by_brute_force(texts)
+
+
+def test_near_copies_of_many_reviews_are_those_of_brute_force() -> None:
+    random = np.random.default_rng(1)
+    words = [f"{first}{second}" for first in "bcdghklmnpt" for second in ("a", "ang", "ay", "iêu", "uôc", "ổn")]
+    texts = [" ".join(random.choice(words, random.integers(3, 40))) for _ in range(150)]
+    texts += [text.replace("ang", "an", 1) for text in texts[:80]] + [text + " nhé" for text in texts[40:100]]
+    texts = list(dict.fromkeys(texts))
+    found = near_components(texts).tolist()
+    assert found == by_brute_force(texts)
+    assert 60 < sum(value != position for position, value in enumerate(found)) < 160
+
+
+def test_thousands_of_near_copies_are_one_group_and_cost_little() -> None:
+    texts = [f"đơn hàng số {number} giao nhanh, đóng gói cẩn thận, máy dùng mượt, pin trâu, ảnh đẹp, sẽ ủng hộ shop"
+             for number in range(2000)]  # fmt: skip
+    compared = 0
+    original = duplicates.similar
+
+    def counting(shingled: Any, pairs: Any) -> Any:
+        nonlocal compared
+        compared += len(pairs)
+        return original(shingled, pairs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(duplicates, "similar", counting)
+        joined = near_components(texts)
+    assert set(joined.tolist()) == {0}
+    assert compared < 40 * len(texts)  # all pairs would be 1,000 a text
+
+
+def test_exact_copies_within_and_across_splits(tmp_path: Path) -> None:
+    long = "pin trâu lắm mọi người ơi, dùng hai ngày mới phải sạc, chụp hình cũng đẹp"
+    train = reviews_of(
+        [[P, O], [P, O], [N, O], [P, N], [U, O], [P, X]],
+        ["Máy  đẹp", "máy đẹp\n", "giao lâu", long, "tạm", "máy ĐẸP"],
+        left_out=(2,),
+    )
+    test = reviews_of([[N, O], [P, N], [O, O], [U, O]], ["MÁY đẹp", long + "!", "khác hẳn", "tạm"])
+    splits = {"train": train, "test": test}
+    groups = find_duplicates(splits)
+    assert [(group.kind, group.members, group.conflict) for group in groups] == [
+        ("exact", (("train", 0), ("train", 1), ("train", 5), ("test", 0)), True),
+        ("exact", (("train", 4), ("test", 3)), False),
+        ("near", (("train", 3), ("test", 1)), False),
+    ]
+    told = summary(splits, groups)
+    assert told["exact"] == {
+        "groups": 2, "reviews": 6, "copies": 4, "conflicting_groups": 1,
+        "within": {"train": {"groups": 1, "copies": 2}, "test": {"groups": 0, "copies": 0}},
+        "across": {"train/test": {"groups": 2, "reviews_of_test": 2}},
+    }  # fmt: skip
+    assert (told["near"]["groups"], told["near"]["across"]["train/test"]["reviews_of_test"]) == (1, 1)
+    assert not [group for group in find_duplicates({"train": train}) if group.conflict]  # a dropped cell agrees
+
+    write_duplicates(splits, groups, told, tmp_path)
+    frame = pd.read_csv(tmp_path / "duplicates.csv")
+    assert list(frame.columns) == ["group", "kind", "split", "row", "text", "labels", "conflict"]
+    assert frame["row"].tolist() == [1, 3, 7, 1, 6, 4, 5, 2]  # row 2 of the training file had no text
+    assert frame.loc[1, ["group", "text", "labels", "conflict"]].tolist() == [1, "máy đẹp\n", "{A#Positive}", True]
+    assert json.loads((tmp_path / "duplicates.json").read_text()) == told
+    assert distinct(train).tolist() == [0, 2, 3, 4, 5]  # other labels, another review
+
+
+def test_conflicts_and_folding() -> None:
+    def conflict(*rows: list[int]) -> bool:
+        return in_conflict(np.array(rows, dtype=np.int8))
+
+    assert not conflict([P, O], [P, O])
+    assert conflict([P, O], [P, N])
+    assert conflict([P, M], [P, N])
+    assert not conflict([P, X], [X, N])
+    assert not conflict([X], [X])
+    assert conflict([U, X], [N, O])
+    assert folded(" Đẹp\u00a0 QUÁ\r\n") == folded("Đẹp quá") == "đẹp quá"
+
+
+# ---------------------------------------------------------------- the entry point
+
+
+def balanced_file(folder: Path) -> Path:
+    """A wide file with exactly COUNTS labelled cells in two aspects; every text occurs once."""
+    cells = np.repeat(["Positive", "Negative", "Neutral"], COUNTS)
+    np.random.default_rng(0).shuffle(cells)
+    half = -(-len(cells) // 2)
+    random = np.random.default_rng(1).integers(0, 26, (half, 30))
+    texts = ["".join(map(chr, 97 + row)) for row in random]
+    second = np.append(cells[half:], [""] * (2 * half - len(cells)))
+    file = folder / "train.csv"
+    frame = pd.DataFrame({"data": texts, "SER&ACC": cells[:half], "Camera": second})
+    frame.to_csv(file, index=False, encoding="utf-8-sig")
+    return file
+
+
+def prep(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return run_pipeline("data_prep", *arguments, cwd=cwd)
+
+
+def test_data_prep_leaves_alpha_everywhere(workplace: Path, client: Any) -> None:
+    file = balanced_file(workplace)
+    result = prep("--data", str(file), "--output_dir", "prep", cwd=workplace)
+    assert result.returncode == 0, result.stderr
+    assert "warning" not in result.stderr
+    (run,) = client.search_runs(["0"])
+    assert run.info.status == "FINISHED"
+    expected = 29_041 / (3 * np.array(COUNTS))
+    metrics, names = run.data.metrics, ("positive", "negative", "neutral")
+    assert [metrics[f"count/{name}"] for name in names] == list(COUNTS)
+    assert [round(100 * metrics[f"share/{name}"], 2) for name in names] == [34.02, 33.52, 32.46]
+    np.testing.assert_allclose([metrics[f"alpha/{name}"] for name in names], expected, rtol=1e-12)
+    assert (metrics["labelled_cells"], metrics["reviews"]) == (29_041, 14_521)
+    frame = pd.read_csv(file)
+    assert metrics["neutral/SER_ACC"] == (frame["SER&ACC"] == "Neutral").sum()
+    assert metrics["mentions/Camera"] == frame["Camera"].notna().sum()
+    assert (metrics["duplicates/exact_copies"], metrics["duplicates/near_copies"]) == (0, 0)
+    assert metrics["tokens/p50"] > 2
+    assert run.data.params["alpha_vector"] == ALPHA_TEXT
+    assert run.data.params["alpha_mode"] == "auto"
+    assert run.data.params["data.path"] == str(file)
+    digest = json.loads((workplace / "prep" / ALPHA_FILE).read_text())["digest"]
+    assert run.data.tags["data_digest"] == digest
+    assert run.inputs.dataset_inputs[0].dataset.digest == digest[:32]
+    files = {"alpha.json", "duplicates.csv", "duplicates.json", "sentiment_distribution.csv",
+             "sentiment_distribution.json", "sentiment_distribution.png", "token_lengths.json"}  # fmt: skip
+    assert {path.name for path in (workplace / "prep").iterdir()} == files
+    assert {item.path for item in client.list_artifacts(run.info.run_id)} >= files
+    alpha = Alpha.read(Path(client.download_artifacts(run.info.run_id, ALPHA_FILE)))
+    assert (alpha.counts, alpha.text, alpha.aspects) == (COUNTS, ALPHA_TEXT, ("SER&ACC", "Camera"))
+    assert (workplace / "prep" / "sentiment_distribution.png").read_bytes().startswith(b"\x89PNG")
+    last = result.stderr.strip().splitlines()[-1]
+    assert last == f"next: train_visobert with data.train={file}, data_prep_run={run.info.run_id}"
+
+
+def test_embedded_reviews_through_mlproject(workplace: Path, client: Any) -> None:
+    for name in ("MLproject", "conda.yaml", "configs"):
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copyfile)(source, workplace / name)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    result = subprocess.run(
+        [sys.executable, "-m", "mlflow", "run", str(workplace), "-e", "data_prep", "--env-manager=local",
+         "-P", "data.embedded.rows=500", "-P", "data.detection_only=[Others]"],
+        cwd=workplace, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    (run,) = client.search_runs(["0"])
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["mlflow.runName"] == "data_prep embedded"
+    assert [run.data.metrics[f"rows/{split}"] for split in ("train", "validation", "test")] == [400, 50, 50]
+    folder = workplace / "outputs" / "data_prep"
+    told = json.loads((folder / "sentiment_distribution.json").read_text())
+    (train,) = (workplace / "data_cache").rglob("train.csv")
+    frame = pd.read_csv(train)
+    aspects = [name for name in frame.columns if name not in ("data", "Others")]
+    counts = Counter(frame[aspects].stack())
+    assert told["splits"]["train"]["overall"]["counts"] == {
+        "positive": counts["Positive"], "negative": counts["Negative"], "neutral": counts["Neutral"]
+    }  # fmt: skip
+    assert told["splits"]["train"]["aspects"]["Others"]["without_polarity"] == frame["Others"].notna().sum() > 0
+    assert set(told["splits"]) == {"train", "validation", "test"}
+    alpha = Alpha.read(folder / ALPHA_FILE)
+    assert (alpha.source, alpha.detection_only) == ("embedded", ("Others",))
+    assert alpha.vector == auto_alpha([counts["Positive"], counts["Negative"], counts["Neutral"]])
+    assert 'next: train_visobert with data.detection_only=["Others"]' in result.stderr
+    assert "config=configs/config_multi_embedded.yaml" in result.stderr
+
+
+SOME = 'data,A,B\n"máy\nđẹp",Positive,\npin kém,,Negative\nbình thường thôi,Neutral,Neutral\n'
+
+
+def test_dropped_cells_are_counted_and_listed(workplace: Path, client: Any) -> None:
+    (workplace / "some.csv").write_text(SOME + "giao nhanh,Posititve,Positive\n ,Positive,\n", encoding="utf-8")
+    (workplace / "valid.csv").write_text(SOME, encoding="utf-8")
+    arguments = ["--data", "some.csv", "--data.on_bad_label", "drop", "--data.validation", "valid.csv"]
+    result = prep(*arguments, cwd=workplace)
+    assert result.returncode == 0, result.stderr
+    assert "warning: train: bad cells that are dropped: 2\n  row 4, column A: 'Posititve'\n" in result.stderr
+    assert "  row 5, column data: ''\n" in result.stderr
+    assert "warning: 3 of 3 validation reviews have exact copies in train" in result.stderr
+    assert "data.on_bad_label=drop, data.train=some.csv, data.validation=valid.csv" in result.stderr
+    told = json.loads((workplace / "outputs/data_prep/sentiment_distribution.json").read_text())
+    assert told["dropped"]["train"] == [
+        {"row": 4, "column": "A", "value": "Posititve"}, {"row": 5, "column": "data", "value": ""}
+    ]  # fmt: skip
+    metrics = client.search_runs(["0"])[0].data.metrics
+    assert (metrics["dropped"], metrics["reviews"], metrics["count/positive"]) == (2, 4, 2)
+    assert metrics["duplicates/exact_groups_across_splits"] == 3
+
+
+def test_an_oversampled_file_is_told_with_both_alphas(workplace: Path, client: Any) -> None:
+    rare = "bình thường thôi,Neutral,Neutral\n"
+    (workplace / "over.csv").write_text(SOME + rare * 6, encoding="utf-8")
+    result = prep("--data", "over.csv", cwd=workplace)
+    assert result.returncode == 0, result.stderr
+    assert "warning: 6 of 9 training reviews are exact copies of others" in result.stderr
+    lines = {line[:30].strip(): line[30:].split() for line in result.stderr.splitlines()}
+    assert lines["alpha of the file"] == ["5.3333", "5.3333", "0.3810"]  # 1, 1, 14 of 16
+    assert lines["alpha of the distinct reviews"] == ["1.3333", "1.3333", "0.6667"]  # 1, 1, 2 of 4
+    metrics = client.search_runs(["0"])[0].data.metrics
+    assert metrics["alpha/neutral"] == 16 / 42
+    assert metrics["alpha_of_distinct/neutral"] == 4 / 6
+    assert metrics["duplicates/share_of_copies"] == 6 / 9
+    told = json.loads((workplace / "outputs/data_prep/duplicates.json").read_text())
+    assert told["train"]["oversampled"] is True
+
+
+def test_untracked_leaves_files_alone(tmp_path: Path) -> None:
+    (tmp_path / "some.csv").write_text(SOME, encoding="utf-8")
+    result = prep("--data", "some.csv", "--tracking.enabled", "false", "--output_dir", "out", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"some.csv", "out"}
+    assert result.stderr.strip().splitlines()[-1] == "next: train_visobert with data.train=some.csv"
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "parts"),
+    [
+        (SOME.replace("Negative", "Negativ"), [], ["data.csv: row 2, column B", "'Negativ'", "did you mean Negative?"]),
+        (SOME, ["--data.aspects", "[A, C]"], ["data.aspects: no column C", "A, B"]),
+        (SOME, ["--data.detection_only", "[Bb]"], ["data.detection_only: no aspect Bb"]),
+        (SOME.replace("Negative", ""), [], ["no negative label among 3 labelled cells", "focal_alpha"]),
+        (SOME, ["--data.detection_only", "[A, B]"], ["no labelled cell at all"]),
+        ("data,A\n,Positive\n,Negative\n", [], ["column data: found no text in any of 2 rows"]),
+        (SOME, ["--tokenizer", "nowhere/at/all"], ["error: tokenizer", "nowhere/at/all"]),
+        (SOME, ["--output_dir", "/proc/nothing"], ["output_dir /proc/nothing"]),
+        (SOME, ["--data.on_bad_label", "skip"], ["data.on_bad_label", "'skip'", "error, drop"]),
+        (SOME, ["--data", "absent.csv"], ["absent.csv: No such file"]),
+        (SOME, ["--data", "null", "--data.test", "data.csv"], ["without data.path"]),
+    ],
+    ids=lambda value: None if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    workplace: Path, client: Any, text: str, arguments: list[str], parts: list[str]
+) -> None:
+    (workplace / "data.csv").write_text(text, encoding="utf-8")
+    (workplace / "outputs" / "data_prep").mkdir(parents=True)
+    (workplace / "outputs" / "data_prep" / ALPHA_FILE).write_text("of an earlier run")
+    result = prep("--data", "data.csv", *arguments, cwd=workplace)
+    lines = result.stderr.splitlines()
+    assert result.returncode == 2, result.stderr
+    assert len(lines) == 1, result.stderr
+    for part in parts:
+        assert part in lines[0]
+    assert [file.name for file in (workplace / "outputs" / "data_prep").iterdir()] == [ALPHA_FILE]
+    assert (workplace / "outputs" / "data_prep" / ALPHA_FILE).read_text() == "of an earlier run"
+    assert client.search_runs(["0"]) == []
+
+
+def test_a_name_that_metrics_cannot_tell_apart(workplace: Path) -> None:
+    (workplace / "data.csv").write_text(SOME.replace("A,B", "A&B,A/B"), encoding="utf-8")
+    result = prep("--data", "data.csv", cwd=workplace)
+    assert result.returncode == 2
+    assert result.stderr == "error: A&B and A/B would both be metric A_B; rename one of them\n"
+    assert not (workplace / "outputs").exists()

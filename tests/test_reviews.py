@@ -1,0 +1,403 @@
+"""Reviews from files: by hand, the same content in every form, and everything that can be wrong with a file."""
+
+import csv
+import hashlib
+import io
+import json
+import tempfile
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.errors import UserError
+from pipeline.tasks.visobert.config import ReviewFormatConfig
+from pipeline.tasks.visobert.reviews import (
+    MENTIONED,
+    NOT_MENTIONED,
+    SENTIMENTS,
+    UNKNOWN,
+    BadLabel,
+    Reviews,
+    detection_only,
+    read_reviews,
+    without_polarity,
+)
+
+P, N, U = (SENTIMENTS.index(name) for name in ("positive", "negative", "neutral"))
+O, M, X = NOT_MENTIONED, MENTIONED, UNKNOWN  # noqa: E741 (nothing, mention, unknown: tables stay readable)
+
+WIDE = """\
+data,Battery,Camera,Others
+"Pin trâu,
+máy đẹp", POSITIVE ,,
+NA,,negative,
+Tạm,Neutral,Positive ,Neutral
+"""
+LABELLED = """\
+index,comment,n_star,label
+0,Pin trâu,5,{CAMERA#Positive};{ battery # NEGATIVE };{OTHERS};
+1,null,3,
+2,Tạm,1,{OTHERS};{CAMERA};{CAMERA#Neutral};{CAMERA#neutral}
+"""
+
+
+def written(folder: Path, text: str, name: str = "reviews.csv", encoding: str = "utf-8") -> Path:
+    file = folder / name
+    file.write_bytes(text.encode(encoding))
+    return file
+
+
+def read(folder: Path, text: str, name: str = "reviews.csv", aspects: Any = None, **form: Any) -> Reviews:
+    return read_reviews(written(folder, text, name), ReviewFormatConfig(**form), aspects)
+
+
+def refused(folder: Path, text: str, **options: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        read(folder, text, **options)
+    message = str(caught.value)
+    assert message.startswith(str(folder)) or message.startswith("data.")
+    return message.removeprefix(f"{folder}/")
+
+
+# ---------------------------------------------------------------- by hand
+
+
+def test_a_column_an_aspect(tmp_path: Path) -> None:
+    reviews = read(tmp_path, WIDE)
+    assert reviews.texts == ("Pin trâu,\nmáy đẹp", "NA", "Tạm")
+    assert reviews.aspects == ("Battery", "Camera", "Others")
+    assert reviews.labels.dtype == np.int8
+    assert reviews.labels.tolist() == [[P, O, O], [O, N, O], [U, P, U]]
+    assert reviews.digest == hashlib.sha256(WIDE.encode()).hexdigest()
+    assert reviews.source == str(tmp_path / "reviews.csv")
+    assert (reviews.dropped, reviews.notes, reviews.rows.tolist()) == ((), (), [1, 2, 3])
+    assert reviews.labels_text(2) == "{Battery#Neutral};{Camera#Positive};{Others#Neutral}"
+
+
+def test_all_labels_in_one_column(tmp_path: Path) -> None:
+    reviews = read(tmp_path, LABELLED)
+    assert reviews.texts == ("Pin trâu", "null", "Tạm")
+    assert reviews.aspects == ("CAMERA", "OTHERS", "battery")  # sorted as text
+    assert reviews.labels.tolist() == [[P, M, N], [O, O, O], [U, M, O]]
+    assert reviews.labels_text(0) == "{CAMERA#Positive};{OTHERS};{battery#Negative}"
+    assert detection_only(reviews, ()) == ("OTHERS",)
+
+
+@pytest.mark.parametrize("change", ["bom", "crlf", "both", "blank lines"])
+def test_the_same_file_as_other_programs_write_it(tmp_path: Path, change: str) -> None:
+    plain = read(tmp_path, WIDE.replace(",\nmáy", ", máy"))
+    text = WIDE.replace(",\nmáy", ", máy")
+    if change in ("bom", "both"):
+        text = "\ufeff" + text
+    if change in ("crlf", "both"):
+        text = text.replace("\n", "\r\n")
+    if change == "blank lines":
+        text = text.replace("\n", "\n\n") + "\r\n"
+    other = read(tmp_path, text, "other.csv")
+    assert (other.texts, other.aspects, other.labels.tolist()) == (plain.texts, plain.aspects, plain.labels.tolist())
+    assert (other.digest == plain.digest) == (change not in ("bom", "crlf", "both", "blank lines"))
+
+
+def test_jsonl_and_parquet_hold_the_same(tmp_path: Path) -> None:
+    expected = read(tmp_path, WIDE)
+    frame = pd.read_csv(tmp_path / "reviews.csv", keep_default_na=False)
+    records = [{key: value or None for key, value in row.items()} for row in frame.to_dict("records")]
+    del records[0]["Camera"]  # a key that is not there is nothing
+    lines = "\n\n".join(json.dumps(record, ensure_ascii=record["data"] == "NA") for record in records)
+    # the order of columns is that of their first appearance
+    jsonl = read(tmp_path, lines, "reviews.jsonl", aspects=expected.aspects)
+    assert (jsonl.texts, jsonl.labels.tolist()) == (expected.texts, expected.labels.tolist())
+    frame = frame.replace("", None).astype({"Camera": "category"})
+    frame["Nothing"] = np.nan
+    frame.index = pd.Index([7, 8, 9])
+    frame.to_parquet(tmp_path / "reviews.parquet")
+    parquet = read_reviews(tmp_path / "reviews.parquet", ReviewFormatConfig())
+    assert parquet.texts == expected.texts
+    assert parquet.aspects == (*expected.aspects, "Nothing")
+    assert parquet.labels[:, :3].tolist() == expected.labels.tolist()
+    assert [note.split(": ")[1] for note in parquet.notes] == [
+        "a column without a name is left out", "no review mentions Nothing"
+    ]  # fmt: skip
+
+
+def test_texts_and_names_become_nfc(tmp_path: Path) -> None:
+    text = unicodedata.normalize("NFD", "data,Độ bền\nmáy đẹp,Positive\n")
+    assert text != unicodedata.normalize("NFC", text)
+    reviews = read(tmp_path, text)
+    assert reviews.texts == (unicodedata.normalize("NFC", "máy đẹp"),)
+    assert reviews.aspects == (unicodedata.normalize("NFC", "Độ bền"),)
+    assert read(tmp_path, text, aspects=reviews.aspects).labels.tolist() == [[P]]
+
+
+def test_an_index_column_is_left_out(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"data": ["a", "b"], "Price": ["Positive", "Negative"]})
+    frame.to_csv(tmp_path / "once.csv")
+    pd.read_csv(tmp_path / "once.csv").to_csv(tmp_path / "twice.csv")  # now also `Unnamed: 0`
+    for name in ("once.csv", "twice.csv"):
+        reviews = read_reviews(tmp_path / name, ReviewFormatConfig())
+        assert reviews.aspects == ("Price",)
+        assert reviews.notes == (f"{tmp_path / name}: a column without a name is left out",)
+
+
+# ---------------------------------------------------------------- which column is what
+
+
+def test_the_text_column(tmp_path: Path) -> None:
+    assert read(tmp_path, "Review,A\nx,Positive\n").texts == ("x",)
+    assert read(tmp_path, "text,data\nPositive,x\n").texts == ("x",)  # data comes before text
+    assert read(tmp_path, "text,data\nx,Positive\n", text_column="text").aspects == ("data",)
+    assert "no text column (data, text," in refused(tmp_path, "body,A\nx,Positive\n")
+    message = refused(tmp_path, "body,A\nx,Positive\n", text_column="bodi")
+    assert message == "reviews.csv: data.text_column: no column bodi; did you mean body?"
+
+
+def test_a_label_column_beside_columns_of_aspects(tmp_path: Path) -> None:
+    text = "data,label,A,B\nx,{C#Positive},Negative,\n"
+    assert read(tmp_path, text).aspects == ("C",)
+    assert read(tmp_path, text, aspects=None, label_column="label").aspects == ("C",)
+    wide = read_reviews(written(tmp_path, text), ReviewFormatConfig(aspects=("B", "A")))
+    assert (wide.aspects, wide.labels.tolist()) == (("B", "A"), [[O, N]])
+    named = "data,marks,A\nx,{C#Positive},Negative\n"
+    assert read(tmp_path, named, label_column="marks").aspects == ("C",)
+    assert "data.label_column: no column mark; did you mean marks?" in refused(tmp_path, named, label_column="mark")
+    assert "cannot be both" in refused(tmp_path, named, label_column="data")
+
+
+def form(**keys: Any) -> ReviewFormatConfig:
+    return ReviewFormatConfig(**keys)
+
+
+def test_data_aspects_choose(tmp_path: Path) -> None:
+    file = written(tmp_path, "data,n_star,A,B\nx,5,Positive,\n")
+    assert read_reviews(file, form(aspects=("A",))).labels.tolist() == [[P]]
+    with pytest.raises(UserError, match=r"data\.aspects: no column Zoom; there are: n_star, A, B"):
+        read_reviews(file, form(aspects=("Zoom",)))
+    with pytest.raises(UserError, match="A is there twice"):
+        read_reviews(file, form(aspects=("A", "A")))
+    with pytest.raises(UserError, match="holds the texts"):
+        read_reviews(file, form(aspects=("A", "data")))
+
+    labelled = written(tmp_path, LABELLED, "labelled.csv")
+    chosen = read_reviews(labelled, form(aspects=("OTHERS", "CAMERA")))
+    assert (chosen.aspects, chosen.labels.tolist()) == (("OTHERS", "CAMERA"), [[M, P], [O, O], [M, U]])
+    assert chosen.notes == (f"{labelled}: 1 labels of battery are left out: not in data.aspects",)
+    with pytest.raises(UserError, match=r"data\.aspects: no aspect CAMARA; did you mean CAMERA\?"):
+        read_reviews(labelled, form(aspects=("CAMARA",)))
+
+
+def test_aspects_that_differ_in_case_are_told(tmp_path: Path) -> None:
+    reviews = read(tmp_path, "text,label\nx,{Camera#Positive};{CAMERA#Negative}\n")
+    assert reviews.aspects == ("CAMERA", "Camera")
+    assert reviews.notes == (f"{tmp_path / 'reviews.csv'}: CAMERA and Camera are read as two aspects",)
+
+
+def test_other_files_share_the_training_aspects(tmp_path: Path) -> None:
+    training = ("A", "B")
+    swapped = read(tmp_path, "data,B,A,C\nx,Negative,Positive,\n", aspects=training)  # C says nothing
+    assert (swapped.aspects, swapped.labels.tolist()) == (training, [[P, N]])
+    message = refused(tmp_path, "data,A,Bb\nx,Positive,Negative\n", aspects=training)
+    assert "no column B, an aspect of the training file; found column Bb, which is no aspect there" in message
+    assert "found columns A" in refused(tmp_path, "data,A\nx,Positive\n", aspects=training)
+    message = refused(tmp_path, "data,A,B,C\nx,,,Positive\n", aspects=training)
+    assert "column C is no aspect of the training file, allowed: A, B" in message
+
+    labelled = read(tmp_path, "data,label\nx,{B#Negative}\n", aspects=training)
+    assert (labelled.aspects, labelled.labels.tolist()) == (training, [[O, N]])
+    assert read(tmp_path, "data,label\nx,\n", aspects=training).labels.tolist() == [[O, O]]
+    message = refused(tmp_path, "data,label\nx,\ny,{A#Negative};{CAMERAA}\n", aspects=("A", "CAMERA"))
+    assert message == "reviews.csv: row 2, column label: no aspect CAMERAA; did you mean CAMERA? (training file)"
+
+
+# ---------------------------------------------------------------- bad cells
+
+
+def test_a_bad_label_is_placed_and_explained(tmp_path: Path) -> None:
+    text = 'data,A,B\n"two\nlines",Positive,Negative\n\nx,Neutral,Posititve\ny,bad,Positive\n'
+    assert refused(tmp_path, text) == (
+        "reviews.csv: row 2, column B: found 'Posititve', allowed: Positive, Negative, Neutral or nothing; "
+        "did you mean Positive?"
+    )
+    reviews = read(tmp_path, text, on_bad_label="drop")
+    assert reviews.labels.tolist() == [[P, N], [U, X], [X, P]]
+    assert reviews.dropped == (BadLabel(2, "B", "Posititve"), BadLabel(3, "A", "bad"))
+    assert len(reviews) == 3
+
+
+def test_a_column_that_is_no_aspect(tmp_path: Path) -> None:
+    text = "data,n_star,A\nx,,Positive\ny,5,\n"
+    for on_bad_label in ("error", "drop"):  # dropping it all would hide it
+        message = refused(tmp_path, text, on_bad_label=on_bad_label)
+        assert message.startswith("reviews.csv: row 2, column n_star: found '5', allowed: Positive, Negative, Neutral")
+        assert message.endswith("; if n_star is no aspect, name the aspects with data.aspects")
+    # who names it means it; and a sentiment that is only misspelt is one
+    named = read_reviews(written(tmp_path, text), form(aspects=("n_star",), on_bad_label="drop"))
+    assert named.labels.tolist() == [[O], [X]]
+    assert read(tmp_path, "data,A\nx,Posititve\n", on_bad_label="drop").labels.tolist() == [[X]]
+
+
+@pytest.mark.parametrize(
+    ("cell", "labels", "bad", "told"),
+    [
+        ("{A#Posititve};{B#Negative}", [X, N], ["{A#Posititve}"], "did you mean {A#Positive}?"),
+        ("{A#Positive};{A#Negative}", [X, O], ["{A#Positive};{A#Negative}"], "allowed: one sentiment an aspect"),
+        ("{A#};{B}", [X, M], ["{A#}"], "{ASPECT#Negative}"),
+        ("{B#Neutral};A#Positive", [X, U], ["A#Positive"], "{ASPECT#Negative}"),  # which aspect is not known
+        ("{A#Positive}{B#Neutral}", [X, X], ["{A#Positive}{B#Neutral}"], "joined by ;"),
+        ("{};{B}", [X, M], ["{}"], "{ASPECT#Positive}"),
+        ("Positive", [X, X], ["Positive"], "found 'Positive'"),
+    ],
+)
+def test_bad_pieces_of_a_label_column(tmp_path: Path, cell: str, labels: list[int], bad: list[str], told: str) -> None:
+    text = f'data,label\nx,{{A#Positive}};{{B}};{{B}}\ny,"{cell}"\n'
+    message = refused(tmp_path, text)
+    assert message.startswith("reviews.csv: row 2, column label: found ")
+    assert told in message
+    reviews = read(tmp_path, text, on_bad_label="drop")
+    assert reviews.labels.tolist() == [[P, M], labels]
+    assert reviews.dropped == tuple(BadLabel(2, "label", piece) for piece in bad)
+
+
+def test_rows_without_a_text(tmp_path: Path) -> None:
+    text = 'data,A,B\nx,Positive,\n"  \n",oops,Negative\ny,Negative,\n'
+    message = refused(tmp_path, text)
+    assert message.startswith("reviews.csv: row 2, column data: found no text, allowed: a review")
+    reviews = read(tmp_path, text, on_bad_label="drop")
+    assert reviews.texts == ("x", "y")
+    assert reviews.labels.tolist() == [[P, O], [N, O]]
+    assert reviews.dropped == (BadLabel(2, "data", ""),)
+    assert (reviews.left_out, reviews.rows.tolist()) == ((2,), [1, 3])
+    assert reviews.notes == (f"{tmp_path / 'reviews.csv'}: no review mentions B",)
+    for on_bad_label in ("error", "drop"):
+        message = refused(tmp_path, "data,A\n,Positive\n ,Negative\n", on_bad_label=on_bad_label)
+        assert message == "reviews.csv: column data: found no text in any of 2 rows"
+
+
+# ---------------------------------------------------------------- bad files
+
+
+def test_encodings(tmp_path: Path) -> None:
+    def told(content: bytes) -> str:
+        (tmp_path / "reviews.csv").write_bytes(content)
+        with pytest.raises(UserError) as caught:
+            read_reviews(tmp_path / "reviews.csv", form())
+        return str(caught.value).removeprefix(f"{tmp_path}/reviews.csv: ")
+
+    assert told(WIDE.encode("utf-16")).startswith("not UTF-8 (invalid start byte at byte 0, line 1)")
+    assert told(b"data,A\nx,Positive\n\xfeok,\n") == "not UTF-8 (invalid start byte at byte 18, line 3)"
+    bom = "\ufeffdata,A\nx,Positive\n".encode() + "pin tr\u00e2u,\n".encode("cp1258")
+    assert told(bom) == "not UTF-8 (invalid continuation byte at byte 27, line 3)"
+    assert told("data,A\nx,Positive\n".encode("utf-16-le")) == "not UTF-8 text (a zero at byte 1)"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "the file is empty"),
+        (" \n\n", "the file is empty"),
+        ("data,A\n", "no reviews, only a header"),
+        ("data,A\nx,Positive\ny\n", "row 2: found 1 columns, allowed: 2"),
+        ('data,A\n"x\ny",Positive\n\nz,Positive,\n', "row 2: found 3 columns, allowed: 2"),
+        ('data,A\nx,Positive\n"y,Positive\n', "line 3: a quote that is never closed"),
+        ('data,A\n"x"y,Positive\n', "line 2: ',' expected after '\"'"),
+        ("data,A,A\nx,Positive,Positive\n", "column A is there twice"),
+        ("data\nx\n", "no aspect: column data is the only one"),
+        ("data,label\nx,\n", "column label: found no label in any of 1 rows"),
+    ],
+)
+def test_damaged_csv(tmp_path: Path, text: str, told: str) -> None:
+    assert refused(tmp_path, text) == f"reviews.csv: {told}"
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        ('{"data": "x", "A": "Positive"}\n\n{"data": "y"\n', "line 3: not JSON (Expecting ',' delimiter"),
+        ('{"data": "x", "A": "Positive"}\n["y"]\n', "line 2: found a list, allowed: an object"),
+        ('\n{"data": 5, "A": "Positive"}\n', "row 1, column data: found '5', allowed: text"),
+        ('{"data": "x", "A": "Positive"}\n{"data": "y", "A": 1}\n', "row 2, column A: found '1', allowed: Positive"),
+        ('{"data": "x", "A": ["Positive"]}\n', "row 1, column A: found '[\"Positive\"]', allowed: Positive"),
+        ('{"data": "xx", "A": "Positive"}\n{"data": "a\\ud83d", "A": ""}\n', "row 2, column data: found half a char"),
+        ('{"data": "x", "A": "Positive"}\n{"A": "Positive"}\n', "row 2, column data: found no text"),
+    ],
+)
+def test_damaged_jsonl(tmp_path: Path, lines: str, told: str) -> None:
+    assert refused(tmp_path, lines, name="reviews.jsonl").startswith(f"reviews.jsonl: {told}")
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "folder.csv").mkdir()
+    written(tmp_path, "x", "reviews.xlsx")
+    written(tmp_path, "PAR1 and so on", "cut.parquet")
+    for name, told in {
+        "absent.csv": "No such file or directory",
+        "folder.csv": "found a folder, allowed: a file (.csv, .jsonl, .parquet)",
+        "reviews.xlsx": "found .xlsx, allowed: .csv, .jsonl, .parquet",
+        "cut.parquet": "not a readable Parquet file (",
+    }.items():
+        with pytest.raises(UserError) as caught:
+            read_reviews(tmp_path / name, form())
+        assert str(caught.value).startswith(f"{tmp_path / name}: {told}")
+
+
+# ---------------------------------------------------------------- detection only
+
+
+def test_detection_only_aspects(tmp_path: Path) -> None:
+    text = "data,label\nx,{A#Positive};{B}\ny,{A};{B};{C#Negative};{D#Posititve}\nz,{D}\n"
+    reviews = read(tmp_path, text, on_bad_label="drop")
+    assert reviews.labels.tolist() == [[P, M, O, O], [M, M, N, X], [O, O, O, M]]
+    assert detection_only(reviews, ()) == ("B", "D")
+    assert detection_only(reviews, ["A"]) == ("A", "B", "D")
+    with pytest.raises(UserError, match=r"data\.detection_only: no aspect E; there are: A, B, C, D"):
+        detection_only(reviews, ["E"])
+    bare = without_polarity(reviews, ("A", "D"))
+    assert bare.labels.tolist() == [[M, M, O, O], [M, M, N, X], [O, O, O, M]]
+    assert reviews.labels[0, 0] == P
+    assert bare.labels.dtype == np.int8
+
+
+def test_an_aspect_that_nobody_mentions_is_not_detection_only(tmp_path: Path) -> None:
+    reviews = read(tmp_path, "data,A,B\nx,Positive,\n")
+    assert detection_only(reviews, ()) == ()
+    assert detection_only(reviews, ("B",)) == ("B",)
+    assert reviews.notes == (f"{tmp_path / 'reviews.csv'}: no review mentions B",)
+
+
+# ---------------------------------------------------------------- properties
+
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1).filter(str.strip)
+CELLS = {"positive": P, " Positive": P, "NEGATIVE\t": N, "nEutral": U, "": O, " ": O}
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.lists(st.tuples(ANY_TEXT, st.sampled_from(list(CELLS)), st.sampled_from(list(CELLS))), min_size=1))
+def test_any_text_comes_back_from_every_form(rows: list[tuple[str, str, str]]) -> None:
+    expected = [[CELLS[first], CELLS[second]] for _, first, second in rows]
+    texts = tuple(unicodedata.normalize("NFC", text) for text, _, _ in rows)
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer).writerows([("data", "A", "B"), *rows])
+    lines = "\n".join(json.dumps(dict(zip(("data", "A", "B"), row, strict=True)), ensure_ascii=False) for row in rows)
+    with tempfile.TemporaryDirectory() as folder:
+        pd.DataFrame(rows, columns=["data", "A", "B"]).to_parquet(Path(folder) / "reviews.parquet")
+        written(Path(folder), buffer.getvalue(), "reviews.csv")
+        written(Path(folder), lines, "reviews.jsonl")
+        for suffix in ("csv", "jsonl", "parquet"):
+            reviews = read_reviews(Path(folder) / f"reviews.{suffix}", form(), ("A", "B"))
+            assert (reviews.texts, reviews.labels.tolist()) == (texts, expected), suffix
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.lists(st.lists(st.sampled_from([O, P, N, U, M]), min_size=3, max_size=3), min_size=1))
+def test_written_labels_read_back(rows: list[list[int]]) -> None:
+    aspects = ("A", "B b", "C&Đ")
+    original = Reviews("here", "0", ("x",) * len(rows), np.array(rows, dtype=np.int8), aspects, ())
+    cells = [original.labels_text(position) for position in range(len(rows))]
+    with tempfile.TemporaryDirectory() as folder:
+        file = written(Path(folder), "data,label\n" + "".join(f'x,"{cell};"\n' for cell in cells))
+        assert read_reviews(file, form(), aspects).labels.tolist() == rows
