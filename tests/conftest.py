@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
+PROJECT_FILES = ("MLproject", "conda.yaml", "configs")
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; two test processes share two cores
 for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
     del os.environ[name]
@@ -97,3 +98,21 @@ def run_pipeline(*arguments: str, cwd: Path | None = None, **environment: str) -
         timeout=300,
         check=False,
     )
+
+
+@pytest.fixture
+def project(workplace: Path) -> Path:
+    """A working copy of the project: mlflow.db and mlruns stay out of the real one."""
+    for name in PROJECT_FILES:
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copyfile)(source, workplace / name)
+    return workplace
+
+
+def mlflow_run(entry: str, project: Path, **overrides: str) -> subprocess.CompletedProcess[str]:
+    arguments = [part for key, value in overrides.items() for part in ("-P", f"{key}={value}")]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # the entry's command says `python`
+    return subprocess.run(
+        [sys.executable, "-m", "mlflow", "run", str(project), "-e", entry, "--env-manager=local", *arguments],
+        cwd=project, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip

@@ -42,7 +42,8 @@ ALPHA_TEXT = "[0.9798, 0.9945, 1.0269]"  # 29041 / (3 * 9880) = 0.97979, / (3 * 
 def reviews_of(labels: list[list[int]], texts: list[str] | None = None, **more: Any) -> Reviews:
     aspects = tuple("ABCDEFGH"[: len(labels[0])])
     texts = texts or [f"review {number}" for number in range(len(labels))]
-    return Reviews("train.csv", "ab12", tuple(texts), np.array(labels, dtype=np.int8), aspects, (), **more)
+    more = {"rows": np.arange(1, len(labels) + 1)} | more
+    return Reviews("train.csv", "ab12", tuple(texts), np.array(labels, dtype=np.int8), aspects, **more)
 
 
 # ---------------------------------------------------------------- alpha
@@ -272,7 +273,7 @@ def test_exact_copies_within_and_across_splits(tmp_path: Path) -> None:
     train = reviews_of(
         [[P, O], [P, O], [N, O], [P, N], [U, O], [P, X]],
         ["Máy  đẹp", "máy đẹp\n", "giao lâu", long, "tạm", "máy ĐẸP"],
-        left_out=(2,),
+        rows=np.array([1, 3, 4, 5, 6, 7]),
     )
     test = reviews_of([[N, O], [P, N], [O, O], [U, O]], ["MÁY đẹp", long + "!", "khác hẳn", "tạm"])
     splits = {"train": train, "test": test}

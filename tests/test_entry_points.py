@@ -2,8 +2,6 @@
 
 import gzip
 import json
-import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, run_pipeline
+from conftest import ROOT, mlflow_run, run_pipeline
 
-PROJECT_FILES = ("MLproject", "conda.yaml", "configs")
 TINY = {"max_steps": "8", "warmup_steps": "4", "batch_size": "256", "data.embedded.rows": "4000",
         "evaluation.every_steps": "4", "training.threads": "1"}  # fmt: skip
 
@@ -26,24 +23,6 @@ features:
   size: {kind: numeric, missing: mean}
 split: {seed: 3}
 """
-
-
-@pytest.fixture
-def project(workplace: Path) -> Path:
-    """A working copy of the project: mlflow.db and mlruns stay out of the real one."""
-    for name in PROJECT_FILES:
-        source = ROOT / name
-        (shutil.copytree if source.is_dir() else shutil.copyfile)(source, workplace / name)
-    return workplace
-
-
-def mlflow_run(entry: str, project: Path, **overrides: str) -> subprocess.CompletedProcess[str]:
-    arguments = [part for key, value in overrides.items() for part in ("-P", f"{key}={value}")]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # the entry's command says `python`
-    return subprocess.run(
-        [sys.executable, "-m", "mlflow", "run", str(project), "-e", entry, "--env-manager=local", *arguments],
-        cwd=project, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
 
 
 def raw_file(folder: Path, rows: int = 2000) -> Path:
@@ -105,7 +84,13 @@ def test_main_through_mlproject(project: Path, client: Any) -> None:
     assert runs["mmoe l.1 g1 w4 s0"].data.tags["role"] == "arm"
     launcher = next(run for run in runs.values() if run.data.tags.get("role") == "launcher")
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
-    assert len(runs) == 3
+    assert set(runs) - {launcher.info.run_name} == {
+        "mmoe baseline s0", "mmoe l.1 g1 w4 s0", "data_prep embedded", "small auto g2 s0"
+    }  # fmt: skip
+    alpha = runs["data_prep embedded"]
+    assert runs["small auto g2 s0"].data.params["data_prep_run"] == alpha.info.run_id
+    assert runs["small auto g2 s0"].data.params["alpha_vector"] == alpha.data.params["alpha_vector"]
+    assert "count/positive" not in launcher.data.metrics
     assert "loss_total" not in launcher.data.metrics
     assert runs["mmoe baseline s0"].data.metrics["aux_focal_on"] == 0
     assert runs["mmoe l.1 g1 w4 s0"].data.metrics["aux_focal_on"] == 1

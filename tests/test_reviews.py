@@ -271,7 +271,9 @@ def test_rows_without_a_text(tmp_path: Path) -> None:
     assert reviews.texts == ("x", "y")
     assert reviews.labels.tolist() == [[P, O], [N, O]]
     assert reviews.dropped == (BadLabel(2, "data", ""),)
-    assert (reviews.left_out, reviews.rows.tolist()) == ((2,), [1, 3])
+    assert reviews.rows.tolist() == [1, 3]
+    last = reviews.part(np.array([False, True]))
+    assert (last.texts, last.labels.tolist(), last.rows.tolist()) == (("y",), [[N, O]], [3])
     assert reviews.notes == (f"{tmp_path / 'reviews.csv'}: no review mentions B",)
     for on_bad_label in ("error", "drop"):
         message = refused(tmp_path, "data,A\n,Positive\n ,Negative\n", on_bad_label=on_bad_label)
@@ -396,7 +398,7 @@ def test_any_text_comes_back_from_every_form(rows: list[tuple[str, str, str]]) -
 @given(rows=st.lists(st.lists(st.sampled_from([O, P, N, U, M]), min_size=3, max_size=3), min_size=1))
 def test_written_labels_read_back(rows: list[list[int]]) -> None:
     aspects = ("A", "B b", "C&Đ")
-    original = Reviews("here", "0", ("x",) * len(rows), np.array(rows, dtype=np.int8), aspects, ())
+    original = Reviews("here", "0", ("x",) * len(rows), np.array(rows, dtype=np.int8), aspects, np.arange(len(rows)))
     cells = [original.labels_text(position) for position in range(len(rows))]
     with tempfile.TemporaryDirectory() as folder:
         file = written(Path(folder), "data,label\n" + "".join(f'x,"{cell};"\n' for cell in cells))

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline import plots
 from pipeline.config import flatten
@@ -35,8 +35,10 @@ from pipeline.tasks.visobert.duplicates import (
 from pipeline.tasks.visobert.reviews import SENTIMENTS, Reviews
 from pipeline.tasks.visobert.splits import read_splits
 from pipeline.tasks.visobert.statistics import ALL, distribution, token_lengths, write_distribution
-from pipeline.tasks.visobert.task import VisobertTask
 from pipeline.tasks.visobert.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from pipeline.tasks.visobert.task import VisobertTask
 
 LISTED = 20  # dropped cells that are shown; the files hold all
 
@@ -279,8 +281,10 @@ def figures(found: Findings) -> dict[str, float]:
     return values | {f"tokens/{name}": value for name, value in found.tokens["train"].items()}
 
 
-def make_task(config: VisobertConfig) -> VisobertTask:
+def make_task(config: VisobertConfig) -> "VisobertTask":
     """The task of `train_visobert`, with the alpha of a data_prep run if one is named."""
+    from pipeline.tasks.visobert.task import VisobertTask  # loads torch, which data_prep does without
+
     if config.data_prep_run is None or config.multi_label.focal_alpha != "auto":
         return VisobertTask(config)
     with tempfile.TemporaryDirectory() as folder:

@@ -10,7 +10,6 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -56,17 +55,18 @@ class Reviews:
     texts: tuple[str, ...]  # [N], NFC
     labels: npt.NDArray[np.int8]  # [N, A]
     aspects: tuple[str, ...]
-    dropped: tuple[BadLabel, ...]
-    left_out: tuple[int, ...] = ()  # rows without a text, which are not among the N
+    rows: npt.NDArray[np.int64]  # [N], the file's data record of each review, from 1
+    dropped: tuple[BadLabel, ...] = ()
     notes: tuple[str, ...] = ()  # what the user should know of how the file was read, a line each
 
     def __len__(self) -> int:
         return len(self.texts)
 
-    @cached_property
-    def rows(self) -> npt.NDArray[np.int64]:
-        """The file's data record of each review, from 1. [N]"""
-        return np.setdiff1d(np.arange(1, len(self) + len(self.left_out) + 1), self.left_out)
+    def part(self, which: npt.NDArray[np.generic]) -> "Reviews":
+        """Some of the reviews, by flags [N] or by positions (which may repeat)."""
+        positions = np.arange(len(self))[which]
+        texts = tuple(self.texts[position] for position in positions.tolist())
+        return replace(self, texts=texts, labels=self.labels[positions], rows=self.rows[positions])
 
     def labels_text(self, review: int) -> str:
         """The labels of one review as `{ASPECT#Polarity};{ASPECT}`; unknown ones are left out."""
@@ -111,7 +111,7 @@ def read_reviews(file: Path, form: ReviewFormatConfig, aspects: tuple[str, ...] 
         labels=labelled.labels[kept],
         aspects=labelled.aspects,
         dropped=tuple(sorted([*(BadLabel(row, text_column, "") for row in blank), *bad], key=lambda label: label.row)),
-        left_out=blank,
+        rows=np.flatnonzero(kept) + 1,
         notes=tuple(labelled.notes),
     )
 

@@ -70,7 +70,7 @@ def load_splits(config: TrainDataConfig) -> Splits:
                 f"{train.source}: {len(train)} reviews cannot be split by data.validation_share "
                 f"{config.validation_share:g}, allowed: enough for both splits, or data.validation"
             )
-        train, valid = _part(train, ~drawn), _part(train, drawn)
+        train, valid = train.part(~drawn), train.part(drawn)
     return Splits(train, valid, found.get("test"), only)
 
 
@@ -79,8 +79,3 @@ def _drawn(texts: tuple[str, ...], share: float) -> npt.NDArray[np.bool_]:
     folded = (" ".join(text.lower().split()) for text in texts)
     values = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64 for text in folded]
     return np.array(values) < share
-
-
-def _part(reviews: Reviews, rows: npt.NDArray[np.bool_]) -> Reviews:
-    texts = tuple(text for text, keep in zip(reviews.texts, rows, strict=True) if keep)
-    return replace(reviews, texts=texts, labels=reviews.labels[rows])

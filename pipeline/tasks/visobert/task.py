@@ -92,7 +92,7 @@ class VisobertTask:
         counted = train
         if self.repeats is not None and loss.alpha_from == "oversampled":
             rows = np.repeat(np.arange(len(train)), np.rint(self.repeats).astype(np.int64))
-            counted = Reviews(train.source, train.digest, (), train.labels[rows], train.aspects, ())
+            counted = train.part(rows)
         if given is None or loss.focal_alpha != "auto":
             return alpha_of(counted, self.splits.detection_only, loss.focal_alpha)
         run = f"data_prep_run {self.config.data_prep_run}"

@@ -21,7 +21,6 @@ TOKENIZER_FILE = "tokenizer.json"
 # one of these must be there: without a vocabulary transformers makes up an empty one, and says nothing
 VOCABULARY_FILES = (TOKENIZER_FILE, "*.model", "vocab.txt", "vocab.json", "*.codes", "*.tiktoken")
 PAD, UNKNOWN, START, MASK = "<pad>", "<unk>", "<s>", "<mask>"
-END_OF_WORD = "</w>"
 LETTERS = 400  # different characters, the most frequent; the rest is unknown
 
 
@@ -84,16 +83,20 @@ class EmbeddedTokenizer:
 
     @classmethod
     def train(cls, texts: Sequence[str], vocabulary: int) -> "EmbeddedTokenizer":
-        backend = Backend(models.BPE(unk_token=UNKNOWN, end_of_word_suffix=END_OF_WORD))
+        backend = Backend(models.BPE(unk_token=UNKNOWN))
         backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+        # words are told apart by a mark before them: with a suffix the trainer numbers letters in a random order
         backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Whitespace(), pre_tokenizers.Digits(individual_digits=True)]
+            [
+                pre_tokenizers.Whitespace(),
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.Metaspace(prepend_scheme="always"),
+            ]
         )
         trainer = trainers.BpeTrainer(
             vocab_size=vocabulary,
             min_frequency=2,
             limit_alphabet=LETTERS,
-            end_of_word_suffix=END_OF_WORD,
             special_tokens=[PAD, UNKNOWN, START, MASK],
             show_progress=False,
         )
