@@ -16,7 +16,7 @@ from pipeline.console import Console, say, warn
 from pipeline.errors import UserError
 from pipeline.run import MemoryRun, MlflowRun, Run, RunRequest, Writer, writer_for
 from pipeline.task import Task
-from pipeline.training import Result, Training, count_steps, resolve_device
+from pipeline.training import Result, Training, amp_warning, count_steps, resolve_device
 
 TORCH_THREADS = torch.get_num_threads()  # what torch would take: the cores, or OMP_NUM_THREADS
 
@@ -54,7 +54,8 @@ def train_run(
         _describe(run, task, given)
         _tell_epochs(config, given)
         total_steps = count_steps(task)
-        for warning in [*config.warnings(given), *task.warnings(total_steps)]:
+        slow = amp_warning(config.training.amp, device)
+        for warning in [*config.warnings(given), *task.warnings(total_steps), *([slow] if slow else [])]:
             warn(warning)
         say(f"{run.name}: {total_steps} steps on {device}")
         for name, value in task.summary().items():

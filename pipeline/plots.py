@@ -33,18 +33,22 @@ def calibration(curves: Mapping[str, tuple[Floats, Floats, Floats]], file: Path)
     figure.savefig(file, dpi=110)
 
 
-def confusion(counts: npt.NDArray[np.int64], names: Sequence[str], file: Path) -> None:
-    """Counts of truth by prediction, coloured by the share of each truth. counts: [C, C]."""
-    figure, axes = _figure(1)
-    shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
-    axes[0].imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for (truth, predicted), count in np.ndenumerate(counts):
-        colour = "white" if shares[truth, predicted] > 0.5 else "black"
-        axes[0].text(
-            predicted, truth, f"{count}\n{shares[truth, predicted]:.1%}", ha="center", va="center", color=colour
-        )
+def confusion(matrices: Mapping[str, npt.NDArray[np.int64]], names: Sequence[str], file: Path) -> None:
+    """Counts of truth by prediction, a panel a matrix [C, C], coloured by the share of each truth."""
+    columns = min(4, len(matrices))
+    figure, axes = _figure(columns, -(-len(matrices) // columns))
     ticks = range(len(names))
-    axes[0].set(xticks=ticks, yticks=ticks, xticklabels=names, yticklabels=names, xlabel="predicted", ylabel="truth")
+    for axis, (title, counts) in zip(axes, matrices.items(), strict=False):
+        shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
+        axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        for (truth, predicted), count in np.ndenumerate(counts):
+            share = shares[truth, predicted]
+            text, colour = f"{count}\n{share:.1%}", "white" if share > 0.5 else "black"
+            axis.text(predicted, truth, text, ha="center", va="center", color=colour)
+        axis.set(xticks=ticks, yticks=ticks, xticklabels=names, yticklabels=names, xlabel="predicted", ylabel="truth")
+        axis.set_title(title)
+    for axis in axes[len(matrices) :]:
+        axis.set_axis_off()
     figure.savefig(file, dpi=110)
 
 

@@ -205,6 +205,15 @@ def resolve_device(wanted: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
 
 
+def amp_warning(amp: str, device: str) -> str | None:
+    """Mixed precision that this machine has to emulate."""
+    found = torch.cpu.get_capabilities()
+    native = found.get("architecture") != "x86_64" or found.get("amx_bf16") or found.get("avx512_bf16")
+    if amp == "bf16" and device == "cpu" and not native:
+        return "training.amp is bf16, which this CPU has no instructions for: training.amp=no is faster here"
+    return None
+
+
 def _sum(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The parts' tensors added up by name."""
     total = dict(parts[0])

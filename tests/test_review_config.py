@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def test_users_keys_stand_under_their_own_names() -> None:
 def test_every_key_has_a_meaning() -> None:
     for model in (VisobertConfig, DataPrepConfig):
         listed = list(keys(model))
-        assert len({key.path for key in listed}) == len(listed) > 20
+        assert len({key.path for key in listed}) == len(listed) > 10
         assert [key.path for key in listed if not key.field.description] == []
     for path in (*FROM_SCRATCH, "evaluation.metric"):
         assert path in {key.path for key in keys(VisobertConfig)}
@@ -284,7 +285,7 @@ def test_the_message_says_what_is_allowed(key: str, value: str, allowed: str) ->
 
 
 def test_an_odd_width_is_told_what_is_wrong() -> None:
-    assert "2" in error_of(None, model__embedded__width="7").split("allowed:")[1].split("(")[0].replace(">= 2", "")
+    assert re.search("allowed: .*(even|multiple)", error_of(None, model__embedded__width="7"))
 
 
 def test_other_splits_need_a_training_file() -> None:

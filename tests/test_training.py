@@ -17,7 +17,7 @@ from pipeline.recording import NonFiniteError
 from pipeline.run import MemoryRun
 from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.task import MmoeTask
-from pipeline.training import Result, Training, resolve_device, windows
+from pipeline.training import Result, Training, amp_warning, resolve_device, windows
 
 Make = Callable[..., MmoeConfig]
 MEASURED = ("throughput/", "time/")
@@ -270,3 +270,20 @@ def test_cuda_without_cuda_is_refused() -> None:
     assert resolve_device("auto") == "cpu"
     with pytest.raises(UserError, match="allowed here: auto, cpu"):
         resolve_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("amp", "device", "found", "warns"),
+    [
+        ("bf16", "cpu", {"architecture": "x86_64", "amx_bf16": False, "avx512_bf16": False}, True),
+        ("bf16", "cpu", {"architecture": "x86_64", "amx_bf16": False, "avx512_bf16": True}, False),
+        ("bf16", "cpu", {"architecture": "aarch64"}, False),
+        ("bf16", "cuda", {"architecture": "x86_64"}, False),
+        ("no", "cpu", {"architecture": "x86_64"}, False),
+    ],
+)
+def test_emulated_bf16_is_told(
+    amp: str, device: str, found: dict[str, Any], warns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    assert (amp_warning(amp, device) is not None) == warns

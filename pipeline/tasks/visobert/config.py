@@ -97,7 +97,7 @@ class EmbeddedModelConfig(Config):
     """entries of its tokenizer, which is trained on the training split"""
     width: int = Field(192, ge=2, multiple_of=2)
     """of the token embeddings and of every layer"""
-    layers: Positive = 1
+    layers: Positive = 2
     """residual blocks, each a convolution and a gated recurrence in both directions"""
     dropout: Probability = 0.2
     """of the channels of embeddings and layers"""

@@ -9,6 +9,7 @@ from pipeline import plots
 from pipeline.tasks.visobert.answers import MENTIONED_TEXT, Answers
 from pipeline.tasks.visobert.reviews import MENTIONED, NOT_MENTIONED, SENTIMENTS, UNKNOWN, Reviews
 from pipeline.tasks.visobert.scores import aspect_table, confusion, labelled
+from pipeline.tasks.visobert.statistics import ALL
 
 MOST_CONFIDENT = 200
 
@@ -20,10 +21,14 @@ def write_report(folder: Path, split: str, reviews: Reviews, answers: Answers) -
         part.mkdir(parents=True, exist_ok=True)
     rows = aspect_table(reviews.labels, answers.prediction, reviews.aspects, answers.polar)
     pd.DataFrame(rows).to_csv(tables / f"{split}_aspects.csv", index=False)
-    counts = confusion(reviews.labels, answers.prediction.sentiment)
-    named = pd.DataFrame(counts, index=pd.Index(SENTIMENTS, name="truth"), columns=list(SENTIMENTS))
-    named.to_csv(tables / f"{split}_confusion.csv")
-    plots.confusion(counts, SENTIMENTS, pictures / f"{split}_confusion.png")
+    said = answers.prediction.sentiment
+    matrices = {ALL: confusion(reviews.labels, said)}
+    for column in np.flatnonzero(answers.polar).tolist():
+        matrices[reviews.aspects[column]] = confusion(reviews.labels[:, column], said[:, column])
+    named = {aspect: pd.DataFrame(counts, index=pd.Index(SENTIMENTS, name="truth"), columns=list(SENTIMENTS))
+             for aspect, counts in matrices.items()}  # fmt: skip
+    pd.concat(named, names=["aspect"]).to_csv(tables / f"{split}_confusion.csv")
+    plots.confusion(matrices, SENTIMENTS, pictures / f"{split}_confusion.png")
     frame = answers.frame()
     frame.insert(0, "text", list(reviews.texts))
     frame.insert(1, "labels", [reviews.labels_text(row) for row in range(len(reviews))])

@@ -131,7 +131,7 @@ def _best_threshold(truth: Flags, value: npt.NDArray[np.float64]) -> float:
 
 
 def confusion(labels: Labels, sentiment: npt.NDArray[np.int8]) -> npt.NDArray[np.int64]:
-    """[3, 3] counts of labelled cells, truth by prediction."""
+    """[3, 3] counts of labelled cells, truth by prediction. labels, sentiment: any shape, the same."""
     cells = labelled(labels)
     counts: npt.NDArray[np.int64] = confusion_matrix(labels[cells], sentiment[cells], labels=CLASSES)
     return counts
