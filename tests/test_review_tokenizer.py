@@ -81,6 +81,7 @@ def ids_of(tokenizer: Any, texts: list[str], max_tokens: int | None = None) -> l
 
 XLMR = {
     "tokenizer_class": "XLMRobertaTokenizer",
+    "model_max_length": 6,
     "bos_token": "<s>",
     "eos_token": "</s>",
     "unk_token": "<unk>",
@@ -139,6 +140,16 @@ def test_a_tokenizer_file_gives_its_own_ids(
     folder = folder_of(tmp_path / "model", trained(kind, *cutting), model_type, config)
     expected = [own_ids(folder / "tokenizer.json", text) for text in TEXTS]
     assert ids_of(load_tokenizer(str(folder), None, [], 0), TEXTS) == expected
+
+
+def test_decomposed_letters_are_composed_first(tmp_path: Path) -> None:
+    """The tokenizer itself does not: its vocabulary has composed letters alone."""
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>"}
+    folder = folder_of(tmp_path / "model", trained("bpe"), "roberta", config)
+    decomposed = [unicodedata.normalize("NFD", text) for text in TEXTS]
+    assert decomposed != TEXTS
+    expected = [own_ids(folder / "tokenizer.json", text) for text in TEXTS]
+    assert ids_of(load_tokenizer(str(folder), None, [], 0), decomposed) == expected
 
 
 def test_a_vocabulary_without_a_tokenizer_file(tmp_path: Path) -> None:

@@ -304,8 +304,8 @@ def test_thresholds_by_hand() -> None:
 
 
 def test_the_majority_by_hand() -> None:
-    """Pin: 2 negative against 1, mentioned in 3 of 4 known; camera: half of 4 is no majority; khác: never."""
-    training = table([[N, U, O], [N, P, X], [P, O, O], [O, O, O], [X, X, O]])
+    """Pin: 2 negative against 1, mentioned in 3 of 4 known of 7; camera: half of 4 is no majority; khác: never."""
+    training = table([[N, U, O], [N, P, X], [P, O, O], [O, O, O], [X, X, O], [X, X, O], [X, X, O]])
     found = majority(training, 3)
     assert found.sentiment[:, :2].tolist() == [[N, P]] * 3  # camera: a tie goes to the first
     assert found.mentioned is not None

@@ -24,10 +24,15 @@ class Splits:
     detection_only: tuple[str, ...]
 
     @property
+    def named(self) -> dict[str, Reviews]:
+        """Those that there are, as `train`, `valid` and `test`."""
+        named = {"train": self.train, "valid": self.valid, "test": self.test}
+        return {name: reviews for name, reviews in named.items() if reviews is not None}
+
+    @property
     def digest(self) -> str:
         """SHA-256 of all files together, hex."""
-        parts = {"train": self.train, "valid": self.valid, "test": self.test}
-        told = " ".join(f"{name} {part.digest} {len(part)}" for name, part in parts.items() if part)
+        told = " ".join(f"{name} {reviews.digest} {len(reviews)}" for name, reviews in self.named.items())
         return hashlib.sha256(told.encode()).hexdigest()
 
 
@@ -70,7 +75,8 @@ def load_splits(config: TrainDataConfig) -> Splits:
                 f"{train.source}: {len(train)} reviews cannot be split by data.validation_share "
                 f"{config.validation_share:g}, allowed: enough for both splits, or data.validation"
             )
-        train, valid = train.part(~drawn), train.part(drawn)
+        # what there is to say of the file is said of the training split
+        train, valid = train.part(~drawn), replace(train.part(drawn), dropped=(), notes=())
     return Splits(train, valid, found.get("test"), only)
 
 

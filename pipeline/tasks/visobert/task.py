@@ -27,7 +27,7 @@ from pipeline.tasks.visobert.data import LengthBuckets, ReviewBatch, ReviewTable
 from pipeline.tasks.visobert.model import AspectSentimentModel, Output, PretrainedEncoder, build_model, by_depth
 from pipeline.tasks.visobert.predict import predict_logits
 from pipeline.tasks.visobert.report import write_report
-from pipeline.tasks.visobert.reviews import NOT_MENTIONED, SENTIMENTS, UNKNOWN, Reviews
+from pipeline.tasks.visobert.reviews import NOT_MENTIONED, SENTIMENTS, UNKNOWN
 from pipeline.tasks.visobert.scores import labelled, score, tuned_thresholds
 from pipeline.tasks.visobert.splits import load_splits
 from pipeline.tasks.visobert.tokenizer import load_tokenizer
@@ -64,21 +64,10 @@ class VisobertTask:
         self.parameters = sum(weight.numel() for weight in model.parameters())
         self.baselines = cache(self._baselines)
 
-    def _reviews(self, split: str) -> Reviews | None:
-        return {"train": self.splits.train, "valid": self.splits.valid, "test": self.splits.test}[split]
-
-    def _table(self, split: str) -> ReviewTable | None:
-        reviews = self._reviews(split)
-        if reviews is None:
-            return None
+    def _table(self, split: str) -> ReviewTable:
+        reviews = self.splits.named[split]
         tokens = tokenise(self.tokenizer, reviews.texts, self.config.model.max_tokens, Path(self.config.data.cache))
         return ReviewTable(tokens, reviews.labels, self.tokenizer.pad_id)
-
-    @property
-    def _train(self) -> ReviewTable:
-        table = self.table("train")
-        assert table is not None
-        return table
 
     def _repeats(self) -> npt.NDArray[np.float64] | None:
         """[N], how often an epoch draws each training review, on average; None = once."""
@@ -112,15 +101,12 @@ class VisobertTask:
     def dataset(self) -> Dataset:
         train = self.splits.train
         profile: dict[str, object] = {"train_file_digest": train.digest}
-        for name in ("train", "valid", "test"):
-            reviews = self._reviews(name)
-            if reviews is not None:
-                cells = labelled(reviews.labels)
-                profile[name] = {"reviews": len(reviews), "labelled_cells": int(cells.sum()), "file": reviews.source}
+        for name, reviews in self.splits.named.items():
+            cells = labelled(reviews.labels)
+            profile[name] = {"reviews": len(reviews), "labelled_cells": int(cells.sum()), "file": reviews.source}
         return Dataset(Path(train.source).name, self.splits.digest, train.source, profile)
 
     def summary(self) -> Mapping[str, str]:
-        reviews = {name: self._reviews(name) for name in ("train", "valid", "test")}
         counts = ", ".join(f"{name} {count}" for name, count in zip(SENTIMENTS, self.alpha.counts, strict=True))
         loss = self.config.multi_label
         return {
@@ -130,16 +116,19 @@ class VisobertTask:
             "gamma": f"{loss.focal_gamma}",
             "aspects": str(len(self.aspects)),
             "parameters": str(self.parameters),
-        } | {f"reviews_{name}": str(len(split)) for name, split in reviews.items() if split is not None}
+        } | {f"reviews_{name}": str(len(reviews)) for name, reviews in self.splits.named.items()}
 
     def describe(self, folder: Path) -> Mapping[str, float]:
         self.alpha.write(folder / ALPHA_FILE)
         return self.alpha.metrics()
 
     def warnings(self, total_steps: int) -> Sequence[str]:  # noqa: ARG002
-        found = [note for split in (self.splits.train, self.splits.valid, self.splits.test) if split
-                 for note in split.notes]  # fmt: skip
-        lengths = self._train.lengths.numpy()
+        found: list[str] = []
+        for name, reviews in self.splits.named.items():
+            found += reviews.notes
+            if reviews.dropped:
+                found.append(f"{reviews.source}: bad cells that are dropped: {len(reviews.dropped)} ({name})")
+        lengths = self.table("train").lengths.numpy()
         cut = float((lengths >= self.config.model.max_tokens).mean())
         if cut > MANY_CUT:
             found.append(f"{cut:.1%} of the training reviews reach model.max_tokens {self.config.model.max_tokens}")
@@ -168,11 +157,11 @@ class VisobertTask:
     def plan(self, epoch: int) -> Sequence[Rows]:
         training = self.config.training
         generator = np.random.Generator(np.random.PCG64([self.config.seed, epoch]))
-        lengths = self._train.lengths.numpy()
+        lengths = self.table("train").lengths.numpy()
         return LengthBuckets(lengths, training.batch_size, training.batch_tokens, generator, self.repeats)
 
     def batch(self, rows: Rows) -> ReviewBatch:
-        return self._train.batch(rows)
+        return self.table("train").batch(rows)
 
     def counts(self, batch: ReviewBatch) -> Mapping[str, Tensor]:
         sentiment = (batch.labels >= 0) & (batch.labels < len(SENTIMENTS))
@@ -216,11 +205,10 @@ class VisobertTask:
 
     def evaluate(self, model: nn.Module, split: str, device: str) -> Mapping[str, float]:
         """Scores of a split; on `valid` the model's thresholds are tuned first, and stay with its weights."""
-        reviews, table = self._reviews(split), self.table(split)
-        if reviews is None or table is None:
+        if split not in self.splits.named:
             return {}
         assert isinstance(model, AspectSentimentModel)
-        output = self._predict(model, table, device)
+        reviews, output = self.splits.named[split], self._predict(model, self.table(split), device)
         if split == "valid" and output.aspect is not None:
             probability = torch.sigmoid(output.aspect.double()).numpy()
             model.thresholds.copy_(torch.from_numpy(tuned_thresholds(reviews.labels, probability)))
@@ -246,9 +234,9 @@ class VisobertTask:
 
     def _baselines(self, split: str) -> dict[str, float]:
         """What the majority and TF-IDF with logistic regression reach on the same rows."""
-        reviews = self._reviews(split)
-        if reviews is None or not self.config.baselines:
+        if not self.config.baselines:
             return {}
+        reviews = self.splits.named[split]
         predictions = {
             "majority": majority(self.splits.train.labels, len(reviews)),
             "tfidf": self._tfidf.predict(reviews.texts),
@@ -270,12 +258,9 @@ class VisobertTask:
     def report(self, model: nn.Module, folder: Path, device: str) -> None:
         """Tables and pictures of the finished model on the test split, or on validation where there is none."""
         assert isinstance(model, AspectSentimentModel)
-        split = "test" if self.splits.test is not None else "valid"
-        reviews, table = self._reviews(split), self.table(split)
-        assert reviews is not None
-        assert table is not None
-        answers = self._answers(model, self._predict(model, table, device))
-        write_report(folder, split, reviews, answers)
+        split = "test" if "test" in self.splits.named else "valid"
+        answers = self._answers(model, self._predict(model, self.table(split), device))
+        write_report(folder, split, self.splits.named[split], answers)
 
     def export(self, model: nn.Module, folder: Path) -> ModelExport:
         assert isinstance(model, AspectSentimentModel)
