@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import yaml
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MultipleOf
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
@@ -295,6 +295,7 @@ def _describe(field: FieldInfo) -> str:
     signs = {Ge: (">=", "ge"), Gt: (">", "gt"), Le: ("<=", "le"), Lt: ("<", "lt")}
     bounds = [f"{sign} {getattr(item, name)}" for item in metadata for kind, (sign, name) in signs.items()
               if isinstance(item, kind)]  # fmt: skip
+    bounds += [f"a multiple of {item.multiple_of}" for item in metadata if isinstance(item, MultipleOf)]
     bounds += [f"matching {item.pattern}" for item in metadata if getattr(item, "pattern", None)]
     if plain is not str:
         bounds += [f"of at least {item.min_length}" for item in metadata if getattr(item, "min_length", 0)]

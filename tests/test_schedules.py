@@ -43,7 +43,10 @@ def test_clipped_pos_weight(raw: float, clip: float | None, effective: float) ->
 def factors(
     total: int, warmup: int, decay: str = "cosine", final: float = 0.0, steps: int | None = None
 ) -> list[float]:
-    return [learning_rate_factor(step, total, warmup, decay, final) for step in range(steps or total)]
+    return [
+        learning_rate_factor(step, total, warmup_steps=warmup, decay=decay, final_ratio=final)
+        for step in range(steps or total)
+    ]
 
 
 def test_cosine_by_hand() -> None:
@@ -73,7 +76,7 @@ def test_a_warm_up_as_long_as_the_training(decay: str, total: int, warmup: int) 
     """The rate only rises; the step after the last has one too."""
     expected = [(step + 1) / warmup for step in range(total)] if warmup else [1.0]
     assert factors(total, warmup, decay) == pytest.approx(expected)
-    assert 0 <= learning_rate_factor(total, total, warmup, decay, 0.0) <= 1
+    assert 0 <= learning_rate_factor(total, total, warmup_steps=warmup, decay=decay, final_ratio=0.0) <= 1
 
 
 @pytest.mark.parametrize("final", [0.0, 0.1, 1.0])
@@ -84,7 +87,7 @@ def test_cosine_is_the_one_of_torch(total: int, final: float) -> None:
     scheduler = CosineAnnealingLR(optimizer, T_max=total, eta_min=final)
     warmup = 5
     for step in range(warmup, warmup + total + 1):
-        factor = learning_rate_factor(step, warmup + total, warmup, "cosine", final)
+        factor = learning_rate_factor(step, warmup + total, warmup_steps=warmup, decay="cosine", final_ratio=final)
         assert factor == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-9)
         optimizer.step()
         scheduler.step()

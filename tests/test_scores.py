@@ -21,6 +21,7 @@ from pipeline.tasks.visobert.model import Output
 from pipeline.tasks.visobert.report import MOST_CONFIDENT, confident_errors, write_report
 from pipeline.tasks.visobert.reviews import MENTIONED, NOT_MENTIONED, SENTIMENTS, UNKNOWN, Reviews
 from pipeline.tasks.visobert.scores import Prediction, aspect_table, confusion, score, tuned_thresholds
+from pipeline.tasks.visobert.statistics import ALL
 
 torch.set_num_threads(1)
 
@@ -304,7 +305,7 @@ def test_thresholds_by_hand() -> None:
 
 
 def test_the_majority_by_hand() -> None:
-    """Pin: 2 negative against 1, mentioned in 3 of 4 known of 7; camera: half of 4 is no majority; khác: never."""
+    """Pin: 2 negative against 1, mentioned in 3 of 4 known; camera: half of 4 is no majority; khác: never."""
     training = table([[N, U, O], [N, P, X], [P, O, O], [O, O, O], [X, X, O], [X, X, O], [X, X, O]])
     found = majority(training, 3)
     assert found.sentiment[:, :2].tolist() == [[N, P]] * 3  # camera: a tie goes to the first
@@ -482,14 +483,26 @@ def test_the_files_of_a_report(tmp_path: Path) -> None:
     write_report(tmp_path, "test", reviews_of(labels, ASPECTS, texts), SAY)
     tables = tmp_path / "evaluation"
     assert (tmp_path / "plots" / "test_confusion.png").read_bytes().startswith(b"\x89PNG")
-    counts = pd.read_csv(tables / "test_confusion.csv", index_col="truth")
-    assert counts.loc[list(SENTIMENTS), list(SENTIMENTS)].to_numpy().tolist() == [[1, 0, 0], [0, 0, 1], [0, 0, 1]]
+    counts = pd.read_csv(tables / "test_confusion.csv", index_col=["aspect", "truth"])
+    assert list(dict.fromkeys(aspect for aspect, _ in counts.index)) == [ALL, "pin", "giá cả"]
+    found = {aspect: counts.loc[aspect].to_numpy().tolist() for aspect in (ALL, "pin", "giá cả")}
+    assert found == {
+        ALL: [[1, 0, 0], [0, 0, 1], [0, 0, 1]],
+        "pin": [[1, 0, 0], [0, 0, 1], [0, 0, 0]],
+        "giá cả": [[0, 0, 0], [0, 0, 0], [0, 0, 1]],
+    }
     predictions = pd.read_csv(tables / "test_predictions.csv", keep_default_na=False)
     assert predictions["text"].tolist() == texts
     assert predictions["labels"].tolist() == ["{pin#Positive};{khác}", "{pin#Negative};{giá cả#Neutral}", "{giá cả}"]
     assert predictions["pin"].tolist() == ["positive", "", "negative"]
     assert pd.read_csv(tables / "test_aspects.csv")["mentions"].tolist() == [2, 2, 1]
     assert len(pd.read_csv(tables / "test_errors.csv")) == 3
+
+
+def test_a_report_where_an_aspect_has_no_labelled_cell(tmp_path: Path) -> None:
+    """Rare aspects may be missing from a test split."""
+    write_report(tmp_path, "test", reviews_of(table([[P, O, M], [N, M, O], [X, O, O]]), ASPECTS), SAY)
+    assert (tmp_path / "evaluation" / "test_errors.csv").exists()
 
 
 def test_a_report_of_aspects_with_any_name(tmp_path: Path) -> None:

@@ -91,9 +91,15 @@ class Alpha:
         return alpha
 
 
-def count_sentiments(labels: npt.NDArray[np.int8]) -> Counts:
-    """Labelled cells of each aspect and sentiment. labels [N, A] -> [A, 3]"""
-    return np.stack([(labels == code).sum(axis=0, dtype=np.int64) for code in range(len(SENTIMENTS))], axis=1)
+def count_sentiments(labels: npt.NDArray[np.int8], repeats: npt.NDArray[np.float64] | None = None) -> Counts:
+    """Labelled cells of each aspect and sentiment. labels [N, A] -> [A, 3]
+
+    `repeats`: [N], how often each review counts; the sums are rounded.
+    """
+    weights = np.ones(len(labels)) if repeats is None else repeats
+    counts = np.stack([weights @ (labels == code) for code in range(len(SENTIMENTS))], axis=1)
+    rounded: Counts = np.rint(counts).astype(np.int64)
+    return rounded
 
 
 def auto_alpha(counts: Sequence[int] | Counts) -> tuple[float, float, float]:
@@ -117,13 +123,16 @@ def alpha_of(
     reviews: Reviews,
     detection_only: Sequence[str],
     focal_alpha: Literal["auto"] | tuple[float, float, float] | None,
+    repeats: npt.NDArray[np.float64] | None = None,
 ) -> Alpha:
     """Alpha of a training split; `detection_only` aspects do not count. null (None) are ones.
+
+    `repeats`: [N], how often each review counts; None = once.
 
     Raises:
         UserError: no labelled cell at all, or auto and a sentiment without one.
     """
-    per_aspect = count_sentiments(without_polarity(reviews, detection_only).labels)
+    per_aspect = count_sentiments(without_polarity(reviews, detection_only).labels, repeats)
     counts = per_aspect.sum(axis=0)
     if not counts.sum():
         raise UserError(f"{reviews.source}: no labelled cell at all, allowed: reviews with sentiments to learn from")

@@ -50,12 +50,12 @@ class Answers:
         words = np.array(SENTIMENTS, dtype=object)
         found: dict[str, object] = {}
         for index, aspect in enumerate(self.aspects):
-            said = words[self.prediction.sentiment[:, index]]
+            said: npt.NDArray[np.object_] = words[self.prediction.sentiment[:, index]]
             if not self.polar[index]:
                 said = np.full(len(said), MENTIONED_TEXT if self.mentioned is not None else None, dtype=object)
             if self.prediction.mentioned is not None:
                 said = np.where(self.prediction.mentioned[:, index], said, np.array(None, dtype=object))
-            found[aspect] = said
+            found[aspect] = pd.Series(said, dtype=object)  # else pandas makes NaN of None
         for index, aspect in enumerate(self.aspects):
             if self.mentioned is not None:
                 found[f"{aspect}/{MENTIONED_TEXT}"] = self.mentioned[:, index]

@@ -14,6 +14,7 @@ from pipeline.tasks.visobert.reviews import NOT_MENTIONED, SENTIMENTS, UNKNOWN
 from pipeline.tasks.visobert.scores import Labels, Prediction, labelled, tuned_thresholds
 
 INVERSE_REGULARISATION = 4.0
+FEW_REVIEWS = 50  # so few that what occurs once counts too
 WORD = r"\w+|[^\w\s]"
 
 
@@ -32,8 +33,9 @@ class TfidfBaseline:
     """
 
     def __init__(self, texts: Sequence[str], labels: Labels, validation: tuple[Sequence[str], Labels]) -> None:
-        words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2, token_pattern=WORD)
-        letters = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), sublinear_tf=True, min_df=3)
+        twice, thrice = (2, 3) if len(texts) > FEW_REVIEWS else (1, 1)
+        words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=twice, token_pattern=WORD)
+        letters = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), sublinear_tf=True, min_df=thrice)
         self.features = FeatureUnion([("words", words), ("letters", letters)])
         matrix = csr_matrix(self.features.fit_transform(texts))
         columns = range(labels.shape[1])

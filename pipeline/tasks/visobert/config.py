@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.blocks import (
     AdamConfig,
@@ -125,7 +125,13 @@ class ModelConfig(Config):
     embedded: EmbeddedModelConfig = EmbeddedModelConfig()
 
 
-Weight = Annotated[float, Field(ge=0)]
+def _no_flag(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("true and false are not numbers")
+    return value
+
+
+Weight = Annotated[float, BeforeValidator(_no_flag), Field(ge=0)]
 
 
 class AspectLossConfig(Config):
@@ -237,7 +243,7 @@ class VisobertConfig(RunConfig):
         given = tree.get("model")
         model: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
         fitting = dict(FROM_SCRATCH) if model.get("name") == EMBEDDED else {}
-        if model.get("aspect_detection") in (False, "false"):
+        if str(model.get("aspect_detection", True)).lower() in ("false", "f", "no", "n", "off", "0"):
             fitting["evaluation.metric"] = "valid/sentiment_f1_macro"
         for path, value in fitting.items():
             tree = with_default(tree, path, value)

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from pipeline.errors import UserError
 from pipeline.task import Rows
 from pipeline.tasks.visobert.reviews import SENTIMENTS
 from pipeline.tasks.visobert.tokenizer import Tokenizer, Tokens
@@ -136,17 +138,21 @@ def tokenise(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int, cache:
     """The texts' tokens, kept in `cache` under a digest of tokenizer and texts, so that they are made once."""
     digest = hashlib.sha256(f"{tokenizer.digest} {max_tokens}".encode())
     for text in texts:
-        digest.update(text.encode() + b"\0")
+        coded = text.encode()
+        digest.update(len(coded).to_bytes(8, "little") + coded)
     file = cache / "tokens" / f"{digest.hexdigest()[:32]}.npz"
     try:
         with np.load(file) as found:
             return Tokens(found["ids"], found["lengths"])
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         pass  # not there yet, or not whole: made anew
     tokens = tokenizer.encode(texts, max_tokens)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}.tmp")
-    with partial.open("wb") as stream:
-        np.savez(stream, ids=tokens.ids, lengths=tokens.lengths)
-    partial.replace(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}.tmp")
+        with partial.open("wb") as stream:
+            np.savez(stream, ids=tokens.ids, lengths=tokens.lengths)
+        partial.replace(file)
+    except OSError as error:
+        raise UserError(f"data.cache {cache}: {error.strerror or error}") from None
     return tokens

@@ -92,7 +92,7 @@ class Recurrence(nn.Module):
     def forward(self, x: Tensor, present: Tensor) -> Tensor:
         candidate, update, output = self.linear(_windows(self.norm(x) * present)).chunk(3, -1)
         values = self._both_ways(torch.tanh(candidate)).unbind(1)
-        gates = self._both_ways(torch.sigmoid(update) * present).unbind(1)
+        gates = self._both_ways(torch.sigmoid(update) * present.to(update.dtype)).unbind(1)
         state, states = torch.zeros_like(values[0]), []
         for value, gate in zip(values, gates, strict=True):  # over positions
             state = torch.lerp(state, value, gate)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import softmax
 
@@ -77,7 +78,8 @@ class AspectSentimentModel(nn.Module):
             return encoded.pooled
         if self.pooling == "cls":
             return encoded.hidden[:, 0]
-        scores = (encoded.hidden @ self.queries.T).float().masked_fill(~mask.unsqueeze(-1), -torch.inf)  # [B, L, A]
+        scores = (encoded.hidden @ self.queries.T).float()  # [B, L, A]
+        scores = scores.masked_fill(~mask.unsqueeze(-1), torch.finfo(scores.dtype).min)  # finite: a text may be empty
         return softmax(scores, dim=1).to(encoded.hidden.dtype).transpose(1, 2) @ encoded.hidden
 
 
@@ -140,7 +142,7 @@ def build_model(config: ModelConfig, aspects: int, tokenizer: Tokenizer, *, weig
     pretrained = weights and config.init == "pretrained"
     folder = model_folder(config.name, config.revision, weights=pretrained)
     encoder = PretrainedEncoder(_load(folder, config, pretrained), config.pooling == "pooler")
-    _check_fit(encoder.model.config, config, tokenizer.size)
+    _check_fit(cast(Any, encoder.model), config, tokenizer.size)
     if config.pooling == "pooler" and getattr(encoder.model, "pooler", None) is None:
         raise UserError(f"model.pooling: found pooler, but {config.name} has none; allowed: cls, aspect_attention")
     return AspectSentimentModel(encoder, aspects, config)
@@ -160,7 +162,7 @@ def _load(folder: Path, config: ModelConfig, pretrained: bool) -> nn.Module:
         model, report = AutoModel.from_pretrained(
             str(folder), config=architecture, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model.name {config.name}: transformers cannot load {folder}: {error}") from None
     new = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
     if new:
@@ -173,15 +175,16 @@ def _load(folder: Path, config: ModelConfig, pretrained: bool) -> nn.Module:
     return cast(nn.Module, model)
 
 
-def _check_fit(architecture: Any, config: ModelConfig, vocabulary: int) -> None:
-    if vocabulary > architecture.vocab_size:
+def _check_fit(model: Any, config: ModelConfig, vocabulary: int) -> None:
+    if vocabulary > model.config.vocab_size:
         raise UserError(
             f"model.name {config.name}: its tokenizer has {vocabulary} entries, allowed: at most the "
-            f"{architecture.vocab_size} that the model embeds"
+            f"{model.config.vocab_size} that the model embeds"
         )
-    positions = getattr(architecture, "max_position_embeddings", None)
-    if positions is not None and architecture.model_type in ("roberta", "xlm-roberta", "camembert"):
-        positions -= (architecture.pad_token_id or 0) + 1  # they count positions from the padding's id on
+    positions = getattr(model.config, "max_position_embeddings", None)
+    table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
+    if positions is not None and getattr(table, "padding_idx", None) is not None:
+        positions -= cast(Any, table).padding_idx + 1  # RoBERTa and its kind count positions from the padding's id on
     if positions is not None and config.max_tokens > positions:
         raise UserError(f"model.max_tokens: found {config.max_tokens}, allowed for {config.name}: at most {positions}")
 

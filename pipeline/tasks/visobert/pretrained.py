@@ -1,7 +1,6 @@
 """Where the files of a pretrained model lie: a local folder, the hub's cache, or the hub."""
 
 import os
-import re
 from pathlib import Path
 
 from pipeline.errors import UserError
@@ -10,7 +9,6 @@ from pipeline.tasks.visobert.config import EMBEDDED
 SMALL_CONFIG = "configs/config_multi_embedded.yaml"
 NO_WEIGHTS = ("*.json", "*.txt", "*.model", "*.codes", "*.tiktoken")  # configuration and tokenizer
 WEIGHTS = ("model.safetensors", "model-*.safetensors")
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 ANSWER_SECONDS = 5
 
 
@@ -26,9 +24,20 @@ def model_folder(name: str, revision: str | None, *, weights: bool) -> Path:
     if folder.is_dir():
         _check(folder, name, weights)
         return folder
-    if folder.exists() or not HUB_ID.fullmatch(name) or name.startswith("."):
+    if folder.exists() or not _is_hub_id(name):
         raise UserError(f"model.name: found {name!r}, allowed: a hub id, a folder that exists, or {EMBEDDED}")
     return _hub_folder(name, revision, weights)
+
+
+def _is_hub_id(name: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _check(folder: Path, name: str, weights: bool) -> None:

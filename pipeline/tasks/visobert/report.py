@@ -29,10 +29,8 @@ def write_report(folder: Path, split: str, reviews: Reviews, answers: Answers) -
              for aspect, counts in matrices.items()}  # fmt: skip
     pd.concat(named, names=["aspect"]).to_csv(tables / f"{split}_confusion.csv")
     plots.confusion(matrices, SENTIMENTS, pictures / f"{split}_confusion.png")
-    frame = answers.frame()
-    frame.insert(0, "text", list(reviews.texts))
-    frame.insert(1, "labels", [reviews.labels_text(row) for row in range(len(reviews))])
-    frame.to_csv(tables / f"{split}_predictions.csv", index=False)
+    given = {"text": list(reviews.texts), "labels": [reviews.labels_text(row) for row in range(len(reviews))]}
+    pd.concat([pd.DataFrame(given), answers.frame()], axis=1).to_csv(tables / f"{split}_predictions.csv", index=False)
     confident_errors(reviews, answers).to_csv(tables / f"{split}_errors.csv", index=False)
 
 

@@ -60,21 +60,23 @@ def _sentiment_scores(truth: Labels, guess: npt.NDArray[np.int8]) -> dict[str, f
 
 
 def _aspect_scores(labels: Labels, mentioned: Flags, names: Sequence[str], polar: Flags) -> dict[str, float]:
-    each, found = {}, {}
-    known, truth = labels != UNKNOWN, labels > NOT_MENTIONED
-    for aspect, name in enumerate(names):
-        rows = known[:, aspect]
-        each[aspect] = float(f1_score(truth[rows, aspect], mentioned[rows, aspect], zero_division=0))
-        found[f"aspect_f1/{name}"] = each[aspect]
-    of_polar = np.flatnonzero(polar).tolist()
+    known = labels != UNKNOWN
+    each = {aspect: _mention_f1(labels[:, aspect], mentioned[:, aspect])
+            for aspect in range(len(names)) if known[:, aspect].any()}  # fmt: skip
+    found = {f"aspect_f1/{names[aspect]}": value for aspect, value in each.items()}
+    of_polar = [value for aspect, value in each.items() if polar[aspect]]
     if of_polar:
-        cells = known[:, of_polar]
-        found["aspect_f1_macro"] = float(np.mean([each[aspect] for aspect in of_polar]))
-        micro = f1_score(truth[:, of_polar][cells], mentioned[:, of_polar][cells], zero_division=0)
-        found["aspect_f1_micro"] = float(micro)
-    if not polar.all():
+        found["aspect_f1_macro"] = float(np.mean(of_polar))
+        found["aspect_f1_micro"] = _mention_f1(labels[:, polar].ravel(), mentioned[:, polar].ravel())
+    if each and not polar.all():
         found["aspect_f1_macro_all"] = float(np.mean(list(each.values())))
     return found
+
+
+def _mention_f1(labels: Labels, mentioned: Flags) -> float:
+    """F1 of the mentions among the known cells, of which there is one at least. labels, mentioned: [N]"""
+    known = labels != UNKNOWN
+    return float(f1_score(labels[known] > NOT_MENTIONED, mentioned[known], zero_division=0))
 
 
 def _pair_scores(labels: Labels, sentiment: npt.NDArray[np.int8], mentioned: Flags, polar: Flags) -> dict[str, float]:
@@ -133,6 +135,8 @@ def _best_threshold(truth: Flags, value: npt.NDArray[np.float64]) -> float:
 def confusion(labels: Labels, sentiment: npt.NDArray[np.int8]) -> npt.NDArray[np.int64]:
     """[3, 3] counts of labelled cells, truth by prediction. labels, sentiment: any shape, the same."""
     cells = labelled(labels)
+    if not cells.any():
+        return np.zeros((len(CLASSES), len(CLASSES)), dtype=np.int64)
     counts: npt.NDArray[np.int64] = confusion_matrix(labels[cells], sentiment[cells], labels=CLASSES)
     return counts
 
@@ -145,11 +149,8 @@ def aspect_table(
     for index, aspect in enumerate(aspects):
         column = labels[:, index]
         row: dict[str, str | float] = {"aspect": aspect, "mentions": int((column > NOT_MENTIONED).sum())}
-        if prediction.mentioned is not None:
-            rows = column != UNKNOWN
-            row["aspect_f1"] = float(
-                f1_score(column[rows] > NOT_MENTIONED, prediction.mentioned[rows, index], zero_division=0)
-            )
+        if prediction.mentioned is not None and (column != UNKNOWN).any():
+            row["aspect_f1"] = _mention_f1(column, prediction.mentioned[:, index])
         cells = labelled(column)
         if polar[index] and cells.any():
             truth, guess = column[cells], prediction.sentiment[cells, index]

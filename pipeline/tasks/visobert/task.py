@@ -78,12 +78,9 @@ class VisobertTask:
     def _alpha(self, given: Alpha | None) -> Alpha:
         """The alpha that acts, checked against the data."""
         loss, train = self.config.multi_label, self.splits.train
-        counted = train
-        if self.repeats is not None and loss.alpha_from == "oversampled":
-            rows = np.repeat(np.arange(len(train)), np.rint(self.repeats).astype(np.int64))
-            counted = train.part(rows)
         if given is None or loss.focal_alpha != "auto":
-            return alpha_of(counted, self.splits.detection_only, loss.focal_alpha)
+            repeats = self.repeats if loss.alpha_from == "oversampled" else None
+            return alpha_of(train, self.splits.detection_only, loss.focal_alpha, repeats)
         run = f"data_prep_run {self.config.data_prep_run}"
         if given.digest != train.digest:
             raise UserError(
@@ -288,11 +285,12 @@ class VisobertTask:
 def _adamw(
     layers: Sequence[tuple[float, Sequence[tuple[str, nn.Parameter]]]], config: AdamConfig, decay: float
 ) -> AdamW:
-    """AdamW over (share of the learning rate, named parameters); no weight decay on vectors: biases, normalisation."""
+    """AdamW over (share of the learning rate, named parameters); none of it on biases and normalisation."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for share, parameters in layers:
-        for _, weight in parameters:
-            groups.setdefault((share, decay if weight.ndim > 1 else 0.0), []).append(weight)
+        for name, weight in parameters:
+            decays = weight.ndim > 1 and not name.endswith("bias")
+            groups.setdefault((share, decay if decays else 0.0), []).append(weight)
     return AdamW(
         [{"params": weights, "lr": share * config.lr, "weight_decay": weight_decay}
          for (share, weight_decay), weights in groups.items()],
