@@ -20,7 +20,7 @@ from pipeline.tasks.visobert.task import VisobertTask
 from pipeline.tasks.visobert.tokenizer import PAD, START, UNKNOWN, EmbeddedTokenizer
 from pipeline.training import Training
 
-REVIEWS, LAYERS, ASPECTS, PAIRS = 6000, 2, 11, 7
+REVIEWS, LAYERS, ASPECTS, PAIRS = 6000, 2, 11, 5
 LENGTH_MEDIAN, LENGTH_SIGMA = 26, 0.68  # of a log-normal: mean 33, p50 26, p90 62, p99 126
 NAIVE_LENGTH, NAIVE_BATCH = 256, 16
 STEPS, NAIVE_STEPS = 6, 3  # timed at a time

@@ -223,6 +223,7 @@ class VisobertConfig(RunConfig):
     short: ClassVar[dict[str, str]] = RunConfig.short | {
         "alpha": "multi_label.focal_alpha",
         "gamma": "multi_label.focal_gamma",
+        "data": "data.train",
     }
 
     data: TrainDataConfig = TrainDataConfig()
