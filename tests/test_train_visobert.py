@@ -295,3 +295,11 @@ def test_oversampling_leaves_alpha_alone_unless_asked(tmp_path: Path) -> None:
         original.evaluate(original.model(), "valid", "cpu").keys()
         == plain.evaluate(plain.model(), "valid", "cpu").keys()
     )
+
+
+def test_without_detection_no_score_of_mentions_is_logged(tmp_path: Path) -> None:
+    task = small_task(tmp_path, **files(tmp_path), **{"model.aspect_detection": "false"})
+    assert task.config.evaluation.metric == "valid/sentiment_f1_macro"
+    names = set(task.evaluate(task.model(), "valid", "cpu"))
+    assert {"valid/sentiment_f1_macro", "valid/sentiment_f1_macro_tfidf", "valid/sentiment_f1_macro_majority"} <= names
+    assert not [name for name in names if "aspect" in name or "pair" in name]

@@ -214,7 +214,8 @@ class VisobertTask:
         counts = self.counts(ReviewBatch(labels, labels, labels))
         losses = {name: value.item() for name, value in self._losses(output, labels, counts).items()}
         found = score(reviews.labels, answers.prediction, self.names, self.polar)
-        return {f"{split}/{name}": value for name, value in (losses | found | self.baselines(split)).items()}
+        beside = {name: value for name, value in self.baselines(split).items() if name.rpartition("_")[0] in found}
+        return {f"{split}/{name}": value for name, value in (losses | found | beside).items()}
 
     def _predict(self, model: AspectSentimentModel, table: ReviewTable, device: str) -> Output:
         """Logits of all rows, on the CPU in fp32."""
@@ -285,7 +286,7 @@ class VisobertTask:
 def _adamw(
     layers: Sequence[tuple[float, Sequence[tuple[str, nn.Parameter]]]], config: AdamConfig, decay: float
 ) -> AdamW:
-    """AdamW over (share of the learning rate, named parameters); none of it on biases and normalisation."""
+    """AdamW over (share of the learning rate, named parameters); no weight decay on biases and normalisation."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for share, parameters in layers:
         for name, weight in parameters:
