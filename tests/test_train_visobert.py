@@ -303,3 +303,20 @@ def test_without_detection_no_score_of_mentions_is_logged(tmp_path: Path) -> Non
     names = set(task.evaluate(task.model(), "valid", "cpu"))
     assert {"valid/sentiment_f1_macro", "valid/sentiment_f1_macro_tfidf", "valid/sentiment_f1_macro_majority"} <= names
     assert not [name for name in names if "aspect" in name or "pair" in name]
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_model_folder_that_lacks_a_file_is_one_line_before_a_run_exists(
+    workplace: Path, client: Any, missing: str
+) -> None:
+    folder = workplace / "model"
+    folder.mkdir()
+    for name in {"config.json", "model.safetensors", "tokenizer.json"} - {missing}:
+        (folder / name).write_text("{}")
+    values = {"model.name": "model", "data.train": str(workplace / "train.csv")}
+    write_reviews(workplace / "train.csv")
+    result = run_pipeline("train_visobert", *options(values), cwd=workplace)
+    assert result.returncode == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert missing in line
+    assert not client.search_runs(["0"])

@@ -22,10 +22,11 @@ from pipeline.task import AMP, TOTAL, Dataset, ModelExport, Rows
 from pipeline.tasks.visobert.alpha import ALPHA_FILE, Alpha, alpha_of
 from pipeline.tasks.visobert.answers import ASPECTS_FILE, ENCODER_FOLDER, TOKENIZER_FOLDER, Answers, column_types
 from pipeline.tasks.visobert.baselines import TfidfBaseline, majority
-from pipeline.tasks.visobert.config import VisobertConfig
+from pipeline.tasks.visobert.config import EMBEDDED, VisobertConfig
 from pipeline.tasks.visobert.data import LengthBuckets, ReviewBatch, ReviewTable, capped_repeats, tokenise
 from pipeline.tasks.visobert.model import AspectSentimentModel, Output, PretrainedEncoder, build_model, by_depth
 from pipeline.tasks.visobert.predict import predict_logits
+from pipeline.tasks.visobert.pretrained import model_folder
 from pipeline.tasks.visobert.report import write_report
 from pipeline.tasks.visobert.reviews import NOT_MENTIONED, SENTIMENTS, UNKNOWN
 from pipeline.tasks.visobert.scores import labelled, score, tuned_thresholds
@@ -47,6 +48,8 @@ class VisobertTask:
             UserError: a file, the tokenizer or the model's folder is missing or damaged, or alpha is of other data.
         """
         self.config, self.schedule = config, config.optim.schedule
+        if config.model.name != EMBEDDED:  # a missing file is told before anything is begun
+            model_folder(config.model.name, config.model.revision, weights=config.model.init == "pretrained")
         self.splits = load_splits(config.data)
         train = self.splits.train
         self.aspects = train.aspects
