@@ -2,10 +2,7 @@
 
 import itertools
 import json
-import os
-import shutil
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, run_pipeline
+from conftest import mlflow_run, run_pipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -370,24 +367,17 @@ def test_data_prep_leaves_alpha_everywhere(workplace: Path, client: Any) -> None
     assert last == f"next: train_visobert with data.train={file}, data_prep_run={run.info.run_id}"
 
 
-def test_embedded_reviews_through_mlproject(workplace: Path, client: Any) -> None:
-    for name in ("MLproject", "conda.yaml", "configs"):
-        source = ROOT / name
-        (shutil.copytree if source.is_dir() else shutil.copyfile)(source, workplace / name)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    result = subprocess.run(
-        [sys.executable, "-m", "mlflow", "run", str(workplace), "-e", "data_prep", "--env-manager=local",
-         "-P", "data.embedded.rows=500", "-P", "data.detection_only=[Others]"],
-        cwd=workplace, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+def test_embedded_reviews_through_mlproject(project: Path, client: Any) -> None:
+    overrides = {"data.embedded.rows": "500", "data.detection_only": "[Others]"}
+    result = mlflow_run("data_prep", project, **overrides)
     assert result.returncode == 0, result.stderr
     (run,) = client.search_runs(["0"])
     assert run.info.status == "FINISHED"
     assert run.data.tags["mlflow.runName"] == "data_prep embedded"
     assert [run.data.metrics[f"rows/{split}"] for split in ("train", "validation", "test")] == [400, 50, 50]
-    folder = workplace / "outputs" / "data_prep"
+    folder = project / "outputs" / "data_prep"
     told = json.loads((folder / "sentiment_distribution.json").read_text())
-    (train,) = (workplace / "data_cache").rglob("train.csv")
+    (train,) = (project / "data_cache").rglob("train.csv")
     frame = pd.read_csv(train)
     aspects = [name for name in frame.columns if name not in ("data", "Others")]
     counts = Counter(frame[aspects].stack())

@@ -23,6 +23,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline import folders
 from pipeline.errors import UserError
 from pipeline.tasks.mmoe import prepare as prepare_module
 from pipeline.tasks.mmoe.encoding import Encoder
@@ -937,7 +938,7 @@ def test_a_failed_move_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             raise OSError(5, "Input/output error")
         rename(source, target)
 
-    monkeypatch.setattr(prepare_module.os, "replace", fail_once)
+    monkeypatch.setattr(folders.os, "replace", fail_once)
     with pytest.raises(UserError, match=r"output_dir .*out: Input/output error"):
         prepare_text(tmp_path, GOOD + "1,0,z,9\n", PLAIN)
     assert content(out) == before

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.cache import made_once
+from pipeline.folders import made_once
 from pipeline.tasks.mmoe.config import EmbeddedDataConfig
 from pipeline.tasks.mmoe.schema import (
     FIRST_ID,

@@ -4,11 +4,8 @@ Two passes over the rows, in memory that does not grow with them. The first read
 split, ids and numbers; the second writes the splits.
 """
 
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 
@@ -18,6 +15,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config import read_yaml, validate
 from pipeline.errors import UserError
+from pipeline.folders import published
 from pipeline.tasks.mmoe.cells import Floats
 from pipeline.tasks.mmoe.encoding import Encoder, refuse_missing, to_float32
 from pipeline.tasks.mmoe.plan import Plan
@@ -40,7 +38,8 @@ from pipeline.tasks.mmoe.schema import (
 from pipeline.tasks.mmoe.statistics import Counts, Numbers, bin_edges
 
 ROW_GROUP_ROWS = 65_536
-FILES = (*(f"{split}.parquet" for split in SPLITS), VOCABULARY_FILE, SCHEMA_FILE)  # the schema last: it says "ready"
+# the schema last: a folder without one is not ready
+FILES = (*(f"{split}.parquet" for split in SPLITS), VOCABULARY_FILE, SCHEMA_FILE)
 
 
 def prepare(
@@ -69,7 +68,8 @@ def prepare(
             if progress:
                 progress(batch.rows)
 
-    with _published(output_dir, data, source.files) as folder:
+    _refuse_own_data(output_dir, data, source.files)
+    with published(output_dir, FILES) as folder:
         training = TrainingSplit(plan)
         for batch in batches():
             training.add(batch)
@@ -244,45 +244,7 @@ def _write_vocabularies(vocabularies: Mapping[str, pa.Table], file: Path) -> Non
             writer.write_table(pa.table(columns, schema=schema))
 
 
-@contextmanager
-def _published(folder: Path, data: Path, files: Sequence[Path]) -> Iterator[Path]:
-    """A work folder inside of `folder`, whose files move up at the end; on an error all is as it was."""
-    try:
-        outputs = {(folder / name).resolve() for name in FILES}
-        if data.resolve() == folder.resolve() or any(file.resolve() in outputs for file in files):
-            raise UserError(f"output_dir {folder}: would write over the data, allowed: another folder")
-        made = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=".prepare-", dir=folder))
-    except OSError as error:
-        raise UserError(f"output_dir {folder}: {error.strerror or error}") from None
-    try:
-        yield work
-        _move_up(work, folder)
-        made = []
-    except OSError as error:
-        raise UserError(f"output_dir {folder}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        for path in made:
-            with suppress(OSError):
-                path.rmdir()
-
-
-def _move_up(work: Path, folder: Path) -> None:
-    """Old files out, new files in, the schema last: a folder without one is not ready."""
-    old = work / "old"
-    old.mkdir()
-    try:
-        for name in reversed(FILES):
-            if (folder / name).exists():
-                os.replace(folder / name, old / name)
-        for name in FILES:
-            os.replace(work / name, folder / name)
-    except BaseException:
-        for name in FILES:
-            if not (work / name).exists():
-                os.replace(folder / name, work / name)
-            if (old / name).exists():
-                os.replace(old / name, folder / name)
-        raise
+def _refuse_own_data(folder: Path, data: Path, files: Sequence[Path]) -> None:
+    outputs = {(folder / name).resolve() for name in FILES}
+    if data.resolve() == folder.resolve() or any(file.resolve() in outputs for file in files):
+        raise UserError(f"output_dir {folder}: would write over the data, allowed: another folder")

@@ -19,7 +19,7 @@ EMBEDDED = "embedded"  # the model.name and the tokenizer that need nothing from
 
 
 class EmbeddedReviewsConfig(Config):
-    rows: int = Field(4000, ge=100)
+    rows: int = Field(3200, ge=100)
     """reviews to generate; 80% train, 10% validation, 10% test"""
     seed: int = Field(0, ge=0)
     """of the generator (not of the model)"""

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from pipeline.cache import made_once
+from pipeline.folders import made_once
 from pipeline.tasks.visobert import phrases
 from pipeline.tasks.visobert.config import EmbeddedReviewsConfig
 from pipeline.tasks.visobert.phrases import (

@@ -2,10 +2,8 @@
 
 import json
 import os
-import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -15,6 +13,7 @@ from pipeline import plots
 from pipeline.config import flatten
 from pipeline.console import say, table, warn
 from pipeline.errors import UserError
+from pipeline.folders import published
 from pipeline.names import metric_names
 from pipeline.run import MlflowRun, RunRequest, Writer, fetch_artifact, writer_for
 from pipeline.tasks.visobert.alpha import ALPHA_FILE, Alpha, alpha_of, auto_alpha, count_sentiments
@@ -40,6 +39,10 @@ from pipeline.tasks.visobert.tokenizer import load_tokenizer
 if TYPE_CHECKING:
     from pipeline.tasks.visobert.task import VisobertTask
 
+FILES = (
+    "sentiment_distribution.json", "sentiment_distribution.csv", "sentiment_distribution.png",
+    "duplicates.csv", "duplicates.json", "token_lengths.json", ALPHA_FILE,
+)  # fmt: skip
 LISTED = 20  # dropped cells that are shown; the files hold all
 
 
@@ -204,7 +207,7 @@ def _tell_what_next(config: DataPrepConfig, run_id: str | None) -> None:
 
 
 def _write(found: Findings, output: Path) -> list[Path]:
-    with _published(output) as folder:
+    with published(output, FILES) as folder:
         dropped = {
             split: [{"row": label.row, "column": label.column, "value": label.value} for label in reviews.dropped]
             for split, reviews in found.splits.items()
@@ -220,32 +223,7 @@ def _write(found: Findings, output: Path) -> list[Path]:
         write_duplicates(found.splits, found.groups, found.duplicates, folder)
         (folder / "token_lengths.json").write_text(json.dumps(found.tokens, indent=2) + "\n", encoding="utf-8")
         found.alpha.write(folder / ALPHA_FILE)
-        names = sorted(file.name for file in folder.iterdir())
-    return [output / name for name in names]
-
-
-@contextmanager
-def _published(output: Path) -> Iterator[Path]:
-    """A folder whose files move into `output` once all of them are there; after a failure it is as it was."""
-    made: list[Path] = []
-    try:
-        made = [path for path in (output, *output.parents) if not path.exists()]
-        output.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=".data_prep-", dir=output))
-    except OSError as error:
-        raise UserError(f"output_dir {output}: {error.strerror or error}") from None
-    try:
-        yield work
-        for file in sorted(work.iterdir()):
-            os.replace(file, output / file.name)
-        made = []
-    except OSError as error:
-        raise UserError(f"output_dir {output}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        for path in made:
-            with suppress(OSError):
-                path.rmdir()
+    return [output / name for name in FILES]
 
 
 # ---------------------------------------------------------------- tracking
