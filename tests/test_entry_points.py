@@ -260,6 +260,8 @@ def test_ctrl_c_ends_the_run_killed_with_what_it_had(workplace: Path, client: An
     trainer = subprocess.Popen(
         [sys.executable, "-m", "pipeline", "train_mmoe", *arguments, *endless],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # a shell starts what it puts in the background with Ctrl-C ignored, and these tests may be such
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )  # fmt: skip
     assert trainer.stdout
     assert trainer.stdout.readline().startswith("{")
