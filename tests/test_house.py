@@ -35,7 +35,7 @@ def package_of(file: Path) -> str:
 @pytest.mark.parametrize("file", MODULES, ids=package_of)
 def test_only_tracking_and_serving_import_mlflow(file: Path) -> None:
     roots = {name.split(".")[0] for name in imports(file)}
-    assert "mlflow" not in roots or package_of(file) in ("pipeline.tracking", "pipeline.serving")
+    assert "mlflow" not in roots or file.parent.name == "tracking" or package_of(file) == "pipeline.serving"
 
 
 @pytest.mark.parametrize("name", ["losses", "schedules", "metrics"])
@@ -50,7 +50,8 @@ def test_tasks_know_neither_the_loop_nor_each_other(file: Path) -> None:
     found = imports(file)
     own = ".".join(package_of(file).split(".")[:3])
     if file.name != "entry.py":  # an entry point of its own opens its own run
-        assert not found & {"pipeline.training", "pipeline.tracking", "pipeline.run", "pipeline.launch"}
+        loop = ("pipeline.training", "pipeline.tracking", "pipeline.run", "pipeline.launch")
+        assert not [module for module in found if module.startswith(loop)]
     others = {name for name in found if name.startswith("pipeline.tasks.") and not name.startswith(own)}
     assert not others
 

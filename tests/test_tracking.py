@@ -19,7 +19,7 @@ from conftest import ROOT
 from pipeline.errors import TrainingError, UserError
 from pipeline.journal import JournalReader, JournalWriter, read_all
 from pipeline.run import MlflowRun, RunRequest, Writer
-from pipeline.tracking import _is_random, _tracking_uri
+from pipeline.tracking.store import is_random, tracking_uri
 
 
 def open_run(writer: Writer, **request: Any) -> MlflowRun:
@@ -106,7 +106,7 @@ def test_a_name_the_user_gave_is_kept(client: Any, workplace: Path) -> None:
         run = open_run(writer, run_id=opened.info.run_id)
         run.finish("FINISHED")
     assert run.name == client.get_run(opened.info.run_id).info.run_name == "my best one"
-    assert [_is_random(name) for name in ("legendary-gnat-695", "mmoe l.1 g1 w2000 s0", "try-3")] == [True, False, True]
+    assert [is_random(name) for name in ("legendary-gnat-695", "mmoe l.1 g1 w2000 s0", "try-3")] == [True, False, True]
 
 
 def test_another_experiment_than_the_launchers_gets_a_run_of_its_own(client: Any, workplace: Path) -> None:
@@ -214,7 +214,7 @@ def test_a_tracking_server_takes_the_same(workplace: Path, monkeypatch: pytest.M
         uri = f"http://127.0.0.1:{port}"
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         wait_for(lambda: _answers(uri), 60)
-        mlflow.set_tracking_uri(uri)
+        mlflow.settracking_uri(uri)
         client = mlflow.MlflowClient()
         client.create_experiment("served")
         note = workplace / "note.txt"
@@ -231,7 +231,7 @@ def test_a_tracking_server_takes_the_same(workplace: Path, monkeypatch: pytest.M
         assert Path(client.download_artifacts(run.id, "note.txt")).read_text() == "read me"
         assert len(pd.read_parquet(client.download_artifacts(run.id, "history.parquet"))) == 600
     finally:
-        mlflow.set_tracking_uri(None)
+        mlflow.settracking_uri(None)
         os.killpg(server.pid, signal.SIGKILL)
 
 
@@ -263,7 +263,7 @@ def test_no_password_in_a_shown_uri(monkeypatch: pytest.MonkeyPatch) -> None:
     import mlflow
 
     monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: "postgresql://user:secret@host/base")
-    assert _tracking_uri() == "postgresql://host/base"
+    assert tracking_uri() == "postgresql://host/base"
 
 
 def test_a_database_without_tables_is_made_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,67 +1,20 @@
-"""All that talks to MLflow: the writer process, which delivers the journals of runs to the tracking store.
+"""One run's journal on its way to the tracking store."""
 
-`pipeline.run` starts it with `python -m pipeline.tracking` and asks it, a JSON line at a time, to open a run and to
-finish it. In between it reads the run's journal as it grows. If the trainer dies, it delivers what there is and marks
-the run FAILED.
-"""
-
-import contextlib
 import json
 import os
-import re
 import select
-import signal
-import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import unquote, urlsplit
 
 from pipeline.journal import JOURNAL_FILE, JournalReader, Record, read_all
+from pipeline.tracking.store import check_artifacts, context_tags, is_random, is_temporary, one_line, settle
 
 HISTORY_FILE = "history.parquet"
 POLL_SECONDS = 0.5  # how long a point may wait in the journal before it is delivered
 BATCH_POINTS = 1000  # MLflow's limit for one log_batch
 GIVE_UP_SECONDS = 60  # how long a store that does not answer is tried
-
-
-def main() -> None:
-    """Serve requests from standard input until it closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever mlflow prints must not mix with the answers
-    import mlflow.pyfunc  # noqa: F401 (takes seconds, while the trainer loads its data)
-
-    for line in sys.stdin:
-        request = json.loads(line)
-        if "fetch" in request:
-            _answer(answers, _fetch(**request["fetch"]))
-            continue
-        try:
-            delivery = Delivery(request["open"], Path(request["output_dir"]))
-        except Exception as error:  # whatever the store says becomes the user's one line
-            _answer(answers, {"error": f"tracking store {_tracking_uri()}: {_one_line(error)}"})
-            continue
-        _answer(answers, {"run_id": delivery.run_id, "name": delivery.name, "tracking_uri": _tracking_uri()})
-        asked = delivery.follow(sys.stdin)
-        if asked:
-            _answer(answers, delivery.report())
-
-
-def _fetch(run_id: str, file: str, folder: str) -> Record:
-    """Copy a run's artifact into the folder; the answer holds its path there, or an error."""
-    import mlflow
-
-    _settle()
-    try:
-        client = mlflow.MlflowClient()
-        if file not in [found.path for found in client.list_artifacts(run_id)]:
-            return {"error": f"run {run_id} in {_tracking_uri()} has no artifact {file}"}
-        return {"path": client.download_artifacts(run_id, file, folder)}
-    except Exception as error:  # whatever the store says becomes the user's one line
-        return {"error": f"tracking store {_tracking_uri()}: {_one_line(error)}"}
 
 
 class Delivery:
@@ -71,7 +24,7 @@ class Delivery:
         import mlflow
         from mlflow.exceptions import MlflowException
 
-        _settle()
+        settle()
         self.client = mlflow.MlflowClient()
         self.problems: list[str] = []
         self.points, self.given_up, self.ended = 0, False, False
@@ -84,8 +37,8 @@ class Delivery:
             self.client.set_tag(launcher, "role", "launcher")
         if run is None:
             experiment_id = self._experiment(wanted, MlflowException)
-            run = self.client.create_run(experiment_id, run_name=request["name"], tags=_context_tags())
-        elif _is_random(run.info.run_name or ""):
+            run = self.client.create_run(experiment_id, run_name=request["name"], tags=context_tags())
+        elif is_random(run.info.run_name or ""):
             self.client.update_run(run.info.run_id, name=request["name"])
         self.run_id: str = run.info.run_id
         self.name: str = self.client.get_run(self.run_id).info.run_name
@@ -97,7 +50,7 @@ class Delivery:
             self.client.set_tag(self.run_id, key, value)
         self.reader = JournalReader(self.folder / JOURNAL_FILE)
         try:
-            _check_artifacts(run.info.artifact_uri)
+            check_artifacts(run.info.artifact_uri)
         except OSError:
             self.client.set_terminated(self.run_id, "FAILED")
             raise
@@ -252,78 +205,10 @@ class Delivery:
                 return True
             except Exception as error:
                 patient = not self.given_up and time.monotonic() - started < GIVE_UP_SECONDS
-                if _is_temporary(error) and patient:
+                if is_temporary(error) and patient:
                     time.sleep(pause)
                     pause = min(2 * pause, 5)
                     continue
-                self.given_up |= _is_temporary(error)
-                self.problems.append(f"{what} not delivered: {_one_line(error)}")
+                self.given_up |= is_temporary(error)
+                self.problems.append(f"{what} not delivered: {one_line(error)}")
                 return False
-
-
-def _is_temporary(error: Exception) -> bool:
-    """The store may be back later: no connection, a time-out, a locked database, a server error."""
-    code = getattr(error, "error_code", "")
-    return isinstance(error, ConnectionError | TimeoutError) or code in (
-        "INTERNAL_ERROR",
-        "TEMPORARILY_UNAVAILABLE",
-        "REQUEST_LIMIT_EXCEEDED",
-    )
-
-
-def _check_artifacts(uri: str) -> None:
-    """Refuse now what would be refused once the training is done: a local artifact folder that is closed to us."""
-    parts = urlsplit(uri)
-    if parts.scheme in ("", "file"):
-        folder = Path(unquote(parts.path))
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-
-
-def _one_line(error: Exception) -> str:
-    text = str(error) or type(error).__name__
-    text = text.split("[SQL:")[0].split("(Background on")[0]
-    text = re.split(r"\((?:\w+\.)+\w*Error\) ", text)[-1]  # what the database said, without what SQLAlchemy said of it
-    return " ".join(text.split())[:300]
-
-
-def _tracking_uri() -> str:
-    """Where runs go, without a password."""
-    import mlflow
-
-    scheme, separator, rest = str(mlflow.get_tracking_uri()).partition("://")
-    return f"{scheme}{separator}{rest.rsplit('@', 1)[-1]}"
-
-
-def _context_tags() -> dict[str, str]:
-    """User, source and git commit, as `mlflow run` sets them."""
-    from mlflow.tracking.context import registry
-
-    return dict(registry.resolve_tags()) | {"mlflow.source.name": "python -m pipeline"}
-
-
-def _is_random(name: str) -> bool:
-    """A name that MLflow made up (`legendary-gnat-695`)."""
-    first, _, number = name.rpartition("-")
-    return number.isdigit() and first.replace("-", "").isalpha()
-
-
-def _settle() -> None:
-    """MLflow neither prints nor insists: what fails is told by us, in one line and within seconds."""
-    import logging
-
-    import mlflow.store.db.utils
-
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    mlflow.store.db.utils.MAX_RETRY_COUNT = 5  # 10 would take 100 s to say that a database cannot be opened
-
-
-def _answer(stream: IO[str], reply: Record) -> None:
-    with contextlib.suppress(BrokenPipeError):
-        stream.write(json.dumps(reply) + "\n")
-        stream.flush()
-
-
-if __name__ == "__main__":
-    main()
