@@ -214,7 +214,7 @@ def test_a_tracking_server_takes_the_same(workplace: Path, monkeypatch: pytest.M
         uri = f"http://127.0.0.1:{port}"
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         wait_for(lambda: _answers(uri), 60)
-        mlflow.settracking_uri(uri)
+        mlflow.set_tracking_uri(uri)
         client = mlflow.MlflowClient()
         client.create_experiment("served")
         note = workplace / "note.txt"
@@ -231,7 +231,7 @@ def test_a_tracking_server_takes_the_same(workplace: Path, monkeypatch: pytest.M
         assert Path(client.download_artifacts(run.id, "note.txt")).read_text() == "read me"
         assert len(pd.read_parquet(client.download_artifacts(run.id, "history.parquet"))) == 600
     finally:
-        mlflow.settracking_uri(None)
+        mlflow.set_tracking_uri(None)
         os.killpg(server.pid, signal.SIGKILL)
 
 
