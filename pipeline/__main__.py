@@ -25,6 +25,7 @@ class Entry(NamedTuple):
     target: str  # module:name, what makes a Task from the config, or a function of (config, given)
     file: str | None = None  # the config where none is named
     trains: bool = False
+    passes_on: bool = False  # options that are not its own are the task's: the target gets (config, file, options)
 
 
 MMOE_CONFIG = "pipeline.tasks.mmoe.config:MmoeConfig"
@@ -52,6 +53,14 @@ ENTRIES = {
         "pipeline.tasks.visobert.config:VisobertConfig", "pipeline.tasks.visobert.entry:make_task",
         "configs/config_multi.yaml", trains=True,
     ),
+    "sweep": Entry(
+        "A baseline and arms, each with every seed, to a verdict. Keys of the task go to every run.",
+        "pipeline.sweep_config:SweepConfig", "pipeline.sweep:sweep", "configs/sweeps/aux_focal.yaml", passes_on=True,
+    ),
+    "compare": Entry(
+        "Arms against the baseline: differences over seeds, a verdict in words, and a page that opens offline.",
+        "pipeline.compare_config:CompareConfig", "pipeline.compare:compare_runs", "configs/compare.yaml",
+    ),
 }  # fmt: skip
 
 
@@ -70,6 +79,7 @@ def command(name: str, entry: Entry) -> click.Command:
             help=f"{key.field.description or key.path}  [{key.allowed}; default: {key.default}]",
         )
         for key in keys(model)
+        if key.path != "config"  # of a sweep's file: the typed one names that file
     ]
 
     def run(config: str | None, **texts: str | None) -> None:
@@ -81,11 +91,15 @@ def command(name: str, entry: Entry) -> click.Command:
         target = resolve(entry.target)
         if entry.trains:
             resolve("pipeline.launch:launch")(validated, target, frozenset(overrides))
+        elif entry.passes_on:
+            target(validated, source, _pairs(click.get_current_context().args))
         else:
             target(validated, frozenset(overrides))
 
-    wide = {"max_content_width": 120}
-    return click.Command(name, params=[file, *options], callback=run, help=entry.about, context_settings=wide)
+    settings = {"max_content_width": 120}
+    if entry.passes_on:
+        settings |= {"ignore_unknown_options": True, "allow_extra_args": True}
+    return click.Command(name, params=[file, *options], callback=run, help=entry.about, context_settings=settings)
 
 
 class Entries(click.Group):
@@ -126,6 +140,20 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except (click.Abort, KeyboardInterrupt):
         _fail("stopped", 130)
     sys.exit(0)
+
+
+def _pairs(arguments: list[str]) -> dict[str, str]:
+    """`--key value` and `--key=value` as a mapping."""
+    found, rest = dict[str, str](), list(arguments)
+    while rest:
+        name = rest.pop(0)
+        if not name.startswith("--"):
+            raise UserError(f"found {name}, allowed: --key value")
+        key, given, value = name[2:].partition("=")
+        if not given and not rest:
+            raise UserError(f"--{key} needs a value")
+        found[key] = value if given else rest.pop(0)
+    return found
 
 
 def _identifier(path: str) -> str:

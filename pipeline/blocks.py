@@ -1,10 +1,12 @@
 """Blocks of settings that tasks share, and the config that every training task extends."""
 
+import hashlib
+import json
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
-from pipeline.config import Config, Positive, Probability
+from pipeline.config import Config, Positive, Probability, flatten
 
 
 class AdamConfig(Config):
@@ -68,13 +70,23 @@ class TrackingSwitch(Config):
 class TrackingConfig(TrackingSwitch):
     log_every: Positive = 1
     """log every so many optimizer steps"""
+    influence_every: int = Field(50, ge=0)
+    """measure what each part of the loss does every so many optimizer steps, where they are logged; 0 = never"""
     log_model: bool = True
     """log the best weights as an MLflow model"""
+    log_rows: bool = True
+    """keep the test split's per-row scores as an artifact, for intervals over rows"""
+
+    def probes(self, step: int) -> bool:
+        """The influence of the loss' parts is measured at this optimizer step."""
+        return self.influence_every > 0 and step % self.influence_every == 0 and step % self.log_every == 0
 
 
 class RunConfig(Config):
     """What every training task has."""
 
+    task: ClassVar[str] = ""  # its name, as runs are tagged with
+    operational: ClassVar[tuple[str, ...]] = ("output_dir", "run_name", "experiment", "device", "tracking.")
     short: ClassVar[dict[str, str]] = {
         "epochs": "training.num_train_epochs",
         "max_steps": "training.max_steps",
@@ -98,6 +110,30 @@ class RunConfig(Config):
     def name(self) -> str:
         """A readable name of the run, short enough for a chart's legend."""
         return self.run_name or f"seed {self.seed}"
+
+    def arm_name(self) -> str:
+        """What runs that differ only in their seed share: a readable name of what is compared."""
+        return self.run_name or "run"
+
+    def trunk(self) -> "tuple[Self, int | None]":
+        """What this run shares with others: the config that trains alike, and the first step at which it does not.
+
+        None = never: the whole run is like the trunk.
+        """
+        return self, None
+
+    def control(self) -> "Self | None":
+        """The run that tells what this one does by more than re-weighting, where there is one."""
+        return None
+
+    def decisive(self) -> dict[str, str]:
+        """Of the flat config, what decides the result: where it runs and what is logged does not."""
+        return {key: value for key, value in flatten(self).items() if not key.startswith(self.operational)}
+
+    def fingerprint(self, data_digest: str = "") -> str:
+        """Names the result: the hash of the decisive config and of the data, as hex."""
+        text = json.dumps([self.task, self.decisive(), data_digest], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def warnings(self, given: frozenset[str] = frozenset()) -> list[str]:  # noqa: ARG002
         """What is allowed but looks like a mistake. `given`: the dotted keys that the user overrode."""

@@ -1,11 +1,15 @@
-"""Weights on disk, whole or not at all."""
+"""Tensors on disk, whole or not at all."""
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
+
+STATE_FILE = "state.pt"
 
 
 def save_weights(weights: Mapping[str, Tensor], file: Path) -> None:
@@ -18,6 +22,17 @@ def save_weights(weights: Mapping[str, Tensor], file: Path) -> None:
     partial.replace(file)
 
 
-def load_weights(model: nn.Module, file: Path) -> None:
-    """Put saved weights into the model; names and shapes must be the model's."""
-    model.load_state_dict(load_file(file))
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file that `save_weights` wrote, on the CPU."""
+    return load_file(file)
+
+
+def save_state(state: Mapping[str, Any], folder: Path) -> None:
+    """Write a training's state, of tensors and plain values, into the folder."""
+    torch.save(dict(state), folder / STATE_FILE)
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """What `save_state` wrote, its tensors on the CPU; holds no code. Optimizers move theirs to their parameters."""
+    state: dict[str, Any] = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+    return state

@@ -220,9 +220,7 @@ def _explain(error: ValidationError, known: dict[str, Key], file: Path | None, g
         if path in explained:
             continue
         if path in known and get_origin(_optional(known[path].field.annotation)[1]) in (Union, types.UnionType):
-            explained.add(
-                path
-            )  # each kind that it could have been has findings of its own: the first has the whole value
+            explained.add(path)  # each kind that it could have been has findings of its own: the first has it whole
         name = "" if given.get(path) == path else path
         place = f"{where}: {name}" if name else where
         inner = path in known and len(parts) > path.count(".") + 1
@@ -288,8 +286,10 @@ def _describe(field: FieldInfo) -> str:
         text = f"list of {count}{names.get(_scalar(items[0]), 'value')}s"
         if get_origin(items[0]) is Annotated:
             metadata += [item for entry in get_args(items[0])[1:] for item in getattr(entry, "metadata", [entry])]
-    elif get_origin(plain) is dict:
+    elif get_origin(plain) is dict or _block(plain):
         text = "mapping"
+    elif get_origin(plain) is list:
+        text = "list"
     else:
         text = names.get(plain, "value")
     signs = {Ge: (">=", "ge"), Gt: (">", "gt"), Le: ("<=", "le"), Lt: ("<", "lt")}

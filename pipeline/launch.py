@@ -11,12 +11,13 @@ from torch import nn
 
 from pipeline import plots
 from pipeline.blocks import RunConfig
+from pipeline.branching import branch
 from pipeline.config import flatten, to_yaml
 from pipeline.console import Console, say, warn
 from pipeline.errors import UserError
 from pipeline.run import MemoryRun, MlflowRun, Run, RunRequest, Writer, writer_for
 from pipeline.task import Task
-from pipeline.training import Result, Training, amp_warning, count_steps, resolve_device
+from pipeline.training import Result, Training, Watch, amp_warning, count_steps, resolve_device
 
 TORCH_THREADS = torch.get_num_threads()  # what torch would take: the cores, or OMP_NUM_THREADS
 
@@ -42,12 +43,19 @@ def train_run(
     run_id: str | None = None,
     launcher: str | None = None,
     tags: Mapping[str, str] | None = None,
+    restart: bool = False,
+    trunk: Path | None = None,
+    watch: Watch | None = None,
+    quiet: bool = False,
 ) -> tuple[Run, Result]:
-    """Load the data, open the run, train, and leave everything in it. Without a writer nothing is tracked."""
-    torch.set_num_threads(config.training.threads or max(1, TORCH_THREADS - 1))
-    device = resolve_device(config.device)
+    """Load the data, open the run, train, and leave everything in it. Without a writer nothing is tracked.
+
+    restart: `run_id` was begun before and starts over. trunk: a folder of `branching.grow`, where this run starts.
+    watch: see `Training`. quiet: no line a step.
+    """
+    device = prepare_torch(config)
     task = make_task(config)
-    request = RunRequest(config.name(), config.experiment, run_id, launcher, dict(tags or {}))
+    request = RunRequest(config.name(), config.experiment, run_id, launcher, dict(tags or {}), restart)
     run: Run = MlflowRun(writer, request, Path(config.output_dir)) if writer else MemoryRun(config.name())
     finished = False
     try:
@@ -60,7 +68,10 @@ def train_run(
         say(f"{run.name}: {total_steps} steps on {device}")
         for name, value in task.summary().items():
             say(f"  {name} {value}")
-        result = Training(task, run, Console(total_steps), device).train()
+        training = Training(task, run, Console(total_steps, quiet), device, watch)
+        if trunk:
+            branch(training, trunk)
+        result = training.train()
         _leave(run, task, result.model, result.metrics, device)
         finished = True
         run.finish("FINISHED")
@@ -69,6 +80,12 @@ def train_run(
             _abandon(run, error)
         raise
     return run, result
+
+
+def prepare_torch(config: RunConfig) -> str:
+    """Threads and device as the config says; returns the device."""
+    torch.set_num_threads(config.training.threads or max(1, TORCH_THREADS - 1))
+    return resolve_device(config.device)
 
 
 def _abandon(run: Run, error: BaseException) -> None:
@@ -93,7 +110,8 @@ def _describe(run: Run, task: Task, given: frozenset[str]) -> None:
     flat = flatten(config)
     short = {name: flat[path] for name, path in config.short.items()}
     run.log_params(flat | short | dict(task.summary()))
-    run.set_tags({"data_digest": dataset.digest, "seed": str(config.seed), "overrides": ", ".join(sorted(given))})
+    run.set_tags({"task": config.task, "data_digest": dataset.digest, "seed": str(config.seed)})
+    run.set_tags({"run_key": config.fingerprint(dataset.digest), "overrides": ", ".join(sorted(given))})
     run.log_input(dataset.name, dataset.digest, dataset.source, dataset.profile)
     file = run.folder / "config.yaml"
     file.write_text(to_yaml(config), encoding="utf-8")

@@ -65,13 +65,18 @@ def binary_focal(
     (further on, products with it overflow in fp16).
     """
     log_pt = torch.where(label > 0.5, probability.log_p, probability.log_1mp)
-    log_1mpt = torch.where(label > 0.5, probability.log_1mp, probability.log_p)
-    factor = torch.exp(gamma * log_1mpt)  # finite with finite gradient for every gamma >= 0, unlike a power
+    factor = binary_focal_factor(probability, label, gamma)
     if detach_weight:
         factor = factor.detach()
     if alpha is not None:
         factor = factor * (alpha * label + (1 - alpha) * (1 - label))
     return -factor * log_pt
+
+
+def binary_focal_factor(probability: LogProbability, label: Tensor, gamma: float) -> Tensor:
+    """(1 - p_t)^gamma: 1 where the label comes as a surprise, near 0 where the model was sure of it."""
+    log_1mpt = torch.where(label > 0.5, probability.log_1mp, probability.log_p)
+    return torch.exp(gamma * log_1mpt)  # finite with finite gradient for every gamma >= 0, unlike a power
 
 
 def click_cross_entropy(z_ctr: Tensor, click: Tensor, pos_weight: float = 1.0) -> Tensor:
@@ -108,16 +113,31 @@ def multi_label_focal(
     value is 0 with a gradient of exactly 0. alpha: a weight a class; None = ones. With gamma 0 and no alpha this is
     cross-entropy. The factor carries its gradient. Whoever calls divides the sum by the number of labelled cells.
     """
-    classes = logits.shape[-1]
-    labelled = (label >= 0) & (label < classes)
-    index = label.clamp(0, classes - 1).long().unsqueeze(-1)
-    # an unlabelled cell's logits are replaced before anything is made of them: not even a NaN leaks out of it
-    log_p = torch.log_softmax(torch.where(labelled.unsqueeze(-1), logits, 0.0), -1)
+    labelled, index, log_p = _labelled_cells(logits, label)
     value = -log_p.gather(-1, index).squeeze(-1)
     if gamma:
-        others = log_p.scatter(-1, index, -torch.inf)
-        value = value * torch.exp(gamma * torch.logsumexp(others, -1))  # log(1 - p_t): exact where p_t is near 1
+        value = value * _softmax_focal_factor(log_p, index, gamma)
     if alpha is not None:
         weights = torch.as_tensor(alpha, dtype=log_p.dtype, device=log_p.device)
         value = value * weights[index.squeeze(-1)]
     return torch.where(labelled, value, 0.0)
+
+
+def multi_label_focal_factor(logits: Tensor, label: Tensor, gamma: float) -> Tensor:
+    """(1 - p_t)^gamma of every labelled cell, without alpha; 0 elsewhere. Shapes as in `multi_label_focal`."""
+    labelled, index, log_p = _labelled_cells(logits, label)
+    return torch.where(labelled, _softmax_focal_factor(log_p, index, gamma), 0.0)
+
+
+def _labelled_cells(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which cells have a class [...], its index [..., 1] (any where there is none), and log softmax [..., C]."""
+    classes = logits.shape[-1]
+    labelled = (label >= 0) & (label < classes)
+    index = label.clamp(0, classes - 1).long().unsqueeze(-1)
+    # an unlabelled cell's logits are replaced before anything is made of them: not even a NaN leaks out of it
+    return labelled, index, torch.log_softmax(torch.where(labelled.unsqueeze(-1), logits, 0.0), -1)
+
+
+def _softmax_focal_factor(log_p: Tensor, index: Tensor, gamma: float) -> Tensor:
+    others = log_p.scatter(-1, index, -torch.inf)
+    return torch.exp(gamma * torch.logsumexp(others, -1))  # log(1 - p_t): exact where p_t is near 1

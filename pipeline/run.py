@@ -8,6 +8,7 @@ the tracking store in order, whole steps at a time. So training never waits for 
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -36,6 +37,7 @@ class RunRequest:
     run_id: str | None = None  # a run that is there already (`mlflow run` opens one)
     launcher: str | None = None  # a run that only started this one
     tags: Mapping[str, str] = field(default_factory=dict)
+    restart: bool = False  # `run_id` was begun before and starts over: points that are there are not written again
 
 
 class Run(Protocol):
@@ -116,6 +118,10 @@ class MemoryRun:
 
     def finish(self, status: str) -> None:
         self.status = status
+
+    def discard(self) -> None:
+        """Remove its folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class Writer:

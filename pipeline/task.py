@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -15,7 +17,19 @@ from pipeline.blocks import RunConfig, ScheduleConfig
 
 Rows = npt.NDArray[np.int64]
 TOTAL = "loss_total"  # the one that is differentiated
+TEST_ROWS_FILE = "evaluation/test_rows.parquet"
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def write_test_rows(folder: Path, columns: Mapping[str, npt.NDArray[Any]]) -> None:
+    """What metrics of the test split are made of, a row of it a row, in its order: for intervals over rows.
+
+    A column is named `<kind>/<metric without its split>`: `label` (0 or 1) and `score` of an AUC, `numerator` and
+    `denominator` of a ratio of sums.
+    """
+    file = folder / TEST_ROWS_FILE
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({name: pa.array(values) for name, values in columns.items()}), file, compression="zstd")
 
 
 class Batch(Protocol):
@@ -67,6 +81,13 @@ class Task(Protocol):
         """Everything that the run is fed with."""
         ...
 
+    def with_config(self, config: Any) -> "Task | None":
+        """A task of this kind with another config, sharing what is loaded where the config names the same.
+
+        None: it needs something that only its entry point can bring.
+        """
+        ...
+
     def summary(self) -> Mapping[str, str]:
         """Facts worth a param or a line at the start: rows, parameters."""
         ...
@@ -100,7 +121,25 @@ class Task(Protocol):
         ...
 
     def losses(self, model: nn.Module, batch: Any, counts: Mapping[str, Tensor], step: int) -> Mapping[str, Tensor]:
-        """Every named loss, parts before what is made of them, `loss_total` among them."""
+        """Every named loss, parts before what is made of them, `loss_total` among them.
+
+        At the steps of `tracking.probes` also shares under `influence/...`, for `influence`: detached, no losses.
+        """
+        ...
+
+    def probe(self, model: nn.Module, losses: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """This micro-batch's share of what `influence` needs of the gradients: named vectors, additive.
+
+        Called at the steps of `tracking.probes` with what `losses` gave, before its total is differentiated. Must
+        leave the graph, `grad` and the random numbers as they are.
+        """
+        ...
+
+    def influence(self, probed: Mapping[str, Tensor], losses: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What each part of the loss does at this step: 0-d tensors under `influence/...`, not finite = undefined.
+
+        `probed` and `losses` are summed over the step's micro-batches.
+        """
         ...
 
     def settings(self, step: int) -> Mapping[str, float | bool]:
@@ -120,7 +159,10 @@ class Task(Protocol):
         ...
 
     def report(self, model: nn.Module, folder: Path, device: str) -> None:
-        """Pictures and tables of the finished model, as files in folders of this one; each becomes an artifact."""
+        """Pictures and tables of the finished model, as files in folders of this one; each becomes an artifact.
+
+        With `tracking.log_rows`, among them what `write_test_rows` leaves.
+        """
         ...
 
     def export(self, model: nn.Module, folder: Path) -> ModelExport:

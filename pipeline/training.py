@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.blocks import EvaluationConfig
-from pipeline.checkpoint import load_weights, save_weights
+from pipeline.checkpoint import load_tensors, save_weights
 from pipeline.console import Console, say, warn
 from pipeline.errors import UserError
+from pipeline.influence import PREFIX
 from pipeline.recording import Recorder
 from pipeline.run import Run
 from pipeline.schedules import learning_rate_factor
 from pipeline.task import AMP, TOTAL, Rows, Task
+
+Watch = Callable[[int, Mapping[str, float]], bool]
 
 
 @dataclass
@@ -32,7 +35,9 @@ class Result:
 class Training:
     """A task in training. The result depends on config, data and thread count alone."""
 
-    def __init__(self, task: Task, run: Run, console: Console, device: str) -> None:
+    def __init__(self, task: Task, run: Run, console: Console, device: str, watch: Watch | None = None) -> None:
+        """`watch` sees the metrics of every evaluation and says whether to stop there."""
+        self.watch, self.stopped = watch, False
         self.task, self.config, self.run, self.console, self.device = task, task.config, run, console, device
         torch.manual_seed(self.config.seed)
         self.model = task.model().to(device)
@@ -54,19 +59,7 @@ class Training:
             NonFiniteError: a loss became NaN or infinite; what was logged before is in the run.
         """
         started = time.perf_counter()
-        every = self.config.evaluation.every_steps
-        self.model.train()
-        for epoch in range(self.config.training.num_train_epochs):
-            for window in windows(self.task.plan(epoch), self.config.training.accumulation_steps):
-                if self._is_over():
-                    break
-                self._step(window)
-                if every and self.result.steps % every == 0:
-                    self._evaluate()
-            if self._is_over():
-                break
-            if not every:
-                self._evaluate()
+        self.advance()
         if self.evaluated_at != self.result.steps:
             self._evaluate()
         self.recorder.drain()
@@ -79,8 +72,60 @@ class Training:
         self.console.close()
         return self.result
 
+    def advance(self, until: int | None = None) -> None:
+        """Train on from where it stands: to the end, or until so many steps are completed and evaluated if due."""
+        every = self.config.evaluation.every_steps
+        self.model.train()
+        for window, ends_epoch in self._remaining():
+            if self._is_over() or self.result.steps == until:
+                break
+            self._step(window)
+            if self.result.steps % every == 0 if every else ends_epoch and not self._is_over():
+                self._evaluate()
+
+    def _remaining(self) -> Iterator[tuple[list[Rows], bool]]:
+        """The micro-batches of each optimizer step to come, and whether the step is its epoch's last."""
+        size, before = self.config.training.accumulation_steps, 0
+        for epoch in range(self.config.training.num_train_epochs):
+            plan = self.task.plan(epoch)
+            count = -(-len(plan) // size)
+            for number in range(max(0, self.result.steps - before), count):
+                yield (
+                    [plan[index] for index in range(number * size, min((number + 1) * size, len(plan)))],
+                    (number == count - 1),
+                )
+            before += count
+
+    def state(self) -> dict[str, Any]:
+        """All that decides how the training goes on, as tensors and plain values."""
+        self.recorder.drain()
+        return {
+            "steps": self.result.steps,
+            "evaluated_at": self.evaluated_at,
+            "metrics": self.result.metrics,
+            "model": self.model.state_dict(),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "scaler": self.scaler.state_dict(),
+            "keeper": self.keeper.state(),
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if self.device == "cuda" else [],
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Stand where another training of the same task stood when it gave its `state`."""
+        self.result.steps, self.evaluated_at = state["steps"], state["evaluated_at"]
+        self.result.metrics = dict(state["metrics"])
+        self.model.load_state_dict(state["model"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        self.scaler.load_state_dict(state["scaler"])
+        self.keeper.load_state(state["keeper"])
+        torch.set_rng_state(state["random"])
+        if self.device == "cuda":
+            torch.cuda.set_rng_state_all(state["random_cuda"])
+
     def _is_over(self) -> bool:
-        return self.result.steps >= self.total_steps or self.keeper.exhausted
+        return self.result.steps >= self.total_steps or self.keeper.exhausted or self.stopped
 
     def _step(self, window: list[Rows]) -> None:
         """One optimizer step over the window's micro-batches."""
@@ -89,25 +134,29 @@ class Training:
         for name, optimizer in self.optimizers.items():
             for group, peak in zip(optimizer.param_groups, self.peaks[name], strict=True):
                 group["lr"] = peak * factor
-        losses = self._backward(window, step)
+        losses, influence = self._backward(window, step)
         norms = self._update()
         settings = {f"lr/{name}": optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
         settings |= self.task.settings(step)
-        self.recorder.step(step, losses, norms, settings, sum(len(rows) for rows in window))
+        self.recorder.step(step, losses, norms | influence, settings, sum(len(rows) for rows in window))
         self.result.steps = step + 1
 
-    def _backward(self, window: list[Rows], step: int) -> dict[str, Tensor]:
-        """Gradients of the whole window's mean losses; returns those losses."""
-        amp = self.config.training.amp
+    def _backward(self, window: list[Rows], step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Gradients of the whole window's mean losses; returns those losses, and their influence if it is measured."""
+        amp, probes = self.config.training.amp, self.config.tracking.probes(step)
         batches: list[Any] = [self.task.batch(rows).to(self.device) for rows in window]
         counts = _sum([self.task.counts(batch) for batch in batches])
-        shares = []
+        shares, probed = [], []
         for batch in batches:
             with torch.autocast(self.device, dtype=AMP.get(amp), enabled=amp != "no"):
                 losses = self.task.losses(self.model, batch, counts, step)
+            if probes:
+                probed.append(self.task.probe(self.model, losses))
             self.scaler.scale(losses[TOTAL]).backward()  # type: ignore[no-untyped-call]
             shares.append({name: loss.detach() for name, loss in losses.items()})
-        return _sum(shares)
+        found = _sum(shares)
+        influence = dict(self.task.influence(_sum(probed), found)) if probes else {}
+        return {name: loss for name, loss in found.items() if not name.startswith(PREFIX)}, influence
 
     def _update(self) -> dict[str, Tensor]:
         """One step of every optimizer; returns the gradient norms before clipping."""
@@ -136,6 +185,7 @@ class Training:
         self.run.flush()
         self.result.metrics |= metrics
         self.keeper.consider(metrics, self.model, step)
+        self.stopped = self.watch is not None and self.watch(step, metrics)
         name = self.keeper.metric
         score = f"{name} {metrics[name]:.4f}" if name in metrics else "evaluated"
         say(f"step {step}: {score}" + (" (best)" if self.keeper.step == step else ""))
@@ -170,16 +220,20 @@ class BestKeeper:
         else:
             self.without_gain += 1
 
+    def state(self) -> dict[str, Any]:
+        """What was found so far, the best weights among it."""
+        weights = load_tensors(self.file) if self.step is not None else {}
+        return {"best": self.best, "without_gain": self.without_gain, "step": self.step, "weights": weights}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.best, self.without_gain, self.step = state["best"], state["without_gain"], state["step"]
+        if self.step is not None:
+            save_weights(state["weights"], self.file)
+
     def restore(self, model: nn.Module) -> None:
         """The best weights back into the model; the last ones stay where no evaluation had the metric."""
         if self.step is not None:
-            load_weights(model, self.file)
-
-
-def windows(plan: Sequence[Rows], size: int) -> Iterator[list[Rows]]:
-    """The plan's micro-batches, `size` to an optimizer step; the last step of an epoch may have fewer."""
-    for start in range(0, len(plan), size):
-        yield [plan[index] for index in range(start, min(start + size, len(plan)))]
+            model.load_state_dict(load_tensors(self.file))
 
 
 def count_steps(task: Task) -> int:

@@ -631,7 +631,7 @@ def test_losses_are_those_of_a_formula(make: Make, options: dict[str, Any]) -> N
     model = scrambled(task.model())
     batch = task.batch(np.arange(40))
     assert {P, N, U, O, M, X} == set(batch.labels.flatten().tolist())
-    losses = task.losses(model, batch, task.counts(batch), 0)
+    losses = task.losses(model, batch, task.counts(batch), 1)  # at step 0 influence is measured beside them
     expected = hand_losses(task, model(batch.ids, batch.mask), batch.labels)
     assert list(losses) == [*[name for name in ("loss_sentiment", "loss_aspect") if name in expected], "loss_total"]
     assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected, rel=1e-5)
@@ -641,7 +641,9 @@ def test_counts_by_hand(make: Make) -> None:
     task = make()
     labels = torch.tensor([[P, O, M], [X, X, O], [U, N, M]], dtype=torch.int8)
     found = task.counts(ReviewBatch(torch.zeros(3, 1), torch.ones(3, 1), labels))
-    assert {name: int(value) for name, value in found.items()} == {"labelled": 3, "known": 7}
+    assert {name: int(value) for name, value in found.items()} == {
+        "positive": 1, "negative": 1, "neutral": 1, "labelled": 3, "known": 7,
+    }  # fmt: skip
 
 
 def test_unknown_cells_take_no_part(make: Make) -> None:
@@ -691,7 +693,7 @@ def test_a_window_may_be_cut_anywhere(make: Make, options: dict[str, Any]) -> No
     for parts in parts_of(task):
         training = training_of(task)
         training.model.train()
-        losses = training._backward(parts, 0)
+        losses, _ = training._backward(parts, 0)
         gradients = {name: weight.grad.clone() for name, weight in training.model.named_parameters()
                      if weight.grad is not None}  # fmt: skip
         for optimizer in training.optimizers.values():
@@ -1009,5 +1011,6 @@ def test_the_report_of_a_trained_model(make: Make, tmp_path: Path) -> None:
     task.report(trained(task), tmp_path, "cpu")
     assert {file.name for file in tmp_path.rglob("*") if file.is_file()} == {
         "test_aspects.csv", "test_confusion.csv", "test_predictions.csv", "test_errors.csv", "test_confusion.png",
+        "test_rows.parquet",
     }  # fmt: skip
     assert len(pd.read_csv(tmp_path / "evaluation" / "test_predictions.csv")) == 30

@@ -128,7 +128,8 @@ def test_embedded_reviews_through_mlproject(project: Path, client: Any) -> None:
     expected = f1_score(codes, most[rows], labels=[0, 1, 2], average="macro", zero_division=0)
     assert metrics["test/f1/Battery"] == pytest.approx(expected)
     found = {item.path for item in client.list_artifacts(run.info.run_id, "evaluation")}
-    assert found == {f"evaluation/test_{name}.csv" for name in ("aspects", "confusion", "errors", "predictions")}
+    tables = {f"evaluation/test_{name}.csv" for name in ("aspects", "confusion", "errors", "predictions")}
+    assert found == tables | {"evaluation/test_rows.parquet"}
     assert {item.path for item in client.list_artifacts(run.info.run_id, "plots")} == {
         "plots/losses.png", "plots/test_confusion.png"
     }  # fmt: skip

@@ -17,7 +17,7 @@ from pipeline.recording import NonFiniteError
 from pipeline.run import MemoryRun
 from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.task import MmoeTask
-from pipeline.training import Result, Training, amp_warning, resolve_device, windows
+from pipeline.training import Result, Training, amp_warning, resolve_device
 
 Make = Callable[..., MmoeConfig]
 MEASURED = ("throughput/", "time/")
@@ -137,11 +137,6 @@ def test_accumulating_is_one_large_batch(small: Make, table: str) -> None:
     first, other_first = steps(whole)[0], steps(parts)[0]
     for name in ("loss_total", "loss_cvr_aux", "grad_norm/dense", "grad_norm/embedding"):
         assert other_first[name] == pytest.approx(first[name], rel=1e-5)
-
-
-def test_windows_cover_the_plan_once() -> None:
-    plan = [np.array([number]) for number in range(7)]
-    assert [[int(rows[0]) for rows in window] for window in windows(plan, 3)] == [[0, 1, 2], [3, 4, 5], [6]]
 
 
 def test_every_row_is_seen_once_an_epoch(small: Make) -> None:

@@ -1,5 +1,6 @@
 """One run's journal on its way to the tracking store."""
 
+import fcntl
 import json
 import os
 import select
@@ -15,6 +16,23 @@ HISTORY_FILE = "history.parquet"
 POLL_SECONDS = 0.5  # how long a point may wait in the journal before it is delivered
 BATCH_POINTS = 1000  # MLflow's limit for one log_batch
 GIVE_UP_SECONDS = 60  # how long a store that does not answer is tried
+LOCK_FILE = "writer.lock"
+LOCK_SECONDS = 20  # how long the writer of a trainer that died may still take to deliver what there is
+
+
+def _lock(file: Path, run_id: str) -> IO[bytes]:
+    """Hold the run: one writer at a time. A process that dies lets go of it."""
+    held = file.open("ab")
+    end = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return held
+        except BlockingIOError:
+            if time.monotonic() > end:
+                held.close()
+                raise ValueError(f"run {run_id} is being written by another process") from None
+            time.sleep(0.1)
 
 
 class Delivery:
@@ -31,7 +49,7 @@ class Delivery:
         launcher = request["launcher"]
         run = self.client.get_run(request["run_id"]) if request["run_id"] else None
         wanted = request["experiment"]
-        if run and wanted and self.client.get_experiment(run.info.experiment_id).name != wanted:
+        if run and wanted and not request["restart"] and self.client.get_experiment(run.info.experiment_id).name != wanted:
             launcher, run = run.info.run_id, None  # `mlflow run` opened it elsewhere: it only started ours
         if launcher:
             self.client.set_tag(launcher, "role", "launcher")
@@ -45,6 +63,12 @@ class Delivery:
         self.params = dict(run.data.params)  # what `mlflow run` wrote as typed: cannot be changed, is not ours
         self.folder = output_dir / self.run_id
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = _lock(self.folder / LOCK_FILE, self.run_id)
+        self.present: dict[tuple[str, int], tuple[float, int]] = {}  # (metric, step) -> (value, time) in the store
+        if request["restart"]:
+            (self.folder / JOURNAL_FILE).unlink(missing_ok=True)
+            self.present = self._points_in_store()
+            self.client.update_run(self.run_id, status="RUNNING")
         (self.folder / JOURNAL_FILE).touch()
         for key, value in {**request["tags"], "run_dir": str(self.folder)}.items():
             self.client.set_tag(self.run_id, key, value)
@@ -71,6 +95,14 @@ class Delivery:
             raise ValueError(f"experiment {name} is deleted; restore it, or name another")
         return str(found.experiment_id)
 
+    def _points_in_store(self) -> dict[tuple[str, int], tuple[float, int]]:
+        found = self.client.get_run(self.run_id).data.metrics
+        return {
+            (name, point.step): (point.value, point.timestamp)
+            for name in found
+            for point in self.client.get_metric_history(self.run_id, name)
+        }
+
     def follow(self, requests: IO[str]) -> bool:
         """Deliver until the run is finished. True if the trainer asked, False if it is gone."""
         asked = False
@@ -86,6 +118,8 @@ class Delivery:
             pass
         if not self.ended:
             self.end("FAILED")
+        self.reader.close()
+        self.lock.close()
         return asked
 
     def report(self) -> Record:
@@ -117,7 +151,9 @@ class Delivery:
             Metric(key, float(value), step["time"], step["step"])
             for step in steps
             for key, value in step["values"].items()
+            if (key, step["step"]) not in self.present
         ]
+        self.points += sum(len(step["values"]) for step in steps) - len(points)
         for start in range(0, len(points), BATCH_POINTS):
             batch = points[start : start + BATCH_POINTS]
             if self.attempt(f"{len(batch)} points", self.client.log_batch, self.run_id, metrics=batch):
@@ -182,10 +218,10 @@ class Delivery:
         columns: dict[str, list[Any]] = {"metric": [], "step": [], "value": [], "timestamp": []}
         for record in read_all(self.folder / JOURNAL_FILE):
             if record["op"] == "metrics":
-                columns["metric"] += record["values"]
-                columns["step"] += [record["step"]] * len(record["values"])
-                columns["value"] += [float(value) for value in record["values"].values()]
-                columns["timestamp"] += [record["time"]] * len(record["values"])
+                for key, value in record["values"].items():
+                    kept = self.present.get((key, record["step"]), (float(value), record["time"]))
+                    for column, entry in zip(columns.values(), (key, record["step"], *kept), strict=True):
+                        column.append(entry)
         types = {"metric": pa.string(), "step": pa.int64(), "value": pa.float64(), "timestamp": pa.int64()}
         table = pa.table({name: pa.array(values, types[name]) for name, values in columns.items()})
         pq.write_table(table, self.folder / HISTORY_FILE)

@@ -1,6 +1,6 @@
 """The keys of `train_mmoe` (configs/mtl_mmoe.yaml) and of `prepare_ctr`."""
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -13,7 +13,7 @@ from pipeline.blocks import (
     TrackingSwitch,
 )
 from pipeline.config import Config, Positive, Probability
-from pipeline.schedules import clipped_pos_weight
+from pipeline.schedules import clipped_pos_weight, gate_is_open
 
 TASKS = ("ctr", "cvr")
 
@@ -130,14 +130,29 @@ class PosWeightClipConfig(Config):
     """the conversion weight is at most this"""
 
 
+class LatePosWeightConfig(Config):
+    """The control of a focal arm: re-weighting without focusing, from the same step on."""
+
+    warmup_steps: int = Field(2000, ge=0)
+    """the added weight acts from this optimizer step on"""
+    ctcvr: float = Field(0.0, ge=0)
+    """added to the effective weight of conversions in loss_ctcvr_bce, after the clip; 0 = nothing"""
+
+
 class LossConfig(Config):
     aux_focal: AuxFocalConfig = AuxFocalConfig()
     static_pos_weight: PosWeightConfig = PosWeightConfig()
     pos_weight_clip: PosWeightClipConfig = PosWeightClipConfig()
+    late_pos_weight: LatePosWeightConfig = LatePosWeightConfig()
 
     def pos_weight(self, task: Literal["ctr", "ctcvr"]) -> float:
-        """The effective weight: min(raw, clip)."""
+        """The effective static weight: min(raw, clip)."""
         return clipped_pos_weight(getattr(self.static_pos_weight, task), getattr(self.pos_weight_clip, task))
+
+    def ctcvr_pos_weight(self, step: int) -> float:
+        """The effective weight of conversions at an optimizer step: the static one, and the late one once it acts."""
+        late = self.late_pos_weight
+        return self.pos_weight("ctcvr") + (late.ctcvr if gate_is_open(step, late.warmup_steps) else 0.0)
 
 
 class EsmmConfig(Config):
@@ -168,6 +183,7 @@ class MmoeEvaluationConfig(EvaluationConfig):
 
 
 class MmoeConfig(RunConfig):
+    task: ClassVar[str] = "mmoe"
     short: ClassVar[dict[str, str]] = RunConfig.short | {
         "lambda": "loss.aux_focal.lambda",
         "gamma": "loss.aux_focal.gamma",
@@ -185,12 +201,35 @@ class MmoeConfig(RunConfig):
     optim: OptimConfig = OptimConfig()
 
     def name(self) -> str:
-        if self.run_name:
-            return self.run_name
-        focal = self.loss.aux_focal
-        arm = f"l{focal.lambda_:g} g{focal.gamma:g} w{focal.warmup_steps}" if focal.enabled else "baseline"
         kind = "mmoe" if self.model.kind == "mmoe" else "bottom"
-        return f"{kind} {arm.replace('l0.', 'l.')} s{self.seed}"
+        return self.run_name or f"{kind} {self.arm_name()} s{self.seed}"
+
+    def trunk(self) -> tuple[Self, int | None]:
+        focal, late = self.loss.aux_focal, self.loss.late_pos_weight
+        steps = [focal.warmup_steps] * focal.enabled + [late.warmup_steps] * (late.ctcvr > 0)
+        plain = {"aux_focal": {"log_components": focal.log_components}, "late_pos_weight": {}}
+        return self.with_values(loss=self.loss.model_dump(by_alias=True) | plain), min(steps, default=None)
+
+    def control(self) -> Self | None:
+        """Without the focal loss, lambda added to the weight of conversions from the gate on.
+
+        The factor (1 - p_t)^gamma is near 1 for a rare event's positives and near 0 for its easy negatives, so that
+        the focal term is nearly lambda times the positives' cross-entropy.
+        """
+        focal = self.loss.aux_focal
+        if not focal.enabled or not focal.lambda_:
+            return None
+        late = {"warmup_steps": focal.warmup_steps, "ctcvr": focal.lambda_ + self.loss.late_pos_weight.ctcvr}
+        return self.with_values(
+            loss=self.loss.model_dump(by_alias=True)
+            | {"aux_focal": {"log_components": focal.log_components}, "late_pos_weight": late}
+        )
+
+    def arm_name(self) -> str:
+        focal, late = self.loss.aux_focal, self.loss.late_pos_weight
+        parts = [f"l{_short(focal.lambda_)} g{focal.gamma:g} w{focal.warmup_steps}"] if focal.enabled else []
+        parts += [f"w+{_short(late.ctcvr)} w{late.warmup_steps}"] if late.ctcvr else []
+        return " ".join(parts) or "baseline"
 
     def warnings(self, given: frozenset[str] = frozenset()) -> list[str]:
         found, focal, block = [], self.loss.aux_focal, "loss.aux_focal"
@@ -207,6 +246,8 @@ class MmoeConfig(RunConfig):
         found += [f"{key} has no effect while {block}.enabled is false" for key in sorted(idle)]
         if f"{block}.alpha" in given and focal.enabled and not focal.use_alpha:
             found.append(f"{block}.alpha has no effect while {block}.use_alpha is false")
+        if "loss.late_pos_weight.warmup_steps" in given and not self.loss.late_pos_weight.ctcvr:
+            found.append("loss.late_pos_weight.warmup_steps has no effect while loss.late_pos_weight.ctcvr is 0")
         gate_keys = {key for key in given if key.startswith(("model.gate.", "model.experts.count"))}
         if self.model.kind == "shared_bottom":
             found += [f"{key} has no effect with model.kind shared_bottom" for key in sorted(gate_keys)]
@@ -214,6 +255,12 @@ class MmoeConfig(RunConfig):
             idle = {key for key in given if key.startswith("data.embedded.")}
             found += [f"{key} has no effect while data.path is given" for key in sorted(idle)]
         return found
+
+
+def _short(value: float) -> str:
+    """`.1` for 0.1: names are cut in legends."""
+    text = f"{value:g}"
+    return text[1:] if text.startswith("0.") else text
 
 
 class PrepareCtrConfig(Config):

@@ -1,11 +1,13 @@
 """The MMoE task: its data, model, named losses and evaluation, for the loop in `pipeline.training`."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -14,10 +16,12 @@ from torch.optim import Adam, AdamW, Optimizer, SparseAdam
 from pipeline import plots
 from pipeline.config import to_yaml
 from pipeline.errors import UserError
+from pipeline.influence import PREFIX, cosine, flat, gradients, norm
 from pipeline.losses import (
     LogProbability,
     binary_cross_entropy,
     binary_focal,
+    binary_focal_factor,
     click_cross_entropy,
     clicked_cross_entropy,
     gate_entropy_deficit,
@@ -27,7 +31,7 @@ from pipeline.losses import (
 )
 from pipeline.metrics import Array, binary_metrics, calibration_bins
 from pipeline.schedules import gate_is_open
-from pipeline.task import TOTAL, Dataset, ModelExport, Rows
+from pipeline.task import TOTAL, Dataset, ModelExport, Rows, write_test_rows
 from pipeline.tasks.mmoe.config import TASKS, MmoeConfig
 from pipeline.tasks.mmoe.data import Impressions, ImpressionTable, Layout, Shuffle, read_split
 from pipeline.tasks.mmoe.embedded import embedded_data
@@ -37,16 +41,31 @@ from pipeline.tasks.mmoe.schema import SCHEMA_FILE, VOCABULARY_FILE, DataSchema
 
 SPLIT_FILES = {"valid": "validation", "test": "test"}
 EVENTS = ("ctr", "cvr", "ctcvr")
+COMPONENTS = ("loss_ctr", "loss_ctcvr_bce", "loss_ctcvr_focal", "loss_cvr_aux")
+CTR_TOWER = "influence/focal_grad_ctr_tower"
+EVALUATED_GAMMAS = (1, 2)  # the same for every arm, whatever its own
 
 
 class MmoeTask:
-    def __init__(self, config: MmoeConfig) -> None:
-        """Reads the data.
+    def __init__(self, config: MmoeConfig, like: "MmoeTask | None" = None) -> None:
+        """Reads the data, or shares that of another task with the same `data` block.
 
         Raises:
             UserError: the prepared folder is missing or damaged, or a split that is needed is empty.
         """
         self.config, self.schedule = config, config.optim.schedule
+        focal = config.loss.aux_focal
+        self.focal_alpha = focal.alpha if focal.use_alpha else None
+        self.folder: Path
+        self.schema: DataSchema
+        self.layout: Layout
+        self.train: ImpressionTable
+        self.held_out: Callable[[str], ImpressionTable]
+        self.bayes: Callable[[str], dict[str, float]]
+        if like is not None and like.config.data == config.data:
+            self.folder, self.schema, self.layout = like.folder, like.schema, like.layout
+            self.train, self.held_out, self.bayes = like.train, like.held_out, like.bayes
+            return
         self.folder = Path(config.data.path) if config.data.path else embedded_data(config.data.embedded)
         self.schema = DataSchema.read(self.folder)
         for split in ("train", "validation"):
@@ -57,9 +76,9 @@ class MmoeTask:
         self.held_out = cache(lambda split: read_split(self.folder, self.schema, SPLIT_FILES[split]))
         self.held_out("valid")
         self.bayes = cache(self._bayes)
-        focal = config.loss.aux_focal
-        self.pos_weight = {"ctr": config.loss.pos_weight("ctr"), "ctcvr": config.loss.pos_weight("ctcvr")}
-        self.focal_alpha = focal.alpha if focal.use_alpha else None
+
+    def with_config(self, config: MmoeConfig) -> "MmoeTask":
+        return MmoeTask(config, like=self)
 
     @property
     def dataset(self) -> Dataset:
@@ -87,6 +106,12 @@ class MmoeTask:
             found.append(
                 f"loss.aux_focal.warmup_steps is {focal.warmup_steps}, the last of {total_steps} steps is "
                 f"{total_steps - 1}: the focal term will never switch on"
+            )
+        late = self.config.loss.late_pos_weight
+        if late.ctcvr and late.warmup_steps >= total_steps:
+            found.append(
+                f"loss.late_pos_weight.warmup_steps is {late.warmup_steps}, the last of {total_steps} steps is "
+                f"{total_steps - 1}: the weight of conversions will never rise"
             )
         if not focal.compute_fp32 and self.config.training.amp == "no":
             found.append("loss.aux_focal.compute_fp32: false has no effect with training.amp: no")
@@ -120,7 +145,7 @@ class MmoeTask:
 
     def counts(self, batch: Impressions) -> Mapping[str, Tensor]:
         rows = torch.full((), float(len(batch)), device=batch.click.device)
-        return {"rows": rows, "clicks": batch.click.sum()}
+        return {"rows": rows, "clicks": batch.click.sum(), "conversions": batch.conversion.sum()}
 
     def losses(
         self, model: nn.Module, batch: Impressions, counts: Mapping[str, Tensor], step: int
@@ -130,13 +155,14 @@ class MmoeTask:
             return self._losses(output, batch, counts, step)
 
     def _losses(self, output: Output, batch: Impressions, counts: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
-        esmm, focal, gate = self.config.esmm, self.config.loss.aux_focal, self.config.model.gate
+        esmm, loss, gate = self.config.esmm, self.config.loss, self.config.model.gate
+        focal = loss.aux_focal
         z_ctr, z_cvr = output.logits[:, 0], output.logits[:, 1]
         click, conversion, rows = batch.click, batch.conversion, counts["rows"]
         ctcvr = product_log_probability(z_ctr, z_cvr)
         found = {
-            "loss_ctr": click_cross_entropy(z_ctr, click, self.pos_weight["ctr"]).sum() / rows,
-            "loss_ctcvr_bce": binary_cross_entropy(ctcvr, conversion, self.pos_weight["ctcvr"]).sum() / rows,
+            "loss_ctr": click_cross_entropy(z_ctr, click, loss.pos_weight("ctr")).sum() / rows,
+            "loss_ctcvr_bce": binary_cross_entropy(ctcvr, conversion, loss.ctcvr_pos_weight(step)).sum() / rows,
             "loss_cvr_aux": clicked_cross_entropy(z_cvr, click, conversion).sum() / counts["clicks"].clamp_min(1),
         }
         found["loss_ctcvr"] = found["loss_ctcvr_bce"]
@@ -147,6 +173,11 @@ class MmoeTask:
             values = binary_focal(ctcvr, conversion, focal.gamma, self.focal_alpha, focal.detach_p_for_weight)
             found["loss_ctcvr_focal"] = values.float().sum() / rows
             found["loss_ctcvr"] = found["loss_ctcvr_bce"] + focal.lambda_ * found["loss_ctcvr_focal"]
+            if self.config.tracking.probes(step):
+                factor = binary_focal_factor(ctcvr, conversion, focal.gamma).detach().float()
+                positives = counts["conversions"]  # none of them: 0/0, not logged
+                found["influence/focal_factor_positive"] = (factor * conversion).sum() / positives
+                found["influence/focal_factor_negative"] = (factor * (1 - conversion)).sum() / (rows - positives)
         total = (
             esmm.lambda_ctr * found["loss_ctr"]
             + esmm.lambda_ctcvr * found["loss_ctcvr"]
@@ -161,9 +192,36 @@ class MmoeTask:
             total = total + found["loss_gate_balance"]
         return found | {TOTAL: total}
 
+    def probe(self, model: nn.Module, losses: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Gradients of the parts at the experts, and of the focal loss at the CTR tower. Empty without experts."""
+        assert isinstance(model, Mmoe)
+        if model.experts is None or model.towers is None or not self.config.loss.aux_focal.log_components:
+            return {}
+        shared = list(model.experts.parameters())
+        found = {name: flat(gradients(losses[name], shared)) for name in COMPONENTS if name in losses}
+        if "loss_ctcvr_focal" in losses and 0 in model.deep_heads:
+            towers = [*model.towers.parameters(), model.last]  # a leading axis of tasks each
+            row = model.deep_heads.index(0)
+            found[CTR_TOWER] = flat(part[row] for part in gradients(losses["loss_ctcvr_focal"], towers))
+        return found
+
+    def influence(self, probed: Mapping[str, Tensor], losses: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        focal = self.config.loss.aux_focal
+        if not focal.log_components:
+            return {}
+        found = {f"influence/grad_norm/{name}": norm(probed[name]) for name in COMPONENTS if name in probed}
+        if "loss_ctcvr_focal" in losses:
+            found["influence/focal_over_bce"] = focal.lambda_ * losses["loss_ctcvr_focal"] / losses["loss_ctcvr_bce"]
+        if "loss_ctcvr_focal" in probed:
+            found["influence/cosine_bce_focal"] = cosine(probed["loss_ctcvr_bce"], probed["loss_ctcvr_focal"])
+        if CTR_TOWER in probed:
+            found[CTR_TOWER] = norm(probed[CTR_TOWER])
+        return found | {name: value for name, value in losses.items() if name.startswith(PREFIX)}
+
     def settings(self, step: int) -> Mapping[str, float | bool]:
         focal = self.config.loss.aux_focal
         return {
+            "pos_weight_ctcvr": self.config.loss.ctcvr_pos_weight(step),
             "aux_focal_on": self._focal_is_on(step),
             "aux_focal_lambda": focal.lambda_ if focal.enabled else 0.0,
             "aux_focal_gamma": focal.gamma,
@@ -182,9 +240,11 @@ class MmoeTask:
             return {}
         logits, gate_means, gate_entropy = self._predict(model, table, device)
         found: dict[str, float] = {}
-        for event, (label, probability) in _events(table, logits).items():
+        events = _events(table, logits)
+        for event, (label, probability) in events.items():
             values = binary_metrics(label, *(part.double().numpy() for part in probability))
             found |= {f"{split}/{name}_{event}": value for name, value in values.items()}
+        found |= {f"{split}/{name}": value for name, value in self._common_losses(events).items()}
         found |= self.bayes(split)
         if gate_means is not None and gate_entropy is not None and split == "valid":
             names = [task for task in TASKS if getattr(self.config.model.heads, task).deep]
@@ -192,6 +252,20 @@ class MmoeTask:
                 found |= {f"gate/{task}/{expert}": share for expert, share in enumerate(shares)}
                 found[f"gate/{task}/entropy"] = entropy
         return found
+
+    def _common_losses(self, events: Mapping[str, tuple[Array, LogProbability]]) -> dict[str, float]:
+        """Losses that depend on neither gate nor lambda, gamma or a late weight: the same scale for every arm."""
+        loss = self.config.loss
+        found = {event: (LogProbability(*(part.double() for part in probability)), torch.from_numpy(label))
+                 for event, (label, probability) in events.items()}  # fmt: skip
+        values = {
+            "loss_ctr": binary_cross_entropy(*found["ctr"], loss.pos_weight("ctr")),
+            "loss_ctcvr_bce": binary_cross_entropy(*found["ctcvr"], loss.pos_weight("ctcvr")),
+            "loss_cvr_aux": binary_cross_entropy(*found["cvr"]),
+        }
+        for gamma in EVALUATED_GAMMAS:
+            values[f"loss_ctcvr_focal_g{gamma}"] = binary_focal(*found["ctcvr"], gamma)
+        return {name: value.mean().item() for name, value in values.items() if len(value)}  # no click: no loss of them
 
     def _bayes(self, split: str) -> dict[str, float]:
         """AUCs of the true probabilities, where they are known: what no model can beat on these rows."""
@@ -244,6 +318,19 @@ class MmoeTask:
         }
         (folder / "plots").mkdir(parents=True, exist_ok=True)
         plots.calibration(curves, folder / "plots" / "calibration.png")
+        if self.config.tracking.log_rows and len(self.held_out("test")):
+            self._write_rows(model, folder, device)
+
+    def _write_rows(self, model: nn.Module, folder: Path, device: str) -> None:
+        """Label and score of every test row, for the AUCs that are over all rows."""
+        table = self.held_out("test")
+        events = _events(table, self._predict(model, table, device)[0])
+        columns: dict[str, npt.NDArray[Any]] = {}
+        for event in ("ctr", "ctcvr"):
+            label, probability = events[event]
+            columns[f"label/auc_{event}"] = label.astype(np.uint8)
+            columns[f"score/auc_{event}"] = probability.log_p.float().numpy()
+        write_test_rows(folder, columns)
 
     def export(self, model: nn.Module, folder: Path) -> ModelExport:
         folder.mkdir(parents=True, exist_ok=True)

@@ -220,6 +220,7 @@ FROM_SCRATCH: Mapping[str, Any] = {
 
 
 class VisobertConfig(RunConfig):
+    task: ClassVar[str] = "visobert"
     short: ClassVar[dict[str, str]] = RunConfig.short | {
         "alpha": "multi_label.focal_alpha",
         "gamma": "multi_label.focal_gamma",
@@ -251,14 +252,15 @@ class VisobertConfig(RunConfig):
         return tree
 
     def name(self) -> str:
-        if self.run_name:
-            return self.run_name
+        kind = "small" if self.model.name == EMBEDDED else "bert"
+        return self.run_name or f"{kind} {self.arm_name()} s{self.seed}"
+
+    def arm_name(self) -> str:
         loss = self.multi_label
         alpha: str = "ones" if loss.focal_alpha is None else "auto"
         if isinstance(loss.focal_alpha, tuple):
             alpha = " ".join(f"{weight:g}" for weight in loss.focal_alpha)
-        arm = f"{alpha} g{loss.focal_gamma:g}" if loss.use_focal_loss else "ce"
-        return f"{'small' if self.model.name == EMBEDDED else 'bert'} {arm} s{self.seed}"
+        return f"{alpha} g{loss.focal_gamma:g}" if loss.use_focal_loss else "ce"
 
     def warnings(self, given: frozenset[str] = frozenset()) -> list[str]:
         loss, embedded = self.multi_label, self.model.name == EMBEDDED

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline import plots
+from pipeline.task import write_test_rows
 from pipeline.tasks.visobert.answers import MENTIONED_TEXT, Answers
 from pipeline.tasks.visobert.reviews import MENTIONED, NOT_MENTIONED, SENTIMENTS, UNKNOWN, Reviews
 from pipeline.tasks.visobert.scores import aspect_table, confusion, labelled
@@ -32,6 +33,23 @@ def write_report(folder: Path, split: str, reviews: Reviews, answers: Answers) -
     given = {"text": list(reviews.texts), "labels": [reviews.labels_text(row) for row in range(len(reviews))]}
     pd.concat([pd.DataFrame(given), answers.frame()], axis=1).to_csv(tables / f"{split}_predictions.csv", index=False)
     confident_errors(reviews, answers).to_csv(tables / f"{split}_errors.csv", index=False)
+
+
+def write_pair_rows(folder: Path, reviews: Reviews, answers: Answers) -> None:
+    """What `test/pair_f1_micro` is made of, a row a review: twice the right pairs, over the true and the said ones.
+
+    Nothing where there is no such metric: without aspect detection, or without a labelled cell.
+    """
+    labels, said, polar = reviews.labels, answers.prediction, answers.polar
+    if said.mentioned is None or not labelled(labels)[:, polar].any():
+        return
+    true = labelled(labels) & polar
+    given = said.mentioned & polar & (true | (labels == NOT_MENTIONED))  # a mention of unknown polarity: no pair
+    right = true & given & (said.sentiment == labels)
+    write_test_rows(folder, {
+        "numerator/pair_f1_micro": (2 * right.sum(1)).astype(np.int32),
+        "denominator/pair_f1_micro": (true.sum(1) + given.sum(1)).astype(np.int32),
+    })  # fmt: skip
 
 
 def confident_errors(reviews: Reviews, answers: Answers) -> pd.DataFrame:

@@ -1,7 +1,7 @@
 """The aspect sentiment task: its data, model, named losses and evaluation, for the loop in `pipeline.training`."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +16,14 @@ from torch.optim import AdamW, Optimizer
 from pipeline.blocks import AdamConfig
 from pipeline.config import to_yaml
 from pipeline.errors import UserError
-from pipeline.losses import binary_cross_entropy, binary_focal, log_probability, multi_label_focal
+from pipeline.influence import PREFIX, cosine, flat, gradients, norm
+from pipeline.losses import (
+    binary_cross_entropy,
+    binary_focal,
+    log_probability,
+    multi_label_focal,
+    multi_label_focal_factor,
+)
 from pipeline.names import metric_names
 from pipeline.task import AMP, TOTAL, Dataset, ModelExport, Rows
 from pipeline.tasks.visobert.alpha import ALPHA_FILE, Alpha, alpha_of
@@ -27,13 +34,14 @@ from pipeline.tasks.visobert.data import LengthBuckets, ReviewBatch, ReviewTable
 from pipeline.tasks.visobert.model import AspectSentimentModel, Output, PretrainedEncoder, build_model, by_depth
 from pipeline.tasks.visobert.predict import predict_logits
 from pipeline.tasks.visobert.pretrained import model_folder
-from pipeline.tasks.visobert.report import write_report
+from pipeline.tasks.visobert.report import write_pair_rows, write_report
 from pipeline.tasks.visobert.reviews import NOT_MENTIONED, SENTIMENTS, UNKNOWN
 from pipeline.tasks.visobert.scores import labelled, score, tuned_thresholds
-from pipeline.tasks.visobert.splits import load_splits
-from pipeline.tasks.visobert.tokenizer import load_tokenizer
+from pipeline.tasks.visobert.splits import Splits, load_splits
+from pipeline.tasks.visobert.tokenizer import Tokenizer, load_tokenizer
 
 COMPARED = ("aspect_f1_macro", "sentiment_f1_macro", "pair_f1_micro", "pair_f1_macro")  # of the baselines
+COMPONENTS = ("loss_sentiment", "loss_aspect")
 EXAMPLE_LETTERS = 200
 MANY_CUT = 0.01
 
@@ -41,8 +49,9 @@ Named = Sequence[tuple[str, nn.Parameter]]
 
 
 class VisobertTask:
-    def __init__(self, config: VisobertConfig, alpha: Alpha | None = None) -> None:
-        """Reads the data. `alpha`: of a `data_prep` run; None = as the config says.
+    def __init__(self, config: VisobertConfig, alpha: Alpha | None = None, like: "VisobertTask | None" = None) -> None:
+        """Reads the data, or shares what another task has of the same. `alpha`: of a `data_prep` run; None = as the
+        config says.
 
         Raises:
             UserError: a file, the tokenizer or the model's folder is missing or damaged, or alpha is of other data.
@@ -50,22 +59,37 @@ class VisobertTask:
         self.config, self.schedule = config, config.optim.schedule
         if config.model.name != EMBEDDED:  # a missing file is told before anything is begun
             model_folder(config.model.name, config.model.revision, weights=config.model.init == "pretrained")
-        self.splits = load_splits(config.data)
+        same = like is not None and like.config.data == config.data
+        self.splits: Splits = like.splits if like and same else load_splits(config.data)
         train = self.splits.train
         self.aspects = train.aspects
         self.polar = ~np.isin(self.aspects, self.splits.detection_only)
         names = metric_names(self.aspects)
         self.names = [names[aspect] for aspect in self.aspects]
         self.repeats = self._repeats()
-        self.alpha = self._alpha(alpha)
-        self.tokenizer = load_tokenizer(
-            config.model.name, config.model.revision, train.texts, config.model.embedded.vocabulary
-        )
-        self.table = cache(self._table)
+        self.given_alpha, self.alpha = alpha, self._alpha(alpha)
+        self.tokenizer: Tokenizer
+        self.table: Callable[[str], ReviewTable]
+        if like and same and like.config.model == config.model:
+            self.tokenizer, self.table = like.tokenizer, like.table
+        else:
+            self.tokenizer = load_tokenizer(
+                config.model.name, config.model.revision, train.texts, config.model.embedded.vocabulary
+            )
+            self.table = cache(self._table)
         with torch.device("meta"):
             model = self._build(weights=False)
         self.parameters = sum(weight.numel() for weight in model.parameters())
-        self.baselines = cache(self._baselines)
+        shared = like and same and like.config.baselines == config.baselines
+        self.baselines: Callable[[str], dict[str, float]] = (
+            like.baselines if like and shared else cache(self._baselines)
+        )
+
+    def with_config(self, config: VisobertConfig) -> "VisobertTask | None":
+        fetched = config.data_prep_run is not None and config.multi_label.focal_alpha == "auto"
+        if fetched and (self.given_alpha is None or config.data_prep_run != self.config.data_prep_run):
+            return None
+        return VisobertTask(config, self.given_alpha if fetched else None, like=self)
 
     def _table(self, split: str) -> ReviewTable:
         reviews = self.splits.named[split]
@@ -164,19 +188,29 @@ class VisobertTask:
         return self.table("train").batch(rows)
 
     def counts(self, batch: ReviewBatch) -> Mapping[str, Tensor]:
-        sentiment = (batch.labels >= 0) & (batch.labels < len(SENTIMENTS))
-        return {"labelled": sentiment.sum(), "known": (batch.labels != UNKNOWN).sum()}
+        sentiments = {name: (batch.labels == index).sum() for index, name in enumerate(SENTIMENTS)}
+        labelled = (batch.labels >= 0) & (batch.labels < len(SENTIMENTS))
+        return sentiments | {"labelled": labelled.sum(), "known": (batch.labels != UNKNOWN).sum()}
 
     def losses(
         self,
         model: nn.Module,
         batch: ReviewBatch,
         counts: Mapping[str, Tensor],
-        step: int,  # noqa: ARG002
+        step: int,
     ) -> Mapping[str, Tensor]:
         output: Output = model(batch.ids, batch.mask)
         with torch.autocast(batch.labels.device.type, enabled=False):
-            return self._losses(output, batch.labels, counts)
+            found = self._losses(output, batch.labels, counts)
+            if self.config.tracking.probes(step) and self.config.multi_label.use_focal_loss:
+                found |= self._focal_factors(output.sentiment.detach().float(), batch.labels, counts)
+            return found
+
+    def _focal_factors(self, logits: Tensor, labels: Tensor, counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Shares of the mean (1 - p_t)^gamma over each sentiment's cells; 0/0 where it has none."""
+        factor = multi_label_focal_factor(logits, labels, self.config.multi_label.focal_gamma)
+        return {f"influence/focal_factor/{name}": (factor * (labels == index)).sum() / counts[name]
+                for index, name in enumerate(SENTIMENTS)}  # fmt: skip
 
     def _losses(self, output: Output, labels: Tensor, counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         config = self.config.multi_label
@@ -196,6 +230,18 @@ class VisobertTask:
             found["loss_aspect"] = torch.where(known, values, 0.0).sum() / counts["known"].clamp_min(1)
             total = total + config.lambda_aspect * found["loss_aspect"]
         return found | {TOTAL: total}
+
+    def probe(self, model: nn.Module, losses: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Gradients of the parts at the encoder's last layer."""
+        assert isinstance(model, AspectSentimentModel)
+        shared = [weight for _, weight in by_depth(model.encoder)[0].parameters]
+        return {name: flat(gradients(losses[name], shared)) for name in COMPONENTS if name in losses}
+
+    def influence(self, probed: Mapping[str, Tensor], losses: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        found = {f"influence/grad_norm/{name}": norm(gradient) for name, gradient in probed.items()}
+        if "loss_aspect" in probed:
+            found["influence/cosine_sentiment_aspect"] = cosine(probed["loss_sentiment"], probed["loss_aspect"])
+        return found | {name: value for name, value in losses.items() if name.startswith(PREFIX)}
 
     def settings(self, step: int) -> Mapping[str, float | bool]:  # noqa: ARG002
         return {}
@@ -262,6 +308,8 @@ class VisobertTask:
         split = "test" if "test" in self.splits.named else "valid"
         answers = self._answers(model, self._predict(model, self.table(split), device))
         write_report(folder, split, self.splits.named[split], answers)
+        if split == "test" and self.config.tracking.log_rows:
+            write_pair_rows(folder, self.splits.named[split], answers)
 
     def export(self, model: nn.Module, folder: Path) -> ModelExport:
         assert isinstance(model, AspectSentimentModel)

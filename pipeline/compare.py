@@ -1,0 +1,306 @@
+"""Is an arm better than the baseline? Tracked runs side by side: over seeds, and a verdict in words.
+
+The verdict is Student's paired t test over seeds on one primary metric, adjusted by Holm for the number of arms that
+are not controls. The bootstrap over test rows stands beside it and never makes it: it does not know other seeds.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from pipeline.compare_config import CompareConfig, check_source
+from pipeline.console import say, warn
+from pipeline.errors import UserError
+from pipeline.loading import load_history, load_runs
+from pipeline.row_intervals import row_intervals
+from pipeline.run import MlflowRun, RunRequest, Writer
+from pipeline.selection import (
+    aim,
+    baseline_arm,
+    by_seed,
+    measured,
+    newest,
+    only_value,
+    run_ids,
+    settings_of,
+    side_metrics,
+    some,
+    text_of,
+    twin_of,
+    usable_runs,
+    with_arms,
+)
+from pipeline.stats import Paired, holm, minimum_detectable_effect, paired, verdict
+from pipeline.tables import to_frame, to_markdown, to_text
+from pipeline.tracking.store import tracking_uri
+
+__all__ = ["Arm", "Comparison", "compare", "load_history", "load_runs", "to_frame", "to_markdown", "to_text", "write"]
+
+COLORS = ("#555555", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7b3fa0", "#8c510a", "#a6192e")
+CURVES = re.compile(r"loss_.*|valid/.*|alpha/.*|influence/.*|aux_focal_on")  # what the page draws
+NOTE_LENGTH = 8000  # characters of one of MLflow's tags
+
+
+@dataclass(frozen=True)
+class Arm:
+    """The runs of one setting, a seed each, and what sets them apart from the baseline's."""
+
+    name: str
+    role: str  # baseline, arm or control
+    control_of: str | None
+    color: str
+    runs: Mapping[int, str]  # seed -> run id
+    values: Mapping[int, float]  # seed -> primary metric
+    mean: float
+    spread: float | None  # standard deviation over seeds; None with one seed
+    best: float | None  # mean over seeds of the best value on the validation split
+    best_spread: float | None
+    difference: Paired | None  # arm - baseline over the seeds that both have; None for the baseline
+    p_adjusted: float | None  # None for the baseline, controls and fewer than two seeds; so is the next
+    minimum_detectable: float | None
+    rows: Mapping[int, tuple[float, float, float]]  # seed -> (difference, low, high) over test rows within the seed
+    verdict: str  # "" for the baseline, "control" for a control
+    against_control: Paired | None  # arm - its control
+    side: Mapping[str, Paired]  # side metric -> arm - baseline
+    differing: Mapping[str, str]  # dotted key -> value, of the keys that differ between arms
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Arms side by side, the baseline first, each followed by its control."""
+
+    title: str
+    task: str
+    metric: str
+    mode: str  # max or min
+    data_digest: str
+    tracking_uri: str
+    baseline: str
+    seeds: tuple[int, ...]
+    arms: tuple[Arm, ...]
+    side_metrics: tuple[str, ...]
+    runs: pd.DataFrame  # of load_runs: the runs that are compared
+    notes: tuple[str, ...]
+
+
+def compare(  # noqa: PLR0917 (what a notebook gives by position is one or two)
+    runs: pd.DataFrame,
+    metric: str | None = None,
+    mode: str | None = None,
+    baseline: str | None = None,
+    bootstrap: bool = True,
+    title: str = "",
+) -> Comparison:
+    """Compare the arms of `runs` (a frame of `load_runs`) with the baseline.
+
+    `metric`, `mode` (max or min): null = the sweep's own, else what the runs were evaluated by, on the test split.
+    `baseline`: an arm, or a run id of it; None = the arm with the role baseline. Runs without a tag `arm` are grouped
+    by the settings in which they differ. Of runs with the same arm and seed the newest counts.
+
+    Raises:
+        UserError: no finished runs, several tasks or data digests, no such metric, no or several baselines.
+    """
+    notes: list[str] = []
+    usable = usable_runs(runs, notes)
+    task, digest = only_value(usable, "task", unknown_fits=True), only_value(usable, "data_digest")
+    usable = with_arms(usable)
+    metric, mode = aim(usable, runs.attrs, metric, mode)
+    name = baseline_arm(usable, baseline)
+    usable = newest(measured(usable, metric, notes), notes)
+    groups = {str(arm): group for arm, group in usable.groupby("arm", sort=False)}
+    if name not in groups:
+        raise UserError(f"baseline {name}: none of its runs has {metric}")
+    groups = {arm: groups[arm] for arm in _side_by_side(name, groups)}
+    settings = settings_of(groups, notes)
+    sides = side_metrics(usable, metric)
+    values = {arm: by_seed(group, metric) for arm, group in groups.items()}
+    differences = {arm: paired(_differences(values[arm], values[name])) for arm in groups}
+    roles = {arm: "baseline" if arm == name else _role(group) for arm, group in groups.items()}
+    tested = [arm for arm, role in roles.items() if role == "arm"]
+    adjusted = dict(zip(tested, holm([differences[arm].p for arm in tested]), strict=True))
+    best = _best(usable, metric, mode)
+    rows = row_intervals(groups, values, name, metric, notes) if bootstrap else {}
+    colors = _colors(groups)
+    controls = {text_of(group, "control_of"): arm for arm, group in reversed(groups.items()) if roles[arm] == "control"}
+
+    def arm_of(arm: str, group: pd.DataFrame) -> Arm:
+        found, is_baseline, ids = differences[arm], arm == name, run_ids(group)
+        best_of = [best[run] for run in ids.values() if run in best]
+        against = controls.get(arm) if roles[arm] == "arm" else None
+        return Arm(
+            name=arm,
+            role=roles[arm],
+            control_of=text_of(group, "control_of") or None,
+            color=colors[arm],
+            runs=ids,
+            values=values[arm],
+            mean=float(np.mean(list(values[arm].values()))),
+            spread=_spread(list(values[arm].values())),
+            best=float(np.mean(best_of)) if best_of else None,
+            best_spread=_spread(best_of),
+            difference=None if is_baseline else found,
+            p_adjusted=adjusted.get(arm),
+            minimum_detectable=minimum_detectable_effect(found.sd, found.n, len(tested)) if arm in tested else None,
+            rows=rows.get(arm, {}),
+            verdict=_verdict(roles[arm], found, adjusted.get(arm), mode),
+            against_control=paired(_differences(values[arm], values[against])) if against else None,
+            side={} if is_baseline else _side(group, groups[name], sides),
+            differing=settings[arm],
+        )
+
+    arms = tuple(arm_of(arm, group) for arm, group in groups.items())
+    _tell_of_seeds(arms, notes)
+    sweeps = [sweep for sweep in usable["sweep_id"].unique() if isinstance(sweep, str)]
+    return Comparison(
+        title=title or (f"sweep {sweeps[0]}" if len(sweeps) == 1 else f"{len(arms)} arms, {len(usable)} runs"),
+        task=task,
+        metric=metric,
+        mode=mode,
+        data_digest=digest,
+        tracking_uri=tracking_uri(),
+        baseline=name,
+        seeds=tuple(sorted({seed for arm in arms for seed in arm.runs})),
+        arms=arms,
+        side_metrics=sides,
+        runs=usable.reset_index(drop=True),
+        notes=tuple(notes),
+    )
+
+
+def write(comparison: Comparison, folder: Path, history: pd.DataFrame | None = None) -> list[Path]:
+    """comparison.csv, comparison.md and comparison.html in the folder; `history` of `load_history` makes the curves.
+
+    Without it the curves that the page draws are read from the runs.
+
+    Raises:
+        UserError: the folder cannot be written, or the runs cannot be read.
+    """
+    from pipeline.report import write_page
+
+    files = [folder / f"comparison.{kind}" for kind in ("csv", "md", "html")]
+    if history is None:
+        logged = [str(name).removeprefix("metrics.") for name in comparison.runs.filter(like="metrics.")]
+        history = load_history(comparison.runs, [name for name in logged if CURVES.fullmatch(name)])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        to_frame(comparison).to_csv(files[0], index=False)
+        files[1].write_text(to_markdown(comparison), encoding="utf-8")
+        write_page(comparison, history, files[2])
+    except OSError as error:
+        raise UserError(f"output_dir {folder}: {error.strerror or error}") from None
+    return files
+
+
+def compare_runs(config: CompareConfig, given: frozenset[str]) -> None:  # noqa: ARG001 (every key acts)
+    """The entry point: compare, show, and write; in a run that `mlflow run` opened, leave it there too."""
+    check_source(config.sweep_id, config.runs, config.experiment, config.filter)
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # a server that is away is told within seconds
+    run_id = os.environ.get("MLFLOW_RUN_ID")
+    if run_id is None:
+        _compare_and_write(config)
+        return
+    with Writer() as writer:
+        request = RunRequest("compare", run_id=run_id, tags={"role": "comparison"})
+        run = MlflowRun(writer, request, Path(config.output_dir))
+        try:
+            comparison, files = _compare_and_write(config)
+        except BaseException as error:
+            run.set_tags({"failure": str(error)[:NOTE_LENGTH] or type(error).__name__})
+            try:
+                run.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            except UserError as undelivered:
+                warn(str(undelivered))  # told, but does not hide the error
+            raise
+        for file in files:
+            run.log_artifact(file)
+        run.set_tags({"mlflow.note.content": to_markdown(comparison, NOTE_LENGTH)})
+        run.finish("FINISHED")
+
+
+def _compare_and_write(config: CompareConfig) -> tuple[Comparison, list[Path]]:
+    runs = load_runs(config.sweep_id, runs=config.runs, experiment=config.experiment, filter=config.filter)
+    comparison = compare(runs, config.metric, config.mode, config.baseline, config.bootstrap)
+    ids = hashlib.sha256(" ".join(sorted(comparison.runs["run_id"])).encode()).hexdigest()[:12]
+    files = write(comparison, Path(config.output_dir) / (config.sweep_id or ids))
+    say(to_text(comparison))
+    say("\n" + "\n".join(str(file) for file in files))
+    return comparison, files
+
+
+def _side_by_side(baseline: str, groups: Mapping[str, pd.DataFrame]) -> list[str]:
+    """Baseline, then each arm followed by its controls, then controls whose arm is not here."""
+    controls = [arm for arm, group in groups.items() if _role(group) == "control" and arm != baseline]
+    order = [baseline]
+    for arm in groups:
+        if arm != baseline and arm not in controls:
+            order += [arm, *(control for control in controls if text_of(groups[control], "control_of") == arm)]
+    return order + [control for control in controls if control not in order]
+
+
+def _role(group: pd.DataFrame) -> str:
+    """Of an arm that is not the chosen baseline."""
+    return "control" if text_of(group, "role") == "control" else "arm"
+
+
+def _side(group: pd.DataFrame, base: pd.DataFrame, metrics: Sequence[str]) -> dict[str, Paired]:
+    found = {metric: paired(_differences(by_seed(group, metric), by_seed(base, metric))) for metric in metrics}
+    return {metric: difference for metric, difference in found.items() if difference.n}
+
+
+def _verdict(role: str, difference: Paired, p_adjusted: float | None, mode: str) -> str:
+    if role != "arm":
+        return "control" if role == "control" else ""
+    if difference.n == 0:
+        return "no shared seed: no verdict"
+    return verdict(difference.mean, p_adjusted, higher_is_better=mode == "max")
+
+
+def _colors(groups: Mapping[str, pd.DataFrame]) -> dict[str, str]:
+    """Of the tags; arms without one, or with another arm's, take the next that is free."""
+    found: dict[str, str] = {}
+    for arm, group in groups.items():
+        own = text_of(group, "color")
+        if re.fullmatch(r"#[0-9a-fA-F]{6}", own) and own not in found.values():
+            found[arm] = own
+    free = [color for color in COLORS if color not in found.values()] or list(COLORS)
+    without = [arm for arm in groups if arm not in found]
+    return {arm: found.get(arm) or free[without.index(arm) % len(free)] for arm in groups}
+
+
+def _tell_of_seeds(arms: Sequence[Arm], notes: list[str]) -> None:
+    base = arms[0]
+    few = [arm.name for arm in arms[1:] if arm.difference and arm.difference.n < 2]
+    if few:
+        notes.append(f"fewer than two seeds shared with the baseline, so no interval and no verdict: {some(few)}")
+    for arm in arms[1:]:
+        alone, lacking = set(arm.runs) - set(base.runs), set(base.runs) - set(arm.runs)
+        parts = [f"seeds {some(sorted(alone))} have no baseline"] if alone else []
+        parts += [f"seeds {some(sorted(lacking))} of the baseline have no run here"] if lacking else []
+        if parts:
+            notes.append(f"{arm.name}: {' and '.join(parts)}; differences are over the shared seeds")
+
+
+def _differences(arm: Mapping[int, float], base: Mapping[int, float]) -> list[float]:
+    return [value - base[seed] for seed, value in arm.items() if seed in base]
+
+
+def _spread(values: Sequence[float]) -> float | None:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def _best(runs: pd.DataFrame, metric: str, mode: str) -> dict[str, float]:
+    """Run id -> the best value of the metric on the validation split, over its evaluations."""
+    twin = twin_of(metric)
+    if not twin.startswith("valid/") or f"metrics.{twin}" not in runs:
+        return {}
+    history = load_history(runs, [twin])
+    history = history[np.isfinite(history["value"])]
+    grouped = history.groupby("run", observed=True)["value"]
+    found = grouped.max() if mode == "max" else grouped.min()
+    return {str(run): float(value) for run, value in found.items()}

@@ -1,0 +1,93 @@
+"""The run that stands for a whole sweep: it holds the report and what the sweep is made of."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.compare import compare, load_history, load_runs, to_markdown, to_text, write
+from pipeline.console import say
+from pipeline.errors import UserError
+from pipeline.run import MlflowRun, RunRequest, Writer
+from pipeline.sweep_plan import Plan, to_yaml
+from pipeline.tracking.reading import StoredRun, end_run, runs_of_sweep, runs_of_tag, set_tags, store_exists
+
+RUNNING = "RUNNING"
+
+
+@dataclass(frozen=True)
+class KnownRuns:
+    """What the store has of a sweep already."""
+
+    by_key: Mapping[str, tuple[str, str]]  # run key -> (run id, status), the finished one where there are several
+    summary: str | None
+
+
+def known_runs(sweep_id: str, plan_id: str) -> KnownRuns:
+    """Look the sweep up. Launchers of earlier starts that were killed are ended: no sweep but ours can be at work."""
+    if not store_exists():
+        return KnownRuns({}, None)
+    launcher = os.environ.get("MLFLOW_RUN_ID")
+    if launcher:
+        set_tags(launcher, {"role": "launcher", "sweep_plan": plan_id})
+    for run in runs_of_tag("sweep_plan", plan_id):
+        if run.status == RUNNING and run.run_id != launcher and run.tags.get("role") == "launcher":
+            end_run(run.run_id, "KILLED")
+    runs = runs_of_sweep(sweep_id)
+    summary = next((run.run_id for run in runs if run.tags.get("role") == "summary"), None)
+    runs = [run for run in runs if "run_key" in run.tags]
+    return KnownRuns({run.tags["run_key"]: (run.run_id, run.status) for run in sorted(runs, key=_finished)}, summary)
+
+
+def _finished(run: StoredRun) -> bool:
+    return run.status == "FINISHED"
+
+
+class Summary:
+    """Opens the summary run: the one of an earlier start, else the one that `mlflow run` opened, else a new one."""
+
+    def __init__(self, writer: Writer, plan: Plan, sweep_id: str, known: KnownRuns) -> None:
+        self.plan, self.sweep_id = plan, sweep_id
+        launcher = os.environ.get("MLFLOW_RUN_ID")
+        config = plan.baseline.config
+        request = RunRequest(
+            name=f"sweep {plan.title}"[:40],
+            experiment=config.experiment,
+            run_id=known.summary or launcher,
+            launcher=launcher if known.summary and known.summary != launcher else None,
+            tags={"role": "summary", "sweep_id": sweep_id, "sweep_plan": plan.identity(), "task": config.task,
+                  "metric": plan.metric} | ({"mode": plan.sweep.mode} if plan.sweep.mode else {}),
+            restart=known.summary is not None,
+        )  # fmt: skip
+        self.run = MlflowRun(writer, request, Path(config.output_dir))
+
+    def conclude(self, folder: Path, failed: Mapping[tuple[str, int], str]) -> None:
+        """Compare what finished, show it, and end the run."""
+        file = folder / "sweep.yaml"
+        file.write_text(to_yaml(self.plan), encoding="utf-8")
+        self.run.log_artifact(file)
+        note = _failures(failed)
+        if note:
+            say(f"\nfailed:\n{note}")
+        page = None
+        try:
+            runs = load_runs(self.sweep_id)
+            found = compare(runs, self.plan.metric, self.plan.sweep.mode, title=self.plan.title)
+            files = write(found, folder, load_history(runs))
+            say("\n" + to_text(found))
+            for file in files:
+                self.run.log_artifact(file)
+            page = next((file for file in files if file.suffix == ".html"), None)
+            note = f"{to_markdown(found)}\n\n{note}"
+        except UserError as error:
+            say(f"nothing to compare: {error}")
+        self.run.set_tags({"mlflow.note.content": note[:8000]})
+        self.run.finish("FAILED" if failed else "FINISHED")
+        if page:
+            say(f"\nreport: {page.resolve().as_uri()}")
+        say(f"sweep {self.sweep_id} in {self.run.tracking_uri}; summary run {self.run.id}")
+        say(f"next: open the report; `make ui`, then filter the runs by  tags.sweep_id = '{self.sweep_id}'")
+
+
+def _failures(failed: Mapping[tuple[str, int], str]) -> str:
+    return "\n".join(f"- {arm} s{seed}: {why}" for (arm, seed), why in failed.items())

@@ -1,0 +1,352 @@
+"""`sweep`: a baseline and arms, each with every seed, as flat runs that end in a verdict.
+
+The sweep plans, hands out and collects; workers train (`pipeline.worker`). Runs that are alike up to a gate share a
+trunk (`pipeline.branching`). A run is known again by its key, so that a sweep that was cut off goes on where it was.
+"""
+
+import fcntl
+import queue
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import to_yaml
+from pipeline.console import say, warn
+from pipeline.errors import TrainingError, UserError
+from pipeline.journal import Record
+from pipeline.sweep_config import SweepConfig
+from pipeline.sweep_plan import Arm, Plan, resolve
+from pipeline.worker import Worker
+
+# One colour an arm: apart for most eyes, on white and on black. The baseline is grey.
+GREY, COLORS = "#7f7f7f", ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#e377c2", "#8c564b",
+                           "#bcbd22", "#3b5bdb", "#c2255c", "#087f5b")  # fmt: skip
+
+
+@dataclass
+class Job:
+    """What a worker is asked, and what came of it."""
+
+    name: str
+    request: Record
+    needs: "Job | None" = None
+    finished: Callable[["Job"], None] = lambda job: None  # noqa: ARG005
+    reply: Record | None = None
+
+    @property
+    def failed(self) -> str | None:
+        return None if self.reply is None else self.reply.get("error")
+
+
+class Crew:
+    """The workers, and the jobs that they take one after the other."""
+
+    def __init__(self, size: int, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.inbox = folder, queue.Queue[tuple[Worker, Record]]()
+        self.workers: dict[Worker, Job | None] = {}
+        for _ in range(size):
+            self._hire()
+
+    def _hire(self) -> Worker:
+        number = max((worker.number for worker in self.workers), default=-1) + 1
+        worker = Worker(number, self.folder / f"worker-{number}.log")
+        self.workers[worker] = None
+        answers = (lambda reply: self.inbox.put((worker, reply)),)
+        threading.Thread(target=worker.answers, args=answers, daemon=True).start()
+        return worker
+
+    def work(self, jobs: list[Job], told: Callable[[Job, Record], None] = lambda job, news: None) -> None:  # noqa: ARG005
+        """Do the jobs, in their order as far as what they need allows. `told` hears what a job says on the way.
+
+        `jobs` may grow meanwhile, by a job's `finished`.
+        """
+        while any(job.reply is None for job in jobs):
+            self._hand_out(jobs)
+            worker, reply = self.inbox.get()
+            job = self.workers[worker]
+            if "ended" in reply:
+                del self.workers[worker]
+                self._hire()
+                if job is None:
+                    continue
+                reply = {"error": f"its process ended with code {reply['ended']}; see {worker.log}"}
+            if job is None:
+                continue
+            if "evaluated" in reply:
+                told(job, reply)
+                continue
+            if worker in self.workers:
+                self.workers[worker] = None
+            job.reply = reply
+            job.finished(job)
+
+    def _hand_out(self, jobs: list[Job]) -> None:
+        taken = [job for job in self.workers.values() if job]
+        ready = [job for job in jobs if job.reply is None and job not in taken
+                 and (job.needs is None or job.needs.reply is not None)]  # fmt: skip
+        for worker, job in list(self.workers.items()):
+            if job is None and ready:
+                self.workers[worker] = ready.pop(0)
+                worker.send(self.workers[worker].request)  # type: ignore[union-attr]
+
+    def stop(self, job: Job) -> None:
+        """Let the run of this job end after the evaluation that it has just told of."""
+        for worker, taken in self.workers.items():
+            if taken is job:
+                worker.send({"stop": True})
+
+    def close(self) -> None:
+        """End every worker; what they are at is ended as KILLED."""
+        for worker in self.workers:
+            worker.close()
+        for worker in self.workers:
+            worker.wait()
+
+
+@dataclass
+class Progress:
+    """What came of the runs, and what was spent on them."""
+
+    total: int
+    done: dict[tuple[str, int], str] = field(default_factory=dict)  # (arm, seed) -> run id
+    failed: dict[tuple[str, int], str] = field(default_factory=dict)  # -> why
+    steps: int = 0  # of all runs that were trained now, as if each were alone
+    trained: int = 0  # optimizer steps that were really made
+    saved_seconds: float = 0.0
+
+
+def sweep(config: SweepConfig, file: Path, typed: Mapping[str, str]) -> None:
+    """Run what is missing of the sweep, compare, and leave the report in the summary run.
+
+    Raises:
+        UserError: the sweep file, or a setting.
+        TrainingError: some runs failed; the others are compared.
+    """
+    from pipeline.__main__ import ENTRIES, ROOT
+    from pipeline.__main__ import resolve as named
+
+    plan = resolve(config, file, named(ENTRIES[config.task].config), [Path(), file.parent, ROOT], typed)
+    for note in _warnings(plan):
+        warn(note)
+    if not plan.baseline.config.tracking.enabled:
+        raise UserError(f"{file}: tracking.enabled is false, allowed: true (a sweep compares what is in MLflow)")
+    with _interruptible(), _alone(plan):
+        Sweep(plan).run()
+
+
+class Sweep:
+    """One sweep at work."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.entry = plan, plan.sweep.task
+        self.folder = Path(plan.baseline.config.output_dir) / "sweeps" / plan.identity()
+        self.progress = Progress(len(plan.sweep.seeds) * len(plan.arms))
+        self.colors = {arm.name: color for arm, color in zip(plan.arms[1:], COLORS * len(plan.arms), strict=False)}
+        self.colors[plan.baseline.name] = GREY
+
+    def run(self) -> None:
+        from pipeline.run import Writer
+
+        with Writer() as writer:
+            self.crew = Crew(self.plan.sweep.jobs, self.folder)
+            try:
+                self._run(writer)
+            finally:
+                self.crew.close()
+
+    def _run(self, writer: Any) -> None:
+        from pipeline.summary import Summary, known_runs
+
+        self.digest = self._data_digest()
+        self.id = self.plan.identity(self.digest)
+        runs = known_runs(self.id, self.plan.identity())
+        summary = Summary(writer, self.plan, self.id, runs)
+        try:
+            say(f"sweep {self.id}: {len(self.plan.arms)} arms x {len(self.plan.sweep.seeds)} seeds, "
+                f"{self.plan.sweep.jobs} at a time")  # fmt: skip
+            started = time.perf_counter()
+            if self.plan.sweep.search:
+                from pipeline.search import search
+
+                self.plan = search(self, runs.by_key)
+                self.progress.total = len(self.plan.sweep.seeds) * len(self.plan.arms)
+            jobs = self.jobs(self.plan, self.plan.sweep.seeds, runs.by_key)
+            self.crew.work(jobs)
+            self._tell_spent(time.perf_counter() - started)
+            summary.conclude(self.folder, self.progress.failed)
+            if not self.progress.failed:
+                shutil.rmtree(self.folder / "trunks", ignore_errors=True)
+        except KeyboardInterrupt:
+            self.crew.close()
+            summary.run.finish("KILLED")
+            raise
+        except BaseException:
+            summary.run.finish("FAILED")
+            raise
+        if self.progress.failed:
+            raise TrainingError(f"{len(self.progress.failed)} of {self.progress.total} runs failed; the same command "
+                                "tries them again")  # fmt: skip
+
+    def _data_digest(self) -> str:
+        """Of the data that all arms are trained on."""
+        by_data: dict[str, tuple[str, Job]] = {}
+        for arm in self.plan.arms:
+            data = str({key: value for key, value in arm.config.decisive().items() if key.startswith("data.")})
+            request = {"do": "digest", "entry": self.entry, "config": to_yaml(arm.config)}
+            by_data.setdefault(data, (arm.name, Job(f"data of {arm.name}", request)))
+        spare = [Job("start", {"do": "warm"}) for _ in range(self.plan.sweep.jobs - 1)]
+        self.crew.work([job for _, job in by_data.values()] + spare)
+        found: dict[str, str] = {}
+        for name, job in by_data.values():
+            if job.failed:
+                raise UserError(job.failed)
+            assert job.reply
+            found.setdefault(job.reply["digest"], name)
+        if len(found) > 1:
+            (one, first), (other, second) = list(found.items())[:2]
+            raise UserError(f"{first} has data {one[:12]}..., {second} has {other[:12]}...: a sweep is on one data set")
+        return next(iter(found))
+
+    def jobs(self, plan: Plan, seeds: tuple[int, ...], known: Mapping[str, tuple[str, str]]) -> list[Job]:
+        """Trunks first, then the runs that are not finished. known: run key -> (run id, status)."""
+        trunks: list[Job] = []
+        runs: list[Job] = []
+        for seed in seeds:
+            missing = []
+            for arm in plan.arms:
+                run_id, status = known.get(arm.at(seed).fingerprint(self.digest), (None, ""))
+                if status == "FINISHED" and run_id:
+                    self.progress.done[arm.name, seed] = run_id
+                    say(f"{self._count()} {arm.name} s{seed}: finished before (run {run_id})")
+                else:
+                    missing.append((arm, run_id))
+            places = self._trunks([arm for arm, _ in missing], seed, trunks) if plan.sweep.share_prefix else {}
+            runs += [self._run_job(arm, seed, run_id, places.get(arm.name)) for arm, run_id in missing]
+        self.waiting = runs
+        return trunks + runs
+
+    def _trunks(self, arms: list[Arm], seed: int, jobs: list[Job]) -> dict[str, tuple[Path, int, Job | None]]:
+        """Where each arm that shares its beginning branches: (folder, step, the job that makes it)."""
+        groups: dict[str, list[tuple[Arm, int | None]]] = {}
+        for arm in arms:
+            config, step = arm.at(seed).trunk()
+            key = config.with_values(run_name=None).fingerprint(f"{self.digest} {config.tracking}")
+            groups.setdefault(key, []).append((arm, step))
+        found: dict[str, tuple[Path, int, Job | None]] = {}
+        for key, members in groups.items():
+            steps = sorted({step for _, step in members if step})
+            sharing = [(arm, step) for arm, step in members if step != 0]
+            if len(sharing) < 2 or not steps:
+                continue
+            folders = {step: self.folder / "trunks" / key[:16] / str(step) for step in steps}
+            job = None
+            if not all(folder.exists() for folder in folders.values()):
+                config = sharing[0][0].at(seed).trunk()[0]
+                request = {"do": "grow", "entry": self.entry, "config": to_yaml(config),
+                           "folders": {str(step): str(folder) for step, folder in folders.items()}}  # fmt: skip
+                job = Job(f"trunk s{seed}", request, finished=partial(self._grown, len(sharing)))
+                jobs.append(job)
+            found |= {arm.name: (folders[step or steps[-1]], step or steps[-1], job) for arm, step in sharing}
+        return found
+
+    def _grown(self, members: int, job: Job) -> None:
+        assert job.reply
+        if job.failed:
+            warn(f"{job.name}: {job.failed}; its runs are trained alone")
+            for run in self.waiting:
+                if run.needs is job:
+                    run.request["trunk"] = None
+            return
+        self.progress.trained += job.reply["steps"]
+        self.progress.saved_seconds += (members - 1) * job.reply["seconds"]
+        say(f"{job.name}: {job.reply['steps']} steps that {members} runs share, {job.reply['seconds']:.0f} s")
+
+    def _run_job(self, arm: Arm, seed: int, run_id: str | None, place: tuple[Path, int, Job | None] | None) -> Job:
+        config = arm.at(seed)
+        tags = {"sweep_id": self.id, "arm": arm.name, "role": arm.role, "mlflow.runColor": self.colors[arm.name]}
+        if arm.control_of:
+            tags["control_of"] = " | ".join(arm.control_of)
+        request: Record = {"do": "train", "entry": self.entry, "config": to_yaml(config), "tags": tags,
+                           "run_id": run_id, "trunk": None, "given": sorted(arm.overridden)}  # fmt: skip
+        if place:
+            folder, step, _ = place
+            request["trunk"] = str(folder)
+            tags |= {"branched_from": f"trunk {folder.parent.name}", "branch_step": str(step)}
+        needs = place[2] if place else None
+        return Job(config.name(), request, needs, partial(self._trained, (arm.name, seed), place[1] if place else 0))
+
+    def _trained(self, key: tuple[str, int], branched_at: int, job: Job) -> None:
+        assert job.reply
+        if job.failed:
+            self.progress.failed[key] = job.failed
+            say(f"{self._count()} {job.name}: failed: {job.failed}")
+            return
+        self.progress.done[key] = job.reply["run_id"]
+        steps = job.reply["steps"]
+        self.progress.steps += steps
+        self.progress.trained += steps - (min(steps, branched_at) if job.request["trunk"] else 0)
+        value = job.reply["metrics"].get(self.plan.metric)
+        shown = f"{self.plan.metric} {value:.4f}" if value is not None else f"no {self.plan.metric}"
+        say(f"{self._count()} {job.name}: {shown}, {job.reply['seconds']:.0f} s")
+
+    def _count(self) -> str:
+        return f"[{len(self.progress.done) + len(self.progress.failed)}/{self.progress.total}]"
+
+    def _tell_spent(self, seconds: float) -> None:
+        spent = self.progress
+        if spent.steps:
+            say(f"trained {spent.trained:,} optimizer steps for runs of {spent.steps:,} in {seconds:.0f} s; sharing "
+                f"beginnings saved {spent.steps - spent.trained:,} steps, about {spent.saved_seconds:.0f} s of "
+                "training")  # fmt: skip
+
+
+def _warnings(plan: Plan) -> Iterator[str]:
+    """What looks like a mistake, once for all the arms that it holds for."""
+    yield from plan.notes
+    found: dict[str, list[str]] = {}
+    for arm in plan.arms:
+        for warning in arm.config.warnings(arm.overridden):
+            found.setdefault(warning, []).append(arm.name)
+    for warning, arms in found.items():
+        yield warning if len(arms) == len(plan.arms) else f"{', '.join(arms)}: {warning}"
+
+
+@contextmanager
+def _alone(plan: Plan) -> Iterator[None]:
+    """Refuse to run beside another process that is at the same sweep."""
+    folder = Path(plan.baseline.config.output_dir) / "sweeps"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = (folder / f"{plan.identity()}.lock").open("ab")
+    except OSError as error:
+        raise UserError(f"output_dir {folder}: {error.strerror or error}") from None
+    with held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"this sweep is already running (it holds {held.name})") from None
+        yield
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """A polite request to end is what Ctrl-C is: `mlflow run` passes the one on as the other."""
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(*_: object) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # once: the runs are to be ended in order
+    raise KeyboardInterrupt

@@ -1,0 +1,218 @@
+"""A process that trains run after run for a sweep: torch, mlflow and the data are loaded once.
+
+`Worker` starts it (`python -m pipeline.worker`) and asks it, a JSON line at a time; it answers each with a line. It
+ends when its standard input does: in the middle of a run that run is ended as KILLED first.
+"""
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.errors import UserError
+from pipeline.journal import Record
+
+PATIENCE_SECONDS = 15  # how long a worker that is told to end may take
+
+
+class Worker:
+    """The sweep's side of it."""
+
+    def __init__(self, number: int, log: Path) -> None:
+        self.number, self.log = number, log
+        with log.open("ab") as stream:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "pipeline.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stream,
+                text=True,
+                env={name: value for name, value in os.environ.items() if name != "MLFLOW_RUN_ID"},
+            )
+
+    def send(self, request: Record) -> None:
+        """Hand over a request; the answers come with `answers`."""
+        assert self.process.stdin
+        with contextlib.suppress(BrokenPipeError):  # it is gone: `answers` tells
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+
+    def answers(self, handle: Callable[[Record], None]) -> None:
+        """Read answers until the process ends; its end is the answer {"ended": code}."""
+        assert self.process.stdout
+        for line in self.process.stdout:
+            handle(json.loads(line))
+        handle({"ended": self.process.wait()})
+
+    def close(self) -> None:
+        """Tell it to end."""
+        assert self.process.stdin
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+
+    def wait(self) -> None:
+        """Until it has ended; one that does not is killed."""
+        try:
+            self.process.wait(PATIENCE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+class _Requests:
+    """Standard input as a queue. Its end interrupts the work at hand."""
+
+    def __init__(self) -> None:
+        self.queue: queue.Queue[Record | None] = queue.Queue()
+        self.busy, self.stop = False, threading.Event()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        for line in sys.stdin:
+            request = json.loads(line)
+            if "stop" in request:
+                self.stop.set()  # the run at hand ends after its next evaluation
+            else:
+                self.queue.put(request)
+        self.queue.put(None)
+        if self.busy:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def main() -> None:
+    """Serve requests from standard input until it closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the sweep, which then closes our input
+    signal.signal(signal.SIGTERM, _interrupt)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what is printed goes to the log
+    requests = _Requests()
+
+    def answer(reply: Record) -> None:
+        with contextlib.suppress(BrokenPipeError):  # the sweep is gone, and with it our input
+            answers.write(json.dumps(reply) + "\n")
+            answers.flush()
+
+    from pipeline.run import Writer
+
+    with Writer() as writer:
+        work = Work(writer, answer, requests.stop)
+        while (request := requests.queue.get()) is not None:
+            requests.stop.clear()
+            requests.busy = True
+            try:
+                answer(work.do(request))
+            except KeyboardInterrupt:
+                break
+            finally:
+                requests.busy = False
+            if writer.process.poll() is not None:
+                break  # nothing can be tracked any more: the sweep starts another worker
+
+
+def _interrupt(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: the run is to be ended in order
+    raise KeyboardInterrupt
+
+
+class Work:
+    """What a worker does, with the task of the last request at hand so that data is not loaded again."""
+
+    def __init__(self, writer: Any, answer: Callable[[Record], None], stop: threading.Event) -> None:
+        self.writer, self.answer, self.stop = writer, answer, stop
+        self.task: Any = None
+
+    def do(self, request: Record) -> Record:
+        """Do what is asked; an error becomes the answer, with its traceback in the log where it is not the user's."""
+        started = time.perf_counter()
+        kind = request.pop("do")
+        try:
+            reply: Record = getattr(self, kind)(**request)
+        except UserError as error:
+            reply = {"error": str(error)}
+        except Exception as error:  # one run's failure must not take the others along
+            traceback.print_exc()
+            reply = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+        return reply | {"seconds": time.perf_counter() - started}
+
+    def make_task(self, entry: str, config: Any) -> Any:
+        """The task, sharing what the last one had loaded."""
+        from pipeline.__main__ import ENTRIES, resolve
+
+        shared = self.task.with_config(config) if self.task is not None else None
+        self.task = shared or resolve(ENTRIES[entry].target)(config)
+        return self.task
+
+    def warm(self) -> Record:
+        """Load what takes seconds, while another process loads the data."""
+        import pipeline.launch  # noqa: F401
+
+        return {}
+
+    def digest(self, entry: str, config: str) -> Record:
+        """The digest of the data that the config names."""
+        return {"digest": self.make_task(entry, _config(entry, config)).dataset.digest}
+
+    def grow(self, entry: str, config: str, folders: Mapping[str, str]) -> Record:
+        """Train a trunk; leave its states in the folders."""
+        from pipeline.branching import grow
+        from pipeline.launch import prepare_torch
+
+        validated = _config(entry, config)
+        device = prepare_torch(validated)
+        task = self.make_task(entry, validated)
+        return {"steps": grow(task, {int(step): Path(folder) for step, folder in folders.items()}, device)}
+
+    def train(
+        self,
+        *,
+        entry: str,
+        config: str,
+        tags: Mapping[str, str],
+        run_id: str | None,
+        trunk: str | None,
+        given: list[str],
+        watched: str | None = None,
+    ) -> Record:
+        """Train one run. `watched`: a validation metric that is told after every evaluation."""
+        from pipeline.launch import train_run
+
+        def watch(step: int, metrics: Mapping[str, float]) -> bool:
+            if watched and watched in metrics:
+                self.answer({"evaluated": step, "value": metrics[watched]})
+            return self.stop.is_set()
+
+        run, result = train_run(
+            _config(entry, config),
+            lambda validated: self.make_task(entry, validated),
+            self.writer,
+            given=frozenset(given),
+            run_id=run_id,
+            restart=run_id is not None,
+            tags=tags,
+            trunk=Path(trunk) if trunk else None,
+            watch=watch if watched else None,
+            quiet=True,
+        )
+        return {"run_id": run.id, "metrics": result.metrics, "steps": result.steps}
+
+
+def _config(entry: str, text: str) -> Any:
+    from pipeline.__main__ import ENTRIES, resolve
+    from pipeline.config import validate
+
+    return validate(resolve(ENTRIES[entry].config), yaml.safe_load(text), None)
+
+
+if __name__ == "__main__":
+    main()
