@@ -211,16 +211,8 @@ def _parse(text: str, field: FieldInfo) -> Any:
 def _explain(error: ValidationError, known: dict[str, Key], file: Path | None, given: dict[str, str]) -> str:
     """Pydantic's findings as one line."""
     told: list[str] = []
-    explained: set[str] = set()
-    for finding in error.errors():
-        parts = [str(part) for part in finding["loc"]]
-        # a union's branch or a list's index may follow the key: keep the longest part that is a key
-        path = next((p for n in range(len(parts), 0, -1) if (p := ".".join(parts[:n])) in known), ".".join(parts))
+    for path, parts, finding in _findings(error, known):
         where = f"--{given[path]}" if path in given else str(file) if file else "config"
-        if path in explained:
-            continue
-        if path in known and get_origin(_optional(known[path].field.annotation)[1]) in (Union, types.UnionType):
-            explained.add(path)  # each kind that it could have been has findings of its own: the first has it whole
         name = "" if given.get(path) == path else path
         place = f"{where}: {name}" if name else where
         inner = path in known and len(parts) > path.count(".") + 1
@@ -243,6 +235,29 @@ def _explain(error: ValidationError, known: dict[str, Key], file: Path | None, g
         if line not in told:
             told.append(line)
     return "; ".join(told)
+
+
+def _findings(error: ValidationError, known: dict[str, Key]) -> list[tuple[str, list[str], Any]]:
+    """(dotted key, whole place, finding) of each error.
+
+    A value that could have been of several kinds fails as each of them; what it fails at as the kind that it is says
+    most, else the first, which has the whole value.
+    """
+    found: list[tuple[str, list[str], Any]] = []
+    unions: dict[str, int] = {}
+    for finding in error.errors():
+        parts = [str(part) for part in finding["loc"]]
+        # a union's branch or a list's index may follow the key: keep the longest part that is a key
+        path = next((p for n in range(len(parts), 0, -1) if (p := ".".join(parts[:n])) in known), ".".join(parts))
+        if path in known and get_origin(_optional(known[path].field.annotation)[1]) in (Union, types.UnionType):
+            if path in unions:
+                other = found[unions[path]]
+                if finding["type"] == "value_error" and finding["input"] == other[2]["input"]:
+                    found[unions[path]] = (path, parts, finding)
+                continue
+            unions[path] = len(found)
+        found.append((path, parts, finding))
+    return found
 
 
 def _shown(value: Any) -> str:

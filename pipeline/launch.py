@@ -55,7 +55,9 @@ def train_run(
     """
     device = prepare_torch(config)
     task = make_task(config)
-    request = RunRequest(config.name(), config.experiment, run_id, launcher, dict(tags or {}), restart)
+    known_by = {"task": config.task, "seed": str(config.seed), "data_digest": task.dataset.digest,
+                "run_key": config.fingerprint(task.dataset.digest)} | dict(tags or {})  # fmt: skip
+    request = RunRequest(config.name(), config.experiment, run_id, launcher, known_by, restart)
     run: Run = MlflowRun(writer, request, Path(config.output_dir)) if writer else MemoryRun(config.name())
     finished = False
     try:
@@ -110,8 +112,7 @@ def _describe(run: Run, task: Task, given: frozenset[str]) -> None:
     flat = flatten(config)
     short = {name: flat[path] for name, path in config.short.items()}
     run.log_params(flat | short | dict(task.summary()))
-    run.set_tags({"task": config.task, "data_digest": dataset.digest, "seed": str(config.seed)})
-    run.set_tags({"run_key": config.fingerprint(dataset.digest), "overrides": ", ".join(sorted(given))})
+    run.set_tags({"overrides": ", ".join(sorted(given))})
     run.log_input(dataset.name, dataset.digest, dataset.source, dataset.profile)
     file = run.folder / "config.yaml"
     file.write_text(to_yaml(config), encoding="utf-8")

@@ -55,8 +55,9 @@ class Summary:
             experiment=config.experiment,
             run_id=known.summary or launcher,
             launcher=launcher if known.summary and known.summary != launcher else None,
-            tags={"role": "summary", "sweep_id": sweep_id, "sweep_plan": plan.identity(), "task": config.task,
-                  "metric": plan.metric} | ({"mode": plan.sweep.mode} if plan.sweep.mode else {}),
+            # the role last: until then a launcher's run is one that the next start ends
+            tags={"sweep_id": sweep_id, "sweep_plan": plan.identity(), "task": config.task, "metric": plan.metric}
+            | ({"mode": plan.sweep.mode} if plan.sweep.mode else {}) | {"role": "summary"},
             restart=known.summary is not None,
         )  # fmt: skip
         self.run = MlflowRun(writer, request, Path(config.output_dir))

@@ -115,9 +115,13 @@ def resolve(
     else:
         arms = [_listed(entry, f"{file}: arm {number}", made) for number, entry in enumerate(sweep.arms or [], 1)]
         _refuse_twins([baseline, *arms], file)
+        given = [entry[NAME] for entry in sweep.arms or [] if NAME in entry]
+        again = next((name for name in given if given.count(name) > 1), None)
+        if again:
+            raise UserError(f"{file}: two arms are called {again}, allowed: each its own name")
     if not arms and not sweep.search:
         raise UserError(f"{file}: arms.grid has nothing beside the baseline, allowed: at least one other setting")
-    arms = _with_names(arms)
+    arms = _with_names(arms, baseline)
     if sweep.controls == "reweight":
         controls = controls_of(arms)
         if not controls and not sweep.search:
@@ -126,7 +130,7 @@ def resolve(
     names = [arm.name for arm in (baseline, *arms)]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
-        raise UserError(f"{file}: two arms are called {twice}, allowed: each its own `name`")
+        raise UserError(f"{file}: two arms are called {twice}, allowed: each its own name")
     if sweep.search:
         _check_space(sweep.search, baseline, file)
     metric = sweep.metric or baseline.config.evaluation.metric.replace("valid/", "test/", 1)
@@ -148,7 +152,10 @@ def overridden(arm: Arm, values: Overrides, name: str, where: str = "search.spac
         for part in blocks:
             block = block[part]
         block[leaf] = value
-    return Arm(name, "arm", validate(model, tree, None), arm.overridden | frozenset(plain))
+    try:
+        return Arm(name, "arm", validate(model, tree, None), arm.overridden | frozenset(plain))
+    except UserError as error:
+        raise UserError(f"{where}: {str(error).removeprefix('config: ')}") from None
 
 
 def _entries(sweep: SweepConfig) -> list[Overrides]:
@@ -203,28 +210,23 @@ def _distinct(arms: list[Arm], baseline: Arm, notes: list[str]) -> list[Arm]:
 
 
 def _refuse_twins(arms: list[Arm], file: Path) -> None:
-    seen: dict[str, str] = {}
-    for arm in arms:
-        other = seen.setdefault(arm.config.fingerprint(), arm.name)
-        if other is not arm.name:
-            raise UserError(f"{file}: arm {arm.name} has the same settings as {other}, allowed: arms that differ")
+    seen: dict[str, Arm] = {}
+    for number, arm in enumerate(arms):
+        other = seen.setdefault(arm.config.fingerprint(), arm)
+        if other is not arm:
+            raise UserError(f"{file}: arm {number} has the same settings as {other.name}, allowed: arms that differ")
 
 
-def _with_names(arms: list[Arm]) -> list[Arm]:
+def _with_names(arms: list[Arm], baseline: Arm) -> list[Arm]:
     """Where the task's names do not tell arms apart, the overrides in which they differ do."""
     found = []
     for arm in arms:
-        rivals = [other for other in arms if other.name == arm.name and other is not arm]
-        if arm.name in UNSAID:
-            told, rivals = list[str](), rivals or arms
-        elif rivals:
-            told = [arm.name]
-        else:
-            found.append(arm)
-            continue
+        unsaid = arm.name in UNSAID
+        rivals = [baseline] if unsaid else [other for other in arms if other.name == arm.name and other is not arm]
+        told = [] if unsaid else [arm.name]
         flat, others = arm.config.decisive(), [rival.config.decisive() for rival in rivals]
         for key in sorted(arm.overridden & flat.keys()):
-            if len(rivals) == 1 or any(other[key] != flat[key] for other in others):
+            if any(other[key] != flat[key] for other in others):
                 told.append(f"{key.rsplit('.', 1)[-1]} {flat[key]}")
         found.append(replace(arm, name=" ".join(told)))
     return found

@@ -33,8 +33,12 @@ from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.data import ImpressionTable
 from pipeline.tasks.mmoe.embedded import generate
 from pipeline.tasks.mmoe.task import MmoeTask
+from pipeline.tasks.visobert.answers import Answers
 from pipeline.tasks.visobert.config import VisobertConfig
-from pipeline.tasks.visobert.reviews import NOT_MENTIONED, UNKNOWN
+from pipeline.tasks.visobert.model import Output
+from pipeline.tasks.visobert.report import write_pair_rows
+from pipeline.tasks.visobert.reviews import NOT_MENTIONED, UNKNOWN, Reviews
+from pipeline.tasks.visobert.scores import score
 from pipeline.tasks.visobert.task import VisobertTask
 from pipeline.training import Training
 
@@ -679,6 +683,29 @@ def test_the_pairs_of_the_file_make_the_logged_f1(make: MakeReviews, tmp_path: P
         told = {(a, said[a][row]) for a in judged if isinstance(said[a][row], str)}
         expected = [2 * len(gold & told), len(gold) + len(told)]
         assert rows.iloc[row].tolist() == expected, row
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_pairs_of_any_answers_by_sets(tmp_path: Path, seed: int) -> None:
+    """All kinds of labels, right and wrong sentiments, with and without the mention; the last aspect has no pairs."""
+    random = np.random.Generator(np.random.PCG64(seed))
+    labels = random.integers(-2, 4, (60, 4)).astype(np.int8)
+    polar = np.array([True, True, True, False])
+    sentiment = np.where(random.random(labels.shape) < 0.6, labels.clip(0, 2), random.integers(0, 3, labels.shape))
+    mentioned = random.random(labels.shape) < 0.6
+    output = Output(torch.eye(3)[torch.from_numpy(sentiment)], torch.from_numpy(np.where(mentioned, 1.0, -1.0)))
+    answers = Answers(output, np.full(4, 0.5), tuple("abcd"), polar)
+    reviews = Reviews("x", "0" * 64, ("",) * 60, labels, tuple("abcd"), np.arange(1, 61))
+    write_pair_rows(tmp_path, reviews, answers)
+    rows = pd.read_parquet(tmp_path / "evaluation" / "test_rows.parquet")
+    for row in range(60):
+        judged = [a for a in range(3) if labels[row, a] in (-1, 0, 1, 2)]  # mentions of unknown polarity: not judged
+        gold = {(a, labels[row, a]) for a in judged if labels[row, a] >= 0}
+        told = {(a, sentiment[row, a]) for a in judged if mentioned[row, a]}
+        assert rows.iloc[row].tolist() == [2 * len(gold & told), len(gold) + len(told)], row
+    numerator, denominator = rows.sum()
+    logged = score(labels, answers.prediction, tuple("abcd"), polar)["pair_f1_micro"]
+    assert numerator / denominator == pytest.approx(logged, abs=1e-12)
 
 
 def test_no_pairs_without_detection_test_or_the_switch(

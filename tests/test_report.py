@@ -296,6 +296,16 @@ def test_a_panel_by_logarithm_by_hand(tmp_path: Path) -> None:
     assert page.find("figcaption")[0]["text"] == "loss_x log scale"
 
 
+def test_a_few_far_points_of_many_do_not_set_the_axis() -> None:
+    values = np.linspace(1, 2, 1000)
+    values[[200, 300, 400]], values[500] = 1000.0, -1000.0
+    low, high, _ = value_range([Curve(np.arange(1000), values, values, values, 1)], 0)
+    assert 0.9 < low < 1
+    assert 2 <= high < 2.1  # where the curve ends
+    values[-1] = 40.0
+    assert 40 <= value_range([Curve(np.arange(1000), values, values, values, 1)], 0)[1] < 42
+
+
 def test_the_first_tenth_may_lie_outside() -> None:
     steps = np.arange(0, 101, 5)
     values = np.where(steps < 10, 1000.0, 5.0 + steps / 100)

@@ -120,8 +120,11 @@ SCRIPT = """
     }
     return known.get(path);
   };
-  const shown = value => value !== 0 && (Math.abs(value) < 1e-5 || Math.abs(value) >= 1e7) ? value.toExponential(3)
-    : Math.abs(value) >= 1e4 ? Math.round(value).toLocaleString("en") : value.toPrecision(4);
+  // a value read off the drawing has as many digits as the drawing is fine
+  const shown = (value, unit) => {
+    const digits = Math.floor(Math.log10(Math.abs(value) || 1)) + Math.floor(-Math.log10(unit)) + 1;
+    return digits < 1 ? "0" : value.toPrecision(Math.min(digits, 12));
+  };
   const read = event => {
     const chart = event.target.closest && event.target.closest(".chart"), plot = chart && chart.querySelector(".plot");
     tip.hidden = true;
@@ -142,8 +145,9 @@ SCRIPT = """
     for (const [arm, point] of near) {
       const share = 1 - point[1] / height;
       const value = log ? low * Math.pow(high / low, share) : low + share * (high - low);
+      const unit = log ? value * (Math.pow(high / low, 1 / height) - 1) : (high - low) / height;
       if (step === null) step = first + point[0] / width * (last - first);
-      lines.push([arm, share < 0 ? "below" : share > 1 ? "above" : shown(value)]);
+      lines.push([arm, share < 0 ? "below" : share > 1 ? "above" : shown(value, unit)]);
     }
     if (!lines.length) return;
     tip.replaceChildren();

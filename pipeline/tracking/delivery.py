@@ -55,7 +55,8 @@ class Delivery:
             self.client.set_tag(launcher, "role", "launcher")
         if run is None:
             experiment_id = self._experiment(wanted, MlflowException)
-            run = self.client.create_run(experiment_id, run_name=request["name"], tags=context_tags())
+            tags = context_tags() | request["tags"]  # at once: a run is never without what it is known by
+            run = self.client.create_run(experiment_id, run_name=request["name"], tags=tags)
         elif is_random(run.info.run_name or ""):
             self.client.update_run(run.info.run_id, name=request["name"])
         self.run_id: str = run.info.run_id
