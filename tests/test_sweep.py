@@ -1,0 +1,328 @@
+"""Sweeps as a user starts them: flat runs, a verdict, and nothing twice however often they are cut off."""
+
+import json
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from conftest import ROOT, SHRUNK, mlflow_run, run_pipeline
+from safetensors.numpy import load_file
+from scipy import stats
+
+SETTINGS: dict[str, Any] = {key: yaml.safe_load(value) for key, value in SHRUNK.items()}
+MEASURED = ("throughput/", "time/")
+
+
+def sweep_file(folder: Path, impressions: Path, **changes: Any) -> Path:
+    settings = SETTINGS | {"data": str(impressions), "loss.aux_focal.warmup_steps": 5} | changes.pop("settings", {})
+    sweep = {
+        "task": "train_mmoe",
+        "config": str(ROOT / "configs/mtl_mmoe.yaml"),
+        "settings": settings,
+        "baseline": {"aux_focal": False},
+        "arms": [{"lambda": 5.0}, {"lambda": 0.0}],
+        "seeds": [0, 1],
+    }
+    file = folder / "sweep.yaml"
+    file.write_text(yaml.safe_dump({key: value for key, value in (sweep | changes).items() if value is not None}))
+    return file
+
+
+def run_sweep(folder: Path, file: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return run_pipeline("sweep", "--config", str(file), *arguments, cwd=folder)
+
+
+def sweep_id_of(stderr: str) -> str:
+    return re.findall(r"sweep ([0-9a-f]{16})", stderr)[0]
+
+
+def by_arm(client: Any, sweep_id: str, roles: tuple[str, ...] = ("baseline", "arm", "control")) -> dict[Any, Any]:
+    found = client.search_runs(["0"], f"tags.sweep_id = '{sweep_id}'")
+    runs = [run for run in found if run.data.tags["role"] in roles]
+    named = {(run.data.tags["arm"], int(run.data.tags["seed"])): run for run in runs}
+    assert len(named) == len(runs), "two runs of one key"
+    return named
+
+
+def history(run: Any) -> pd.DataFrame:
+    frame = pd.read_parquet(Path(run.data.tags["run_dir"]) / "history.parquet")
+    frame = frame[~frame["metric"].str.startswith(MEASURED)]
+    return frame[["metric", "step", "value"]].sort_values(["metric", "step"]).reset_index(drop=True)
+
+
+def assert_same_results(one: dict[Any, Any], other: dict[Any, Any]) -> None:
+    assert one.keys() == other.keys()
+    for key in one:
+        pd.testing.assert_frame_equal(history(one[key]), history(other[key]), check_exact=True)
+        files = [Path(run.data.tags["run_dir"]) / "final" / "model.safetensors" for run in (one[key], other[key])]
+        first, second = (load_file(file) for file in files)
+        assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def table_of(stderr: str) -> str:
+    """From the table's head to what differs between starts: ids and files."""
+    return stderr[stderr.index("mean ± sd") : stderr.index("\nreport: ")]
+
+
+def test_a_sweep_through_mlproject_and_again(project: Path, client: Any, impressions: Path) -> None:
+    file = sweep_file(project, impressions, controls="reweight")
+    first = mlflow_run("sweep", project, config=str(file))
+    assert first.returncode == 0, first.stderr
+    runs = by_arm(client, sweep_id_of(first.stderr))
+    assert set(runs) == {(arm, seed) for arm in ("baseline", "l5 g1 w5", "l0 g1 w5", "w+5 w5") for seed in (0, 1)}
+    for (arm, seed), run in runs.items():
+        tags, params = run.data.tags, run.data.params
+        assert run.info.status == "FINISHED"
+        assert run.info.run_name == f"{arm} s{seed}"
+        assert "mlflow.parentRunId" not in tags
+        assert params["seed"] == str(seed)
+        assert tags["role"] == {"baseline": "baseline", "w+5 w5": "control"}.get(arm, "arm")
+        assert tags["branch_step"] == "5"
+        assert tags["data_digest"] == json.loads((impressions / "schema.json").read_text())["digest"]
+        assert params["tracking.log_model"] == "false"
+        logged = {point.step: point.value for point in client.get_metric_history(run.info.run_id, "global_step")}
+        assert logged == {step: step for step in range(12)}
+        # what MLflow has is what the run's history has, the trunk's points among it
+        for metric in ("loss_ctcvr_bce", "valid/auc_ctcvr", "aux_focal_lambda"):
+            points = sorted((p.step, p.value) for p in client.get_metric_history(run.info.run_id, metric))
+            rows = history(run).query("metric == @metric")
+            assert points == list(zip(rows["step"], rows["value"], strict=True)), metric
+    colors = {arm: {run.data.tags["mlflow.runColor"] for (name, _), run in runs.items() if name == arm}
+              for arm, _ in runs}  # fmt: skip
+    assert all(len(found) == 1 for found in colors.values())
+    assert len(set.union(*colors.values())) == 4
+    assert {run.data.tags["branched_from"] for (_, seed), run in runs.items() if seed == 0}.isdisjoint(
+        run.data.tags["branched_from"] for (_, seed), run in runs.items() if seed == 1
+    )
+
+    # lambda 0 is the baseline to the last bit; lambda 5 is not
+    for seed in (0, 1):
+        zero, base, five = (runs[arm, seed].data.metrics for arm in ("l0 g1 w5", "baseline", "l5 g1 w5"))
+        assert zero["test/auc_ctcvr"] == base["test/auc_ctcvr"]
+        assert five["test/logloss_ctcvr"] != base["test/logloss_ctcvr"]
+        assert five["aux_focal_lambda"] == 5
+
+    # the table, from MLflow's metrics by scipy
+    value = {key: run.data.metrics["test/auc_ctcvr"] for key, run in runs.items()}
+    differences = [value["l5 g1 w5", seed] - value["baseline", seed] for seed in (0, 1)]
+    low, high = stats.t.interval(0.95, 1, np.mean(differences), stats.sem(differences))
+    (summary,) = by_arm_summary(client, sweep_id_of(first.stderr))
+    folder = next((project / "outputs/sweeps").glob("*/comparison.csv"))
+    table = pd.read_csv(folder).set_index("arm")
+    assert table.loc["l5 g1 w5", "difference"] == pytest.approx(np.mean(differences), abs=1e-12)
+    assert table.loc["l5 g1 w5", "low"] == pytest.approx(low, rel=1e-6)
+    assert table.loc["l5 g1 w5", "high"] == pytest.approx(high, rel=1e-6)
+    p = stats.ttest_1samp(differences, 0).pvalue
+    assert table.loc["l5 g1 w5", "p_adjusted"] == pytest.approx(min(1, 2 * p), rel=1e-6)
+    assert table.loc["l0 g1 w5", "difference"] == 0
+    assert table.loc["l0 g1 w5", "verdict"] == "not distinguishable"
+    control = [value["l5 g1 w5", seed] - value["w+5 w5", seed] for seed in (0, 1)]
+    assert table.loc["l5 g1 w5", "against_control"] == pytest.approx(np.mean(control), abs=1e-12)
+    assert "trained 66 optimizer steps for runs of 96" in first.stderr  # 2 trunks of 5, and 8 runs from 5 to 12
+    assert summary.info.status == "FINISHED"
+    assert {item.path for item in client.list_artifacts(summary.info.run_id)} >= {"comparison.html", "comparison.csv",
+                                                                                 "comparison.md", "sweep.yaml"}  # fmt: skip
+    assert "not distinguishable" in summary.data.tags["mlflow.note.content"]
+    page = next(Path(line.removeprefix("report: file://")) for line in first.stderr.splitlines() if "report: " in line)
+    assert page.is_file()
+
+    again = mlflow_run("sweep", project, config=str(file))
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("finished before") == 8
+    assert table_of(again.stderr) == table_of(first.stderr)
+    same = by_arm(client, sweep_id_of(first.stderr))
+    assert {key: run.info.run_id for key, run in same.items()} == {key: run.info.run_id for key, run in runs.items()}
+    roles = [run.data.tags.get("role") for run in client.search_runs(["0"])]
+    assert sorted(roles) == sorted(["baseline"] * 2 + ["arm"] * 4 + ["control"] * 2 + ["summary", "launcher"])
+    assert {run.info.status for run in client.search_runs(["0"])} == {"FINISHED"}
+
+    # each run alone: the same points and weights
+    apart = run_sweep(project, file, "--share_prefix", "false")
+    assert apart.returncode == 0, apart.stderr
+    assert "trained 96 optimizer steps for runs of 96" in apart.stderr
+    assert sweep_id_of(apart.stderr) != sweep_id_of(first.stderr)
+    others = by_arm(client, sweep_id_of(apart.stderr))
+    assert not any("branch_step" in run.data.tags for run in others.values())
+    assert_same_results(runs, others)
+
+
+def by_arm_summary(client: Any, sweep_id: str) -> list[Any]:
+    found = client.search_runs(["0"], f"tags.sweep_id = '{sweep_id}'")
+    return [run for run in found if run.data.tags["role"] == "summary"]
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_table(workplace: Path, client: Any, impressions: Path) -> None:
+    """SIGKILL to the whole process group, again and again, each time later."""
+    file = sweep_file(workplace, impressions)
+    undisturbed = run_sweep(workplace, file, "--output_dir", "elsewhere", "--experiment", "undisturbed")
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    command = [sys.executable, "-m", "pipeline", "sweep", "--config", str(file)]
+    finished: dict[Any, str] = {}
+    for wanted in (0, 2, 5):
+        with (workplace / "log").open("w") as log:
+            process = subprocess.Popen(command, cwd=workplace, stdout=log, stderr=log, start_new_session=True)
+            _wait_until(lambda: process.poll() is not None or _begun(workplace) > wanted)  # noqa: B023
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        now = {key: run.info.run_id for key, run in by_arm(client, _newest_sweep(client)).items()
+               if run.info.status == "FINISHED"}  # fmt: skip
+        assert now.items() >= finished.items()
+        finished = now
+    last = run_sweep(workplace, file)
+    assert last.returncode == 0, last.stderr
+    runs = by_arm(client, _newest_sweep(client))
+    assert len(runs) == 6
+    assert {key: run.info.run_id for key, run in runs.items()}.items() >= finished.items()
+    assert {run.info.status for run in client.search_runs(["0"])} == {"FINISHED"}
+    assert len(by_arm_summary(client, _newest_sweep(client))) == 1
+    assert table_of(last.stderr) == table_of(undisturbed.stderr)
+    experiment = client.get_experiment_by_name("undisturbed").experiment_id
+    others = {(run.data.tags["arm"], int(run.data.tags["seed"])): run for run in client.search_runs([experiment])
+              if run.data.tags["role"] != "summary"}  # fmt: skip
+    assert_same_results(runs, others)
+    for run in runs.values():  # each point once, though some were written by a start that was killed
+        for metric in ("loss_total", "throughput/rows_per_second", "test/auc_ctcvr"):
+            points = client.get_metric_history(run.info.run_id, metric)
+            assert len({point.step for point in points}) == len(points)
+            rows = pd.read_parquet(Path(run.data.tags["run_dir"]) / "history.parquet").query("metric == @metric")
+            assert sorted((p.step, p.value) for p in points) == sorted(zip(rows["step"], rows["value"], strict=True))
+
+
+def _begun(workplace: Path) -> int:
+    """Runs of arms in the default experiment that have begun."""
+    query = ("select count(*) from tags join runs using (run_uuid) where key = 'role' and value in ('arm', 'baseline') "
+             "and experiment_id = 0")  # fmt: skip
+    with sqlite3.connect(workplace / "mlflow.db") as base:
+        return int(base.execute(query).fetchone()[0])
+
+
+def _newest_sweep(client: Any) -> str:
+    found = client.search_runs(["0"], "tags.sweep_id like '%'", order_by=["attributes.start_time DESC"])
+    return str(found[0].data.tags["sweep_id"]) if found else "none"
+
+
+def _wait_until(condition: Any, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def test_an_arm_that_fails_leaves_the_others(workplace: Path, client: Any, impressions: Path) -> None:
+    arms = [{"lambda": 5.0}, {"name": "wild", "aux_focal": False, "optim.dense.lr": 1e30}]
+    file = sweep_file(workplace, impressions, arms=arms, seeds=[3])
+    result = run_sweep(workplace, file)
+    assert result.returncode == 1
+    assert re.search(r"failed:\n- wild s3: loss_\w+ is (nan|inf) at step \d+", result.stderr)
+    assert "1 of 3 runs failed" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+    assert "one seed: no verdict" in result.stderr
+    runs = by_arm(client, sweep_id_of(result.stderr))
+    assert {arm: run.info.status for (arm, _), run in runs.items()} == {
+        "baseline": "FINISHED", "l5 g1 w5": "FINISHED", "wild": "FAILED"
+    }  # fmt: skip
+    wild = runs["wild", 3]
+    assert len(client.get_metric_history(wild.info.run_id, "loss_total")) >= 1  # its first step is there
+    (summary,) = by_arm_summary(client, sweep_id_of(result.stderr))
+    assert summary.info.status == "FAILED"
+    assert "wild s3" in summary.data.tags["mlflow.note.content"]
+
+    again = run_sweep(workplace, file)  # tries what failed, in the same run
+    assert again.returncode == 1
+    assert again.stderr.count("finished before") == 2
+    assert by_arm(client, sweep_id_of(result.stderr))["wild", 3].info.run_id == wild.info.run_id
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_every_process_and_leaves_no_run_running(
+    workplace: Path, client: Any, impressions: Path, number: int
+) -> None:
+    file = sweep_file(workplace, impressions, settings={"max_steps": None, "epochs": 4000})
+    command = [sys.executable, "-m", "pipeline", "sweep", "--config", str(file), "--share_prefix", "false"]
+    process = subprocess.Popen(
+        command, cwd=workplace, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    _wait_until(lambda: _begun(workplace) == 2)
+    time.sleep(1)
+    started = time.monotonic()
+    os.killpg(process.pid, number)
+    _, stderr = process.communicate(timeout=30)
+    assert time.monotonic() - started < 15
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # no worker is left
+    roles = {run.data.tags["role"]: run.info.status for run in client.search_runs(["0"])}
+    assert set(roles.values()) == {"KILLED"}
+    assert "summary" in roles
+
+
+def test_a_sweep_does_not_run_beside_itself(workplace: Path, impressions: Path) -> None:
+    file = sweep_file(workplace, impressions, settings={"epochs": 4000, "max_steps": None})
+    command = [sys.executable, "-m", "pipeline", "sweep", "--config", str(file)]
+    process = subprocess.Popen(command, cwd=workplace, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        _wait_until(lambda: list((workplace / "outputs").glob("sweeps/*.lock")))
+        time.sleep(0.5)
+        result = run_sweep(workplace, file)
+        assert result.returncode == 2
+        assert "already running" in result.stderr.splitlines()[-1]
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_a_search_finds_an_arm_and_confirms_it_on_other_seeds(workplace: Path, client: Any, impressions: Path) -> None:
+    search = {
+        "trials": 4, "startup_trials": 1, "settings": {"aux_focal": True},
+        "space": {"lambda": {"low": 0.01, "high": 10, "log": True}, "gamma": {"choices": [1, 2]}},
+    }  # fmt: skip
+    file = sweep_file(workplace, impressions, arms=None, search=search, jobs=1)
+    result = run_sweep(workplace, file)
+    assert result.returncode == 0, result.stderr
+    sweep_id = sweep_id_of(result.stderr)
+    trials = by_arm(client, sweep_id, ("trial",))
+    assert {seed for _, seed in trials} == {1000}
+    assert sorted(int(run.data.tags["trial"]) for run in trials.values()) == list(range(4))
+    complete = [run for run in trials.values() if "pruned" not in run.data.tags]
+    best = max(complete, key=lambda run: max(p.value for p in client.get_metric_history(run.info.run_id,
+                                                                                       "valid/auc_ctcvr")))  # fmt: skip
+    runs = by_arm(client, sweep_id)
+    assert {seed for _, seed in runs} == {0, 1}
+    (arm,) = {name for name, _ in runs} - {"baseline"}
+    for key in ("loss.aux_focal.lambda", "loss.aux_focal.gamma"):
+        assert runs[arm, 0].data.params[key] == best.data.params[key]
+        assert 0.01 <= float(best.data.params["loss.aux_focal.lambda"]) <= 10
+    for run in trials.values():
+        steps = len(client.get_metric_history(run.info.run_id, "loss_total"))
+        assert steps == 12 or "pruned" in run.data.tags
+    assert arm in table_of(result.stderr)
+    assert "trial" not in table_of(result.stderr)
+
+    again = run_sweep(workplace, file)
+    assert again.returncode == 0, again.stderr
+    assert table_of(again.stderr) == table_of(result.stderr)
+    assert {key: run.info.run_id for key, run in by_arm(client, sweep_id, ("trial",)).items()} == {
+        key: run.info.run_id for key, run in trials.items()
+    }
+
+
+def test_arms_on_different_data_are_refused(workplace: Path, impressions: Path) -> None:
+    cache = {"data.embedded.cache": str(workplace / "cache"), "data": None}
+    arms = [{"data.embedded.rows": 1000}, {"data.embedded.rows": 1200}]
+    file = sweep_file(workplace, impressions, arms=arms, baseline={"data.embedded.rows": 1000, "aux_focal": False},
+                      settings=cache)  # fmt: skip
+    result = run_sweep(workplace, file)
+    assert result.returncode == 2
+    assert "a sweep is on one data set" in result.stderr.splitlines()[-1]
