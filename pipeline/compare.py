@@ -18,6 +18,7 @@ from pipeline.compare_config import CompareConfig, check_source
 from pipeline.console import say, warn
 from pipeline.errors import UserError
 from pipeline.loading import load_history, load_runs
+from pipeline.names import CONTROLLED
 from pipeline.row_intervals import row_intervals
 from pipeline.run import MlflowRun, RunRequest, Writer
 from pipeline.selection import (
@@ -53,7 +54,7 @@ class Arm:
 
     name: str
     role: str  # baseline, arm or control
-    control_of: str | None
+    control_of: str | None  # of a control: the arm, or several that share it, joined by CONTROLLED
     color: str
     runs: Mapping[int, str]  # seed -> run id
     values: Mapping[int, float]  # seed -> primary metric
@@ -69,6 +70,10 @@ class Arm:
     against_control: Paired | None  # arm - its control
     side: Mapping[str, Paired]  # side metric -> arm - baseline
     differing: Mapping[str, str]  # dotted key -> value, of the keys that differ between arms
+
+    def controls(self, arm: str) -> bool:
+        """It is the control of this arm."""
+        return self.control_of is not None and arm in self.control_of.split(CONTROLLED)
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,8 @@ def compare(  # noqa: PLR0917 (what a notebook gives by position is one or two)
     best = _best(usable, metric, mode)
     rows = row_intervals(groups, values, name, metric, notes) if bootstrap else {}
     colors = _colors(groups)
-    controls = {text_of(group, "control_of"): arm for arm, group in reversed(groups.items()) if roles[arm] == "control"}
+    controls = {of: arm for arm, group in reversed(groups.items()) if roles[arm] == "control"
+                for of in text_of(group, "control_of").split(CONTROLLED)}  # fmt: skip
 
     def arm_of(arm: str, group: pd.DataFrame) -> Arm:
         found, is_baseline, ids = differences[arm], arm == name, run_ids(group)
@@ -239,7 +245,8 @@ def _side_by_side(baseline: str, groups: Mapping[str, pd.DataFrame]) -> list[str
     order = [baseline]
     for arm in groups:
         if arm != baseline and arm not in controls:
-            order += [arm, *(control for control in controls if text_of(groups[control], "control_of") == arm)]
+            own = [control for control in controls if arm in text_of(groups[control], "control_of").split(CONTROLLED)]
+            order += [arm, *(control for control in own if control not in order)]
     return order + [control for control in controls if control not in order]
 
 

@@ -28,7 +28,8 @@ from pipeline.tracking.reading import (
 )
 from pipeline.tracking.store import tracking_uri
 
-NOT_COMPARED = ("launcher", "summary", "comparison")  # roles of runs that trained nothing
+# Roles of runs that trained nothing, and of a search's trials: what chose an arm is no evidence for it.
+NOT_COMPARED = ("launcher", "summary", "comparison", "trial")
 ROLE_ORDER = {"baseline": 0, "arm": 1, "control": 2}
 FACTS = ("run_id", "name", "status", "task", "arm", "role", "control_of", "seed", "color", "sweep_id", "data_digest",
          "start_time", "artifact_uri")  # fmt: skip

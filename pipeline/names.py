@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from pipeline.errors import UserError
 
+CONTROLLED = " | "  # between the names of arms that share a control, in its tag control_of
 LONGEST = 200  # of MLflow's 250 characters; the rest is for what stands before a name
 
 

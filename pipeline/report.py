@@ -46,7 +46,7 @@ def write_page(comparison: "Comparison", history: pd.DataFrame, file: Path) -> P
 
 def page(comparison: "Comparison", history: pd.DataFrame) -> str:
     """The page's HTML."""
-    arms = in_order(comparison)
+    arms = comparison.arms
     title = comparison.title or f"Comparison on {comparison.metric}"
     head = tag(
         "head",
@@ -71,16 +71,6 @@ def page(comparison: "Comparison", history: pd.DataFrame) -> str:
     return f"<!DOCTYPE html>\n{tag('html', head, body, lang='en')}\n"
 
 
-def in_order(comparison: "Comparison") -> list["Arm"]:
-    """The arms as the page shows them: the baseline, then each arm with its controls behind it."""
-    controls = [arm for arm in comparison.arms if arm.role == "control"]
-    ordered = []
-    for arm in comparison.arms:
-        if arm.role != "control":
-            ordered += [arm, *(control for control in controls if control.control_of == arm.name)]
-    return ordered + [control for control in controls if control not in ordered]
-
-
 def finding(arm: "Arm", comparison: "Comparison") -> str:
     """What was found for an arm, in words that follow its name."""
     if arm.name == comparison.baseline:
@@ -102,7 +92,7 @@ def finding(arm: "Arm", comparison: "Comparison") -> str:
     if arm.minimum_detectable and found.sd:
         words += f", could have found ±{number(arm.minimum_detectable)}"
     if arm.against_control is not None and arm.against_control.n:
-        control = next((other.name for other in comparison.arms if other.control_of == arm.name), "its control")
+        control = next((other.name for other in comparison.arms if other.controls(arm.name)), "its control")
         words += f". Against its control {control}: {_amount(arm.against_control)}"
     return words + "."
 

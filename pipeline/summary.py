@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.compare import compare, load_history, load_runs, to_markdown, to_text, write
+from pipeline.compare import NOTE_LENGTH, compare, load_runs, to_markdown, to_text, write
 from pipeline.console import say
 from pipeline.errors import UserError
 from pipeline.run import MlflowRun, RunRequest, Writer
@@ -72,17 +72,16 @@ class Summary:
             say(f"\nfailed:\n{note}")
         page = None
         try:
-            runs = load_runs(self.sweep_id)
-            found = compare(runs, self.plan.metric, self.plan.sweep.mode, title=self.plan.title)
-            files = write(found, folder, load_history(runs))
+            found = compare(load_runs(self.sweep_id), self.plan.metric, self.plan.sweep.mode, title=self.plan.title)
+            files = write(found, folder)
             say("\n" + to_text(found))
             for file in files:
                 self.run.log_artifact(file)
             page = next((file for file in files if file.suffix == ".html"), None)
-            note = f"{to_markdown(found)}\n\n{note}"
+            note = f"{to_markdown(found, NOTE_LENGTH - len(note) - 2)}\n\n{note}"
         except UserError as error:
             say(f"nothing to compare: {error}")
-        self.run.set_tags({"mlflow.note.content": note[:8000]})
+        self.run.set_tags({"mlflow.note.content": note[:NOTE_LENGTH]})
         self.run.finish("FAILED" if failed else "FINISHED")
         if page:
             say(f"\nreport: {page.resolve().as_uri()}")

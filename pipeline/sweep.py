@@ -21,6 +21,7 @@ from pipeline.config import to_yaml
 from pipeline.console import say, warn
 from pipeline.errors import TrainingError, UserError
 from pipeline.journal import Record
+from pipeline.names import CONTROLLED
 from pipeline.sweep_config import SweepConfig
 from pipeline.sweep_plan import Arm, Plan, resolve
 from pipeline.worker import Worker
@@ -273,7 +274,7 @@ class Sweep:
         config = arm.at(seed)
         tags = {"sweep_id": self.id, "arm": arm.name, "role": arm.role, "mlflow.runColor": self.colors[arm.name]}
         if arm.control_of:
-            tags["control_of"] = " | ".join(arm.control_of)
+            tags["control_of"] = CONTROLLED.join(arm.control_of)
         request: Record = {"do": "train", "entry": self.entry, "config": to_yaml(config), "tags": tags,
                            "run_id": run_id, "trunk": None, "given": sorted(arm.overridden)}  # fmt: skip
         if place:

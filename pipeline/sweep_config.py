@@ -100,7 +100,7 @@ class SweepConfig(Config):
     file: str = Field(alias="config", min_length=1)
     """YAML of the task, where every run starts from; relative to the sweep file, or to the working folder"""
     settings: Overrides = Field({})
-    """overrides of every run; also what else is typed: --data FOLDER, --max_steps 100"""
+    """overrides of every run; keys of the task that are typed (data=FOLDER, max_steps=100) join them"""
     baseline: Overrides
     """overrides of the baseline, which every arm is compared to"""
     arms: list[Overrides] | GridConfig | None = None

@@ -1,6 +1,5 @@
 """Sweeps as a user starts them: flat runs, a verdict, and nothing twice however often they are cut off."""
 
-import json
 import os
 import re
 import signal
@@ -18,6 +17,8 @@ import yaml
 from conftest import ROOT, SHRUNK, mlflow_run, run_pipeline
 from safetensors.numpy import load_file
 from scipy import stats
+
+from pipeline.tasks.mmoe.schema import DataSchema
 
 SETTINGS: dict[str, Any] = {key: yaml.safe_load(value) for key, value in SHRUNK.items()}
 MEASURED = ("throughput/", "time/")
@@ -62,10 +63,10 @@ def history(run: Any) -> pd.DataFrame:
 
 def assert_same_results(one: dict[Any, Any], other: dict[Any, Any]) -> None:
     assert one.keys() == other.keys()
-    for key in one:
-        pd.testing.assert_frame_equal(history(one[key]), history(other[key]), check_exact=True)
-        files = [Path(run.data.tags["run_dir"]) / "final" / "model.safetensors" for run in (one[key], other[key])]
-        first, second = (load_file(file) for file in files)
+    for key, run in one.items():
+        pd.testing.assert_frame_equal(history(run), history(other[key]), check_exact=True)
+        folders = [Path(found.data.tags["run_dir"]) for found in (run, other[key])]
+        first, second = (load_file(folder / "final" / "model.safetensors") for folder in folders)
         assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
@@ -88,7 +89,7 @@ def test_a_sweep_through_mlproject_and_again(project: Path, client: Any, impress
         assert params["seed"] == str(seed)
         assert tags["role"] == {"baseline": "baseline", "w+5 w5": "control"}.get(arm, "arm")
         assert tags["branch_step"] == "5"
-        assert tags["data_digest"] == json.loads((impressions / "schema.json").read_text())["digest"]
+        assert tags["data_digest"] == DataSchema.read(impressions).digest
         assert params["tracking.log_model"] == "false"
         logged = {point.step: point.value for point in client.get_metric_history(run.info.run_id, "global_step")}
         assert logged == {step: step for step in range(12)}
@@ -130,8 +131,8 @@ def test_a_sweep_through_mlproject_and_again(project: Path, client: Any, impress
     assert table.loc["l5 g1 w5", "against_control"] == pytest.approx(np.mean(control), abs=1e-12)
     assert "trained 66 optimizer steps for runs of 96" in first.stderr  # 2 trunks of 5, and 8 runs from 5 to 12
     assert summary.info.status == "FINISHED"
-    assert {item.path for item in client.list_artifacts(summary.info.run_id)} >= {"comparison.html", "comparison.csv",
-                                                                                 "comparison.md", "sweep.yaml"}  # fmt: skip
+    left = {item.path for item in client.list_artifacts(summary.info.run_id)}
+    assert left >= {"comparison.html", "comparison.csv", "comparison.md", "sweep.yaml"}
     assert "not distinguishable" in summary.data.tags["mlflow.note.content"]
     page = next(Path(line.removeprefix("report: file://")) for line in first.stderr.splitlines() if "report: " in line)
     assert page.is_file()
@@ -243,6 +244,10 @@ def test_an_arm_that_fails_leaves_the_others(workplace: Path, client: Any, impre
     assert by_arm(client, sweep_id_of(result.stderr))["wild", 3].info.run_id == wild.info.run_id
 
 
+# tests that run in the background have Ctrl-C ignored, and what they start inherits that
+UNBLOCKED = "import os, signal, sys; signal.signal(2, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_ends_every_process_and_leaves_no_run_running(
     workplace: Path, client: Any, impressions: Path, number: int
@@ -250,8 +255,8 @@ def test_ctrl_c_ends_every_process_and_leaves_no_run_running(
     file = sweep_file(workplace, impressions, settings={"max_steps": None, "epochs": 4000})
     command = [sys.executable, "-m", "pipeline", "sweep", "--config", str(file), "--share_prefix", "false"]
     process = subprocess.Popen(
-        command, cwd=workplace, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        [sys.executable, "-c", UNBLOCKED, *command], cwd=workplace, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
     )  # fmt: skip
     _wait_until(lambda: _begun(workplace) == 2)
     time.sleep(1)

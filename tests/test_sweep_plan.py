@@ -100,8 +100,9 @@ def test_a_condition_keeps_lambda_to_where_the_loss_is_on(tmp_path: Path) -> Non
 
 def test_the_identity_is_of_what_is_run_and_on_what(tmp_path: Path) -> None:
     one = plan_of(tmp_path)
-    same = plan_of(tmp_path, arms=[{"loss": {"aux_focal": {"gamma": 2, "lambda": "1e-1"}}}, {"lambda": 5e-2}],
-                   baseline={"loss.aux_focal.enabled": False}, metric="test/auc_ctr", jobs=4, title="other")  # fmt: skip
+    spelt = [{"loss": {"aux_focal": {"gamma": 2, "lambda": "1e-1"}}}, {"lambda": 5e-2}]
+    off = {"loss.aux_focal.enabled": False}
+    same = plan_of(tmp_path, arms=spelt, baseline=off, metric="test/auc_ctr", jobs=4, title="other")
     assert one.identity("d") == same.identity("d")
     others = [plan_of(tmp_path, seeds=[0, 1]), plan_of(tmp_path, arms=[{"lambda": 0.05}]),
               plan_of(tmp_path, settings={"max_steps": 7}), plan_of(tmp_path, share_prefix=False)]  # fmt: skip
