@@ -90,7 +90,7 @@ def naive(task: VisobertTask) -> Timed:
             found = next(batches)
             batch = ReviewBatch(found["ids"], found["mask"], found["labels"])
             optimizer.zero_grad()
-            task.losses(model, batch, task.counts(batch), 0)[TOTAL].backward()
+            task.losses(model, batch, task.counts(batch), 1)[TOTAL].backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
         return time.process_time() - started

@@ -74,6 +74,8 @@ class TrackingConfig(TrackingSwitch):
     """measure what each part of the loss does every so many optimizer steps, where they are logged; 0 = never"""
     log_model: bool = True
     """log the best weights as an MLflow model"""
+    log_report: bool = True
+    """keep pictures and tables of the finished model as artifacts"""
     log_rows: bool = True
     """keep the test split's per-row scores as an artifact, for intervals over rows"""
 

@@ -34,7 +34,8 @@ class Console:
             self.lines.append(json.dumps(metrics))
             return
         self.bar.update(int(metrics["global_step"]) + 1 - self.bar.n)
-        shown = {name.removeprefix("loss_"): f"{value:.4g}" for name, value in metrics.items() if "loss_" in name}
+        shown = {name.removeprefix("loss_"): f"{value:.4g}" for name, value in metrics.items()
+                 if name.startswith("loss_")}  # fmt: skip
         self.bar.set_postfix({"rows/s": f"{metrics['throughput/rows_per_second']:,.0f}"} | shown, refresh=False)
 
     def flush(self) -> None:

@@ -145,7 +145,8 @@ def _leave(run: Run, task: Task, model: nn.Module, metrics: Mapping[str, float],
     """Report, note and model of a trained run."""
     folder = run.folder / "report"
     (folder / "plots").mkdir(parents=True, exist_ok=True)
-    plots.losses(run.history(), folder / "plots" / "losses.png")
+    if task.config.tracking.log_report:
+        plots.losses(run.history(), folder / "plots" / "losses.png")
     task.report(model, folder, device)
     _log_files(run, folder)
     rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items() if name.startswith("test/"))

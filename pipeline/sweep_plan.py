@@ -18,7 +18,7 @@ from pipeline.sweep_config import GridConfig, Overrides, SearchConfig, SweepConf
 NAME = "name"  # what an arm in a list may call itself
 UNSAID = ("baseline", "run")  # what tasks call a run in which nothing is special
 # What every run of a sweep starts from, before the sweep's own settings.
-DEFAULTS: Overrides = {"tracking.log_model": False, "training.threads": 1}
+DEFAULTS: Overrides = {"tracking.log_model": False, "tracking.log_report": False, "training.threads": 1}
 
 
 @dataclass(frozen=True)

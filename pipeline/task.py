@@ -161,7 +161,7 @@ class Task(Protocol):
     def report(self, model: nn.Module, folder: Path, device: str) -> None:
         """Pictures and tables of the finished model, as files in folders of this one; each becomes an artifact.
 
-        With `tracking.log_rows`, among them what `write_test_rows` leaves.
+        `tracking.log_report` asks for them, `tracking.log_rows` for what `write_test_rows` leaves.
         """
         ...
 

@@ -49,9 +49,9 @@ class Delivery:
         launcher = request["launcher"]
         run = self.client.get_run(request["run_id"]) if request["run_id"] else None
         wanted = request["experiment"]
-        if run and wanted and not request["restart"]:
-            if self.client.get_experiment(run.info.experiment_id).name != wanted:
-                launcher, run = run.info.run_id, None  # `mlflow run` opened it elsewhere: it only started ours
+        fixed = request["restart"] or not wanted
+        if run and not fixed and self.client.get_experiment(run.info.experiment_id).name != wanted:
+            launcher, run = run.info.run_id, None  # `mlflow run` opened it elsewhere: it only started ours
         if launcher:
             self.client.set_tag(launcher, "role", "launcher")
         if run is None:

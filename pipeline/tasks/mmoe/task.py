@@ -309,6 +309,12 @@ class MmoeTask:
         return found
 
     def report(self, model: nn.Module, folder: Path, device: str) -> None:
+        if self.config.tracking.log_report:
+            self._draw_calibration(model, folder, device)
+        if self.config.tracking.log_rows and len(self.held_out("test")):
+            self._write_rows(model, folder, device)
+
+    def _draw_calibration(self, model: nn.Module, folder: Path, device: str) -> None:
         table = self.held_out("valid")
         logits = self._predict(model, table, device)[0]
         curves = {
@@ -318,8 +324,6 @@ class MmoeTask:
         }
         (folder / "plots").mkdir(parents=True, exist_ok=True)
         plots.calibration(curves, folder / "plots" / "calibration.png")
-        if self.config.tracking.log_rows and len(self.held_out("test")):
-            self._write_rows(model, folder, device)
 
     def _write_rows(self, model: nn.Module, folder: Path, device: str) -> None:
         """Label and score of every test row, for the AUCs that are over all rows."""

@@ -305,10 +305,13 @@ class VisobertTask:
     def report(self, model: nn.Module, folder: Path, device: str) -> None:
         """Tables and pictures of the finished model on the test split, or on validation where there is none."""
         assert isinstance(model, AspectSentimentModel)
-        split = "test" if "test" in self.splits.named else "valid"
+        split, tracking = "test" if "test" in self.splits.named else "valid", self.config.tracking
+        if not (tracking.log_report or tracking.log_rows):
+            return
         answers = self._answers(model, self._predict(model, self.table(split), device))
-        write_report(folder, split, self.splits.named[split], answers)
-        if split == "test" and self.config.tracking.log_rows:
+        if tracking.log_report:
+            write_report(folder, split, self.splits.named[split], answers)
+        if split == "test" and tracking.log_rows:
             write_pair_rows(folder, self.splits.named[split], answers)
 
     def export(self, model: nn.Module, folder: Path) -> ModelExport:
