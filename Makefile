@@ -3,7 +3,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PORT ?= 5000
 
-.PHONY: setup demo ui test lint bench clean
+.PHONY: setup demo ui notebook test lint bench clean
 
 setup: $(VENV)/.installed
 
@@ -16,7 +16,11 @@ demo: setup
 	$(RUN) -m pipeline main
 
 ui: setup
-	$(VENV)/bin/mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" --host 127.0.0.1 --port $(PORT)
+	$(RUN) -m pipeline.tracking.ui --port $(PORT)
+
+notebook: setup
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[notebooks]'
+	$(VENV)/bin/jupyter lab notebooks
 
 test: setup
 	$(RUN) -m pytest --numprocesses 2

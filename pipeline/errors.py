@@ -12,6 +12,10 @@ class UserError(Exception):
     def __str__(self) -> str:
         return " ".join(super().__str__().split())
 
+    def _render_traceback_(self) -> list[str]:
+        """In a notebook, too, the line alone."""
+        return [str(self)]
+
 
 class TrainingError(UserError):
     """Training could not go on (a loss became NaN, the store refused a write): exit code 1."""

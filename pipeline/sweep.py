@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +151,12 @@ class Sweep:
         self.plan, self.entry = plan, plan.sweep.task
         self.folder = Path(plan.baseline.config.output_dir) / "sweeps" / plan.identity()
         self.progress = Progress(len(plan.sweep.seeds) * len(plan.arms))
-        self.colors = {arm.name: color for arm, color in zip(plan.arms[1:], COLORS * len(plan.arms), strict=False)}
-        self.colors[plan.baseline.name] = GREY
+
+    @property
+    def colors(self) -> dict[str, str]:
+        """A colour an arm, the same in MLflow's charts and in the report."""
+        names = [arm.name for arm in self.plan.arms[1:]]
+        return dict(zip(names, cycle(COLORS), strict=False)) | {self.plan.baseline.name: GREY}
 
     def run(self) -> None:
         from pipeline.run import Writer

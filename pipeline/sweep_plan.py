@@ -57,10 +57,11 @@ class Plan:
                 yield arm, seed
 
     def identity(self, data_digest: str = "") -> str:
-        """Names the sweep: of the same settings, seeds and data whatever the order, the processes and the metric."""
+        """Names the sweep: the same settings, seeds, data and experiment, whatever the order, processes and metric."""
         found = sorted((arm.name, arm.role, arm.at(seed).fingerprint(data_digest)) for arm, seed in self.units())
         search = self.sweep.search.model_dump() if self.sweep.search else None
-        text = json.dumps([self.sweep.task, found, search, self.sweep.share_prefix])
+        where = self.baseline.config.experiment
+        text = json.dumps([self.sweep.task, found, search, self.sweep.share_prefix, where])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

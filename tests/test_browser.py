@@ -1,0 +1,310 @@
+"""`make ui`: MLflow's pages on a sweep, looked at with a real browser, and how the command behaves.
+
+What needs Chromium skips without it, and fails instead where CI_BROWSER=1 says that it has to be there.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs
+
+import pytest
+import yaml
+from conftest import ROOT, SHRUNK, run_pipeline
+
+from pipeline.errors import UserError
+from pipeline.tracking.ui import HOST, VIEW_TAG, check_free, has_desktop, link, newest_sweep, show, wait_until_up
+
+CHARTS = ("valid/auc_ctcvr", "loss_ctcvr_bce", "loss_ctcvr_focal")
+CARD = "[data-testid=experiment-view-compare-runs-card]"
+# Of each chart that is drawn: metric -> run id -> what its line is made of
+DRAWN = """() => {
+  const found = {};
+  for (const plot of document.querySelectorAll('CARD .js-plotly-plot'))
+    for (const line of plot.data)
+      ((found[line.metricKey] ??= {})[line.uuid] ??= []).push(
+        {name: line.name, color: line.marker.color, x: [...line.x], y: [...line.y]});
+  return found;
+}""".replace("CARD", CARD)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def start_ui(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """`make ui` as it is run in a terminal, with no desktop around it."""
+    hidden = ("DISPLAY", "WAYLAND_DISPLAY")
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline.tracking.ui", *arguments],
+        cwd=folder,
+        env={name: value for name, value in os.environ.items() if name not in hidden} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a process that is started in the background ignores Ctrl-C, and hands that on
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
+    )
+
+
+@pytest.fixture
+def page() -> Iterator[Any]:
+    """A page of Debian's Chromium."""
+    chromium = shutil.which("chromium")
+    lacking = [name for name, there in (("chromium", chromium), ("playwright", importlib.util.find_spec("playwright")))
+               if not there]  # fmt: skip
+    if lacking:
+        reason = f"needs {' and '.join(lacking)}: apt-get install chromium, pip install playwright"
+        (pytest.fail if os.environ.get("CI_BROWSER") == "1" else pytest.skip)(reason)
+    from playwright.sync_api import sync_playwright
+
+    quiet = ["--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=quiet, chromium_sandbox=os.geteuid() != 0)
+        found = browser.new_page(viewport={"width": 1600, "height": 900})
+        found.set_default_timeout(60_000)
+        yield found
+        browser.close()
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The link that the command gives; it ends by Ctrl-C and leaves nothing on the port."""
+    port = free_port()
+    process = start_ui(folder, "--port", str(port))
+    try:
+        assert process.stdout
+        address = process.stdout.readline().strip()
+        assert address.startswith(f"http://{HOST}:{port}/"), process.communicate()[1]
+        yield address
+        process.send_signal(signal.SIGINT)
+        _, complaints = process.communicate(timeout=60)
+        assert process.returncode == 0, complaints
+        assert "Traceback" not in complaints
+        check_free(port)
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def small_sweep(folder: Path, impressions: Path) -> None:
+    """Three arms with two seeds."""
+    settings = {key: yaml.safe_load(value) for key, value in SHRUNK.items()} | {"data": str(impressions)}
+    tree = {
+        "task": "train_mmoe",
+        "config": str(ROOT / "configs/mtl_mmoe.yaml"),
+        "settings": settings,
+        "baseline": {"aux_focal": False},
+        "arms": [{"aux_focal": True, "lambda": 0.2}, {"aux_focal": True, "gamma": 2.0}],
+        "seeds": [0, 1],
+        "jobs": 1,
+    }
+    file = folder / "sweep.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    result = run_pipeline("sweep", "--config", str(file), cwd=folder)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_ui_shows_a_sweep(page: Any, workplace: Path, client: Any, impressions: Path) -> None:
+    small_sweep(workplace, impressions)
+    arms = ("baseline", "l.2 g1 w5", "l.1 g2 w5")
+    names = [f"{arm} s{seed}" for arm in arms for seed in (0, 1)] + more_seeds(client)
+    runs = {run.info.run_name: run for run in client.search_runs(["0"], "tags.role != 'summary'")}
+    assert sorted(runs) == sorted(names)
+    client.create_run("0", run_name="of no sweep", tags={"role": "arm"})
+
+    with served(workplace) as address:
+        page.goto(address)
+        page.get_by_role("button", name="Close", exact=True).click()  # the assistant takes a quarter of the width
+        charts_overlay_the_arms(page, client, runs)
+        page.locator("label:has(input[name=runs-view-mode][value=TABLE])").click()
+        list_is_flat(page, runs)
+        compare_lists_what_differs(page, [runs["baseline s0"], runs["l.2 g1 w5 s0"], runs["l.1 g2 w5 s1"]])
+
+        # a store that is a server needs no other: the same link, at once
+        process = start_ui(workplace, MLFLOW_TRACKING_URI=address.split("/#/")[0])
+        assert process.communicate(timeout=60)[0].strip() == address
+        assert process.returncode == 0
+
+
+def more_seeds(client: Any) -> list[str]:
+    """Runs of the baseline with six more seeds: MLflow would draw ten runs and hide the others."""
+    (model,) = client.search_runs(["0"], "tags.role = 'baseline' and tags.seed = '0'")
+    names = [f"baseline s{seed}" for seed in range(2, 8)]
+    for name in names:
+        run = client.create_run("0", run_name=name, tags=model.data.tags | {"mlflow.runName": name})
+        for step in (6, 12):
+            client.log_metric(run.info.run_id, "valid/auc_ctcvr", 0.5 + step / 100, step=step)
+        client.set_terminated(run.info.run_id)
+    return names
+
+
+def charts_overlay_the_arms(page: Any, client: Any, runs: dict[str, Any]) -> None:
+    """On top are three charts, each with a line for each run that logged its metric: all points, the arm's colour."""
+    page.wait_for_function(f"names => names.every(name => name in ({DRAWN})())", arg=list(CHARTS))
+    cards = page.locator(CARD)
+    assert tuple(cards.nth(number).inner_text().split("\n")[0] for number in range(len(CHARTS))) == CHARTS
+    drawn = page.evaluate(DRAWN)
+    for metric in CHARTS:
+        logged = {run.info.run_id: run for run in runs.values() if metric in run.data.metrics}
+        # the baseline has no focal loss, its runs with more seeds have no loss at all
+        assert len(logged) == {"valid/auc_ctcvr": 12, "loss_ctcvr_bce": 6, "loss_ctcvr_focal": 4}[metric]
+        assert drawn[metric].keys() == logged.keys()
+        for run_id, run in logged.items():
+            points = sorted((point.step, point.value) for point in client.get_metric_history(run_id, metric))
+            assert len(points) == {"valid/auc_ctcvr": 2, "loss_ctcvr_bce": 12, "loss_ctcvr_focal": 7}[metric]
+            lines = drawn[metric][run_id]
+            assert {line["name"] for line in lines} == {run.info.run_name}
+            assert {line["color"][:7] for line in lines} == {run.data.tags["mlflow.runColor"]}  # one is faint
+            assert all(list(zip(line["x"], line["y"], strict=True)) == points for line in lines)
+
+
+def list_is_flat(page: Any, runs: dict[str, Any]) -> None:
+    """A row for each run of the sweep and no other: a run below another one would be folded away."""
+    page.locator(".ag-header-cell", has_text="test/auc_ctcvr").wait_for()
+    page.wait_for_function(f"document.querySelectorAll('.ag-row[row-id] a').length >= {len(runs)}")
+    shown = page.evaluate("""[...document.querySelectorAll('.ag-row[row-id]')].filter(row => row.querySelector('a'))
+        .map(row => [row.getAttribute('row-id'), row.querySelector('a').innerText])""")
+    assert sorted(shown) == sorted([run.info.run_id, name] for name, run in runs.items())
+
+
+def compare_lists_what_differs(page: Any, runs: list[Any]) -> None:
+    """Picked in the list and compared, with the difference filter: exactly the params with several values."""
+    for run in runs:
+        page.locator(f".ag-row[row-id='{run.info.run_id}'] .ag-selection-checkbox input").check()
+    page.get_by_test_id("runs-compare-button").click()
+    names = {name for run in runs for name in run.data.params}
+    differing = {name for name in names if len({run.data.params.get(name) for run in runs}) > 1}
+    focal = {f"loss.aux_focal.{key}" for key in ("enabled", "lambda", "gamma")}
+    assert {name for name in differing if "." in name} == focal  # what the three arms were given, and no more
+    table = page.locator("table").filter(has=page.get_by_role("rowheader", name="loss.aux_focal.lambda", exact=True))
+    headers = table.get_by_role("rowheader")
+    headers.first.wait_for()
+    assert set(headers.all_inner_texts()) == names
+    page.get_by_role("switch", name="Parameters - Show diff only").click()
+    page.wait_for_function(f"document.querySelectorAll('table')[1].rows.length < {len(names)}")
+    rows = [row.locator("th, td").all_inner_texts() for row in table.locator("tr").all()]
+    assert {name for name, *_ in rows} == differing
+    order = table.page.locator("table").first.get_by_role("link").all_inner_texts()  # run ids, of the columns
+    by_id = {run.info.run_id: run.data.params for run in runs}
+    assert {name: values for name, *values in rows} == {
+        name: [by_id[run_id].get(name, "") for run_id in order[: len(runs)]] for name in differing
+    }
+
+
+def make_run(client: Any, experiment: str, metrics: tuple[str, ...] = (), **tags: str) -> str:
+    run = client.create_run(experiment, tags=tags)
+    for metric in metrics:
+        client.log_metric(run.info.run_id, metric, 0.5)
+    client.set_terminated(run.info.run_id)
+    return str(run.info.run_id)
+
+
+def test_the_newest_sweep_is_shared_as_a_view(client: Any) -> None:
+    elsewhere = client.create_experiment("elsewhere")
+    make_run(client, "0", role="summary", sweep_id="a" * 16, metric="test/auc_ctcvr")
+    make_run(client, elsewhere, role="summary", sweep_id="b" * 16, metric="test/pair_f1_micro")
+    make_run(client, "0", ("valid/auc_ctcvr", "loss_ctcvr_bce"), role="arm", sweep_id="a" * 16)
+    logged = ("loss_aspect", "loss_sentiment", "valid/pair_f1_micro", "test/pair_f1_micro")
+    make_run(client, elsewhere, logged, role="arm", sweep_id="b" * 16)
+
+    sweep = newest_sweep()
+    assert sweep
+    assert (sweep.sweep_id, sweep.experiment_id) == ("b" * 16, elsewhere)
+    assert sweep.charts == ("valid/pair_f1_micro", "loss_sentiment")
+    address = link("http://host:1", sweep)
+    assert address == f"http://host:1/#/experiments/{elsewhere}/runs?viewStateShareKey={'b' * 16}&compareRunsMode=CHART"
+    state = json.loads(client.get_experiment(elsewhere).tags[VIEW_TAG + "b" * 16])
+    assert [chart["metricKey"] for chart in state["compareRunCharts"]] == list(sweep.charts)
+    assert state["searchFilter"] == sweep.filter
+
+
+def test_a_store_that_refuses_the_view_gets_a_link_with_the_filter(
+    client: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mlflow.exceptions import MlflowException
+
+    make_run(client, "0", role="launcher", sweep_plan="c" * 16)
+    make_run(client, "0", role="summary", sweep_id="a" * 16, metric="test/auc_ctcvr")
+    wanted = {make_run(client, "0", role=role, sweep_id="a" * 16) for role in ("baseline", "arm", "control")}
+    make_run(client, "0", role="arm", sweep_id="b" * 16)
+    make_run(client, "0")
+
+    def refuse(*_: Any) -> None:
+        raise MlflowException("you may only read")
+
+    monkeypatch.setattr("mlflow.MlflowClient.set_experiment_tag", refuse)
+    page, _, query = link("http://host:1", newest_sweep()).partition("?")
+    assert page == "http://host:1/#/experiments/0/runs"
+    assert "you may only read" in capsys.readouterr().err
+    given = parse_qs(query, strict_parsing=True)
+    assert given["compareRunsMode"] == ["CHART"]
+    assert {run.info.run_id for run in client.search_runs(["0"], given["searchFilter"][0])} == wanted
+
+
+def test_without_a_sweep_the_first_page_is_shown(client: Any) -> None:
+    make_run(client, "0", role="baseline")
+    assert newest_sweep() is None
+    assert link("http://host:1", None) == "http://host:1/"
+
+
+@pytest.mark.parametrize(
+    ("environment", "desktop"),
+    [({}, False), ({"DISPLAY": ":0"}, True), ({"WAYLAND_DISPLAY": "wayland-0"}, True),
+     ({"DISPLAY": ":10", "SSH_CONNECTION": "host"}, False)],
+)  # fmt: skip
+def test_a_browser_is_opened_where_there_is_a_desktop(
+    environment: dict[str, str], desktop: bool, client: Any, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    monkeypatch.setattr("sys.platform", "linux")
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "SSH_CONNECTION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    show("http://host:1/", None)
+    assert has_desktop() == desktop
+    assert opened == (["http://host:1/"] if desktop else [])
+    assert capsys.readouterr().out == "http://host:1/\n"
+
+
+def test_a_port_in_use_is_one_line(workplace: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind((HOST, 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        process = start_ui(workplace, "--port", str(port))
+        shown, complaint = process.communicate(timeout=60)
+    assert (process.returncode, shown) == (2, "")
+    reason = "Address already in use" if sys.platform == "linux" else ""
+    assert complaint.startswith(f"error: port {port}: {reason}")
+    assert complaint.endswith(f"allowed: a free one, as in `make ui PORT={port + 1}`\n")
+    assert complaint.count("\n") == 1
+
+
+def test_a_server_that_is_away_is_one_line(workplace: Path) -> None:
+    uri = f"http://{HOST}:{free_port()}"
+    process = start_ui(workplace, MLFLOW_TRACKING_URI=uri)
+    shown, complaint = process.communicate(timeout=120)
+    assert (process.returncode, shown) == (2, "")
+    assert complaint.startswith(f"error: tracking store {uri}: ")
+    assert complaint.count("\n") == 1
+
+
+def test_a_server_that_ends_at_once_is_told() -> None:
+    server = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
+    with pytest.raises(UserError, match="ended with code 3"):
+        wait_until_up(server, f"http://{HOST}:{free_port()}")

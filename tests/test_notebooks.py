@@ -1,0 +1,357 @@
+"""The notebooks from top to bottom on small real runs, their figures against MLflow's client and own formulas."""
+
+import ast
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from conftest import ROOT, run_pipeline
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from nbformat.v4 import new_code_cell
+from scipy.stats import ttest_rel
+
+BOOKS = ("alpha", "compare_runs", "loss_components")
+SENTIMENTS = ("positive", "negative", "neutral")
+METRIC = "test/logloss_ctcvr"
+MMOE = {
+    "task": "train_mmoe",
+    "config": "configs/mtl_mmoe.yaml",
+    "settings": {
+        "data.embedded.rows": 20_000,
+        "batch_size": 256,
+        "max_steps": 12,
+        "evaluation.every_steps": 6,
+        "tracking.log_every": 1,
+        "tracking.influence_every": 2,
+        "model.experts.hidden": [16],
+        "model.towers.hidden": [8],
+    },
+    "baseline": {"aux_focal": False},
+    "arms": [
+        {"aux_focal": True, "lambda": 5.0, "gamma": 1.0, "warmup_steps": 3},
+        {"aux_focal": True, "lambda": 0.2, "gamma": 2.0, "warmup_steps": 3},
+    ],
+    "controls": "reweight",
+    "seeds": [0, 1],
+    "jobs": 1,
+    "metric": METRIC,
+}
+ALPHA = {
+    "task": "train_visobert",
+    "config": "configs/config_multi_embedded.yaml",
+    "settings": {"data.embedded.rows": 300, "model.embedded.width": 16, "batch_size": 32, "max_steps": 6,
+                 "baselines": False},
+    "baseline": {"alpha": None, "gamma": 0},
+    "arms": [{"alpha": "auto", "gamma": 0}, {"alpha": [1.0, 1.2, 1.5], "gamma": 2}],
+    "seeds": [0, 1],
+    "jobs": 1,
+    "metric": "test/sentiment_f1_macro",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Laboratory:
+    """A project's folder with two sweeps and a data_prep run in its mlflow.db."""
+
+    folder: Path
+    client: Any  # MLflow's
+
+    def runs(self, condition: str) -> list[Any]:
+        found: list[Any] = self.client.search_runs(["0"], condition, order_by=["attributes.start_time ASC"])
+        return found
+
+    def sweep(self, task: str) -> str:
+        (summary,) = self.runs(f"tags.role = 'summary' AND tags.task = '{task}'")
+        return str(summary.data.tags["sweep_id"])
+
+    def by_arm(self, task: str, metric: str) -> dict[str, dict[int, float]]:
+        """Arm -> seed -> last value."""
+        found: dict[str, dict[int, float]] = {}
+        for run in self.runs(f"tags.sweep_id = '{self.sweep(task)}' AND tags.role != 'summary'"):
+            found.setdefault(run.data.tags["arm"], {})[int(run.data.tags["seed"])] = run.data.metrics[metric]
+        return found
+
+    def points(self, run_id: str, metric: str) -> dict[int, float]:
+        """Step -> value."""
+        return {point.step: point.value for point in self.client.get_metric_history(run_id, metric)}
+
+
+def project_in(folder: Path) -> Path:
+    for name in ("MLproject", "configs", "notebooks"):
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copyfile)(source, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def laboratory(tmp_path_factory: pytest.TempPathFactory) -> Laboratory:
+    from mlflow import MlflowClient
+
+    folder = project_in(tmp_path_factory.mktemp("laboratory"))
+    for name, sweep in {"mmoe": MMOE, "alpha": ALPHA}.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(sweep))
+
+    def run(arguments: str) -> None:
+        result = run_pipeline(*arguments.split(), cwd=folder)
+        assert result.returncode == 0, result.stderr
+
+    run("sweep --config mmoe.yaml")  # makes the store
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, ["data_prep --data.embedded.rows 300", "sweep --config alpha.yaml"]))
+    return Laboratory(folder, MlflowClient(f"sqlite:///{folder / 'mlflow.db'}"))
+
+
+@dataclass(frozen=True)
+class Executed:
+    """A notebook that ran to its end."""
+
+    values: Any  # of the expression that was asked for
+    printed: str
+    figures: int
+
+
+def execute(folder: Path, name: str, expression: str = "None", **environment: str) -> Executed:
+    """Run a notebook as Jupyter does, in its own folder, then the expression in the same kernel."""
+    book = nbformat.read(folder / "notebooks" / f"{name}.ipynb", as_version=4)
+    book.cells.append(new_code_cell(f"import json; print(json.dumps({expression}))"))
+    resources = {"metadata": {"path": str(folder / "notebooks")}}
+    NotebookClient(book, timeout=200, resources=resources).execute(env={**os.environ, **environment})
+    outputs = [output for cell in book.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert not [output for output in outputs if output.get("name") == "stderr"]
+    *printed, last = [output["text"] for output in outputs if output.get("name") == "stdout"]
+    figures = sum("image/png" in output.get("data", {}) for output in outputs)
+    return Executed(json.loads(last.splitlines()[-1]), "".join([*printed, last]), figures)
+
+
+def refused(folder: Path, name: str, **environment: str) -> str:
+    """The one line that a notebook ends with."""
+    with pytest.raises(CellExecutionError) as caught:
+        execute(folder, name, **environment)
+    assert caught.value.ename == "UserError"
+    shown = str(caught.value).rsplit("------------------\n", maxsplit=1)[1]  # nbclient shows the cell first
+    assert shown.strip() == caught.value.evalue
+    return str(caught.value.evalue)
+
+
+def source_of(name: str) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = json.loads((ROOT / f"notebooks/{name}.ipynb").read_text(encoding="utf-8"))
+    return found
+
+
+# ---------------------------------------------------------------- as they are in git
+
+
+@pytest.mark.parametrize("name", BOOKS)
+def test_outputs_are_cleared_and_nothing_is_of_one_machine(name: str) -> None:
+    book = source_of(name)
+    nbformat.validate(nbformat.reads(json.dumps(book), as_version=4))
+    code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
+    assert 0 < len(code) <= 12
+    for cell in code:
+        assert cell["outputs"] == []
+        assert cell["execution_count"] is None
+    text = "\n".join("".join(cell["source"]) for cell in book["cells"])
+    assert not re.search(r"(?<![\w.:/])/(home|root|work|tmp|Users|mnt)/", json.dumps(book))
+    assert "`make notebook`" in "".join(book["cells"][0]["source"])
+    assert "MLFLOW_TRACKING_URI" in text
+
+
+@pytest.mark.parametrize("name", BOOKS)
+def test_notebooks_read_by_the_two_functions_alone(name: str) -> None:
+    modules = set()
+    for cell in source_of(name)["cells"]:
+        if cell["cell_type"] == "code":
+            for node in ast.walk(ast.parse("".join(cell["source"]))):
+                modules |= {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
+                modules |= {str(node.module)} if isinstance(node, ast.ImportFrom) else set()
+    ours = {module for module in modules if module.startswith("pipeline")}
+    assert ours == {"pipeline.compare", "pipeline.errors"}
+    assert modules - ours <= {"os", "warnings", "pathlib", "pandas", "numpy", "matplotlib.pyplot"}
+
+
+# ---------------------------------------------------------------- executed
+
+
+def test_compare_runs_from_sweep_to_verdict(laboratory: Laboratory) -> None:
+    sweep = laboratory.sweep("mmoe")
+    expression = """{
+        "sweep": SWEEP_ID, "arms": [arm.name for arm in arms],
+        "table": json.loads(table.to_json(orient="index", double_precision=15)),
+        "differences": json.loads(differences.to_json(double_precision=15)),
+        "gates": [int(gate) for gate in gates],
+        "curve": {arm.name: (smooth[arm.name] - smooth["baseline"]).mean(axis=1).to_dict() for arm in arms},
+        "curves": curves}"""
+    found = execute(laboratory.folder, "compare_runs", expression, SWEEP_ID=sweep)
+    values = laboratory.by_arm("mmoe", METRIC)
+    tested = ["l5 g1 w3", "l.2 g2 w3"]
+    assert found.values["sweep"] == sweep
+    assert found.values["arms"] == ["baseline", "l5 g1 w3", "w+5 w3", "l.2 g2 w3", "w+.2 w3"]
+    assert set(values) == set(found.values["arms"])
+
+    base = np.array([values["baseline"][seed] for seed in (0, 1)])
+    p = {arm: float(ttest_rel([values[arm][seed] for seed in (0, 1)], base).pvalue) for arm in tested}
+    small, large = sorted(tested, key=lambda arm: p[arm])
+    adjusted = {small: min(1, 2 * p[small]), large: min(1, max(2 * p[small], p[large]))}  # Holm of two
+    for arm, of_arm in values.items():
+        row = found.values["table"][arm]
+        assert row["mean"] == pytest.approx((of_arm[0] + of_arm[1]) / 2, rel=1e-9)
+        if arm == "baseline":
+            continue
+        apart = {seed: of_arm[seed] - base[seed] for seed in (0, 1)}
+        assert any(apart.values())
+        assert {int(seed): value for seed, value in found.values["differences"][arm].items()} == pytest.approx(apart)
+        assert row["difference"] == pytest.approx((apart[0] + apart[1]) / 2)
+        if arm in tested:
+            assert row["p_adjusted"] == pytest.approx(adjusted[arm])
+            better = "better" if row["difference"] < 0 else "worse"  # log loss: less is better
+            verdict = better if adjusted[arm] <= 0.05 else "not distinguishable"
+            assert row["verdict"] == verdict
+            assert f"{arm}: {verdict}; difference {row['difference']:+.2g}" in found.printed
+
+    assert found.values["gates"] == [3]
+    assert found.values["curves"] == ["loss_ctcvr_bce", "loss_ctcvr_focal", "valid/logloss_ctcvr"]
+    by_arm: dict[str, list[dict[int, float]]] = {}
+    for run in sorted(laboratory.runs(f"tags.sweep_id = '{sweep}' AND tags.role != 'summary'"),
+                      key=lambda run: int(run.data.tags["seed"])):  # fmt: skip
+        points = laboratory.points(run.info.run_id, "valid/logloss_ctcvr")
+        by_arm.setdefault(run.data.tags["arm"], []).append(points)
+    for arm, runs in by_arm.items():
+        assert set(runs[0]) == {6, 12}
+        expected = {step: np.mean([run[step] - base[step] for run, base in zip(runs, by_arm["baseline"], strict=True)])
+                    for step in (6, 12)}  # fmt: skip
+        curve = {int(step): value for step, value in found.values["curve"][arm].items()}
+        assert curve == pytest.approx(expected, abs=1e-9)
+    assert found.figures == 2
+
+
+def test_compare_runs_takes_the_newest_sweep(laboratory: Laboratory) -> None:
+    found = execute(laboratory.folder, "compare_runs", '{"sweep": SWEEP_ID, "curves": curves}')
+    assert found.values["sweep"] == laboratory.sweep("visobert") != laboratory.sweep("mmoe")
+    assert found.values["curves"] == ["loss_sentiment", "loss_aspect", "valid/sentiment_f1_macro"]
+
+
+def test_loss_components_turns_one_run_inside_out(laboratory: Laboratory) -> None:
+    expression = """{
+        "run": run["run_id"], "gate": int(gate), "error": error.to_dict(), "holds": bool((units < 8).all()),
+        "after": after.mean().to_dict(), "shares": shares.loc[11].to_dict(), "added": added.to_dict(),
+        "added_to_bce": added_to_bce, "ratio": ratio, "against": arm.against_control.mean, "steps": len(steps)}"""
+    found = execute(laboratory.folder, "loss_components", expression)
+    newest = laboratory.runs("tags.role = 'arm' AND tags.task = 'mmoe'")[-1]
+    assert found.values["run"] == newest.info.run_id
+    arm, weight = newest.data.tags["arm"], float(newest.data.params["loss.aux_focal.lambda"])
+    assert (found.values["gate"], found.values["steps"]) == (3, 12)
+
+    names = ("loss_ctr", "loss_ctcvr", "loss_ctcvr_bce", "loss_ctcvr_focal", "loss_cvr_aux", "loss_total")
+    points = {name: laboratory.points(newest.info.run_id, name) for name in names}
+    assert set(points["loss_ctcvr_focal"]) == set(range(3, 12))
+    bce, focal, total = (points[name] for name in ("loss_ctcvr_bce", "loss_ctcvr_focal", "loss_total"))
+    missed = {
+        "loss_ctcvr": [bce[step] + weight * focal.get(step, 0) - points["loss_ctcvr"][step] for step in range(12)],
+        # of the shipped config: clicks and the product weigh 1, clicked rows 0.1
+        "loss_total": [points["loss_ctr"][step] + bce[step] + weight * focal.get(step, 0)
+                       + 0.1 * points["loss_cvr_aux"][step] - total[step] for step in range(12)],
+    }  # fmt: skip
+    for name, errors in missed.items():
+        assert found.values["error"][name] == pytest.approx(max(map(abs, errors)), abs=1e-12)
+        assert found.values["error"][name] < 1e-5
+    assert found.values["holds"]
+    assert found.values["after"]["ctcvr, lambda * focal"] == pytest.approx(weight * np.mean(list(focal.values())))
+    assert found.values["shares"]["ctcvr, cross-entropy"] == pytest.approx(bce[11] / total[11], rel=1e-5)
+    added = weight * sum(focal.values()) / sum(bce[step] for step in focal)
+    assert found.values["added_to_bce"] == pytest.approx(added)
+    assert f"adds {added:.3%} to the cross-entropy" in found.printed
+
+    factors = [
+        laboratory.points(newest.info.run_id, f"influence/focal_factor_{kind}") for kind in ("positive", "negative")
+    ]
+    positive, negative = (weight * np.mean(list(factor.values())) for factor in factors)
+    assert set(factors[1]) == {4, 6, 8, 10}
+    assert found.values["added"] == pytest.approx({"conversions": positive, "others": negative})
+    assert found.values["ratio"] == pytest.approx(
+        (300 + positive) / (1 + negative)
+    )  # 300: the clip of the shipped config
+    values = laboratory.by_arm("mmoe", METRIC)
+    control = {"l5 g1 w3": "w+5 w3", "l.2 g2 w3": "w+.2 w3"}[arm]
+    against = np.mean([values[arm][seed] - values[control][seed] for seed in (0, 1)])
+    assert found.values["against"] == pytest.approx(against)
+    assert found.figures == 2
+
+
+def test_alpha_from_distribution_to_effect(laboratory: Laboratory) -> None:
+    expression = """{
+        "counts": counts.to_dict(), "alpha": weights["alpha"].to_dict(), "logged": weights["logged"].to_dict(),
+        "by_aspect": by_aspect.T.to_dict(), "of_arms": alpha.T.to_dict(), "f1": mean.T.to_dict(),
+        "spread": spread.T.to_dict(), "differences": differences.T.to_dict()}"""
+    found = execute(laboratory.folder, "alpha", expression)
+
+    (folder,) = (laboratory.folder / "data_cache").glob("reviews-300-*")
+    labels = pd.read_csv(folder / "train.csv", encoding="utf-8-sig").drop(columns="data")
+    by_aspect = {
+        aspect.replace("&", "_"): {name: int((column == name.capitalize()).sum()) for name in SENTIMENTS}
+        for aspect, column in labels.items()
+    }
+    counts = {name: sum(aspect[name] for aspect in by_aspect.values()) for name in SENTIMENTS}
+    auto = {name: sum(counts.values()) / (3 * count) for name, count in counts.items()}
+    assert found.values["counts"] == counts
+    assert found.values["by_aspect"] == by_aspect
+    assert found.values["alpha"] == pytest.approx(auto)
+    (prep,) = laboratory.runs("metrics.`count/positive` > 0")
+    assert found.values["logged"] == {name: prep.data.metrics[f"alpha/{name}"] for name in SENTIMENTS}
+    assert "auto in this sweep is the alpha above" in found.printed
+
+    arms = {"baseline": (1, 1, 1), "auto g0": tuple(auto.values()), "1 1.2 1.5 g2": (1, 1.2, 1.5)}
+    assert set(found.values["of_arms"]) == set(arms)
+    for arm, vector in arms.items():
+        assert tuple(found.values["of_arms"][arm].values()) == pytest.approx(vector)
+    for name in SENTIMENTS:
+        f1 = laboratory.by_arm("visobert", f"test/sentiment_f1/{name}")
+        for arm, values in f1.items():
+            assert found.values["f1"][arm][name] == pytest.approx(np.mean(list(values.values())))
+            assert found.values["spread"][arm][name] == pytest.approx(np.std(list(values.values()), ddof=1))
+            if arm != "baseline":
+                apart = np.mean([values[seed] - f1["baseline"][seed] for seed in (0, 1)])
+                assert found.values["differences"][arm][name] == pytest.approx(apart)
+    assert found.figures == 3
+
+
+# ---------------------------------------------------------------- refused
+
+
+COMMANDS = {
+    "alpha": "mlflow run . -e data_prep --env-manager=local",
+    "compare_runs": "mlflow run . -e sweep --env-manager=local",
+    "loss_components": "mlflow run . -e train_mmoe --env-manager=local",
+}
+
+
+def test_an_empty_store_is_told_in_one_line(tmp_path: Path) -> None:
+    project_in(tmp_path)
+    with ThreadPoolExecutor(2) as pool:
+        lines = dict(zip(COMMANDS, pool.map(partial(refused, tmp_path), COMMANDS), strict=True))
+    for name, command in COMMANDS.items():
+        assert "there is no such file" in lines[name]
+        assert lines[name].endswith(f"is made by: {command}")
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_run_or_sweep_of_another_kind_is_told_in_one_line(laboratory: Laboratory) -> None:
+    baseline = laboratory.runs("tags.role = 'baseline' AND tags.task = 'mmoe'")[0].info.run_id
+    sweep = laboratory.sweep("mmoe")
+    with ThreadPoolExecutor(2) as pool:
+        run = pool.submit(refused, laboratory.folder, "loss_components", RUN_ID=baseline)
+        line = refused(laboratory.folder, "alpha", SWEEP_ID=sweep)
+    assert run.result() == f"run {baseline} logged no loss_ctcvr_focal; allowed as RUN_ID: one that did, or none"
+    assert line.startswith(f"sweep {sweep} is not one of train_visobert; a sweep over alpha is made by: mlflow run")
