@@ -18,7 +18,7 @@ from pipeline.compare_config import CompareConfig, check_source
 from pipeline.console import say, warn
 from pipeline.errors import UserError
 from pipeline.loading import load_history, load_runs
-from pipeline.names import CONTROLLED
+from pipeline.names import COLORS, CONTROLLED
 from pipeline.row_intervals import row_intervals
 from pipeline.run import MlflowRun, RunRequest, Writer
 from pipeline.selection import (
@@ -43,7 +43,6 @@ from pipeline.tracking.store import tracking_uri
 
 __all__ = ["Arm", "Comparison", "compare", "load_history", "load_runs", "to_frame", "to_markdown", "to_text", "write"]
 
-COLORS = ("#555555", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7b3fa0", "#8c510a", "#a6192e")
 CURVES = re.compile(r"loss_.*|valid/.*|alpha/.*|influence/.*|aux_focal_on")  # what the page draws
 NOTE_LENGTH = 8000  # characters of one of MLflow's tags
 
@@ -162,6 +161,7 @@ def compare(  # noqa: PLR0917 (what a notebook gives by position is one or two)
 
     arms = tuple(arm_of(arm, group) for arm, group in groups.items())
     _tell_of_seeds(arms, notes)
+    _tell_of_twins(arms, usable, metric, notes)
     sweeps = [sweep for sweep in usable["sweep_id"].unique() if isinstance(sweep, str)]
     return Comparison(
         title=title or (f"sweep {sweeps[0]}" if len(sweeps) == 1 else f"{len(arms)} arms, {len(usable)} runs"),
@@ -291,6 +291,19 @@ def _tell_of_seeds(arms: Sequence[Arm], notes: list[str]) -> None:
         parts += [f"seeds {some(sorted(lacking))} of the baseline have no run here"] if lacking else []
         if parts:
             notes.append(f"{arm.name}: {' and '.join(parts)}; differences are over the shared seeds")
+
+
+def _tell_of_twins(arms: Sequence[Arm], runs: pd.DataFrame, metric: str, notes: list[str]) -> None:
+    """Seeds at which nothing sets the arms apart: most often their best weights are from before the gate."""
+    for seed in sorted({seed for arm in arms for seed in arm.values}):
+        found = {arm.values[seed] for arm in arms if seed in arm.values}
+        here = runs[runs["seed"] == seed]
+        if len(here) < 2 or len(found) > 1:
+            continue
+        steps = set(here["metrics.best_step"].dropna()) if "metrics.best_step" in here else set()
+        where = f", all at their best at step {next(iter(steps)):.0f}" if len(steps) == 1 else ""
+        notes.append(f"seed {seed}: every arm has the same {metric}{where}; best weights from before the gate are the "
+                     "same weights, and a difference of 0 here says nothing of what comes after it")  # fmt: skip
 
 
 def _differences(arm: Mapping[int, float], base: Mapping[int, float]) -> list[float]:

@@ -41,9 +41,20 @@ def main(config: MmoeConfig, given: frozenset[str]) -> None:
     say(table((row, {f"test/{name}": scores.get(f"test/{name}{suffix}") for name in REVIEW_METRICS})
               for row, suffix in rows.items()))  # fmt: skip
     runs = [run for run, _ in ranking] + [reviews]
+    if isinstance(reviews, MlflowRun):
+        _report([run.id for run, _ in ranking], Path(config.output_dir))
     store = reviews.tracking_uri if isinstance(reviews, MlflowRun) else "memory alone"
     say(f"\n{len(runs)} runs in {store}: " + ", ".join(f"{run.name} ({run.id})" for run in runs))
-    say("next: `make ui` opens MLflow; select the first two runs and press Compare")
+    say("next: open the report; `make ui` opens MLflow: select the first two runs and press Compare. Is it really "
+        "better? `python -m pipeline sweep` takes five settings, three seeds each, and ends in a verdict")  # fmt: skip
+
+
+def _report(run_ids: list[str], output_dir: Path) -> None:
+    """The page that compares the two arms: curves over each other, what differs, and no verdict from one seed."""
+    from pipeline.compare import compare, load_runs, write
+
+    files = write(compare(load_runs(runs=run_ids), title="make demo"), output_dir / "main")
+    say(f"\nreport: {files[-1].resolve().as_uri()}")
 
 
 def _ranking(

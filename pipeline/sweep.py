@@ -22,14 +22,10 @@ from pipeline.config import to_yaml
 from pipeline.console import say, warn
 from pipeline.errors import TrainingError, UserError
 from pipeline.journal import Record
-from pipeline.names import CONTROLLED
+from pipeline.names import COLORS, CONTROLLED
 from pipeline.sweep_config import SweepConfig
 from pipeline.sweep_plan import Arm, Plan, resolve
 from pipeline.worker import Worker
-
-# One colour an arm: apart for most eyes, on white and on black. The baseline is grey.
-GREY, COLORS = "#7f7f7f", ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#e377c2", "#8c564b",
-                           "#bcbd22", "#3b5bdb", "#c2255c", "#087f5b")  # fmt: skip
 
 
 @dataclass
@@ -155,8 +151,8 @@ class Sweep:
     @property
     def colors(self) -> dict[str, str]:
         """A colour an arm, the same in MLflow's charts and in the report."""
-        names = [arm.name for arm in self.plan.arms[1:]]
-        return dict(zip(names, cycle(COLORS), strict=False)) | {self.plan.baseline.name: GREY}
+        others = dict(zip((arm.name for arm in self.plan.arms[1:]), cycle(COLORS[1:]), strict=False))
+        return {self.plan.baseline.name: COLORS[0]} | others
 
     def run(self) -> None:
         from pipeline.run import Writer

@@ -64,6 +64,8 @@ class Training:
             self._evaluate()
         self.recorder.drain()
         self.run.log_metrics(self.result.steps, {"time/train_seconds": time.perf_counter() - started})
+        if self.keeper.step is not None:
+            self.run.log_metrics(self.result.steps, {"best_step": self.keeper.step})
         save_weights(self.model.state_dict(), self.run.folder / "final" / "model.safetensors")
         self.keeper.restore(self.model)
         tested = dict(self.task.evaluate(self.model, "test", self.device))

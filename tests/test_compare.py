@@ -369,6 +369,27 @@ def test_only_shared_seeds_make_a_difference(store: Store) -> None:
     assert to_text(apart)
 
 
+def test_a_seed_at_which_nothing_differs_is_told(store: Store) -> None:
+    """Equal to the last bit: the weights that were tested are from before the gate."""
+    for name, values, steps in (("baseline", (0.5, 0.6), (150, 100)), ("a", (0.5, 0.7), (150, 100)),
+                                ("b", (0.5, 0.8), (150, 300))):  # fmt: skip
+        for seed in (0, 1):
+            store.run(name, seed, {"test/auc_ctcvr": values[seed], "best_step": steps[seed]}, sweep_id="twins")
+    found = compare(load_runs("twins"))
+    (note,) = [note for note in found.notes if "every arm has the same" in note]
+    assert note.startswith("seed 0: every arm has the same test/auc_ctcvr, all at their best at step 150;")
+
+
+def test_arms_that_share_a_control_stand_before_it(store: Store) -> None:
+    for name, value in (("baseline", 0.5), ("a", 0.625), ("b", 0.75), ("c", 0.5)):
+        store.run(name, 0, {"test/auc_ctcvr": value}, sweep_id="shared")
+    store.run("w", 0, {"test/auc_ctcvr": 0.5625}, sweep_id="shared", role="control", control_of="a | c")
+    found = compare(load_runs("shared"))
+    assert [one.name for one in found.arms] == ["baseline", "a", "w", "b", "c"]
+    against = {one.name: one.against_control and one.against_control.mean for one in found.arms}
+    assert against == {"baseline": None, "a": 0.0625, "w": None, "b": None, "c": -0.0625}
+
+
 def test_the_newest_of_two_runs_of_an_arm_and_seed_counts(store: Store) -> None:
     runs = load_runs(SWEEP)
     again = runs[(runs["arm"] == "l0") & (runs["seed"] == 1)].assign(run_id="newer", **{"metrics.test/auc_ctcvr": 0.75})

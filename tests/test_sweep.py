@@ -163,7 +163,7 @@ def by_arm_summary(client: Any, sweep_id: str) -> list[Any]:
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_table(workplace: Path, client: Any, impressions: Path) -> None:
     """SIGKILL to the whole process group, again and again, each time later."""
-    file = sweep_file(workplace, impressions, settings={"training.max_steps": 100, "evaluation.every_steps": 50})
+    file = sweep_file(workplace, impressions, settings={"training.max_steps": 40, "evaluation.every_steps": 20})
     undisturbed = run_sweep(workplace, file, "--output_dir", "elsewhere", "--experiment", "undisturbed")
     assert undisturbed.returncode == 0, undisturbed.stderr
     command = [sys.executable, "-m", "pipeline", "sweep", "--config", str(file)]
@@ -298,14 +298,15 @@ def test_a_search_finds_an_arm_and_confirms_it_on_other_seeds(workplace: Path, c
     assert {seed for _, seed in trials} == {1000}
     assert sorted(int(run.data.tags["trial"]) for run in trials.values()) == list(range(4))
     complete = [run for run in trials.values() if "pruned" not in run.data.tags]
-    best = max(complete, key=lambda run: max(p.value for p in client.get_metric_history(run.info.run_id,
-                                                                                       "valid/auc_ctcvr")))  # fmt: skip
+    reached = [max(point.value for point in client.get_metric_history(run.info.run_id, "valid/auc_ctcvr"))
+               for run in complete]  # fmt: skip
+    best = [run for run, value in zip(complete, reached, strict=True) if value == max(reached)]  # there may be several
     runs = by_arm(client, sweep_id)
     assert {seed for _, seed in runs} == {0, 1}
     (arm,) = {name for name, _ in runs} - {"baseline"}
-    for key in ("loss.aux_focal.lambda", "loss.aux_focal.gamma"):
-        assert runs[arm, 0].data.params[key] == best.data.params[key]
-        assert 0.01 <= float(best.data.params["loss.aux_focal.lambda"]) <= 10
+    keys = ("loss.aux_focal.lambda", "loss.aux_focal.gamma")
+    assert [runs[arm, 0].data.params[key] for key in keys] in [[run.data.params[key] for key in keys] for run in best]
+    assert all(0.01 <= float(run.data.params[keys[0]]) <= 10 for run in trials.values())
     for run in trials.values():
         steps = len(client.get_metric_history(run.info.run_id, "loss_total"))
         assert steps == 12 or "pruned" in run.data.tags
