@@ -23,7 +23,7 @@ notebook: setup
 	$(VENV)/bin/jupyter lab notebooks
 
 test: setup
-	$(RUN) -m pytest --numprocesses 2
+	$(RUN) -m pytest --numprocesses 2 --dist loadgroup
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ TaskFactory = Callable[[Any], Task]
 def launch(config: RunConfig, make_task: TaskFactory, given: frozenset[str]) -> Result:
     """Train one run, in the MLflow run that `mlflow run` opened if there is one."""
     with writer_for(config.tracking) as writer:
-        run, result = train_run(config, make_task, writer, given=given, run_id=os.environ.get("MLFLOW_RUN_ID"))
+        asked = RunRequest(run_id=os.environ.get("MLFLOW_RUN_ID"))
+        run, result = train_run(config, make_task, writer, asked, given=given)
     say(f"\n{run.name}\n{headline(result.metrics)}")
     if isinstance(run, MlflowRun):
         say(f"run {run.id} in {run.tracking_uri}\nnext: make ui opens MLflow on it")
@@ -38,27 +39,27 @@ def train_run(
     config: RunConfig,
     make_task: TaskFactory,
     writer: Writer | None,
+    asked: RunRequest | None = None,
     *,
     given: frozenset[str] = frozenset(),
-    run_id: str | None = None,
-    launcher: str | None = None,
-    tags: Mapping[str, str] | None = None,
-    restart: bool = False,
     trunk: Path | None = None,
     watch: Watch | None = None,
     quiet: bool = False,
 ) -> tuple[Run, Result]:
     """Load the data, open the run, train, and leave everything in it. Without a writer nothing is tracked.
 
-    restart: `run_id` was begun before and starts over. trunk: a folder of `branching.grow`, where this run starts.
-    watch: see `Training`. quiet: no line a step.
+    asked: what the run is opened with, beside what config and data say of it. given: dotted keys that the user
+    overrode. trunk: a folder of `branching.grow`, where this run starts. watch: see `Training`. quiet: no line a step.
     """
     device = prepare_torch(config)
     task = make_task(config)
-    known_by = {"task": config.task, "seed": str(config.seed), "data_digest": task.dataset.digest,
-                "run_key": config.fingerprint(task.dataset.digest)} | dict(tags or {})  # fmt: skip
-    request = RunRequest(config.name(), config.experiment, run_id, launcher, known_by, restart)
-    run: Run = MlflowRun(writer, request, Path(config.output_dir)) if writer else MemoryRun(config.name())
+    digest = task.dataset.digest
+    known_by = {"task": config.task, "seed": str(config.seed), "data_digest": digest,
+                "run_key": config.fingerprint(digest)}  # fmt: skip
+    asked = asked or RunRequest()
+    request = replace(asked, name=asked.name or config.name(), experiment=config.experiment,
+                      tags=known_by | dict(asked.tags))  # fmt: skip
+    run: Run = MlflowRun(writer, request, Path(config.output_dir)) if writer else MemoryRun(request.name)
     finished = False
     try:
         _describe(run, task, given)

@@ -32,7 +32,7 @@ def now_ms() -> int:
 class RunRequest:
     """What a run is opened with."""
 
-    name: str
+    name: str = ""
     experiment: str | None = None  # None = MLflow's own choice
     run_id: str | None = None  # a run that is there already (`mlflow run` opens one)
     launcher: str | None = None  # a run that only started this one

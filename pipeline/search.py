@@ -111,7 +111,8 @@ class _Trials:
         config = arm.at(self.config.seed)
         tags = {"sweep_id": self.sweep.id, "arm": arm.name, "role": TRIAL, "trial": str(trial.number)}
         request: Record = {"do": "train", "entry": self.sweep.entry, "config": to_yaml(config), "tags": tags,
-                           "run_id": self.known.get(key, (None,))[0], "trunk": None, "given": sorted(arm.overridden),
+                           "name": arm.run_name(self.config.seed), "run_id": self.known.get(key, (None,))[0],
+                           "trunk": None, "given": sorted(arm.overridden),
                            "watched": self.metric}  # fmt: skip
         job = Job(f"trial {trial.number}: {arm.name}", request)
         job.finished = partial(self._finished, trial, key)

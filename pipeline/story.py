@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.config import keys, load
 from pipeline.console import say, table, warn
 from pipeline.launch import train_run
-from pipeline.run import MlflowRun, Run, Writer, writer_for
+from pipeline.run import MlflowRun, Run, RunRequest, Writer, writer_for
 from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.task import MmoeTask
 from pipeline.tasks.visobert.config import DataPrepConfig, VisobertConfig
@@ -66,7 +66,7 @@ def _ranking(
     for arm, arm_config in arms.items():
         acting = given - FOCAL_KEYS if arm == "baseline" else given
         tags = {"arm": arm, "role": "baseline" if arm == "baseline" else "arm"}
-        run, result = train_run(arm_config, MmoeTask, writer, given=acting, launcher=launcher, tags=tags)
+        run, result = train_run(arm_config, MmoeTask, writer, RunRequest(launcher=launcher, tags=tags), given=acting)
         found.append((run, result.metrics))
     return found
 
@@ -87,7 +87,7 @@ def _reviews(config: MmoeConfig, writer: Writer | None, launcher: str | None) ->
         "tracking.log_model": str(config.tracking.log_model).lower(),
     }
     training = load(VisobertConfig, CONFIGS / "config_multi_embedded.yaml", shared | switch | own | same)
-    run, result = train_run(training, lambda ready: VisobertTask(ready, alpha), writer, launcher=launcher)
+    run, result = train_run(training, lambda ready: VisobertTask(ready, alpha), writer, RunRequest(launcher=launcher))
     return run, result.metrics
 
 

@@ -227,7 +227,7 @@ class Sweep:
                 run_id, status = known.get(arm.at(seed).fingerprint(self.digest), (None, ""))
                 if status == "FINISHED" and run_id:
                     self.progress.done[arm.name, seed] = run_id
-                    say(f"{self._count()} {arm.name} s{seed}: finished before (run {run_id})")
+                    say(f"{self._count()} {arm.run_name(seed)}: finished before (run {run_id})")
                 else:
                     missing.append((arm, run_id))
             places = self._trunks([arm for arm, _ in missing], seed, trunks) if plan.sweep.share_prefix else {}
@@ -240,7 +240,7 @@ class Sweep:
         groups: dict[str, list[tuple[Arm, int | None]]] = {}
         for arm in arms:
             config, step = arm.at(seed).trunk()
-            key = config.with_values(run_name=None).fingerprint(f"{self.digest} {config.tracking}")
+            key = config.fingerprint(f"{self.digest} {config.tracking}")
             groups.setdefault(key, []).append((arm, step))
         found: dict[str, tuple[Path, int, Job | None]] = {}
         for key, members in groups.items():
@@ -277,13 +277,14 @@ class Sweep:
         if arm.control_of:
             tags["control_of"] = CONTROLLED.join(arm.control_of)
         request: Record = {"do": "train", "entry": self.entry, "config": to_yaml(config), "tags": tags,
-                           "run_id": run_id, "trunk": None, "given": sorted(arm.overridden)}  # fmt: skip
+                           "name": arm.run_name(seed), "run_id": run_id, "trunk": None,
+                           "given": sorted(arm.overridden)}  # fmt: skip
         if place:
             folder, step, _ = place
             request["trunk"] = str(folder)
             tags |= {"branched_from": f"trunk {folder.parent.name}", "branch_step": str(step)}
-        needs = place[2] if place else None
-        return Job(config.name(), request, needs, partial(self._trained, (arm.name, seed), place[1] if place else 0))
+        finished = partial(self._trained, (arm.name, seed), place[1] if place else 0)
+        return Job(arm.run_name(seed), request, place[2] if place else None, finished)
 
     def _trained(self, key: tuple[str, int], branched_at: int, job: Job) -> None:
         assert job.reply

@@ -33,7 +33,11 @@ class Arm:
 
     def at(self, seed: int) -> RunConfig:
         """The config of its run with the seed."""
-        return self.config.with_values(seed=seed, run_name=f"{self.name} s{seed}")
+        return self.config.with_values(seed=seed)
+
+    def run_name(self, seed: int) -> str:
+        """Short enough for a chart's legend."""
+        return f"{self.name} s{seed}"
 
 
 @dataclass(frozen=True)

@@ -178,6 +178,7 @@ class Work:
         *,
         entry: str,
         config: str,
+        name: str,
         tags: Mapping[str, str],
         run_id: str | None,
         trunk: str | None,
@@ -186,6 +187,7 @@ class Work:
     ) -> Record:
         """Train one run. `watched`: a validation metric that is told after every evaluation."""
         from pipeline.launch import train_run
+        from pipeline.run import RunRequest
 
         def watch(step: int, metrics: Mapping[str, float]) -> bool:
             if watched and watched in metrics:
@@ -196,10 +198,8 @@ class Work:
             _config(entry, config),
             lambda validated: self.make_task(entry, validated),
             self.writer,
+            RunRequest(name=name, run_id=run_id, tags=tags, restart=run_id is not None),
             given=frozenset(given),
-            run_id=run_id,
-            restart=run_id is not None,
-            tags=tags,
             trunk=Path(trunk) if trunk else None,
             watch=watch if watched else None,
             quiet=True,

@@ -69,7 +69,7 @@ def page() -> Iterator[Any]:
         (pytest.fail if os.environ.get("CI_BROWSER") == "1" else pytest.skip)(reason)
     from playwright.sync_api import sync_playwright
 
-    quiet = ["--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"]
+    quiet = ["--disable-gpu", "--disable-background-networking", "--disable-sync", "--disable-dev-shm-usage"]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=quiet, chromium_sandbox=os.geteuid() != 0)
         found = browser.new_page(viewport={"width": 1600, "height": 900})

@@ -30,6 +30,8 @@ from pipeline.tracking.reading import Point
 UNIT = 1 / 64  # differences of such numbers are exact
 BASE = {0: 0.5, 1: 0.625, 2: 0.75}
 DIGEST = "d" * 64
+pytestmark = pytest.mark.xdist_group("compare")  # one process makes their store
+
 SWEEP, LONELY, SWITCHED = "5eed000000000001", "5eed000000000002", "5eed000000000003"
 Points = Sequence[tuple[str, int, float, int]]  # metric, step, value, timestamp
 

@@ -23,6 +23,8 @@ from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell
 from scipy.stats import ttest_rel
 
+pytestmark = pytest.mark.xdist_group("notebooks")  # one process makes their runs
+
 BOOKS = ("alpha", "compare_runs", "loss_components")
 SENTIMENTS = ("positive", "negative", "neutral")
 METRIC = "test/logloss_ctcvr"

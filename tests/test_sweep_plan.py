@@ -50,7 +50,7 @@ def test_the_shipped_sweep_holds_the_five_arms() -> None:
         "baseline", "l.05 g1 w2000", "l.1 g1 w2000", "l.2 g1 w2000", "l.1 g2 w2000"
     ]  # fmt: skip
     assert [arm.role for arm in plan.arms] == ["baseline"] + ["arm"] * 4
-    assert plan.arms[1].at(2).name() == "l.05 g1 w2000 s2"
+    assert plan.arms[1].run_name(2) == "l.05 g1 w2000 s2"
     assert plan.metric == "test/auc_ctcvr"
     assert all(not arm.config.tracking.log_model for arm in plan.arms)
     assert len(list(plan.units())) == 15
