@@ -86,7 +86,7 @@ class Summary:
         if page:
             say(f"\nreport: {page.resolve().as_uri()}")
         say(f"sweep {self.sweep_id} in {self.run.tracking_uri}; summary run {self.run.id}")
-        say(f"next: open the report; `make ui`, then filter the runs by  tags.sweep_id = '{self.sweep_id}'")
+        say("next: open the report; `make ui` opens MLflow on these runs")
 
 
 def _failures(failed: Mapping[tuple[str, int], str]) -> str:
