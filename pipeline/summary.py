@@ -10,7 +10,15 @@ from pipeline.console import say
 from pipeline.errors import UserError
 from pipeline.run import MlflowRun, RunRequest, Writer
 from pipeline.sweep_plan import Plan, to_yaml
-from pipeline.tracking.reading import StoredRun, end_run, runs_of_sweep, runs_of_tag, set_tags, store_exists
+from pipeline.tracking.reading import (
+    StoredRun,
+    end_run,
+    runs_of_ids,
+    runs_of_sweep,
+    runs_of_tag,
+    set_tags,
+    store_exists,
+)
 
 RUNNING = "RUNNING"
 
@@ -23,17 +31,29 @@ class KnownRuns:
     summary: str | None
 
 
-def known_runs(sweep_id: str, plan_id: str) -> KnownRuns:
-    """Look the sweep up. Launchers of earlier starts that were killed are ended: no sweep but ours can be at work."""
-    if not store_exists():
-        return KnownRuns({}, None)
+def claim_launcher(plan_id: str) -> None:
+    """Tag the run that `mlflow run` opened for this start; end those of earlier starts that were killed.
+
+    We hold the plan's lock, so no other process is at it: what such starts left RUNNING is dead. One that was killed
+    before it had tagged its run is known by what was typed.
+    """
     launcher = os.environ.get("MLFLOW_RUN_ID")
-    if launcher:
-        set_tags(launcher, {"role": "launcher", "sweep_plan": plan_id})
-    for run in runs_of_tag("sweep_plan", plan_id):
-        if run.status == RUNNING and run.run_id != launcher and run.tags.get("role") == "launcher":
+    if not store_exists():
+        return
+    (ours,) = runs_of_ids([launcher]) if launcher else (None,)
+    if ours:
+        set_tags(ours.run_id, {"role": "launcher", "sweep_plan": plan_id})
+    left = [run for run in runs_of_tag("sweep_plan", plan_id) if run.tags.get("role") == "launcher"]
+    left += [run for run in runs_of_tag("mlflow.project.entryPoint", "sweep")
+             if ours and "role" not in run.tags and run.params == ours.params]  # fmt: skip
+    for run in left:
+        if run.status == RUNNING and run.run_id != launcher:
             end_run(run.run_id, "KILLED")
-    runs = runs_of_sweep(sweep_id)
+
+
+def known_runs(sweep_id: str) -> KnownRuns:
+    """Look the sweep up."""
+    runs = runs_of_sweep(sweep_id) if store_exists() else []
     summary = next((run.run_id for run in runs if run.tags.get("role") == "summary"), None)
     runs = [run for run in runs if "run_key" in run.tags]
     return KnownRuns({run.tags["run_key"]: (run.run_id, run.status) for run in sorted(runs, key=_finished)}, summary)

@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -165,11 +166,14 @@ class Sweep:
                 self.crew.close()
 
     def _run(self, writer: Any) -> None:
+        with ThreadPoolExecutor(1) as pool:  # mlflow takes seconds to import, and the data to load
+            claimed = pool.submit(_claim_launcher, self.plan.identity())
+            self.digest = self._data_digest()
+            claimed.result()
         from pipeline.summary import Summary, known_runs
 
-        self.digest = self._data_digest()
         self.id = self.plan.identity(self.digest)
-        runs = known_runs(self.id, self.plan.identity())
+        runs = known_runs(self.id)
         summary = Summary(writer, self.plan, self.id, runs)
         try:
             say(f"sweep {self.id}: {len(self.plan.arms)} arms x {len(self.plan.sweep.seeds)} seeds, "
@@ -180,8 +184,7 @@ class Sweep:
 
                 self.plan = search(self, runs.by_key)
                 self.progress.total = len(self.plan.sweep.seeds) * len(self.plan.arms)
-            jobs = self.jobs(self.plan, self.plan.sweep.seeds, runs.by_key)
-            self.crew.work(jobs)
+            self.crew.work(self.jobs(runs.by_key))
             self._tell_spent(time.perf_counter() - started)
             summary.conclude(self.folder, self.progress.failed)
             if not self.progress.failed:
@@ -217,20 +220,20 @@ class Sweep:
             raise UserError(f"{first} has data {one[:12]}..., {second} has {other[:12]}...: a sweep is on one data set")
         return next(iter(found))
 
-    def jobs(self, plan: Plan, seeds: tuple[int, ...], known: Mapping[str, tuple[str, str]]) -> list[Job]:
+    def jobs(self, known: Mapping[str, tuple[str, str]]) -> list[Job]:
         """Trunks first, then the runs that are not finished. known: run key -> (run id, status)."""
         trunks: list[Job] = []
         runs: list[Job] = []
-        for seed in seeds:
+        for seed in self.plan.sweep.seeds:
             missing = []
-            for arm in plan.arms:
+            for arm in self.plan.arms:
                 run_id, status = known.get(arm.at(seed).fingerprint(self.digest), (None, ""))
                 if status == "FINISHED" and run_id:
                     self.progress.done[arm.name, seed] = run_id
                     say(f"{self._count()} {arm.run_name(seed)}: finished before (run {run_id})")
                 else:
                     missing.append((arm, run_id))
-            places = self._trunks([arm for arm, _ in missing], seed, trunks) if plan.sweep.share_prefix else {}
+            places = self._trunks([arm for arm, _ in missing], seed, trunks) if self.plan.sweep.share_prefix else {}
             runs += [self._run_job(arm, seed, run_id, places.get(arm.name)) for arm, run_id in missing]
         self.waiting = runs
         return trunks + runs
@@ -309,6 +312,12 @@ class Sweep:
             say(f"trained {spent.trained:,} optimizer steps for runs of {spent.steps:,} in {seconds:.0f} s; sharing "
                 f"beginnings saved {spent.steps - spent.trained:,} steps, about {spent.saved_seconds:.0f} s of "
                 "training")  # fmt: skip
+
+
+def _claim_launcher(plan_id: str) -> None:
+    from pipeline.summary import claim_launcher
+
+    claim_launcher(plan_id)
 
 
 def _warnings(plan: Plan) -> Iterator[str]:
