@@ -38,10 +38,10 @@ def test_only_tracking_and_serving_import_mlflow(file: Path) -> None:
     assert "mlflow" not in roots or file.parent.name == "tracking" or package_of(file) == "pipeline.serving"
 
 
-@pytest.mark.parametrize("name", ["losses", "schedules", "metrics"])
+@pytest.mark.parametrize("name", ["losses", "schedules", "metrics", "stats", "influence"])
 def test_maths_imports_no_other_part(name: str) -> None:
     found = imports(PACKAGE / f"{name}.py")
-    allowed = {"math", "typing", "collections", "torch", "numpy", "sklearn", "scipy"}
+    allowed = {"math", "typing", "collections", "dataclasses", "itertools", "torch", "numpy", "sklearn", "scipy"}
     assert {module.split(".")[0] for module in found} <= allowed
 
 
