@@ -84,11 +84,18 @@ class TrackingConfig(TrackingSwitch):
         return self.influence_every > 0 and step % self.influence_every == 0 and step % self.log_every == 0
 
 
+OPERATIONAL = ("output_dir", "run_name", "experiment", "device")
+
+
+def is_operational(key: str) -> bool:
+    """The dotted key says where and how a run is made and logged, not what comes out of it."""
+    return key in OPERATIONAL or key.startswith("tracking.")
+
+
 class RunConfig(Config):
     """What every training task has."""
 
     task: ClassVar[str] = ""  # its name, as runs are tagged with
-    operational: ClassVar[tuple[str, ...]] = ("output_dir", "run_name", "experiment", "device", "tracking.")
     short: ClassVar[dict[str, str]] = {
         "epochs": "training.num_train_epochs",
         "max_steps": "training.max_steps",
@@ -130,7 +137,7 @@ class RunConfig(Config):
 
     def decisive(self) -> dict[str, str]:
         """Of the flat config, what decides the result: where it runs and what is logged does not."""
-        return {key: value for key, value in flatten(self).items() if not key.startswith(self.operational)}
+        return {key: value for key, value in flatten(self).items() if not is_operational(key)}
 
     def fingerprint(self, data_digest: str = "") -> str:
         """Names the result: the hash of the decisive config and of the data, as hex."""

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from pipeline.blocks import is_operational
 from pipeline.config import nearest
 from pipeline.errors import UserError
 from pipeline.loading import count_by
 
-OPERATIONAL = re.compile(r"output_dir|run_name|experiment|device|seed|tracking\..*")  # say nothing of what was trained
 REFERENCE = re.compile(r"_(bayes|majority|tfidf)$")  # scores that are not the model's
 NOT_SET = "not set"
 SIDE_KINDS = ("auc_", "f1_", "ece_", "logloss_", "calibration_")  # in the order in which they are shown
@@ -161,7 +161,7 @@ def settings_of(groups: Mapping[str, pd.DataFrame], notes: list[str]) -> dict[st
 
 def _setting_keys(runs: pd.DataFrame) -> list[str]:
     """The dotted keys of the config that say what was trained."""
-    return sorted(key for key in _names(runs, "params.") if "." in key and not OPERATIONAL.fullmatch(key))
+    return sorted(key for key in _names(runs, "params.") if "." in key and not is_operational(key))
 
 
 def side_metrics(runs: pd.DataFrame, metric: str) -> tuple[str, ...]:
