@@ -10,11 +10,12 @@ from pathlib import Path
 from pipeline.checkpoint import load_state, save_state
 from pipeline.console import Console
 from pipeline.folders import made_once
+from pipeline.names import TRUNK_FILES
 from pipeline.run import MemoryRun
 from pipeline.task import Task
 from pipeline.training import Training
 
-POINTS_FILE, STATE_FILES = "points.jsonl", ("points.jsonl", "state.pt")
+POINTS_FILE = TRUNK_FILES[0]
 
 
 def grow(task: Task, folders: Mapping[int, Path], device: str) -> int:
@@ -29,7 +30,7 @@ def grow(task: Task, folders: Mapping[int, Path], device: str) -> int:
         training = Training(task, run, Console(0, quiet=True), device)
         for step, folder in sorted(folders.items()):
             training.advance(step)
-            made_once(folder, STATE_FILES, lambda empty: _save(training, run, empty), "output_dir")
+            made_once(folder, TRUNK_FILES, lambda empty: _save(training, run, empty), "output_dir")
         return training.result.steps
     finally:
         run.discard()

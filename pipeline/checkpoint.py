@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-STATE_FILE = "state.pt"
+from pipeline.names import TRUNK_FILES
+
+STATE_FILE = TRUNK_FILES[1]
 
 
 def save_weights(weights: Mapping[str, Tensor], file: Path) -> None:
@@ -29,7 +31,10 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
 
 def save_state(state: Mapping[str, Any], folder: Path) -> None:
     """Write a training's state, of tensors and plain values, into the folder."""
-    torch.save(dict(state), folder / STATE_FILE)
+    with (folder / STATE_FILE).open("wb") as stream:
+        torch.save(dict(state), stream)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def load_state(folder: Path) -> dict[str, Any]:

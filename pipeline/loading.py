@@ -33,7 +33,7 @@ NOT_COMPARED = ("launcher", "summary", "comparison", "trial")
 ROLE_ORDER = {"baseline": 0, "arm": 1, "control": 2}
 FACTS = ("run_id", "name", "status", "task", "arm", "role", "control_of", "seed", "color", "sweep_id", "data_digest",
          "start_time", "artifact_uri")  # fmt: skip
-OWN_TAGS = {"task", "arm", "role", "control_of", "seed", "sweep_id", "data_digest", "mlflow.runColor"}
+OWN_TAGS = {"task", "arm", "arm_number", "role", "control_of", "seed", "sweep_id", "data_digest", "mlflow.runColor"}
 READERS = 4
 
 
@@ -106,7 +106,8 @@ def _frame(runs: Sequence[StoredRun]) -> pd.DataFrame:
     metrics = [run.metrics for run in runs]
     parts = [facts, _prefixed(params, "params."), _prefixed(metrics, "metrics."), _prefixed(tags, "tags.")]
     frame = pd.concat(parts, axis=1)
-    return frame.loc[_order(facts)].reset_index(drop=True)
+    numbers = [int(run.tags.get("arm_number", 0)) for run in runs]
+    return frame.loc[_order(facts, numbers)].reset_index(drop=True)
 
 
 def _facts(run: StoredRun, params: Mapping[str, str]) -> dict[str, Any]:
@@ -129,12 +130,16 @@ def _prefixed(rows: Sequence[Mapping[str, Any]], prefix: str) -> pd.DataFrame:
     return pd.DataFrame({prefix + name: [row.get(name) for row in rows] for name in names}, index=range(len(rows)))
 
 
-def _order(facts: pd.DataFrame) -> pd.Index:
-    """Rows by role, then by when their arm first appears, then by seed; the store gave them by time."""
+def _order(facts: pd.DataFrame, numbers: Sequence[int]) -> pd.Index:
+    """Rows by role, then by the arm's number in its sweep, or when it first appears, then by seed.
+
+    The store gave them by time, which is another order each time that several processes train.
+    """
     role = facts["role"].map(ROLE_ORDER).fillna(ROLE_ORDER["arm"])
-    first = facts["arm"].fillna("").map({arm: at for at, arm in reversed(list(enumerate(facts["arm"].fillna(""))))})
-    keys = pd.DataFrame({"role": role, "first": first, "seed": facts["seed"]})
-    return keys.sort_values(["role", "first", "seed"], kind="stable").index
+    arms = facts["arm"].fillna("")
+    first = arms.map({arm: at for at, arm in reversed(list(enumerate(arms)))})
+    keys = pd.DataFrame({"role": role, "number": numbers, "first": first, "seed": facts["seed"]})
+    return keys.sort_values(["role", "number", "first", "seed"], kind="stable").index
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from pipeline.config import to_yaml
+from pipeline.config import nearest, to_yaml
 from pipeline.console import say
-from pipeline.errors import TrainingError
+from pipeline.errors import TrainingError, UserError
 from pipeline.journal import Record
 from pipeline.sweep import Job, Sweep
 from pipeline.sweep_config import SearchConfig, SpaceConfig
@@ -63,10 +63,12 @@ class _Trials:
         )
         self.better = min if less else max
         self.trials: dict[str, Trial] = {}  # by the name of their job
+        self.waiting: dict[str, list[Trial]] = {}  # run key -> trials of the run that was begun for the first of them
+        self.broken = 0
         self.values: dict[int, list[float]] = {}
         self.pruned: dict[int, int] = {}  # trial -> the step of the evaluation at which the median stopped it
-        # run key -> value of a trial of this very setting
-        self.by_key = {trial.user_attrs["run_key"]: trial.value for trial in self._complete()}
+        # run key -> how the trial of this very setting ended, and its value
+        self.ended = {trial.user_attrs["run_key"]: (trial.state, trial.value) for trial in self._complete()}
 
     def run(self) -> None:
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):  # cut off by a kill
@@ -94,18 +96,21 @@ class _Trials:
     def _next(self) -> None:
         """Ask for one more trial until there are enough; a setting that was tried has its value at once."""
         states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
-        while len(self.study.get_trials(deepcopy=False, states=states)) < self.config.trials:
+        while len(self.study.get_trials(deepcopy=False, states=states)) < self.config.trials > self.broken:
             trial = self.study.ask()
             settings = {key: _suggest(trial, key, space) for key, space in self.config.space.items()}
             arm = self._arm(settings)
             key = arm.at(self.config.seed).fingerprint(self.sweep.digest)
             trial.set_user_attr("settings", settings)
             trial.set_user_attr("run_key", key)
-            value = self.by_key.get(key)
-            if value is None:
+            if key in self.ended:
+                self._tell([trial], *self.ended[key])
+            elif key in self.waiting:
+                self.waiting[key].append(trial)  # the same run: what comes of it is this trial's too
+            else:
+                self.waiting[key] = [trial]
                 self.jobs.append(self._job(trial, arm, key))
                 return
-            self.study.tell(trial, value)
 
     def _job(self, trial: Trial, arm: Arm, key: str) -> Job:
         config = arm.at(self.config.seed)
@@ -131,23 +136,30 @@ class _Trials:
     def _finished(self, trial: Trial, key: str, job: Job) -> None:
         assert job.reply
         values = self.values.get(trial.number, [])
-        if job.failed or not values:
-            why = job.failed or f"{self.metric} is not among its metrics"
-            self.study.tell(trial, state=TrialState.FAIL)
-            self.sweep.progress.failed[job.name, self.config.seed] = why
-            say(f"{job.name}: failed: {why}")
-            if len(self.sweep.progress.failed) >= self.config.trials:
-                return
-        elif trial.number in self.pruned:
-            step = self.pruned[trial.number]
-            self.study.tell(trial, state=TrialState.PRUNED)
+        if not job.failed and not values:
+            names = [name for name in job.reply["metrics"] if name.startswith("valid/")]
+            raise UserError(f"search.metric {self.metric}: not among the metrics{nearest(self.metric, names[:12])}")
+        step = self.pruned.get(trial.number)
+        if job.failed:
+            self.ended[key] = (TrialState.FAIL, None)
+            self.sweep.progress.failed[job.name, self.config.seed] = job.failed
+            say(f"{job.name}: failed: {job.failed}")
+        elif step is not None and job.reply["stopped"]:
+            self.ended[key] = (TrialState.PRUNED, None)
             set_tags(job.reply["run_id"], {"pruned": str(step)})
             say(f"{job.name}: {self.metric} {values[-1]:.4f}, stopped by the median of the others at step {step}")
         else:
-            value = self.by_key[key] = self.better(values)
-            self.study.tell(trial, value)
+            value = self.better(values)
+            self.ended[key] = (TrialState.COMPLETE, value)
             say(f"{job.name}: {self.metric} {value:.4f}, {job.reply['seconds']:.0f} s")
+        self._tell(self.waiting.pop(key), *self.ended[key])
         self._next()
+
+    def _tell(self, trials: list[Trial], state: TrialState, value: float | None = None) -> None:
+        """The end of a run, to every trial of its setting."""
+        for trial in trials:
+            self.study.tell(trial, value, state=state)
+            self.broken += state == TrialState.FAIL
 
 
 def _suggest(trial: Trial, key: str, space: SpaceConfig) -> Any:

@@ -97,7 +97,7 @@ def aim(runs: pd.DataFrame, attrs: Mapping[Any, Any], metric: str | None, mode: 
         plain = [name for name in logged if name.startswith("test/") and _is_plain(name)] or logged
         raise UserError(f"metric {metric}: in none of {len(runs)} runs{nearest(metric, plain[:12])}")
     if mode is None and attrs.get("metric") == metric:
-        mode = attrs.get("mode")
+        mode = attrs.get("mode") or None
     if mode is None:
         modes = {how for name, how in evaluated if name == twin_of(metric) and how}
         mode = modes.pop() if len(modes) == 1 else "min" if LOWER_IS_BETTER.search(metric) else "max"

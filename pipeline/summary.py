@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.compare import NOTE_LENGTH, compare, load_runs, to_markdown, to_text, write
-from pipeline.console import say
-from pipeline.errors import UserError
+from pipeline.console import say, warn
+from pipeline.errors import TrainingError, UserError
 from pipeline.run import MlflowRun, RunRequest, Writer
 from pipeline.sweep_plan import Plan, to_yaml
 from pipeline.tracking.reading import (
@@ -77,10 +77,22 @@ class Summary:
             launcher=launcher if known.summary and known.summary != launcher else None,
             # the role last: until then a launcher's run is one that the next start ends
             tags={"sweep_id": sweep_id, "sweep_plan": plan.identity(), "task": config.task, "metric": plan.metric}
-            | ({"mode": plan.sweep.mode} if plan.sweep.mode else {}) | {"role": "summary"},
+            | {"mode": plan.sweep.mode or "", "role": "summary"},
             restart=known.summary is not None,
         )  # fmt: skip
         self.run = MlflowRun(writer, request, Path(config.output_dir))
+        self.finishing = False
+
+    def abandon(self, error: BaseException) -> None:
+        """End the run that an error cut off; what cannot be delivered is told, but does not hide the error."""
+        if self.finishing:
+            return
+        self.finishing = True
+        try:
+            self.run.set_tags({"failure": str(error) or type(error).__name__})
+            self.run.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        except UserError as undelivered:
+            warn(str(undelivered))
 
     def conclude(self, folder: Path, failed: Mapping[tuple[str, int], str]) -> None:
         """Compare what finished, show it, and end the run."""
@@ -90,7 +102,7 @@ class Summary:
         note = _failures(failed)
         if note:
             say(f"\nfailed:\n{note}")
-        page = None
+        page, refused = None, None
         try:
             found = compare(load_runs(self.sweep_id), self.plan.metric, self.plan.sweep.mode, title=self.plan.title)
             files = write(found, folder)
@@ -100,9 +112,13 @@ class Summary:
             page = next((file for file in files if file.suffix == ".html"), None)
             note = f"{to_markdown(found, NOTE_LENGTH - len(note) - 2)}\n\n{note}"
         except UserError as error:
-            say(f"nothing to compare: {error}")
+            refused = error
+            note = f"{error}\n\n{note}"
         self.run.set_tags({"mlflow.note.content": note[:NOTE_LENGTH]})
-        self.run.finish("FAILED" if failed else "FINISHED")
+        self.finishing = True
+        self.run.finish("FAILED" if failed or refused else "FINISHED")
+        if refused:
+            raise TrainingError(f"sweep {self.sweep_id}: nothing to compare: {refused}")
         if page:
             say(f"\nreport: {page.resolve().as_uri()}")
         say(f"sweep {self.sweep_id} in {self.run.tracking_uri}; summary run {self.run.id}")

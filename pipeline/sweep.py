@@ -23,7 +23,7 @@ from pipeline.config import to_yaml
 from pipeline.console import say, warn
 from pipeline.errors import TrainingError, UserError
 from pipeline.journal import Record
-from pipeline.names import COLORS, CONTROLLED
+from pipeline.names import COLORS, CONTROLLED, TRUNK_FILES
 from pipeline.sweep_config import SweepConfig
 from pipeline.sweep_plan import Arm, Plan, resolve
 from pipeline.worker import Worker
@@ -70,20 +70,19 @@ class Crew:
         while any(job.reply is None for job in jobs):
             self._hand_out(jobs)
             worker, reply = self.inbox.get()
-            job = self.workers[worker]
-            if "ended" in reply:
-                del self.workers[worker]
-                self._hire()
-                if job is None:
-                    continue
-                reply = {"error": f"its process ended with code {reply['ended']}; see {worker.log}"}
-            if job is None:
-                continue
-            if "evaluated" in reply:
+            job = self.workers.get(worker)
+            if job and "evaluated" in reply:
                 told(job, reply)
                 continue
             if worker in self.workers:
                 self.workers[worker] = None
+                if "ended" in reply or reply.get("leaving"):
+                    del self.workers[worker]
+                    self._hire()
+            if job is None:
+                continue
+            if "ended" in reply:
+                reply = {"error": f"its process ended with code {reply['ended']}; see {worker.log}"}
             job.reply = reply
             job.finished(job)
 
@@ -97,7 +96,7 @@ class Crew:
                 worker.send(self.workers[worker].request)  # type: ignore[union-attr]
 
     def stop(self, job: Job) -> None:
-        """Let the run of this job end after the evaluation that it has just told of."""
+        """Let the run of this job end after its next evaluation."""
         for worker, taken in self.workers.items():
             if taken is job:
                 worker.send({"stop": True})
@@ -178,23 +177,20 @@ class Sweep:
         try:
             say(f"sweep {self.id}: {len(self.plan.arms)} arms x {len(self.plan.sweep.seeds)} seeds, "
                 f"{self.plan.sweep.jobs} at a time")  # fmt: skip
-            started = time.perf_counter()
             if self.plan.sweep.search:
                 from pipeline.search import search
 
-                self.plan = search(self, runs.by_key)
+                self.plan = summary.plan = search(self, runs.by_key)
                 self.progress.total = len(self.plan.sweep.seeds) * len(self.plan.arms)
+            started = time.perf_counter()
             self.crew.work(self.jobs(runs.by_key))
             self._tell_spent(time.perf_counter() - started)
             summary.conclude(self.folder, self.progress.failed)
             if not self.progress.failed:
                 shutil.rmtree(self.folder / "trunks", ignore_errors=True)
-        except KeyboardInterrupt:
+        except BaseException as error:
             self.crew.close()
-            summary.run.finish("KILLED")
-            raise
-        except BaseException:
-            summary.run.finish("FAILED")
+            summary.abandon(error)
             raise
         if self.progress.failed:
             raise TrainingError(f"{len(self.progress.failed)} of {self.progress.total} runs failed; the same command "
@@ -243,17 +239,18 @@ class Sweep:
         groups: dict[str, list[tuple[Arm, int | None]]] = {}
         for arm in arms:
             config, step = arm.at(seed).trunk()
-            key = config.fingerprint(f"{self.digest} {config.tracking}")
+            key = config.fingerprint(f"{self.digest} {config.tracking} {config.device}")
             groups.setdefault(key, []).append((arm, step))
         found: dict[str, tuple[Path, int, Job | None]] = {}
         for key, members in groups.items():
             steps = sorted({step for _, step in members if step})
             sharing = [(arm, step) for arm, step in members if step != 0]
-            if len(sharing) < 2 or not steps:
-                continue
             folders = {step: self.folder / "trunks" / key[:16] / str(step) for step in steps}
+            ready = all((folder / name).is_file() for folder in folders.values() for name in TRUNK_FILES)
+            if not steps or (len(sharing) < 2 and not ready):
+                continue
             job = None
-            if not all(folder.exists() for folder in folders.values()):
+            if not ready:
                 config = sharing[0][0].at(seed).trunk()[0]
                 request = {"do": "grow", "entry": self.entry, "config": to_yaml(config),
                            "folders": {str(step): str(folder) for step, folder in folders.items()}}  # fmt: skip
@@ -269,6 +266,8 @@ class Sweep:
             for run in self.waiting:
                 if run.needs is job:
                     run.request["trunk"] = None
+                    for tag in ("branched_from", "branch_step"):
+                        del run.request["tags"][tag]
             return
         self.progress.trained += job.reply["steps"]
         self.progress.saved_seconds += (members - 1) * job.reply["seconds"]
@@ -276,7 +275,9 @@ class Sweep:
 
     def _run_job(self, arm: Arm, seed: int, run_id: str | None, place: tuple[Path, int, Job | None] | None) -> Job:
         config = arm.at(seed)
-        tags = {"sweep_id": self.id, "arm": arm.name, "role": arm.role, "mlflow.runColor": self.colors[arm.name]}
+        place_in_plan = [other.name for other in self.plan.arms].index(arm.name)
+        tags = {"sweep_id": self.id, "arm": arm.name, "arm_number": str(place_in_plan), "role": arm.role,
+                "mlflow.runColor": self.colors[arm.name]}  # fmt: skip
         if arm.control_of:
             tags["control_of"] = CONTROLLED.join(arm.control_of)
         request: Record = {"do": "train", "entry": self.entry, "config": to_yaml(config), "tags": tags,
@@ -309,8 +310,9 @@ class Sweep:
     def _tell_spent(self, seconds: float) -> None:
         spent = self.progress
         if spent.steps:
+            saved = max(0, spent.steps - spent.trained)
             say(f"trained {spent.trained:,} optimizer steps for runs of {spent.steps:,} in {seconds:.0f} s; sharing "
-                f"beginnings saved {spent.steps - spent.trained:,} steps, about {spent.saved_seconds:.0f} s of "
+                f"beginnings saved {saved:,} steps, about {spent.saved_seconds:.0f} s of "
                 "training")  # fmt: skip
 
 
@@ -351,11 +353,13 @@ def _alone(plan: Plan) -> Iterator[None]:
 @contextmanager
 def _interruptible() -> Iterator[None]:
     """A polite request to end is what Ctrl-C is: `mlflow run` passes the one on as the other."""
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGINT)
+              if signal.getsignal(number) is not signal.SIG_IGN}  # fmt: skip
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _interrupt(*_: object) -> None:

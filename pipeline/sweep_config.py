@@ -42,7 +42,7 @@ class GridConfig(Config):
             dropped = [key for key, conditions in self.where.items()
                        if any(arm[other] != value for other, value in conditions.items())]  # fmt: skip
             arm = {key: value for key, value in arm.items() if key not in dropped}
-            found.setdefault(json.dumps(arm, sort_keys=True), arm)
+            found.setdefault(json.dumps(arm, sort_keys=True, default=str), arm)
         return list(found.values())
 
 
@@ -67,8 +67,8 @@ class SpaceConfig(Config):
                 raise ValueError("found choices beside low or high, allowed: one of the two")
         elif self.low is None or self.high is None or self.low > self.high:
             raise ValueError("allowed: choices, or low and high with low <= high")
-        elif self.log and self.low <= 0:
-            raise ValueError("log needs low > 0")
+        elif self.log and (int(self.low) if self.integer else self.low) <= 0:
+            raise ValueError("log needs low > 0" + (", as a whole number" if self.integer else ""))
         return self
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -63,10 +64,16 @@ class Plan:
     def identity(self, data_digest: str = "") -> str:
         """Names the sweep: the same settings, seeds, data and experiment, whatever the order, processes and metric."""
         found = sorted((arm.name, arm.role, arm.at(seed).fingerprint(data_digest)) for arm, seed in self.units())
-        search = self.sweep.search.model_dump() if self.sweep.search else None
-        where = self.baseline.config.experiment
+        search = [self.sweep.search.model_dump(), self.sweep.controls] if self.sweep.search else None
+        where = self.baseline.config.experiment or _chosen_experiment()
         text = json.dumps([self.sweep.task, found, search, self.sweep.share_prefix, where])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _chosen_experiment() -> str | None:
+    """Where runs go that name no experiment, as MLflow and `mlflow run` pass it on; None = the default one."""
+    found = os.environ.get("MLFLOW_EXPERIMENT_NAME") or os.environ.get("MLFLOW_EXPERIMENT_ID")
+    return None if found in ("0", "Default") else found
 
 
 def resolve(
@@ -114,7 +121,8 @@ def resolve(
     notes: list[str] = []
     if isinstance(sweep.arms, GridConfig):
         arms = [
-            made(overrides, f"{file}: arms.grid {json.dumps(overrides)}") for overrides in sweep.arms.combinations()
+            made(overrides, f"{file}: arms.grid {json.dumps(overrides, default=str)}")
+            for overrides in sweep.arms.combinations()
         ]
         arms = _distinct(arms, baseline, notes)
     else:
@@ -128,8 +136,9 @@ def resolve(
         raise UserError(f"{file}: arms.grid has nothing beside the baseline, allowed: at least one other setting")
     arms = _with_names(arms, baseline)
     if sweep.controls == "reweight":
-        controls = controls_of(arms)
-        if not controls and not sweep.search:
+        listed = {arm.config.fingerprint() for arm in arms}
+        controls = [control for control in controls_of(arms) if control.config.fingerprint() not in listed]
+        if not controls_of(arms) and not sweep.search:
             raise UserError(f"{file}: controls is reweight, but no arm has a focal loss with lambda > 0; allowed: off")
         arms += controls
     names = [arm.name for arm in (baseline, *arms)]
@@ -246,7 +255,8 @@ def controls_of(arms: Sequence[Arm]) -> list[Arm]:
             continue
         other = found.get(config.fingerprint())
         of = (*other.control_of, arm.name) if other else (arm.name,)
-        found[config.fingerprint()] = Arm(config.arm_name(), "control", config, arm.overridden, of)
+        typed = frozenset(key for key in arm.overridden if not key.startswith("loss.aux_focal."))
+        found[config.fingerprint()] = Arm(config.arm_name(), "control", config, typed, of)
     return list(found.values())
 
 
@@ -256,6 +266,10 @@ def _check_space(search: SearchConfig, baseline: Arm, file: Path) -> None:
         baseline = overridden(baseline, search.settings, "trial", "search.settings")
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
+    together = list(_plain(dict.fromkeys(search.space), type(baseline.config), f"{file}: search.space"))
+    for key in together:
+        if key in ("seed", "run_name") or key.startswith("data."):
+            raise UserError(f"{file}: search.space: found {key}, allowed: keys that leave seed and data alone")
     for key, space in search.space.items():
         ends = space.choices if space.choices is not None else [space.low, space.high]
         for value in ends:

@@ -51,9 +51,12 @@ class Worker:
     def answers(self, handle: Callable[[Record], None]) -> None:
         """Read answers until the process ends; its end is the answer {"ended": code}."""
         assert self.process.stdout
-        for line in self.process.stdout:
-            handle(json.loads(line))
-        handle({"ended": self.process.wait()})
+        try:
+            for line in self.process.stdout:
+                if line.endswith("\n"):  # else it died while it wrote
+                    handle(json.loads(line))
+        finally:
+            handle({"ended": self.process.wait()})
 
     def close(self) -> None:
         """Tell it to end."""
@@ -75,7 +78,7 @@ class _Requests:
 
     def __init__(self) -> None:
         self.queue: queue.Queue[Record | None] = queue.Queue()
-        self.busy, self.stop = False, threading.Event()
+        self.busy, self.closed, self.stop = False, False, threading.Event()
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
@@ -85,6 +88,7 @@ class _Requests:
                 self.stop.set()  # the run at hand ends after its next evaluation
             else:
                 self.queue.put(request)
+        self.closed = True
         self.queue.put(None)
         if self.busy:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -109,15 +113,19 @@ def main() -> None:
         work = Work(writer, answer, requests.stop)
         while (request := requests.queue.get()) is not None:
             requests.stop.clear()
-            requests.busy = True
             try:
-                answer(work.do(request))
+                requests.busy = True
+                if requests.closed:
+                    break
+                reply = work.do(request)
             except KeyboardInterrupt:
                 break
             finally:
                 requests.busy = False
-            if writer.process.poll() is not None:
-                break  # nothing can be tracked any more: the sweep starts another worker
+            leaving = writer.process.poll() is not None  # nothing can be tracked any more: another worker is needed
+            answer(reply | {"leaving": leaving})
+            if leaving:
+                break
 
 
 def _interrupt(*_: object) -> None:
@@ -189,10 +197,14 @@ class Work:
         from pipeline.launch import train_run
         from pipeline.run import RunRequest
 
+        stopped = False
+
         def watch(step: int, metrics: Mapping[str, float]) -> bool:
+            nonlocal stopped
             if watched and watched in metrics:
                 self.answer({"evaluated": step, "value": metrics[watched]})
-            return self.stop.is_set()
+            stopped = self.stop.is_set()
+            return stopped
 
         run, result = train_run(
             _config(entry, config),
@@ -204,7 +216,7 @@ class Work:
             watch=watch if watched else None,
             quiet=True,
         )
-        return {"run_id": run.id, "metrics": result.metrics, "steps": result.steps}
+        return {"run_id": run.id, "metrics": result.metrics, "steps": result.steps, "stopped": stopped}
 
 
 def _config(entry: str, text: str) -> Any:

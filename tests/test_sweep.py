@@ -133,6 +133,7 @@ def test_a_sweep_through_mlproject_and_again(project: Path, client: Any, impress
     left = {item.path for item in client.list_artifacts(summary.info.run_id)}
     assert left >= {"comparison.html", "comparison.csv", "comparison.md", "sweep.yaml"}
     assert "not distinguishable" in summary.data.tags["mlflow.note.content"]
+    assert table.index.tolist() == ["baseline", "l5 g1 w5", "w+5 w5", "l0 g1 w5"]  # the plan's order, not that of time
     page = next(Path(line.removeprefix("report: file://")) for line in first.stderr.splitlines() if "report: " in line)
     assert page.is_file()
 
@@ -168,7 +169,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_table(workplace: Path, clie
     assert undisturbed.returncode == 0, undisturbed.stderr
     command = [sys.executable, "-m", "pipeline", "sweep", "--config", str(file)]
     finished: dict[Any, str] = {}
-    for wanted in (0, 2, 4):
+    for wanted in (0, 3):
         with (workplace / "log").open("w") as log:
             process = subprocess.Popen(command, cwd=workplace, stdout=log, stderr=log, start_new_session=True)
             _wait_until(lambda: process.poll() is not None or _begun(workplace) > wanted)  # noqa: B023
@@ -218,7 +219,7 @@ def _wait_until(condition: Any, seconds: float = 120) -> None:
 
 def test_an_arm_that_fails_leaves_the_others(workplace: Path, client: Any, impressions: Path) -> None:
     arms = [{"lambda": 5.0}, {"name": "wild", "aux_focal": False, "optim.dense.lr": 1e30}]
-    file = sweep_file(workplace, impressions, arms=arms, seeds=[3])
+    file = sweep_file(workplace, impressions, arms=arms, seeds=[3], jobs=1)
     result = run_sweep(workplace, file)
     assert result.returncode == 1
     assert re.search(r"failed:\n- wild s3: loss_\w+ is (nan|inf) at step \d+", result.stderr)
@@ -325,7 +326,7 @@ def test_arms_on_different_data_are_refused(workplace: Path, impressions: Path) 
     cache = {"data.embedded.cache": str(workplace / "cache"), "data": None}
     arms = [{"data.embedded.rows": 1000}, {"data.embedded.rows": 1200}]
     file = sweep_file(workplace, impressions, arms=arms, baseline={"data.embedded.rows": 1000, "aux_focal": False},
-                      settings=cache)  # fmt: skip
+                      settings=cache, jobs=1)  # fmt: skip
     result = run_sweep(workplace, file)
     assert result.returncode == 2
     assert "a sweep is on one data set" in result.stderr.splitlines()[-1]

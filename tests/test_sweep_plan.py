@@ -1,5 +1,6 @@
 """From a sweep's file to its runs: arms, grids, names, what is shared, and what is refused."""
 
+import datetime
 import itertools
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,22 @@ def test_a_control_adds_lambda_to_the_weight_of_conversions_from_the_gate_on(tmp
     assert [arm.name for arm in plan.arms if arm.role == "control"] == ["w+.05 w2000", "w+.2 w100"]
 
 
+def test_an_arm_that_is_a_control_already_is_not_run_twice(tmp_path: Path) -> None:
+    arms = [{"lambda": 0.1}, {"name": "mine", "aux_focal": False, "loss.late_pos_weight.ctcvr": 0.1}]
+    plan = plan_of(tmp_path, arms=arms, controls="reweight")
+    assert [(arm.name, arm.role) for arm in plan.arms] == [
+        ("baseline", "baseline"), ("l.1 g1 w2000", "arm"), ("mine", "arm")
+    ]  # fmt: skip
+
+
+def test_a_control_is_not_warned_of_the_focal_settings_it_lacks(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, arms=[{"lambda": 0.1, "max_steps": 5000}], controls="reweight")
+    control = plan.arms[-1]
+    assert control.role == "control"
+    assert control.overridden == {"training.max_steps"}
+    assert not [text for text in control.config.warnings(control.overridden) if "no effect" in text]
+
+
 def test_what_is_typed_goes_to_every_run(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, {"max_steps": "7", "warmup_steps": "3"}, settings={"training": {"max_steps": 100}},
                    arms=[{"lambda": 0.05, "warmup_steps": 2000}, {"lambda": 0.1, "warmup_steps": 2000}])  # fmt: skip
@@ -188,6 +205,19 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"arms": ..., "search": {"space": {"lamda": {"low": 0, "high": 1}}}}, ["search.space", "lamda", "lambda"]),
     ({"arms": ..., "search": {"space": {"lambda": {"low": 0, "high": 1, "log": True}}}}, ["log needs low > 0"]),
     ({"arms": ..., "search": {"space": {}}}, ["search"]),
+    (
+        {"arms": ..., "search": {"space": {"gamma": {"low": 0.5, "high": 8, "log": True, "integer": True}}}},
+        ["log needs low > 0, as a whole number"],
+    ),
+    ({"arms": ..., "search": {"space": {"seed": {"low": 1, "high": 8, "integer": True}}}}, ["search.space", "seed"]),
+    (
+        {
+            "arms": ...,
+            "search": {"space": {"lambda": {"low": 0, "high": 1}, "loss.aux_focal.lambda": {"low": 0, "high": 1}}},
+        },
+        ["lambda is there twice"],
+    ),
+    ({"arms": {"grid": {"lambda": [datetime.date(2020, 1, 1)]}}}, ["arms.grid", "lambda", "2020-01-01"]),
     ({"arms": ..., "search": {"seed": 1, "space": {"lambda": {"low": 0, "high": 1}}}}, ["search.seed 1"]),
 ]
 

@@ -16,6 +16,7 @@ HISTORY_FILE = "history.parquet"
 POLL_SECONDS = 0.5  # how long a point may wait in the journal before it is delivered
 BATCH_POINTS = 1000  # MLflow's limit for one log_batch
 GIVE_UP_SECONDS = 60  # how long a store that does not answer is tried
+STALE_TAGS = {"failure", "pruned", "branched_from", "branch_step"}  # of an earlier start: gone when a run starts over
 LOCK_FILE = "writer.lock"
 LOCK_SECONDS = 20  # how long the writer of a trainer that died may still take to deliver what there is
 
@@ -70,6 +71,8 @@ class Delivery:
         if request["restart"]:
             (self.folder / JOURNAL_FILE).unlink(missing_ok=True)
             self.present = self._points_in_store()
+            for tag in STALE_TAGS & run.data.tags.keys() - request["tags"].keys():
+                self.client.delete_tag(self.run_id, tag)
             self.client.update_run(self.run_id, status="RUNNING")
         (self.folder / JOURNAL_FILE).touch()
         for key, value in {**request["tags"], "run_dir": str(self.folder)}.items():
