@@ -353,16 +353,17 @@ def _alone(plan: Plan) -> Iterator[None]:
 @contextmanager
 def _interruptible() -> Iterator[None]:
     """A polite request to end is what Ctrl-C is: `mlflow run` passes the one on as the other."""
-    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGINT)
+    told: list[int] = []
+
+    def interrupt(number: int, _: object) -> None:
+        told.append(number)
+        if len(told) == 1:  # once: the runs are to be ended in order
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)
               if signal.getsignal(number) is not signal.SIG_IGN}  # fmt: skip
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _interrupt(*_: object) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)  # once: the runs are to be ended in order
-    raise KeyboardInterrupt

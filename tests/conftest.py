@@ -17,6 +17,14 @@ for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
     del os.environ[name]
 
 
+# They start processes and take longest: last, they would leave one of two test processes idle.
+SLOW = ("test_sweep", "test_notebooks", "test_browser", "test_entry_points", "test_train_visobert", "test_tracking")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in SLOW)
+
+
 @pytest.fixture(scope="session")
 def impressions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared folder of 5,000 generated impressions."""
