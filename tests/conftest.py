@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("project", max_examples=40, deadline=None)
+settings.load_profile("project")
 
 ROOT = Path(__file__).parent.parent
 PROJECT_FILES = ("MLproject", "conda.yaml", "configs")
