@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.compare_config import check_source
+from pipeline.console import warn
 from pipeline.errors import UserError
 from pipeline.tracking.delivery import HISTORY_FILE
 from pipeline.tracking.reading import (
@@ -194,8 +195,8 @@ def _points(run_id: str, uri: str, wanted: frozenset[str] | None, folder: Path) 
     if file is not None:
         try:
             return _of_file(file, wanted)
-        except (OSError, KeyError, pa.ArrowException):
-            pass  # a damaged file: the store has the same points
+        except (OSError, KeyError, pa.ArrowException) as error:  # the store has the same points
+            warn(f"{file}: {error}; read from the tracking store instead")
     points = points_of(run_id, None if wanted is None else sorted(wanted))
     return _of_store({name: listed for name, listed in points.items() if listed})
 
