@@ -3,7 +3,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PORT ?= 5000
 
-.PHONY: setup demo ui notebook test lint bench clean
+.PHONY: setup demo ui notebook test faults lint bench clean
 
 setup: $(VENV)/.installed
 
@@ -24,6 +24,10 @@ notebook: setup
 
 test: setup
 	$(RUN) -m pytest --numprocesses 2 --dist loadgroup
+
+# One process: what they measure is not for sharing the cores.
+faults: setup
+	FAULTS=full $(RUN) -m pytest tests -m faults -p no:xdist --verbose --durations=0 --durations-min=1 -rP
 
 lint: setup
 	$(VENV)/bin/ruff check .

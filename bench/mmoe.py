@@ -12,7 +12,7 @@ from pipeline.run import MemoryRun, MlflowRun, RunRequest, Writer
 from pipeline.task import TOTAL
 from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.task import MmoeTask
-from pipeline.training import Training
+from pipeline.training import Training, Window
 
 ROOT = Path(__file__).parent.parent
 ROWS, BATCH, STEPS = 500_000, 1024, 300
@@ -43,7 +43,8 @@ class Block:
     def steps(self, first: int, count: int) -> tuple[float, float]:
         wall, cpu = time.perf_counter(), time.process_time()
         for index in range(first, first + count):
-            self.training._step([self.plan[index]])
+            window = Window([self.plan[index]], ends_epoch=False)
+            self.training._step(window, self.training._load(window))
         self.training.recorder.drain()
         return time.perf_counter() - wall, time.process_time() - cpu
 

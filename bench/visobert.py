@@ -18,7 +18,7 @@ from pipeline.tasks.visobert.config import VisobertConfig
 from pipeline.tasks.visobert.data import ReviewBatch, padding_efficiency
 from pipeline.tasks.visobert.task import VisobertTask
 from pipeline.tasks.visobert.tokenizer import PAD, START, UNKNOWN, EmbeddedTokenizer
-from pipeline.training import Training
+from pipeline.training import Training, Window
 
 REVIEWS, LAYERS, ASPECTS, PAIRS = 6000, 2, 11, 5
 LENGTH_MEDIAN, LENGTH_SIGMA = 26, 0.68  # of a log-normal: mean 33, p50 26, p90 62, p99 126
@@ -117,7 +117,8 @@ def ours(task: VisobertTask) -> Timed:
     def steps() -> float:
         begun = time.process_time()
         for part in sample:
-            training._step([part])
+            window = Window([part], ends_epoch=False)
+            training._step(window, training._load(window))
         training.recorder.drain()
         return time.process_time() - begun + preparing * rows / len(task.splits.train)
 

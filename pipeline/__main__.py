@@ -10,8 +10,10 @@ import click
 
 from pipeline.config import Config, keys, load, nearest
 from pipeline.errors import UserError
+from pipeline.interrupts import Interrupted, interruptible
 
 ROOT = Path(__file__).parent.parent
+LONGEST_LINE = 3000  # characters of an error
 
 # Torch's threads wait for each other by spinning. When another process has one of their cores, a step of 8 ms took
 # 130 (two threads, two cores); with a bounded spin 34, and 9 instead of 8 when alone. Acts before torch is loaded.
@@ -102,18 +104,38 @@ def command(name: str, entry: Entry) -> click.Command:
     return click.Command(name, params=[file, *options], callback=run, help=entry.about, context_settings=settings)
 
 
+@click.command("sync", help="Deliver what waits in the journals of runs to the store that MLFLOW_TRACKING_URI names.")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--again", is_flag=True, help="All of it, as for a store that was restored from a backup.")
+def sync_command(folder: Path, again: bool) -> None:
+    resolve("pipeline.tracking.sync:sync")(folder, again)
+
+
+@click.command("doctor", help="Do journal, store and checkpoints of a run agree? If not: what mends it.")
+@click.argument("run")
+@click.option("--output_dir", type=click.Path(path_type=Path), default="outputs", show_default=True,
+              help="Folder of the runs' own files.")  # fmt: skip
+def doctor_command(run: str, output_dir: Path) -> None:
+    resolve("pipeline.tracking.doctor:doctor")(run, output_dir)
+
+
+TOOLS = {str(tool.name): tool for tool in (sync_command, doctor_command)}
+
+
 class Entries(click.Group):
     """Builds the one command that is asked for, so that no other is imported."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        return list(ENTRIES)
+        return [*ENTRIES, *TOOLS]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        return command(cmd_name, ENTRIES[cmd_name]) if cmd_name in ENTRIES else None
+        return command(cmd_name, ENTRIES[cmd_name]) if cmd_name in ENTRIES else TOOLS.get(cmd_name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Entry points"):
             formatter.write_dl([(name, entry.about) for name, entry in ENTRIES.items()])
+        with formatter.section("Tools"):
+            formatter.write_dl([(name, str(tool.help)) for name, tool in TOOLS.items()])
 
 
 def resolve(reference: str) -> Any:
@@ -126,19 +148,21 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Run an entry point; errors of the user's become one line and exit code 2."""
     group = Entries("pipeline", help="Tune focal losses, with every loss component of every run in MLflow.")
     try:
-        group.main(arguments, prog_name="python -m pipeline", standalone_mode=False)
+        with interruptible():
+            group.main(arguments, prog_name="python -m pipeline", standalone_mode=False)
     except click.NoSuchOption as error:
         candidates = [opt.lstrip("-") for param in error.ctx.command.params for opt in param.opts] if error.ctx else []
         name = error.option_name.lstrip("-")
         _fail(f"unknown key {name}{nearest(name, candidates)}", 2)
     except click.NoSuchCommand as error:
-        _fail(f"unknown entry point {error.command_name}{nearest(str(error.command_name), list(ENTRIES))}", 2)
+        _fail(f"unknown entry point {error.command_name}{nearest(str(error.command_name), [*ENTRIES, *TOOLS])}", 2)
     except click.ClickException as error:
         _fail(error.format_message(), 2)
     except UserError as error:
         _fail(str(error), error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        _fail("stopped", 130)
+    except (click.Abort, KeyboardInterrupt) as error:
+        stopped = error if isinstance(error, Interrupted) else error.__cause__
+        _fail(str(stopped or "stopped"), getattr(stopped, "exit_code", 130))
     sys.exit(0)
 
 
@@ -161,7 +185,8 @@ def _identifier(path: str) -> str:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    line = " ".join(message.split())  # click's own messages hold what was typed as it was typed
+    print(f"error: {line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + ' ...'}", file=sys.stderr)
     sys.exit(code)
 
 

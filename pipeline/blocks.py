@@ -47,6 +47,8 @@ class TrainingConfig(Config):
     """automatic mixed precision of forward and backward; losses stay fp32"""
     threads: Positive | None = None
     """CPU threads of torch; null = one fewer than cores, for the tracking writer. Another number rounds differently"""
+    prefetch: int = Field(2, ge=0)
+    """optimizer steps whose batches are made ready in the background; 0 = each when it is needed. Changes no number"""
 
 
 class EvaluationConfig(Config):
@@ -62,12 +64,27 @@ class EvaluationConfig(Config):
     """rows of an evaluation batch"""
 
 
+class CheckpointConfig(Config):
+    enabled: bool = True
+    """false: a run that is cut off starts over from its first step"""
+    every_steps: Positive | None = None
+    """save every so many optimizer steps"""
+    every_seconds: float | None = Field(None, gt=0)
+    """save when this much time has passed; with every_steps null too: as often as costs less than 5% of the training"""
+    keep_steps: tuple[Positive, ...] = ()
+    """numbers of completed steps at which a checkpoint is saved and kept, beside the last two and the best one"""
+    max_gb: float | None = Field(None, gt=0)
+    """GB (1e9 bytes) of disk that a run's checkpoints may take; null = what the disk has"""
+
+
 class TrackingSwitch(Config):
     enabled: bool = True
     """false: nothing is written to MLflow"""
 
 
 class TrackingConfig(TrackingSwitch):
+    offline: bool = False
+    """true: a store that does not answer at the start is no error; what is logged waits in the run's folder"""
     log_every: Positive = 1
     """log every so many optimizer steps"""
     influence_every: int = Field(50, ge=0)
@@ -84,12 +101,12 @@ class TrackingConfig(TrackingSwitch):
         return self.influence_every > 0 and step % self.influence_every == 0 and step % self.log_every == 0
 
 
-OPERATIONAL = ("output_dir", "run_name", "experiment", "device")
+OPERATIONAL = ("output_dir", "run_name", "experiment", "device", "resume", "fork", "training.prefetch")
 
 
 def is_operational(key: str) -> bool:
     """The dotted key says where and how a run is made and logged, not what comes out of it."""
-    return key in OPERATIONAL or key.startswith("tracking.")
+    return key in OPERATIONAL or key.startswith(("tracking.", "checkpoint."))
 
 
 class RunConfig(Config):
@@ -112,6 +129,11 @@ class RunConfig(Config):
     """of initial weights, shuffling and dropout"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = cuda where there is one"""
+    resume: str | None = Field(None, pattern=r"^(auto|\w+)$")
+    """auto = bring the run of this config and data to its end, or begin it; a run id = that one; null = a new run"""
+    fork: str | None = Field(None, pattern=r"^\w+@\d+$")
+    """<run id>@<step>: a new run that starts from another's checkpoint"""
+    checkpoint: CheckpointConfig = CheckpointConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig
     tracking: TrackingConfig = TrackingConfig()

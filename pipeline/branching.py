@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.checkpoint import load_state, save_state
+from pipeline.checkpoint import read, write
 from pipeline.console import Console
 from pipeline.folders import made_once
 from pipeline.names import TRUNK_FILES
@@ -47,7 +47,7 @@ def branch(training: Training, folder: Path) -> None:
             if "global_step" in values:
                 values |= {name: value for name, value in training.task.settings(step).items() if name in values}
             training.run.log_metrics(step, values, time_ms)
-    training.restore(load_state(folder))
+    training.restore(read(folder))
 
 
 def _save(training: Training, run: MemoryRun, folder: Path) -> None:
@@ -55,4 +55,4 @@ def _save(training: Training, run: MemoryRun, folder: Path) -> None:
     with (folder / POINTS_FILE).open("w", encoding="utf-8") as lines:
         for (step, values), time_ms in zip(run.points, run.times, strict=True):
             lines.write(json.dumps([step, time_ms, values]) + "\n")
-    save_state(state, folder)
+    write(folder, state, training.result.steps, links=training.files())

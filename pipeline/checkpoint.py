@@ -1,43 +1,547 @@
-"""Tensors on disk, whole or not at all."""
+"""A training's state on disk, whole or not at all, and known to be so when it is read again.
 
+A *state* is a nested structure of dicts (keys: text or whole numbers), lists, tuples, None, bool, int, float, str and
+tensors. On disk it is a *generation*, a folder of
+
+- `state.safetensors`: the tensors, under names made of the keys that lead to them;
+- `state.json`: the rest. What JSON has is itself; an object with one key stands for what JSON has not: `dict` (pairs),
+  `tuple`, `tensor` (its name) and `float` (the eight bytes of one that is infinite or no number, as hex);
+- links: files that were there already;
+- `manifest.json`, written last: format version, step, facts, and size and SHA-256 of every file.
+
+None of them can hold code.
+"""
+
+import hashlib
+import json
+import math
 import os
-from collections.abc import Mapping
+import re
+import shutil
+import struct
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.names import TRUNK_FILES
+from pipeline.console import warn
+from pipeline.errors import TrainingError, UserError
 
-STATE_FILE = TRUNK_FILES[1]
+FORMAT = 1
+TENSORS_FILE, VALUES_FILE, MANIFEST_FILE = "state.safetensors", "state.json", "manifest.json"
+CHUNK = 1 << 23  # bytes hashed by one thread while another writes them
+SPARE = 1 << 14  # bytes for a manifest, a folder and what files are rounded up to on disk
+NEW, OLD = ".new", ".old"  # ends of the names of hidden folders: being written, being removed
+NUMBER = re.compile(r"\d{9,}")
+METADATA = "__metadata__"  # a name that safetensors keeps to itself
+DTYPES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.complex64: "C64",
+}  # as safetensors names them
+
+
+class Damaged(UserError):  # noqa: N818 (the word that callers read)
+    """A generation is not whole: names the file and what is wrong with it."""
+
+
+class Entry(NamedTuple):
+    """A file of a generation, as its manifest names it."""
+
+    size: int
+    sha256: str
+
+
+class Inode(NamedTuple):
+    """A file by what it is rather than by its name; one that is only ever replaced by a rename has its own for good."""
+
+    device: int
+    number: int
+    size: int
+    changed_ns: int
+
+
+Hashes = dict[Inode, str]
+
+
+class Manifest(NamedTuple):
+    """What a generation's manifest says, and the bytes of all its files."""
+
+    step: int
+    facts: Mapping[str, Any]
+    files: Mapping[str, Entry]
+    size: int
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A state as it was read, its tensors on the CPU; `folder` holds the linked files too."""
+
+    folder: Path
+    step: int
+    facts: Mapping[str, Any]
+    state: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a save cost: bytes of the generation (links among them) and seconds."""
+
+    bytes: int
+    seconds: float
 
 
 def save_weights(weights: Mapping[str, Tensor], file: Path) -> None:
-    """Write a state dict so that the file is always a complete one: the new or the one before."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """Write a state dict so that the file is always a complete one: the new or the one before.
+
+    Raises:
+        TrainingError: the disk does not take it.
+    """
     partial = file.with_suffix(".partial")
-    save_file({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}, partial)
-    with partial.open("rb") as stream:
-        os.fsync(stream.fileno())
-    partial.replace(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _write_file(partial, _tensor_chunks(weights))
+        partial.replace(file)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise TrainingError(f"{file}: {_reason(error)}") from None
 
 
 def load_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file that `save_weights` wrote, on the CPU."""
-    return load_file(file)
+    """The tensors of a safetensors file, on the CPU, in memory of their own.
+
+    Raises:
+        Damaged: the file cannot be read or is not one of tensors.
+    """
+    try:
+        # mapped into memory and copied: faster than its reading into memory
+        return {name: tensor.clone() for name, tensor in load_file(file).items()}
+    except OSError as error:
+        raise Damaged(f"{file}: {_reason(error)}") from None
+    except SafetensorError as error:
+        raise Damaged(f"{file}: found no file of tensors: {error}") from None
 
 
-def save_state(state: Mapping[str, Any], folder: Path) -> None:
-    """Write a training's state, of tensors and plain values, into the folder."""
-    with (folder / STATE_FILE).open("wb") as stream:
-        torch.save(dict(state), stream)
+def write(
+    folder: Path,
+    state: Mapping[str, Any],
+    step: int,
+    facts: Mapping[str, Any] = {},
+    links: Mapping[str, Path] = {},
+    *,
+    hashes: Hashes | None = None,
+) -> int:
+    """Write a generation into an empty folder; when this returns, its files survive a power cut. Returns their bytes.
+
+    Args:
+        facts: plain values, kept in the manifest.
+        links: name in the generation -> a file that is replaced, never changed in place: it is linked where the file
+            system can, else copied.
+        hashes: of links that were hashed before; what is hashed now is added. None = hash them all.
+
+    Raises:
+        TypeError, ValueError: the state, facts or links hold something that is no part of them.
+        OSError: the disk does not take it.
+    """
+    values, tensors = _encode(state)
+    files = {
+        TENSORS_FILE: _write_file(folder / TENSORS_FILE, _tensor_chunks(tensors)),
+        VALUES_FILE: _write_file(folder / VALUES_FILE, [values]),
+    }
+    for name, source in links.items():
+        if not _is_plain(name) or name in (*files, MANIFEST_FILE):
+            raise ValueError(f"links: found {name!r}, allowed: the name of a file that is not the state's own")
+        files[name] = _link(source.resolve(), folder / name, {} if hashes is None else hashes)
+    manifest = _write_file(folder / MANIFEST_FILE, [_manifest(step, facts, files)])
+    _fsync_folder(folder)
+    return _total(files) + manifest.size
+
+
+def read(folder: Path) -> Generation:
+    """The generation in the folder, every byte of it verified.
+
+    Raises:
+        Damaged: it is not whole, or of a format that this version does not know.
+    """
+    manifest = _verified(folder)
+    tensors = load_tensors(folder / TENSORS_FILE)
+    try:
+        state = _decode(json.loads((folder / VALUES_FILE).read_bytes()), tensors)
+        if not isinstance(state, dict):
+            raise TypeError
+    except (OSError, KeyError, TypeError, ValueError, RecursionError, struct.error):
+        raise Damaged(f"{folder / VALUES_FILE}: found no state in it") from None
+    return Generation(folder, manifest.step, manifest.facts, state)
+
+
+class Checkpoints:
+    """A run's generations: `<run folder>/checkpoints/<step, 9 digits>/`. The run has one owner, who alone saves."""
+
+    def __init__(
+        self, folder: Path, keep_steps: Collection[int] = (), max_bytes: int | None = None, last: int = 2
+    ) -> None:
+        """`folder` is the run's. `last`: how many of the newest are kept; `max_bytes`: of all generations together."""
+        self.folder, self.keep_steps, self.max_bytes, self.last = folder / "checkpoints", keep_steps, max_bytes, last
+        self.hashes: Hashes = {}
+
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        facts: Mapping[str, Any],
+        links: Mapping[str, Path],
+        best: int | None,
+    ) -> Saved:
+        """Write the generation of a step, then remove those that need not stay.
+
+        The newest ones, those of `keep_steps` and that of the step `best` stay. One that is there and whole is not
+        written again.
+
+        Raises:
+            TrainingError: it does not fit, or the disk does not take it; the newest generation before it is as it was.
+        """
+        started = time.perf_counter()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.glob(".*.*"):  # of a process that was killed
+                if leftover.suffix in (NEW, OLD):
+                    shutil.rmtree(leftover, ignore_errors=True)
+            size = self._whole(step)
+            if size is None:
+                self._make_room(step, state, links, best)
+                size = self._write(step, state, facts, links)
+            self._prune(step, best)
+        except OSError as error:
+            raise TrainingError(f"checkpoint of step {step} in {self.folder}: {_reason(error)}") from None
+        return Saved(size, time.perf_counter() - started)
+
+    def steps(self) -> list[int]:
+        """The steps whose generations are there, in order, whole or not."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(entry.name) for entry in self.folder.iterdir() if NUMBER.fullmatch(entry.name))
+
+    def latest(self) -> Generation | None:
+        """The newest whole generation; None where there is none. Tells of each damaged one that it passes over."""
+        found, damages = None, list[Damaged]()
+        for step in reversed(self.steps()):
+            try:
+                found = self._read(step)
+                break
+            except Damaged as damage:
+                damages.append(damage)
+        instead = f"that of step {found.step} is used instead" if found else "no whole one is left"
+        for each in damages:
+            warn(f"damaged checkpoint: {each}; {instead}")
+        return found
+
+    def at(self, step: int) -> Generation:
+        """The generation of this very step.
+
+        Raises:
+            UserError: it was not kept; names the steps that were.
+            Damaged: it is not whole.
+        """
+        steps = self.steps()
+        if step not in steps:
+            kept = ", ".join(map(str, steps)) or "none"
+            raise UserError(f"{self.folder}: found no checkpoint of step {step}; kept: {kept}")
+        return self._read(step)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"{step:09d}"
+
+    def _read(self, step: int) -> Generation:
+        generation = read(self._path(step))
+        if generation.step != step:
+            raise Damaged(f"{generation.folder}: found step {generation.step} in it")
+        return generation
+
+    def _whole(self, step: int) -> int | None:
+        """Bytes of the step's generation if it is there and whole; what is there and is not is removed."""
+        if not self._path(step).exists():
+            return None
+        try:
+            return _verified(self._path(step)).size
+        except Damaged as damage:
+            warn(f"damaged checkpoint: {damage}; it is removed")
+            self._remove(step)
+            return None
+
+    def _write(self, step: int, state: Mapping[str, Any], facts: Mapping[str, Any], links: Mapping[str, Path]) -> int:
+        """The generation, in a hidden folder that gets its name when all is on disk."""
+        work = self.folder / f".{step:09d}{NEW}"
+        try:
+            work.mkdir()
+            size = write(work, state, step, facts, links, hashes=self.hashes)
+            work.rename(self._path(step))
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        _fsync_folder(self.folder)
+        return size
+
+    def _make_room(self, step: int, state: Mapping[str, Any], links: Mapping[str, Path], best: int | None) -> None:
+        """Remove older generations that stand only for being among the last, if the new one does not fit beside them.
+
+        The newest whole one always stays.
+
+        Raises:
+            TrainingError: it does not fit all the same.
+        """
+        lacking = self._lacking(step, state, links)
+        if lacking is None:
+            return
+        before = [kept for kept in self.steps() if kept < step]
+        while before and self._whole(before[-1]) is None:
+            before.pop()
+        for kept in before[:-1]:
+            if kept in self.keep_steps or kept == best:
+                continue
+            self._remove(kept)
+            lacking = self._lacking(step, state, links)
+            if lacking is None:
+                return
+        if lacking := self._lacking(step, state, links):
+            raise TrainingError(lacking)
+
+    def _lacking(self, step: int, state: Mapping[str, Any], links: Mapping[str, Path]) -> str | None:
+        """What stands against writing the generation, in words; None where it fits."""
+        values, tensors = _encode(state)
+        size = len(values) + sum(map(len, _header(tensors))) + sum(tensor.nbytes for tensor in tensors.values()) + SPARE
+        linked = {name: source.stat() for name, source in links.items()}
+        copied = sum(stat.st_size for stat in linked.values() if stat.st_dev != self.folder.stat().st_dev)
+        limits = {"the disk": (size + copied, shutil.disk_usage(self.folder).free)}
+        if self.max_bytes is not None:
+            taken = [file.stat() for file in self.folder.glob("*/*")]
+            held = {(stat.st_dev, stat.st_ino): stat.st_size for stat in taken}  # a file that several share counts once
+            new = sum(stat.st_size for stat in linked.values() if (stat.st_dev, stat.st_ino) not in held)
+            limits["checkpoint.max_gb"] = (size + new, max(0, self.max_bytes - sum(held.values())))
+        for what, (needed, available) in limits.items():
+            if needed > available:
+                return (f"checkpoint of step {step} in {self.folder}: needs {needed:,} bytes, "
+                        f"{what} has {available:,} left")  # fmt: skip
+        return None
+
+    def _prune(self, step: int, best: int | None) -> None:
+        """Remove all that need not stay; those after `step` are damaged, or the run would not be there again."""
+        steps = self.steps()
+        stay = {*[kept for kept in steps if kept <= step][-self.last :], *self.keep_steps, best}
+        for kept in steps:
+            if kept not in stay:
+                self._remove(kept)
+
+    def _remove(self, step: int) -> None:
+        """Gone at once: what a kill leaves of it has no number."""
+        hidden = self.folder / f".{step:09d}{OLD}"
+        self._path(step).rename(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _encode(state: Mapping[str, Any]) -> tuple[bytes, dict[str, Tensor]]:
+    """The state as the text of `state.json`, and its tensors by the names that stand in it."""
+    tensors: dict[str, Tensor] = {}
+    return json.dumps(_plain(state, "", tensors), allow_nan=False).encode(), tensors
+
+
+def _plain(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """A part of a state as JSON has it; its tensors are put among `tensors`. `path`: the keys that lead to it."""
+
+    def inner(key: object, part: Any) -> Any:
+        return _plain(part, f"{path}/{key}" if path else str(key), tensors)
+
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, Tensor):
+        if value.dtype not in DTYPES or value.layout != torch.strided:
+            raise TypeError(f"state {path}: found a tensor of {value.dtype}, {value.layout}")
+        while path in tensors or path == METADATA:  # a key may hold a slash
+            path += "'"
+        tensors[path] = value
+        plain: Any = {"tensor": path}
+    elif isinstance(value, Mapping):
+        for key in value:
+            if type(key) not in (str, int):
+                raise TypeError(f"state {path}: found key {key!r}, allowed: text and whole numbers")
+        plain = {"dict": [[key, inner(key, part)] for key, part in value.items()]}
+    elif isinstance(value, list | tuple):
+        plain = [inner(index, part) for index, part in enumerate(value)]
+        plain = {"tuple": plain} if isinstance(value, tuple) else plain
+    elif isinstance(value, float) and not math.isfinite(value):
+        plain = {"float": struct.pack(">d", value).hex()}
+    elif value is None or isinstance(value, bool | int | float | str):
+        plain = value
+    else:
+        raise TypeError(f"state {path}: found {type(value).__name__}, which is no part of a state")
+    return plain
+
+
+def _decode(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The part of a state that `_plain` made this of."""
+    if isinstance(plain, list):
+        return [_decode(part, tensors) for part in plain]
+    if not isinstance(plain, dict):
+        return plain
+    ((kind, value),) = plain.items()
+    decoders: dict[str, Callable[[], Any]] = {
+        "dict": lambda: {key: _decode(part, tensors) for key, part in value},
+        "tuple": lambda: tuple(_decode(part, tensors) for part in value),
+        "tensor": lambda: tensors[value],
+        "float": lambda: struct.unpack(">d", bytes.fromhex(value))[0],
+    }
+    return decoders[kind]()
+
+
+def _header(tensors: Mapping[str, Tensor]) -> tuple[bytes, bytes]:
+    """What a safetensors file begins with: the length of the description, and the description."""
+    described, end = {}, 0
+    for name, tensor in _in_file(tensors):
+        begin, end = end, end + tensor.nbytes
+        described[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(described).encode()
+    text += b" " * (-len(text) % 8)  # data begins where eight bytes do
+    return struct.pack("<Q", len(text)), text
+
+
+def _in_file(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """In the order of the file: wide numbers first, so that each begins at a multiple of its width."""
+    return sorted(tensors.items(), key=lambda item: -item[1].itemsize)
+
+
+def _tensor_chunks(tensors: Mapping[str, Tensor]) -> Iterator[memoryview | bytes]:
+    """A safetensors file of the tensors, piece by piece; one on another device comes to the CPU when it is its turn."""
+    yield from _header(tensors)
+    for _, tensor in _in_file(tensors):
+        whole = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+        flat = whole.as_strided((whole.numel(),), (1,))  # of one number or none, any stride counts as contiguous
+        view = flat.view(torch.uint8).numpy().data
+        for begin in range(0, len(view), CHUNK):
+            yield view[begin : begin + CHUNK]
+
+
+def _write_file(file: Path, chunks: Iterable[memoryview | bytes]) -> Entry:
+    """Write the chunks and have them on disk; they are hashed while they are written."""
+    digest, size = hashlib.sha256(), 0
+    with ThreadPoolExecutor(1) as hasher, file.open("wb") as stream:
+        for chunk in chunks:
+            hashed = hasher.submit(digest.update, chunk)
+            stream.write(chunk)
+            hashed.result()
+            size += len(chunk)
         stream.flush()
         os.fsync(stream.fileno())
+    return Entry(size, digest.hexdigest())
 
 
-def load_state(folder: Path) -> dict[str, Any]:
-    """What `save_state` wrote, its tensors on the CPU; holds no code. Optimizers move theirs to their parameters."""
-    state: dict[str, Any] = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
-    return state
+def _link(source: Path, target: Path, hashes: Hashes) -> Entry:
+    """The file under another name, or a copy of it."""
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        with source.open("rb") as stream:
+            return _write_file(target, iter(lambda: stream.read(CHUNK), b""))
+    with target.open("rb") as stream:
+        os.fsync(stream.fileno())
+        stat = os.fstat(stream.fileno())
+        inode = Inode(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        if inode not in hashes:
+            hashes[inode] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return Entry(inode.size, hashes[inode])
+
+
+def _manifest(step: int, facts: Mapping[str, Any], files: Mapping[str, Entry]) -> bytes:
+    listed = {name: entry._asdict() for name, entry in files.items()}
+    content = {"format": FORMAT, "step": step, "facts": dict(facts), "files": listed}
+    return json.dumps(content | {"sha256": _seal(content)}, indent=2, allow_nan=False).encode()
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    """The hash of a manifest without its hash."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _verified(folder: Path) -> Manifest:
+    """The manifest of a generation, once every file is what it says.
+
+    Raises:
+        Damaged: names the first file that is not.
+    """
+    manifest = _read_manifest(folder / MANIFEST_FILE)
+    for name, entry in manifest.files.items():
+        file = folder / name
+        try:
+            found = file.stat().st_size
+            if found != entry.size:
+                raise Damaged(f"{file}: found {found:,} bytes, expected {entry.size:,}")
+            with file.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            raise Damaged(f"{file}: {_reason(error)}") from None
+        if digest != entry.sha256:
+            raise Damaged(f"{file}: found SHA-256 {digest[:12]}..., expected {entry.sha256[:12]}...")
+    return manifest
+
+
+def _read_manifest(file: Path) -> Manifest:
+    try:
+        text = file.read_bytes()
+        content = json.loads(text)
+        version, seal = content["format"], content.pop("sha256")
+        if version != FORMAT:
+            raise Damaged(f"{file}: found format version {version!r}, this program reads {FORMAT}")
+        if seal != _seal(content):
+            raise Damaged(f"{file}: found other content than was written")
+        files = {name: Entry(entry["size"], entry["sha256"]) for name, entry in content["files"].items()}
+        if not {TENSORS_FILE, VALUES_FILE} <= files.keys() or not all(map(_is_plain, files)):
+            raise Damaged(f"{file}: found files {', '.join(map(repr, files))}")
+        return Manifest(content["step"], content["facts"], files, _total(files) + len(text))
+    except OSError as error:
+        raise Damaged(f"{file}: {_reason(error)}") from None
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        raise Damaged(f"{file}: found no manifest in it") from None
+
+
+def _total(files: Mapping[str, Entry]) -> int:
+    return sum(entry.size for entry in files.values())
+
+
+def _is_plain(name: str) -> bool:
+    """The name is of a file in the folder itself."""
+    return name == Path(name).name and name not in ("", "..") and "\0" not in name
+
+
+def _fsync_folder(folder: Path) -> None:
+    """Have the names in the folder on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)

@@ -14,7 +14,7 @@ class CompareConfig(Config):
 
     short: ClassVar[dict[str, str]] = {}
 
-    sweep_id: str | None = Field(None, min_length=1)
+    sweep_id: str | None = Field(None, pattern=r"^[\w-]+$")  # names a folder
     """the runs of this sweep"""
     runs: tuple[str, ...] | None = Field(None, min_length=1)
     """the runs with these ids"""

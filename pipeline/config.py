@@ -6,6 +6,7 @@ names on the command line, in MLflow's params and in error messages.
 
 import difflib
 import json
+import sys
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,10 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from pipeline.errors import UserError
+
+MOST_BYTES = 1 << 20  # of a YAML file; of more, it is no config
+MOST_VALUES = 50_000  # of a YAML document, every alias written out
+MOST_TOLD, LONGEST_KEY = 12, 120  # findings in one line, characters of a key in it
 
 
 class Config(BaseModel):
@@ -115,8 +120,10 @@ def load(
     given: dict[str, str] = {}
     for path, text in (overrides or {}).items():
         if path not in known:
-            raise UserError(f"unknown key {path}{nearest(path, list(known))}")
+            raise UserError(f"unknown key {_cut(path)}{nearest(path[:LONGEST_KEY], list(known))}")
         given[path] = (shown_as or {}).get(path, path)
+        if reason := _unfit(text):
+            raise UserError(f"--{given[path]}: found {reason}")
         _set(tree, path, _parse(text, known[path].field))
     try:
         return model.model_validate(tree)
@@ -147,11 +154,11 @@ class _StrictLoader(yaml.SafeLoader):
     """Safe YAML that refuses a key written twice, which plain YAML silently takes the last of."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
+        seen: set[Any] = set()
         for key, _ in node.value:
-            if key.value in seen:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key.value} is written twice", key.start_mark)
-            seen.add(key.value)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
         return super().construct_mapping(node, deep)
 
 
@@ -159,10 +166,14 @@ def read_yaml(file: Path) -> dict[str, Any]:
     """A YAML file as a mapping.
 
     Raises:
-        UserError: the file is missing, unreadable, not UTF-8, not YAML, or not a mapping.
+        UserError: the file is missing, unreadable, too large, not UTF-8, not YAML, or not a mapping.
     """
     try:
-        tree = yaml.load(file.read_text(encoding="utf-8"), _StrictLoader)  # noqa: S506 (a SafeLoader)
+        with file.open("rb") as stream:
+            content = stream.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise UserError(f"{file}: found over {MOST_BYTES >> 20} MiB, allowed: a YAML file of settings")
+        tree = parse_yaml(content.decode("utf-8-sig"))
     except OSError as error:
         raise UserError(f"{file}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
@@ -171,11 +182,87 @@ def read_yaml(file: Path) -> dict[str, Any]:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         where = f" line {mark.line + 1}" if mark else ""
         raise UserError(f"{file}:{where} not valid YAML: {problem or error}") from None
+    except ValueError as error:  # of the path: a zero character
+        raise UserError(f"{str(file)!r}: {error}") from None
     if tree is None:
         raise UserError(f"{file}: the file is empty")
     if not isinstance(tree, dict):
         raise UserError(f"{file}: found a {type(tree).__name__}, allowed: a mapping of keys")
     return tree
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain values from YAML, in memory and time that the text's length bounds.
+
+    Raises:
+        yaml.YAMLError: it is not YAML, makes other things than plain values, or more than MOST_VALUES of them.
+    """
+    loader = _StrictLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_size(node)
+        tree = loader.construct_document(node)
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        # YAML's own constructors: month 13, `!!int x`, a number of 5,000 digits, a list as a key
+        raise yaml.YAMLError(f"a value that is none ({' '.join(str(error).split())[:100]})") from None
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
+    finally:
+        loader.dispose()
+    _check_plain(tree)
+    return tree
+
+
+def _check_size(root: yaml.Node) -> None:
+    """Refuse a few lines of aliases that stand for billions of values, or for themselves."""
+    sizes: dict[int, int | None] = {}  # node -> values in it, None while it is being counted
+
+    def size(node: yaml.Node) -> int:
+        if not isinstance(node, yaml.CollectionNode):
+            return 1
+        if id(node) in sizes:
+            known = sizes[id(node)]
+            if known is None:
+                raise yaml.MarkedYAMLError(problem="a value that holds itself", problem_mark=node.start_mark)
+            return known
+        sizes[id(node)] = None
+        parts = [part for entry in node.value for part in (entry if isinstance(entry, tuple) else (entry,))]
+        found = 1 + sum(map(size, parts))
+        if found > MOST_VALUES:
+            problem = f"found over {MOST_VALUES:,} values with every alias written out"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        sizes[id(node)] = found
+        return found
+
+    size(root)
+
+
+def _check_plain(value: Any, place: str = "") -> None:
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            _check_plain(key, place)
+            _check_plain(entry, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, list | tuple | set):
+        for entry in value:
+            _check_plain(entry, place)
+    elif reason := _unfit(value):
+        raise yaml.YAMLError(f"{place}: found {reason}" if place else f"found {reason}")
+
+
+def _unfit(value: Any) -> str | None:
+    """Why a plain value fits no setting: it could not be a file's name, a param, or be written at all."""
+    if isinstance(value, str):
+        if "\0" in value:
+            return "a zero character, allowed: text without"
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return "half a character, allowed: UTF-8 text"
+    elif isinstance(value, int) and abs(value) > sys.float_info.max:
+        return f"a whole number of {value.bit_length()} bits, allowed: up to {sys.float_info.max:.3g}"
+    return None
 
 
 def validate(model: type[C], tree: Mapping[str, Any], file: Path | None) -> C:
@@ -203,7 +290,7 @@ def _parse(text: str, field: FieldInfo) -> Any:
     if plain is str or (get_origin(plain) is Literal and text in get_args(plain)):
         return text
     try:
-        return yaml.safe_load(text)
+        return parse_yaml(text)
     except yaml.YAMLError:
         return text
 
@@ -218,10 +305,10 @@ def _explain(error: ValidationError, known: dict[str, Key], file: Path | None, g
         inner = path in known and len(parts) > path.count(".") + 1
         if inner and get_origin(known[path].field.annotation) is dict:
             reason = finding["ctx"]["error"] if finding["type"] == "value_error" else finding["msg"]
-            line = f"{where}: {'.'.join(parts)}: found {_shown(finding['input'])}, {reason}"
+            line = f"{where}: {_cut('.'.join(parts))}: found {_shown(finding['input'])}, {reason}"
         elif finding["type"] == "extra_forbidden":
             blocks = {key[:at] for key in known for at, letter in enumerate(key) if letter == "."}
-            line = f"{where}: unknown key {path}{nearest(path, [*known, *sorted(blocks)])}"
+            line = f"{where}: unknown key {_cut(path)}{nearest(path[:LONGEST_KEY], [*known, *sorted(blocks)])}"
         elif finding["type"] == "missing" and not inner:
             line = f"{place} is required"
         elif path in known:
@@ -231,10 +318,11 @@ def _explain(error: ValidationError, known: dict[str, Key], file: Path | None, g
                 line += f" ({finding['ctx']['error']})"
         else:
             reason = finding["ctx"]["error"] if finding["type"] == "value_error" else finding["msg"]
-            line = f"{place}: {reason}" if path else f"{where}: {reason}"
+            line = f"{where}: {_cut(path)}: {reason}" if name else f"{where}: {reason}"
         if line not in told:
             told.append(line)
-    return "; ".join(told)
+    more = [f"and {len(told) - MOST_TOLD} more"] if len(told) > MOST_TOLD else []
+    return "; ".join(told[:MOST_TOLD] + more)
 
 
 def _findings(error: ValidationError, known: dict[str, Key]) -> list[tuple[str, list[str], Any]]:
@@ -261,8 +349,11 @@ def _findings(error: ValidationError, known: dict[str, Key]) -> list[tuple[str, 
 
 
 def _shown(value: Any) -> str:
-    text = canonical(value) if not isinstance(value, str) else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return _cut(canonical(value) if not isinstance(value, str) else repr(value), 80)
+
+
+def _cut(text: str, longest: int = LONGEST_KEY) -> str:
+    return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
 def _optional(annotation: Any) -> tuple[bool, Any]:

@@ -21,3 +21,9 @@ class TrainingError(UserError):
     """Training could not go on (a loss became NaN, the store refused a write): exit code 1."""
 
     exit_code = 1
+
+
+class Undelivered(TrainingError):  # noqa: N818 (it says what is so)
+    """All is trained, but part of it waits in the journal for the tracking store: exit code 3."""
+
+    exit_code = 3

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,29 +10,45 @@ import torch
 from torch import nn
 
 from pipeline import plots
-from pipeline.blocks import RunConfig
+from pipeline.blocks import RunConfig, is_operational
 from pipeline.branching import branch
 from pipeline.config import flatten, to_yaml
 from pipeline.console import Console, say, warn
-from pipeline.errors import UserError
+from pipeline.errors import TrainingError, UserError
+from pipeline.names import FORKED_FROM
+from pipeline.resume import Begun, facts_of, find_begun, fork, newest_state, origin_of, restore
 from pipeline.run import MemoryRun, MlflowRun, Run, RunRequest, Writer, writer_for
+from pipeline.saving import Saver
 from pipeline.task import Task
-from pipeline.training import Result, Training, Watch, amp_warning, count_steps, resolve_device
+from pipeline.training import Training, Watch, amp_warning, count_steps, resolve_device
 
+MEMORY_EVENTS = Path("/sys/fs/cgroup/memory.events")
+STOPPED_SECONDS, FAILED_SECONDS = 4, 15  # how long the store may take without progress when a run ends early
 TORCH_THREADS = torch.get_num_threads()  # what torch would take: the cores, or OMP_NUM_THREADS
 
 TaskFactory = Callable[[Any], Task]
 
 
-def launch(config: RunConfig, make_task: TaskFactory, given: frozenset[str]) -> Result:
+@dataclass(frozen=True)
+class Trained:
+    """What came of a run."""
+
+    id: str
+    name: str
+    tracking_uri: str | None  # None: nothing was tracked
+    metrics: Mapping[str, float]  # the last value of every evaluation metric
+    steps: int = 0  # optimizer steps completed, by this start and those before
+    before: bool = False  # an earlier start had finished it
+
+
+def launch(config: RunConfig, make_task: TaskFactory, given: frozenset[str]) -> None:
     """Train one run, in the MLflow run that `mlflow run` opened if there is one."""
     with writer_for(config.tracking) as writer:
         asked = RunRequest(run_id=os.environ.get("MLFLOW_RUN_ID"))
-        run, result = train_run(config, make_task, writer, asked, given=given)
-    say(f"\n{run.name}\n{headline(result.metrics)}")
-    if isinstance(run, MlflowRun):
-        say(f"run {run.id} in {run.tracking_uri}\nnext: make ui opens MLflow on it")
-    return result
+        trained = train_run(config, make_task, writer, asked, given=given)
+    say(f"\n{trained.name}\n{headline(trained.metrics)}")
+    if trained.tracking_uri:
+        say(f"run {trained.id} in {trained.tracking_uri}\nnext: make ui opens MLflow on it")
 
 
 def train_run(
@@ -45,44 +61,92 @@ def train_run(
     trunk: Path | None = None,
     watch: Watch | None = None,
     quiet: bool = False,
-) -> tuple[Run, Result]:
+) -> Trained:
     """Load the data, open the run, train, and leave everything in it. Without a writer nothing is tracked.
 
-    asked: what the run is opened with, beside what config and data say of it. given: dotted keys that the user
-    overrode. trunk: a folder of `branching.grow`, where this run starts. watch: see `Training`. quiet: no line a step.
+    asked: what the run is opened with, beside what config and data say of it; `asked.resume` brings that run to its
+    end. given: dotted keys that the user overrode. trunk: a folder of `branching.grow`, where this run starts. watch:
+    see `Training`. quiet: no line a step.
     """
+    if writer is None and (config.resume or config.fork):
+        raise UserError("resume and fork need tracking.enabled: true; without it nothing of a run is kept")
     device = prepare_torch(config)
     task = make_task(config)
-    digest = task.dataset.digest
-    known_by = {"task": config.task, "seed": str(config.seed), "data_digest": digest,
-                "run_key": config.fingerprint(digest)}  # fmt: skip
+    known_by = _known_by(config, task.dataset.digest)
     asked = asked or RunRequest()
-    request = replace(asked, name=asked.name or config.name(), experiment=config.experiment,
-                      tags=known_by | dict(asked.tags))  # fmt: skip
-    run: Run = MlflowRun(writer, request, Path(config.output_dir)) if writer else MemoryRun(request.name)
+    asked = replace(asked, name=asked.name or config.name(), experiment=config.experiment,
+                    tags=known_by | dict(asked.tags))  # fmt: skip
+    begun = find_begun(config, known_by, writer) if writer else None
+    if begun and (begun.finished or begun.ended_as == "FINISHED"):
+        return _end_of(begun, asked.run_id or asked.launcher)
+    if begun:
+        asked = _going_on(asked, begun)
+    origin = origin_of(config, writer) if writer else None
+    run: Run = MemoryRun(asked.name)
+    if writer:
+        run = MlflowRun(writer, asked, Path(config.output_dir), config.tracking.offline)
     finished = False
     try:
-        _describe(run, task, given)
-        _tell_epochs(config, given)
-        total_steps = count_steps(task)
-        slow = amp_warning(config.training.amp, device)
-        for warning in [*config.warnings(given), *task.warnings(total_steps), *([slow] if slow else [])]:
-            warn(warning)
-        say(f"{run.name}: {total_steps} steps on {device}")
-        for name, value in task.summary().items():
-            say(f"  {name} {value}")
-        training = Training(task, run, Console(total_steps, quiet), device, watch)
-        if trunk:
+        state = newest_state(run) if asked.resume and isinstance(run, MlflowRun) else None
+        run.set_tags({key: value for key, value in flatten(config).items() if is_operational(key)})
+        if state is None:
+            _describe(run, task, given)
+        total_steps = _tell(run, task, device, given)
+        saver = Saver(None, files=task.files)
+        if isinstance(run, MlflowRun):
+            saver = Saver(run, config.checkpoint, facts_of(config, known_by), task.files)
+        training = Training(task, run, Console(total_steps, quiet), device, watch=watch, saver=saver)
+        if state:
+            restore(training, state)
+            say(f"{run.name}: goes on after step {state.step} of {total_steps}")
+            run.set_tags({"resumed_at": str(state.step)})
+            _tell_evaluations(run, training, watch)
+        elif origin and isinstance(run, MlflowRun):
+            fork(training, run, origin)
+        elif trunk:
             branch(training, trunk)
         result = training.train()
         _leave(run, task, result.model, result.metrics, device)
         finished = True
         run.finish("FINISHED")
     except BaseException as error:
+        told = explained(error)
         if not finished:
-            _abandon(run, error)
-        raise
-    return run, result
+            _abandon(run, told)
+        if told is error:
+            raise
+        raise told from error
+    uri = run.tracking_uri if isinstance(run, MlflowRun) else None
+    return Trained(run.id, run.name, uri, result.metrics, result.steps)
+
+
+def _known_by(config: RunConfig, digest: str) -> dict[str, str]:
+    """The tags by which a run is found again."""
+    found = {"task": config.task, "seed": str(config.seed), "data_digest": digest,
+             "run_key": config.fingerprint(digest)}  # fmt: skip
+    return found | ({FORKED_FROM: config.fork} if config.fork else {})
+
+
+def _going_on(asked: RunRequest, begun: Begun) -> RunRequest:
+    """The request for a run that was begun before; the run that `mlflow run` opened is then its launcher."""
+    launcher = asked.launcher if asked.run_id in (None, begun.run_id) else asked.run_id
+    if begun.ended_as is None and begun.folder.is_dir():
+        warn(f"{begun.name}: the last start of run {begun.run_id} ended without a word: it was killed, or the machine "
+             f"went down{_memory_kills()}")  # fmt: skip
+    return replace(asked, run_id=begun.run_id, resume=True, folder=str(begun.folder), launcher=launcher)
+
+
+def _tell(run: Run, task: Task, device: str, given: frozenset[str]) -> int:
+    """Say what is begun, and what looks like a mistake; returns the optimizer steps."""
+    config, total_steps = task.config, count_steps(task)
+    _tell_epochs(config, given)
+    slow = amp_warning(config.training.amp, device)
+    for warning in [*config.warnings(given), *task.warnings(total_steps), *([slow] if slow else [])]:
+        warn(warning)
+    say(f"{run.name}: {total_steps} steps on {device}")
+    for name, value in task.summary().items():
+        say(f"  {name} {value}")
+    return total_steps
 
 
 def prepare_torch(config: RunConfig) -> str:
@@ -91,13 +155,64 @@ def prepare_torch(config: RunConfig) -> str:
     return resolve_device(config.device)
 
 
+def _end_of(begun: Begun, launcher: str | None) -> Trained:
+    """Say that there is nothing to train; deliver what is left of it."""
+    from pipeline.tracking.reading import set_tags
+    from pipeline.tracking.store import tracking_uri
+    from pipeline.tracking.sync import sync
+
+    if launcher and launcher != begun.run_id:
+        set_tags(launcher, {"role": "launcher", "launches": begun.run_id})
+    if begun.finished:
+        say(f"{begun.name}: run {begun.run_id} is finished already; nothing is trained (without resume a new run is)")
+    else:
+        say(f"{begun.name}: run {begun.run_id} is trained already; what waits in {begun.folder} is delivered")
+        sync(begun.folder)
+    return Trained(begun.run_id, begun.name, tracking_uri(), begun.metrics, before=True)
+
+
+def _tell_evaluations(run: Run, training: Training, watch: Watch | None) -> None:
+    """What the watch has heard of before the run was cut off, or would have."""
+    for step, metrics in run.history() if watch else ():
+        if watch and step <= training.evaluated_at and any(name.startswith("valid/") for name in metrics):
+            watch(step, metrics)
+
+
+def _memory_kills() -> str:
+    """How often the kernel has killed here for want of memory, where it says so."""
+    try:
+        counts = dict(line.split() for line in MEMORY_EVENTS.read_text(encoding="ascii").splitlines())
+    except (OSError, ValueError):
+        return ""
+    killed = int(counts.get("oom_kill", 0))
+    return f"; the kernel has killed {killed} processes here for want of memory" if killed else ""
+
+
 def _abandon(run: Run, error: BaseException) -> None:
     """End a run that an error cut off; what cannot be delivered is told, but does not hide the error."""
-    run.set_tags({"failure": str(error) or type(error).__name__})
+    stopped = isinstance(error, KeyboardInterrupt)
     try:
-        run.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        run.set_tags({"failure": str(error) or type(error).__name__})
+        run.finish("KILLED" if stopped else "FAILED", patience=STOPPED_SECONDS if stopped else FAILED_SECONDS)
     except UserError as undelivered:
         warn(str(undelivered))
+    if isinstance(run, MlflowRun):
+        say(f"{run.name}: run {run.id} is {'KILLED' if stopped else 'FAILED'}; the same command with resume=auto goes "
+            "on with it")  # fmt: skip
+
+
+def explained(error: BaseException) -> BaseException:
+    """The error as the user's one line where the machine is what gave in: memory, or a disk."""
+    if isinstance(error, UserError | KeyboardInterrupt):
+        return error
+    text = str(error).splitlines()[0] if str(error) else ""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return TrainingError(f"out of memory: {text or 'an allocation failed'}; try a smaller training.batch_size, or "
+                             "close what else runs")  # fmt: skip
+    if isinstance(error, OSError) and error.errno is not None:
+        where = f"{error.filename}: " if error.filename else ""
+        return TrainingError(f"{where}{error.strerror}")
+    return error
 
 
 def headline(metrics: Mapping[str, float]) -> str:
@@ -110,8 +225,8 @@ def headline(metrics: Mapping[str, float]) -> str:
 def _describe(run: Run, task: Task, given: frozenset[str]) -> None:
     """Params, tags, input and config of a run: what it is before it starts."""
     config, dataset = task.config, task.dataset
-    flat = flatten(config)
-    short = {name: flat[path] for name, path in config.short.items()}
+    flat = config.decisive()
+    short = {name: flat[path] for name, path in config.short.items() if path in flat}
     run.log_params(flat | short | dict(task.summary()))
     run.set_tags({"overrides": ", ".join(sorted(given))})
     run.log_input(dataset.name, dataset.digest, dataset.source, dataset.profile)

@@ -1,6 +1,7 @@
 """Pictures of a run, as PNG files."""
 
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,18 +53,23 @@ def confusion(matrices: Mapping[str, npt.NDArray[np.int64]], names: Sequence[str
     figure.savefig(file, dpi=110)
 
 
-def losses(history: Sequence[tuple[int, Mapping[str, float]]], file: Path) -> None:
+def losses(history: Iterable[tuple[int, Mapping[str, float]]], file: Path) -> None:
     """Every logged loss over the steps, smoothed, a panel a loss; a line marks where a loss first joins in."""
-    names = list(dict.fromkeys(name for _, values in history for name in values if name.startswith("loss_")))
-    if not names:
+    curves: dict[str, tuple[array[float], array[float]]] = {}
+    for step, logged in history:
+        for name, value in logged.items():
+            if name.startswith("loss_"):
+                of_steps, of_values = curves.setdefault(name, (array("d"), array("d")))
+                of_steps.append(step)
+                of_values.append(value)
+    if not curves:
         return
-    first = {name: next(step for step, values in history if name in values) for name in names}
-    gates = set(first.values()) - {min(first.values())}
-    columns = min(3, len(names))
-    figure, axes = _figure(columns, -(-len(names) // columns))
-    for axis, name in zip(axes, names, strict=False):
-        points = [(step, values[name]) for step, values in history if name in values]
-        steps, values = np.array(points).T
+    first = [of_steps[0] for of_steps, _ in curves.values()]
+    gates = set(first) - {min(first)}
+    columns = min(3, len(curves))
+    figure, axes = _figure(columns, -(-len(curves) // columns))
+    for axis, (name, curve) in zip(axes, curves.items(), strict=False):
+        steps, values = (np.array(part) for part in curve)
         axis.plot(steps, values, color="C0", alpha=0.2, linewidth=0.6)
         width = max(1, len(values) // 100)
         axis.plot(steps[width - 1 :], np.convolve(values, np.full(width, 1 / width), "valid"), color="C0")
@@ -72,7 +78,7 @@ def losses(history: Sequence[tuple[int, Mapping[str, float]]], file: Path) -> No
         low, high = np.quantile(values, [0.005, 0.995])
         axis.set(title=name, xlabel="global step", ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low) + 1e-12))
         axis.grid(alpha=0.3)
-    for axis in axes[len(names) :]:
+    for axis in axes[len(curves) :]:
         axis.set_axis_off()
     figure.savefig(file, dpi=110)
 

@@ -1,26 +1,47 @@
 """What training tells the world: a `Run`, in MLflow or in memory.
 
 `MlflowRun` appends every call to the run's journal, and a writer process (`pipeline.tracking`) delivers the journal to
-the tracking store in order, whole steps at a time. So training never waits for the store and never imports mlflow.
+the tracking store in order, whole steps at a time. So training never waits for the store and never imports mlflow; a
+store that goes away, or a writer that dies, delays the delivery and nothing else.
 `MemoryRun` keeps the calls in lists: tracking switched off, and tests.
 """
 
 import contextlib
 import json
 import os
+import queue
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.blocks import TrackingSwitch
-from pipeline.errors import TrainingError, UserError
-from pipeline.journal import JOURNAL_FILE, JournalWriter, Record, read_all
+from pipeline.console import say, warn
+from pipeline.errors import TrainingError, Undelivered, UserError
+from pipeline.journal import (
+    JOURNAL_FILE,
+    JournalWriter,
+    Known,
+    Record,
+    is_measured,
+    leaves,
+    points,
+    relative,
+    same_value,
+)
+from pipeline.ownership import Ownership
+from pipeline.tracking.store import CLIENT_SETTINGS
+
+PATIENCE_SECONDS = 30.0  # how long the end of a run waits for a store that takes nothing
+TELL_SECONDS = 2.0  # between two lines of progress
+Points = Mapping[str, float]
 
 
 def now_ms() -> int:
@@ -37,7 +58,8 @@ class RunRequest:
     run_id: str | None = None  # a run that is there already (`mlflow run` opens one)
     launcher: str | None = None  # a run that only started this one
     tags: Mapping[str, str] = field(default_factory=dict)
-    restart: bool = False  # `run_id` was begun before and starts over: points that are there are not written again
+    resume: bool = False  # `run_id` was begun before and goes on: points that are there are not written again
+    folder: str | None = None  # of a resumed run; None = below the output folder
 
 
 class Run(Protocol):
@@ -63,15 +85,26 @@ class Run(Protocol):
         """Make what was logged visible to the delivery."""
         ...
 
-    def history(self) -> Sequence[tuple[int, Mapping[str, float]]]:
-        """(step, metrics) of every call of `log_metrics` so far."""
+    def position(self) -> int:
+        """How long the journal is, in bytes: what was logged before this call survives a power cut."""
         ...
 
-    def finish(self, status: str) -> None:
+    def go_on(self, position: int) -> None:
+        """The run goes on from a state that was saved at the position: what it logs a second time is not kept twice."""
+        ...
+
+    def history(self) -> Iterable[tuple[int, Points]]:
+        """(step, metrics) of every call of `log_metrics` so far; can be gone through more than once."""
+        ...
+
+    def finish(self, status: str, patience: float = PATIENCE_SECONDS) -> None:
         """End the run as FINISHED, FAILED or KILLED once all is delivered.
 
+        patience: seconds without any progress after which the rest stays in the journal.
+
         Raises:
-            TrainingError: something could not be delivered; the message says what, and where it lies.
+            Undelivered: the store is away; the message says how the rest is delivered later.
+            TrainingError: the store refused something, or the journal could not be written.
         """
         ...
 
@@ -113,15 +146,34 @@ class MemoryRun:
     def flush(self) -> None:
         """Nothing waits."""
 
-    def history(self) -> Sequence[tuple[int, Mapping[str, float]]]:
+    def position(self) -> int:
+        return 0
+
+    def go_on(self, position: int) -> None:
+        """Nothing is there from before."""
+
+    def history(self) -> Iterable[tuple[int, Points]]:
         return self.points
 
-    def finish(self, status: str) -> None:
+    def finish(self, status: str, patience: float = PATIENCE_SECONDS) -> None:  # noqa: ARG002
         self.status = status
 
     def discard(self) -> None:
         """Remove its folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class FoundRun:
+    """What the store says of a run."""
+
+    run_id: str
+    name: str
+    status: str
+    run_dir: str | None  # its folder
+    tags: dict[str, str]
+    params: dict[str, str]
+    metrics: dict[str, float]  # the last point of each
 
 
 class Writer:
@@ -131,14 +183,12 @@ class Writer:
     """
 
     def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """Start the process; one that was there before is ended."""
         environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_RUN_ID"}
-        environment |= {
-            "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # we retry ourselves, without losing the order
-            "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-            "GIT_PYTHON_REFRESH": "quiet",
-            "OMP_NUM_THREADS": "1",
-        }
+        environment |= CLIENT_SETTINGS | {"OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pipeline.tracking"],
             stdin=subprocess.PIPE,
@@ -147,6 +197,8 @@ class Writer:
             env=environment,
             start_new_session=True,  # Ctrl-C is for the trainer, which then ends the run in order
         )
+        self.answers: queue.Queue[str] = queue.Queue()
+        threading.Thread(target=_listen, args=(self.process, self.answers), daemon=True).start()
 
     def __enter__(self) -> "Writer":
         return self
@@ -155,32 +207,61 @@ class Writer:
         self.close()
 
     def close(self) -> None:
-        """Let it deliver what is left and end."""
+        """Let it deliver what is left, for as long as the store takes it, and end."""
         assert self.process.stdin
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
         self.process.wait()
 
+    def end(self) -> None:
+        """End it at once: what it was at stays in the journal."""
+        self.process.kill()
+        self.process.wait()
+
+    def send(self, request: Record) -> None:
+        """Send a request; one to a process that is gone is not answered."""
+        assert self.process.stdin
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+
     def ask(self, request: Record) -> Record:
         """Send a request, wait for its answer.
 
         Raises:
-            UserError: the store refused it, or the process is gone.
+            UserError: the store refused it, or does not answer.
+            TrainingError: the process is gone.
         """
-        assert self.process.stdin
-        assert self.process.stdout
-        try:
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
-            answer = self.process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
+        if self.process.poll() is not None:  # ended because the store hung, or by itself
+            self.start()
+        self.send(request)
+        answer = self.answers.get()
         if not answer:
             raise TrainingError(f"the tracking writer ended with code {self.process.wait()}")
         reply: Record = json.loads(answer)
         if "error" in reply:
             raise UserError(reply["error"])
         return reply
+
+    def find(self, *, run_id: str | None = None, run_key: str | None = None, fork: str | None = None) -> list[FoundRun]:
+        """The run with this id, or the runs tagged with this key, oldest first, that were forked from there (or not).
+
+        A run that was made on this server for one that began elsewhere is found by the id it began with.
+
+        Raises:
+            UserError: the store does not answer.
+        """
+        reply = self.ask({"find": {"run_id": run_id, "run_key": run_key, "fork": fork}})
+        return [FoundRun(**found) for found in reply["runs"]]
+
+
+def _listen(process: "subprocess.Popen[str]", answers: "queue.Queue[str]") -> None:
+    """Queue the process' answers; an empty one says that it is gone."""
+    assert process.stdout
+    for line in process.stdout:
+        if line.endswith("\n"):  # else it died while it wrote
+            answers.put(line)
+    answers.put("")
 
 
 def writer_for(tracking: TrackingSwitch) -> contextlib.AbstractContextManager[Writer | None]:
@@ -199,14 +280,26 @@ def fetch_artifact(run_id: str, file: str, folder: Path) -> Path:
         return Path(writer.ask({"fetch": request})["path"])
 
 
+@dataclass(frozen=True)
+class History:
+    """The points of a journal, read anew each time they are gone through."""
+
+    file: Path
+
+    def __iter__(self) -> Iterator[tuple[int, Points]]:
+        return ((record["step"], record["values"]) for record in points(self.file))
+
+
 class MlflowRun:
     """A run in MLflow, written through its journal."""
 
-    def __init__(self, writer: Writer, request: RunRequest, output_dir: Path) -> None:
-        """Open the run.
+    def __init__(self, writer: Writer, request: RunRequest, output_dir: Path, offline: bool = False) -> None:
+        """Open the run; it is this process' alone until it is finished.
+
+        offline: where the store does not answer, begin all the same; the run is made there later.
 
         Raises:
-            UserError: the store or the folder cannot be written.
+            UserError: the store or the folder cannot be written, or another process is at the run.
         """
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
@@ -214,13 +307,57 @@ class MlflowRun:
         except OSError as error:
             raise UserError(f"output_dir {output_dir}: {error.strerror or error}") from None
         self.writer = writer
-        reply = writer.ask({"open": asdict(request), "output_dir": str(output_dir.resolve())})
-        self.id: str = reply["run_id"]
-        self.name: str = reply["name"]
-        self.tracking_uri: str = reply["tracking_uri"]
-        self.folder = output_dir / self.id
+        self.known: Known | None = None
+        self.points, self.writer_cpu_seconds, self.failure = 0, 0.0, ""
+        asked: Record = {"open": asdict(request), "output_dir": str(output_dir.resolve()), "offline": offline}
+        if request.resume:
+            assert request.run_id
+            self.folder = Path(request.folder) if request.folder else output_dir / request.run_id
+            self.owner = Ownership(self.folder)
+            opened = self._open_again(asked)
+        else:
+            opened = writer.ask(asked)
+            self.folder = output_dir / opened["run_id"]
+            self.owner = Ownership(self.folder)
+            self.found_bytes = 0
+        self.id: str = opened.pop("run_id")
+        self.name: str = opened["name"]
+        self.tracking_uri: str = opened.pop("tracking_uri")
+        if opened.pop("ahead"):
+            warn(f"run {self.id}: its journal had lost points; those that the store has were read back")
+        if reason := opened.pop("reason"):
+            warn(f"tracking store {self.tracking_uri}: {reason}; the run begins without it")
         self.journal = JournalWriter(self.folder / JOURNAL_FILE)
-        self.points, self.writer_cpu_seconds = 0, 0.0
+        self._append("open", id=self.id, time=now_ms(), **opened, host=socket.gethostname(), pid=os.getpid(),
+                     boot=_boot_id())  # fmt: skip
+        self.journal.sync()
+        self._follow()
+
+    def _open_again(self, asked: Record) -> Record:
+        """Open a run that was begun before, with what its journal holds; points that only the store has come first."""
+        file = self.folder / JOURNAL_FILE
+        try:
+            JournalWriter(file).close()  # without what a kill left of its last record
+            self.known = Known()
+            self.found_bytes = self.known.read(file)
+            last = self.known.last_steps()
+            opened = self.writer.ask(asked | {"folder": str(self.folder.resolve()), "last_steps": last})
+            self.known.read(file, self.found_bytes)
+        except BaseException:
+            self.owner.release()
+            raise
+        return opened
+
+    def _follow(self) -> None:
+        """Let the writer deliver the journal from now on."""
+        self.writer.send({"follow": {"folder": str(self.folder.resolve()), "owner": self.owner.number}})
+
+    def _revive(self) -> None:
+        """Start the writer again if it died by itself: it goes on where the delivery ended."""
+        if self.writer.process.poll() is not None:
+            warn(f"the tracking writer ended with code {self.writer.process.returncode}; another one goes on")
+            self.writer.start()
+            self._follow()
 
     def _append(self, op: str, **values: Any) -> None:
         self.journal.append({"op": op, **values})
@@ -229,37 +366,121 @@ class MlflowRun:
         self._append("params", values=dict(params))
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
+        self.failure = tags.get("failure", self.failure)
         self._append("tags", values=dict(tags))
 
     def log_metrics(self, step: int, metrics: Mapping[str, float], time_ms: int | None = None) -> None:
-        self._append("metrics", step=step, time=time_ms or now_ms(), values=metrics)
-        self.points += len(metrics)
+        fresh = metrics if self.known is None else self._unknown(self.known, step, metrics)
+        if fresh or not metrics:
+            self._append("metrics", step=step, time=time_ms or now_ms(), values=fresh)
+        self.points += len(fresh)
+
+    def _unknown(self, known: Known, step: int, metrics: Points) -> Points:
+        """What is not in the journal yet. What is there must be what is computed now; it stays, in any case."""
+        there = {key: was for key in metrics if (was := known.value(key, step)) is not None}
+        differs = [
+            key for key, was in there.items() if not is_measured(key) and not same_value(was, float(metrics[key]))
+        ]
+        if differs and "determinism" not in known.tags:
+            key = differs[0]
+            known.tags["determinism"] = f"broken@{step}"
+            self.set_tags({"determinism": f"broken@{step}"})
+            warn(f"{key} is {metrics[key]!r} at step {step} and was {there[key]!r} before; what was logged first "
+                 f"stays, and the run is tagged determinism=broken@{step}")  # fmt: skip
+        return {key: value for key, value in metrics.items() if key not in there}
 
     def log_artifact(self, file: Path, folder: str = "") -> None:
-        self._append("artifact", file=str(file.resolve()), folder=folder)
+        """Keep a file among the run's artifacts.
+
+        Raises:
+            UserError: the artifact's folder would lie outside.
+        """
+        if leaves(folder):
+            raise UserError(f"artifact {file.name}: found folder {folder!r}, allowed: one below the run's artifacts")
+        self._append("artifact", file=relative(file, self.folder), folder=folder)
 
     def log_input(self, name: str, digest: str, source: str, profile: Mapping[str, Any]) -> None:
         self._append("input", name=name, digest=digest, source=source, profile=profile)
 
     def log_model(self, export: Mapping[str, Any]) -> None:
-        self._append("model", **export)
+        self._append("model", **{**export, "folder": relative(Path(export["folder"]), self.folder)})
 
     def flush(self) -> None:
+        self.owner.check()
         self.journal.flush()
+        self._revive()
 
-    def history(self) -> Sequence[tuple[int, Mapping[str, float]]]:
-        self.flush()
-        return [
-            (record["step"], record["values"]) for record in read_all(self.journal.file) if record["op"] == "metrics"
-        ]
+    def position(self) -> int:
+        self.owner.check()
+        return self.journal.sync()
 
-    def finish(self, status: str) -> None:
-        self._append("finish", status=status)
-        self.journal.close()
-        reply = self.writer.ask({"finish": True})
-        self.writer_cpu_seconds = reply["cpu_seconds"]
-        problems = reply["problems"]
-        if reply["points"] != self.points:
-            problems.append(f"{reply['points']} of {self.points} points were delivered")
-        if problems:
-            raise TrainingError(f"run {self.id}: {'; '.join(problems)}; all of it lies in {self.journal.file}")
+    def go_on(self, position: int) -> None:
+        if position > self.found_bytes:
+            warn(f"journal {self.journal.file}: found {self.found_bytes} bytes where {position} were saved; of the "
+                 "rest, what the store has was read back")  # fmt: skip
+
+    def history(self) -> Iterable[tuple[int, Points]]:
+        self.journal.flush()
+        return History(self.journal.file)
+
+    def finish(self, status: str, patience: float = PATIENCE_SECONDS) -> None:
+        lost: TrainingError | None = None
+        try:
+            self._append("finish", status=status, time=now_ms())
+            try:
+                self.journal.close()
+            except TrainingError as error:  # the end travels without the journal
+                lost, status, self.failure = error, _worse(status), self.failure or str(error)
+            report = self._deliver_rest({"status": status, "failure": self.failure, "patience": patience}, patience)
+        finally:
+            self.owner.release()
+        if lost:
+            raise lost
+        if report is None or report["waiting"]:
+            waits = f"{report['waiting']:,} records wait" if report else "part of it waits"
+            why = report["reason"] if report else "the tracking store does not answer"
+            raise Undelivered(f"run {self.id}: {waits} in {self.journal.file}: {why}; deliver it with "
+                              f"`python -m pipeline sync {self.folder}`")  # fmt: skip
+        self.writer_cpu_seconds = report["cpu_seconds"]
+        if report["problems"]:
+            raise TrainingError(
+                f"run {self.id}: {'; '.join(report['problems'])}; all of it lies in {self.journal.file}"
+            )
+
+    def _deliver_rest(self, request: Record, patience: float) -> Record | None:
+        """Wait while the writer makes progress. None: it made none, and is ended."""
+        self._revive()
+        self.writer.send({"finish": request})
+        started = told = time.monotonic()
+        revived, allowed = 0, patience + 1
+        while True:
+            try:
+                answer = self.writer.answers.get(timeout=allowed)
+            except queue.Empty:
+                self.writer.end()
+                return None
+            if not answer:
+                revived += 1
+                if revived > 2:
+                    return None
+                self.writer.process.wait()
+                self._revive()
+                self.writer.send({"finish": request})
+                continue
+            reply: Record = json.loads(answer)
+            if "delivered" not in reply:
+                return reply
+            allowed = max(patience + 1, reply.get("busy", 0))
+            if time.monotonic() - told > TELL_SECONDS:
+                told = time.monotonic()
+                say(f"delivered {reply['delivered']:,} of {reply['of']:,} records ({told - started:.0f} s)")
+
+
+def _worse(status: str) -> str:
+    return "FAILED" if status == "FINISHED" else status
+
+
+def _boot_id() -> str:
+    """Names this start of the machine; empty where it has no name."""
+    file = Path("/proc/sys/kernel/random/boot_id")
+    return file.read_text().strip() if file.exists() else ""

@@ -16,18 +16,18 @@ from pipeline.config import nearest, to_yaml
 from pipeline.console import say
 from pipeline.errors import TrainingError, UserError
 from pipeline.journal import Record
-from pipeline.sweep import Job, Sweep
+from pipeline.sweep import Job, Sweep, resumed
 from pipeline.sweep_config import SearchConfig, SpaceConfig
 from pipeline.sweep_plan import Arm, Plan, controls_of, overridden
-from pipeline.tracking.reading import set_tags
+from pipeline.tracking.reading import StoredRun, set_tags
 
 TRIAL = "trial"  # the role of these runs: no comparison takes them for arms
 
 
-def search(sweep: Sweep, known: Mapping[str, tuple[str, str]]) -> Plan:
+def search(sweep: Sweep, known: Mapping[str, StoredRun]) -> Plan:
     """Run what is missing of the trials; returns the plan that compares the best of them to the baseline.
 
-    known: run key -> (run id, status).
+    known: by run key.
 
     Raises:
         TrainingError: no trial finished.
@@ -45,7 +45,7 @@ def search(sweep: Sweep, known: Mapping[str, tuple[str, str]]) -> Plan:
 class _Trials:
     """The study and its runs."""
 
-    def __init__(self, sweep: Sweep, config: SearchConfig, known: Mapping[str, tuple[str, str]]) -> None:
+    def __init__(self, sweep: Sweep, config: SearchConfig, known: Mapping[str, StoredRun]) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.sweep, self.config, self.known = sweep, config, known
         evaluation = sweep.plan.baseline.config.evaluation
@@ -116,9 +116,9 @@ class _Trials:
         config = arm.at(self.config.seed)
         tags = {"sweep_id": self.sweep.id, "arm": arm.name, "role": TRIAL, "trial": str(trial.number)}
         request: Record = {"do": "train", "entry": self.sweep.entry, "config": to_yaml(config), "tags": tags,
-                           "name": arm.run_name(self.config.seed), "run_id": self.known.get(key, (None,))[0],
-                           "trunk": None, "given": sorted(arm.overridden),
+                           "name": arm.run_name(self.config.seed), "trunk": None, "given": sorted(arm.overridden),
                            "watched": self.metric}  # fmt: skip
+        request |= resumed(self.known.get(key))
         job = Job(f"trial {trial.number}: {arm.name}", request)
         job.finished = partial(self._finished, trial, key)
         self.trials[job.name] = trial

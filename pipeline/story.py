@@ -1,14 +1,14 @@
 """`main`: the whole story on one page: click and conversion with and without the focal loss, and review sentiment."""
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import keys, load
 from pipeline.console import say, table, warn
-from pipeline.launch import train_run
-from pipeline.run import MlflowRun, Run, RunRequest, Writer, writer_for
+from pipeline.errors import UserError
+from pipeline.launch import Trained, train_run
+from pipeline.run import RunRequest, Writer, writer_for
 from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.task import MmoeTask
 from pipeline.tasks.visobert.config import DataPrepConfig, VisobertConfig
@@ -24,26 +24,28 @@ REVIEW_METRICS = ("aspect_f1_macro", "sentiment_f1_macro", "pair_f1_micro")
 
 def main(config: MmoeConfig, given: frozenset[str]) -> None:
     """Train the baseline and the focal arm from the same seed, then a review model, and show what came out."""
+    if config.fork or config.resume not in (None, "auto"):
+        raise UserError("main trains several runs: fork is of none of them, allowed for resume: auto")
     if "loss.aux_focal.enabled" in given:
         warn("loss.aux_focal.enabled has no effect here: one arm has it off, the other on")
     launcher = os.environ.get("MLFLOW_RUN_ID")  # `mlflow run` opens a run; ours are runs of their own
     with writer_for(config.tracking) as writer:
         ranking = _ranking(config, given, writer, launcher)
-        reviews, scores = _reviews(config, writer, launcher)
+        reviews = _reviews(config, writer, launcher)
     say("")
-    say(table((run.name, {name: scored.get(name) for name in RANKING_METRICS}) for run, scored in ranking))
+    say(table((run.name, {name: run.metrics.get(name) for name in RANKING_METRICS}) for run in ranking))
     bayes = {f"{name}_bayes": value for name in RANKING_METRICS[:2]
-             if (value := ranking[0][1].get(f"{name}_bayes")) is not None}  # fmt: skip
+             if (value := ranking[0].metrics.get(f"{name}_bayes")) is not None}  # fmt: skip
     if bayes:
         say("no model can beat " + ", ".join(f"{name} {value:.4f}" for name, value in bayes.items()))
     say("One seed cannot tell a better setting from luck.\n")
     rows = {reviews.name: "", "TF-IDF, logistic regression": "_tfidf", "majority": "_majority"}
-    say(table((row, {f"test/{name}": scores.get(f"test/{name}{suffix}") for name in REVIEW_METRICS})
+    say(table((row, {f"test/{name}": reviews.metrics.get(f"test/{name}{suffix}") for name in REVIEW_METRICS})
               for row, suffix in rows.items()))  # fmt: skip
-    runs = [run for run, _ in ranking] + [reviews]
-    if isinstance(reviews, MlflowRun):
-        _report([run.id for run, _ in ranking], Path(config.output_dir))
-    store = reviews.tracking_uri if isinstance(reviews, MlflowRun) else "memory alone"
+    runs = [*ranking, reviews]
+    if reviews.tracking_uri:
+        _report([run.id for run in ranking], Path(config.output_dir))
+    store = reviews.tracking_uri or "memory alone"
     say(f"\n{len(runs)} runs in {store}: " + ", ".join(f"{run.name} ({run.id})" for run in runs))
     say("next: open the report; `make ui` opens MLflow: select the first two runs and press Compare. Is it really "
         "better? `python -m pipeline sweep` takes five settings, three seeds each, and ends in a verdict")  # fmt: skip
@@ -57,21 +59,19 @@ def _report(run_ids: list[str], output_dir: Path) -> None:
     say(f"\nreport: {files[-1].resolve().as_uri()}")
 
 
-def _ranking(
-    config: MmoeConfig, given: frozenset[str], writer: Writer | None, launcher: str | None
-) -> list[tuple[Run, Mapping[str, float]]]:
+def _ranking(config: MmoeConfig, given: frozenset[str], writer: Writer | None, launcher: str | None) -> list[Trained]:
     """The MMoE without and with the auxiliary focal loss."""
     arms = {"baseline": _with_focal(config, enabled=False), "focal": _with_focal(config, enabled=True)}
-    found: list[tuple[Run, Mapping[str, float]]] = []
+    found = []
     for arm, arm_config in arms.items():
         acting = given - FOCAL_KEYS if arm == "baseline" else given
         tags = {"arm": arm, "role": "baseline" if arm == "baseline" else "arm"}
-        run, result = train_run(arm_config, MmoeTask, writer, RunRequest(launcher=launcher, tags=tags), given=acting)
-        found.append((run, result.metrics))
+        asked = RunRequest(launcher=launcher, tags=tags)
+        found.append(train_run(arm_config, MmoeTask, writer, asked, given=acting))
     return found
 
 
-def _reviews(config: MmoeConfig, writer: Writer | None, launcher: str | None) -> tuple[Run, Mapping[str, float]]:
+def _reviews(config: MmoeConfig, writer: Writer | None, launcher: str | None) -> Trained:
     """Alpha of the embedded reviews, then a short training of the small model with it."""
     shared = {"experiment": config.experiment or "null", "data.cache": config.data.embedded.cache}
     switch = {"tracking.enabled": str(config.tracking.enabled).lower()}
@@ -84,11 +84,11 @@ def _reviews(config: MmoeConfig, writer: Writer | None, launcher: str | None) ->
         "device": config.device,
         "training.max_steps": str(config.training.max_steps or "null"),
         "training.threads": str(config.training.threads or "null"),
+        "resume": config.resume or "null",
         "tracking.log_model": str(config.tracking.log_model).lower(),
     }
     training = load(VisobertConfig, CONFIGS / "config_multi_embedded.yaml", shared | switch | own | same)
-    run, result = train_run(training, lambda ready: VisobertTask(ready, alpha), writer, RunRequest(launcher=launcher))
-    return run, result.metrics
+    return train_run(training, lambda ready: VisobertTask(ready, alpha), writer, RunRequest(launcher=launcher))
 
 
 def _with_focal(config: MmoeConfig, **values: Any) -> MmoeConfig:

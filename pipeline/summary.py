@@ -1,7 +1,7 @@
 """The run that stands for a whole sweep: it holds the report and what the sweep is made of."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from pipeline.console import say, warn
 from pipeline.errors import TrainingError, UserError
 from pipeline.run import MlflowRun, RunRequest, Writer
 from pipeline.sweep_plan import Plan, to_yaml
+from pipeline.tables import plain
 from pipeline.tracking.reading import (
     StoredRun,
     end_run,
@@ -27,8 +28,8 @@ RUNNING = "RUNNING"
 class KnownRuns:
     """What the store has of a sweep already."""
 
-    by_key: Mapping[str, tuple[str, str]]  # run key -> (run id, status), the finished one where there are several
-    summary: str | None
+    by_key: Mapping[str, StoredRun]  # by run key, the finished one where there are several
+    summary: StoredRun | None
 
 
 def claim_launcher(plan_id: str) -> None:
@@ -54,9 +55,9 @@ def claim_launcher(plan_id: str) -> None:
 def known_runs(sweep_id: str) -> KnownRuns:
     """Look the sweep up."""
     runs = runs_of_sweep(sweep_id) if store_exists() else []
-    summary = next((run.run_id for run in runs if run.tags.get("role") == "summary"), None)
+    summary = next((run for run in runs if run.tags.get("role") == "summary"), None)
     runs = [run for run in runs if "run_key" in run.tags]
-    return KnownRuns({run.tags["run_key"]: (run.run_id, run.status) for run in sorted(runs, key=_finished)}, summary)
+    return KnownRuns({run.tags["run_key"]: run for run in sorted(runs, key=_finished)}, summary)
 
 
 def _finished(run: StoredRun) -> bool:
@@ -69,16 +70,17 @@ class Summary:
     def __init__(self, writer: Writer, plan: Plan, sweep_id: str, known: KnownRuns) -> None:
         self.plan, self.sweep_id = plan, sweep_id
         launcher = os.environ.get("MLFLOW_RUN_ID")
-        config = plan.baseline.config
+        config, before = plan.baseline.config, known.summary
         request = RunRequest(
             name=f"sweep {plan.title}"[:40],
             experiment=config.experiment,
-            run_id=known.summary or launcher,
-            launcher=launcher if known.summary and known.summary != launcher else None,
+            run_id=before.run_id if before else launcher,
+            launcher=launcher if before and before.run_id != launcher else None,
             # the role last: until then a launcher's run is one that the next start ends
             tags={"sweep_id": sweep_id, "sweep_plan": plan.identity(), "task": config.task, "metric": plan.metric}
             | {"mode": plan.sweep.mode or "", "role": "summary"},
-            restart=known.summary is not None,
+            resume=before is not None,
+            folder=before.tags.get("run_dir") if before else None,
         )  # fmt: skip
         self.run = MlflowRun(writer, request, Path(config.output_dir))
         self.finishing = False
@@ -102,6 +104,7 @@ class Summary:
         note = _failures(failed)
         if note:
             say(f"\nfailed:\n{note}")
+            note = _failures(failed, plain)
         page, refused = None, None
         try:
             found = compare(load_runs(self.sweep_id), self.plan.metric, self.plan.sweep.mode, title=self.plan.title)
@@ -113,7 +116,7 @@ class Summary:
             note = f"{to_markdown(found, NOTE_LENGTH - len(note) - 2)}\n\n{note}"
         except UserError as error:
             refused = error
-            note = f"{error}\n\n{note}"
+            note = f"{plain(str(error))}\n\n{note}"
         self.run.set_tags({"mlflow.note.content": note[:NOTE_LENGTH]})
         self.finishing = True
         self.run.finish("FAILED" if failed or refused else "FINISHED")
@@ -125,5 +128,5 @@ class Summary:
         say("next: open the report; `make ui` opens MLflow on these runs")
 
 
-def _failures(failed: Mapping[tuple[str, int], str]) -> str:
-    return "\n".join(f"- {arm} s{seed}: {why}" for (arm, seed), why in failed.items())
+def _failures(failed: Mapping[tuple[str, int], str], written: Callable[[str], str] = str) -> str:
+    return "\n".join(f"- {written(arm)} s{seed}: {written(why)}" for (arm, seed), why in failed.items())

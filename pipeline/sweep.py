@@ -7,7 +7,6 @@ trunk (`pipeline.branching`). A run is known again by its key, so that a sweep t
 import fcntl
 import queue
 import shutil
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config import to_yaml
 from pipeline.console import say, warn
@@ -27,6 +26,9 @@ from pipeline.names import COLORS, CONTROLLED, TRUNK_FILES
 from pipeline.sweep_config import SweepConfig
 from pipeline.sweep_plan import Arm, Plan, resolve
 from pipeline.worker import Worker
+
+if TYPE_CHECKING:
+    from pipeline.tracking.reading import StoredRun
 
 
 @dataclass
@@ -136,7 +138,7 @@ def sweep(config: SweepConfig, file: Path, typed: Mapping[str, str]) -> None:
         warn(note)
     if not plan.baseline.config.tracking.enabled:
         raise UserError(f"{file}: tracking.enabled is false, allowed: true (a sweep compares what is in MLflow)")
-    with _interruptible(), _alone(plan):
+    with _alone(plan):
         Sweep(plan).run()
 
 
@@ -216,21 +218,21 @@ class Sweep:
             raise UserError(f"{first} has data {one[:12]}..., {second} has {other[:12]}...: a sweep is on one data set")
         return next(iter(found))
 
-    def jobs(self, known: Mapping[str, tuple[str, str]]) -> list[Job]:
-        """Trunks first, then the runs that are not finished. known: run key -> (run id, status)."""
+    def jobs(self, known: "Mapping[str, StoredRun]") -> list[Job]:
+        """Trunks first, then the runs that are not finished. known: by run key."""
         trunks: list[Job] = []
         runs: list[Job] = []
         for seed in self.plan.sweep.seeds:
             missing = []
             for arm in self.plan.arms:
-                run_id, status = known.get(arm.at(seed).fingerprint(self.digest), (None, ""))
-                if status == "FINISHED" and run_id:
-                    self.progress.done[arm.name, seed] = run_id
-                    say(f"{self._count()} {arm.run_name(seed)}: finished before (run {run_id})")
+                run = known.get(arm.at(seed).fingerprint(self.digest))
+                if run and run.status == "FINISHED":
+                    self.progress.done[arm.name, seed] = run.run_id
+                    say(f"{self._count()} {arm.run_name(seed)}: finished before (run {run.run_id})")
                 else:
-                    missing.append((arm, run_id))
+                    missing.append((arm, run))
             places = self._trunks([arm for arm, _ in missing], seed, trunks) if self.plan.sweep.share_prefix else {}
-            runs += [self._run_job(arm, seed, run_id, places.get(arm.name)) for arm, run_id in missing]
+            runs += [self._run_job(arm, seed, run, places.get(arm.name)) for arm, run in missing]
         self.waiting = runs
         return trunks + runs
 
@@ -273,7 +275,9 @@ class Sweep:
         self.progress.saved_seconds += (members - 1) * job.reply["seconds"]
         say(f"{job.name}: {job.reply['steps']} steps that {members} runs share, {job.reply['seconds']:.0f} s")
 
-    def _run_job(self, arm: Arm, seed: int, run_id: str | None, place: tuple[Path, int, Job | None] | None) -> Job:
+    def _run_job(
+        self, arm: Arm, seed: int, begun: "StoredRun | None", place: tuple[Path, int, Job | None] | None
+    ) -> Job:
         config = arm.at(seed)
         place_in_plan = [other.name for other in self.plan.arms].index(arm.name)
         tags = {"sweep_id": self.id, "arm": arm.name, "arm_number": str(place_in_plan), "role": arm.role,
@@ -281,8 +285,8 @@ class Sweep:
         if arm.control_of:
             tags["control_of"] = CONTROLLED.join(arm.control_of)
         request: Record = {"do": "train", "entry": self.entry, "config": to_yaml(config), "tags": tags,
-                           "name": arm.run_name(seed), "run_id": run_id, "trunk": None,
-                           "given": sorted(arm.overridden)}  # fmt: skip
+                           "name": arm.run_name(seed), "trunk": None, "given": sorted(arm.overridden)}  # fmt: skip
+        request |= resumed(begun)
         if place:
             folder, step, _ = place
             request["trunk"] = str(folder)
@@ -314,6 +318,11 @@ class Sweep:
             say(f"trained {spent.trained:,} optimizer steps for runs of {spent.steps:,} in {seconds:.0f} s; sharing "
                 f"beginnings saved {saved:,} steps, about {spent.saved_seconds:.0f} s of "
                 "training")  # fmt: skip
+
+
+def resumed(begun: "StoredRun | None") -> Record:
+    """Of a request to train: the run to go on with."""
+    return {"run_id": begun and begun.run_id, "folder": begun and begun.tags.get("run_dir")}
 
 
 def _claim_launcher(plan_id: str) -> None:
@@ -348,22 +357,3 @@ def _alone(plan: Plan) -> Iterator[None]:
         except BlockingIOError:
             raise UserError(f"this sweep is already running (it holds {held.name})") from None
         yield
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """A polite request to end is what Ctrl-C is: `mlflow run` passes the one on as the other."""
-    told: list[int] = []
-
-    def interrupt(number: int, _: object) -> None:
-        told.append(number)
-        if len(told) == 1:  # once: the runs are to be ended in order
-            raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)
-              if signal.getsignal(number) is not signal.SIG_IGN}  # fmt: skip
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

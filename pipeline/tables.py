@@ -32,10 +32,10 @@ def to_frame(comparison: "Comparison") -> pd.DataFrame:
 
 def to_markdown(comparison: "Comparison", longest: int | None = None) -> str:
     """The comparison as Markdown, at most `longest` characters: first the settings go, then rows of the table."""
-    head = [f"## {_plain(comparison.title)}", _facts(comparison)]
-    sentences = [f"- **{_plain(arm.name)}**: {_sentence(arm, comparison)}" for arm in comparison.arms[1:]]
+    head = [f"## {plain(comparison.title)}", _facts(comparison)]
+    sentences = [f"- **{plain(arm.name)}**: {_sentence(arm, comparison)}" for arm in comparison.arms[1:]]
     table = _markdown_table(_markdown_cells(comparison))
-    notes = [f"- {_plain(note)}" for note in comparison.notes]
+    notes = [f"- {plain(note)}" for note in comparison.notes]
     foot = [INTERVALS, HOW.format(arms=_tested(comparison))]
     foot += [ROWS] if any(arm.rows for arm in comparison.arms) else []
     foot += [STARS] if comparison.side_metrics else []
@@ -173,16 +173,16 @@ def _tested(comparison: "Comparison") -> str:
 
 def _facts(comparison: "Comparison") -> str:
     better = "more" if comparison.mode == "max" else "less"
-    task = f"{_plain(comparison.task)}, " if comparison.task else ""
+    task = f"{plain(comparison.task)}, " if comparison.task else ""
     data = f", data {comparison.data_digest[:12]}" if comparison.data_digest else ""
     return (f"{task}`{comparison.metric}` ({better} is better), {_seeds(comparison)}, against "
-            f"**{_plain(comparison.baseline)}**{data}")  # fmt: skip
+            f"**{plain(comparison.baseline)}**{data}")  # fmt: skip
 
 
 def _sentence(arm: "Arm", comparison: "Comparison") -> str:
     """The verdict with what it rests on."""
     number, found = _formats(comparison), arm.difference
-    words = f"control of {_plain(arm.control_of)}" if arm.role == "control" and arm.control_of else arm.verdict
+    words = f"control of {plain(arm.control_of)}" if arm.role == "control" and arm.control_of else arm.verdict
     if found is None or found.n == 0:
         return words
     text = f"{words}{_with_seeds(arm)}; difference {number.signed(found.mean)}"
@@ -218,8 +218,8 @@ def _markdown_cells(comparison: "Comparison") -> list[list[str]]:
     rows = [head]
     for arm in comparison.arms:
         found, against = arm.difference, arm.against_control
-        verdict = f"control of {_plain(arm.control_of)}" if arm.role == "control" else arm.verdict or "baseline"
-        row = [_plain(arm.name), verdict, number.spread(arm.mean, arm.spread)]
+        verdict = f"control of {plain(arm.control_of)}" if arm.role == "control" else arm.verdict or "baseline"
+        row = [plain(arm.name), verdict, number.spread(arm.mean, arm.spread)]
         if best:
             row.append(NOTHING if arm.best is None else number.spread(arm.best, arm.best_spread))
         row += [number.signed(found.mean if found else None), number.interval(found), _p(arm.p_adjusted),
@@ -279,8 +279,9 @@ def _setting_cells(comparison: "Comparison", short: bool = False) -> list[list[s
         head = head[:SETTINGS_SHOWN] + ([f"and {more} more"] if more > 0 else [])
     else:
         head, more = [f"`{key}`" for key in keys], 0
-    names = [_label(arm) if short else _plain(arm.name) for arm in comparison.arms]
-    return [["", *head], *([name, *(arm.differing[key] for key in keys), *([""] if more > 0 else [])]
+    names = [_label(arm) if short else plain(arm.name) for arm in comparison.arms]
+    cell = str if short else plain
+    return [["", *head], *([name, *(cell(arm.differing[key]) for key in keys), *([""] if more > 0 else [])]
                            for name, arm in zip(names, comparison.arms, strict=True))]  # fmt: skip
 
 
@@ -304,7 +305,7 @@ def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
-def _plain(text: str | None) -> str:
+def plain(text: str | None) -> str:
     """Names as they are, not as Markdown or HTML."""
     escaped = "".join(f"\\{letter}" if letter in "\\`*_[]" else letter for letter in text or "")
     return " ".join(escaped.replace("&", "&amp;").replace("<", "&lt;").split())

@@ -81,6 +81,11 @@ class Task(Protocol):
         """Everything that the run is fed with."""
         ...
 
+    @property
+    def files(self) -> Sequence[Path]:
+        """What it was read from: must stay as it is while the run trains."""
+        ...
+
     def with_config(self, config: Any) -> "Task | None":
         """A task of this kind with another config, sharing what is loaded where the config names the same.
 
@@ -101,7 +106,7 @@ class Task(Protocol):
         ...
 
     def model(self) -> nn.Module:
-        """A new model; its weights depend on torch's seed alone."""
+        """A new model; its weights depend on torch's seed alone, and a training step changes no buffer of it."""
         ...
 
     def optimizers(self, model: nn.Module) -> Mapping[str, Optimizer]:

@@ -1,26 +1,35 @@
 """The one training loop, for every task."""
 
 import math
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.blocks import EvaluationConfig
-from pipeline.checkpoint import load_tensors, save_weights
+from pipeline.checkpoint import Generation, load_tensors, save_weights
 from pipeline.console import Console, say, warn
 from pipeline.errors import UserError
 from pipeline.influence import PREFIX
+from pipeline.interrupts import check, held
+from pipeline.prefetch import prefetched
 from pipeline.recording import Recorder
 from pipeline.run import Run
+from pipeline.saving import Saver
 from pipeline.schedules import learning_rate_factor
 from pipeline.task import AMP, TOTAL, Rows, Task
 
 Watch = Callable[[int, Mapping[str, float]], bool]
+
+FINAL_FILE = Path("final", "model.safetensors")
+BEST_FILE = Path("best", "model.safetensors")
+BEST_LINK = "best.safetensors"  # what a checkpoint calls the best weights up to it
 
 
 @dataclass
@@ -32,11 +41,27 @@ class Result:
     metrics: dict[str, float] = field(default_factory=dict)  # the last value of every evaluation metric
 
 
+class Window(NamedTuple):
+    """What one optimizer step trains on."""
+
+    rows: list[Rows]  # of its micro-batches
+    ends_epoch: bool
+
+
 class Training:
     """A task in training. The result depends on config, data and thread count alone."""
 
-    def __init__(self, task: Task, run: Run, console: Console, device: str, watch: Watch | None = None) -> None:
-        """`watch` sees the metrics of every evaluation and says whether to stop there."""
+    def __init__(
+        self,
+        task: Task,
+        run: Run,
+        console: Console,
+        device: str,
+        *,
+        watch: Watch | None = None,
+        saver: Saver | None = None,
+    ) -> None:
+        """`watch` sees the metrics of every evaluation and says whether to stop there; `saver` keeps checkpoints."""
         self.watch, self.stopped = watch, False
         self.task, self.config, self.run, self.console, self.device = task, task.config, run, console, device
         torch.manual_seed(self.config.seed)
@@ -48,105 +73,148 @@ class Training:
         self.scaler = torch.amp.GradScaler(device, enabled=self.config.training.amp == "fp16")
         self.total_steps = count_steps(task)
         self.recorder = Recorder(run, console, self.config.tracking.log_every, task.logged_losses)
-        self.keeper = BestKeeper(self.config.evaluation, run.folder / "best" / "model.safetensors")
+        self.keeper = BestKeeper(self.config.evaluation, run.folder / BEST_FILE)
         self.result = Result(self.model)
-        self.evaluated_at = -1
+        self.evaluated_at, self.due = -1, False  # due: the evaluation after the last step is still to come
+        self.saver = saver or Saver(None)
+        self.done = False  # the model holds the best weights, no longer those in training
 
     def train(self) -> Result:
         """Train, evaluate, keep the best weights, and evaluate those once on the test split.
 
         Raises:
             NonFiniteError: a loss became NaN or infinite; what was logged before is in the run.
+            Interrupted: the process was asked to end; a checkpoint is saved.
         """
         started = time.perf_counter()
-        self.advance()
-        if self.evaluated_at != self.result.steps:
-            self._evaluate()
-        self.recorder.drain()
-        self.run.log_metrics(self.result.steps, {"time/train_seconds": time.perf_counter() - started})
+        try:
+            self.advance()
+            if self.evaluated_at != self.result.steps:
+                self._evaluate()
+            self.recorder.drain()
+            self._finish(time.perf_counter() - started)
+        except KeyboardInterrupt:
+            self._save_interrupted()
+            raise
+        finally:
+            self.console.close()
+        return self.result
+
+    def _finish(self, seconds: float) -> None:
+        """What is logged once, the last weights, and the test split at the best ones."""
+        self.saver.check_data()
+        self.run.log_metrics(self.result.steps, {"time/train_seconds": seconds})
         if self.keeper.step is not None:
             self.run.log_metrics(self.result.steps, {"best_step": self.keeper.step})
-        save_weights(self.model.state_dict(), self.run.folder / "final" / "model.safetensors")
+        save_weights(self.model.state_dict(), self.run.folder / FINAL_FILE)
+        self.done = True
         self.keeper.restore(self.model)
         tested = dict(self.task.evaluate(self.model, "test", self.device))
         self.run.log_metrics(self.result.steps, tested)
         self.result.metrics |= tested
-        self.console.close()
-        return self.result
+
+    def _save_interrupted(self) -> None:
+        if self.done:  # a checkpoint is of the weights in training
+            self.model.load_state_dict(load_tensors(self.run.folder / FINAL_FILE))
+            self.done = False
+        self.saver.save(self)
 
     def advance(self, until: int | None = None) -> None:
         """Train on from where it stands: to the end, or until so many steps are completed and evaluated if due."""
-        every = self.config.evaluation.every_steps
         self.model.train()
-        for window, ends_epoch in self._remaining():
+        if self.due:
+            self._evaluate()
+        for window, batches in prefetched(self._remaining(), self._load, self.config.training.prefetch):
             if self._is_over() or self.result.steps == until:
                 break
-            self._step(window)
-            if self.result.steps % every == 0 if every else ends_epoch and not self._is_over():
+            check()
+            self._step(window, batches)
+            if self.due:
                 self._evaluate()
+            if self.saver.is_due(self.result.steps, self.keeper.step):
+                self.saver.save(self)
 
-    def _remaining(self) -> Iterator[tuple[list[Rows], bool]]:
-        """The micro-batches of each optimizer step to come, and whether the step is its epoch's last."""
-        size, before = self.config.training.accumulation_steps, 0
+    def _load(self, window: Window) -> list[Any]:
+        return [self.task.batch(rows) for rows in window.rows]
+
+    def _remaining(self) -> Iterator[Window]:
+        """The optimizer steps to come."""
+        size, before, first = self.config.training.accumulation_steps, 0, self.result.steps
         for epoch in range(self.config.training.num_train_epochs):
+            if before >= self.total_steps:
+                break
             plan = self.task.plan(epoch)
             count = -(-len(plan) // size)
-            for number in range(max(0, self.result.steps - before), count):
-                yield (
-                    [plan[index] for index in range(number * size, min((number + 1) * size, len(plan)))],
-                    (number == count - 1),
-                )
+            for number in range(max(0, first - before), count):
+                rows = [plan[index] for index in range(number * size, min((number + 1) * size, len(plan)))]
+                yield Window(rows, number == count - 1)
             before += count
 
     def state(self) -> dict[str, Any]:
-        """All that decides how the training goes on, as tensors and plain values."""
+        """All that decides how the training goes on, as tensors and plain values; the best weights are in `files`."""
         self.recorder.drain()
         return {
             "steps": self.result.steps,
             "evaluated_at": self.evaluated_at,
+            "due": self.due,
             "metrics": self.result.metrics,
             "model": self.model.state_dict(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "scaler": self.scaler.state_dict(),
             "keeper": self.keeper.state(),
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state_all() if self.device == "cuda" else [],
+            "random": _random_state(self.device),
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Stand where another training of the same task stood when it gave its `state`."""
-        self.result.steps, self.evaluated_at = state["steps"], state["evaluated_at"]
+    def files(self) -> dict[str, Path]:
+        """Files that belong to the state, by their names in a checkpoint."""
+        return {BEST_LINK: self.keeper.file} if self.keeper.step is not None else {}
+
+    def restore(self, generation: Generation) -> None:
+        """Stand where a training of the same task stood when it gave the `state` that a checkpoint holds.
+
+        Raises:
+            ValueError, RuntimeError: the state is of another model.
+        """
+        state = generation.state
+        self.result.steps, self.evaluated_at, self.due = state["steps"], state["evaluated_at"], state["due"]
         self.result.metrics = dict(state["metrics"])
         self.model.load_state_dict(state["model"])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
         self.scaler.load_state_dict(state["scaler"])
-        self.keeper.load_state(state["keeper"])
-        torch.set_rng_state(state["random"])
-        if self.device == "cuda":
-            torch.cuda.set_rng_state_all(state["random_cuda"])
+        self.keeper.load_state(state["keeper"], generation.folder / BEST_LINK)
+        _set_random_state(state["random"])
 
     def _is_over(self) -> bool:
         return self.result.steps >= self.total_steps or self.keeper.exhausted or self.stopped
 
-    def _step(self, window: list[Rows]) -> None:
-        """One optimizer step over the window's micro-batches."""
-        step = self.result.steps
-        factor = learning_rate_factor(step, self.total_steps, **self.task.schedule.model_dump())
-        for name, optimizer in self.optimizers.items():
-            for group, peak in zip(optimizer.param_groups, self.peaks[name], strict=True):
-                group["lr"] = peak * factor
-        losses, influence = self._backward(window, step)
-        norms = self._update()
-        settings = {f"lr/{name}": optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
-        settings |= self.task.settings(step)
-        self.recorder.step(step, losses, norms | influence, settings, sum(len(rows) for rows in window))
-        self.result.steps = step + 1
+    def _step(self, window: Window, batches: Sequence[Any]) -> None:
+        """One optimizer step over the window's micro-batches: whole, or as if it had not begun."""
+        step, every = self.result.steps, self.config.evaluation.every_steps
+        random = _random_state(self.device)
+        try:
+            factor = learning_rate_factor(step, self.total_steps, **self.task.schedule.model_dump())
+            for name, optimizer in self.optimizers.items():
+                for group, peak in zip(optimizer.param_groups, self.peaks[name], strict=True):
+                    group["lr"] = peak * factor
+            losses, influence = self._backward(batches, step)
+            with held():
+                norms = self._update()
+                self.result.steps = step + 1
+                self.due = self.result.steps % every == 0 if every else window.ends_epoch and not self._is_over()
+                rates = {f"lr/{name}": optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
+                settings = rates | dict(self.task.settings(step))
+                self.recorder.step(step, losses, norms | influence, settings, sum(map(len, window.rows)))
+        except KeyboardInterrupt:
+            if self.result.steps == step:
+                self.model.zero_grad(set_to_none=True)
+                _set_random_state(random)
+            raise
 
-    def _backward(self, window: list[Rows], step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _backward(self, loaded: Sequence[Any], step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Gradients of the whole window's mean losses; returns those losses, and their influence if it is measured."""
         amp, probes = self.config.training.amp, self.config.tracking.probes(step)
-        batches: list[Any] = [self.task.batch(rows).to(self.device) for rows in window]
+        batches: list[Any] = [batch.to(self.device) for batch in loaded]
         counts = _sum([self.task.counts(batch) for batch in batches])
         shares, probed = [], []
         for batch in batches:
@@ -180,13 +248,16 @@ class Training:
 
     def _evaluate(self) -> None:
         """Validation metrics, logged under the number of steps completed."""
-        step = self.evaluated_at = self.result.steps
+        step = self.result.steps
+        self.saver.check_data()
         self.recorder.pause()
         metrics = dict(self.task.evaluate(self.model, "valid", self.device))
-        self.run.log_metrics(step, metrics)
-        self.run.flush()
-        self.result.metrics |= metrics
-        self.keeper.consider(metrics, self.model, step)
+        with held():
+            self.run.log_metrics(step, metrics)
+            self.run.flush()
+            self.result.metrics |= metrics
+            self.keeper.consider(metrics, self.model, step)
+            self.evaluated_at, self.due = step, False
         self.stopped = self.watch is not None and self.watch(step, metrics)
         name = self.keeper.metric
         score = f"{name} {metrics[name]:.4f}" if name in metrics else "evaluated"
@@ -223,14 +294,17 @@ class BestKeeper:
             self.without_gain += 1
 
     def state(self) -> dict[str, Any]:
-        """What was found so far, the best weights among it."""
-        weights = load_tensors(self.file) if self.step is not None else {}
-        return {"best": self.best, "without_gain": self.without_gain, "step": self.step, "weights": weights}
+        """What was found so far; the best weights are in the file."""
+        return {"best": self.best, "without_gain": self.without_gain, "step": self.step}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
+    def load_state(self, state: Mapping[str, Any], weights: Path) -> None:
+        """`weights`: the file of the best ones, where there are any."""
         self.best, self.without_gain, self.step = state["best"], state["without_gain"], state["step"]
         if self.step is not None:
-            save_weights(state["weights"], self.file)
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.file.with_suffix(".partial")
+            shutil.copyfile(weights, partial)
+            os.replace(partial, self.file)
 
     def restore(self, model: nn.Module) -> None:
         """The best weights back into the model; the last ones stay where no evaluation had the metric."""
@@ -268,6 +342,16 @@ def amp_warning(amp: str, device: str) -> str | None:
     if amp == "bf16" and device == "cpu" and not native:
         return "training.amp is bf16, which this CPU has no instructions for: training.amp=no is faster here"
     return None
+
+
+def _random_state(device: str) -> dict[str, Any]:
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if device == "cuda" else []}
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def _sum(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from pipeline.errors import UserError
+from pipeline.interrupts import interruptible
 from pipeline.journal import Record
 
 PATIENCE_SECONDS = 15  # how long a worker that is told to end may take
@@ -97,7 +98,6 @@ class _Requests:
 def main() -> None:
     """Serve requests from standard input until it closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the sweep, which then closes our input
-    signal.signal(signal.SIGTERM, _interrupt)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what is printed goes to the log
     requests = _Requests()
@@ -109,7 +109,7 @@ def main() -> None:
 
     from pipeline.run import Writer
 
-    with Writer() as writer:
+    with interruptible(), Writer() as writer:
         work = Work(writer, answer, requests.stop)
         while (request := requests.queue.get()) is not None:
             requests.stop.clear()
@@ -126,11 +126,6 @@ def main() -> None:
             answer(reply | {"leaving": leaving})
             if leaving:
                 break
-
-
-def _interrupt(*_: object) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: the run is to be ended in order
-    raise KeyboardInterrupt
 
 
 class Work:
@@ -189,6 +184,7 @@ class Work:
         name: str,
         tags: Mapping[str, str],
         run_id: str | None,
+        folder: str | None,
         trunk: str | None,
         given: list[str],
         watched: str | None = None,
@@ -206,17 +202,17 @@ class Work:
             stopped = self.stop.is_set()
             return stopped
 
-        run, result = train_run(
+        trained = train_run(
             _config(entry, config),
             lambda validated: self.make_task(entry, validated),
             self.writer,
-            RunRequest(name=name, run_id=run_id, tags=tags, restart=run_id is not None),
+            RunRequest(name=name, run_id=run_id, tags=tags, resume=run_id is not None, folder=folder),
             given=frozenset(given),
             trunk=Path(trunk) if trunk else None,
             watch=watch if watched else None,
             quiet=True,
         )
-        return {"run_id": run.id, "metrics": result.metrics, "steps": result.steps, "stopped": stopped}
+        return {"run_id": trained.id, "metrics": trained.metrics, "steps": trained.steps, "stopped": stopped}
 
 
 def _config(entry: str, text: str) -> Any:

@@ -1,10 +1,13 @@
 """Small data, small configs and a ready-made tracking store for the tests."""
 
+import fcntl
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -41,26 +44,36 @@ def impressions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tracking database without runs; making one takes seconds, copying it none."""
-    folder = tmp_path_factory.mktemp("store")
-    code = "import mlflow; mlflow.MlflowClient().search_experiments()"
-    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, capture_output=True)
-    return folder / "mlflow.db"
+    """A tracking database without runs; making one takes seconds, copying it none. One for all test processes."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    file = folder / "store" / "mlflow.db"
+    with (folder / "store.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not file.exists():
+            made = tmp_path_factory.mktemp("store")
+            code = "import mlflow; mlflow.MlflowClient().search_experiments()"
+            subprocess.run([sys.executable, "-c", code], cwd=made, check=True, capture_output=True)
+            made.rename(file.parent)
+    return file
 
 
 @pytest.fixture
 def workplace(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder with a ready tracking store."""
-    shutil.copyfile(empty_store, tmp_path / "mlflow.db")
-    # an experiment remembers where its artifacts go: here
-    code = (
-        "import sqlite3, sys; base = sqlite3.connect('mlflow.db');"
-        "base.execute('update experiments set artifact_location = ?', (sys.argv[1],)); base.commit()"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "mlruns" / "0")], cwd=tmp_path, check=True)
+    store_in(tmp_path, empty_store)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     return tmp_path
+
+
+def store_in(folder: Path, empty_store: Path) -> None:
+    """A ready tracking store in the folder, that keeps its artifacts there, too."""
+    shutil.copyfile(empty_store, folder / "mlflow.db")
+    with closing(sqlite3.connect(folder / "mlflow.db")) as base:
+        base.execute("update experiments set artifact_location = ?", (str(folder / "mlruns" / "0"),))
+        base.commit()
 
 
 @pytest.fixture
@@ -112,13 +125,38 @@ def run_pipeline(*arguments: str, cwd: Path | None = None, **environment: str) -
     )
 
 
+Call = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def call_pipeline(capfd: pytest.CaptureFixture[str]) -> Call:
+    """`call_pipeline("train_mmoe", "--lambda", "-1")`: what `run_pipeline` does, without a process of its own.
+
+    That would import torch for seconds, and a traceback would be text to look for; here it fails the test.
+    """
+    from pipeline.__main__ import main
+
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(list(arguments))
+        shown = capfd.readouterr()
+        return subprocess.CompletedProcess(arguments, int(ended.value.code or 0), shown.out, shown.err)
+
+    return call
+
+
 @pytest.fixture
 def project(workplace: Path) -> Path:
     """A working copy of the project: mlflow.db and mlruns stay out of the real one."""
+    return project_in(workplace)
+
+
+def project_in(folder: Path) -> Path:
     for name in PROJECT_FILES:
         source = ROOT / name
-        (shutil.copytree if source.is_dir() else shutil.copyfile)(source, workplace / name)
-    return workplace
+        (shutil.copytree if source.is_dir() else shutil.copyfile)(source, folder / name)
+    return folder
 
 
 def mlflow_run(entry: str, project: Path, **overrides: str) -> subprocess.CompletedProcess[str]:

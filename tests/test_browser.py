@@ -19,7 +19,7 @@ from urllib.parse import parse_qs
 
 import pytest
 import yaml
-from conftest import ROOT, SHRUNK, run_pipeline
+from conftest import ROOT, SHRUNK, Call
 
 from pipeline.errors import UserError
 from pipeline.tracking.ui import HOST, VIEW_TAG, check_free, has_desktop, link, newest_sweep, show, wait_until_up
@@ -98,7 +98,7 @@ def served(folder: Path) -> Iterator[str]:
         process.wait(timeout=60)
 
 
-def small_sweep(folder: Path, impressions: Path) -> None:
+def small_sweep(folder: Path, impressions: Path, call_pipeline: Call) -> None:
     """Three arms with two seeds."""
     settings = {key: yaml.safe_load(value) for key, value in SHRUNK.items()} | {"data": str(impressions)}
     tree = {
@@ -112,12 +112,12 @@ def small_sweep(folder: Path, impressions: Path) -> None:
     }
     file = folder / "sweep.yaml"
     file.write_text(yaml.safe_dump(tree))
-    result = run_pipeline("sweep", "--config", str(file), cwd=folder)
+    result = call_pipeline("sweep", "--config", str(file))
     assert result.returncode == 0, result.stderr
 
 
-def test_the_ui_shows_a_sweep(page: Any, workplace: Path, client: Any, impressions: Path) -> None:
-    small_sweep(workplace, impressions)
+def test_the_ui_shows_a_sweep(page: Any, workplace: Path, client: Any, impressions: Path, call_pipeline: Call) -> None:
+    small_sweep(workplace, impressions, call_pipeline)
     arms = ("baseline", "l.2 g1 w5", "l.1 g2 w5")
     names = [f"{arm} s{seed}" for arm in arms for seed in (0, 1)] + more_seeds(client)
     runs = {run.info.run_name: run for run in client.search_runs(["0"], "tags.role != 'summary'")}

@@ -2,15 +2,15 @@
 
 import itertools
 import json
-import subprocess
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import mlflow_run, run_pipeline
+from conftest import Call, mlflow_run, run_pipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -328,13 +328,14 @@ def balanced_file(folder: Path) -> Path:
     return file
 
 
-def prep(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return run_pipeline("data_prep", *arguments, cwd=cwd)
+@pytest.fixture
+def prep(call_pipeline: Call) -> Call:
+    return partial(call_pipeline, "data_prep")
 
 
-def test_data_prep_leaves_alpha_everywhere(workplace: Path, client: Any) -> None:
+def test_data_prep_leaves_alpha_everywhere(workplace: Path, client: Any, prep: Call) -> None:
     file = balanced_file(workplace)
-    result = prep("--data", str(file), "--output_dir", "prep", cwd=workplace)
+    result = prep("--data", str(file), "--output_dir", "prep")
     assert result.returncode == 0, result.stderr
     assert "warning" not in result.stderr
     (run,) = client.search_runs(["0"])
@@ -396,11 +397,11 @@ def test_embedded_reviews_through_mlproject(project: Path, client: Any) -> None:
 SOME = 'data,A,B\n"máy\nđẹp",Positive,\npin kém,,Negative\nbình thường thôi,Neutral,Neutral\n'
 
 
-def test_dropped_cells_are_counted_and_listed(workplace: Path, client: Any) -> None:
+def test_dropped_cells_are_counted_and_listed(workplace: Path, client: Any, prep: Call) -> None:
     (workplace / "some.csv").write_text(SOME + "giao nhanh,Posititve,Positive\n ,Positive,\n", encoding="utf-8")
     (workplace / "valid.csv").write_text(SOME, encoding="utf-8")
     arguments = ["--data", "some.csv", "--data.on_bad_label", "drop", "--data.validation", "valid.csv"]
-    result = prep(*arguments, cwd=workplace)
+    result = prep(*arguments)
     assert result.returncode == 0, result.stderr
     assert "warning: train: bad cells that are dropped: 2\n  row 4, column A: 'Posititve'\n" in result.stderr
     assert "  row 5, column data: ''\n" in result.stderr
@@ -415,10 +416,10 @@ def test_dropped_cells_are_counted_and_listed(workplace: Path, client: Any) -> N
     assert metrics["duplicates/exact_groups_across_splits"] == 3
 
 
-def test_an_oversampled_file_is_told_with_both_alphas(workplace: Path, client: Any) -> None:
+def test_an_oversampled_file_is_told_with_both_alphas(workplace: Path, client: Any, prep: Call) -> None:
     rare = "bình thường thôi,Neutral,Neutral\n"
     (workplace / "over.csv").write_text(SOME + rare * 6, encoding="utf-8")
-    result = prep("--data", "over.csv", cwd=workplace)
+    result = prep("--data", "over.csv")
     assert result.returncode == 0, result.stderr
     assert "warning: 6 of 9 training reviews are exact copies of others" in result.stderr
     lines = {line[:30].strip(): line[30:].split() for line in result.stderr.splitlines()}
@@ -434,7 +435,8 @@ def test_an_oversampled_file_is_told_with_both_alphas(workplace: Path, client: A
 
 def test_untracked_leaves_files_alone(tmp_path: Path) -> None:
     (tmp_path / "some.csv").write_text(SOME, encoding="utf-8")
-    result = prep("--data", "some.csv", "--tracking.enabled", "false", "--output_dir", "out", cwd=tmp_path)
+    arguments = ["--data", "some.csv", "--tracking.enabled", "false", "--output_dir", "out"]
+    result = run_pipeline("data_prep", *arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"some.csv", "out"}
     assert result.stderr.strip().splitlines()[-1] == "next: train_visobert with data.train=some.csv"
@@ -458,12 +460,12 @@ def test_untracked_leaves_files_alone(tmp_path: Path) -> None:
     ids=lambda value: None if isinstance(value, list) else "",
 )
 def test_bad_input_is_one_line_and_leaves_nothing(
-    workplace: Path, client: Any, text: str, arguments: list[str], parts: list[str]
+    workplace: Path, client: Any, prep: Call, *, text: str, arguments: list[str], parts: list[str]
 ) -> None:
     (workplace / "data.csv").write_text(text, encoding="utf-8")
     (workplace / "outputs" / "data_prep").mkdir(parents=True)
     (workplace / "outputs" / "data_prep" / ALPHA_FILE).write_text("of an earlier run")
-    result = prep("--data", "data.csv", *arguments, cwd=workplace)
+    result = prep("--data", "data.csv", *arguments)
     lines = result.stderr.splitlines()
     assert result.returncode == 2, result.stderr
     assert len(lines) == 1, result.stderr
@@ -474,9 +476,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert client.search_runs(["0"]) == []
 
 
-def test_a_name_that_metrics_cannot_tell_apart(workplace: Path) -> None:
+def test_a_name_that_metrics_cannot_tell_apart(workplace: Path, prep: Call) -> None:
     (workplace / "data.csv").write_text(SOME.replace("A,B", "A&B,A/B"), encoding="utf-8")
-    result = prep("--data", "data.csv", cwd=workplace)
+    result = prep("--data", "data.csv")
     assert result.returncode == 2
     assert result.stderr == "error: A&B and A/B would both be metric A_B; rename one of them\n"
     assert not (workplace / "outputs").exists()

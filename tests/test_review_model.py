@@ -29,9 +29,10 @@ from pipeline.tasks.visobert.reviews import MENTIONED, NOT_MENTIONED, SENTIMENTS
 from pipeline.tasks.visobert.scores import tuned_thresholds
 from pipeline.tasks.visobert.task import VisobertTask
 from pipeline.tasks.visobert.tokenizer import Tokens
-from pipeline.training import Training
+from pipeline.training import Training, Window
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.xdist_group("review model")  # one process imports transformers and makes the models
 
 P, N, U = 0, 1, 2
 O, M, X = NOT_MENTIONED, MENTIONED, UNKNOWN  # noqa: E741 (nothing, mention, unknown: tables stay readable)
@@ -693,12 +694,12 @@ def test_a_window_may_be_cut_anywhere(make: Make, options: dict[str, Any]) -> No
     for parts in parts_of(task):
         training = training_of(task)
         training.model.train()
-        losses, _ = training._backward(parts, 0)
+        losses, _ = training._backward([task.batch(part) for part in parts], 0)
         gradients = {name: weight.grad.clone() for name, weight in training.model.named_parameters()
                      if weight.grad is not None}  # fmt: skip
         for optimizer in training.optimizers.values():
             optimizer.zero_grad()
-        training._step(parts)
+        training._step(Window(parts, False), [task.batch(part) for part in parts])
         found.append((losses, gradients, training.model.state_dict()))
     densities = [int(task.counts(task.batch(rows))["labelled"]) for rows in parts_of(task)[2]]
     assert densities[0] == 0

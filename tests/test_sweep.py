@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from conftest import ROOT, SHRUNK, mlflow_run, run_pipeline
+from conftest import ROOT, SHRUNK, Call, mlflow_run, project_in, store_in
 from safetensors.numpy import load_file
 from scipy import stats
 
 from pipeline.tasks.mmoe.schema import DataSchema
 
 SETTINGS: dict[str, Any] = {key: yaml.safe_load(value) for key, value in SHRUNK.items()}
-MEASURED = ("throughput/", "time/")
+MEASURED = ("throughput/", "time/", "checkpoint/")
 
 
 def sweep_file(folder: Path, impressions: Path, **changes: Any) -> Path:
@@ -39,8 +41,10 @@ def sweep_file(folder: Path, impressions: Path, **changes: Any) -> Path:
     return file
 
 
-def run_sweep(folder: Path, file: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return run_pipeline("sweep", "--config", str(file), *arguments, cwd=folder)
+@pytest.fixture
+def run_sweep(call_pipeline: Call) -> Call:
+    """`run_sweep(file, *arguments)`, in this process; what trains are processes of their own."""
+    return partial(call_pipeline, "sweep", "--config")
 
 
 def sweep_id_of(stderr: str) -> str:
@@ -75,11 +79,52 @@ def table_of(stderr: str) -> str:
     return stderr[stderr.index("mean ± sd") : stderr.index("\nreport: ")]
 
 
-def test_a_sweep_through_mlproject_and_again(project: Path, client: Any, impressions: Path) -> None:
-    file = sweep_file(project, impressions, controls="reweight", jobs=2)
-    first = mlflow_run("sweep", project, config=str(file))
-    assert first.returncode == 0, first.stderr
-    runs = by_arm(client, sweep_id_of(first.stderr))
+@dataclass(frozen=True)
+class Shop:
+    """A project with a finished sweep in its store: two arms, a control and the baseline, two seeds."""
+
+    folder: Path
+    client: Any  # MLflow's
+    file: Path
+    stderr: str
+
+    @property
+    def sweep_id(self) -> str:
+        return sweep_id_of(self.stderr)
+
+    @property
+    def runs(self) -> dict[Any, Any]:
+        return by_arm(self.client, self.sweep_id)
+
+
+one_process = pytest.mark.xdist_group("shop")  # makes the sweep once
+
+
+@pytest.fixture(scope="module")
+def finished_sweep(tmp_path_factory: pytest.TempPathFactory, empty_store: Path, impressions: Path) -> Shop:
+    from mlflow import MlflowClient
+
+    folder = project_in(tmp_path_factory.mktemp("shop"))
+    store_in(folder, empty_store)
+    file = sweep_file(folder, impressions, controls="reweight", jobs=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        result = mlflow_run("sweep", folder, config=str(file))
+    assert result.returncode == 0, result.stderr
+    return Shop(folder, MlflowClient(f"sqlite:///{folder / 'mlflow.db'}"), file, result.stderr)
+
+
+@pytest.fixture
+def shop(finished_sweep: Shop, monkeypatch: pytest.MonkeyPatch) -> Shop:
+    """What is started now is started there."""
+    monkeypatch.chdir(finished_sweep.folder)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{finished_sweep.folder / 'mlflow.db'}")
+    return finished_sweep
+
+
+@one_process
+def test_a_sweep_through_mlproject(shop: Shop, impressions: Path) -> None:
+    client, runs = shop.client, shop.runs
     assert set(runs) == {(arm, seed) for arm in ("baseline", "l5 g1 w5", "l0 g1 w5", "w+5 w5") for seed in (0, 1)}
     for (arm, seed), run in runs.items():
         tags, params = run.data.tags, run.data.params
@@ -90,7 +135,7 @@ def test_a_sweep_through_mlproject_and_again(project: Path, client: Any, impress
         assert tags["role"] == {"baseline": "baseline", "w+5 w5": "control"}.get(arm, "arm")
         assert tags["branch_step"] == "5"
         assert tags["data_digest"] == DataSchema.read(impressions).digest
-        assert params["tracking.log_model"] == "false"
+        assert tags["tracking.log_model"] == "false"
         logged = {point.step: point.value for point in client.get_metric_history(run.info.run_id, "global_step")}
         assert logged == {step: step for step in range(12)}
         # what MLflow has is what the run's history has, the trunk's points among it
@@ -117,9 +162,9 @@ def test_a_sweep_through_mlproject_and_again(project: Path, client: Any, impress
     value = {key: run.data.metrics["test/auc_ctcvr"] for key, run in runs.items()}
     differences = [value["l5 g1 w5", seed] - value["baseline", seed] for seed in (0, 1)]
     low, high = stats.t.interval(0.95, 1, np.mean(differences), stats.sem(differences))
-    (summary,) = by_arm_summary(client, sweep_id_of(first.stderr))
-    folder = next((project / "outputs/sweeps").glob("*/comparison.csv"))
-    table = pd.read_csv(folder).set_index("arm")
+    (summary,) = by_arm_summary(client, shop.sweep_id)
+    (comparison,) = (shop.folder / "outputs/sweeps").glob("*/comparison.csv")
+    table = pd.read_csv(comparison).set_index("arm")
     assert table.loc["l5 g1 w5", "difference"] == pytest.approx(np.mean(differences), abs=1e-12)
     assert table.loc["l5 g1 w5", "low"] == pytest.approx(low, rel=1e-6)
     assert table.loc["l5 g1 w5", "high"] == pytest.approx(high, rel=1e-6)
@@ -129,33 +174,45 @@ def test_a_sweep_through_mlproject_and_again(project: Path, client: Any, impress
     assert table.loc["l0 g1 w5", "verdict"] == "not distinguishable"
     control = [value["l5 g1 w5", seed] - value["w+5 w5", seed] for seed in (0, 1)]
     assert table.loc["l5 g1 w5", "control.difference"] == pytest.approx(np.mean(control), abs=1e-12)
-    assert "trained 66 optimizer steps for runs of 96" in first.stderr  # 2 trunks of 5, and 8 runs from 5 to 12
+    assert "trained 66 optimizer steps for runs of 96" in shop.stderr  # 2 trunks of 5, and 8 runs from 5 to 12
     assert summary.info.status == "FINISHED"
     left = {item.path for item in client.list_artifacts(summary.info.run_id)}
     assert left >= {"comparison.html", "comparison.csv", "comparison.md", "sweep.yaml"}
     assert "not distinguishable" in summary.data.tags["mlflow.note.content"]
     assert table.index.tolist() == ["baseline", "l5 g1 w5", "w+5 w5", "l0 g1 w5"]  # the plan's order, not that of time
-    page = next(Path(line.removeprefix("report: file://")) for line in first.stderr.splitlines() if "report: " in line)
-    assert page.is_file()
+    (page,) = re.findall(r"^report: file://(.+)$", shop.stderr, re.MULTILINE)
+    assert Path(page).is_file()
 
-    again = mlflow_run("sweep", project, config=str(file), jobs="1")
+
+@one_process
+def test_again_it_finds_all_finished(shop: Shop, run_sweep: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher = shop.client.create_run("0", run_name="legendary-gnat-695").info.run_id  # as `mlflow run` does
+    monkeypatch.setenv("MLFLOW_RUN_ID", launcher)
+    before = {key: run.info.run_id for key, run in shop.runs.items()}
+    again = run_sweep(str(shop.file), "--jobs", "1")
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("finished before") == 8
-    assert table_of(again.stderr) == table_of(first.stderr)
-    same = by_arm(client, sweep_id_of(first.stderr))
-    assert {key: run.info.run_id for key, run in same.items()} == {key: run.info.run_id for key, run in runs.items()}
-    roles = [run.data.tags.get("role") for run in client.search_runs(["0"])]
-    assert sorted(roles) == sorted(["baseline"] * 2 + ["arm"] * 4 + ["control"] * 2 + ["summary", "launcher"])
-    assert {run.info.status for run in client.search_runs(["0"])} == {"FINISHED"}
+    assert table_of(again.stderr) == table_of(shop.stderr)
+    assert {key: run.info.run_id for key, run in shop.runs.items()} == before
+    every = shop.client.search_runs(["0"])
+    roles = sorted(run.data.tags["role"] for run in every)
+    assert roles == sorted(["baseline"] * 2 + ["arm"] * 4 + ["control"] * 2 + ["summary", "launcher"])
+    assert shop.client.get_run(launcher).data.tags["role"] == "launcher"
+    assert {run.info.status for run in every if run.info.run_id != launcher} == {"FINISHED"}
 
-    # each run alone: the same points and weights
-    apart = run_sweep(project, file, "--share_prefix", "false", "--jobs", "1")
+
+@one_process
+def test_runs_alone_have_the_same_points_and_weights(shop: Shop, run_sweep: Call) -> None:
+    arguments = ["--share_prefix", "false", "--seeds", "[1]", "--jobs", "1", "--experiment", "apart"]
+    apart = run_sweep(str(shop.file), *arguments)
     assert apart.returncode == 0, apart.stderr
-    assert "trained 96 optimizer steps for runs of 96" in apart.stderr
-    assert sweep_id_of(apart.stderr) != sweep_id_of(first.stderr)
-    others = by_arm(client, sweep_id_of(apart.stderr))
+    assert "trained 48 optimizer steps for runs of 48" in apart.stderr
+    found = shop.client.search_runs([shop.client.get_experiment_by_name("apart").experiment_id])
+    others = {(run.data.tags["arm"], 1): run for run in found if run.data.tags["role"] != "summary"}
+    assert len(found) == len(others) + 1
+    assert {run.data.tags["sweep_id"] for run in found}.isdisjoint({shop.sweep_id})
     assert not any("branch_step" in run.data.tags for run in others.values())
-    assert_same_results(runs, others)
+    assert_same_results({key: run for key, run in shop.runs.items() if key[1] == 1}, others)
 
 
 def by_arm_summary(client: Any, sweep_id: str) -> list[Any]:
@@ -163,11 +220,12 @@ def by_arm_summary(client: Any, sweep_id: str) -> list[Any]:
     return [run for run in found if run.data.tags["role"] == "summary"]
 
 
-def test_killed_it_goes_on_to_the_same_table(workplace: Path, client: Any, impressions: Path) -> None:
-    """SIGKILL to the whole process group."""
-    file = sweep_file(workplace, impressions, settings={"training.max_steps": 40, "evaluation.every_steps": 20})
-    undisturbed = run_sweep(workplace, file, "--output_dir", "elsewhere", "--experiment", "undisturbed")
-    assert undisturbed.returncode == 0, undisturbed.stderr
+@one_process
+def test_killed_it_goes_on_to_the_same_table(
+    finished_sweep: Shop, workplace: Path, client: Any, impressions: Path, run_sweep: Call
+) -> None:
+    """SIGKILL to the whole process group, of the sweep that was finished elsewhere undisturbed."""
+    file = sweep_file(workplace, impressions, controls="reweight")
     command = [sys.executable, "-m", "pipeline", "sweep", "--config", str(file)]
     with (workplace / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=workplace, stdout=log, stderr=log, start_new_session=True)
@@ -177,19 +235,16 @@ def test_killed_it_goes_on_to_the_same_table(workplace: Path, client: Any, impre
         process.wait()
     sweep_id = _newest_sweep(client)
     finished = {key: run.info.run_id for key, run in by_arm(client, sweep_id).items() if run.info.status == "FINISHED"}
-    assert finished
-    last = run_sweep(workplace, file)
+    assert 0 < len(finished) < 8
+    last = run_sweep(str(file))
     assert last.returncode == 0, last.stderr
     runs = by_arm(client, _newest_sweep(client))
-    assert len(runs) == 6
+    assert len(runs) == 8
     assert {key: run.info.run_id for key, run in runs.items()}.items() >= finished.items()
     assert {run.info.status for run in client.search_runs(["0"])} == {"FINISHED"}
     assert len(by_arm_summary(client, _newest_sweep(client))) == 1
-    assert table_of(last.stderr) == table_of(undisturbed.stderr)
-    experiment = client.get_experiment_by_name("undisturbed").experiment_id
-    others = {(run.data.tags["arm"], int(run.data.tags["seed"])): run for run in client.search_runs([experiment])
-              if run.data.tags["role"] != "summary"}  # fmt: skip
-    assert_same_results(runs, others)
+    assert table_of(last.stderr) == table_of(finished_sweep.stderr)
+    assert_same_results(runs, finished_sweep.runs)
     for run in runs.values():  # each point once, though some were written by a start that was killed
         for metric in ("loss_total", "throughput/rows_per_second", "test/auc_ctcvr"):
             points = client.get_metric_history(run.info.run_id, metric)
@@ -215,10 +270,10 @@ def _wait_until(condition: Any, seconds: float = 120) -> None:
         time.sleep(0.05)
 
 
-def test_an_arm_that_fails_leaves_the_others(workplace: Path, client: Any, impressions: Path) -> None:
+def test_an_arm_that_fails_leaves_the_others(workplace: Path, client: Any, impressions: Path, run_sweep: Call) -> None:
     arms = [{"lambda": 5.0}, {"name": "wild", "aux_focal": False, "optim.dense.lr": 1e30}]
     file = sweep_file(workplace, impressions, arms=arms, seeds=[3])
-    result = run_sweep(workplace, file)
+    result = run_sweep(str(file))
     assert result.returncode == 1
     assert re.search(r"failed:\n- wild s3: loss_\w+ is (nan|inf) at step \d+", result.stderr)
     assert "1 of 3 runs failed" in result.stderr.splitlines()[-1]
@@ -234,7 +289,7 @@ def test_an_arm_that_fails_leaves_the_others(workplace: Path, client: Any, impre
     assert summary.info.status == "FAILED"
     assert "wild s3" in summary.data.tags["mlflow.note.content"]
 
-    again = run_sweep(workplace, file)  # tries what failed, in the same run
+    again = run_sweep(str(file))  # tries what failed, in the same run
     assert again.returncode == 1
     assert again.stderr.count("finished before") == 2
     assert by_arm(client, sweep_id_of(result.stderr))["wild", 3].info.run_id == wild.info.run_id
@@ -251,12 +306,16 @@ def test_ctrl_c_ends_every_process_and_leaves_no_run_running(workplace: Path, cl
         [sys.executable, "-c", UNBLOCKED, *command], cwd=workplace, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
     )  # fmt: skip
-    _wait_until(lambda: _begun(workplace) == 2)
-    time.sleep(1)
-    started = time.monotonic()
-    os.killpg(process.pid, signal.SIGINT)
-    process.send_signal(signal.SIGTERM)  # as `mlflow run` does on Ctrl-C
-    _, stderr = process.communicate(timeout=30)
+    try:
+        _wait_until(lambda: _begun(workplace) == 2)
+        time.sleep(1)
+        started = time.monotonic()
+        os.killpg(process.pid, signal.SIGINT)
+        process.send_signal(signal.SIGTERM)  # as `mlflow run` does on Ctrl-C
+        _, stderr = process.communicate(timeout=30)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     assert time.monotonic() - started < 15
     assert process.returncode == 130
     assert "Traceback" not in stderr
@@ -267,14 +326,14 @@ def test_ctrl_c_ends_every_process_and_leaves_no_run_running(workplace: Path, cl
     assert "summary" in roles
 
 
-def test_a_sweep_does_not_run_beside_itself(workplace: Path, impressions: Path) -> None:
+def test_a_sweep_does_not_run_beside_itself(workplace: Path, impressions: Path, run_sweep: Call) -> None:
     file = sweep_file(workplace, impressions, settings={"epochs": 4000, "training.max_steps": None})
     command = [sys.executable, "-m", "pipeline", "sweep", "--config", str(file)]
     process = subprocess.Popen(command, cwd=workplace, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         _wait_until(lambda: list((workplace / "outputs").glob("sweeps/*.lock")))
         time.sleep(0.5)
-        result = run_sweep(workplace, file)
+        result = run_sweep(str(file))
         assert result.returncode == 2
         assert "already running" in result.stderr.splitlines()[-1]
     finally:
@@ -282,18 +341,20 @@ def test_a_sweep_does_not_run_beside_itself(workplace: Path, impressions: Path) 
         process.wait()
 
 
-def test_a_search_finds_an_arm_and_confirms_it_on_other_seeds(workplace: Path, client: Any, impressions: Path) -> None:
+def test_a_search_finds_an_arm_and_confirms_it_on_other_seeds(
+    workplace: Path, client: Any, impressions: Path, run_sweep: Call
+) -> None:
     search = {
-        "trials": 4, "startup_trials": 1, "settings": {"aux_focal": True},
+        "trials": 3, "startup_trials": 1, "settings": {"aux_focal": True},
         "space": {"lambda": {"low": 0.01, "high": 10, "log": True}, "gamma": {"choices": [1, 2]}},
     }  # fmt: skip
     file = sweep_file(workplace, impressions, arms=None, search=search)
-    result = run_sweep(workplace, file)
+    result = run_sweep(str(file))
     assert result.returncode == 0, result.stderr
     sweep_id = sweep_id_of(result.stderr)
     trials = by_arm(client, sweep_id, ("trial",))
     assert {seed for _, seed in trials} == {1000}
-    assert sorted(int(run.data.tags["trial"]) for run in trials.values()) == list(range(4))
+    assert sorted(int(run.data.tags["trial"]) for run in trials.values()) == list(range(3))
     complete = [run for run in trials.values() if "pruned" not in run.data.tags]
     reached = [max(point.value for point in client.get_metric_history(run.info.run_id, "valid/auc_ctcvr"))
                for run in complete]  # fmt: skip
@@ -310,7 +371,7 @@ def test_a_search_finds_an_arm_and_confirms_it_on_other_seeds(workplace: Path, c
     assert arm in table_of(result.stderr)
     assert "trial" not in table_of(result.stderr)
 
-    again = run_sweep(workplace, file)
+    again = run_sweep(str(file))
     assert again.returncode == 0, again.stderr
     assert table_of(again.stderr) == table_of(result.stderr)
     assert {key: run.info.run_id for key, run in by_arm(client, sweep_id, ("trial",)).items()} == {
@@ -318,11 +379,11 @@ def test_a_search_finds_an_arm_and_confirms_it_on_other_seeds(workplace: Path, c
     }
 
 
-def test_arms_on_different_data_are_refused(workplace: Path, impressions: Path) -> None:
+def test_arms_on_different_data_are_refused(workplace: Path, impressions: Path, run_sweep: Call) -> None:
     cache = {"data.embedded.cache": str(workplace / "cache"), "data": None}
     arms = [{"data.embedded.rows": 1000}, {"data.embedded.rows": 1200}]
     file = sweep_file(workplace, impressions, arms=arms, baseline={"data.embedded.rows": 1000, "aux_focal": False},
                       settings=cache)  # fmt: skip
-    result = run_sweep(workplace, file)
+    result = run_sweep(str(file))
     assert result.returncode == 2
     assert "a sweep is on one data set" in result.stderr.splitlines()[-1]

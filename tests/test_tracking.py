@@ -3,18 +3,19 @@
 import json
 import os
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
 import time
-import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import ROOT, store_in
+from server import MlflowServer
 
 from pipeline.errors import TrainingError, UserError
 from pipeline.journal import JournalReader, JournalWriter, read_all
@@ -33,6 +34,39 @@ def wait_for(condition: Any, seconds: float = 30) -> None:
         time.sleep(0.05)
 
 
+@dataclass(frozen=True)
+class Place:
+    """A folder with a tracking store, and a writer process that is there for all runs."""
+
+    folder: Path
+    client: Any  # MLflow's
+    writer: Writer
+
+
+one_process = pytest.mark.xdist_group("one writer")  # which takes seconds to start
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[Place]:
+    from mlflow import MlflowClient
+
+    folder = tmp_path_factory.mktemp("place")
+    store_in(folder, empty_store)
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("MLFLOW_TRACKING_URI", uri)
+        writer = Writer()
+    with writer:
+        yield Place(folder, MlflowClient(uri), writer)
+
+
+@pytest.fixture
+def place(started: Place, monkeypatch: pytest.MonkeyPatch) -> Place:
+    monkeypatch.chdir(started.folder)
+    return started
+
+
 def test_journal_reader_sees_whole_records_only(tmp_path: Path) -> None:
     file = tmp_path / "journal.jsonl"
     writer = JournalWriter(file)
@@ -41,104 +75,105 @@ def test_journal_reader_sees_whole_records_only(tmp_path: Path) -> None:
     writer.append({"op": "one"})
     assert reader.read() == []  # not flushed
     writer.flush()
-    assert reader.read() == [{"op": "one"}]
+    assert reader.read() == [(13, {"op": "one"})]
     with file.open("ab") as stream:
         stream.write(b'{"op":"tw')
         stream.flush()
         assert reader.read() == []
         stream.write(b'o"}\n{"op":"three"}\n')
         stream.flush()
-    assert reader.read() == [{"op": "two"}, {"op": "three"}]
+    assert reader.read() == [(26, {"op": "two"}), (41, {"op": "three"})]
     assert [record["op"] for record in read_all(file)] == ["one", "two", "three"]
 
 
-def test_everything_arrives_in_mlflow_and_in_history(client: Any, workplace: Path) -> None:
-    note = workplace / "note.txt"
+@one_process
+def test_everything_arrives_in_mlflow_and_in_history(place: Place) -> None:
+    note = place.folder / "note.txt"
     note.write_text("read me")
-    with Writer() as writer:
-        run = open_run(writer, experiment="mine", tags={"arm": "a"})
-        run.log_params({"loss.aux_focal.lambda": "0.1"} | {f"key{number}": str(number) for number in range(150)})
-        run.set_tags({"data_digest": "f" * 64})
-        run.log_input("data", "0123456789abcdef" * 4, "a file", {"rows": 3})
-        run.log_artifact(note, "notes")
-        for step in range(700):  # more points than one batch takes
-            run.log_metrics(step, {"loss_total": 1 / (step + 1), "valid/auc": step / 7, "on": step >= 3}, 1000 + step)
-        assert len(run.history()) == 700
-        run.finish("FINISHED")
-        assert run.writer_cpu_seconds > 0
-    found = client.get_run(run.id)
+    run = open_run(place.writer, experiment="mine", tags={"arm": "a"})
+    run.log_params({"loss.aux_focal.lambda": "0.1"} | {f"key{number}": str(number) for number in range(150)})
+    run.set_tags({"data_digest": "f" * 64})
+    run.log_input("data", "0123456789abcdef" * 4, "a file", {"rows": 3})
+    run.log_artifact(note, "notes")
+    for step in range(700):  # more points than one batch takes
+        run.log_metrics(step, {"loss_total": 1 / (step + 1), "valid/auc": step / 7, "on": step >= 3}, 1000 + step)
+    assert len(list(run.history())) == 700
+    run.finish("FINISHED")
+    assert run.writer_cpu_seconds > 0
+    found = place.client.get_run(run.id)
     assert found.info.status == "FINISHED"
-    assert client.get_experiment(found.info.experiment_id).name == "mine"
+    assert place.client.get_experiment(found.info.experiment_id).name == "mine"
     assert found.info.run_name == "test"
     assert found.data.params == {"loss.aux_focal.lambda": "0.1"} | {f"key{n}": str(n) for n in range(150)}
     assert found.data.tags["arm"] == "a"
     assert found.data.tags["data_digest"] == "f" * 64
-    assert found.data.tags["run_dir"] == str((workplace / "outputs" / run.id).resolve())
+    assert found.data.tags["run_dir"] == str((place.folder / "outputs" / run.id).resolve())
     assert found.inputs.dataset_inputs[0].dataset.digest == "0123456789abcdef" * 2
-    assert client.list_artifacts(run.id, "notes")[0].path == "notes/note.txt"
-    history = pd.read_parquet(client.download_artifacts(run.id, "history.parquet"))
+    assert place.client.list_artifacts(run.id, "notes")[0].path == "notes/note.txt"
+    history = pd.read_parquet(place.client.download_artifacts(run.id, "history.parquet"))
     assert len(history) == 2100
     for key, values in history.groupby("metric"):
-        points = [(p.step, p.value, p.timestamp) for p in client.get_metric_history(run.id, key)]
+        points = [(p.step, p.value, p.timestamp) for p in place.client.get_metric_history(run.id, key)]
         rows = values[["step", "value", "timestamp"]].itertuples(index=False, name=None)
         assert sorted(points) == sorted(rows)
     assert points[5] == (5, 1 / 6, 1005) or key != "loss_total"
 
 
-def test_params_that_mlflow_run_wrote_are_left_as_typed(client: Any, workplace: Path) -> None:
-    opened = client.create_run("0", run_name="legendary-gnat-695")
+@one_process
+def test_params_that_mlflow_run_wrote_are_left_as_typed(place: Place) -> None:
+    opened = place.client.create_run("0", run_name="legendary-gnat-695")
     for key, value in {"lambda": "1e-1", "optim.dense.lr": "3e-4"}.items():
-        client.log_param(opened.info.run_id, key, value)
-    with Writer() as writer:
-        run = open_run(writer, run_id=opened.info.run_id, name="short name")
-        run.log_params({"lambda": "0.1", "loss.aux_focal.lambda": "0.1", "optim.dense.lr": "0.0003"})
-        run.finish("FINISHED")
-    found = client.get_run(opened.info.run_id)
+        place.client.log_param(opened.info.run_id, key, value)
+    run = open_run(place.writer, run_id=opened.info.run_id, name="short name")
+    run.log_params({"lambda": "0.1", "loss.aux_focal.lambda": "0.1", "optim.dense.lr": "0.0003"})
+    run.finish("FINISHED")
+    found = place.client.get_run(opened.info.run_id)
     assert found.data.params == {"lambda": "1e-1", "loss.aux_focal.lambda": "0.1", "optim.dense.lr": "3e-4"}
     assert found.data.tags["canonical.optim.dense.lr"] == "0.0003"
     assert "canonical.lambda" not in found.data.tags
     assert found.info.run_name == "short name"
 
 
-def test_a_name_the_user_gave_is_kept(client: Any, workplace: Path) -> None:
-    opened = client.create_run("0", run_name="my best one")
-    with Writer() as writer:
-        run = open_run(writer, run_id=opened.info.run_id)
-        run.finish("FINISHED")
-    assert run.name == client.get_run(opened.info.run_id).info.run_name == "my best one"
+@one_process
+def test_a_name_the_user_gave_is_kept(place: Place) -> None:
+    opened = place.client.create_run("0", run_name="my best one")
+    run = open_run(place.writer, run_id=opened.info.run_id)
+    run.finish("FINISHED")
+    assert run.name == place.client.get_run(opened.info.run_id).info.run_name == "my best one"
     assert [is_random(name) for name in ("legendary-gnat-695", "mmoe l.1 g1 w2000 s0", "try-3")] == [True, False, True]
 
 
-def test_another_experiment_than_the_launchers_gets_a_run_of_its_own(client: Any, workplace: Path) -> None:
-    opened = client.create_run("0", run_name="legendary-gnat-695")
-    with Writer() as writer:
-        run = open_run(writer, run_id=opened.info.run_id, experiment="elsewhere")
-        run.finish("FINISHED")
+@one_process
+def test_another_experiment_than_the_launchers_gets_a_run_of_its_own(place: Place) -> None:
+    opened = place.client.create_run("0", run_name="legendary-gnat-695")
+    run = open_run(place.writer, run_id=opened.info.run_id, experiment="elsewhere")
+    run.finish("FINISHED")
     assert run.id != opened.info.run_id
-    assert client.get_run(opened.info.run_id).data.tags["role"] == "launcher"
-    assert client.get_experiment(client.get_run(run.id).info.experiment_id).name == "elsewhere"
+    assert place.client.get_run(opened.info.run_id).data.tags["role"] == "launcher"
+    assert place.client.get_experiment(place.client.get_run(run.id).info.experiment_id).name == "elsewhere"
 
 
-def test_one_writer_serves_run_after_run(client: Any, workplace: Path) -> None:
-    with Writer() as writer:
-        for number in range(3):
-            run = open_run(writer, name=f"run {number}")
-            run.log_metrics(0, {"value": number})
-            run.finish("FINISHED" if number < 2 else "KILLED")
-    runs = {run.info.run_name: run for run in client.search_runs(["0"])}
+@one_process
+def test_one_writer_serves_run_after_run(place: Place) -> None:
+    for number in range(3):
+        run = open_run(place.writer, name=f"run {number}", experiment="three")
+        run.log_metrics(0, {"value": number})
+        run.finish("FINISHED" if number < 2 else "KILLED")
+    experiment = place.client.get_experiment_by_name("three").experiment_id
+    runs = {run.info.run_name: run for run in place.client.search_runs([experiment])}
     assert {name: (run.info.status, run.data.metrics["value"]) for name, run in runs.items()} == {
         "run 0": ("FINISHED", 0), "run 1": ("FINISHED", 1), "run 2": ("KILLED", 2),
     }  # fmt: skip
 
 
-def test_points_arrive_while_the_run_goes_on(client: Any, workplace: Path) -> None:
-    with Writer() as writer:
-        run = open_run(writer)
-        run.log_metrics(0, {"loss_total": 0.5})
-        run.flush()
-        wait_for(lambda: client.get_run(run.id).data.metrics)
-        assert client.get_run(run.id).info.status == "RUNNING"
-        run.finish("FINISHED")
+@one_process
+def test_points_arrive_while_the_run_goes_on(place: Place) -> None:
+    run = open_run(place.writer)
+    run.log_metrics(0, {"loss_total": 0.5})
+    run.flush()
+    wait_for(lambda: place.client.get_run(run.id).data.metrics)
+    assert place.client.get_run(run.id).info.status == "RUNNING"
+    run.finish("FINISHED")
 
 
 def test_a_killed_trainer_leaves_what_it_logged_and_no_running_run(client: Any, workplace: Path) -> None:
@@ -162,24 +197,27 @@ time.sleep(60)
     assert len(pd.read_parquet(client.download_artifacts(run_id, "history.parquet"))) == 50
 
 
-def test_what_the_store_refuses_is_told_and_the_run_is_not_finished(client: Any, workplace: Path) -> None:
-    with Writer() as writer:
-        run = open_run(writer)
-        run.log_metrics(0, {"bad key!": 1.0, "good": 2.0})
-        run.log_metrics(1, {"good": 3.0})
-        run.set_tags({"after": "all"})
-        with pytest.raises(TrainingError, match="not delivered") as caught:
-            run.finish("FINISHED")
-    assert "points were delivered" in str(caught.value)
+@one_process
+def test_what_the_store_refuses_is_told_and_the_run_is_not_finished(place: Place) -> None:
+    run = open_run(place.writer)
+    run.log_metrics(0, {"bad key!": 1.0, "good": 2.0})
+    run.log_metrics(1, {"good": 3.0})
+    run.set_tags({"after": "all"})
+    with pytest.raises(TrainingError, match="not delivered") as caught:
+        run.finish("FINISHED")
+    assert "1 points of bad key! not delivered" in str(caught.value)
     assert str(run.journal.file) in str(caught.value)
-    assert client.get_run(run.id).info.status == "FAILED"
-    assert client.get_run(run.id).data.tags["after"] == "all"
+    assert place.client.get_run(run.id).info.status == "FAILED"
+    points = place.client.get_metric_history(run.id, "good")  # what stood beside the bad name is not lost
+    assert [(point.step, point.value) for point in points] == [(0, 2.0), (1, 3.0)]
+    assert place.client.get_run(run.id).data.tags["after"] == "all"
 
 
-def test_an_output_folder_that_cannot_be(workplace: Path) -> None:
-    (workplace / "outputs").write_text("a file in the way")
-    with Writer() as writer, pytest.raises(UserError, match="output_dir outputs"):
-        open_run(writer)
+@one_process
+def test_an_output_folder_that_cannot_be(place: Place) -> None:
+    (place.folder / "in the way").write_text("a file")
+    with pytest.raises(UserError, match="output_dir in the way"):
+        MlflowRun(place.writer, RunRequest("test"), Path("in the way"))
 
 
 def test_a_store_that_cannot_be_written(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,33 +227,22 @@ def test_a_store_that_cannot_be_written(workplace: Path, monkeypatch: pytest.Mon
         open_run(writer)
 
 
-def test_a_closed_artifact_folder_is_refused_at_once(client: Any, workplace: Path) -> None:
-    (workplace / "closed").write_text("a file in the way")
-    client.create_experiment("closed", artifact_location=str(workplace / "closed"))
-    with Writer() as writer, pytest.raises(UserError, match="Not a directory"):
-        open_run(writer, experiment="closed")
-    (run,) = client.search_runs([client.get_experiment_by_name("closed").experiment_id])
+@one_process
+def test_a_closed_artifact_folder_is_refused_at_once(place: Place) -> None:
+    (place.folder / "closed").write_text("a file in the way")
+    place.client.create_experiment("closed", artifact_location=str(place.folder / "closed"))
+    with pytest.raises(UserError, match="Not a directory"):
+        open_run(place.writer, experiment="closed")
+    (run,) = place.client.search_runs([place.client.get_experiment_by_name("closed").experiment_id])
     assert run.info.status == "FAILED"
 
 
 def test_a_tracking_server_takes_the_same(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import mlflow
+    from mlflow import MlflowClient
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{workplace / 'mlflow.db'}",
-         "--artifacts-destination", str(workplace / "served"), "--host", "127.0.0.1", "--port", str(port),
-         "--workers", "1"],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    try:
-        uri = f"http://127.0.0.1:{port}"
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        wait_for(lambda: _answers(uri), 60)
-        mlflow.set_tracking_uri(uri)
-        client = mlflow.MlflowClient()
+    with MlflowServer(workplace / "server", f"sqlite:///{workplace / 'mlflow.db'}") as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+        client = MlflowClient(server.uri)
         client.create_experiment("served")
         note = workplace / "note.txt"
         note.write_text("read me")
@@ -230,23 +257,13 @@ def test_a_tracking_server_takes_the_same(workplace: Path, monkeypatch: pytest.M
         assert [(p.step, p.value, p.timestamp) for p in points] == [(s, s / 3, 1000 + s) for s in range(300)]
         assert Path(client.download_artifacts(run.id, "note.txt")).read_text() == "read me"
         assert len(pd.read_parquet(client.download_artifacts(run.id, "history.parquet"))) == 600
-    finally:
-        mlflow.set_tracking_uri(None)
-        os.killpg(server.pid, signal.SIGKILL)
 
 
-def _answers(uri: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{uri}/health", timeout=1) as reply:
-            return bool(reply.status == 200)
-    except OSError:
-        return False
-
-
-def test_a_deleted_experiment_is_refused(client: Any, workplace: Path) -> None:
-    client.delete_experiment(client.create_experiment("gone"))
-    with Writer() as writer, pytest.raises(UserError, match="experiment gone is deleted"):
-        open_run(writer, experiment="gone")
+@one_process
+def test_a_deleted_experiment_is_refused(place: Place) -> None:
+    place.client.delete_experiment(place.client.create_experiment("gone"))
+    with pytest.raises(UserError, match="experiment gone is deleted"):
+        open_run(place.writer, experiment="gone")
 
 
 def test_the_environments_experiment_is_mlflows_choice(

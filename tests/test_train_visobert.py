@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, mlflow_run, run_pipeline
+from conftest import ROOT, Call, mlflow_run, run_pipeline
 from sklearn.metrics import f1_score
 
 from pipeline.config import load
@@ -72,7 +72,8 @@ def trained(task: VisobertTask) -> tuple[MemoryRun, Training]:
 
 
 def test_embedded_reviews_through_mlproject(project: Path, client: Any) -> None:
-    result = mlflow_run("train_visobert", project, **EMBEDDED, **TINY, epochs="2", alpha="auto")
+    switched = {"epochs": "2", "alpha": "auto", "tracking.log_model": "false"}
+    result = mlflow_run("train_visobert", project, **EMBEDDED, **TINY, **switched)
     assert result.returncode == 0, result.stderr
     (run,) = client.search_runs(["0"])
     assert run.info.status == "FINISHED"
@@ -135,15 +136,15 @@ def test_embedded_reviews_through_mlproject(project: Path, client: Any) -> None:
     }  # fmt: skip
 
 
-def test_files_data_prep_run_and_the_logged_model(project: Path, client: Any) -> None:
+def test_files_data_prep_run_and_the_logged_model(project: Path, client: Any, call_pipeline: Call) -> None:
     import mlflow
 
     given = files(project)
-    prepared = mlflow_run("data_prep", project, data=given["data.train"])
+    prepared = call_pipeline("data_prep", "--data", given["data.train"])
     assert prepared.returncode == 0, prepared.stderr
     (alpha_run,) = client.search_runs(["0"])
-    result = mlflow_run("train_visobert", project, **EMBEDDED, **TINY, **given, epochs="1",
-                        data_prep_run=alpha_run.info.run_id)  # fmt: skip
+    shared = options(EMBEDDED | {"data_prep_run": alpha_run.info.run_id})
+    result = call_pipeline("train_visobert", *shared, *options(TINY | given | {"epochs": "1"}))
     assert result.returncode == 0, result.stderr
     run = client.search_runs(["0"])[0]
     assert run.data.params["alpha_vector"] == alpha_run.data.params["alpha_vector"]
@@ -170,8 +171,7 @@ def test_files_data_prep_run_and_the_logged_model(project: Path, client: Any) ->
     # alpha of another file is refused
     write_reviews(project / "other.csv", seed=7)
     given["data.train"] = str(project / "other.csv")
-    refused = run_pipeline("train_visobert", "--config", EMBEDDED["config"], "--data_prep_run", alpha_run.info.run_id,
-                           *options(given), cwd=project)  # fmt: skip
+    refused = call_pipeline("train_visobert", *shared, *options(given))
     assert refused.returncode == 2
     assert "train.csv" in refused.stderr
     assert "other.csv" in refused.stderr
@@ -256,10 +256,11 @@ def test_offline_without_the_model_is_one_line_that_helps(workplace: Path) -> No
         ({"data.validation_share": "1"}, ["data.validation_share", "< 1"]),
     ],
 )
-def test_bad_input_is_one_line(workplace: Path, overrides: dict[str, str], told: list[str]) -> None:
+def test_bad_input_is_one_line(
+    workplace: Path, call_pipeline: Call, overrides: dict[str, str], told: list[str]
+) -> None:
     values = files(workplace) | overrides
-    config = str(ROOT / EMBEDDED["config"])
-    result = run_pipeline("train_visobert", "--config", config, *options(values), cwd=workplace)
+    result = call_pipeline("train_visobert", "--config", str(ROOT / EMBEDDED["config"]), *options(values))
     assert result.returncode == 2, result.stderr
     (line,) = result.stderr.strip().splitlines()
     for part in told:
@@ -308,7 +309,7 @@ def test_without_detection_no_score_of_mentions_is_logged(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_a_model_folder_that_lacks_a_file_is_one_line_before_a_run_exists(
-    workplace: Path, client: Any, missing: str
+    workplace: Path, client: Any, call_pipeline: Call, missing: str
 ) -> None:
     folder = workplace / "model"
     folder.mkdir()
@@ -316,7 +317,7 @@ def test_a_model_folder_that_lacks_a_file_is_one_line_before_a_run_exists(
         (folder / name).write_text("{}")
     values = {"model.name": "model", "data.train": str(workplace / "train.csv")}
     write_reviews(workplace / "train.csv")
-    result = run_pipeline("train_visobert", *options(values), cwd=workplace)
+    result = call_pipeline("train_visobert", *options(values))
     assert result.returncode == 2
     (line,) = result.stderr.strip().splitlines()
     assert missing in line

@@ -1,197 +1,287 @@
-"""One run's journal on its way to the tracking store."""
+"""One run's journal on its way to the tracking store.
+
+What was delivered, and to where, is in `delivered.json`, replaced after every batch: a writer that is killed goes on
+there. A batch that is delivered twice changes nothing, since every point has its time from the journal.
+"""
 
 import fcntl
 import json
 import os
-import select
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.journal import JOURNAL_FILE, JournalReader, Record, read_all
-from pipeline.tracking.store import check_artifacts, context_tags, is_random, is_temporary, one_line, settle
+from pipeline.console import say
+from pipeline.journal import JOURNAL_FILE, JournalReader, Record, leaves
+from pipeline.ownership import owner_number
+from pipeline.tracking.history import write_history
+from pipeline.tracking.inbox import Inbox
+from pipeline.tracking.opening import connect, find_by_id, make_for, set_tags
+from pipeline.tracking.store import is_random, is_temporary, one_line, probe, store_key, tracking_uri
 
 HISTORY_FILE = "history.parquet"
+DELIVERED_FILE = "delivered.json"
+LOCK_FILE = "writer.lock"
 POLL_SECONDS = 0.5  # how long a point may wait in the journal before it is delivered
 BATCH_POINTS = 1000  # MLflow's limit for one log_batch
-GIVE_UP_SECONDS = 60  # how long a store that does not answer is tried
-STALE_TAGS = {"failure", "pruned", "branched_from", "branch_step"}  # of an earlier start: gone when a run starts over
-LOCK_FILE = "writer.lock"
-LOCK_SECONDS = 20  # how long the writer of a trainer that died may still take to deliver what there is
+BATCH_PARAMS = 100
+PAUSE_SECONDS = (0.25, 4.0)  # between two tries: the first, the longest
+LOCK_SECONDS = 10.0  # how long the writer of an earlier owner is waited for; it stops after the call it is at
+PROGRESS_SECONDS = 0.5
+LONG_SECONDS = 600.0  # how long a model or a file may take on its way to a store that has just answered
+LARGE_BYTES = 1 << 20
+TOLD_PROBLEMS = 20
+NO_WORD = "the process ended without a word"
 
 
-def _lock(file: Path, run_id: str) -> IO[bytes]:
-    """Hold the run: one writer at a time. A process that dies lets go of it."""
-    held = file.open("ab")
-    end = time.monotonic() + LOCK_SECONDS
-    while True:
+class GaveUpError(Exception):
+    """The store has taken nothing for too long, or the run has another owner: the rest stays in the journal."""
+
+
+class Cursor:
+    """How far a journal came, in each store that it was delivered to."""
+
+    def __init__(self, folder: Path, store: str) -> None:
+        self.file, self.store = folder / DELIVERED_FILE, store
+        size = _size(folder / JOURNAL_FILE)
+        # of a journal that was lost, or its tail, all is delivered again
+        self.stores = {name: saved for name, saved in _read_json(self.file).items() if saved["offset"] <= size}
+        saved = self.stores.get(store, {})
+        self.run_id: str | None = saved.get("run_id")
+        self.offset, self.ended = int(saved.get("offset", 0)), saved.get("ended")
+        self.problems: list[str] = list(saved.get("problems", ()))
+
+    def rewind(self) -> None:
+        """Deliver all of it again."""
+        self.offset, self.ended, self.problems = 0, None, []
+
+    def save(self) -> None:
+        """Remember; where that cannot be written, an older one stays, and what came after it is delivered again."""
+        saved = {"run_id": self.run_id, "offset": self.offset, "ended": self.ended, "problems": self.problems}
+        self.stores[self.store] = saved
+        work = self.file.with_name(f".{self.file.name}")
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return held
-        except BlockingIOError:
-            if time.monotonic() > end:
-                held.close()
-                raise ValueError(f"run {run_id} is being written by another process") from None
-            time.sleep(0.1)
+            work.write_text(json.dumps(self.stores, indent=1), encoding="utf-8")
+            work.replace(self.file)
+        except OSError as error:
+            say(f"warning: {self.file}: {error.strerror or error}; what was delivered may be delivered once more")
+
+
+def _read_json(file: Path) -> dict[str, dict[str, Any]]:
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError):  # a power cut may have left it empty: then all is delivered again
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
 
 
 class Delivery:
     """Brings one run's journal to the tracking store."""
 
-    def __init__(self, request: Mapping[str, Any], output_dir: Path) -> None:
-        import mlflow
-        from mlflow.exceptions import MlflowException
+    def __init__(self, folder: Path, owner: int, inbox: Inbox, tell: Callable[[Record], None]) -> None:
+        """owner: the fencing number that this writer works for. tell: takes the progress once the end was asked for."""
+        self.folder, self.owner, self.inbox, self.tell = folder, owner, inbox, tell
+        self.journal = folder / JOURNAL_FILE
+        self.cursor = Cursor(folder, store_key())
+        self.client: Any = None
+        self.run_id = ""
+        self.params: dict[str, str] = {}  # what is there: `mlflow run` writes params as typed, and they cannot change
+        self.opened: Record = {}
+        self.status: str | None = None  # the journal's last word, and where it ends
+        self.end_of_status = 0
+        self.reason, self.away, self.superseded = "", False, False
+        self.delivered = self.total = 0
+        self.told = time.monotonic()
+        self.lock: IO[bytes] | None = None
+        self.reader = JournalReader(self.journal)
 
-        settle()
-        self.client = mlflow.MlflowClient()
-        self.problems: list[str] = []
-        self.points, self.given_up, self.ended = 0, False, False
-        launcher = request["launcher"]
-        run = self.client.get_run(request["run_id"]) if request["run_id"] else None
-        wanted = request["experiment"]
-        fixed = request["restart"] or not wanted
-        if run and not fixed and self.client.get_experiment(run.info.experiment_id).name != wanted:
-            launcher, run = run.info.run_id, None  # `mlflow run` opened it elsewhere: it only started ours
-        if launcher:
-            self.client.set_tag(launcher, "role", "launcher")
-        if run is None:
-            experiment_id = self._experiment(wanted, MlflowException)
-            tags = context_tags() | request["tags"]  # at once: a run is never without what it is known by
-            run = self.client.create_run(experiment_id, run_name=request["name"], tags=tags)
-        elif is_random(run.info.run_name or ""):
-            self.client.update_run(run.info.run_id, name=request["name"])
-        self.run_id: str = run.info.run_id
-        self.name: str = self.client.get_run(self.run_id).info.run_name
-        self.params = dict(run.data.params)  # what `mlflow run` wrote as typed: cannot be changed, is not ours
-        self.folder = output_dir / self.run_id
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = _lock(self.folder / LOCK_FILE, self.run_id)
-        self.present: dict[tuple[str, int], tuple[float, int]] = {}  # (metric, step) -> (value, time) in the store
-        if request["restart"]:
-            (self.folder / JOURNAL_FILE).unlink(missing_ok=True)
-            self.present = self._points_in_store()
-            for tag in STALE_TAGS & run.data.tags.keys() - request["tags"].keys():
-                self.client.delete_tag(self.run_id, tag)
-            self.client.update_run(self.run_id, status="RUNNING")
-        (self.folder / JOURNAL_FILE).touch()
-        for key, value in {**request["tags"], "run_dir": str(self.folder)}.items():
-            self.client.set_tag(self.run_id, key, value)
-        self.reader = JournalReader(self.folder / JOURNAL_FILE)
+    def follow(self) -> Record:
+        """Deliver until the run is finished, its trainer is gone, or the store takes nothing any more; the report."""
         try:
-            check_artifacts(run.info.artifact_uri)
-        except OSError:
-            self.client.set_terminated(self.run_id, "FAILED")
-            raise
-
-    def _experiment(self, name: str | None, refused: type[Exception]) -> str:
-        name = name or os.environ.get("MLFLOW_EXPERIMENT_NAME")
-        if name is None:
-            return os.environ.get("MLFLOW_EXPERIMENT_ID") or "0"
-        found = self.client.get_experiment_by_name(name)
-        if found is None:
-            try:
-                return str(self.client.create_experiment(name))
-            except refused:
-                found = self.client.get_experiment_by_name(name)  # another process was first
-                if found is None:
-                    raise
-        if found.lifecycle_stage != "active":
-            raise ValueError(f"experiment {name} is deleted; restore it, or name another")
-        return str(found.experiment_id)
-
-    def _points_in_store(self) -> dict[tuple[str, int], tuple[float, int]]:
-        found = self.client.get_run(self.run_id).data.metrics
-        return {
-            (name, point.step): (point.value, point.timestamp)
-            for name in found
-            for point in self.client.get_metric_history(self.run_id, name)
-        }
-
-    def follow(self, requests: IO[str]) -> bool:
-        """Deliver until the run is finished. True if the trainer asked, False if it is gone."""
-        asked = False
-        while True:
-            if not self.deliver() and asked:
-                break
-            readable = asked or select.select([requests], [], [], POLL_SECONDS)[0]
-            if not asked and readable:
-                if not requests.readline():
-                    break  # the trainer is gone
-                asked = True
-        while self.deliver():
+            self._take_lock()
+            self._find_run()
+            while True:
+                leaving = self.inbox.leaving  # asked before reading: what was logged before is read then
+                if not self._deliver():
+                    if leaving:
+                        break
+                    self.inbox.wait(POLL_SECONDS)
+            self._end()
+        except GaveUpError:
             pass
-        if not self.ended:
-            self.end("FAILED")
-        self.reader.close()
-        self.lock.close()
-        return asked
+        finally:
+            self.reader.close()
+            if self.lock:
+                self.lock.close()
+        return self.report()
+
+    @property
+    def is_done(self) -> bool:
+        """All of the journal is in the store, the run's end too."""
+        return self.cursor.ended is not None and not self.waiting()
 
     def report(self) -> Record:
         used = os.times()
-        return {"points": self.points, "problems": self.problems, "cpu_seconds": used.user + used.system}
+        problems = self.cursor.problems
+        if len(problems) > TOLD_PROBLEMS:
+            problems = [*problems[:TOLD_PROBLEMS], f"and {len(problems) - TOLD_PROBLEMS} more"]
+        return {"problems": problems, "waiting": self.waiting(), "reason": self.reason, "run_id": self.run_id,
+                "cpu_seconds": used.user + used.system}  # fmt: skip
 
-    def deliver(self) -> bool:
+    def waiting(self) -> int:
+        """Whole records that the store does not have yet; a run that was not ended there counts as one."""
+        count = 0
+        with self.journal.open("rb") as stream:
+            stream.seek(self.cursor.offset)
+            while chunk := stream.read(1 << 20):
+                count += chunk.count(b"\n")
+        return count or int(self.inbox.leaving and self.cursor.ended is None)
+
+    def _take_lock(self) -> None:
+        """One writer at a time: that of an earlier owner may still be in a call."""
+        self.lock = (self.folder / LOCK_FILE).open("ab")
+        end = time.monotonic() + LOCK_SECONDS
+        while time.monotonic() < end:
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                self._check()
+                time.sleep(0.1)  # then it hangs, and cannot do harm: both deliver the same
+
+    def _find_run(self) -> None:
+        """The run in this store: the one that was opened, or the one made for it, or a new one for it."""
+        while not self.opened:
+            record = next((record for _, record in self.reader.read() if record["op"] == "open"), None)
+            self.opened = record or {}
+            if record is None:
+                if self.inbox.leaving:
+                    raise GaveUpError
+                self.inbox.wait(POLL_SECONDS)
+        while self.client is None or not self.run_id:
+            self._attempt("run", self._locate, patient=True)
+        self.reader.close()
+        self.reader = JournalReader(self.journal, self.cursor.offset)
+
+    def _locate(self) -> None:
+        probe()
+        self.client = self.client or connect()
+        ids = [run_id for run_id in (self.cursor.run_id, self.opened["id"]) if run_id]
+        run = next((found for run_id in ids if (found := find_by_id(self.client, run_id))), None)
+        if run is None or run.info.run_id != self.cursor.run_id:
+            self.cursor.rewind()
+        if run is None:
+            run = make_for(self.client, self.opened, self.folder)
+        self.run_id = self.cursor.run_id = run.info.run_id
+        self.params = dict(run.data.params)
+        self.cursor.save()
+
+    def _deliver(self) -> bool:
         """Bring the next records to the store; False when there were none."""
         records = self.reader.read()
-        steps: list[Record] = []
-        for record in records:
+        steps: list[tuple[int, Record]] = []
+        points = 0
+        for end, record in records:
+            count = len(record["values"]) if record["op"] == "metrics" else BATCH_POINTS
+            if points + count > BATCH_POINTS:
+                self._log_steps(steps)
+                steps, points = [], 0
             if record["op"] == "metrics":
-                waiting = sum(len(step["values"]) for step in steps)
-                if waiting and waiting + len(record["values"]) > BATCH_POINTS:
-                    self.log_steps(steps)
-                    steps = []
-                steps.append(record)
-                continue
-            self.log_steps(steps)
-            steps = []
-            self.log_other(record)
-        self.log_steps(steps)
+                steps.append((end, record))
+                points += count
+            else:
+                self._log_other(end, record)
+        self._log_steps(steps)
         return bool(records)
 
-    def log_steps(self, steps: Sequence[Record]) -> None:
+    def _log_steps(self, steps: Sequence[tuple[int, Record]]) -> None:
         from mlflow.entities import Metric
 
+        if not steps:
+            return
         points = [
             Metric(key, float(value), step["time"], step["step"])
-            for step in steps
+            for _, step in steps
             for key, value in step["values"].items()
-            if (key, step["step"]) not in self.present
         ]
-        self.points += sum(len(step["values"]) for step in steps) - len(points)
         for start in range(0, len(points), BATCH_POINTS):
-            batch = points[start : start + BATCH_POINTS]
-            if self.attempt(f"{len(batch)} points", self.client.log_batch, self.run_id, metrics=batch):
-                self.points += len(batch)
+            self._log_points(points[start : start + BATCH_POINTS])
+        self._passed(steps[-1][0], len(steps))
 
-    def log_other(self, record: Record) -> None:
-        from mlflow.entities import Param, RunTag
+    def _log_points(self, points: Sequence[Any]) -> None:
+        """A batch that is refused goes metric by metric: one bad name must not cost the others."""
+        refused = self._attempt("points", self.client.log_batch, self.run_id, metrics=points)
+        keys = list(dict.fromkeys(point.key for point in points))
+        if refused and len(keys) > 1:
+            for key in keys:
+                self._log_points([point for point in points if point.key == key])
+        elif refused:
+            self._problem(f"{len(points)} points of {keys[0]}", refused)
 
+    def _log_other(self, end: int, record: Record) -> None:
         op = record["op"]
-        if op == "params":
-            new = [Param(key, value) for key, value in record["values"].items() if key not in self.params]
-            # a dotted key typed as `-P optim.dense.lr=3e-4` stays as it was typed: its canonical text is a tag
-            typed = {key: value for key, value in record["values"].items()
-                     if "." in key and self.params.get(key, value) != value}  # fmt: skip
-            for key, value in typed.items():
-                self.attempt("tags", self.client.set_tag, self.run_id, f"canonical.{key}", value)
-            self.params |= record["values"]
-            for start in range(0, len(new), 100):
-                self.attempt("params", self.client.log_batch, self.run_id, params=new[start : start + 100])
+        if op == "finish":  # passed once the run is ended in the store, too
+            self.status, self.end_of_status = record["status"], end
+            return
+        if op == "open":
+            self.status = None
+            if not (record["online"] and self.run_id == record["id"]):  # else it was said when the run was opened
+                self._require("tags", self._open_later, record)
+        elif op == "params":
+            self._log_params(record["values"])
         elif op == "tags":
-            tags = [RunTag(key, value) for key, value in record["values"].items()]
-            self.attempt("tags", self.client.log_batch, self.run_id, tags=tags)
+            self._require("tags", set_tags, self.client, self.run_id, record["values"])
         elif op == "artifact":
-            folder = record["folder"] or None
-            self.attempt(record["file"], self.client.log_artifact, self.run_id, record["file"], folder)
+            self._log_artifact(record)
         elif op == "input":
-            self.attempt("input", self.log_input, record)
+            self._require("input", self._log_input, record)
         elif op == "model":
-            self.attempt("model", self.log_model, record)
-        elif op == "finish":
-            self.end(record["status"])
+            self._long()
+            self._require("model", self._log_model, record)
+        self._passed(end)
 
-    def log_input(self, record: Record) -> None:
+    def _open_later(self, record: Record) -> None:
+        """What is said of a run when it is opened, for one that was opened elsewhere or without the store."""
+        name = self.client.get_run(self.run_id).info.run_name or ""
+        self.client.update_run(self.run_id, status="RUNNING", name=record["name"] if is_random(name) else None)
+        set_tags(self.client, self.run_id, record["tags"] | {"run_dir": str(self.folder)})
+
+    def _log_params(self, values: Mapping[str, str]) -> None:
+        from mlflow.entities import Param
+
+        new = [Param(key, value) for key, value in values.items() if key not in self.params]
+        # a dotted key typed as `-P optim.dense.lr=3e-4` stays as it was typed: its canonical text is a tag
+        typed = {f"canonical.{key}": value for key, value in values.items()
+                 if "." in key and self.params.get(key, value) != value}  # fmt: skip
+        if typed:
+            self._require("tags", set_tags, self.client, self.run_id, typed)
+        for start in range(0, len(new), BATCH_PARAMS):
+            batch = new[start : start + BATCH_PARAMS]
+            self._require("params", self.client.log_batch, self.run_id, params=batch)
+        self.params |= {param.key: param.value for param in new}
+
+    def _log_artifact(self, record: Record) -> None:
+        file = self._file(record["file"])
+        if file is None or leaves(record["folder"]):
+            self._problem(record["file"], ValueError("its path leaves the run's folder"))
+            return
+        if _size(file) > LARGE_BYTES:
+            self._long()
+        self._require(record["file"], self.client.log_artifact, self.run_id, str(file), record["folder"] or None)
+
+    def _file(self, name: str) -> Path | None:
+        """A file of the journal: where it was, or in the run's folder, wherever that is now. None: not in there."""
+        if Path(name).is_absolute():
+            return Path(name)
+        file = (self.folder / name).resolve()
+        return file if file.is_relative_to(self.folder.resolve()) else None
+
+    def _log_input(self, record: Record) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         dataset = Dataset(
@@ -204,52 +294,122 @@ class Delivery:
         tags = [InputTag("mlflow.data.context", "training")]
         self.client.log_inputs(self.run_id, [DatasetInput(dataset, tags)])
 
-    def log_model(self, record: Record) -> None:
+    def _log_model(self, record: Record) -> None:
+        """Once: a whole model of the run is left alone, and one that a kill cut off goes first."""
         import mlflow
 
         from pipeline import serving
 
-        if mlflow.active_run() is None:
-            mlflow.start_run(self.run_id)  # models are logged to the active run; `end` ends it
-        serving.log_model(record)
+        experiment = self.client.get_run(self.run_id).info.experiment_id
+        for found in self.client.search_logged_models([experiment], f"source_run_id = '{self.run_id}'"):
+            if found.status == "READY":
+                return
+            self.client.delete_logged_model(found.model_id)
+        folder = self._file(record["folder"])
+        if folder is None:
+            raise ValueError(f"model {record['folder']} would leave the run's folder")
+        mlflow.start_run(self.run_id)  # models are logged to the active run
+        try:
+            serving.log_model(record | {"folder": str(folder)})
+        finally:
+            mlflow.end_run("RUNNING")  # another run's turn may come before this one's end
 
-    def end(self, status: str) -> None:
+    def _end(self) -> None:
         """Write the whole history beside the run, then end it."""
-        import mlflow
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        self.ended = True
-        columns: dict[str, list[Any]] = {"metric": [], "step": [], "value": [], "timestamp": []}
-        for record in read_all(self.folder / JOURNAL_FILE):
-            if record["op"] == "metrics":
-                for key, value in record["values"].items():
-                    kept = self.present.get((key, record["step"]), (float(value), record["time"]))
-                    for column, entry in zip(columns.values(), (key, record["step"], *kept), strict=True):
-                        column.append(entry)
-        types = {"metric": pa.string(), "step": pa.int64(), "value": pa.float64(), "timestamp": pa.int64()}
-        table = pa.table({name: pa.array(values, types[name]) for name, values in columns.items()})
-        pq.write_table(table, self.folder / HISTORY_FILE)
-        self.attempt(HISTORY_FILE, self.client.log_artifact, self.run_id, str(self.folder / HISTORY_FILE))
-        if self.problems and status == "FINISHED":
+        word = self.inbox.finish or {}
+        status = self.status or word.get("status") or "FAILED"
+        failure = "" if self.status else word.get("failure") or ("" if word.get("status") else NO_WORD)
+        if failure:
+            self._require("tags", set_tags, self.client, self.run_id, {"failure": failure})
+        try:
+            write_history(self.journal, self.folder / HISTORY_FILE, self._moved)
+        except OSError as error:
+            self._problem(HISTORY_FILE, error)
+        else:
+            self._long()
+            self._require(HISTORY_FILE, self.client.log_artifact, self.run_id, str(self.folder / HISTORY_FILE))
+            self._moved()
+        if self.cursor.problems and status == "FINISHED":
             status = "FAILED"
-        if mlflow.active_run() is not None:
-            mlflow.end_run(status)
-        self.attempt(f"status {status}", self.client.set_terminated, self.run_id, status)
+        self._require(f"status {status}", self.client.set_terminated, self.run_id, status)
+        self.cursor.offset = max(self.cursor.offset, self.end_of_status)
+        self.cursor.ended = status
+        self.cursor.save()
 
-    def attempt(self, what: str, call: Any, *arguments: Any, **named: Any) -> bool:
-        """Call the store, again and again while it is away. A refusal is a problem that `report` tells."""
-        started, pause = time.monotonic(), 0.5
+    def _passed(self, end: int, records: int = 1) -> None:
+        """Everything up to there is in the store."""
+        self.cursor.offset, self.cursor.ended = end, None
+        self.cursor.save()
+        self.delivered += records
+        self._moved()
+
+    def _moved(self) -> None:
+        self.inbox.progress()
+        if self.inbox.finish and time.monotonic() - self.told > PROGRESS_SECONDS:
+            self.told = time.monotonic()
+            self.tell(self._progress())
+
+    def _progress(self) -> Record:
+        self.total = self.total or self.delivered + self.waiting()  # counted once, when the end was asked for
+        return {"delivered": self.delivered, "of": self.total}
+
+    def _long(self) -> None:
+        """What comes may take longer than the trainer's patience: ask for it, of a store that answers just now."""
+        self._require("run", self.client.get_run, self.run_id)
+        self._moved()
+        if self.inbox.finish and (self.status or self.inbox.finish.get("status")) == "FINISHED":
+            self.tell(self._progress() | {"busy": LONG_SECONDS})
+            self.told = 0.0  # the next progress is told at once: then the patience is as before
+
+    def _problem(self, what: str, error: Exception) -> None:
+        self.cursor.problems.append(f"{what} not delivered: {one_line(error)}")
+
+    def _require(self, what: str, call: Callable[..., Any], *arguments: Any, **named: Any) -> None:
+        """Call the store; what it refuses is a problem that `report` tells."""
+        refused = self._attempt(what, call, *arguments, **named)
+        if refused:
+            self._problem(what, refused)
+
+    def _attempt(self, what: str, call: Callable[..., Any], *arguments: Any, patient: bool = False, **named: Any) -> (
+        Exception | None
+    ):  # fmt: skip
+        """Call the store, again and again while it is away. Returns its refusal, which counts as away to the patient.
+
+        Raises:
+            GaveUpError: nobody waits for it any more.
+        """
+        pause, longest = PAUSE_SECONDS
         while True:
+            self._check()
             try:
                 call(*arguments, **named)
-                return True
             except Exception as error:
-                patient = not self.given_up and time.monotonic() - started < GIVE_UP_SECONDS
-                if is_temporary(error) and patient:
-                    time.sleep(pause)
-                    pause = min(2 * pause, 5)
-                    continue
-                self.given_up |= is_temporary(error)
-                self.problems.append(f"{what} not delivered: {one_line(error)}")
-                return False
+                if not patient and not is_temporary(error):
+                    return error
+                self.reason = f"{what}: {one_line(error)}"
+                self._tell_away()
+            else:
+                self._tell_back()
+                self.inbox.progress()
+                return None
+            if self.inbox.impatient:
+                raise GaveUpError
+            self.inbox.wait(pause)
+            pause = min(2 * pause, longest)
+
+    def _check(self) -> None:
+        if owner_number(self.folder) > self.owner:
+            self.superseded = True
+            raise GaveUpError
+
+    def _tell_away(self) -> None:
+        if not self.away and not self.inbox.leaving:
+            say(f"warning: tracking store {tracking_uri()} takes nothing ({self.reason}); the run goes on, and all of "
+                f"it waits in {self.journal}")  # fmt: skip
+            self.away = True
+
+    def _tell_back(self) -> None:
+        if self.away:
+            say(f"tracking store {tracking_uri()} is back")
+            self.away = False
+        self.reason = ""

@@ -11,6 +11,7 @@ from urllib.request import url2pathname
 
 from pipeline.config import nearest
 from pipeline.errors import UserError
+from pipeline.tracking.creation import ensure_store
 from pipeline.tracking.store import one_line, settle, tracking_uri
 
 PAGE_RUNS = 1000
@@ -133,6 +134,7 @@ def _one_line_errors() -> Iterator[Any]:
     uri = tracking_uri()
     if not store_exists():  # MLflow would make an empty one
         raise UserError(f"tracking store {uri}: there is no such file; name the store by MLFLOW_TRACKING_URI")
+    ensure_store(str(mlflow.get_tracking_uri()))
     try:
         yield mlflow.MlflowClient()
     except UserError:

@@ -1,19 +1,45 @@
-"""The tracking store: where it is, what it says when it refuses, and how it is made quiet."""
+"""The tracking store: where it is, whether it is there, what it says when it refuses, and how it is made quiet."""
 
+import errno
+import os
 import re
+import socket
 import tempfile
+import urllib.request
 from pathlib import Path
+from urllib.error import HTTPError, URLError
 from urllib.parse import unquote, urlsplit
+
+PROBE_SECONDS = 5.0  # how long a server may take to say anything at all
+DEFAULT_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
+CLIENT_SETTINGS = {
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # we retry ourselves, without losing the order
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+REFUSALS = {
+    "INVALID_PARAMETER_VALUE",
+    "RESOURCE_DOES_NOT_EXIST",
+    "RESOURCE_ALREADY_EXISTS",
+    "INVALID_STATE",
+    "NOT_IMPLEMENTED",
+}
+DATA_REFUSED = re.compile("DataError|IntegrityError|StringDataRightTruncation|out of range")
+FILE_ERRORS = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
+OWN_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ImportError, AssertionError, NotImplementedError)
+SECRET_SETTINGS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 
 
 def is_temporary(error: Exception) -> bool:
-    """The store may be back later: no connection, a time-out, a locked database, a server error."""
-    code = getattr(error, "error_code", "")
-    return isinstance(error, ConnectionError | TimeoutError) or code in (
-        "INTERNAL_ERROR",
-        "TEMPORARILY_UNAVAILABLE",
-        "REQUEST_LIMIT_EXCEEDED",
-    )
+    """Asked again, the store may take it: it is away, locked, full, or does not let us in just now."""
+    code = getattr(error, "error_code", None)
+    if code is not None:
+        return code not in REFUSALS and not (code == "BAD_REQUEST" and DATA_REFUSED.search(str(error)))
+    if isinstance(error, OSError):  # the errors of `requests` are such, too
+        return not isinstance(error, FILE_ERRORS) and error.errno not in (errno.ENAMETOOLONG, errno.ELOOP)
+    return not isinstance(error, OWN_ERRORS)
 
 
 def check_artifacts(uri: str) -> None:
@@ -26,18 +52,95 @@ def check_artifacts(uri: str) -> None:
 
 
 def one_line(error: Exception) -> str:
+    """What the store said, without its secrets."""
     text = str(error) or type(error).__name__
     text = text.split("[SQL:")[0].split("(Background on")[0]
     text = re.split(r"\((?:\w+\.)+\w*Error\) ", text)[-1]  # what the database said, without what SQLAlchemy said of it
-    return " ".join(text.split())[:300]
+    return without_secrets(" ".join(text.split()))[:300]
+
+
+def without_secrets(text: str) -> str:
+    """The text without passwords and tokens: those of the settings, and whatever stands where a URI has them."""
+    for secret in sorted(_secrets(), key=len, reverse=True):
+        text = text.replace(secret, "***")
+    text = re.sub(r"://[^/\s@]*@", "://", text)
+    return re.sub(r"(?i)\b(\w*(?:password|passwd|token|secret|pwd))=[^&\s\"']+", r"\1=***", text)
+
+
+def _secrets() -> set[str]:
+    found = {os.environ.get(name, "") for name in SECRET_SETTINGS}
+    rest = os.environ.get("MLFLOW_TRACKING_URI", "").partition("://")[2]
+    for login in (rest.rpartition("@")[0], rest.partition("@")[0] if "@" in rest else ""):
+        found.add(login.partition(":")[2])
+    return {form for secret in found for form in (secret, unquote(secret)) if len(form) > 2}
 
 
 def tracking_uri() -> str:
-    """Where runs go, without a password."""
+    """Where runs go, without what may be secret: login and query."""
     import mlflow
 
-    scheme, separator, rest = str(mlflow.get_tracking_uri()).partition("://")
-    return f"{scheme}{separator}{rest.rsplit('@', 1)[-1]}"
+    return shown_uri(str(mlflow.get_tracking_uri()))
+
+
+def shown_uri(uri: str) -> str:
+    """A URI without login and query.
+
+    >>> shown_uri("postgresql://user:secret@host/base?password=other")
+    'postgresql://host/base'
+    """
+    scheme, separator, rest = uri.partition("://")
+    if not separator:
+        return uri.partition("?")[0]
+    if "@" in rest.partition("?")[2]:  # a password with a question mark, or a query with an address: cannot be told
+        return f"{scheme}://***"
+    return f"{scheme}://{rest.partition('?')[0].rpartition('@')[2]}"
+
+
+def store_key() -> str:
+    """Names the store: as it is shown, a database file by its whole path."""
+    shown = tracking_uri()
+    file = shown.removeprefix("sqlite:///")
+    return f"sqlite:///{Path(file).absolute()}" if file != shown and file else shown
+
+
+def probe() -> None:
+    """See within seconds, and without mlflow, whether somebody answers where the store should be.
+
+    Raises:
+        ConnectionError: nobody does; one line without secrets.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    parts = urlsplit(uri)
+    scheme = parts.scheme.partition("+")[0]
+    if scheme not in DEFAULT_PORTS or not parts.hostname:
+        return
+    if scheme in ("http", "https") and _goes_by_proxy(scheme, parts.hostname):
+        return
+    try:
+        address = (parts.hostname, parts.port or DEFAULT_PORTS[scheme])
+        socket.create_connection(address, PROBE_SECONDS).close()
+        if scheme in ("http", "https"):
+            _ask(f"{scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}/health")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise ConnectionError(f"does not answer: {without_secrets(str(reason))}") from None
+
+
+def _goes_by_proxy(scheme: str, host: str) -> bool:
+    return scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host)
+
+
+def _ask(address: str) -> None:
+    """Whatever is answered will do, a refusal too. A certificate of one's own is for MLflow to judge."""
+    try:
+        urllib.request.urlopen(address, timeout=PROBE_SECONDS).close()  # noqa: S310
+    except HTTPError:
+        pass
+    except URLError as error:
+        import ssl
+
+        if not isinstance(error.reason, ssl.SSLError):
+            raise
 
 
 def context_tags() -> dict[str, str]:

@@ -26,6 +26,7 @@ import click
 
 from pipeline.console import say
 from pipeline.errors import UserError
+from pipeline.tracking.creation import ensure_store
 from pipeline.tracking.reading import runs_of_sweep, runs_of_tag, store_exists
 from pipeline.tracking.store import one_line, settle, tracking_uri
 
@@ -134,6 +135,7 @@ def serving(port: int) -> Iterator[subprocess.Popen[bytes]]:
     """MLflow's server on the tracking store, for as long as the block lasts."""
     import mlflow
 
+    ensure_store(mlflow.get_tracking_uri())
     artifacts = str(Path("mlruns").resolve())  # of experiments to come: where a client without a server has them
     command = [sys.executable, "-m", "mlflow", "ui", "--host", HOST, "--port", str(port), "--workers", "1",
                "--default-artifact-root", artifacts, "--uvicorn-opts", "--log-level warning"]  # fmt: skip

@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from pipeline.config import flatten
 from pipeline.console import say, warn
+from pipeline.names import metric_names
 from pipeline.run import MlflowRun, RunRequest, Writer, writer_for
 from pipeline.tasks.mmoe.config import PrepareCtrConfig
 from pipeline.tasks.mmoe.prepare import prepare
@@ -37,8 +38,9 @@ def figures(schema: DataSchema) -> dict[str, float]:
     found: dict[str, float] = {"base_rate/ctr": schema.base_rates.ctr, "base_rate/cvr": schema.base_rates.cvr}
     for name, split in schema.splits.items():
         found |= {f"rows/{name}": split.rows, f"clicks/{name}": split.clicks, f"conversions/{name}": split.conversions}
+    names = metric_names([feature.name for feature in schema.features])
     for feature in schema.features:
-        found |= {f"out_of_vocabulary/{feature.name}/{split}": share
+        found |= {f"out_of_vocabulary/{names[feature.name]}/{split}": share
                   for split, share in feature.out_of_vocabulary.items()}  # fmt: skip
     return found
 

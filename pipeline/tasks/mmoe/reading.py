@@ -1,6 +1,10 @@
 """Raw CSV and Parquet files as a stream of batches; a CSV's cells are all text."""
 
+import codecs
+import csv
 import hashlib
+import io
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +21,7 @@ from pipeline.tasks.mmoe.schema import CsvSource, sha256_of
 
 SUFFIXES = (".csv", ".csv.gz", ".parquet")
 BLOCK_BYTES = 4 << 20  # what is parsed at once; a CSV row must fit into it
+_WRONG_ROW = re.compile(r"Row #(\d+): Expected (\d+) columns, got (\d+)")  # in Arrow's words
 
 
 @dataclass(frozen=True)
@@ -123,31 +128,32 @@ class Source:
         yield from recut.rest()
 
     def _header(self, file: Path) -> list[str]:
+        """The names that the first line that is not empty holds.
+
+        Read without Arrow: it would call us back for rows that do not fit, from a thread of its own that may outlive
+        the interpreter, and the process would end by SIGABRT.
+        """
         with _opened(file) as stream:
-            if stream.read(2) in (b"\xff\xfe", b"\xfe\xff"):
-                raise UserError(f"{file}: found UTF-16, allowed: UTF-8 text")
-        with _opened(file) as stream:
-            parse = pa.csv.ParseOptions(
-                delimiter=self.csv.delimiter, newlines_in_values=True, invalid_row_handler=lambda _: "skip"
-            )
-            read = pa.csv.ReadOptions(block_size=BLOCK_BYTES, use_threads=False)
-            try:
-                return list(pa.csv.open_csv(stream, read, parse).schema.names)
-            except pa.ArrowInvalid as error:
-                if "Empty CSV" in str(error):
-                    raise UserError(f"{file}: no rows") from None
-                raise
+            start = bytes(stream.read(BLOCK_BYTES))
+        if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise UserError(f"{file}: found UTF-16, allowed: UTF-8 text")
+        text = start.removeprefix(codecs.BOM_UTF8).decode(errors="surrogateescape")
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=self.csv.delimiter, strict=True)
+        try:
+            names = next(filter(None, rows), None)
+        except csv.Error as error:
+            reason = "a quote that is never closed" if "unexpected end" in str(error) else str(error)
+            raise UserError(f"{file}: the header: {reason}") from None
+        if names is None:
+            raise UserError(f"{file}: no rows")
+        for name in names:
+            name.encode()
+        return names
 
     def _csv(self, file: Path, names: list[str], wanted: list[str]) -> Iterator[pa.RecordBatch]:
         original = self.given or self._header(file)
         last = original[-1]  # read even if nobody wants it: that is where a quote left open ends
         header = 0 if self.given else 1
-        wrong: list[Any] = []
-
-        def refuse(row: Any) -> str:
-            wrong.append(row)
-            return "error"
-
         by_name = dict(zip(names, original, strict=True))
         read = [by_name[name] for name in wanted]
         read += [last] if last not in read else []
@@ -157,9 +163,7 @@ class Source:
                 batches = pa.csv.open_csv(
                     stream,
                     pa.csv.ReadOptions(block_size=BLOCK_BYTES, use_threads=False, column_names=self.given),
-                    pa.csv.ParseOptions(
-                        delimiter=self.csv.delimiter, newlines_in_values=True, invalid_row_handler=refuse
-                    ),
+                    pa.csv.ParseOptions(delimiter=self.csv.delimiter, newlines_in_values=True),
                     pa.csv.ConvertOptions(
                         column_types=dict.fromkeys(original, pa.binary()), include_columns=read,
                         strings_can_be_null=False, check_utf8=False,
@@ -169,10 +173,10 @@ class Source:
                     if batch.num_rows:
                         end = batch.column(len(read) - 1 if last == read[-1] else read.index(last))[-1].as_py()
                         yield batch.rename_columns([*wanted, *["" for _ in read[len(wanted) :]]])
-            except pa.ArrowInvalid:
-                if wrong:
-                    row, found, allowed = wrong[0].number - header, wrong[0].actual_columns, wrong[0].expected_columns
-                    raise UserError(f"{file}: row {row}: found {found} columns, allowed: {allowed}") from None
+            except pa.ArrowInvalid as error:
+                if wrong := _WRONG_ROW.search(str(error)):
+                    row, allowed, found = (int(number) for number in wrong.groups())
+                    raise UserError(f"{file}: row {row - header}: found {found} columns, allowed: {allowed}") from None
                 raise
         if b"\n" in end and not _ends_with_quote(file):
             raise UserError(f"{file}: the last row has a quote that is never closed")
@@ -224,7 +228,7 @@ def _told(file: Path) -> Iterator[None]:
     """What Arrow says of a damaged file, in one line."""
     try:
         yield
-    except UnicodeDecodeError:
+    except UnicodeError:
         raise UserError(f"{file}: the header is not UTF-8 text") from None
     except (pa.ArrowException, OSError) as error:
         reason = str(error).split("\n")[0]

@@ -146,7 +146,8 @@ class Feature(Config):
 
 
 class Split(Config):
-    file: str
+    file: str = Field(pattern=r"^\w[\w.-]*$")
+    """its name within the folder: no path, which could lead out of it"""
     rows: int = Field(ge=0)
     clicks: int = Field(ge=0)
     conversions: int = Field(ge=0)

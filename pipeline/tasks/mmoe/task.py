@@ -89,6 +89,10 @@ class MmoeTask:
         name = self.folder.name if self.config.data.path else "embedded"
         return Dataset(name, self.schema.digest, self.schema.source, splits)
 
+    @property
+    def files(self) -> Sequence[Path]:
+        return [self.folder / SCHEMA_FILE, *(self.folder / split.file for split in self.schema.splits.values())]
+
     def summary(self) -> Mapping[str, str]:
         with torch.device("meta"):
             parameters = sum(weight.numel() for weight in self.model().parameters())

@@ -1,5 +1,6 @@
 """Files of reviews as columns of cells."""
 
+import codecs
 import csv
 import hashlib
 import io
@@ -73,7 +74,7 @@ def _content(file: Path) -> bytes:
         raise UserError(f"{file}: {error.strerror or error}") from None
     if file.suffix.lower() not in _READERS:
         raise UserError(f"{file}: found {file.suffix or 'no extension'}, allowed: {allowed}")
-    if not content.strip():
+    if not content.removeprefix(codecs.BOM_UTF8).strip():
         raise UserError(f"{file}: the file is empty")
     return content
 
@@ -115,7 +116,27 @@ def _jsonl(file: Path, content: bytes) -> tuple[list[str], list[Sequence[object]
             raise UserError(f"{file}: line {number}: found a {type(record).__name__}, allowed: an object of columns")
         records.append(record)
     names = list(dict.fromkeys(name for record in records for name in record))
-    return names, [[record.get(name) for record in records] for name in names]
+    columns: list[Sequence[object]] = [[record.get(name) for record in records] for name in names]
+    if b"\\u" in content:  # an escape may stand for half a character, or for a zero
+        _refuse_halves(file, names, columns)
+    return names, columns
+
+
+def _refuse_halves(file: Path, names: Sequence[str], columns: Sequence[Sequence[object]]) -> None:
+    for name, cells in zip(names, columns, strict=True):
+        if "\0" in name or _half(name):
+            raise UserError(f"{file}: column {name!r}: allowed: a name of whole characters other than zero")
+        for row, cell in enumerate(cells, 1):
+            if isinstance(cell, str | list | dict) and (reason := _half(as_text(cell))):
+                raise UserError(f"{file}: row {row}, column {name}: found half a character ({reason})")
+
+
+def _half(text: str) -> str | None:
+    try:
+        text.encode()
+        return None
+    except UnicodeEncodeError as error:
+        return error.reason
 
 
 def _parquet(file: Path, content: bytes) -> tuple[list[str], list[Sequence[object]]]:

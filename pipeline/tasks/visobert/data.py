@@ -142,7 +142,7 @@ def tokenise(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int, cache:
         digest.update(len(coded).to_bytes(8, "little") + coded)
     file = cache / "tokens" / f"{digest.hexdigest()[:32]}.npz"
     try:
-        with np.load(file) as found:
+        with np.load(file, allow_pickle=False) as found:
             return Tokens(found["ids"], found["lengths"])
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         pass  # not there yet, or not whole: made anew

@@ -43,6 +43,7 @@ FILES = (
     "sentiment_distribution.json", "sentiment_distribution.csv", "sentiment_distribution.png",
     "duplicates.csv", "duplicates.json", "token_lengths.json", ALPHA_FILE,
 )  # fmt: skip
+PICTURED = 100  # aspects with the most labels, of which there is a picture; the files hold all
 LISTED = 20  # dropped cells that are shown; the files hold all
 
 
@@ -218,8 +219,10 @@ def _write(found: Findings, output: Path) -> list[Path]:
         more = {"sources": sources, "detection_only": found.alpha.detection_only, "dropped": dropped}
         stem = folder / "sentiment_distribution"
         write_distribution(found.distributions, more, stem.with_suffix(".json"), stem.with_suffix(".csv"))
-        counts = {ALL: found.alpha.counts} | dict(zip(found.alpha.aspects, found.alpha.per_aspect_counts, strict=True))
-        plots.sentiments(counts, SENTIMENTS, stem.with_suffix(".png"))
+        counts = dict(zip(found.alpha.aspects, found.alpha.per_aspect_counts, strict=True))
+        shown = set(sorted(counts, key=lambda aspect: -sum(counts[aspect]))[:PICTURED])
+        pictured = {ALL: found.alpha.counts} | {aspect: counts[aspect] for aspect in counts if aspect in shown}
+        plots.sentiments(pictured, SENTIMENTS, stem.with_suffix(".png"))
         write_duplicates(found.splits, found.groups, found.duplicates, folder)
         (folder / "token_lengths.json").write_text(json.dumps(found.tokens, indent=2) + "\n", encoding="utf-8")
         found.alpha.write(folder / ALPHA_FILE)

@@ -156,11 +156,16 @@ def _load(folder: Path, config: ModelConfig, pretrained: bool) -> nn.Module:
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        architecture = AutoConfig.from_pretrained(str(folder))
+        architecture = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         if not pretrained:
-            return cast(nn.Module, AutoModel.from_config(architecture, dtype=torch.float32))  # type: ignore[no-untyped-call]
+            return cast(nn.Module, AutoModel.from_config(architecture, dtype=torch.float32, trust_remote_code=False))  # type: ignore[no-untyped-call]
         model, report = AutoModel.from_pretrained(
-            str(folder), config=architecture, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            str(folder),
+            config=architecture,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model.name {config.name}: transformers cannot load {folder}: {error}") from None

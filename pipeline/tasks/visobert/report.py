@@ -13,6 +13,7 @@ from pipeline.tasks.visobert.scores import aspect_table, confusion, labelled
 from pipeline.tasks.visobert.statistics import ALL
 
 MOST_CONFIDENT = 200
+PICTURED = 100  # confusions with the most labels, of which there is a picture; the tables hold all
 
 
 def write_report(folder: Path, split: str, reviews: Reviews, answers: Answers) -> None:
@@ -29,7 +30,10 @@ def write_report(folder: Path, split: str, reviews: Reviews, answers: Answers) -
     named = {aspect: pd.DataFrame(counts, index=pd.Index(SENTIMENTS, name="truth"), columns=list(SENTIMENTS))
              for aspect, counts in matrices.items()}  # fmt: skip
     pd.concat(named, names=["aspect"]).to_csv(tables / f"{split}_confusion.csv")
-    plots.confusion(matrices, SENTIMENTS, pictures / f"{split}_confusion.png")
+    shown = sorted(matrices, key=lambda aspect: -int(matrices[aspect].sum()))[:PICTURED]
+    pictured = {aspect.replace("$", r"\$"): counts  # else two of them would open a formula
+                for aspect, counts in matrices.items() if aspect in shown}  # fmt: skip
+    plots.confusion(pictured, SENTIMENTS, pictures / f"{split}_confusion.png")
     given = {"text": list(reviews.texts), "labels": [reviews.labels_text(row) for row in range(len(reviews))]}
     pd.concat([pd.DataFrame(given), answers.frame()], axis=1).to_csv(tables / f"{split}_predictions.csv", index=False)
     confident_errors(reviews, answers).to_csv(tables / f"{split}_errors.csv", index=False)

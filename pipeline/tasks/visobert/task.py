@@ -130,6 +130,11 @@ class VisobertTask:
             profile[name] = {"reviews": len(reviews), "labelled_cells": int(cells.sum()), "file": reviews.source}
         return Dataset(Path(train.source).name, self.splits.digest, train.source, profile)
 
+    @property
+    def files(self) -> Sequence[Path]:
+        data = self.config.data
+        return [Path(file) for file in (data.train, data.validation, data.test) if file]
+
     def summary(self) -> Mapping[str, str]:
         counts = ", ".join(f"{name} {count}" for name, count in zip(SENTIMENTS, self.alpha.counts, strict=True))
         loss = self.config.multi_label

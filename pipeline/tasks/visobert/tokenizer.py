@@ -169,7 +169,7 @@ def _load(folder: Path, name: str) -> Any:
             # byte-pair encoding, it fails on a Unigram; of a BERT that keeps capitals and tones it loses both.
             special = _special_tokens(folder)
             return PreTrainedTokenizerFast(tokenizer_file=str(file), **special)  # type: ignore[no-untyped-call]
-        return AutoTokenizer.from_pretrained(str(folder))
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except UserError:
         raise
     except Exception as error:  # what is raised depends on the tokenizer's class

@@ -1,0 +1,262 @@
+"""Who may write a run's folder: one process at a time.
+
+On one host a file lock says it, which the kernel takes from a process that dies. Across hosts, where such a lock may
+not reach, a lease does: its owner raises a beat in it every second, and a lease that stands still may be taken over.
+Every owner has a number above the one before; whoever works for an older one (its writer process) stops.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+import weakref
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from pipeline.errors import TrainingError, UserError
+
+LOCK_FILE = "owner.lock"
+LEASE_FILE = "lease.json"
+BEAT_SECONDS = 1.0
+WATCH_SECONDS = 4.0  # a lease that stands still for so long is nobody's
+SETTLE_SECONDS = 1.0  # after a take-over: whoever else took the lease at the same moment has written it by then
+LOCK_SECONDS = 2.0  # a process that was killed just now may take so long to let go
+
+
+@dataclass(frozen=True)
+class Lease:
+    """Who owns a folder; equal but for `beat` and `released` as long as the owner is the same."""
+
+    host: str
+    boot: str  # the boot id of its kernel; "" where there is none
+    pid: int
+    number: int
+    beat: int = 0
+    released: bool = False
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+    @property
+    def owner(self) -> tuple[str, str, int, int]:
+        return self.host, self.boot, self.pid, self.number
+
+    @property
+    def is_foreign(self) -> bool:
+        """Given by another host, or by this one before it was started anew: the lock here may not say enough."""
+        return (self.host, self.boot) != _here()
+
+
+class Ownership:
+    """The right to write a run's folder: one process at a time, on one host by a lock that a dead process cannot
+    hold, across hosts by a lease."""
+
+    def __init__(self, folder: Path) -> None:
+        """Take the folder, which is made if need be.
+
+        Raises:
+            UserError: another process has it (told within 5 s), or the folder cannot be written or locked.
+        """
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(folder)
+        except OSError as error:
+            raise UserError(f"run folder {folder}: {error.strerror or error}") from None
+        try:
+            self._lease = _take(folder, self._lock)
+        except OSError as error:
+            os.close(self._lock)
+            raise UserError(f"run folder {folder}: {error.strerror or error}") from None
+        except BaseException:
+            os.close(self._lock)
+            raise
+        self.number = self._lease.number
+        self._ended = threading.Event()
+        _OWNED.add(self)
+        self._thread = threading.Thread(target=self._keep_beating, name=f"lease of {folder.name}", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise a TrainingError if another process has taken the run over. Reads two small files."""
+        owner = self._successor()
+        if owner is not None:
+            raise TrainingError(f"run {self.folder.name} was taken over by {owner}; process {os.getpid()} ends here")
+
+    def release(self) -> None:
+        """Give the folder up; the next owner need not wait. A second call does nothing."""
+        if self._ended.is_set():
+            return
+        self._ended.set()
+        self._thread.join(2 * BEAT_SECONDS)
+        with contextlib.suppress(OSError):  # the lock tells it too; only another host has to watch the lease then
+            if self._successor() is None:
+                _write(self.folder, replace(self._lease, released=True))
+        _OWNED.discard(self)
+        os.close(self._lock)
+
+    def _successor(self) -> str | None:
+        """Who has taken the folder over; None while it is ours. A lease that is not there or garbage is no owner."""
+        lease = _read(self.folder)
+        if lease is not None and lease.number >= self.number and lease.owner != self._lease.owner:
+            return str(lease)
+        return "another process" if _locked_number(self.folder) > self.number else None
+
+    def _keep_beating(self) -> None:
+        """Renew the lease until the end, or until it is lost. A disk that is full or away is tried again."""
+        while not self._ended.wait(BEAT_SECONDS):
+            with contextlib.suppress(OSError):
+                if self._successor() is not None:
+                    return
+                self._lease = replace(self._lease, beat=self._lease.beat + 1)
+                _write(self.folder, self._lease)
+
+    def _forget(self) -> None:
+        """In a forked child: the folder stays its parent's, and is free once the parent is dead."""
+        self._ended.set()
+        os.close(self._lock)
+
+
+def owner_number(folder: Path) -> int:
+    """The number of the folder's newest owner; 0 = never owned."""
+    lease = _read(folder)
+    return max(_locked_number(folder), lease.number if lease else 0)
+
+
+def alive_owner(folder: Path) -> str | None:
+    """Who holds the folder now (`process 12 on host`), without taking it; None = nobody.
+
+    Takes 4 s where the last owner was another host that did not say good-bye.
+    """
+    try:
+        lock = os.open(folder / LOCK_FILE, os.O_RDONLY)
+    except FileNotFoundError:
+        lock = None
+    if lock is not None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two who only ask do not see each other
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            return str(_read(folder) or "another process")
+        finally:
+            os.close(lock)
+    beating = _beating(folder, _read(folder))
+    return str(beating) if beating else None
+
+
+_OWNED: "weakref.WeakSet[Ownership]" = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    for ownership in list(_OWNED):
+        ownership._forget()
+    _OWNED.clear()
+
+
+# A forked child (a loader's worker) has the parent's lock too, and would keep it when the parent is killed.
+os.register_at_fork(after_in_child=_forget_all)
+
+
+def _lock(folder: Path) -> int:
+    """The folder's lock, held; the kernel drops it with the process."""
+    lock = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)  # Python opens with close-on-exec
+    end = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES) and time.monotonic() < end:
+                time.sleep(0.1)
+                continue
+            os.close(lock)
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise _alive(folder, _read(folder)) from None
+            raise
+
+
+def _take(folder: Path, lock: int) -> Lease:
+    """Our lease, written, with the next number; the lock is held."""
+    last = _read(folder)
+    beating = _beating(folder, last)
+    if beating is not None:
+        raise _alive(folder, beating)
+    lease = Lease(*_here(), pid=os.getpid(), number=owner_number(folder) + 1)
+    _write(folder, lease, sync=True)
+    # here, too, where no late renewal of an older owner can write over it
+    os.pwrite(lock, f"{lease.number:09}\n".encode(), 0)
+    os.fsync(lock)
+    if last is not None and last.is_foreign:
+        time.sleep(SETTLE_SECONDS)
+        now = _read(folder)
+        if now is not None and now.owner != lease.owner and now.number >= lease.number:
+            raise _alive(folder, now)
+    return lease
+
+
+def _beating(folder: Path, lease: Lease | None) -> Lease | None:
+    """The owner on another host, if its beat is seen to change. Clocks of two hosts are never compared."""
+    if lease is None and not (folder / LEASE_FILE).exists():
+        return None
+    if lease is not None and (lease.released or not lease.is_foreign):
+        return None
+    end = time.monotonic() + WATCH_SECONDS
+    while time.monotonic() < end:
+        time.sleep(0.1)
+        now = _read(folder)
+        if now is not None and now != lease:
+            return None if now.released else now
+    return None
+
+
+def _alive(folder: Path, owner: Lease | None) -> UserError:
+    told = f"run {folder.name} is alive: {owner or 'another process'} writes it"
+    return UserError(f"{told}; wait for its end, or end it first")
+
+
+def _here() -> tuple[str, str]:
+    """This host's name and the boot id of its kernel."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        boot = ""
+    return socket.gethostname(), boot
+
+
+def _read(folder: Path) -> Lease | None:
+    """The lease that is there; None where there is none, or something else."""
+    try:
+        values = json.loads((folder / LEASE_FILE).read_bytes())
+        lease = Lease(**values)
+    except (OSError, ValueError, TypeError):
+        return None
+    kinds = {"host": str, "boot": str, "pid": int, "number": int, "beat": int, "released": bool}
+    return lease if all(type(getattr(lease, name)) is kind for name, kind in kinds.items()) else None
+
+
+def _write(folder: Path, lease: Lease, sync: bool = False) -> None:
+    host, boot = _here()
+    work = folder / f".{LEASE_FILE}.{host}.{boot}"  # not another host's; what a kill leaves is written over
+    try:
+        with work.open("w", encoding="utf-8") as stream:
+            json.dump(asdict(lease), stream)
+            stream.flush()
+            if sync:
+                os.fsync(stream.fileno())
+        work.replace(folder / LEASE_FILE)
+    except OSError:
+        with contextlib.suppress(OSError):
+            work.unlink()
+        raise
+
+
+def _locked_number(folder: Path) -> int:
+    try:
+        return int((folder / LOCK_FILE).read_bytes())
+    except (OSError, ValueError):
+        return 0

@@ -1,0 +1,237 @@
+"""Which run a start goes on with: `resume` brings one to its end, `fork` starts a new one from an old state."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.blocks import RunConfig, is_operational
+from pipeline.checkpoint import Checkpoints, Generation
+from pipeline.config import flatten, read_yaml, validate
+from pipeline.console import say, warn
+from pipeline.errors import UserError
+from pipeline.journal import JOURNAL_FILE, Record, read_all
+from pipeline.names import FORKED_FROM
+from pipeline.ownership import alive_owner
+from pipeline.run import FoundRun, MlflowRun, Writer
+from pipeline.training import Training
+
+CONFIG_FILE = "config.yaml"
+TAIL_BYTES = 1 << 16  # of a journal, that hold its last record
+SHOWN = 5  # differences that are named
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A run that an earlier start began."""
+
+    run_id: str
+    name: str
+    folder: Path
+    finished: bool  # nothing is left to do
+    ended_as: str | None  # by its own word; None = it was cut off without one
+    tags: Mapping[str, str]
+    metrics: Mapping[str, float]  # last values, as far as the store has them
+
+
+def find_begun(config: RunConfig, known_by: Mapping[str, str], writer: Writer) -> Begun | None:
+    """The run that `config.resume` means; None = there is none. `known_by`: the tags of such a run.
+
+    Raises:
+        UserError: that run is alive, there is none with the id, or it is of another config or other data.
+    """
+    if config.resume is None:
+        return None
+    output_dir = Path(config.output_dir)
+    if config.resume == "auto":
+        begun = _matching(config, known_by["run_key"], output_dir, writer)
+    else:
+        begun = _named(config, output_dir, writer)
+        _refuse_another(config, known_by, begun)
+    if begun and not begun.finished:
+        _refuse_alive(begun.folder)
+    return begun
+
+
+def _matching(config: RunConfig, key: str, output_dir: Path, writer: Writer) -> Begun | None:
+    """The newest run of this config and data."""
+    local = [folder for folder, opened in _local_runs(output_dir)
+             if opened["tags"].get("run_key") == key and opened["tags"].get(FORKED_FROM) == config.fork]  # fmt: skip
+    for folder in local:  # before the store is asked: who starts a run twice shall hear of it at once
+        _refuse_alive(folder)
+    found = _asked(config, writer, run_key=key, fork=config.fork)
+    if found is None:
+        return _of_folder(local[-1]) if local else None
+    found = [run for run in found if "pruned" not in run.tags]
+    if found:
+        return _of_store(found[-1], output_dir)
+    waiting = [folder for folder in local if not (folder / "delivered.json").exists()]  # begun while the store was away
+    return _of_folder(waiting[-1]) if waiting else None
+
+
+def _named(config: RunConfig, output_dir: Path, writer: Writer) -> Begun:
+    """The run with the id, whatever it is."""
+    assert config.resume
+    folder = output_dir / config.resume
+    if folder.is_dir():
+        _refuse_alive(folder)
+    found = _asked(config, writer, run_id=config.resume)
+    if found:
+        return _of_store(found[0], output_dir)
+    if not (folder / JOURNAL_FILE).exists():
+        raise UserError(f"resume {config.resume}: there is no such run; allowed: auto, or the id of a run")
+    return _of_folder(folder)
+
+
+def _asked(config: RunConfig, writer: Writer, **what: str | None) -> list[FoundRun] | None:
+    """What the store knows, oldest first; None where it does not answer and need not."""
+    try:
+        return list(writer.find(**what))
+    except UserError as error:
+        if not config.tracking.offline:
+            raise
+        warn(f"{error}; looking into {config.output_dir} alone")
+        return None
+
+
+def _local_runs(output_dir: Path) -> list[tuple[Path, Record]]:
+    """Folders of runs with the first record of their journals, oldest first."""
+    found = []
+    for file in output_dir.glob(f"*/{JOURNAL_FILE}"):
+        first = next(read_all(file), None)
+        if first and first["op"] == "open":
+            found.append((file.parent, first))
+    return sorted(found, key=lambda run: run[1]["time"])
+
+
+def _of_store(run: FoundRun, output_dir: Path) -> Begun:
+    folder = Path(run.run_dir) if run.run_dir else output_dir / run.run_id
+    ended = _ended_as(folder / JOURNAL_FILE)
+    return Begun(run.run_id, run.name, folder, run.status == "FINISHED", ended, run.tags, run.metrics)
+
+
+def _of_folder(folder: Path) -> Begun:
+    first = next(read_all(folder / JOURNAL_FILE))
+    return Begun(folder.name, first["name"], folder, False, _ended_as(folder / JOURNAL_FILE), first["tags"], {})
+
+
+def _ended_as(journal: Path) -> str | None:
+    """The status with which a journal ends; None where it ends without one."""
+    try:
+        with journal.open("rb") as stream:
+            stream.seek(max(0, stream.seek(0, 2) - TAIL_BYTES))
+            last = stream.read().rstrip(b"\n").rpartition(b"\n")[2]
+        record = json.loads(last)
+    except (OSError, ValueError):
+        return None
+    return record.get("status") if isinstance(record, dict) and record.get("op") == "finish" else None
+
+
+def _refuse_alive(folder: Path) -> None:
+    if folder.is_dir() and (owner := alive_owner(folder)):
+        raise UserError(f"run {folder.name} is alive: {owner} writes it; wait for its end, or end it first")
+
+
+def _refuse_another(config: RunConfig, known_by: Mapping[str, str], begun: Begun) -> None:
+    """Raise a UserError that names how the run's config or data differ from what is asked for."""
+    found = [f"task is {begun.tags.get('task')}, asked for {known_by['task']}"]
+    if begun.tags.get("task") == known_by["task"]:
+        if begun.tags.get("run_key") == known_by["run_key"]:
+            return
+        found = _differences(config, begun.folder / CONFIG_FILE)
+        if begun.tags.get("data_digest") != known_by["data_digest"]:
+            found.append(f"data has SHA-256 {begun.tags.get('data_digest', '')[:12]}..., now "
+                         f"{known_by['data_digest'][:12]}...")  # fmt: skip
+    told = "; ".join(found[:SHOWN]) + (f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
+    raise UserError(f"resume {begun.run_id}: that run is another one: {told or 'its config differs'}; allowed: the "
+                    "same config and data (fork=<run id>@<step> starts a new run from its state)")  # fmt: skip
+
+
+def _differences(config: RunConfig, file: Path) -> list[str]:
+    """What decides the result and is not as in the run's own config."""
+    try:
+        before, now = flatten(validate(type(config), read_yaml(file), file)), flatten(config)
+    except UserError as error:
+        return [str(error)]
+    return [f"{key} was {before.get(key)}, now {now[key]}" for key in now
+            if before.get(key) != now[key] and not is_operational(key)]  # fmt: skip
+
+
+# ---------------------------------------------------------------- states
+
+
+def newest_state(run: MlflowRun) -> Generation | None:
+    """The run's newest whole checkpoint. Points that are logged already, from there on, are not logged again."""
+    generation = Checkpoints(run.folder).latest()
+    run.go_on(generation.facts["position"] if generation else 0)
+    return generation
+
+
+def restore(training: Training, generation: Generation) -> None:
+    """Put a training where the checkpoint stands, with the threads that it was made with: others round differently.
+
+    Raises:
+        UserError: the state is of another model.
+    """
+    try:
+        training.restore(generation)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise UserError(f"{generation.folder}: its state does not fit this config: {error}") from None
+    facts = generation.facts
+    if facts["threads"] != torch.get_num_threads():
+        say(f"{facts['threads']} CPU threads, as before: {torch.get_num_threads()} would round differently")
+        torch.set_num_threads(facts["threads"])
+    if facts["torch"] != torch.__version__:
+        warn(f"the checkpoint is of torch {facts['torch']}, this is {torch.__version__}: numbers may differ")
+
+
+def origin_of(config: RunConfig, writer: Writer) -> Generation | None:
+    """The checkpoint `<run id>@<step>` that `config.fork` names; to be found before a run is opened.
+
+    Raises:
+        UserError: no such run or checkpoint.
+    """
+    if config.fork is None:
+        return None
+    run_id, _, step = config.fork.partition("@")
+    found = _asked(config, writer, run_id=run_id)
+    folder = Path(found[0].run_dir) if found and found[0].run_dir else Path(config.output_dir) / run_id
+    if not folder.is_dir():
+        raise UserError(f"fork {config.fork}: found no folder of run {run_id}; allowed: one whose checkpoints are here")
+    try:
+        return Checkpoints(folder).at(int(step))
+    except UserError as error:
+        raise UserError(f"fork {config.fork}: {error}") from None
+
+
+def fork(training: Training, run: MlflowRun, origin: Generation) -> None:
+    """Put a training where the checkpoint of another run stands, with that run's points up to it.
+
+    Raises:
+        UserError: the state is of another model.
+    """
+    restore(training, origin)
+    for record in _points_before(origin):
+        run.log_metrics(record["step"], record["values"], record["time"])
+
+
+def _points_before(generation: Generation) -> Iterator[Record]:
+    """The points that were logged before the checkpoint."""
+    journal, left = generation.folder.parent.parent / JOURNAL_FILE, generation.facts["position"]
+    with journal.open("rb") as lines:
+        for line in lines:
+            left -= len(line)
+            if left < 0:
+                return
+            record = json.loads(line)
+            if record["op"] in ("metrics", "known"):
+                yield record
+
+
+def facts_of(config: RunConfig, known_by: Mapping[str, str]) -> dict[str, Any]:
+    """What a checkpoint is known by."""
+    return {"task": config.task, "config_digest": config.fingerprint(), "data_digest": known_by["data_digest"],
+            "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip

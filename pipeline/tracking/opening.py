@@ -1,0 +1,191 @@
+"""A run's place in the tracking store: made, found again, or made later for one that began without the store."""
+
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.journal import JOURNAL_FILE, JournalWriter, Record
+from pipeline.names import FORKED_FROM
+from pipeline.tracking.creation import ensure_store
+from pipeline.tracking.store import (
+    check_artifacts,
+    context_tags,
+    is_random,
+    settle,
+    tracking_uri,
+)
+
+STALE_TAGS = {"failure", "pruned", "branched_from", "branch_step"}  # of an earlier start: gone when a run goes on
+LAUNCHED = "launches"  # tag of a run that only started another one
+ORIGINAL = "original_run_id"  # tag of a run that was made on this server for one that began elsewhere
+LARGEST = 1.7976931348623157e308  # stands for infinity in a database
+
+
+def connect() -> Any:
+    """MLflow's client, on a store that is there."""
+    import mlflow
+
+    settle()
+    ensure_store(str(mlflow.get_tracking_uri()))
+    return mlflow.MlflowClient()
+
+
+def open_run(request: Mapping[str, Any], output_dir: Path, last_steps: Mapping[str, int]) -> Record:
+    """Make or find the run that a trainer asks for; the answer is what its journal says of it.
+
+    last_steps: of each metric in the journal of a resumed run; what the store has beyond is read into the journal.
+    """
+    client = connect()
+    launcher, wanted, resumed = request["launcher"], request["experiment"], request["resume"]
+    run = _of_id(client, request["run_id"], resumed) if request["run_id"] else None
+    if run and not resumed and wanted and client.get_experiment(run.info.experiment_id).name != wanted:
+        launcher, run = run.info.run_id, None  # `mlflow run` opened it elsewhere: it only started ours
+    tags = context_tags() | request["tags"]
+    if run is None:
+        run = client.create_run(experiment_of(client, wanted), run_name=request["name"], tags=tags)  # known from birth
+    run_id = run.info.run_id
+    folder = Path(request["folder"]) if request["folder"] else output_dir / (request["run_id"] if resumed else run_id)
+    if resumed:
+        for tag in STALE_TAGS & run.data.tags.keys() - request["tags"].keys():
+            client.delete_tag(run_id, tag)
+    if resumed or is_random(run.info.run_name or ""):
+        name = request["name"] if is_random(run.info.run_name or "") else None
+        client.update_run(run_id, status="RUNNING" if resumed else None, name=name)
+    set_tags(client, run_id, {**request["tags"], "run_dir": str(folder.resolve())})
+    if launcher:
+        _settle_launchers(client, launcher, run_id, resumed)
+    try:
+        check_artifacts(run.info.artifact_uri)
+    except OSError:
+        client.set_terminated(run_id, "FAILED")
+        raise
+    ahead = resumed and _read_back(client, run, folder, last_steps)
+    return {"run_id": request["run_id"] if resumed else run_id, "name": client.get_run(run_id).info.run_name,
+            "experiment": client.get_experiment(run.info.experiment_id).name, "tags": tags,
+            "tracking_uri": tracking_uri(), "online": True, "ahead": ahead, "reason": ""}  # fmt: skip
+
+
+def open_without_store(request: Mapping[str, Any], reason: str) -> Record:
+    """The answer where the store is away: the run gets an id all the same, and is made there later."""
+    experiment = request["experiment"] or os.environ.get("MLFLOW_EXPERIMENT_NAME")
+    return {"run_id": request["run_id"] or uuid.uuid4().hex, "name": request["name"], "experiment": experiment,
+            "tags": context_tags() | request["tags"], "tracking_uri": tracking_uri(), "online": False, "ahead": False,
+            "reason": reason}  # fmt: skip
+
+
+def experiment_of(client: Any, name: str | None) -> str:
+    """The id of the experiment with this name, made where there is none; without a name, of MLflow's own choice."""
+    from mlflow.exceptions import MlflowException
+
+    name = name or os.environ.get("MLFLOW_EXPERIMENT_NAME")
+    if name is None:
+        return os.environ.get("MLFLOW_EXPERIMENT_ID") or "0"
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client.create_experiment(name))
+        except MlflowException:
+            found = client.get_experiment_by_name(name)  # another process was first
+            if found is None:
+                raise
+    if found.lifecycle_stage != "active":
+        raise ValueError(f"experiment {name} is deleted; restore it, or name another")
+    return str(found.experiment_id)
+
+
+def _of_id(client: Any, run_id: str, resumed: bool) -> Any:
+    """The run with this id, or the one that was made for it."""
+    found = find_by_id(client, run_id) if resumed else None
+    return found or client.get_run(run_id)  # which says that there is none
+
+
+def find_by_id(client: Any, run_id: str) -> Any | None:
+    """The run with this id, or the one that was made on this server for it; None where there is neither."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+    return next(search(client, f"tags.{ORIGINAL} = '{run_id}'"), None) if run_id.isalnum() else None
+
+
+def make_for(client: Any, opened: Record, folder: Path) -> Any:
+    """A run here for one that began elsewhere, or without the store."""
+    tags = opened["tags"] | {ORIGINAL: opened["id"], "run_dir": str(folder)}
+    experiment_id = experiment_of(client, opened["experiment"])
+    return client.create_run(experiment_id, start_time=opened["time"], run_name=opened["name"], tags=tags)
+
+
+def search(client: Any, filter_string: str) -> Iterator[Any]:
+    """Every run of all experiments that the filter finds, oldest first."""
+    ids = [found.experiment_id for found in _pages(client.search_experiments)]
+    order = ["attributes.start_time ASC"]
+    return iter(_pages(client.search_runs, experiment_ids=ids, filter_string=filter_string, order_by=order))
+
+
+def _pages(ask: Any, **arguments: Any) -> list[Any]:
+    found, token = [], None
+    while True:
+        page = ask(page_token=token, **arguments)
+        found += page
+        token = page.token
+        if not token:
+            return found
+
+
+def find(run_id: str | None, run_key: str | None, fork: str | None) -> list[Record]:
+    """The runs that `Writer.find` asks for."""
+    client = connect()
+    if run_id is not None:
+        runs = [run for run in [find_by_id(client, run_id)] if run]
+    else:
+        runs = [run for run in search(client, f"tags.run_key = '{run_key}'") if run.data.tags.get(FORKED_FROM) == fork]
+    return [
+        {
+            "run_id": run.data.tags.get(ORIGINAL, run.info.run_id),
+            "name": run.info.run_name or "",
+            "status": run.info.status,
+            "run_dir": run.data.tags.get("run_dir"),
+            "tags": dict(run.data.tags),
+            "params": dict(run.data.params),
+            "metrics": dict(run.data.metrics),
+        }
+        for run in runs
+        if run.info.lifecycle_stage == "active"
+    ]
+
+
+def set_tags(client: Any, run_id: str, tags: Mapping[str, str]) -> None:
+    from mlflow.entities import RunTag
+
+    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+
+def _settle_launchers(client: Any, launcher: str, run_id: str, resumed: bool) -> None:
+    """Tag the run that only started this one; end those of earlier starts that were killed."""
+    set_tags(client, launcher, {"role": "launcher", LAUNCHED: run_id})
+    for run in search(client, f"tags.{LAUNCHED} = '{run_id}'") if resumed else ():
+        if run.info.status == "RUNNING" and run.info.run_id != launcher:
+            client.set_terminated(run.info.run_id, "KILLED")
+
+
+def _read_back(client: Any, run: Any, folder: Path, last_steps: Mapping[str, int]) -> bool:
+    """Put into the journal what the store has beyond its last steps. True if there was something."""
+    newest = {metric.key: metric.step for metric in run.data.to_proto().metrics}
+    lost = [key for key, step in newest.items() if step > last_steps.get(key, -1)]
+    if not lost:
+        return False
+    journal = JournalWriter(folder / JOURNAL_FILE)
+    for key in lost:
+        steps = set[int]()
+        for point in client.get_metric_history(run.info.run_id, key):
+            if point.step > last_steps.get(key, -1) and point.step not in steps:
+                steps.add(point.step)
+                value = {LARGEST: float("inf"), -LARGEST: float("-inf")}.get(point.value, point.value)
+                journal.append({"op": "known", "step": point.step, "time": point.timestamp, "values": {key: value}})
+    journal.close()
+    return True

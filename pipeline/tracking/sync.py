@@ -1,0 +1,102 @@
+"""`python -m pipeline sync <folder>`: deliver what waits in the journals of runs whose trainer is gone."""
+
+import os
+from pathlib import Path
+
+from tqdm import tqdm
+
+from pipeline.console import say
+from pipeline.errors import TrainingError, Undelivered, UserError
+from pipeline.journal import JOURNAL_FILE, JournalWriter, Record, read_all
+from pipeline.ownership import Ownership
+from pipeline.tracking.delivery import Cursor, Delivery
+from pipeline.tracking.inbox import Inbox
+from pipeline.tracking.opening import connect, find_by_id
+from pipeline.tracking.store import CLIENT_SETTINGS, is_temporary, one_line, probe, store_key, tracking_uri
+
+PATIENCE_SECONDS = 30.0  # without any progress
+
+
+def sync(folder: Path, again: bool = False) -> None:
+    """Deliver the run of the folder, or of each folder in it, to the store that MLFLOW_TRACKING_URI names.
+
+    A run is ended as its journal says. One that this store never had, or has lost, is made there, with tag
+    `original_run_id`. again: all of the journal once more; what the store has already stays as it is.
+
+    Raises:
+        UserError: there is no journal, or a single run that is alive.
+        Undelivered: the store does not answer, or stopped to.
+        TrainingError: the store refused something.
+    """
+    single = (folder / JOURNAL_FILE).is_file()
+    folders = [folder] if single else sorted(file.parent for file in folder.glob(f"*/{JOURNAL_FILE}"))
+    if not folders:
+        raise UserError(f"{folder}: found no {JOURNAL_FILE}, allowed: a run's folder, or a folder of such folders")
+    os.environ |= CLIENT_SETTINGS
+    _check_store(folders)
+    failed: list[UserError] = []
+    for each in folders:
+        try:
+            say(f"run {each.name}: {_sync_run(each, again)}")
+        except UserError as error:
+            if single:
+                raise
+            say(f"error: {error}")
+            failed.append(error)
+    if failed:
+        worst = max(failed, key=lambda error: error.exit_code)
+        raise type(worst)(f"{len(failed)} of {len(folders)} runs of {folder} are not whole in {tracking_uri()}")
+
+
+def _check_store(folders: list[Path]) -> None:
+    try:
+        probe()
+        connect().search_experiments(max_results=1)
+    except Exception as error:  # whatever the store says becomes the user's one line
+        kind = Undelivered if is_temporary(error) else UserError
+        text = f"tracking store {tracking_uri()}: {one_line(error)}; everything stays in {folders[0].parent}"
+        raise kind(text) from None
+
+
+def _sync_run(folder: Path, again: bool) -> str:
+    """Deliver one run; what became of it, in a few words."""
+    folder = folder.resolve()
+    owner = Ownership(folder)
+    try:
+        JournalWriter(folder / JOURNAL_FILE).close()  # without what a kill left of its last record
+        opened = next((record for record in read_all(folder / JOURNAL_FILE) if record["op"] == "open"), None)
+        if opened is None:
+            raise UserError(f"{folder / JOURNAL_FILE}: found no record of the run's beginning; it cannot be delivered")
+        report, delivered = _deliver(folder, owner.number, again)
+    finally:
+        owner.release()
+    if report["waiting"]:
+        raise Undelivered(f"run {folder.name}: {report['waiting']:,} records wait: {report['reason']}; deliver them "
+                          f"with `python -m pipeline sync {folder}`")  # fmt: skip
+    if report["problems"]:
+        raise TrainingError(f"run {folder.name}: {'; '.join(report['problems'])}")
+    if not delivered:
+        return f"nothing to deliver, all of it is in {tracking_uri()}"
+    as_other = "" if report["run_id"] == opened["id"] else f" as run {report['run_id']}"
+    return f"{delivered:,} records delivered to {tracking_uri()}{as_other}"
+
+
+def _deliver(folder: Path, number: int, again: bool) -> tuple[Record, int]:
+    """The report, and how many records were brought over."""
+    cursor = Cursor(folder, store_key())
+    if cursor.problems or again:
+        cursor.rewind()  # what was refused before may be taken now
+        cursor.save()
+    inbox = Inbox(None, {"status": None, "failure": "", "patience": PATIENCE_SECONDS})
+    with tqdm(unit=" records", desc=folder.name, leave=False) as bar:
+
+        def tell(reply: Record) -> None:
+            bar.total = reply["of"]
+            bar.update(reply["delivered"] - bar.n)
+
+        delivery = Delivery(folder, number, inbox, tell)
+        if delivery.is_done and cursor.run_id and find_by_id(connect(), cursor.run_id):
+            delivery.reader.close()
+            return delivery.report() | {"run_id": cursor.run_id}, 0
+        report = delivery.follow()
+    return report, max(1, delivery.delivered)

@@ -1,0 +1,901 @@
+"""Checkpoints: what is read is what was written, and at every moment one whole generation is on disk."""
+
+import errno
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from pipeline import checkpoint
+from pipeline.checkpoint import Checkpoints, Damaged, load_tensors, read, save_weights, write
+from pipeline.errors import TrainingError, UserError
+
+FILES = ("state.safetensors", "state.json", "manifest.json")
+STATE = {"model": {"weight": torch.arange(6.0).reshape(2, 3)}, "steps": 7}
+FULL = os.environ.get("FAULTS") == "full"
+in_place = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def bits(tensor: Tensor) -> bytes:
+    return tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def assert_same(one: Any, other: Any) -> None:
+    """Equal in type, order and every bit."""
+    assert type(one) is type(other)
+    if isinstance(one, Tensor):
+        assert (one.dtype, one.shape, bits(one)) == (other.dtype, other.shape, bits(other))
+    elif isinstance(one, dict):
+        assert [(type(key), key) for key in one] == [(type(key), key) for key in other]
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for part, another in zip(one, other, strict=True):
+            assert_same(part, another)
+    elif isinstance(one, float):
+        assert struct.pack(">d", one) == struct.pack(">d", other)
+    else:
+        assert one == other
+
+
+def same_files(one: Path, other: Path) -> bool:
+    return one.stat().st_ino == other.stat().st_ino
+
+
+def written(folder: Path, state: Mapping[str, Any] = STATE, **arguments: Any) -> Path:
+    folder.mkdir(parents=True)
+    write(folder, state, **({"step": 7} | arguments))
+    return folder
+
+
+def hidden(checkpoints: Checkpoints) -> list[str]:
+    return [file.name for file in checkpoints.folder.glob(".*")]
+
+
+def save(checkpoints: Checkpoints, step: int, size: int = 100, best: int | None = None) -> None:
+    checkpoints.save(step, {"step": step, "weight": torch.full((size,), float(step))}, {}, {}, best)
+
+
+def assert_whole(generation: checkpoint.Generation | None, step: int) -> None:
+    assert generation is not None
+    assert generation.step == generation.state["step"] == step
+    assert (generation.state["weight"] == step).all()
+
+
+def flip(file: Path, position: int = -1) -> None:
+    content = bytearray(file.read_bytes())
+    content[position] ^= 0xFF
+    file.unlink()  # it may be linked
+    file.write_bytes(content)
+
+
+def reseal(folder: Path, **changes: Any) -> None:
+    """Make the manifest agree with the files that are there now, as somebody who knows the format would."""
+    content = json.loads((folder / "manifest.json").read_bytes()) | changes
+    del content["sha256"]
+    for name in content["files"]:
+        file = folder / name
+        content["files"][name] = {
+            "size": file.stat().st_size,
+            "sha256": checkpoint._write_file(file, [file.read_bytes()])[1],
+        }
+    (folder / "manifest.json").write_text(json.dumps(content | {"sha256": checkpoint._seal(content)}))
+
+
+# --- what is read is what was written ---------------------------------------------------------------------------------
+
+
+def raw(dtype: torch.dtype, shape: tuple[int, ...], seed: int) -> Tensor:
+    """Any bits at all, no number and infinity among them."""
+    size = math.prod(shape) * dtype.itemsize
+    numbers = np.random.default_rng(seed).integers(0, 2 if dtype == torch.bool else 256, size, dtype=np.uint8)
+    return (torch.from_numpy(numbers).view(dtype) if size else torch.empty(0, dtype=dtype)).reshape(shape)
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> Tensor:
+    dtype = draw(st.sampled_from(list(checkpoint.DTYPES)))
+    shape = draw(st.lists(st.integers(0, 4), max_size=3).map(tuple))
+    tensor = raw(dtype, shape, draw(st.integers(0, 99)))
+    kind = draw(st.sampled_from(["plain", "transposed", "every other", "broadcast", "part"]))
+    if kind == "transposed":
+        return tensor.permute(tuple(reversed(range(tensor.dim()))))
+    if kind == "every other" and shape:
+        return tensor[::3]
+    if kind == "broadcast":
+        return tensor.expand(2, *shape)
+    return tensor[1:] if kind == "part" and shape else tensor
+
+
+SHARED = torch.arange(12, dtype=torch.float32).reshape(3, 4)
+plain = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+leaves = plain | tensors() | st.sampled_from([SHARED, SHARED[1], SHARED.T])
+structures = st.recursive(
+    leaves,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(st.integers() | st.text(max_size=3), inner, max_size=3)
+    ),
+    max_leaves=12,
+)
+
+
+@in_place
+@given(state=st.dictionaries(st.text(max_size=5) | st.integers(-3, 3), structures, max_size=4))
+def test_any_state_comes_back_bit_for_bit(state: dict[Any, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "generation"
+    folder.mkdir()
+    try:
+        size = write(folder, state, step=3, facts={"threads": 2})
+        assert size == sum(file.stat().st_size for file in folder.iterdir())
+        generation = read(folder)
+        assert (generation.step, generation.facts, generation.folder) == (3, {"threads": 2}, folder)
+        assert_same(generation.state, state)
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_tensors_whose_names_would_clash_stay_apart(tmp_path: Path) -> None:
+    state = {
+        "a/b": torch.tensor(0),
+        "a": {"b": torch.tensor(1), "b'": torch.tensor(2)},
+        1: torch.tensor(3),
+        "1": torch.tensor(4),
+        "__metadata__": torch.tensor(5),
+        "": torch.tensor(6),
+    }
+    assert_same(read(written(tmp_path / "g", state)).state, state)
+
+
+def test_tensors_of_one_number_or_none_may_have_any_stride(tmp_path: Path) -> None:
+    """Torch takes them for contiguous as they are."""
+    state = {"one": torch.arange(9.0)[4::5], "none": torch.arange(4.0)[4::2], "single": torch.tensor(2.5)}
+    assert state["one"].stride() == (5,)
+    assert_same(read(written(tmp_path / "g", state)).state, state)
+
+
+def test_safetensors_itself_reads_the_file_and_names_lead_to_tensors(tmp_path: Path) -> None:
+    state = {
+        "model": {"0.weight": torch.randn(2, 3), "bias": torch.ones(1, dtype=torch.bool)},
+        "moments": [torch.ones(2)],
+    }
+    found = safetensors.torch.load_file(written(tmp_path / "g", state) / "state.safetensors")
+    assert set(found) == {"model/0.weight", "model/bias", "moments/0"}
+    assert torch.equal(found["model/0.weight"], state["model"]["0.weight"])
+
+
+def test_every_tensor_begins_at_a_multiple_of_its_width(tmp_path: Path) -> None:
+    """Readers that map the file into memory need it."""
+    state = {
+        str(width): torch.ones(3, dtype=width) for width in (torch.bool, torch.float64, torch.bfloat16, torch.int32)
+    }
+    content = (written(tmp_path / "g", state) / "state.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    offsets = {name: entry["data_offsets"][0] for name, entry in json.loads(content[8 : 8 + length]).items()}
+    assert all((8 + length + offsets[name]) % tensor.itemsize == 0 for name, tensor in state.items())
+
+
+def test_the_state_on_disk_is_plain_text_and_tensors(tmp_path: Path) -> None:
+    folder = written(tmp_path / "g", {"a": [1, (2.5,)], 3: -np.inf}, facts={"data": "abc"})
+    expected = {"dict": [["a", [1, {"tuple": [2.5]}]], [3, {"float": "fff0000000000000"}]]}
+    assert json.loads((folder / "state.json").read_text()) == expected
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["format"], manifest["step"], manifest["facts"]) == (1, 7, {"data": "abc"})
+    assert manifest["files"]["state.json"]["size"] == (folder / "state.json").stat().st_size
+
+
+def test_parameters_and_numbers_of_numpy_come_back_as_plain_ones(tmp_path: Path) -> None:
+    weight = nn.Parameter(torch.ones(2))
+    state = read(
+        written(tmp_path / "g", {"w": weight, "f": np.float64(0.1), "i": np.int64(3), "b": np.bool_(True)})
+    ).state
+    assert_same(state, {"w": torch.ones(2), "f": 0.1, "i": 3, "b": True})
+    assert not state["w"].requires_grad
+
+
+def test_what_is_read_can_be_changed_without_changing_the_checkpoint(tmp_path: Path) -> None:
+    folder = written(tmp_path / "g")
+    read(folder).state["model"]["weight"].zero_()
+    assert_same(read(folder).state, STATE)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"inner": [object()]}, "state part/inner/0: found object"),
+        ({1.5: 0}, "state part: found key 1.5"),
+        ({True: 0}, "state part: found key True"),
+        ({"x": {1, 2}}, "state part/x: found set"),
+        (torch.eye(2).to_sparse(), "state part: found a tensor of torch.float32, torch.sparse_coo"),
+        (torch.ones(1, dtype=torch.complex128), "state part: found a tensor of torch.complex128"),
+    ],
+)
+def test_what_is_no_part_of_a_state_is_refused_by_its_path(part: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=re.escape(message)):
+        written(tmp_path / "g", {"part": part})
+
+
+def dense(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
+    return {"dense": torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1, fused=True)}
+
+
+def plain_adam(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
+    return {"dense": torch.optim.Adam(model.parameters(), lr=0.01, amsgrad=True)}
+
+
+def mixed(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
+    embedding, *rest = model.parameters()
+    return {"sparse": torch.optim.SparseAdam([embedding], lr=0.01), "dense": torch.optim.SGD(rest, 0.1, momentum=0.9)}
+
+
+@pytest.mark.parametrize("optimizers", [dense, plain_adam, mixed])
+def test_optimizers_go_on_as_if_nothing_had_happened(
+    optimizers: Callable[[nn.Module], dict[str, torch.optim.Optimizer]], tmp_path: Path
+) -> None:
+    def new(seed: int) -> tuple[nn.Module, dict[str, torch.optim.Optimizer]]:
+        torch.manual_seed(seed)
+        layers = [nn.EmbeddingBag(50, 8, sparse=optimizers is mixed), nn.Linear(8, 4), nn.Dropout(0.5), nn.Linear(4, 1)]
+        model = nn.Sequential(*layers)
+        return model, optimizers(model)
+
+    def train(model: nn.Module, made: dict[str, torch.optim.Optimizer]) -> None:
+        for _ in range(3):
+            model(torch.randint(50, (16, 5))).square().mean().backward()
+            for optimizer in made.values():
+                optimizer.step()
+                optimizer.zero_grad()
+
+    model, made = new(seed=0)
+    train(model, made)
+    state = {
+        "model": model.state_dict(),
+        "optimizers": {name: optimizer.state_dict() for name, optimizer in made.items()},
+        "random": torch.get_rng_state(),
+    }
+    folder = written(tmp_path / "g", state)
+    before = bits(model[0].weight)
+    train(model, made)
+
+    other, others = new(seed=1)
+    restored = read(folder).state
+    other.load_state_dict(restored["model"])
+    assert bits(other[0].weight) == before
+    for name, optimizer in others.items():
+        optimizer.load_state_dict(restored["optimizers"][name])
+    torch.set_rng_state(restored["random"])
+    train(other, others)
+    assert bits(model[0].weight) != before
+    for one, another in zip(model.parameters(), other.parameters(), strict=True):
+        assert bits(one) == bits(another)
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+def parsed(content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except ValueError:
+        return None
+
+
+@in_place
+@given(data=st.data(), name=st.sampled_from(FILES))
+def test_a_changed_byte_is_found(data: st.DataObject, name: str, tmp_path: Path) -> None:
+    folder = written(tmp_path / "g", facts={"data": "abc", "position": 12})
+    file = folder / name
+    before = file.read_bytes()
+    content = bytearray(before)
+    content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+    file.write_bytes(content)
+    if name == "manifest.json" and parsed(content) == json.loads(before):  # another blank between two values
+        assert_same(read(folder).state, STATE)
+    else:
+        with pytest.raises(Damaged, match=f"^{file}: ") as raised:
+            read(folder)
+        assert raised.value.exit_code == 2
+    shutil.rmtree(folder)
+
+
+@in_place
+@given(data=st.data(), name=st.sampled_from(FILES))
+def test_a_cut_file_is_found(data: st.DataObject, name: str, tmp_path: Path) -> None:
+    folder = written(tmp_path / "g")
+    size = (folder / name).stat().st_size
+    os.truncate(folder / name, data.draw(st.integers(0, size - 1)))
+    with pytest.raises(Damaged, match=f"^{folder / name}: "):
+        read(folder)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_found(name: str, tmp_path: Path) -> None:
+    folder = written(tmp_path / "g")
+    (folder / name).unlink()
+    with pytest.raises(Damaged, match=f"^{folder / name}: No such file or directory$"):
+        read(folder)
+
+
+def test_another_format_is_named(tmp_path: Path) -> None:
+    folder = written(tmp_path / "g")
+    reseal(folder, format=2)
+    with pytest.raises(Damaged, match=r"manifest\.json: found format version 2, this program reads 1$"):
+        read(folder)
+    reseal(folder, format=1)
+    assert_same(read(folder).state, STATE)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[]", b"[1, 2]", b'{"dict": 5}', b'{"dict": [["a"]]}', b'{"tensor": "model/weight"}', b'{"code": "x"}', b"{}",
+     b'{"dict": [["a", {"tensor": "no such"}]]}', b'{"dict": [["a", {"float": "00"}]]}', b"\xff", b"[" * 100_000],
+)  # fmt: skip
+def test_a_state_of_another_make_is_refused_even_with_the_right_hash(content: bytes, tmp_path: Path) -> None:
+    folder = written(tmp_path / "g")
+    (folder / "state.json").write_bytes(content)
+    reseal(folder)
+    with pytest.raises(Damaged, match=r"state\.json: found no state in it$"):
+        read(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"null", b"\xff\xfe", b"[" * 100_000])
+def test_a_manifest_of_another_make_is_refused(content: bytes, tmp_path: Path) -> None:
+    folder = written(tmp_path / "g")
+    (folder / "manifest.json").write_bytes(content)
+    with pytest.raises(Damaged, match=r"manifest\.json: found no manifest in it$"):
+        read(folder)
+
+
+def test_a_manifest_cannot_name_files_elsewhere(tmp_path: Path) -> None:
+    folder = written(tmp_path / "g")
+    (tmp_path / "elsewhere").write_text("secret")
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    reseal(folder, files=files | {"../elsewhere": {}})
+    with pytest.raises(Damaged, match=r"manifest\.json: found files .*'\.\./elsewhere'$"):
+        read(folder)
+
+
+class Bomb:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, sentinel: Path) -> None:
+        self.sentinel = sentinel
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.sentinel),)
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+@pytest.mark.parametrize("saved_by_torch", [False, True])
+@pytest.mark.parametrize("name", FILES)
+def test_a_pickle_bomb_is_refused_and_does_not_run(
+    name: str, saved_by_torch: bool, sealed: bool, tmp_path: Path
+) -> None:
+    sentinel, folder = tmp_path / "sentinel", written(tmp_path / "g")
+    bomb = tmp_path / "bomb"
+    if saved_by_torch:
+        torch.save({"weight": Bomb(sentinel)}, bomb)
+        torch.load(bomb, weights_only=False)
+    else:
+        bomb.write_bytes(pickle.dumps(Bomb(sentinel)))
+        pickle.loads(bomb.read_bytes())  # noqa: S301
+    assert sentinel.is_dir()
+    sentinel.rmdir()
+    bomb.replace(folder / name)
+    if sealed and name != "manifest.json":
+        reseal(folder)
+    with pytest.raises(Damaged, match=re.escape(f"{folder / name}: found")):
+        read(folder)
+    if name == "state.safetensors":
+        with pytest.raises(Damaged, match="found no file of tensors"):
+            load_tensors(folder / name)
+    assert not sentinel.exists()
+
+
+def test_the_newest_whole_generation_is_used_and_what_was_passed_over_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = Checkpoints(tmp_path, last=3)
+    assert checkpoints.latest() is None
+    for step in (10, 20, 30):
+        save(checkpoints, step)
+    assert_whole(checkpoints.latest(), 30)
+    assert capsys.readouterr().err == ""
+
+    flip(checkpoints.folder / "000000030" / "state.safetensors")
+    os.truncate(checkpoints.folder / "000000020" / "manifest.json", 20)
+    assert_whole(checkpoints.latest(), 10)
+    first, second = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(
+        r"warning: damaged checkpoint: \S+/000000030/state\.safetensors: found SHA-256 \w{12}\.\.\., expected "
+        r"\w{12}\.\.\.; that of step 10 is used instead", first)  # fmt: skip
+    assert re.fullmatch(
+        r"warning: damaged checkpoint: \S+/000000020/manifest\.json: found no manifest in it; that of step 10 is used "
+        "instead", second)  # fmt: skip
+
+    (checkpoints.folder / "000000010" / "state.json").unlink()
+    assert checkpoints.latest() is None
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert all(line.endswith("; no whole one is left") for line in lines)
+
+
+def test_a_folder_that_was_renamed_is_not_taken_for_another_step(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 10)
+    (checkpoints.folder / "000000010").rename(checkpoints.folder / "000000099")
+    with pytest.raises(Damaged, match="000000099: found step 10 in it"):
+        checkpoints.at(99)
+
+
+def test_a_step_that_was_not_kept_is_refused_naming_those_that_were(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.raises(UserError, match=r"found no checkpoint of step 5; kept: none$"):
+        checkpoints.at(5)
+    for step in (10, 20, 30):
+        save(checkpoints, step)
+    assert_whole(checkpoints.at(20), 20)
+    with pytest.raises(UserError, match=r"found no checkpoint of step 10; kept: 20, 30$"):
+        checkpoints.at(10)
+
+
+# --- which stay -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("last", "keep_steps", "saves", "expected"),
+    [
+        (2, (), [(10, None), (20, None), (30, None), (40, None)], [30, 40]),
+        (2, (20, 35), [(10, None), (20, None), (30, None), (40, None), (50, None)], [20, 40, 50]),
+        (2, (), [(10, 10), (20, 10), (30, 10), (40, 10)], [10, 30, 40]),
+        (2, (), [(10, 10), (20, 20), (30, 20), (40, 20), (50, 40)], [40, 50]),
+        (2, (10,), [(10, 5), (20, 20), (30, 20), (40, 20)], [10, 20, 30, 40]),
+        (1, (), [(10, None), (20, 10), (30, 10)], [10, 30]),
+        (3, (), [(999_999_998, None), (999_999_999, None), (1_000_000_000, None), (1_000_000_001, None)],
+         [999_999_999, 1_000_000_000, 1_000_000_001]),
+    ],
+)  # fmt: skip
+def test_the_last_the_best_and_the_wanted_stay(
+    last: int, keep_steps: tuple[int, ...], saves: list[tuple[int, int | None]], expected: list[int], tmp_path: Path
+) -> None:
+    checkpoints = Checkpoints(tmp_path, keep_steps, last=last)
+    for step, best in saves:
+        save(checkpoints, step, best=best)
+    assert checkpoints.steps() == expected
+    assert sorted(file.name for file in checkpoints.folder.iterdir()) == sorted(f"{step:09d}" for step in expected)
+    for step in expected:
+        assert_whole(checkpoints.at(step), step)
+
+
+def test_damaged_ones_of_later_steps_do_not_push_whole_ones_out(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    for step in (10, 20):
+        save(checkpoints, step)
+    flip(checkpoints.folder / "000000020" / "state.json")
+    save(checkpoints, 15)  # the run went on from 10
+    assert checkpoints.steps() == [10, 15]
+
+
+def test_a_step_that_is_there_is_not_written_again_unless_it_is_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 10)
+    file = checkpoints.folder / "000000010" / "state.safetensors"
+    first, size = (
+        (file.stat().st_ino, file.stat().st_mtime_ns),
+        sum(file.stat().st_size for file in file.parent.iterdir()),
+    )
+    saved = checkpoints.save(10, {"step": 99}, {}, {}, None)
+    assert (file.stat().st_ino, file.stat().st_mtime_ns) == first
+    assert saved.bytes == size
+    assert saved.seconds > 0
+
+    flip(file)
+    save(checkpoints, 10)
+    assert_whole(checkpoints.at(10), 10)
+    assert "found SHA-256" in capsys.readouterr().err
+    assert hidden(checkpoints) == []
+
+
+# --- links ------------------------------------------------------------------------------------------------------------
+
+
+def test_linked_files_are_shared_hashed_once_and_keep_what_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed = []
+    digest = checkpoint.hashlib.file_digest
+    monkeypatch.setattr(checkpoint.hashlib, "file_digest", lambda *given: (hashed.append(1), digest(*given))[1])
+    best = tmp_path / "best" / "model.safetensors"
+    checkpoints = Checkpoints(tmp_path, last=3)
+    for step, weight in ((10, 1.0), (20, None), (30, 3.0)):
+        if weight is not None:
+            save_weights({"weight": torch.tensor(weight)}, best)
+        checkpoints.save(step, {}, {}, {"best.safetensors": best}, None)
+    assert len(hashed) == 2
+    found = [checkpoints.at(step).folder / "best.safetensors" for step in (10, 20, 30)]
+    assert [load_tensors(file)["weight"].item() for file in found] == [1, 1, 3]
+    assert same_files(found[0], found[1])
+    assert same_files(found[2], best)
+
+    flip(found[0])
+    with pytest.raises(Damaged, match=r"best\.safetensors: found SHA-256"):
+        checkpoints.at(10)
+
+
+def test_where_files_cannot_be_linked_they_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(*_: Any) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(checkpoint.os, "link", link)
+    monkeypatch.setattr(checkpoint, "CHUNK", 1000)
+    source = tmp_path / "source"
+    source.write_bytes(os.urandom(2500))
+    folder = written(tmp_path / "g", links={"linked": source})
+    assert (read(folder).folder / "linked").read_bytes() == source.read_bytes()
+    assert not same_files(folder / "linked", source)
+
+
+@pytest.mark.parametrize("name", ["../out", "/out", "a/b", "..", "", ".", "state.json", "manifest.json"])
+def test_links_cannot_leave_the_generation_nor_replace_its_files(name: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.touch()
+    with pytest.raises(ValueError, match="links: found"):
+        written(tmp_path / "g", links={name: source})
+
+
+# --- full and failing disks -------------------------------------------------------------------------------------------
+
+MEGABYTE = 250_000  # numbers of four bytes
+
+
+def test_the_older_of_the_last_makes_room(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, max_bytes=2_500_000)
+    for step in (10, 20, 30):
+        save(checkpoints, step, MEGABYTE)
+    assert checkpoints.steps() == [20, 30]
+    roomy = Checkpoints(tmp_path / "roomy", max_bytes=3_500_000, last=3)
+    for step in (10, 20, 30, 40, 50):
+        save(roomy, step, MEGABYTE)
+    assert roomy.steps() == [30, 40, 50]
+
+
+def test_what_does_not_fit_is_refused_with_figures_and_the_rest_stays(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep_steps=[10], max_bytes=2_500_000)
+    save(checkpoints, 10, MEGABYTE)
+    save(checkpoints, 20, MEGABYTE)
+    with pytest.raises(TrainingError, match=r"^checkpoint of step 30 in \S+: needs ([\d,]+) bytes, "
+                       r"checkpoint\.max_gb has ([\d,]+) left$") as raised:  # fmt: skip
+        save(checkpoints, 30, MEGABYTE)
+    needed, left = (int(text.replace(",", "")) for text in re.findall(r"[\d,]{5,}", str(raised.value)))
+    assert 1_000_000 < needed < 1_020_000
+    assert 480_000 < left < 500_000
+    assert checkpoints.steps() == [10, 20]
+    assert hidden(checkpoints) == []
+    save(checkpoints, 30, 1000)
+    assert checkpoints.steps() == [10, 20, 30]
+
+
+def test_the_last_whole_one_never_makes_room(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, max_bytes=1_500_000)
+    save(checkpoints, 10, MEGABYTE)
+    with pytest.raises(TrainingError, match="needs"):
+        save(checkpoints, 20, MEGABYTE)
+    assert_whole(checkpoints.latest(), 10)
+
+    later = Checkpoints(tmp_path, max_bytes=2_500_000)
+    save(later, 20, MEGABYTE)
+    flip(later.folder / "000000020" / "state.safetensors")
+    save(later, 30, MEGABYTE)  # the damaged one goes, not the one before
+    assert later.steps() == [10, 30]
+
+
+def test_the_best_does_not_make_room(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, max_bytes=2_500_000)
+    save(checkpoints, 10, MEGABYTE, best=10)
+    save(checkpoints, 20, MEGABYTE, best=10)
+    with pytest.raises(TrainingError, match="needs"):
+        save(checkpoints, 30, MEGABYTE, best=10)
+    assert checkpoints.steps() == [10, 20]
+
+
+def test_a_linked_file_counts_once(tmp_path: Path) -> None:
+    best = tmp_path / "best"
+    best.write_bytes(bytes(1_000_000))
+    checkpoints = Checkpoints(tmp_path, max_bytes=1_100_000)
+    for step in (10, 20):
+        checkpoints.save(step, {}, {}, {"best": best}, None)
+    assert checkpoints.steps() == [10, 20]
+    best.rename(tmp_path / "old")
+    best.write_bytes(bytes(1_000_000))  # another file
+    with pytest.raises(TrainingError, match=r"needs 1,01\d,\d{3} bytes, checkpoint\.max_gb has \d\d,\d{3} left"):
+        checkpoints.save(30, {}, {}, {"best": best}, None)
+
+
+def test_a_disk_that_is_nearly_full_is_seen_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 10, MEGABYTE)
+    usage = shutil.disk_usage(tmp_path)._replace(free=900_000)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(checkpoint, "write", lambda *_, **__: pytest.fail("written all the same"))
+    with pytest.raises(TrainingError, match=r"needs 1,0\d\d,\d{3} bytes, the disk has 900,000 left$"):
+        save(checkpoints, 20, MEGABYTE)
+    assert_whole(checkpoints.latest(), 10)
+
+
+@pytest.mark.parametrize("call", range(1, 4))
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
+def test_a_write_that_fails_leaves_the_earlier_ones_and_nothing_else(
+    call: int, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 10)
+    save(checkpoints, 20)
+    calls = []
+
+    def failing(file: Path, chunks: Any) -> Any:
+        calls.append(file)
+        if len(calls) == call:
+            file.write_bytes(b"".join(chunks)[:10])
+            raise OSError(number, os.strerror(number))
+        return whole(file, chunks)
+
+    whole = checkpoint._write_file
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "_write_file", failing)
+        with pytest.raises(TrainingError) as raised:
+            save(checkpoints, 30)
+    assert str(raised.value) == f"checkpoint of step 30 in {checkpoints.folder}: {os.strerror(number)}"
+    assert raised.value.exit_code == 1
+    assert checkpoints.steps() == [10, 20]
+    assert hidden(checkpoints) == []
+    assert_whole(checkpoints.latest(), 20)
+    save(checkpoints, 30)
+    assert_whole(checkpoints.latest(), 30)
+
+
+def test_an_error_of_another_kind_leaves_nothing_behind_either(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.raises(ValueError, match="Out of range float"):
+        checkpoints.save(10, {}, {"loss": float("nan")}, {}, None)
+    assert list(checkpoints.folder.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(TrainingError, match=r"^checkpoint of step 1 in \S+/checkpoints: File exists$"):
+        save(Checkpoints(tmp_path), 1)
+
+
+def test_weights_that_do_not_fit_leave_the_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "best" / "model.safetensors"
+    save_weights({"weight": torch.ones(3)}, file)
+
+    def full(path: Path, _: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "_write_file", full)
+        with pytest.raises(TrainingError, match=f"^{file}: No space left on device$"):
+            save_weights({"weight": torch.zeros(3)}, file)
+    assert [entry.name for entry in file.parent.iterdir()] == ["model.safetensors"]
+    assert_same(load_tensors(file), {"weight": torch.ones(3)})
+    with pytest.raises(Damaged, match="none: No such file or directory"):
+        load_tensors(tmp_path / "none")
+
+
+FULL_DISK = """
+import json, os, shutil, sys
+from pathlib import Path
+import torch
+from pipeline.checkpoint import Checkpoints
+from pipeline.errors import TrainingError
+
+def attempt(step):
+    try:
+        checkpoints.save(step, {"weight": torch.full((250_000,), float(step))}, {}, {}, None)
+        return "saved"
+    except TrainingError as error:
+        return str(error)
+
+checkpoints, filler = Checkpoints(Path(sys.argv[1])), Path(sys.argv[1], "filler")
+told = [attempt(10)]
+filler.write_bytes(bytes(shutil.disk_usage(sys.argv[1]).free - 600_000))
+told.append(attempt(20))
+usage = shutil.disk_usage(sys.argv[1])
+shutil.disk_usage = lambda _: usage._replace(free=10**9)  # as if another program took it in the meantime
+told.append(attempt(20))
+left = sorted(file.name for file in checkpoints.folder.iterdir())
+whole = checkpoints.latest().state["weight"].eq(10).all().item()
+filler.unlink()
+told.append(attempt(20))
+print(json.dumps([told, left, whole, checkpoints.steps()]))
+"""
+
+
+def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
+    mount = 'mount -t tmpfs -o size=4M none "$1" && exec "$2" -c "$3" "$1"'
+    command = ["unshare", "-rm", "sh", "-c", mount, "sh", str(tmp_path), sys.executable, FULL_DISK]
+    allowed = (
+        shutil.which("unshare")
+        and not subprocess.run(
+            ["unshare", "-rm", "mount", "-t", "tmpfs", "none", str(tmp_path)], check=False, capture_output=True
+        ).returncode
+    )
+    if not allowed and os.environ.get("CI_TMPFS") != "1":
+        pytest.skip("a file system of one's own in a user namespace is forbidden here (CI_TMPFS=1 requires it)")
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    told, left, whole, steps = json.loads(result.stdout)
+    where = f"checkpoint of step 20 in {tmp_path}/checkpoints: "
+    assert told[0] == told[3] == "saved"
+    assert re.fullmatch(re.escape(where) + r"needs 1,0\d\d,\d{3} bytes, the disk has [56]\d\d,\d{3} left", told[1])
+    assert told[2] == where + "No space left on device"
+    assert left == ["000000010"]
+    assert whole
+    assert steps == [10, 20]
+
+
+# --- kills and power cuts ---------------------------------------------------------------------------------------------
+
+
+def test_all_is_on_disk_before_the_generation_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order that a power cut cannot turn round: every file, the folder, the name, the folder of the names."""
+    events = []
+    fsync, rename = os.fsync, Path.rename
+
+    def noted_fsync(descriptor: int) -> None:
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def noted_rename(path: Path, target: Path) -> Path:
+        events.append((path, target))
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "rename", noted_rename)
+    linked = tmp_path / "linked"
+    linked.touch()
+    checkpoints = Checkpoints(tmp_path, last=1)
+    save(checkpoints, 10)
+    events.clear()
+    checkpoints.save(20, {}, {}, {"best": linked}, None)
+    folder = checkpoints.folder
+    work = folder / ".000000020.new"
+    assert events == [
+        work / "state.safetensors",
+        work / "state.json",
+        work / "best",
+        work / "manifest.json",
+        work,
+        (work, folder / "000000020"),
+        folder,
+        (folder / "000000010", folder / ".000000010.old"),
+    ]
+
+
+KILLS = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+import torch
+from pipeline.checkpoint import Checkpoints
+
+def state(step):
+    return {"step": step, "weight": torch.full((SIZE,), float(step))}
+
+def saves(folder, told, at_event):
+    \"\"\"Save step after step and tell each; die at the n-th change of the file system.\"\"\"
+    events = 0
+
+    def count(event, arguments):
+        nonlocal events
+        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.truncate"):
+            if "checkpoints" in str(arguments[0]) or event in ("os.remove", "os.rmdir"):
+                events += 1
+                if events == at_event:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+    if at_event:
+        sys.addaudithook(count)
+        os.fsync = lambda _: None  # for a process that is killed it changes nothing, and takes long
+    checkpoints = Checkpoints(folder, last=1)
+    for step in range(1, 3 if at_event else 10_000):
+        checkpoints.save(step, state(step), {}, {"linked": folder / "linked"}, None)
+        os.write(told, step.to_bytes(4, "big"))
+
+def child(folder, at_event=0):
+    \"\"\"A process that saves; its id, and where it tells.\"\"\"
+    Path(folder, "linked").parent.mkdir()
+    Path(folder, "linked").write_bytes(bytes(10))
+    out, told = os.pipe()
+    process = os.fork()
+    if not process:
+        try:
+            saves(folder, told, at_event)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            os._exit(1)
+        os._exit(0)
+    os.close(told)
+    return process, out
+
+def outcome(process, out, told=b""):
+    _, status = os.waitpid(process, 0)
+    told += b"".join(iter(lambda: os.read(out, 1 << 16), b""))
+    os.close(out)
+    return os.waitstatus_to_exitcode(status), int.from_bytes(told[-4:], "big")
+
+torch.set_num_threads(1)
+base, seed, moments = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+random.seed(seed)
+found = []
+SIZE = 2_000_000
+for moment in range(moments):
+    folder = base / f"moment-{moment}"
+    process, out = child(folder)
+    first = os.read(out, 4)
+    time.sleep(random.uniform(0, 0.2))
+    os.kill(process, signal.SIGKILL)
+    found.append([folder.name, *outcome(process, out, first)])
+SIZE = 50
+for event in range(1, 1000):
+    folder = base / f"event-{event}"
+    found.append([folder.name, *outcome(*child(folder, event))])
+    if found[-1][1] == 0:
+        break
+print(json.dumps(found))
+"""
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_generation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At random moments of saves that follow each other, and at every single change of the file system in turn."""
+    moments = 50 if FULL else 6
+    command = [sys.executable, "-c", KILLS, str(tmp_path), "0", str(moments)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    found = json.loads(result.stdout)
+    assert {code for _, code, _ in found[:-1]} == {-9}
+    assert found[-1][1:] == [0, 2]  # one that had fewer changes than that
+    assert len(found) - moments > 25
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    cut_short = 0
+    for name, _, told in found:
+        checkpoints = Checkpoints(tmp_path / name)
+        cut_short += bool(hidden(checkpoints)) if checkpoints.folder.exists() else 0
+        latest = checkpoints.latest()
+        if told == 0 and latest is None:
+            continue  # killed in the first save
+        assert_whole(latest, told if latest.step == told else told + 1)  # one interval at most
+        assert (latest.folder / "linked").read_bytes() == bytes(10)
+        next_step = latest.step + 1
+        save(checkpoints, next_step)
+        assert hidden(checkpoints) == []
+        assert_whole(checkpoints.latest(), next_step)
+        shutil.rmtree(tmp_path / name)
+    assert cut_short > len(found) / 2  # the kills did hit saves
+    assert capsys.readouterr().err == ""  # nothing damaged was passed over

@@ -1,0 +1,807 @@
+"""Nothing is lost between training and MLflow, whatever goes away: the store, the writer, the trainer, the disk."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from server import MlflowServer, free_port
+
+from pipeline import journal as journals
+from pipeline.errors import TrainingError, Undelivered, UserError
+from pipeline.journal import JOURNAL_FILE, JournalReader, JournalWriter, Known, read_all, relative, same_value
+from pipeline.ownership import Ownership, alive_owner
+from pipeline.run import MemoryRun, MlflowRun, RunRequest, Writer
+from pipeline.tracking.delivery import DELIVERED_FILE, LOCK_FILE, NO_WORD
+from pipeline.tracking.inbox import Inbox
+from pipeline.tracking.store import is_temporary, one_line, probe, shown_uri, without_secrets
+
+FULL = os.environ.get("FAULTS") == "full"
+METRICS = ("loss_total", "loss_ctr", "loss_ctcvr")
+
+
+def open_run(writer: Writer, offline: bool = False, **request: Any) -> MlflowRun:
+    return MlflowRun(writer, RunRequest(**{"name": "test"} | request), Path("outputs"), offline)
+
+
+def resume(writer: Writer, run_id: str, **request: Any) -> MlflowRun:
+    return open_run(writer, run_id=run_id, resume=True, **request)
+
+
+def log_steps(run: MlflowRun, steps: range, keys: tuple[str, ...] = ("loss_total",)) -> float:
+    """Log and flush each step; the longest that one of them took, in seconds."""
+    longest = 0.0
+    for step in steps:
+        started = time.perf_counter()
+        run.log_metrics(step, dict.fromkeys(keys, step / 3), 1000 + step)
+        run.flush()
+        longest = max(longest, time.perf_counter() - started)
+    return longest
+
+
+def points(client: Any, run_id: str, key: str = "loss_total") -> list[tuple[int, float, int]]:
+    return sorted((point.step, point.value, point.timestamp) for point in client.get_metric_history(run_id, key))
+
+
+def expected(steps: range) -> list[tuple[int, float, int]]:
+    return [(step, step / 3, 1000 + step) for step in steps]
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def delivered_bytes(run: MlflowRun) -> int:
+    file = run.folder / DELIVERED_FILE
+    (entry,) = json.loads(file.read_text()).values() if file.exists() else ({"offset": 0},)
+    return int(entry["offset"])
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    with MlflowServer(tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
+@pytest.fixture
+def server(started: MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowServer:
+    """A tracking server that answers; the test runs in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", started.uri)
+    return started
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Path:
+    """A folder with a store for all tests of this file: a writer takes seconds to start, so they share one."""
+    folder = tmp_path_factory.mktemp("place")
+    shutil.copyfile(empty_store, folder / "mlflow.db")
+    with closing(sqlite3.connect(folder / "mlflow.db")) as base:
+        base.execute("update experiments set artifact_location = ?", (str(folder / "mlruns" / "0"),))
+        base.commit()
+    return folder
+
+
+@pytest.fixture
+def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place / 'mlflow.db'}")
+    return place
+
+
+@pytest.fixture
+def client(here: Path) -> Any:
+    import mlflow
+
+    return mlflow.MlflowClient(f"sqlite:///{here / 'mlflow.db'}")
+
+
+@pytest.fixture(scope="module")
+def writers() -> Iterator[dict[str, Writer]]:
+    """By the store they write to, for all tests of this file."""
+    made: dict[str, Writer] = {}
+    yield made
+    for writer in made.values():
+        writer.close()
+
+
+@pytest.fixture
+def writer(request: pytest.FixtureRequest, writers: dict[str, Writer]) -> Writer:
+    request.getfixturevalue("server" if "server" in request.fixturenames else "here")
+    uri = os.environ["MLFLOW_TRACKING_URI"]
+    if uri not in writers:
+        writers[uri] = Writer()
+    if writers[uri].process.poll() is not None:
+        writers[uri].start()
+    return writers[uri]
+
+
+def client_of(server: MlflowServer) -> Any:
+    import mlflow
+
+    return mlflow.MlflowClient(server.uri)
+
+
+# --- the store goes away ---------------------------------------------------------------------------------------------
+
+
+def test_a_server_that_is_killed_and_comes_back_has_every_point_once(
+    server: MlflowServer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with Writer() as writer:  # with the errors that this test reads
+        run = open_run(writer)
+        log_steps(run, range(100))
+        wait_for(lambda: len(points(client_of(server), run.id)) == 100)
+        server.kill()
+        longest = log_steps(run, range(100, 1500))
+        run.set_tags({"during": "the outage"})
+        run.flush()
+        wait_for(lambda: "takes nothing" in capfd.readouterr().err)
+        time.sleep(2)
+        server.start()
+        longest = max(longest, log_steps(run, range(1500, 1600)))
+        wait_for(lambda: len(points(client_of(server), run.id)) == 1600)
+        run.finish("FINISHED")
+    told = capfd.readouterr().err
+    assert "is back" in told
+    assert "takes nothing" not in told  # once
+    assert longest < 2  # one call to a store that is away takes longer
+    client = client_of(server)
+    assert points(client, run.id) == expected(range(1600))
+    assert client.get_run(run.id).info.status == "FINISHED"
+    assert client.get_run(run.id).data.tags["during"] == "the outage"
+    assert alive_owner(run.folder) is None
+
+
+def test_a_server_that_hangs_delays_the_end_by_no_more_than_the_patience(server: MlflowServer, writer: Writer) -> None:
+    run = open_run(writer)
+    log_steps(run, range(3))
+    wait_for(lambda: len(points(client_of(server), run.id)) == 3)
+    server.pause()
+    try:
+        longest = log_steps(run, range(3, 50))
+        time.sleep(1)  # the writer is in a call that does not return
+        started = time.monotonic()
+        with pytest.raises(Undelivered) as caught:
+            run.finish("FINISHED", patience=2)
+        assert time.monotonic() - started < 4
+        assert longest < 2  # one call to a store that is away takes longer
+        assert caught.value.exit_code == 3
+        assert str(caught.value).endswith(f"deliver it with `python -m pipeline sync {run.folder}`")
+        assert alive_owner(run.folder) is None
+    finally:
+        server.resume()
+    another = open_run(writer)  # a sweep's worker goes on with the same writer
+    another.finish("FINISHED")
+    assert client_of(server).get_run(another.id).info.status == "FINISHED"
+
+
+def test_a_server_that_refuses_connections_leaves_a_writer_that_serves_the_next(
+    server: MlflowServer, writer: Writer
+) -> None:
+    run = open_run(writer)
+    wait_for(lambda: delivered_bytes(run))
+    server.kill()
+    log_steps(run, range(5))
+    process = writer.process
+    started = time.monotonic()
+    with pytest.raises(Undelivered, match="6 records wait"):  # 5 steps, and the end
+        run.finish("FINISHED", patience=1)
+    assert time.monotonic() - started < 3
+    server.start()
+    assert writer.process is process
+    assert process.poll() is None
+    open_run(writer).finish("FINISHED")
+
+
+@pytest.mark.parametrize("hangs", [False, True], ids=["refused", "hanging"])
+def test_a_store_that_does_not_answer_is_told_in_one_line(
+    server: MlflowServer, hangs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if hangs:
+        server.pause()
+    else:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    started = time.monotonic()
+    try:
+        with Writer() as writer, pytest.raises(UserError, match=r"tracking store .*does not answer") as caught:
+            open_run(writer)
+    finally:
+        server.resume()
+    assert time.monotonic() - started < 15
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_that_begins_without_the_store_is_made_there_when_it_is_back(
+    server: MlflowServer, writer: Writer
+) -> None:
+    server.kill()
+    try:
+        run = open_run(writer, offline=True, experiment="later", tags={"arm": "a"})
+        assert (run.folder / JOURNAL_FILE).is_file()
+        log_steps(run, range(10))
+    finally:
+        server.start()
+    run.finish("FINISHED")
+    (found,) = writer.find(run_id=run.id)
+    client = client_of(server)
+    (made,) = client.search_runs([client.get_experiment_by_name("later").experiment_id])
+    assert made.data.tags.items() >= {"original_run_id": run.id, "arm": "a"}.items()
+    assert made.info.status == "FINISHED"
+    assert made.info.run_name == run.name == "test"
+    assert points(client, made.info.run_id) == expected(range(10))
+    assert (found.run_id, found.status) == (run.id, "FINISHED")
+
+
+# --- a process dies --------------------------------------------------------------------------------------------------
+
+
+def test_a_writer_that_is_killed_is_replaced_and_nothing_is_lost(client: Any, writer: Writer, here: Path) -> None:
+    run = open_run(writer)
+    for stretch in range(4):
+        log_steps(run, range(50 * stretch, 50 * stretch + 50))
+        wait_for(lambda seen=50 * stretch: len(points(client, run.id)) > seen)  # type: ignore[misc]
+        writer.process.kill()
+        writer.process.wait()
+    run.finish("FINISHED")
+    assert points(client, run.id) == expected(range(200))
+    assert client.get_run(run.id).info.status == "FINISHED"
+
+
+def test_a_writer_that_dies_at_the_end_is_replaced(client: Any, writer: Writer, here: Path) -> None:
+    run = open_run(writer)
+    for step in range(30_000):
+        run.log_metrics(step, {"loss_total": step / 3, "other": 1.0}, 1000 + step)
+    first = writer.process
+    threading.Timer(1.0, first.kill).start()
+    run.finish("FINISHED")
+    assert writer.process is not first
+    assert points(client, run.id) == expected(range(30_000))
+
+
+def test_a_killed_trainer_leaves_a_failed_run_and_no_lock(client: Any, writer: Writer, here: Path) -> None:
+    code = """
+import time
+from pathlib import Path
+from pipeline.run import MlflowRun, RunRequest, Writer
+run = MlflowRun(writer := Writer(), RunRequest("doomed"), Path("outputs"))
+for step in range(50):
+    run.log_metrics(step, {"loss_total": step / 3}, 1000 + step)
+run.flush()
+run.log_metrics(50, {"loss_total": 0.0})
+print(run.id, writer.process.pid, flush=True)
+time.sleep(60)
+"""
+    trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=here)
+    assert trainer.stdout
+    run_id, pid = trainer.stdout.readline().split()
+    folder = here / "outputs" / run_id
+    assert alive_owner(folder)
+    os.kill(trainer.pid, signal.SIGKILL)
+    trainer.wait()
+    wait_for(lambda: client.get_run(run_id).info.status == "FAILED")
+    assert client.get_run(run_id).data.tags["failure"] == NO_WORD
+    wait_for(lambda: not Path(f"/proc/{pid}").exists(), 10)
+    assert alive_owner(folder) is None
+    run = resume(writer, run_id)
+    run.go_on(0)
+    log_steps(run, range(60))
+    run.finish("FINISHED")
+    assert points(client, run_id) == expected(range(60))
+    found = client.get_run(run_id)
+    assert found.info.status == "FINISHED"
+    assert "failure" not in found.data.tags
+    assert len(pd.read_parquet(client.download_artifacts(run_id, "history.parquet"))) == 60
+
+
+def test_a_writer_without_trainer_and_store_ends_by_itself(server: MlflowServer, tmp_path: Path) -> None:
+    code = """
+import time
+from pathlib import Path
+from pipeline.run import MlflowRun, RunRequest, Writer
+run = MlflowRun(writer := Writer(), RunRequest("doomed"), Path("outputs"))
+print(writer.process.pid, flush=True)
+time.sleep(60)
+"""
+    trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert trainer.stdout
+    pid = trainer.stdout.readline().strip()
+    server.pause()
+    try:
+        trainer.kill()
+        trainer.wait()
+        wait_for(lambda: not Path(f"/proc/{pid}").exists(), 9)
+    finally:
+        server.resume()
+
+
+def test_the_writer_of_an_earlier_owner_stops_at_once(client: Any, writer: Writer, here: Path) -> None:
+    run = open_run(writer)
+    log_steps(run, range(5))
+    wait_for(lambda: len(points(client, run.id)) == 5)
+    lease = run.folder / "lease.json"
+    taken = json.loads(lease.read_text())
+    taken |= {"number": taken["number"] + 1, "host": "elsewhere", "pid": 1}
+    lease.write_text(json.dumps(taken))  # as another host takes the folder over
+    run.journal.append({"op": "metrics", "step": 5, "time": 1, "values": {"loss_total": 1.0}})
+    run.journal.flush()
+    time.sleep(1.5)
+    assert len(points(client, run.id)) == 5
+    with pytest.raises(TrainingError, match="taken over"):
+        run.flush()
+    with pytest.raises(Undelivered):
+        run.finish("FINISHED", patience=1)
+    assert client.get_run(run.id).info.status == "RUNNING"  # it is the other's
+
+
+def test_a_run_that_is_alive_cannot_be_resumed(client: Any, writer: Writer, here: Path) -> None:
+    run = open_run(writer)
+    started = time.monotonic()
+    with pytest.raises(UserError, match=f"run {run.id} is alive: process {os.getpid()} on"):
+        resume(writer, run.id)
+    assert time.monotonic() - started < 5
+    run.finish("FINISHED")
+
+
+# --- a run goes on ---------------------------------------------------------------------------------------------------
+
+
+def interrupted(writer: Writer, steps: range) -> MlflowRun:
+    run = open_run(writer)
+    log_steps(run, steps)
+    run.finish("KILLED")
+    return run
+
+
+def test_what_was_logged_before_is_compared_and_not_logged_again(client: Any, writer: Writer, here: Path) -> None:
+    before = interrupted(writer, range(10))
+    run = resume(writer, before.id)
+    run.go_on(before.journal.size)
+    log_steps(run, range(4, 15))
+    run.log_metrics(15, {"throughput/rows_per_second": 1.0})
+    run.finish("FINISHED")
+    again = resume(writer, before.id)
+    again.go_on(0)
+    again.log_metrics(15, {"throughput/rows_per_second": 2.0})  # a measurement: once, and not compared
+    assert [(step, *values.values()) for step, values in again.history()] == [
+        *((step, step / 3) for step in range(15)), (15, 1.0)
+    ]  # fmt: skip
+    again.finish("FINISHED")
+    found = client.get_run(before.id)
+    assert run.folder == before.folder
+    assert points(client, before.id) == expected(range(15))
+    assert [value for _, value, _ in points(client, before.id, "throughput/rows_per_second")] == [1.0]
+    assert "determinism" not in found.data.tags
+    assert found.info.status == "FINISHED"
+
+
+def test_another_value_than_before_is_told_and_mlflows_stays(
+    client: Any, writer: Writer, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = interrupted(writer, range(10))
+    run = resume(writer, before.id)
+    run.go_on(0)
+    for step in range(10):
+        run.log_metrics(step, {"loss_total": step / 3 + (1e-16 if step == 0 else 1e-3 if step >= 7 else 0)})
+    run.finish("FINISHED")
+    assert points(client, before.id) == expected(range(10))
+    assert client.get_run(before.id).data.tags["determinism"] == "broken@0"
+    assert capsys.readouterr().err.count("loss_total is") == 1
+
+
+@given(st.floats(), st.floats())
+def test_values_are_the_same_bit_for_bit(one: float, other: float) -> None:
+    assert same_value(one, other) == (one.hex() == other.hex())  # every NaN is "nan" there
+    assert same_value(one, one)
+    assert not same_value(0.0, -0.0)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 30), st.floats(allow_nan=False))))
+def test_known_points_are_the_first_of_each_step(logged: list[tuple[str, int, float]]) -> None:
+    known, first = Known(), dict[tuple[str, int], float]()
+    for key, step, value in logged:
+        known.add(key, step, value)
+        first.setdefault((key, step), value)
+    for key in "abc":
+        for step in range(31):
+            assert known.value(key, step) == first.get((key, step))
+    assert known.last_steps() == {key: max(step for other, step in first if other == key) for key, _ in first}
+
+
+def test_a_batch_that_is_delivered_twice_changes_nothing(client: Any, writer: Writer, here: Path) -> None:
+    note = here / "note.txt"
+    note.write_text("read me")
+    run = open_run(writer)
+    run.log_params({"seed": "3", "optim.lr": "0.1"})
+    run.log_input("data", "ab" * 32, "a file", {"rows": 3})
+    run.log_artifact(note)
+    log_steps(run, range(1200))
+    run.finish("FAILED")
+    before = client.get_run(run.id)
+    (run.folder / DELIVERED_FILE).unlink()
+    resume(writer, run.id).finish("FAILED")
+    after = client.get_run(run.id)
+    assert points(client, run.id) == expected(range(1200))
+    assert after.data.params == before.data.params == {"seed": "3", "optim.lr": "0.1"}
+    assert len(after.inputs.dataset_inputs) == 1
+
+
+def test_a_launcher_of_a_resumed_run_is_tagged_and_dead_ones_are_ended(client: Any, writer: Writer, here: Path) -> None:
+    dead, alive = (client.create_run("0").info.run_id for _ in range(2))
+    before = interrupted(writer, range(2))
+    resume(writer, before.id, launcher=dead).finish("KILLED")
+    resume(writer, before.id, launcher=alive).finish("FINISHED")
+    for run_id, status in {dead: "KILLED", alive: "RUNNING"}.items():
+        found = client.get_run(run_id)
+        assert (found.info.status, found.data.tags["role"], found.data.tags["launches"]) == (
+            status, "launcher", before.id
+        )  # fmt: skip
+        assert not found.data.metrics
+
+
+def test_runs_are_found_by_key_and_fork(client: Any, writer: Writer, here: Path) -> None:
+    plain = open_run(writer, tags={"run_key": "k1"})
+    plain.log_metrics(0, {"loss_total": 0.5})
+    plain.finish("FINISHED")
+    forked = open_run(writer, tags={"run_key": "k1", "forked_from": "x@3"})
+    forked.finish("KILLED")
+    (found,) = writer.find(run_key="k1")
+    assert (found.run_id, found.name, found.status, found.metrics) == (
+        plain.id,
+        "test",
+        "FINISHED",
+        {"loss_total": 0.5},
+    )
+    assert found.run_dir == str(plain.folder.resolve())
+    assert [run.run_id for run in writer.find(run_key="k1", fork="x@3")] == [forked.id]
+    assert writer.find(run_key="k2") == []
+    assert writer.find(run_id="0" * 32) == []
+    assert writer.find(run_id=plain.id)[0].tags["run_key"] == "k1"
+
+
+# --- the journal is damaged ------------------------------------------------------------------------------------------
+
+
+def test_a_record_that_a_kill_cut_off_is_left_out(client: Any, writer: Writer, here: Path) -> None:
+    before = interrupted(writer, range(5))
+    with before.journal.file.open("ab") as stream:
+        stream.write(b'{"op":"metrics","step":5,"ti')
+    run = resume(writer, before.id)
+    run.go_on(0)
+    log_steps(run, range(8))
+    run.finish("FINISHED")
+    assert points(client, before.id) == expected(range(8))
+    assert [record["step"] for record in read_all(before.journal.file) if "step" in record] == list(range(8))
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.4], ids=["lost", "its tail lost"])
+def test_points_that_only_the_store_has_are_read_back(client: Any, writer: Writer, here: Path, kept: float) -> None:
+    before = interrupted(writer, range(40))
+    before_size = before.journal.file.stat().st_size
+    os.truncate(before.journal.file, int(kept * before_size))
+    run = resume(writer, before.id)
+    run.go_on(before_size)
+    assert [step for step, _ in run.history()] == list(range(40))
+    log_steps(run, range(30, 50))
+    run.finish("FINISHED")
+    assert points(client, before.id) == expected(range(50))
+    history = pd.read_parquet(client.download_artifacts(before.id, "history.parquet"))
+    assert sorted(history[["step", "value", "timestamp"]].itertuples(index=False, name=None)) == expected(range(50))
+    assert "determinism" not in client.get_run(before.id).data.tags
+
+
+@given(st.lists(st.text(max_size=20), min_size=1, max_size=6), st.data())
+def test_wherever_a_journal_is_cut_its_whole_records_stay(texts: list[str], data: st.DataObject) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "journal.jsonl"
+        writer = JournalWriter(file)
+        for text in texts:
+            writer.append({"op": "tags", "values": {"a": text}})
+        writer.close()
+        ends = [end for end, _ in JournalReader(file).read()]
+        cut = data.draw(st.integers(0, ends[-1]))
+        os.truncate(file, cut)
+        writer = JournalWriter(file)
+        assert writer.size == max([end for end in ends if end <= cut], default=0)
+        writer.append({"op": "end"})
+        writer.close()
+        whole = sum(end <= cut for end in ends)
+        assert [record.get("values", {}).get("a") for record in read_all(file)] == [*texts[:whole], None]
+
+
+def test_a_line_of_rubbish_costs_no_other_line(tmp_path: Path) -> None:
+    file = tmp_path / JOURNAL_FILE
+    file.write_bytes(b'{"op":"one"}\n\0\0\0\0\n[1]\n{"op":"two"}\n')
+    assert [record["op"] for record in read_all(file)] == ["one", "two"]
+
+
+def test_a_folder_that_was_moved_still_has_its_files(client: Any, writer: Writer, here: Path, tmp_path: Path) -> None:
+    run = open_run(writer)
+    inside = run.folder / "notes" / "note.txt"
+    inside.parent.mkdir()
+    inside.write_text("read me")
+    run.log_artifact(inside)
+    run.finish("KILLED")
+    run.folder.rename(tmp_path / "moved")
+    (tmp_path / "moved" / DELIVERED_FILE).unlink()
+    (here / "mlruns" / "0" / run.id / "artifacts" / "note.txt").unlink()
+    moved = resume(writer, run.id, folder=str(tmp_path / "moved"))
+    moved.finish("FINISHED")
+    assert client.get_run(run.id).data.tags["run_dir"] == str((tmp_path / "moved").resolve())
+    assert Path(client.download_artifacts(run.id, "note.txt")).read_text() == "read me"
+    assert relative(inside, run.folder) == "notes/note.txt"
+    assert relative(tmp_path / "other.txt", run.folder) == str(tmp_path / "other.txt")
+
+
+@pytest.mark.parametrize("folder", ["../outside", "/outside", "a/../../outside", "a\\..\\..\\b"])
+def test_an_artifact_cannot_leave_its_folder(client: Any, writer: Writer, here: Path, folder: str) -> None:
+    note = here / "note.txt"
+    note.write_text("read me")
+    run = open_run(writer)
+    with pytest.raises(UserError, match=r"artifact note\.txt: found folder .*allowed"):
+        run.log_artifact(note, folder)
+    run.journal.append({"op": "artifact", "file": str(note), "folder": folder})  # a journal from who knows where
+    run.journal.append({"op": "artifact", "file": "../../note.txt", "folder": ""})
+    with pytest.raises(TrainingError, match="not delivered"):
+        run.finish("FINISHED")
+    assert [found.path for found in client.list_artifacts(run.id)] == ["history.parquet"]
+    assert not list(here.rglob("outside"))
+
+
+# --- the disk is full ------------------------------------------------------------------------------------------------
+
+
+class Disk:
+    """Takes so many bytes of journals, then none."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+        self.room, self.write = room, journals.write_at
+        monkeypatch.setattr(journals, "write_at", self)
+
+    def __call__(self, descriptor: int, data: bytes, position: int) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = self.write(descriptor, data[: self.room], position)
+        self.room -= written
+        return written
+
+
+@given(room=st.integers(0, 200), count=st.integers(1, 10))
+def test_a_full_disk_leaves_whole_records(room: int, count: int) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        writer = JournalWriter(Path(folder) / "journal.jsonl")
+        disk = Disk(patch, room)
+        for number in range(count):
+            writer.append({"op": "one", "number": number})
+        size = len(b'{"op":"one","number":0}\n')
+        if room < count * size:
+            with pytest.raises(TrainingError, match="No space left on device"):
+                writer.flush()
+        else:
+            writer.flush()
+        assert [record["number"] for record in read_all(writer.file)] == list(range(min(count, room // size)))
+        assert writer.file.stat().st_size == writer.size
+        disk.room = 10_000  # somebody made room
+        writer.append({"op": "one", "number": count})
+        writer.close()
+        assert [record["number"] for record in read_all(writer.file)] == list(range(count + 1))
+
+
+def test_a_full_disk_fails_the_run_in_one_line(
+    client: Any, writer: Writer, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = open_run(writer)
+    Disk(monkeypatch, 1000)
+    with pytest.raises(TrainingError, match=r"journal .*journal\.jsonl: No space left on device") as caught:
+        log_steps(run, range(100))
+    run.set_tags({"failure": str(caught.value)})
+    with pytest.raises(TrainingError, match="No space left on device"):
+        run.finish("FAILED")
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    found = client.get_run(run.id)
+    assert found.info.status == "FAILED"
+    assert found.data.tags["failure"] == str(caught.value)
+    arrived = points(client, run.id)
+    assert arrived == expected(range(len(arrived)))
+    assert len(arrived) == sum(record["op"] == "metrics" for record in read_all(run.journal.file)) > 5
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def peak(pid: int) -> int:
+    """The most memory that the process ever had, in bytes."""
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return 1024 * int(line.split()[1])
+
+
+def test_memory_stays_bounded_while_the_store_is_away(server: MlflowServer) -> None:
+    code = """
+import sys
+from pathlib import Path
+from pipeline.run import MlflowRun, RunRequest, Writer
+with Writer() as writer:
+    run = MlflowRun(writer, RunRequest("long"), Path("outputs"))
+    for line in sys.stdin:
+        for step in range(*map(int, line.split())):
+            run.log_metrics(step, {key: step / 3 for key in %r}, 1000 + step)
+            if step %% 50 == 49:
+                run.flush()
+        print(run.id, writer.process.pid, flush=True)
+    run.finish("FINISHED")
+"""
+    steps = 200_000 if FULL else 12_000
+    with subprocess.Popen(
+        [sys.executable, "-c", code % (METRICS,)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as trainer:
+        assert trainer.stdin
+        assert trainer.stdout
+
+        def log(first: int, last: int) -> tuple[str, int]:
+            assert trainer.stdin
+            assert trainer.stdout
+            trainer.stdin.write(f"{first} {last}\n")
+            trainer.stdin.flush()
+            run_id, pid = trainer.stdout.readline().split()
+            return run_id, int(pid)
+
+        run_id, writer = log(0, 1000)
+        client = client_of(server)
+        wait_for(lambda: client.get_run(run_id).data.metrics.get("loss_total") == 333.0)
+        before = peak(trainer.pid) + peak(writer)
+        log(1000, steps // 4)
+        server.kill()
+        log(steps // 4, 3 * steps // 4)
+        server.start()
+        log(3 * steps // 4, steps)
+        trainer.stdin.close()
+        after = before
+        while trainer.poll() is None:
+            if Path(f"/proc/{writer}/status").exists():
+                after = max(after, _peak_of_both(trainer.pid, writer))
+            time.sleep(0.2)
+        assert trainer.returncode == 0
+    assert client.get_run(run_id).info.status == "FINISHED"
+    assert client.get_run(run_id).data.metrics == dict.fromkeys(METRICS, (steps - 1) / 3)
+    print(f"peak of trainer and writer together: {before >> 20} MB, then {after >> 20} MB")
+    assert after - before < (200 if FULL else 60) << 20
+
+
+def _peak_of_both(*pids: int) -> int:
+    try:
+        return sum(peak(pid) for pid in pids)
+    except (OSError, ValueError):  # it ended just now
+        return 0
+
+
+# --- small parts -----------------------------------------------------------------------------------------------------
+
+
+def test_a_finish_in_a_pause_is_noticed_at_once() -> None:
+    read, write = os.pipe()
+    inbox = Inbox(os.fdopen(read))
+    with os.fdopen(write, "w") as requests:
+        threading.Timer(0.2, lambda: (requests.write('{"finish": {"patience": 60}}\n'), requests.flush())).start()
+        started = time.monotonic()
+        inbox.wait(30)
+        assert time.monotonic() - started < 5
+        assert inbox.leaving
+        assert not inbox.impatient
+        inbox.finish = {"patience": 0}
+        time.sleep(0.01)
+        assert inbox.impatient
+        inbox.progress()
+        inbox.finish = {"patience": 1}
+        assert not inbox.impatient
+        inbox.moved = float("inf")  # or it would end this process once the stream is closed
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("postgresql://user:secret@host/base", "postgresql://host/base"),
+        ("postgresql://user:se@cret@host:5432/base?password=secret", "postgresql://host:5432/base"),
+        ("postgresql://host/base?user=me&password=secret", "postgresql://host/base"),
+        ("postgresql://user:se?cret@host/base", "postgresql://***"),
+        ("https://me:secret@host:5000/prefix", "https://host:5000/prefix"),
+        ("sqlite:////a/b/mlflow.db", "sqlite:////a/b/mlflow.db"),
+        ("databricks", "databricks"),
+    ],
+)
+def test_a_shown_uri_has_no_secret(uri: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shown_uri(uri) == shown
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    told = one_line(ValueError(f"connection to {uri} failed, password=secret; login secret"))
+    assert "secret" not in told.replace("login secret", "") or "secret" not in uri
+
+
+def test_a_secret_of_the_environment_is_in_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://user:p%40ss%2Fw@host/base")
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "abcdef0123")
+    told = without_secrets("wrong password p@ss/w or p%40ss%2Fw, Bearer abcdef0123, at x://a:b@c, ?api_token=xyz&a=b")
+    assert told == "wrong password *** or ***, Bearer ***, at x://c, ?api_token=***&a=b"
+
+
+def test_what_may_be_taken_later_is_tried_again() -> None:
+    import requests
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos import databricks_pb2 as codes
+
+    again = [
+        requests.exceptions.ConnectionError("x"), requests.exceptions.ReadTimeout("x"), TimeoutError(),
+        OSError(errno.ENOSPC, "full"), MlflowException("x"), MlflowException("x", codes.TEMPORARILY_UNAVAILABLE),
+        MlflowException("x", codes.PERMISSION_DENIED), MlflowException("x", codes.UNAUTHENTICATED),
+        MlflowException("connection already closed", codes.BAD_REQUEST), RuntimeError("botocore's, say"),
+    ]  # fmt: skip
+    never = [
+        MlflowException("x", codes.INVALID_PARAMETER_VALUE), MlflowException("x", codes.RESOURCE_DOES_NOT_EXIST),
+        MlflowException("(psycopg.errors.DataError) x", codes.BAD_REQUEST), FileNotFoundError(2, "x"),
+        PermissionError(13, "x"), ValueError("x"), KeyError("x"),
+    ]  # fmt: skip
+    assert [is_temporary(error) for error in again] == [True] * len(again)
+    assert [is_temporary(error) for error in never] == [False] * len(never)
+
+
+def test_the_probe_knows_who_answers(server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    probe()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{server.uri}/no/such/page")  # whatever is answered will do
+    probe()
+    dead = f"127.0.0.1:{free_port()}"
+    for uri in (f"http://user:secret@{dead}", f"postgresql+psycopg://user:secret@{dead}/base"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        with pytest.raises(ConnectionError, match=r"does not answer: .*refused") as caught:
+            probe()
+        assert "secret" not in str(caught.value)
+    monkeypatch.setenv("HTTP_PROXY", f"http://{dead}")  # the proxy may reach what we cannot
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host.invalid")
+    probe()
+
+
+def test_a_run_in_memory_goes_on_from_nothing() -> None:
+    run = MemoryRun()
+    run.go_on(run.position())
+    run.log_metrics(0, {"loss_total": 1.0})
+    assert list(run.history()) == [(0, {"loss_total": 1.0})]
+    run.finish("FINISHED", patience=1)
+    run.discard()
+
+
+def test_the_position_is_where_the_journal_ends(client: Any, writer: Writer, here: Path) -> None:
+    run = open_run(writer)
+    run.log_metrics(0, {"loss_total": 1.0})
+    position = run.position()
+    assert position == run.journal.file.stat().st_size
+    run.log_metrics(1, {"loss_total": 1.0})
+    assert run.position() > position
+    run.finish("FINISHED")
+    first = next(read_all(run.journal.file))
+    assert first.items() >= {"op": "open", "id": run.id, "name": "test", "pid": os.getpid(), "online": True}.items()
+    assert {LOCK_FILE, DELIVERED_FILE, JOURNAL_FILE} <= {file.name for file in run.folder.iterdir()}
+
+
+def test_the_folder_is_free_where_a_resume_is_refused(client: Any, writer: Writer, here: Path) -> None:
+    with pytest.raises(UserError, match="tracking store"):
+        resume(writer, "0" * 32)
+    Ownership(Path("outputs") / ("0" * 32)).release()

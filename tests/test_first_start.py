@@ -1,0 +1,505 @@
+"""The first start on nothing: many at once, killed at any moment, and what MLflow itself leaves when it is killed.
+
+`FAULTS=full` takes 8 processes and 20 moments where the short form takes 3 of each.
+"""
+
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.tracking import creation
+from pipeline.tracking.creation import ensure_store
+
+FULL = os.environ.get("FAULTS") == "full"
+STATEMENTS = 1500  # of the 1,700 that make a store, before the schema is whole
+
+# Imports mlflow once and forks the processes that start, since the import takes longer than the start.
+# `together N`: N of them at once. `killed WHO MOMENT...`: at each moment, in a folder of its own, a start that is
+# killed (by `ours` = ensure_store, or `mlflow` alone), then one that is not.
+STARTS = """
+import json, os, signal, sys, time
+from pathlib import Path
+import mlflow, sqlalchemy
+import mlflow.store.tracking.sqlalchemy_store
+from pipeline.tracking.creation import ensure_store
+
+URI = "sqlite:///mlflow.db"
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def start(ours=True):
+    if ours:
+        ensure_store(URI)
+    run = mlflow.MlflowClient(tracking_uri=URI).create_run("0")
+    print(json.dumps({"run_id": run.info.run_id, "artifacts": run.info.artifact_uri}), flush=True)
+
+def forked(function, *arguments):
+    child = os.fork()
+    if child:
+        return child
+    try:
+        function(*arguments)
+    except BaseException as error:
+        print(json.dumps({"error": repr(error)}), flush=True)
+        os._exit(1)
+    os._exit(0)
+
+def killed(who, moment):
+    kind, _, count = moment.partition(":")
+    left = int(count or 0)
+    def tick(*_):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            die()
+    if kind == "statement":
+        sqlalchemy.event.listen(sqlalchemy.Engine, "before_cursor_execute", tick)
+    elif kind == "link":
+        os.link = die
+    elif kind == "linked":
+        Path.unlink = lambda path, missing_ok=False: die() if path.name.endswith(".new") and path.exists() else None
+    start(who == "ours")
+
+def report(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+if sys.argv[1] == "together":
+    children = [forked(start) for _ in range(int(sys.argv[2]))]
+    sys.exit(max(abs(report(child)) for child in children))
+who, *moments = sys.argv[2:]
+for number, moment in enumerate(moments):
+    os.makedirs(f"{number}")
+    os.chdir(f"{number}")
+    child = forked(killed, who, moment)
+    if moment.startswith("milliseconds"):
+        time.sleep(int(moment.partition(":")[2]) / 1000)
+        os.kill(child, signal.SIGKILL)
+    code = report(child)
+    found = {"moment": moment, "code": code, "there": os.path.exists("mlflow.db")}
+    found["bytes"] = os.path.getsize("mlflow.db") if found["there"] else 0
+    if who == "ours" and found["there"]:
+        os.system("cp mlflow.db seen.db")  # judged by the test
+    print(json.dumps(found), flush=True)
+    report(forked(start))
+    os.chdir("..")
+"""
+
+
+def starts(folder: Path, *arguments: str) -> list[dict[str, Any]]:
+    """What the starts print, a JSON object a line."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    done = subprocess.run(
+        [sys.executable, "-c", STARTS, *arguments],
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def query(file: Path, statement: str) -> list[Any]:
+    with closing(sqlite3.connect(file)) as base:
+        return base.execute(statement).fetchall()
+
+
+def schema(file: Path) -> set[tuple[str, ...]]:
+    """Every table and index with its columns, and the version. MLflow writes a table's checks in any order."""
+    made = {
+        (name, *sorted((sql or "").replace(",", " ").split()))
+        for name, sql in query(file, "select name, sql from sqlite_master")
+    }
+    return made | set(query(file, "select * from alembic_version"))
+
+
+def files(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir()}
+
+
+def test_starts_at_the_same_moment_share_one_store(tmp_path: Path, empty_store: Path) -> None:
+    count = 8 if FULL else 3
+    told = starts(tmp_path, "together", str(count))
+    assert len({start["run_id"] for start in told}) == count, told
+    ours, theirs = tmp_path / "mlflow.db", empty_store
+    assert query(ours, "select count(*) from runs") == [(count,)]
+    assert files(tmp_path) == {"mlflow.db"}
+    # and it is the one that MLflow makes
+    assert schema(ours) == schema(theirs)
+    default = "select experiment_id, name, lifecycle_stage, workspace from experiments"
+    assert query(ours, default) == query(theirs, default)
+    [(where,)] = query(theirs, "select artifact_location from experiments")
+    assert where == str(theirs.parent / "mlruns" / "0")  # beside the working folder
+    assert query(ours, "select artifact_location from experiments") == [(str(tmp_path / "mlruns" / "0"),)]
+    assert {Path(start["artifacts"]).parent.parent for start in told} == {tmp_path / "mlruns" / "0"}
+
+
+@pytest.mark.skipif(not FULL, reason="FAULTS=full")
+def test_processes_started_at_the_same_moment_share_one_store(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", STARTS, "together", "1"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    for _ in range(3):
+        folder = tmp_path / f"{_}"
+        folder.mkdir()
+        eight = [subprocess.Popen(command, cwd=folder, env=environment) for _ in range(8)]
+        assert [process.wait() for process in eight] == [0] * 8
+        assert query(folder / "mlflow.db", "select count(*) from runs") == [(8,)]
+        assert files(folder) == {"mlflow.db"}
+
+
+def moments(statements: int) -> list[str]:
+    """When a start is killed: before a statement, or after some time."""
+    short = [f"statement:{statements // 2}"]
+    spread = [f"statement:{statements * part // 10}" for part in range(10)]
+    timed = [f"milliseconds:{150 * part}" for part in range(1, 9)]
+    return spread + timed if FULL else short
+
+
+def test_start_that_was_killed_leaves_no_store_or_a_whole_one(tmp_path: Path, empty_store: Path) -> None:
+    told = starts(tmp_path, "killed", "ours", *moments(STATEMENTS), "link", "linked")
+    kills, following = told[0::2], told[1::2]
+    assert len(kills) == len(following) == (20 if FULL else 3)
+    assert all("run_id" in start for start in following), following
+    for number, kill in enumerate(kills):
+        folder = tmp_path / f"{number}"
+        assert kill["code"] == -9 or kill["moment"].startswith("milliseconds"), kill
+        assert kill["there"] == (kill["moment"] == "linked") or kill["moment"].startswith("milliseconds"), kill
+        if kill["there"]:
+            assert schema(folder / "seen.db") == schema(empty_store)
+        assert query(folder / "mlflow.db", "select count(*) from runs")[0][0] >= 1
+        assert schema(folder / "mlflow.db") == schema(empty_store)
+        assert files(folder) - {"seen.db"} == {"mlflow.db"}
+
+
+def test_what_a_killed_mlflow_left_is_set_aside_and_made_anew(tmp_path: Path, empty_store: Path) -> None:
+    two = ["statement:30", "statement:350"]  # MLflow's own next start fails after either
+    chosen = moments(STATEMENTS) if FULL else two
+    told = starts(tmp_path, "killed", "mlflow", *chosen)
+    kills, following = told[0::2], told[1::2]
+    assert all("run_id" in start for start in following), following
+    for number, kill in enumerate(kills):
+        folder = tmp_path / f"{number}"
+        assert schema(folder / "mlflow.db") == schema(empty_store)
+        assert query(folder / "mlflow.db", "select count(*) from runs") == [(1,)]
+        if kill["moment"].startswith("statement"):
+            assert kill["code"] == -9
+            aside = {"mlflow.db.broken-1"} if kill["bytes"] else set()  # an empty file is not worth keeping
+            assert files(folder) - {"mlflow.db.broken-1-journal"} == {"mlflow.db"} | aside, kill
+
+
+# Below, half-made stores are played: cut from a whole one, which takes no time.
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch, empty_store: Path) -> list[Path]:
+    """Stores that were made, by copying; waiting is short."""
+    calls: list[Path] = []
+
+    def copy(uri: str, file: Path) -> None:
+        calls.append(file)
+        shutil.copyfile(empty_store, creation._work_file(file))
+        creation._name(creation._work_file(file), file)
+
+    monkeypatch.setattr(creation, "_make", copy)
+    monkeypatch.setattr(creation, "QUIET_SECONDS", 0.3)
+    monkeypatch.setattr(creation, "HELD_SECONDS", 1.0)
+    return calls
+
+
+def change(file: Path, *statements: str) -> bytes:
+    with closing(sqlite3.connect(file)) as base:
+        for statement in statements:
+            base.execute(statement)
+        base.commit()
+    return file.read_bytes()
+
+
+RUN = "insert into runs (run_uuid, experiment_id, start_time, lifecycle_stage) values ('r1', 0, 1, 'active')"
+NO_VERSION = ("drop table alembic_version",)
+NO_ROW = ("delete from alembic_version",)
+OLD = ("update alembic_version set version_num = '451aebb31d03'",)  # the first migration
+NEW = ("update alembic_version set version_num = 'f00000000000'",)  # of an MLflow to come
+FIRST = (  # before the first migration: the tables that MLflow begins with
+    *(f"create table {name} (experiment_id int)" for name in ("experiments", "runs", "tags", "metrics")),
+)
+
+
+@pytest.mark.parametrize("cut", [OLD, NO_ROW], ids=["old", "no row"])
+def test_half_made_store_is_set_aside(
+    tmp_path: Path, made: list[Path], empty_store: Path, cut: tuple[str, ...], capfd: Any
+) -> None:
+    file = tmp_path / "mlflow.db"
+    if cut is NO_ROW:
+        change(file, *FIRST, "create table alembic_version (version_num text)")
+    else:
+        shutil.copyfile(empty_store, file)
+        change(file, *cut)
+    before = file.read_bytes()
+    (tmp_path / "mlflow.db.broken-1").write_text("an earlier one")
+    ensure_store(f"sqlite:///{file}")
+    assert made == [file]
+    assert schema(file) == schema(empty_store)
+    assert (tmp_path / "mlflow.db.broken-2").read_bytes() == before
+    assert (tmp_path / "mlflow.db.broken-1").read_text() == "an earlier one"
+    told = capfd.readouterr().err
+    assert told == (f"tracking store {file} was half made, without a run: set aside as mlflow.db.broken-2, made anew\n")
+
+
+@pytest.mark.parametrize("cut", [NO_VERSION, NO_ROW, OLD], ids=["no version", "no row", "old"])
+@pytest.mark.parametrize(
+    "content",
+    [RUN, "insert into experiments (experiment_id, name, workspace) values (7, 'mine', 'default')",
+     "insert into registered_models (name, workspace) values ('mine', 'default')"],
+    ids=["run", "experiment", "model"],
+)  # fmt: skip
+def test_store_with_anything_in_it_is_never_touched(
+    tmp_path: Path, made: list[Path], empty_store: Path, cut: tuple[str, ...], content: str
+) -> None:
+    file = tmp_path / "mlflow.db"
+    shutil.copyfile(empty_store, file)
+    before = change(file, content, *cut)
+    ensure_store(f"sqlite:///{file}")
+    assert file.read_bytes() == before
+    assert files(tmp_path) == {"mlflow.db"}
+    assert not made
+
+
+def test_store_of_another_program_or_a_newer_mlflow_is_never_touched(
+    tmp_path: Path, made: list[Path], empty_store: Path
+) -> None:
+    file = tmp_path / "mlflow.db"
+    other = change(file, "create table songs (name text)")
+    ensure_store(f"sqlite:///{file}")
+    assert file.read_bytes() == other
+    shutil.copyfile(empty_store, file)
+    newer = change(file, *NEW)
+    ensure_store(f"sqlite:///{file}")
+    assert file.read_bytes() == newer
+    assert not made
+
+
+@pytest.mark.parametrize("content", [b"#!/bin/sh\n", b"SQLite format 3\0" + b"\xff" * 4096, b"SQLite"])
+def test_what_is_no_database_is_left_alone(tmp_path: Path, made: list[Path], content: bytes) -> None:
+    file = tmp_path / "mlflow.db"
+    file.write_bytes(content)
+    ensure_store(f"sqlite:///{file}")
+    assert file.read_bytes() == content
+    assert not made
+
+
+def test_whole_store_needs_no_lock_and_no_writing(tmp_path: Path, made: list[Path], empty_store: Path) -> None:
+    file = tmp_path / "mlflow.db"
+    shutil.copyfile(empty_store, file)
+    change(file, RUN)
+    (tmp_path / "mlflow.db.lock").mkdir()  # a lock that nobody could take
+    started = time.monotonic()
+    ensure_store(f"sqlite:///{file}")
+    assert time.monotonic() - started < 0.5
+    assert not made
+
+
+@pytest.mark.parametrize("uri", ["sqlite://", "sqlite:///:memory:", "http://127.0.0.1:1", "postgresql://u:p@h/d", "x"])
+def test_other_uris_are_nothing_to_do(
+    tmp_path: Path, made: list[Path], uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ensure_store(uri)
+    assert files(tmp_path) == set()
+    assert not made
+
+
+def test_empty_file_becomes_a_store_with_its_rights(tmp_path: Path, made: list[Path], empty_store: Path) -> None:
+    file = tmp_path / "mlflow.db"
+    file.touch()
+    file.chmod(0o600)
+    ensure_store(f"sqlite:///{file}")
+    assert made == [file]
+    assert schema(file) == schema(empty_store)
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert files(tmp_path) == {"mlflow.db"}
+
+
+def test_relative_path_folders_and_links_are_as_sqlite_takes_them(
+    tmp_path: Path, made: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ensure_store("sqlite:///new folder/50%/a?b#c.db?timeout=5".replace("?b#c", " b"))
+    assert made == [tmp_path / "new folder" / "50%" / "a b.db"]
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "mlflow.db").symlink_to(tmp_path / "elsewhere" / "real.db")
+    ensure_store("sqlite:///mlflow.db")
+    assert (tmp_path / "mlflow.db").is_symlink()
+    assert made[1] == tmp_path / "elsewhere" / "real.db"
+    assert files(tmp_path / "elsewhere") == {"real.db"}
+
+
+def test_journal_of_a_deleted_store_is_not_played_into_the_new_one(
+    tmp_path: Path, made: list[Path], empty_store: Path
+) -> None:
+    for end in ("-journal", "-wal", "-shm"):
+        (tmp_path / f"mlflow.db{end}").write_bytes(end.encode())
+    ensure_store(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    kept = {f"mlflow.db.broken-1{end}" for end in ("-journal", "-wal", "-shm")}
+    assert files(tmp_path) == {"mlflow.db"} | kept
+    assert (tmp_path / "mlflow.db.broken-1-wal").read_bytes() == b"-wal"
+
+
+def test_rest_of_a_killed_maker_is_removed(tmp_path: Path, made: list[Path], empty_store: Path) -> None:
+    file = tmp_path / "mlflow.db"
+    shutil.copyfile(empty_store, file)
+    for name in ("mlflow.db.new", "mlflow.db.new-journal", "mlflow.db.lock"):
+        (tmp_path / name).write_bytes(b"half")
+    ensure_store(f"sqlite:///{file}")
+    assert files(tmp_path) == {"mlflow.db"}
+    assert not made
+
+
+# Opens the file as a maker does, and writes to it now and then.
+MAKER = """
+import sqlite3, sys, time
+base = sqlite3.connect(sys.argv[1], isolation_level=None)
+base.execute("select * from sqlite_master").fetchall()
+print("open", flush=True)
+for number in range(int(sys.argv[2])):
+    time.sleep(0.15)
+    base.execute(f"create table if not exists tags{number} (a int)")
+if sys.argv[3] == "finish":
+    base.execute("update alembic_version set version_num = ?", (sys.argv[4],))
+    base.close()
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def maker() -> Any:
+    started: list[subprocess.Popen[str]] = []
+
+    def start(file: Path, writes: int, end: str, version: str = "") -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", MAKER, str(file), str(writes), end, version]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout
+        assert process.stdout.readline() == "open\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_store_that_another_process_is_making_is_waited_for(
+    tmp_path: Path, made: list[Path], empty_store: Path, maker: Callable[..., Any]
+) -> None:
+    file = tmp_path / "mlflow.db"
+    shutil.copyfile(empty_store, file)
+    [(head,)] = query(file, "select version_num from alembic_version")
+    change(file, *OLD)
+    maker(file, 8, "finish", head)
+    ensure_store(f"sqlite:///{file}")
+    assert not made
+    assert files(tmp_path) == {"mlflow.db"}
+    assert query(file, "select version_num from alembic_version") == [(head,)]
+    assert query(file, "select count(*) from sqlite_master where name like 'tags_'") == [(8,)]
+
+
+def test_half_made_store_that_stays_open_is_told_with_its_process(
+    tmp_path: Path, made: list[Path], empty_store: Path, maker: Callable[..., Any]
+) -> None:
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("needs /proc")
+    file = tmp_path / "mlflow.db"
+    shutil.copyfile(empty_store, file)
+    before = change(file, *OLD)
+    process = maker(file, 0, "stay")
+    with pytest.raises(UserError, match=f"half made, and process {process.pid} has it open: end that process"):
+        ensure_store(f"sqlite:///{file}")
+    assert file.read_bytes() == before
+    process.kill()
+    process.wait()
+    ensure_store(f"sqlite:///{file}")
+    assert made == [file]
+
+
+def test_store_that_mlflow_named_meanwhile_is_kept(
+    tmp_path: Path, made: list[Path], empty_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, work = tmp_path / "mlflow.db", tmp_path / "mlflow.db.new"
+    shutil.copyfile(empty_store, file)
+    before = change(file, RUN)
+    shutil.copyfile(empty_store, work)
+    creation._name(work, file)
+    assert file.read_bytes() == before
+    assert not work.exists()
+
+
+def test_file_system_without_hard_links_renames(
+    tmp_path: Path, made: list[Path], empty_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    ensure_store(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert schema(tmp_path / "mlflow.db") == schema(empty_store)
+    assert files(tmp_path) == {"mlflow.db"}
+
+
+def test_place_that_cannot_hold_a_store_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"^tracking store .*file/mlflow.db: .*file is not a folder$"):
+        ensure_store(f"sqlite:///{tmp_path / 'file' / 'mlflow.db'}")
+    with pytest.raises(UserError, match=r"^tracking store .*file/sub/mlflow.db: Not a directory$"):
+        ensure_store(f"sqlite:///{tmp_path / 'file' / 'sub' / 'mlflow.db'}")
+
+
+# One trainer: every step is logged and flushed by itself.
+TRAINER = """
+import sys, time
+from pathlib import Path
+from pipeline.run import MlflowRun, RunRequest, Writer
+
+number, steps, metrics = map(int, sys.argv[1:])
+with Writer() as writer:
+    run = MlflowRun(writer, RunRequest(name=f"t{number}"), Path("outputs"))
+    for step in range(steps):
+        run.log_metrics(step, {f"m{metric}": number + step + metric / 16 for metric in range(metrics)})
+        run.flush()
+        time.sleep(0.02)
+    run.finish("FINISHED")
+"""
+
+
+@pytest.mark.skipif(not FULL, reason="FAULTS=full")
+def test_eight_trainers_log_every_step_to_one_new_store(tmp_path: Path) -> None:
+    steps, metrics = 300, 12
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    trainers = [
+        subprocess.Popen(
+            [sys.executable, "-c", TRAINER, str(number), str(steps), str(metrics)],
+            cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True,
+        )
+        for number in range(8)
+    ]  # fmt: skip
+    told = [trainer.communicate(timeout=600)[1] for trainer in trainers]
+    assert [trainer.returncode for trainer in trainers] == [0] * 8, told
+    lines = [line for text in told for line in text.splitlines()]
+    assert all(line.startswith("delivered ") for line in lines), lines  # the store was never away for anybody
+    file = tmp_path / "mlflow.db"
+    runs = query(file, "select name, status, run_uuid from runs order by name")
+    assert [run[:2] for run in runs] == [(f"t{number}", "FINISHED") for number in range(8)]
+    for number, (_, _, run_id) in enumerate(runs):
+        points = query(file, f"select key, step, value from metrics where run_uuid = '{run_id}'")  # noqa: S608
+        assert len(points) == steps * metrics
+        assert set(points) == {
+            (f"m{metric}", step, number + step + metric / 16) for step in range(steps) for metric in range(metrics)
+        }

@@ -1,0 +1,540 @@
+"""What came from elsewhere (a model, a config, data, a name) is read, shown and filed; it never acts."""
+
+import ast
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from safetensors import SafetensorError
+from test_report import HOSTILE, comparison, written
+from test_report import arm as arm_of
+
+from pipeline import __main__ as command_line
+from pipeline.checkpoint import Damaged, read, write
+from pipeline.compare import NOTE_LENGTH, to_markdown
+from pipeline.config import load, read_yaml, to_yaml
+from pipeline.errors import UserError
+from pipeline.page.markup import tag
+from pipeline.tasks.mmoe.config import MmoeConfig
+from pipeline.tasks.mmoe.data import read_split
+from pipeline.tasks.mmoe.schema import DataSchema
+from pipeline.tasks.visobert.config import ModelConfig
+from pipeline.tasks.visobert.data import tokenise
+from pipeline.tasks.visobert.model import build_model
+from pipeline.tasks.visobert.tokenizer import EmbeddedTokenizer, load_tokenizer
+
+PACKAGE = sorted((ROOT / "pipeline").rglob("*.py"))
+
+
+class Bomb:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, sentinel: Path) -> None:
+        self.sentinel = sentinel
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
+        return os.mkdir, (str(self.sentinel),)
+
+
+@pytest.fixture
+def sentinel(tmp_path: Path) -> Iterator[Path]:
+    """A path that must not exist at the end; that the bomb is live is seen first."""
+    path = tmp_path / "sentinel"
+    pickle.loads(pickle.dumps(Bomb(path)))  # noqa: S301 (our own)
+    path.rmdir()
+    yield path
+    assert not path.exists(), "the bomb went off"
+
+
+def bombs(sentinel: Path, folder: Path) -> list[bytes]:
+    """The same bomb as a bare pickle and as torch writes weights."""
+    torch.save({"weight": Bomb(sentinel)}, folder / "bomb.pt")
+    return [pickle.dumps(Bomb(sentinel)), (folder / "bomb.pt").read_bytes()]
+
+
+def exit_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    """Exit code and the one line on standard error."""
+    with pytest.raises(SystemExit) as ended:
+        command_line.main(list(arguments))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert isinstance(ended.value.code, int)
+    return ended.value.code, line
+
+
+# ---------------------------------------------------------------- files that could hold code
+
+
+def test_a_pickle_in_place_of_a_logged_models_weights(impressions: Path, tmp_path: Path, sentinel: Path) -> None:
+    from pipeline.serving import _load_pyfunc
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("schema.json", "vocabulary.parquet"):
+        shutil.copyfile(impressions / name, folder / name)
+    (folder / "config.yaml").write_text(to_yaml(load(MmoeConfig)))
+    (folder / "serving.json").write_text('{"task": "mmoe"}')
+    for bomb in bombs(sentinel, tmp_path):
+        (folder / "model.safetensors").write_bytes(bomb)
+        with pytest.raises(SafetensorError):
+            _load_pyfunc(str(folder))
+
+
+@pytest.mark.parametrize("task", ["../mmoe", "mmoe.predict", "", "a b", "mmoe\n"])
+def test_a_logged_model_names_a_task_and_nothing_else(task: str, tmp_path: Path) -> None:
+    from pipeline.serving import _load_pyfunc
+
+    (tmp_path / "serving.json").write_text(json.dumps({"task": task}))
+    with pytest.raises(ValueError, match="is not the name of a task"):
+        _load_pyfunc(str(tmp_path))
+
+
+ARCHITECTURE = {
+    "model_type": "bert", "vocab_size": 40, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "intermediate_size": 8, "max_position_embeddings": 16,
+}  # fmt: skip
+
+
+def encoder(folder: Path, **changes: Any) -> Path:
+    """A local model folder without weights."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(ARCHITECTURE | changes))
+    return folder
+
+
+class FewIds:
+    size, pad_id, mask_id = 40, 0, 3
+
+
+def test_a_model_folder_with_pickled_weights_alone(tmp_path: Path, sentinel: Path) -> None:
+    folder = encoder(tmp_path / "model")
+    for bomb in bombs(sentinel, tmp_path):
+        (folder / "pytorch_model.bin").write_bytes(bomb)
+        with pytest.raises(UserError, match=r"model\.safetensors is missing"):
+            build_model(ModelConfig(name=str(folder)), 2, FewIds(), weights=True)  # type: ignore[arg-type]
+    for bomb in bombs(sentinel, tmp_path):
+        (folder / "model.safetensors").write_bytes(bomb)
+        with pytest.raises(UserError, match="transformers cannot load"):
+            build_model(ModelConfig(name=str(folder)), 2, FewIds(), weights=True)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("init", ["pretrained", "random"])
+def test_a_model_folder_that_brings_its_own_code(init: str, tmp_path: Path, sentinel: Path) -> None:
+    code = {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel", "AutoTokenizer": ["own.OwnTokenizer", None]}
+    folder = encoder(tmp_path / "model", model_type="own", auto_map=code)
+    (folder / "own.py").write_text(f"import os\nos.mkdir({str(sentinel)!r})\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": code, "tokenizer_class": "OwnTokenizer"}))
+    (folder / "vocab.txt").write_text("a\nb\n")
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="cannot load"):
+        build_model(ModelConfig(name=str(folder), init=init), 2, FewIds(), weights=True)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_tokenizer(str(folder), None, [], 300)
+
+
+def test_a_pickle_in_the_cache_of_tokens(tmp_path: Path, sentinel: Path) -> None:
+    texts = ["máy tốt, pin bền", "màn hình xấu", "máy tốt"] * 4
+    tokenizer = EmbeddedTokenizer.train(texts, 300)
+    tokens = tokenise(tokenizer, texts, 32, tmp_path / "cache")
+    (file,) = (tmp_path / "cache" / "tokens").iterdir()
+    np.savez(file, ids=np.array([Bomb(sentinel)], dtype=object), lengths=tokens.lengths)
+    again = tokenise(tokenizer, texts, 32, tmp_path / "cache")
+    assert again.ids.tolist() == tokens.ids.tolist()
+    assert np.load(file)["ids"].tolist() == tokens.ids.tolist()  # what was there is written over
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_pickle_in_a_checkpoint(name: str, signed: bool, tmp_path: Path, sentinel: Path) -> None:
+    folder = tmp_path / "000000005"
+    folder.mkdir()
+    write(folder, {"weights": {"a": torch.ones(3)}, "step": 5}, 5)
+    assert read(folder).step == 5
+    for bomb in bombs(sentinel, tmp_path):
+        before = (folder / name).read_bytes()
+        (folder / name).write_bytes(bomb)
+        if signed:  # by somebody who knows the manifest
+            manifest = (folder / "manifest.json").read_text()
+            manifest = manifest.replace(sha256(before).hexdigest(), sha256(bomb).hexdigest())
+            (folder / "manifest.json").write_text(manifest.replace(f'"size": {len(before)}', f'"size": {len(bomb)}'))
+        with pytest.raises(Damaged):
+            read(folder)
+
+
+CODE = [
+    "!!python/object/apply:os.mkdir [SENTINEL]",
+    "!!python/object/new:os.mkdir [SENTINEL]",
+    "!!python/name:os.mkdir",
+    "!!python/module:antigravity",
+    "!!python/object:subprocess.Popen {args: [mkdir, SENTINEL]}",
+]
+
+
+@pytest.mark.parametrize("code", CODE)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train_mmoe", "--config", "FILE"],
+        ["train_visobert", "--config", "FILE"],
+        ["data_prep", "--config", "FILE"],
+        ["compare", "--config", "FILE"],
+        ["sweep", "--config", "FILE"],
+        ["prepare_ctr", "--data", "x.csv", "--output_dir", "out", "--schema", "FILE"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_tags_that_would_run_code(
+    code: str, arguments: list[str], tmp_path: Path, sentinel: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file.yaml"
+    file.write_text(f"a: {code.replace('SENTINEL', str(sentinel))}\n")
+    status, line = exit_of(capsys, *(part.replace("FILE", str(file)) for part in arguments))
+    assert status == 2
+    assert line.startswith(f"error: {file}: line 1 not valid YAML: could not determine a constructor for the tag")
+
+
+def test_a_tag_in_an_override_is_text(sentinel: Path) -> None:
+    code = CODE[0].replace("SENTINEL", str(sentinel))
+    with pytest.raises(UserError, match=r"--training\.batch_size: found '!!python"):
+        load(MmoeConfig, None, {"training.batch_size": code})
+
+
+def test_a_few_lines_that_stand_for_billions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "file.yaml"
+    lists = [
+        f"{name}: &{name} [{', '.join(['*' + before] * 9)}]"
+        for before, name in zip("abcdefghi", "bcdefghij", strict=True)
+    ]
+    file.write_text("\n".join(["a: &a [x]", *lists]))
+    assert exit_of(capsys, "train_mmoe", "--config", str(file)) == (
+        2, f"error: {file}: line 6 not valid YAML: found over 50,000 values with every alias written out",
+    )  # fmt: skip
+    file.write_text("a: &a {b: *a}")
+    assert "a value that holds itself" in exit_of(capsys, "train_mmoe", "--config", str(file))[1]
+    file.write_text("a: " + "[" * 5000)
+    assert "nested too deeply" in exit_of(capsys, "train_mmoe", "--config", str(file))[1]
+    file.write_text("#" * ((1 << 20) + 1))
+    assert exit_of(capsys, "train_mmoe", "--config", str(file)) == (
+        2, f"error: {file}: found over 1 MiB, allowed: a YAML file of settings"
+    )  # fmt: skip
+    assert exit_of(capsys, "train_mmoe", "--config", "/dev/zero")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("run_name: 2001-13-45", "month must be in 1..12"),
+        ("seed: !!int ''", "a value that is none"),
+        ("seed: !!bool x", "a value that is none"),
+        ("seed: 0b_", "a value that is none"),
+        ("seed: " + "9" * 5000, "a value that is none"),
+        ("seed: 0x" + "f" * 5000, "seed: found a whole number of 20000 bits"),
+        ('output_dir: "a\\0b"', "output_dir: found a zero character"),
+        ('output_dir: "\\ud800"', "output_dir: found half a character"),
+        ('training: {"\\0": 1}', "training: found a zero character"),
+        ("? [a]\n: b", "unhashable"),
+        ("? {a: 1}\n: b", "unhashable"),
+    ],
+)
+def test_values_that_yaml_itself_stumbles_over(text: str, told: str, tmp_path: Path) -> None:
+    file = tmp_path / "file.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_yaml(file)
+    assert str(caught.value).startswith(f"{file}:")
+    assert told in str(caught.value)
+
+
+# ---------------------------------------------------------------- names that become files
+
+ESCAPES = ["../../escaped", "/escaped", "..", "a/../../escaped", "..\\escaped"]
+
+
+def tree(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def test_a_prepared_folder_cannot_name_files_elsewhere(impressions: Path, tmp_path: Path) -> None:
+    shutil.copyfile(impressions / "schema.json", tmp_path / "schema.json")
+    told = json.loads((tmp_path / "schema.json").read_text())
+    for name in [str(impressions / "train.parquet"), f"../{impressions.name}/train.parquet", "..", "", "a\0b", "a/b"]:
+        told["splits"]["train"]["file"] = name
+        (tmp_path / "schema.json").write_text(json.dumps(told))
+        with pytest.raises(UserError, match=r"splits\.train\.file"):
+            read_split(tmp_path, DataSchema.read(tmp_path), "train")
+
+
+def test_columns_and_aspects_are_no_paths(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside = tmp_path / "a" / "b" / "c"
+    inside.mkdir(parents=True)
+    header = ",".join(f'"{name}"' for name in ("clicked", *ESCAPES))
+    rows = "\n".join(f"{row % 2}," + ",".join(str(row % 3) for _ in ESCAPES) for row in range(40))
+    (inside / "data.csv").write_text(f"{header}\n{rows}\n")
+    schema = {
+        "labels": {"click": "clicked", "conversion": "clicked"},
+        "features": dict.fromkeys(ESCAPES, "categorical"),
+    }
+    (inside / "schema.yaml").write_text(yaml.safe_dump(schema))
+    words = ("Positive", "Negative", "Neutral")
+    reviews = "\n".join(f"máy {row}," + ",".join(words[row % 3] for _ in ESCAPES) for row in range(12))
+    (inside / "reviews.csv").write_text(",".join(["text", *ESCAPES]) + f"\n{reviews}\n")
+    before = tree(tmp_path)
+    for arguments in (
+        ["prepare_ctr", "--data", "data.csv", "--schema", "schema.yaml", "--output_dir", "out/ctr"],
+        ["data_prep", "--data", "reviews.csv", "--output_dir", "out/reviews", "--data.cache", "out/cache"],
+    ):
+        monkeypatch.chdir(inside)
+        with pytest.raises(SystemExit) as ended:
+            command_line.main([*arguments, "--tracking.enabled", "false"])
+        assert ended.value.code == 0, capsys.readouterr().err
+    made = tree(tmp_path) - before
+    assert {Path(path).parent.as_posix() for path in made} == {
+        "a/b/c",
+        "a/b/c/out",
+        "a/b/c/out/ctr",
+        "a/b/c/out/reviews",
+    }
+    assert not list(tmp_path.parent.glob("*escaped*"))
+    assert not Path("/escaped").exists()
+
+
+def test_metrics_named_after_columns_are_no_paths(impressions: Path) -> None:
+    from pipeline.tasks.mmoe.entry import figures
+
+    schema = DataSchema.read(impressions)
+    feature = next(feature for feature in schema.features if feature.kind == "categorical")
+    for name in ESCAPES:
+        changes = {"name": name, "out_of_vocabulary": {"test": 0.5}}
+        odd = schema.model_copy(update={"features": (feature.model_copy(update=changes),)})
+        assert len(figures(odd)) == len(figures(schema.model_copy(update={"features": ()}))) + 1
+        for metric in figures(odd):
+            assert re.fullmatch(r"[\w./ -]+", metric)
+            assert not {"", ".", ".."} & set(metric.split("/"))
+
+
+# ---------------------------------------------------------------- pages and notes
+
+
+def escaped(markdown: str) -> None:
+    """No markup of its own in Markdown: HTML may stand there as it is, so no `<` may."""
+    assert "<" not in markdown
+    assert "&lt;script>" in markdown
+
+
+def test_a_comparisons_note_shows_names_as_they_are() -> None:
+    name = "<script>alert(1)</script> [a](javascript:alert(2)) | `x` ![i](http://x/y.png)"
+    bad = arm_of(name, (0.61, 0.62, 0.63), (0.6, 0.6, 0.6), differing={"loss.aux_focal.lambda": name},
+                 control_of=name)  # fmt: skip
+    compared = comparison(bad, title=name, notes=(name,), task=name)
+    for text in (to_markdown(compared), to_markdown(compared, NOTE_LENGTH), to_markdown(compared, 700)):
+        escaped(text)
+        assert not re.search(r"(?<!\\)\]\(", text), "a link"
+    control = replace(bad, role="control")
+    escaped(to_markdown(comparison(bad, control, baseline=name)))
+
+
+def test_a_review_a_feature_and_a_param_in_the_page(tmp_path: Path) -> None:
+    params = {f"data.{HOSTILE}": HOSTILE}
+    compared = comparison(arm_of(HOSTILE, (0.61, 0.62, 0.63), (0.6, 0.6, 0.6), differing=params), notes=(HOSTILE,))
+    page, source = written(compared, _no_history(), tmp_path)
+    assert not page.broken
+    assert len(page.find("script")) == 1
+    assert source.count("<script") == 1
+    assert "&lt;script&gt;" in source
+
+
+def _no_history() -> Any:
+    from test_report import EMPTY
+
+    return EMPTY
+
+
+def test_attributes_cannot_be_closed_from_inside() -> None:
+    assert tag("p", title="\"><script>'") == '<p title="&quot;&gt;&lt;script&gt;&#x27;"></p>'
+    assert tag("p", "<b>") == "<p>&lt;b&gt;</p>"
+
+
+# ---------------------------------------------------------------- the source
+
+
+def calls(file: Path) -> Iterator[tuple[str, ast.Call]]:
+    """Every call in a file, as it is written: `torch.load`, `eval`."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def given(node: ast.Call, name: str) -> str | None:
+    return next((ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg == name), None)
+
+
+PICKLES = ("pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib")
+
+
+def dangers(file: Path) -> list[str]:
+    """What a file does that could run what it reads."""
+    found = []
+    for name, node in calls(file):
+        last = name.rsplit(".", 1)[-1]
+        if name in ("eval", "exec", "compile", "__import__", "os.system", "os.popen"):
+            found.append(name)
+        if name == "torch.load" and given(node, "weights_only") != "True":
+            found.append(f"{name} without weights_only")
+        if name in ("np.load", "numpy.load") and given(node, "allow_pickle") != "False":
+            found.append(f"{name} without allow_pickle=False")
+        if name.startswith("yaml.") and last in ("unsafe_load", "full_load", "load_all", "Loader", "UnsafeLoader"):
+            found.append(name)
+        if name == "yaml.load" and "SafeLoader" not in ast.unparse(node):
+            found.append(f"{name} without a safe loader")
+        if given(node, "shell") not in (None, "False"):
+            found.append(f"{name} with a shell")
+        if last in ("from_pretrained", "from_config") and given(node, "trust_remote_code") != "False":
+            found.append(f"{name} without trust_remote_code=False")
+        if given(node, "invalid_row_handler") or (last == "ReadOptions" and given(node, "encoding")):
+            found.append(f"{name} calls back from Arrow's threads, which aborts the process at its end")
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        found += [f"import {name}" for name in names if name.split(".")[0] in PICKLES]
+    return found
+
+
+@pytest.mark.parametrize("file", PACKAGE, ids=lambda file: file.relative_to(ROOT).as_posix())
+def test_nothing_in_the_package_runs_what_it_reads(file: Path) -> None:
+    assert not dangers(file)
+
+
+def test_loaders_of_yaml_are_safe_ones() -> None:
+    for file in PACKAGE:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and "Loader" in node.name:
+                assert [ast.unparse(base) for base in node.bases] == ["yaml.SafeLoader"]
+
+
+def test_the_rule_sees_what_it_forbids(tmp_path: Path) -> None:
+    file = tmp_path / "bad.py"
+    bad = [
+        "eval('1')", "exec('1')", "torch.load(f)", "torch.load(f, weights_only=False)", "np.load(f)",
+        "yaml.unsafe_load(f)",
+        "yaml.load(f, yaml.Loader)", "subprocess.run('x', shell=True)", "AutoModel.from_pretrained(f)", "import pickle",
+        "from joblib import load", "os.system('x')", "pa.csv.ParseOptions(invalid_row_handler=f)",
+    ]  # fmt: skip
+    for line in bad:
+        file.write_text(line)
+        assert dangers(file), line
+    fine = ["torch.load(f, weights_only=True)", "np.load(f, allow_pickle=False)", "yaml.safe_load(f)", "model.eval()",
+            "re.compile('x')"]  # fmt: skip
+    file.write_text("\n".join(fine))
+    assert not dangers(file)
+
+
+# ---------------------------------------------------------------- the server that `make ui` starts
+
+
+@contextmanager
+def ui(folder: Path, port: int) -> Iterator[subprocess.Popen[str]]:
+    """`make ui`'s own command line, in a working folder."""
+    recipe = subprocess.run(
+        ["make", "--no-print-directory", "--dry-run", "-o", "setup", "ui", f"PORT={port}"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.strip().splitlines()[-1]  # fmt: skip
+    command = recipe.split()
+    assert command[1:3] == ["-m", "pipeline.tracking.ui"]
+    environment = {**os.environ, "BROWSER": "true", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, *command[1:]], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(20)
+
+
+def listening(port: int) -> set[str]:
+    """Local addresses (hex, as the kernel lists them) at which somebody waits on the port."""
+    found = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            address, state = line.split()[1], line.split()[3]
+            if state == "0A" and int(address.split(":")[1], 16) == port:
+                found.add(address.split(":")[0])
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs Linux' table of sockets")
+def test_make_ui_serves_this_machine_alone(client: Any, workplace: Path) -> None:
+    client.create_run("0", tags={"sweep_id": "0123456789abcdef", "role": "summary", "metric": "test/auc_ctcvr"})
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with ui(workplace, port) as process:
+        assert process.stdout
+        assert process.stdout.readline().startswith(f"http://127.0.0.1:{port}/")
+        assert urlopen(f"http://127.0.0.1:{port}/health", timeout=10).status == 200
+        assert listening(port) == {"0100007F"}  # 127.0.0.1, least byte first
+
+
+# ---------------------------------------------------------------- secrets
+
+SECRET = "hunter%2F2"  # noqa: S105 (of nobody)
+SECRETS = [
+    f"http://user:{SECRET}@127.0.0.1:1",
+    f"postgresql://user:{SECRET}@127.0.0.1:1/base",
+    f"postgresql://127.0.0.1:1/base?user=u&password={SECRET}",
+    f"postgresql+psycopg://user:{SECRET}@127.0.0.1:1/base?sslpassword={SECRET}&connect_timeout=1",
+    f"mysql://user:a@{SECRET}@127.0.0.1:1/base",
+    f"http://127.0.0.1:1/?access_token={SECRET}",
+]
+
+
+@pytest.mark.parametrize("uri", SECRETS)
+def test_a_uri_is_told_without_its_secrets(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow
+
+    from pipeline.tracking.store import tracking_uri
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    mlflow.set_tracking_uri(None)
+    told = tracking_uri()
+    for secret in (SECRET, "hunter", "user", "password", "token"):
+        assert secret not in told
+    assert told.startswith(uri.split("://", maxsplit=1)[0])
+    assert "127.0.0.1" in told
+
+
+@pytest.mark.parametrize("uri", SECRETS[:4])
+def test_a_server_that_is_away_is_told_without_secrets(uri: str, tmp_path: Path) -> None:
+    (tmp_path / "reviews.csv").write_text(
+        "text,Camera\n" + "".join(f"máy {row},{word}\n" for row, word in enumerate(("Positive", "Negative", "Neutral")))
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", "data_prep", "--data", "reviews.csv"], cwd=tmp_path, capture_output=True,
+        text=True, timeout=120, check=False, env={**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": uri},
+    )  # fmt: skip
+    assert done.returncode == 2
+    texts = [done.stdout, done.stderr]
+    texts += [file.read_text(errors="replace") for file in tmp_path.rglob("*") if file.is_file()]
+    for text in texts:
+        assert "hunter" not in text
+    assert "tracking store" in done.stderr.splitlines()[-1]

@@ -1,0 +1,243 @@
+"""`sync` brings what waits in a journal to a store, the same or another one, whenever that is."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from server import MlflowServer, free_port
+
+from pipeline.errors import TrainingError, Undelivered, UserError
+from pipeline.journal import JOURNAL_FILE
+from pipeline.ownership import Ownership
+from pipeline.run import MlflowRun, RunRequest, Writer
+from pipeline.tracking.delivery import NO_WORD
+from pipeline.tracking.sync import sync
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    with MlflowServer(tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
+@pytest.fixture
+def away(server: MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A store that nobody serves."""
+    monkeypatch.chdir(tmp_path)
+    uri = f"http://127.0.0.1:{free_port()}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    return uri
+
+
+def use(uri: str, patch: pytest.MonkeyPatch) -> Any:
+    """Let `sync` and MLflow's client in this process go there."""
+    import mlflow
+
+    mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # the fixture `client` has set it
+    patch.setenv("MLFLOW_TRACKING_URI", uri)
+    return mlflow.MlflowClient(uri)
+
+
+def points(client: Any, run_id: str, key: str) -> list[tuple[int, float, int]]:
+    return sorted((point.step, point.value, point.timestamp) for point in client.get_metric_history(run_id, key))
+
+
+def log_all(run: MlflowRun, export: dict[str, Any]) -> None:
+    run.log_params({"seed": "3", "loss.aux_focal.lambda": "0.1"})
+    run.set_tags({"data_digest": "ab" * 32})
+    run.log_input("data", "ab" * 32, "a file", {"rows": 3})
+    note = run.folder / "note.txt"
+    note.write_text("read me")
+    run.log_artifact(note, "notes")
+    for step in range(700):
+        run.log_metrics(
+            step, {"loss_total": step / 3, "valid/auc": float("nan") if step == 5 else step / 7}, 1000 + step
+        )
+    if export:
+        shutil.copytree(export["folder"], run.folder / "model")
+        run.log_model(export | {"folder": str(run.folder / "model")})
+
+
+@pytest.fixture(scope="module")
+def export(impressions: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A small model as training hands it over."""
+    from dataclasses import asdict
+
+    from conftest import ROOT, SHRUNK
+
+    from pipeline.config import load
+    from pipeline.tasks.mmoe.config import MmoeConfig
+    from pipeline.tasks.mmoe.task import MmoeTask
+
+    config = load(MmoeConfig, ROOT / "configs/mtl_mmoe.yaml", SHRUNK | {"data.path": str(impressions)})
+    task = MmoeTask(config)
+    return asdict(task.export(task.model(), tmp_path_factory.mktemp("export") / "model"))
+
+
+def test_all_of_a_run_that_no_server_took_comes_to_a_new_one(
+    server: MlflowServer,
+    away: str,
+    export: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with Writer() as writer:
+        request = RunRequest("lonely", experiment="synced", tags={"arm": "a"})
+        run = MlflowRun(writer, request, Path("outputs"), offline=True)
+        log_all(run, export)
+        with pytest.raises(Undelivered) as caught:
+            run.finish("FINISHED", patience=0.5)
+    assert caught.value.exit_code == 3
+    with pytest.raises(Undelivered, match=r"does not answer.*; everything stays in") as caught:
+        sync(run.folder)
+    client = use(server.uri, monkeypatch)
+    sync(run.folder)
+    assert "records delivered to" in capsys.readouterr().err
+    (made,) = client.search_runs([client.get_experiment_by_name("synced").experiment_id])
+    assert made.info.run_name == "lonely"
+    assert made.info.status == "FINISHED"
+    assert made.data.params == {"seed": "3", "loss.aux_focal.lambda": "0.1"}
+    tags = {"arm": "a", "data_digest": "ab" * 32, "original_run_id": run.id, "run_dir": str(run.folder.resolve())}
+    assert made.data.tags.items() >= tags.items()
+    assert points(client, made.info.run_id, "loss_total") == [(step, step / 3, 1000 + step) for step in range(700)]
+    assert [value != value for _, value, _ in points(client, made.info.run_id, "valid/auc")].index(True) == 5  # noqa: PLR0124
+    assert made.inputs.dataset_inputs[0].dataset.digest == "ab" * 16
+    assert Path(client.download_artifacts(made.info.run_id, "notes/note.txt")).read_text() == "read me"
+    assert "history.parquet" in [found.path for found in client.list_artifacts(made.info.run_id)]
+    assert len(models(client, made)) == 1
+    sync(run.folder)
+    assert "nothing to deliver" in capsys.readouterr().err
+    assert client.get_run(made.info.run_id).info.end_time == made.info.end_time
+    (run.folder / "delivered.json").unlink()  # all of it a second time
+    sync(run.folder.parent)
+    assert len(client.search_runs([made.info.experiment_id])) == 1
+    assert len(points(client, made.info.run_id, "loss_total")) == 700
+    assert len(models(client, made)) == 1
+    client.delete_run(made.info.run_id)
+
+
+def models(client: Any, run: Any) -> list[Any]:
+    found = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
+    return [model for model in found if model.status == "READY"]
+
+
+def test_a_run_of_one_store_is_made_in_another(
+    client: Any, workplace: Path, server: MlflowServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first store stays as it is; points are compared through MLflow."""
+    with Writer() as writer:
+        run = MlflowRun(writer, RunRequest("twice", experiment="shared"), Path("outputs"))
+        log_all(run, {})
+        run.finish("FINISHED")
+    first = client.get_run(run.id)
+    second = use(server.uri, monkeypatch)
+    sync(run.folder)
+    (made,) = second.search_runs([second.get_experiment_by_name("shared").experiment_id])
+    assert made.data.tags["original_run_id"] == run.id
+    assert made.info.start_time == first.info.start_time or abs(made.info.start_time - first.info.start_time) < 60_000
+    assert made.data.params == first.data.params
+    for key in ("loss_total", "valid/auc"):
+        before, after = points(client, run.id, key), points(second, made.info.run_id, key)
+        assert repr(before) == repr(after)  # NaN as NaN
+    use(f"sqlite:///{workplace / 'mlflow.db'}", monkeypatch)
+    sync(run.folder)  # the first still knows that it has all of it
+    assert client.get_run(run.id).info.end_time == first.info.end_time
+
+
+def test_a_killed_run_is_ended_as_failed(client: Any, workplace: Path) -> None:
+    """Trainer and writer are killed together: nobody was left to say so."""
+    code = """
+import time
+from pathlib import Path
+from pipeline.run import MlflowRun, RunRequest, Writer
+run = MlflowRun(writer := Writer(), RunRequest("doomed"), Path("outputs"))
+print(run.id, writer.process.pid, flush=True)
+writer.process.kill()
+writer.process.wait()
+for step in range(50):
+    run.log_metrics(step, {"loss_total": step / 3}, 1000 + step)
+run.journal.flush()
+print(flush=True)
+time.sleep(60)
+"""
+    trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=workplace)
+    assert trainer.stdout
+    run_id = trainer.stdout.readline().split()[0]
+    folder = workplace / "outputs" / run_id
+    trainer.stdout.readline()
+    with pytest.raises(UserError, match=f"run {run_id} is alive: process {trainer.pid}"):
+        sync(folder)
+    os.kill(trainer.pid, signal.SIGKILL)
+    trainer.wait()
+    with (folder / JOURNAL_FILE).open("ab") as stream:
+        stream.write(b'{"op":"met')  # and cut off in mid-record
+    sync(folder.parent)
+    found = client.get_run(run_id)
+    assert found.info.status == "FAILED"
+    assert found.data.tags["failure"] == NO_WORD
+    assert points(client, run_id, "loss_total") == [(step, step / 3, 1000 + step) for step in range(50)]
+
+
+def test_a_folder_of_runs_is_delivered_but_for_the_one_that_is_alive(
+    away: str, server: MlflowServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = []
+    with Writer() as writer:
+        for name in ("one", "two"):
+            run = MlflowRun(writer, RunRequest(name, experiment="several"), Path("outputs"), offline=True)
+            run.log_metrics(0, {"loss_total": 1.0})
+            with pytest.raises(Undelivered):
+                run.finish("KILLED", patience=0.1)
+            runs.append(run)
+    client = use(server.uri, monkeypatch)
+    owner = Ownership(runs[0].folder)
+    with pytest.raises(UserError, match="1 of 2 runs of outputs are not whole"):
+        sync(Path("outputs"))
+    assert f"run {runs[0].id} is alive" in capsys.readouterr().err
+    owner.release()
+    sync(Path("outputs"))
+    made = client.search_runs([client.get_experiment_by_name("several").experiment_id])
+    assert {run.info.run_name: run.info.status for run in made} == {"one": "KILLED", "two": "KILLED"}
+
+
+def test_what_was_refused_is_tried_again(client: Any, workplace: Path) -> None:
+    note = workplace / "note.txt"
+    with Writer() as writer:
+        run = MlflowRun(writer, RunRequest("refused"), Path("outputs"))
+        run.log_artifact(note)  # is not there yet
+        with pytest.raises(TrainingError, match="not delivered"):
+            run.finish("FINISHED")
+    assert client.get_run(run.id).info.status == "FAILED"
+    with pytest.raises(TrainingError, match="not delivered"):
+        sync(run.folder)
+    note.write_text("read me")
+    sync(run.folder)
+    assert client.get_run(run.id).info.status == "FINISHED"
+    assert Path(client.download_artifacts(run.id, "note.txt")).read_text() == "read me"
+
+
+def no_journal(folder: Path) -> None:
+    folder.mkdir()
+
+
+def no_beginning(folder: Path) -> None:
+    folder.mkdir()
+    (folder / JOURNAL_FILE).write_text('{"op":"tags","values":{}}\n')
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [(no_journal, r"found no journal\.jsonl, allowed"), (no_beginning, "found no record of the run's")],
+)
+def test_a_folder_without_a_run_is_refused(
+    make: Callable[[Path], None], told: str, client: Any, workplace: Path
+) -> None:
+    make(workplace / "folder")
+    with pytest.raises(UserError, match=told):
+        sync(workplace / "folder")
