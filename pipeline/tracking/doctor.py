@@ -184,7 +184,8 @@ def _of_points(journal: Journal, stored: Points, again: str) -> Iterator[Finding
         there = stored.get(key, {})
         missing += [key for step in steps if step not in there]
         doubled += [key for step in steps if len(there.get(step, ())) > 1]
-        differ += [key for step, values in steps.items() if step in there and not same_value(values[0], there[step][0])]
+        differ += [key for step, values in steps.items()
+                   if step in there and not any(same_value(values[0], value) for value in there[step])]  # fmt: skip
     for key, there in stored.items():
         more += [key for step in there if step not in journal.points.get(key, {})]
     count = sum(map(len, journal.points.values()))
