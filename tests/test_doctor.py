@@ -55,8 +55,8 @@ def test_a_run_that_is_whole(run: Path, workplace: Path, capsys: pytest.CaptureF
         found = capsys.readouterr().err
         assert "DIFFERS" not in found
         for line in ("no process writes it", "40 points of 2 metrics", "ends as FINISHED",
-                     "checkpoint of step 10: whole", "checkpoint of step 20: whole", "0 bytes of the journal wait", "is FINISHED", "2 of 2 params",
-                     "40 of 40 points", "1 of 1 artifacts"):  # fmt: skip
+                     "checkpoint of step 10: whole", "checkpoint of step 20: whole", "0 bytes of the journal wait",
+                     "is FINISHED", "2 of 2 params", "40 of 40 points", "1 of 1 artifacts"):  # fmt: skip
             assert line in found
 
 
