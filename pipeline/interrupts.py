@@ -9,7 +9,11 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from queue import Empty, Queue
 from types import FrameType
+from typing import TypeVar
+
+T = TypeVar("T")
 
 SIGNALS = tuple(signal.Signals[f"SIG{name}"] for name in ("INT", "TERM", "HUP", "USR1", "USR2", "XCPU"))
 WATCH_SECONDS = 0.5  # how often the parent is looked for
@@ -69,6 +73,16 @@ def check() -> None:
     """Raise what came and was lost: Python drops what is raised in a finalizer."""
     if _told:
         raise Interrupted(_told[0])
+
+
+def next_of(waiting: "Queue[T]") -> T:
+    """The next item of a queue; a request to end interrupts the wait, whichever thread has got the signal."""
+    while True:
+        check()
+        try:
+            return waiting.get(timeout=WATCH_SECONDS)
+        except Empty:
+            continue
 
 
 def _note(number: int, _: FrameType | None) -> None:

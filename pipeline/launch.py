@@ -17,13 +17,13 @@ from pipeline.console import Console, say, warn
 from pipeline.errors import TrainingError, UserError
 from pipeline.names import FORKED_FROM
 from pipeline.resume import Begun, facts_of, find_begun, fork, newest_state, origin_of, restore
-from pipeline.run import MemoryRun, MlflowRun, Run, RunRequest, Writer, writer_for
+from pipeline.run import STOPPED_SECONDS, MemoryRun, MlflowRun, Run, RunRequest, Writer, writer_for
 from pipeline.saving import Saver
 from pipeline.task import Task
 from pipeline.training import Training, Watch, amp_warning, count_steps, resolve_device
 
 MEMORY_EVENTS = Path("/sys/fs/cgroup/memory.events")
-STOPPED_SECONDS, FAILED_SECONDS = 4, 15  # how long the store may take without progress when a run ends early
+FAILED_SECONDS = 15  # without progress, that the store gets when a run failed
 TORCH_THREADS = torch.get_num_threads()  # what torch would take: the cores, or OMP_NUM_THREADS
 
 TaskFactory = Callable[[Any], Task]
@@ -193,7 +193,10 @@ def _abandon(run: Run, error: BaseException) -> None:
     stopped = isinstance(error, KeyboardInterrupt)
     try:
         run.set_tags({"failure": str(error) or type(error).__name__})
-        run.finish("KILLED" if stopped else "FAILED", patience=STOPPED_SECONDS if stopped else FAILED_SECONDS)
+        if stopped:
+            run.finish("KILLED", STOPPED_SECONDS, hurry=True)
+        else:
+            run.finish("FAILED", FAILED_SECONDS)
     except UserError as undelivered:
         warn(str(undelivered))
     if isinstance(run, MlflowRun):

@@ -25,6 +25,7 @@ from typing import Any, Protocol
 from pipeline.blocks import TrackingSwitch
 from pipeline.console import say, warn
 from pipeline.errors import TrainingError, Undelivered, UserError
+from pipeline.interrupts import next_of
 from pipeline.journal import (
     JOURNAL_FILE,
     JournalWriter,
@@ -40,7 +41,9 @@ from pipeline.ownership import Ownership
 from pipeline.tracking.store import CLIENT_SETTINGS
 
 PATIENCE_SECONDS = 30.0  # how long the end of a run waits for a store that takes nothing
+STOPPED_SECONDS = 4.0  # in all, that the store gets when a run is stopped by a signal
 TELL_SECONDS = 2.0  # between two lines of progress
+HURRY_SECONDS = 2.0  # that a writer in a hurry gets to say how the run ended
 Points = Mapping[str, float]
 
 
@@ -97,10 +100,10 @@ class Run(Protocol):
         """(step, metrics) of every call of `log_metrics` so far; can be gone through more than once."""
         ...
 
-    def finish(self, status: str, patience: float = PATIENCE_SECONDS) -> None:
+    def finish(self, status: str, patience: float = PATIENCE_SECONDS, hurry: bool = False) -> None:
         """End the run as FINISHED, FAILED or KILLED once all is delivered.
 
-        patience: seconds without any progress after which the rest stays in the journal.
+        patience: seconds without any progress after which the rest stays in the journal; in a `hurry`, seconds in all.
 
         Raises:
             Undelivered: the store is away; the message says how the rest is delivered later.
@@ -155,7 +158,7 @@ class MemoryRun:
     def history(self) -> Iterable[tuple[int, Points]]:
         return self.points
 
-    def finish(self, status: str, patience: float = PATIENCE_SECONDS) -> None:  # noqa: ARG002
+    def finish(self, status: str, patience: float = PATIENCE_SECONDS, hurry: bool = False) -> None:  # noqa: ARG002
         self.status = status
 
     def discard(self) -> None:
@@ -235,7 +238,7 @@ class Writer:
         if self.process.poll() is not None:  # ended because the store hung, or by itself
             self.start()
         self.send(request)
-        answer = self.answers.get()
+        answer = next_of(self.answers)
         if not answer:
             raise TrainingError(f"the tracking writer ended with code {self.process.wait()}")
         reply: Record = json.loads(answer)
@@ -423,7 +426,7 @@ class MlflowRun:
         self.journal.flush()
         return History(self.journal.file)
 
-    def finish(self, status: str, patience: float = PATIENCE_SECONDS) -> None:
+    def finish(self, status: str, patience: float = PATIENCE_SECONDS, hurry: bool = False) -> None:
         lost: TrainingError | None = None
         try:
             self._append("finish", status=status, time=now_ms())
@@ -431,7 +434,8 @@ class MlflowRun:
                 self.journal.close()
             except TrainingError as error:  # the end travels without the journal
                 lost, status, self.failure = error, _worse(status), self.failure or str(error)
-            report = self._deliver_rest({"status": status, "failure": self.failure, "patience": patience}, patience)
+            asked = {"status": status, "failure": self.failure, "patience": patience, "hurry": hurry}
+            report = self._deliver_rest(asked, patience)
         finally:
             self.owner.release()
         if lost:
@@ -454,6 +458,8 @@ class MlflowRun:
         started = told = time.monotonic()
         revived, allowed = 0, patience + 1
         while True:
+            if request["hurry"]:
+                allowed = max(0.0, started + patience + HURRY_SECONDS - time.monotonic())
             try:
                 answer = self.writer.answers.get(timeout=allowed)
             except queue.Empty:

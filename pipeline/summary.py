@@ -8,7 +8,7 @@ from pathlib import Path
 from pipeline.compare import NOTE_LENGTH, compare, load_runs, to_markdown, to_text, write
 from pipeline.console import say, warn
 from pipeline.errors import TrainingError, UserError
-from pipeline.run import MlflowRun, RunRequest, Writer
+from pipeline.run import STOPPED_SECONDS, MlflowRun, RunRequest, Writer
 from pipeline.sweep_plan import Plan, to_yaml
 from pipeline.tables import plain
 from pipeline.tracking.reading import (
@@ -92,7 +92,10 @@ class Summary:
         self.finishing = True
         try:
             self.run.set_tags({"failure": str(error) or type(error).__name__})
-            self.run.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            if isinstance(error, KeyboardInterrupt):
+                self.run.finish("KILLED", STOPPED_SECONDS, hurry=True)
+            else:
+                self.run.finish("FAILED")
         except UserError as undelivered:
             warn(str(undelivered))
 

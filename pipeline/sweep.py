@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import to_yaml
 from pipeline.console import say, warn
 from pipeline.errors import TrainingError, UserError
+from pipeline.interrupts import next_of
 from pipeline.journal import Record
 from pipeline.names import COLORS, CONTROLLED, TRUNK_FILES
 from pipeline.sweep_config import SweepConfig
 from pipeline.sweep_plan import Arm, Plan, resolve
-from pipeline.worker import Worker
+from pipeline.worker import PATIENCE_SECONDS, Worker
 
 if TYPE_CHECKING:
     from pipeline.tracking.reading import StoredRun
@@ -71,7 +72,7 @@ class Crew:
         """
         while any(job.reply is None for job in jobs):
             self._hand_out(jobs)
-            worker, reply = self.inbox.get()
+            worker, reply = next_of(self.inbox)
             job = self.workers.get(worker)
             if job and "evaluated" in reply:
                 told(job, reply)
@@ -107,8 +108,9 @@ class Crew:
         """End every worker; what they are at is ended as KILLED."""
         for worker in self.workers:
             worker.close()
+        until = time.monotonic() + PATIENCE_SECONDS
         for worker in self.workers:
-            worker.wait()
+            worker.wait(until)
 
 
 @dataclass

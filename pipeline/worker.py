@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from pipeline.errors import UserError
-from pipeline.interrupts import interruptible
+from pipeline.interrupts import interruptible, next_of
 from pipeline.journal import Record
 
 PATIENCE_SECONDS = 15  # how long a worker that is told to end may take
@@ -65,10 +65,10 @@ class Worker:
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
 
-    def wait(self) -> None:
-        """Until it has ended; one that does not is killed."""
+    def wait(self, until: float) -> None:
+        """Until it has ended; one that has not by then (of `time.monotonic`) is killed."""
         try:
-            self.process.wait(PATIENCE_SECONDS)
+            self.process.wait(max(0.0, until - time.monotonic()))
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -111,7 +111,7 @@ def main() -> None:
 
     with interruptible(), Writer() as writer:
         work = Work(writer, answer, requests.stop)
-        while (request := requests.queue.get()) is not None:
+        while (request := next_of(requests.queue)) is not None:
             requests.stop.clear()
             try:
                 requests.busy = True

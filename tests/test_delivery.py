@@ -317,17 +317,20 @@ import time
 from pathlib import Path
 from pipeline.run import MlflowRun, RunRequest, Writer
 run = MlflowRun(writer := Writer(), RunRequest("doomed"), Path("outputs"))
-print(writer.process.pid, flush=True)
+run.log_metrics(0, {"loss_total": 0.0})
+run.flush()
+print(run.id, writer.process.pid, flush=True)
 time.sleep(60)
 """
     trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert trainer.stdout
-    pid = trainer.stdout.readline().strip()
+    run_id, pid = trainer.stdout.readline().split()
+    wait_for(lambda: points(client_of(server), run_id))
     server.pause()
     try:
         trainer.kill()
         trainer.wait()
-        wait_for(lambda: not Path(f"/proc/{pid}").exists(), 9)
+        wait_for(lambda: not Path(f"/proc/{pid}").exists(), 9)  # a call to the store would hang for 10
     finally:
         server.resume()
 
@@ -601,7 +604,7 @@ def test_a_full_disk_leaves_whole_records(room: int, count: int) -> None:
         else:
             writer.flush()
         assert [record["number"] for record in read_all(writer.file)] == list(range(min(count, room // size)))
-        assert writer.file.stat().st_size == writer.size
+        assert writer.file.stat().st_size == writer.size == min(count, room // size) * size
         disk.room = 10_000  # somebody made room
         writer.append({"op": "one", "number": count})
         writer.close()

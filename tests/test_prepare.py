@@ -382,7 +382,7 @@ def canonical(value: Any) -> str | None:
     return None if text in MISSING_TEXT else text
 
 
-@settings(max_examples=25)
+@settings(deadline=None, max_examples=60)
 @given(raw_rows)
 def test_ids_decode_back_to_the_raw_values(rows: list[dict[str, Any]]) -> None:
     frame = frame_of(rows)
@@ -423,7 +423,7 @@ def test_ids_decode_back_to_the_raw_values(rows: list[dict[str, Any]]) -> None:
             assert table["price"].tolist() == prices.astype("float32").tolist()
 
 
-@settings(max_examples=20)
+@settings(deadline=None, max_examples=40)
 @given(raw_rows, st.integers(1, 50), st.integers(1, 3), st.sampled_from(["key", None]))
 def test_batches_files_and_formats_do_not_matter(
     rows: list[dict[str, Any]], batch_rows: int, files: int, by: str | None
@@ -466,7 +466,7 @@ def test_row_groups_do_not_follow_the_batches(tmp_path: Path, monkeypatch: pytes
     assert column(tmp_path, "x") == list(range(45))
 
 
-@settings(max_examples=25)
+@settings(deadline=None, max_examples=60)
 @given(raw_rows)
 def test_a_frame_is_encoded_as_its_file_was(rows: list[dict[str, Any]]) -> None:
     frame = frame_of(rows)

@@ -110,7 +110,7 @@ def test_all_of_a_run_that_no_server_took_comes_to_a_new_one(
     assert made.inputs.dataset_inputs[0].dataset.digest == "ab" * 16
     assert Path(client.download_artifacts(made.info.run_id, "notes/note.txt")).read_text() == "read me"
     assert "history.parquet" in [found.path for found in client.list_artifacts(made.info.run_id)]
-    assert len(models(client, made)) == 1
+    (model,) = models(client, made)
     sync(run.folder)
     assert "nothing to deliver" in capsys.readouterr().err
     assert client.get_run(made.info.run_id).info.end_time == made.info.end_time
@@ -118,7 +118,7 @@ def test_all_of_a_run_that_no_server_took_comes_to_a_new_one(
     sync(run.folder.parent)
     assert len(client.search_runs([made.info.experiment_id])) == 1
     assert len(points(client, made.info.run_id, "loss_total")) == 700
-    assert len(models(client, made)) == 1
+    assert [found.model_id for found in models(client, made)] == [model.model_id]
     client.delete_run(made.info.run_id)
 
 

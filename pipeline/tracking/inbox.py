@@ -49,7 +49,13 @@ class Inbox:
         if not self.leaving:
             return False
         patience = GONE_SECONDS if self.gone or self.finish is None else float(self.finish["patience"])
-        return time.monotonic() - max(self.moved, self.asked) > patience
+        since = self.asked if self.hurried else max(self.moved, self.asked)
+        return time.monotonic() - since > patience
+
+    @property
+    def hurried(self) -> bool:
+        """The patience is all the time there is, progress or not."""
+        return bool(self.finish and self.finish.get("hurry"))
 
     def _read(self, stream: IO[str]) -> None:
         for line in stream:
