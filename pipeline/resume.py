@@ -219,15 +219,14 @@ def fork(training: Training, run: MlflowRun, origin: Generation) -> None:
 
 
 def _points_before(generation: Generation) -> Iterator[Record]:
-    """The points that were logged before the checkpoint."""
-    journal, left = generation.folder.parent.parent / JOURNAL_FILE, generation.facts["position"]
-    with journal.open("rb") as lines:
-        for line in lines:
-            left -= len(line)
-            if left < 0:
-                return
-            record = json.loads(line)
-            if record["op"] in ("metrics", "known"):
+    """The points that led to the checkpoint: those of earlier steps, and of the evaluation at its own.
+
+    The journal may hold later ones, of a start that came further before it was killed.
+    """
+    for record in read_all(generation.folder.parent.parent / JOURNAL_FILE):
+        if record["op"] in ("metrics", "known"):
+            evaluated = record["step"] == generation.step and record["op"] == "metrics"
+            if record["step"] < generation.step or (evaluated and "global_step" not in record["values"]):
                 yield record
 
 

@@ -25,7 +25,9 @@ for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
 
 
 # They start processes and take longest: last, they would leave one of two test processes idle.
-SLOW = ("test_sweep", "test_notebooks", "test_browser", "test_entry_points", "test_train_visobert", "test_tracking")
+SLOW = ("test_sweep", "test_kills", "test_exits", "test_outage", "test_deployment", "test_notebooks", "test_browser",
+        "test_entry_points", "test_train_visobert", "test_delivery", "test_sync", "test_first_start", "test_ownership",
+        "test_tracking", "test_security", "test_checkpoint", "test_resume")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -70,7 +70,7 @@ class Trainer:
         """patience: seconds that the end of the run waits for the server, where it is not to be the project's own."""
         program = ["-m", "pipeline"]
         if patience is not None:
-            shorter = f"from pipeline.run import MlflowRun; MlflowRun.finish.__defaults__ = ({patience},)"
+            shorter = f"from pipeline.run import MlflowRun; MlflowRun.finish.__defaults__ = ({patience}, False)"
             program = ["-c", f"{shorter}; from pipeline.__main__ import main; main()"]
         self.folder.mkdir()
         with (self.folder / "stdout").open("w") as output, (self.folder / "stderr").open("w") as errors:
