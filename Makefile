@@ -27,7 +27,7 @@ test: setup
 
 # One process: what they measure is not for sharing the cores.
 faults: setup
-	FAULTS=full $(RUN) -m pytest tests -m faults -p no:xdist --verbose --durations=0 --durations-min=1 -rP
+	FAULTS=full $(RUN) -m pytest tests -m faults --verbose --durations=0 --durations-min=1 -rP
 
 lint: setup
 	$(VENV)/bin/ruff check .
