@@ -12,11 +12,12 @@ from torch import nn
 from pipeline import plots
 from pipeline.blocks import RunConfig, is_operational
 from pipeline.branching import branch
+from pipeline.checkpoint import Checkpoints
 from pipeline.config import flatten, to_yaml
 from pipeline.console import Console, say, warn
 from pipeline.errors import TrainingError, UserError
 from pipeline.names import FORKED_FROM
-from pipeline.resume import Begun, facts_of, find_begun, fork, newest_state, origin_of, restore
+from pipeline.resume import Begun, facts_of, find_begun, fork, newest_state, one_at_a_time, origin_of, restore
 from pipeline.run import STOPPED_SECONDS, MemoryRun, MlflowRun, Run, RunRequest, Writer, writer_for
 from pipeline.saving import Saver
 from pipeline.task import Task
@@ -76,15 +77,18 @@ def train_run(
     asked = asked or RunRequest()
     asked = replace(asked, name=asked.name or config.name(), experiment=config.experiment,
                     tags=known_by | dict(asked.tags))  # fmt: skip
-    begun = find_begun(config, known_by, writer) if writer else None
-    if begun and (begun.finished or begun.ended_as == "FINISHED"):
-        return _end_of(begun, asked.run_id or asked.launcher)
-    if begun:
-        asked = _going_on(asked, begun)
-    origin = origin_of(config, writer) if writer else None
     run: Run = MemoryRun(asked.name)
+    origin = None
     if writer:
-        run = MlflowRun(writer, asked, Path(config.output_dir), config.tracking.offline)
+        with one_at_a_time(config, known_by["run_key"]):
+            begun = find_begun(config, known_by, writer)
+            if begun and (begun.finished or begun.ended_as == "FINISHED"):
+                return _end_of(begun, asked.run_id or asked.launcher)
+            if begun:
+                asked = _going_on(asked, begun)
+            if begun is None or not Checkpoints(begun.folder).steps():
+                origin = origin_of(config, writer)
+            run = MlflowRun(writer, asked, Path(config.output_dir), config.tracking.offline)
     finished = False
     try:
         state = newest_state(run) if asked.resume and isinstance(run, MlflowRun) else None

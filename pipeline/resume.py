@@ -1,7 +1,9 @@
 """Which run a start goes on with: `resume` brings one to its end, `fork` starts a new one from an old state."""
 
+import fcntl
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,23 @@ class Begun:
     ended_as: str | None  # by its own word; None = it was cut off without one
     tags: Mapping[str, str]
     metrics: Mapping[str, float]  # last values, as far as the store has them
+
+
+@contextmanager
+def one_at_a_time(config: RunConfig, key: str) -> Iterator[None]:
+    """Of several starts with `resume=auto` and this key, one after the other looks for its run, and begins it."""
+    if config.resume != "auto":
+        yield
+        return
+    folder = Path(config.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / f".{key[:16]}.lock").open("ab")
+    except OSError as error:
+        raise UserError(f"output_dir {folder}: {error.strerror or error}") from None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def find_begun(config: RunConfig, known_by: Mapping[str, str], writer: Writer) -> Begun | None:

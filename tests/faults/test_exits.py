@@ -174,6 +174,19 @@ def test_a_run_that_is_alive_is_refused_within_five_seconds(folder: Path, impres
         assert list(runs(folder)) == [run_id]
 
 
+def test_of_starts_at_one_moment_one_begins_the_run(folder: Path, impressions: Path) -> None:
+    command = python(job(impressions), "--resume", "auto")
+    with started(command, folder) as one, started(command, folder) as other:
+        ended = wait_for_either(one, other)
+        assert ended.returncode == 2
+        assert len(runs(folder)) == 1
+
+
+def wait_for_either(*processes: "subprocess.Popen[str]") -> "subprocess.Popen[str]":
+    wait_for(lambda: any(process.poll() is not None for process in processes), 60)
+    return next(process for process in processes if process.poll() is not None)
+
+
 def test_another_config_or_other_data_is_refused_by_name(
     folder: Path, impressions: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
