@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from torch import nn
 from pipeline import plots
 from pipeline.blocks import RunConfig, is_operational
 from pipeline.branching import branch
-from pipeline.checkpoint import Checkpoints
+from pipeline.checkpoint import Checkpoints, Generation
 from pipeline.config import flatten, to_yaml
 from pipeline.console import Console, say, warn
 from pipeline.errors import TrainingError, UserError
@@ -77,21 +77,13 @@ def train_run(
     asked = asked or RunRequest()
     asked = replace(asked, name=asked.name or config.name(), experiment=config.experiment,
                     tags=known_by | dict(asked.tags))  # fmt: skip
-    run: Run = MemoryRun(asked.name)
-    origin = None
-    if writer:
-        with one_at_a_time(config, known_by["run_key"]):
-            begun = find_begun(config, known_by, writer)
-            if begun and (begun.finished or begun.ended_as == "FINISHED"):
-                return _end_of(begun, asked.run_id or asked.launcher)
-            if begun:
-                asked = _going_on(asked, begun)
-            if begun is None or not Checkpoints(begun.folder).steps():
-                origin = origin_of(config, writer)
-            run = MlflowRun(writer, asked, Path(config.output_dir), config.tracking.offline)
+    opened = _open(config, writer, asked, known_by)
+    if isinstance(opened, Begun):
+        return _end_of(opened, asked.run_id or asked.launcher)
+    run, resumed, origin = opened
     finished = False
     try:
-        state = newest_state(run) if asked.resume and isinstance(run, MlflowRun) else None
+        state = newest_state(run) if resumed and isinstance(run, MlflowRun) else None
         run.set_tags({key: value for key, value in flatten(config).items() if is_operational(key)})
         if state is None:
             _describe(run, task, given)
@@ -122,6 +114,28 @@ def train_run(
         raise told from error
     uri = run.tracking_uri if isinstance(run, MlflowRun) else None
     return Trained(run.id, run.name, uri, result.metrics, result.steps)
+
+
+class _Opened(NamedTuple):
+    run: Run
+    resumed: bool  # an earlier start began it
+    origin: Generation | None  # where a fork starts
+
+
+def _open(config: RunConfig, writer: Writer | None, asked: RunRequest, known_by: Mapping[str, str]) -> _Opened | Begun:
+    """The run to train, opened; or one that an earlier start has brought to its end."""
+    if writer is None:
+        return _Opened(MemoryRun(asked.name), resumed=False, origin=None)
+    with one_at_a_time(config, known_by["run_key"]):
+        begun, origin = find_begun(config, known_by, writer), None
+        if begun and (begun.finished or begun.ended_as == "FINISHED"):
+            return begun
+        if begun:
+            asked = _going_on(asked, begun)
+        if begun is None or not Checkpoints(begun.folder).steps():
+            origin = origin_of(config, writer)
+        run = MlflowRun(writer, asked, Path(config.output_dir), config.tracking.offline)
+    return _Opened(run, asked.resume, origin)
 
 
 def _known_by(config: RunConfig, digest: str) -> dict[str, str]:
