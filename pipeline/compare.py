@@ -15,12 +15,12 @@ import numpy as np
 import pandas as pd
 
 from pipeline.compare_config import CompareConfig, check_source
-from pipeline.console import say, warn
+from pipeline.console import say
 from pipeline.errors import UserError
 from pipeline.loading import load_history, load_runs
 from pipeline.names import COLORS, CONTROLLED
 from pipeline.row_intervals import row_intervals
-from pipeline.run import MlflowRun, RunRequest, Writer
+from pipeline.run import MlflowRun, RunRequest, Writer, end_early
 from pipeline.selection import (
     aim,
     baseline_arm,
@@ -217,11 +217,7 @@ def compare_runs(config: CompareConfig, given: frozenset[str]) -> None:  # noqa:
         try:
             comparison, files = _compare_and_write(config)
         except BaseException as error:
-            run.set_tags({"failure": str(error)[:NOTE_LENGTH] or type(error).__name__})
-            try:
-                run.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-            except UserError as undelivered:
-                warn(str(undelivered))  # told, but does not hide the error
+            end_early(run, error)
             raise
         for file in files:
             run.log_artifact(file)

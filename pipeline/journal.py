@@ -10,7 +10,7 @@ import os
 import struct
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -33,9 +33,12 @@ def write_at(descriptor: int, data: bytes, position: int) -> int:
 class JournalWriter:
     """Appends records; `flush` makes them visible to readers, `sync` makes them survive a power cut."""
 
-    def __init__(self, file: Path) -> None:
-        """Open the journal, without what a kill left of its last record."""
-        self.file = file
+    def __init__(self, file: Path, check: Callable[[], None] = lambda: None) -> None:
+        """Open the journal, without what a kill left of its last record.
+
+        check: called before anything is written; raises where the journal is another process' by now.
+        """
+        self.file, self.check = file, check
         self.descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         self.size = _whole(self.descriptor)
         os.ftruncate(self.descriptor, self.size)
@@ -52,6 +55,7 @@ class JournalWriter:
         Raises:
             TrainingError: it did not take all of it. Whole records are in the file, the others go on waiting.
         """
+        self.check()
         taken = 0
         try:
             while taken < len(self.waiting):

@@ -1,7 +1,8 @@
 """From a validated config to a finished, tracked run."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,15 +17,24 @@ from pipeline.checkpoint import Checkpoints, Generation
 from pipeline.config import flatten, to_yaml
 from pipeline.console import Console, say, warn
 from pipeline.errors import TrainingError, UserError
-from pipeline.names import FORKED_FROM
-from pipeline.resume import Begun, facts_of, find_begun, fork, newest_state, one_at_a_time, origin_of, restore
-from pipeline.run import STOPPED_SECONDS, MemoryRun, MlflowRun, Run, RunRequest, Writer, writer_for
+from pipeline.names import FORKED_FROM, THREADS
+from pipeline.resume import (
+    Begun,
+    begin_again,
+    facts_of,
+    find_begun,
+    fork,
+    newest_state,
+    one_at_a_time,
+    origin_of,
+    restore,
+)
+from pipeline.run import MemoryRun, MlflowRun, Run, RunRequest, Writer, end_early, writer_for
 from pipeline.saving import Saver
 from pipeline.task import Task
 from pipeline.training import Training, Watch, amp_warning, count_steps, resolve_device
 
 MEMORY_EVENTS = Path("/sys/fs/cgroup/memory.events")
-FAILED_SECONDS = 15  # without progress, that the store gets when a run failed
 TORCH_THREADS = torch.get_num_threads()  # what torch would take: the cores, or OMP_NUM_THREADS
 
 TaskFactory = Callable[[Any], Task]
@@ -52,6 +62,33 @@ def launch(config: RunConfig, make_task: TaskFactory, given: frozenset[str]) -> 
         say(f"run {trained.id} in {trained.tracking_uri}\nnext: make ui opens MLflow on it")
 
 
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    """What the machine refuses is told as the user's errors are."""
+    try:
+        yield
+    except Exception as error:
+        told = explained(error)
+        if told is error:
+            raise
+        raise told from error
+
+
+def explained(error: BaseException) -> BaseException:
+    """The error as the user's one line where the machine is what gave in: memory, or a disk."""
+    if isinstance(error, UserError | KeyboardInterrupt):
+        return error
+    text = str(error).splitlines()[0] if str(error) else ""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return TrainingError(f"out of memory: {text or 'an allocation failed'}; try a smaller training.batch_size, or "
+                             "close what else runs")  # fmt: skip
+    if isinstance(error, OSError) and error.errno is not None:
+        where = f"{error.filename}: " if error.filename else ""
+        return TrainingError(f"{where}{error.strerror}")
+    return error
+
+
+@_in_one_line()
 def train_run(
     config: RunConfig,
     make_task: TaskFactory,
@@ -85,6 +122,8 @@ def train_run(
     try:
         state = newest_state(run) if resumed and isinstance(run, MlflowRun) else None
         run.set_tags({key: value for key, value in flatten(config).items() if is_operational(key)})
+        if resumed and state is None and isinstance(run, MlflowRun):
+            begin_again(run)
         if state is None:
             _describe(run, task, given)
         total_steps = _tell(run, task, device, given)
@@ -102,16 +141,17 @@ def train_run(
         elif trunk:
             branch(training, trunk)
         result = training.train()
-        _leave(run, task, result.model, result.metrics, device)
+        try:
+            _leave(run, task, result.model, result.metrics, device)
+        except KeyboardInterrupt:
+            training.save_interrupted()
+            raise
         finished = True
         run.finish("FINISHED")
     except BaseException as error:
-        told = explained(error)
         if not finished:
-            _abandon(run, told)
-        if told is error:
-            raise
-        raise told from error
+            _abandon(run, explained(error))
+        raise
     uri = run.tracking_uri if isinstance(run, MlflowRun) else None
     return Trained(run.id, run.name, uri, result.metrics, result.steps)
 
@@ -141,7 +181,7 @@ def _open(config: RunConfig, writer: Writer | None, asked: RunRequest, known_by:
 def _known_by(config: RunConfig, digest: str) -> dict[str, str]:
     """The tags by which a run is found again."""
     found = {"task": config.task, "seed": str(config.seed), "data_digest": digest,
-             "run_key": config.fingerprint(digest)}  # fmt: skip
+             "run_key": config.fingerprint(digest), THREADS: str(torch.get_num_threads())}  # fmt: skip
     return found | ({FORKED_FROM: config.fork} if config.fork else {})
 
 
@@ -151,7 +191,8 @@ def _going_on(asked: RunRequest, begun: Begun) -> RunRequest:
     if begun.ended_as is None and begun.folder.is_dir():
         warn(f"{begun.name}: the last start of run {begun.run_id} ended without a word: it was killed, or the machine "
              f"went down{_memory_kills()}")  # fmt: skip
-    return replace(asked, run_id=begun.run_id, resume=True, folder=str(begun.folder), launcher=launcher)
+    tags = {name: value for name, value in asked.tags.items() if name != THREADS}  # as it began
+    return replace(asked, run_id=begun.run_id, resume=True, folder=str(begun.folder), launcher=launcher, tags=tags)
 
 
 def _tell(run: Run, task: Task, device: str, given: frozenset[str]) -> int:
@@ -207,33 +248,10 @@ def _memory_kills() -> str:
 
 
 def _abandon(run: Run, error: BaseException) -> None:
-    """End a run that an error cut off; what cannot be delivered is told, but does not hide the error."""
-    stopped = isinstance(error, KeyboardInterrupt)
-    try:
-        run.set_tags({"failure": str(error) or type(error).__name__})
-        if stopped:
-            run.finish("KILLED", STOPPED_SECONDS, hurry=True)
-        else:
-            run.finish("FAILED", FAILED_SECONDS)
-    except UserError as undelivered:
-        warn(str(undelivered))
-    if isinstance(run, MlflowRun):
-        say(f"{run.name}: run {run.id} is {'KILLED' if stopped else 'FAILED'}; the same command with resume=auto goes "
-            "on with it")  # fmt: skip
-
-
-def explained(error: BaseException) -> BaseException:
-    """The error as the user's one line where the machine is what gave in: memory, or a disk."""
-    if isinstance(error, UserError | KeyboardInterrupt):
-        return error
-    text = str(error).splitlines()[0] if str(error) else ""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
-        return TrainingError(f"out of memory: {text or 'an allocation failed'}; try a smaller training.batch_size, or "
-                             "close what else runs")  # fmt: skip
-    if isinstance(error, OSError) and error.errno is not None:
-        where = f"{error.filename}: " if error.filename else ""
-        return TrainingError(f"{where}{error.strerror}")
-    return error
+    """End a run that an error cut off, and say how it goes on."""
+    status = end_early(run, error)
+    if isinstance(run, MlflowRun) and not run.lost:
+        say(f"{run.name}: run {run.id} is {status}; the same command with resume=auto goes on with it")
 
 
 def headline(metrics: Mapping[str, float]) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.console import Console
 from pipeline.errors import TrainingError
+from pipeline.interrupts import held
 from pipeline.run import Run, now_ms
 
 DRAIN_STEPS, DRAIN_SECONDS = 64, 0.5
@@ -76,6 +77,10 @@ class Recorder:
         Raises:
             NonFiniteError: names the first bad loss and its step; the steps before it are logged.
         """
+        with held():  # cut in two, it would lose steps that the training has made
+            self._drain()
+
+    def _drain(self) -> None:
         waiting, self.waiting = self.waiting, []
         self.last_drain = time.perf_counter()
         if not waiting:

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pipeline.config import flatten, read_yaml, validate
 from pipeline.console import say, warn
 from pipeline.errors import UserError
 from pipeline.journal import JOURNAL_FILE, Record, read_all
-from pipeline.names import FORKED_FROM
+from pipeline.names import DELIVERED_FILE, FORKED_FROM, THREADS
 from pipeline.ownership import alive_owner
 from pipeline.run import FoundRun, MlflowRun, Writer
 from pipeline.training import Training
@@ -84,11 +85,19 @@ def _matching(config: RunConfig, key: str, output_dir: Path, writer: Writer) -> 
     found = _asked(config, writer, run_key=key, fork=config.fork)
     if found is None:
         return _of_folder(local[-1]) if local else None
-    found = [run for run in found if "pruned" not in run.tags]
-    if found:
-        return _of_store(found[-1], output_dir)
-    waiting = [folder for folder in local if not (folder / "delivered.json").exists()]  # begun while the store was away
-    return _of_folder(waiting[-1]) if waiting else None
+    waiting = [folder for folder in local if not _was_delivered(folder)]  # begun while the store was away
+    begun = [(run.start_time, _of_store(run, output_dir)) for run in found if "pruned" not in run.tags]
+    begun += [(next(read_all(folder / JOURNAL_FILE))["time"], _of_folder(folder)) for folder in waiting]
+    return max(begun, key=lambda run: run[0])[1] if begun else None
+
+
+def _was_delivered(folder: Path) -> bool:
+    """A store has the run, under its id or another."""
+    try:
+        stores = json.loads((folder / DELIVERED_FILE).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return any(store.get("run_id") for store in stores.values())
 
 
 def _named(config: RunConfig, output_dir: Path, writer: Writer) -> Begun:
@@ -127,9 +136,19 @@ def _local_runs(output_dir: Path) -> list[tuple[Path, Record]]:
 
 
 def _of_store(run: FoundRun, output_dir: Path) -> Begun:
-    folder = Path(run.run_dir) if run.run_dir else output_dir / run.run_id
+    folder = _folder_of(run, output_dir)
+    host = run.tags.get("host", "")
+    if not (folder / JOURNAL_FILE).exists() and run.status == "RUNNING" and host not in ("", socket.gethostname()):
+        raise UserError(f"run {run.run_id} is RUNNING on {host}, and its folder is not here: wait for it, or share "
+                        "output_dir with that host")  # fmt: skip
     ended = _ended_as(folder / JOURNAL_FILE)
     return Begun(run.run_id, run.name, folder, run.status == "FINISHED", ended, run.tags, run.metrics)
+
+
+def _folder_of(run: FoundRun, output_dir: Path) -> Path:
+    """Below the output folder, which may have been moved; else where the run was last written."""
+    here = output_dir / run.run_id
+    return here if (here / JOURNAL_FILE).exists() or not run.run_dir else Path(run.run_dir)
 
 
 def _of_folder(folder: Path) -> Begun:
@@ -200,9 +219,7 @@ def restore(training: Training, generation: Generation) -> None:
     except (KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"{generation.folder}: its state does not fit this config: {error}") from None
     facts = generation.facts
-    if facts["threads"] != torch.get_num_threads():
-        say(f"{facts['threads']} CPU threads, as before: {torch.get_num_threads()} would round differently")
-        torch.set_num_threads(facts["threads"])
+    _take_threads(facts["threads"])
     if facts["torch"] != torch.__version__:
         warn(f"the checkpoint is of torch {facts['torch']}, this is {torch.__version__}: numbers may differ")
 
@@ -217,7 +234,7 @@ def origin_of(config: RunConfig, writer: Writer) -> Generation | None:
         return None
     run_id, _, step = config.fork.partition("@")
     found = _asked(config, writer, run_id=run_id)
-    folder = Path(found[0].run_dir) if found and found[0].run_dir else Path(config.output_dir) / run_id
+    folder = _folder_of(found[0], Path(config.output_dir)) if found else Path(config.output_dir) / run_id
     if not folder.is_dir():
         raise UserError(f"fork {config.fork}: found no folder of run {run_id}; allowed: one whose checkpoints are here")
     try:
@@ -226,30 +243,50 @@ def origin_of(config: RunConfig, writer: Writer) -> Generation | None:
         raise UserError(f"fork {config.fork}: {error}") from None
 
 
+def begin_again(run: MlflowRun) -> None:
+    """Take the threads that the run began with: it has no checkpoint, but points that were made with them."""
+    first = next(read_all(run.folder / JOURNAL_FILE))
+    _take_threads(int(first["tags"].get(THREADS, torch.get_num_threads())))
+
+
+def _take_threads(number: int) -> None:
+    if number != torch.get_num_threads():
+        say(f"{number} CPU threads, as before: {torch.get_num_threads()} would round differently")
+        torch.set_num_threads(number)
+
+
 def fork(training: Training, run: MlflowRun, origin: Generation) -> None:
     """Put a training where the checkpoint of another run stands, with that run's points up to it.
 
     Raises:
         UserError: the state is of another model.
     """
+    options = [{key: value for key, value in group.items() if key != "params"}
+               for optimizer in training.optimizers.values() for group in optimizer.param_groups]  # fmt: skip
     restore(training, origin)
+    groups = [group for optimizer in training.optimizers.values() for group in optimizer.param_groups]
+    for group, own in zip(groups, options, strict=True):  # the state is the other run's, the settings are not
+        group.update(own)
     for record in _points_before(origin):
         run.log_metrics(record["step"], record["values"], record["time"])
 
 
 def _points_before(generation: Generation) -> Iterator[Record]:
-    """The points that led to the checkpoint: those of earlier steps, and of the evaluation at its own.
+    """The points that led to the checkpoint: those of earlier steps, and of the evaluation at its own if that was done.
 
     The journal may hold later ones, of a start that came further before it was killed.
     """
+    was_evaluated = generation.state["evaluated_at"] == generation.step
     for record in read_all(generation.folder.parent.parent / JOURNAL_FILE):
         if record["op"] in ("metrics", "known"):
-            evaluated = record["step"] == generation.step and record["op"] == "metrics"
-            if record["step"] < generation.step or (evaluated and "global_step" not in record["values"]):
+            of_evaluation = any(name.startswith("valid/") for name in record["values"])
+            if record["step"] < generation.step or (
+                record["step"] == generation.step and was_evaluated and of_evaluation
+            ):
                 yield record
 
 
 def facts_of(config: RunConfig, known_by: Mapping[str, str]) -> dict[str, Any]:
     """What a checkpoint is known by."""
     return {"task": config.task, "config_digest": config.fingerprint(), "data_digest": known_by["data_digest"],
-            "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
+            "torch": torch.__version__}  # fmt: skip

@@ -42,6 +42,8 @@ from pipeline.tracking.store import CLIENT_SETTINGS
 
 PATIENCE_SECONDS = 30.0  # how long the end of a run waits for a store that takes nothing
 STOPPED_SECONDS = 4.0  # in all, that the store gets when a run is stopped by a signal
+FAILED_SECONDS = 15.0  # without progress, that the store gets when a run failed
+LONGEST_TAG = 5000  # characters that MLflow takes
 TELL_SECONDS = 2.0  # between two lines of progress
 HURRY_SECONDS = 2.0  # that a writer in a hurry gets to say how the run ended
 Points = Mapping[str, float]
@@ -173,6 +175,7 @@ class FoundRun:
     run_id: str
     name: str
     status: str
+    start_time: int  # milliseconds since the epoch
     run_dir: str | None  # its folder
     tags: dict[str, str]
     params: dict[str, str]
@@ -206,15 +209,18 @@ class Writer:
     def __enter__(self) -> "Writer":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(STOPPED_SECONDS if kind and issubclass(kind, KeyboardInterrupt) else None)
 
-    def close(self) -> None:
-        """Let it deliver what is left, for as long as the store takes it, and end."""
+    def close(self, seconds: float | None = None) -> None:
+        """Let it deliver what is left, for as long as the store takes it or at most so long, and end."""
         assert self.process.stdin
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
-        self.process.wait()
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.end()
 
     def end(self) -> None:
         """End it at once: what it was at stays in the journal."""
@@ -303,26 +309,46 @@ class MlflowRun:
 
         Raises:
             UserError: the store or the folder cannot be written, or another process is at the run.
+            TrainingError: the journal cannot be read or written.
         """
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=output_dir).close()
         except OSError as error:
             raise UserError(f"output_dir {output_dir}: {error.strerror or error}") from None
-        self.writer = writer
+        self.writer, self.folder = writer, output_dir
         self.known: Known | None = None
         self.points, self.writer_cpu_seconds, self.failure = 0, 0.0, ""
+        self._taken: TrainingError | None = None
         asked: Record = {"open": asdict(request), "output_dir": str(output_dir.resolve()), "offline": offline}
-        if request.resume:
-            assert request.run_id
-            self.folder = Path(request.folder) if request.folder else output_dir / request.run_id
-            self.owner = Ownership(self.folder)
-            opened = self._open_again(asked)
-        else:
-            opened = writer.ask(asked)
-            self.folder = output_dir / opened["run_id"]
-            self.owner = Ownership(self.folder)
-            self.found_bytes = 0
+        with contextlib.ExitStack() as undo:
+            undo.push(self._not_begun)
+            if request.resume:
+                assert request.run_id
+                self.folder = Path(request.folder) if request.folder else output_dir / request.run_id
+                self.owner = Ownership(self.folder)
+                undo.callback(self.owner.release)
+                opened = self._open_again(asked)
+            else:
+                opened = writer.ask(asked)
+                self.folder = output_dir / opened["run_id"]
+                self.owner = Ownership(self.folder)
+                undo.callback(self.owner.release)
+                self.found_bytes = 0
+            self._begin(opened)
+            undo.pop_all()
+        self._follow()
+
+    def _not_begun(self, _: object, error: BaseException | None, __: object) -> None:
+        """The run was not begun: if it was opened, it must not stay RUNNING."""
+        disk = isinstance(error, OSError)
+        told = f"run folder {self.folder}: {getattr(error, 'strerror', None) or error}" if disk else str(error)
+        self.writer.send({"abandon": told})
+        if disk:
+            raise TrainingError(told) from None
+
+    def _begin(self, opened: Record) -> None:
+        """Tell of what the writer has opened, and begin the journal with it."""
         self.id: str = opened.pop("run_id")
         self.name: str = opened["name"]
         self.tracking_uri: str = opened.pop("tracking_uri")
@@ -330,25 +356,39 @@ class MlflowRun:
             warn(f"run {self.id}: its journal had lost points; those that the store has were read back")
         if reason := opened.pop("reason"):
             warn(f"tracking store {self.tracking_uri}: {reason}; the run begins without it")
-        self.journal = JournalWriter(self.folder / JOURNAL_FILE)
+        self.journal = JournalWriter(self.folder / JOURNAL_FILE, self._check)
         self._append("open", id=self.id, time=now_ms(), **opened, host=socket.gethostname(), pid=os.getpid(),
                      boot=_boot_id())  # fmt: skip
-        self.journal.sync()
-        self._follow()
+        try:
+            self.journal.sync()
+        except BaseException:
+            os.close(self.journal.descriptor)
+            raise
+
+    def _check(self) -> None:
+        """Called before anything is written: raises a TrainingError where the run has another owner by now."""
+        if self._taken is None:
+            try:
+                self.owner.check()
+            except TrainingError as error:
+                self._taken = error
+        if self._taken:
+            raise TrainingError(str(self._taken)) from None
+
+    @property
+    def lost(self) -> bool:
+        """Another process has taken the run over, and it was seen: nothing of ours is written any more."""
+        return self._taken is not None
 
     def _open_again(self, asked: Record) -> Record:
         """Open a run that was begun before, with what its journal holds; points that only the store has come first."""
         file = self.folder / JOURNAL_FILE
-        try:
-            JournalWriter(file).close()  # without what a kill left of its last record
-            self.known = Known()
-            self.found_bytes = self.known.read(file)
-            last = self.known.last_steps()
-            opened = self.writer.ask(asked | {"folder": str(self.folder.resolve()), "last_steps": last})
-            self.known.read(file, self.found_bytes)
-        except BaseException:
-            self.owner.release()
-            raise
+        JournalWriter(file).close()  # without what a kill left of its last record
+        self.known = Known()
+        self.found_bytes = self.known.read(file)
+        last = self.known.last_steps()
+        opened = self.writer.ask(asked | {"folder": str(self.folder.resolve()), "last_steps": last})
+        self.known.read(file, self.found_bytes)
         return opened
 
     def _follow(self) -> None:
@@ -363,7 +403,8 @@ class MlflowRun:
             self._follow()
 
     def _append(self, op: str, **values: Any) -> None:
-        self.journal.append({"op": op, **values})
+        if not self.lost:
+            self.journal.append({"op": op, **values})
 
     def log_params(self, params: Mapping[str, str]) -> None:
         self._append("params", values=dict(params))
@@ -409,12 +450,10 @@ class MlflowRun:
         self._append("model", **{**export, "folder": relative(Path(export["folder"]), self.folder)})
 
     def flush(self) -> None:
-        self.owner.check()
         self.journal.flush()
         self._revive()
 
     def position(self) -> int:
-        self.owner.check()
         return self.journal.sync()
 
     def go_on(self, position: int) -> None:
@@ -427,19 +466,29 @@ class MlflowRun:
         return History(self.journal.file)
 
     def finish(self, status: str, patience: float = PATIENCE_SECONDS, hurry: bool = False) -> None:
-        lost: TrainingError | None = None
+        full: TrainingError | None = None
         try:
-            self._append("finish", status=status, time=now_ms())
+            with contextlib.suppress(TrainingError):  # `close` says it again
+                self._append("finish", status=status, time=now_ms())
             try:
                 self.journal.close()
             except TrainingError as error:  # the end travels without the journal
-                lost, status, self.failure = error, _worse(status), self.failure or str(error)
+                if self.lost:
+                    self.writer.end()  # the run's end is the other's to tell
+                    raise
+                full, status, self.failure = error, _worse(status), self.failure or str(error)
             asked = {"status": status, "failure": self.failure, "patience": patience, "hurry": hurry}
-            report = self._deliver_rest(asked, patience)
+            try:
+                report = self._deliver_rest(asked, patience)
+            except KeyboardInterrupt:
+                self.writer.end()
+                warn(f"run {self.id}: stopped while the rest of {self.journal.file} was delivered; deliver it with "
+                     f"`python -m pipeline sync {self.folder}`")  # fmt: skip
+                raise
         finally:
             self.owner.release()
-        if lost:
-            raise lost
+        if full:
+            raise full
         if report is None or report["waiting"]:
             waits = f"{report['waiting']:,} records wait" if report else "part of it waits"
             why = report["reason"] if report else "the tracking store does not answer"
@@ -480,6 +529,22 @@ class MlflowRun:
             if time.monotonic() - told > TELL_SECONDS:
                 told = time.monotonic()
                 say(f"delivered {reply['delivered']:,} of {reply['of']:,} records ({told - started:.0f} s)")
+
+
+def end_early(run: Run, error: BaseException) -> str:
+    """End a run that an error cut off: KILLED in a hurry where the process was asked to end, else FAILED.
+
+    What cannot be delivered is told, but does not hide the error. Returns the status.
+    """
+    stopped = isinstance(error, KeyboardInterrupt)
+    status = "KILLED" if stopped else "FAILED"
+    with contextlib.suppress(TrainingError):  # `finish` says it again
+        run.set_tags({"failure": (str(error) or type(error).__name__)[:LONGEST_TAG]})
+    try:
+        run.finish(status, STOPPED_SECONDS if stopped else FAILED_SECONDS, hurry=stopped)
+    except UserError as undelivered:
+        warn(str(undelivered))
+    return status
 
 
 def _worse(status: str) -> str:

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from pipeline.blocks import CheckpointConfig
 from pipeline.checkpoint import Checkpoints
 from pipeline.errors import TrainingError
@@ -64,7 +66,7 @@ class Saver:
         self.check_data()
         with held():
             state, best = training.state(), training.keeper.step
-            facts = self.facts | {"position": self.run.position()}
+            facts = self.facts | {"position": self.run.position(), "threads": torch.get_num_threads()}
             saved = self.checkpoints.save(step, state, facts, training.files(), best)
             self.saved_at, self.seconds, self.last = step, saved.seconds, time.monotonic()
             measured = {"checkpoint/seconds": saved.seconds, "checkpoint/megabytes": saved.bytes / 1e6}

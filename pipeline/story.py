@@ -24,8 +24,8 @@ REVIEW_METRICS = ("aspect_f1_macro", "sentiment_f1_macro", "pair_f1_micro")
 
 def main(config: MmoeConfig, given: frozenset[str]) -> None:
     """Train the baseline and the focal arm from the same seed, then a review model, and show what came out."""
-    if config.fork or config.resume not in (None, "auto"):
-        raise UserError("main trains several runs: fork is of none of them, allowed for resume: auto")
+    if config.fork or config.resume:
+        raise UserError("main trains several runs; resume and fork are for train_mmoe and train_visobert")
     if "loss.aux_focal.enabled" in given:
         warn("loss.aux_focal.enabled has no effect here: one arm has it off, the other on")
     launcher = os.environ.get("MLFLOW_RUN_ID")  # `mlflow run` opens a run; ours are runs of their own
@@ -84,7 +84,6 @@ def _reviews(config: MmoeConfig, writer: Writer | None, launcher: str | None) ->
         "device": config.device,
         "training.max_steps": str(config.training.max_steps or "null"),
         "training.threads": str(config.training.threads or "null"),
-        "resume": config.resume or "null",
         "tracking.log_model": str(config.tracking.log_model).lower(),
     }
     training = load(VisobertConfig, CONFIGS / "config_multi_embedded.yaml", shared | switch | own | same)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.compare import NOTE_LENGTH, compare, load_runs, to_markdown, to_text, write
-from pipeline.console import say, warn
+from pipeline.console import say
 from pipeline.errors import TrainingError, UserError
-from pipeline.run import STOPPED_SECONDS, MlflowRun, RunRequest, Writer
+from pipeline.run import MlflowRun, RunRequest, Writer, end_early
 from pipeline.sweep_plan import Plan, to_yaml
 from pipeline.tables import plain
 from pipeline.tracking.reading import (
@@ -90,14 +90,7 @@ class Summary:
         if self.finishing:
             return
         self.finishing = True
-        try:
-            self.run.set_tags({"failure": str(error) or type(error).__name__})
-            if isinstance(error, KeyboardInterrupt):
-                self.run.finish("KILLED", STOPPED_SECONDS, hurry=True)
-            else:
-                self.run.finish("FAILED")
-        except UserError as undelivered:
-            warn(str(undelivered))
+        end_early(self.run, error)
 
     def conclude(self, folder: Path, failed: Mapping[tuple[str, int], str]) -> None:
         """Compare what finished, show it, and end the run."""

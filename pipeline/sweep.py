@@ -140,6 +140,8 @@ def sweep(config: SweepConfig, file: Path, typed: Mapping[str, str]) -> None:
         warn(note)
     if not plan.baseline.config.tracking.enabled:
         raise UserError(f"{file}: tracking.enabled is false, allowed: true (a sweep compares what is in MLflow)")
+    if any(arm.config.resume or arm.config.fork for arm in plan.arms):
+        raise UserError(f"{file}: resume and fork are of single runs; the same sweep again goes on by itself")
     with _alone(plan):
         Sweep(plan).run()
 

@@ -94,7 +94,7 @@ class Training:
             self.recorder.drain()
             self._finish(time.perf_counter() - started)
         except KeyboardInterrupt:
-            self._save_interrupted()
+            self.save_interrupted()
             raise
         finally:
             self.console.close()
@@ -113,11 +113,15 @@ class Training:
         self.run.log_metrics(self.result.steps, tested)
         self.result.metrics |= tested
 
-    def _save_interrupted(self) -> None:
+    def save_interrupted(self) -> None:
+        """Save what there is, on the way out."""
         if self.done:  # a checkpoint is of the weights in training
             self.model.load_state_dict(load_tensors(self.run.folder / FINAL_FILE))
             self.done = False
-        self.saver.save(self)
+        try:
+            self.saver.save(self)
+        except UserError as error:
+            warn(str(error))
 
     def advance(self, until: int | None = None) -> None:
         """Train on from where it stands: to the end, or until so many steps are completed and evaluated if due."""
@@ -295,10 +299,13 @@ class BestKeeper:
 
     def state(self) -> dict[str, Any]:
         """What was found so far; the best weights are in the file."""
-        return {"best": self.best, "without_gain": self.without_gain, "step": self.step}
+        found = {"best": self.best, "without_gain": self.without_gain, "step": self.step}
+        return found | {"metric": self.metric, "sign": self.sign}
 
     def load_state(self, state: Mapping[str, Any], weights: Path) -> None:
-        """`weights`: the file of the best ones, where there are any."""
+        """`weights`: the file of the best ones, where there are any. What was best by another metric is forgotten."""
+        if (state["metric"], state["sign"]) != (self.metric, self.sign):
+            return
         self.best, self.without_gain, self.step = state["best"], state["without_gain"], state["step"]
         if self.step is not None:
             self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -345,13 +352,13 @@ def amp_warning(amp: str, device: str) -> str | None:
 
 
 def _random_state(device: str) -> dict[str, Any]:
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if device == "cuda" else []}
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if device == "cuda" else None}
 
 
 def _set_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] is not None and torch.cuda.is_available():  # else it goes on elsewhere, to other bits
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def _sum(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -1,10 +1,12 @@
 """Nothing is lost between training and MLflow, whatever goes away: the store, the writer, the trainer, the disk."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from server import MlflowServer, free_port
 
 from pipeline import journal as journals
 from pipeline.errors import TrainingError, Undelivered, UserError
+from pipeline.interrupts import SIGNALS
 from pipeline.journal import JOURNAL_FILE, JournalReader, JournalWriter, Known, read_all, relative, same_value
 from pipeline.ownership import Ownership, alive_owner
 from pipeline.run import MemoryRun, MlflowRun, RunRequest, Writer
@@ -335,7 +338,8 @@ time.sleep(60)
         server.resume()
 
 
-def test_the_writer_of_an_earlier_owner_stops_at_once(client: Any, writer: Writer, here: Path) -> None:
+@pytest.mark.parametrize("large", [False, True], ids=["at a flush", "at a full buffer"])
+def test_an_earlier_owner_and_its_writer_stop_at_once(client: Any, writer: Writer, here: Path, large: bool) -> None:
     run = open_run(writer)
     log_steps(run, range(5))
     wait_for(lambda: len(points(client, run.id)) == 5)
@@ -343,15 +347,67 @@ def test_the_writer_of_an_earlier_owner_stops_at_once(client: Any, writer: Write
     taken = json.loads(lease.read_text())
     taken |= {"number": taken["number"] + 1, "host": "elsewhere", "pid": 1}
     lease.write_text(json.dumps(taken))  # as another host takes the folder over
-    run.journal.append({"op": "metrics", "step": 5, "time": 1, "values": {"loss_total": 1.0}})
-    run.journal.flush()
+    theirs = b'{"op":"metrics","step":5,"time":1,"values":{"loss_total":1.0}}\n'
+    with run.journal.file.open("ab") as stream:
+        stream.write(theirs)
+    whole = run.journal.file.read_bytes()
+    assert not run.lost
     time.sleep(1.5)
     assert len(points(client, run.id)) == 5
     with pytest.raises(TrainingError, match="taken over"):
-        run.flush()
-    with pytest.raises(Undelivered):
-        run.finish("FINISHED", patience=1)
-    assert client.get_run(run.id).info.status == "RUNNING"  # it is the other's
+        run.set_tags({"long": "x" * 70_000}) if large else run.flush()
+    assert run.lost
+    run.set_tags({"failure": "x" * 70_000})  # as what ends a run says why; nobody takes it
+    with pytest.raises(TrainingError, match="taken over") as caught:
+        run.finish("FAILED", patience=1)
+    assert not isinstance(caught.value, Undelivered)
+    assert run.journal.file.read_bytes() == whole
+    found = client.get_run(run.id)
+    assert found.info.status == "RUNNING"  # it is the other's
+    assert "failure" not in found.data.tags
+
+
+def test_an_interrupt_while_the_rest_is_delivered_ends_the_wait(
+    server: MlflowServer, writer: Writer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = open_run(writer)
+    server.pause()
+    try:
+        log_steps(run, range(3))
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        started = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            run.finish("FINISHED")
+        assert time.monotonic() - started < 2
+    finally:
+        server.resume()
+    assert f"deliver it with `python -m pipeline sync {run.folder}`" in capsys.readouterr().err
+    assert writer.process.poll() is not None
+    assert alive_owner(run.folder) is None
+    assert list(read_all(run.journal.file))[-1]["status"] == "FINISHED"
+
+
+def test_a_writer_is_not_waited_for_after_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(writer: Writer) -> None:
+        writer.process = subprocess.Popen(["sleep", "60"], stdin=subprocess.PIPE, text=True)
+
+    monkeypatch.setattr(Writer, "start", start)
+    monkeypatch.setattr("pipeline.run.STOPPED_SECONDS", 0.2)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), Writer() as writer:
+        raise KeyboardInterrupt
+    assert time.monotonic() - started < 5
+    assert writer.process.returncode == -signal.SIGKILL
+
+
+def test_a_writer_outlives_what_a_scheduler_sends_to_all(client: Any, writer: Writer, here: Path) -> None:
+    run, process = open_run(writer), writer.process
+    for number in SIGNALS:
+        os.kill(process.pid, number)
+    log_steps(run, range(3))
+    run.finish("KILLED")
+    assert process is writer.process
+    assert points(client, run.id) == expected(range(3))
 
 
 def test_a_run_that_is_alive_cannot_be_resumed(client: Any, writer: Writer, here: Path) -> None:
@@ -371,6 +427,34 @@ def interrupted(writer: Writer, steps: range) -> MlflowRun:
     log_steps(run, steps)
     run.finish("KILLED")
     return run
+
+
+def test_what_waited_of_an_earlier_start_does_not_stay_said(server: MlflowServer, writer: Writer) -> None:
+    """Why the earlier start failed reaches the store after the next one has begun."""
+    before = open_run(writer)
+    wait_for(lambda: delivered_bytes(before))
+    server.kill()
+    before.set_tags({"failure": "stopped", "branched_from": "trunk 1"})
+    with pytest.raises(Undelivered):
+        before.finish("KILLED", patience=0.2)
+    server.start()
+    resume(writer, before.id).finish("FINISHED")
+    (found,) = writer.find(run_id=before.id)
+    assert found.status == "FINISHED"
+    assert "failure" not in found.tags
+    assert found.tags.items() >= {"branched_from": "trunk 1", "host": socket.gethostname()}.items()
+    assert found.start_time == client_of(server).get_run(before.id).info.start_time
+
+
+def test_a_run_goes_on_once_the_last_writer_has_left_its_call(client: Any, writer: Writer, here: Path) -> None:
+    before = interrupted(writer, range(2))
+    with (before.folder / LOCK_FILE).open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        threading.Timer(1.0, fcntl.flock, (lock, fcntl.LOCK_UN)).start()
+        started = time.monotonic()
+        run = resume(writer, before.id)
+        assert time.monotonic() - started > 0.9
+    run.finish("FINISHED")
 
 
 def test_what_was_logged_before_is_compared_and_not_logged_again(client: Any, writer: Writer, here: Path) -> None:
@@ -629,6 +713,27 @@ def test_a_full_disk_fails_the_run_in_one_line(
     arrived = points(client, run.id)
     assert arrived == expected(range(len(arrived)))
     assert len(arrived) == sum(record["op"] == "metrics" for record in read_all(run.journal.file)) > 5
+
+
+def test_a_run_whose_journal_cannot_begin_is_ended(
+    client: Any, writer: Writer, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(monkeypatch, 0)
+    with pytest.raises(TrainingError, match="No space left on device"):
+        open_run(writer, name="no room")
+    disk.room = 1 << 20
+    run = open_run(writer)
+    run.finish("FINISHED")
+    (failed,) = client.search_runs(["0"], "attributes.run_name = 'no room'")
+    assert failed.info.status == "FAILED"
+    assert "No space left on device" in failed.data.tags["failure"]
+    assert alive_owner(Path("outputs") / failed.info.run_id) is None
+    assert client.get_run(run.id).info.status == "FINISHED"
+    run.journal.file.unlink()
+    run.journal.file.mkdir()
+    with pytest.raises(TrainingError, match=f"run folder .*{run.id}: Is a directory"):
+        resume(writer, run.id)
+    assert alive_owner(run.folder) is None
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

@@ -100,6 +100,15 @@ def test_a_torn_journal_and_a_damaged_checkpoint(run: Path, capsys: pytest.Captu
     assert "DIFFERS checkpoint of step 20: " in found
 
 
+def test_a_store_that_dies_midway_is_told_in_one_line(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dies(*_: object) -> None:
+        raise ConnectionError("died just now")
+
+    monkeypatch.setattr("pipeline.tracking.doctor._points_in_store", dies)
+    with pytest.raises(TrainingError, match=r"tracking store .*: died just now"):
+        doctor(str(run))
+
+
 def test_a_store_that_never_had_it_and_no_run_at_all(
     run: Path, tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

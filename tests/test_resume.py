@@ -3,6 +3,7 @@
 Kills from outside, MLflow and the journal are in tests/faults.
 """
 
+import json
 import os
 import signal
 import threading
@@ -23,7 +24,7 @@ from pipeline.errors import TrainingError, UserError
 from pipeline.interrupts import Interrupted, held, interruptible
 from pipeline.launch import explained
 from pipeline.prefetch import prefetched
-from pipeline.resume import restore
+from pipeline.resume import fork, restore
 from pipeline.run import MemoryRun
 from pipeline.saving import Saver
 from pipeline.task import Task
@@ -34,7 +35,7 @@ from pipeline.training import Training
 
 Make = Callable[..., Any]
 MEASURED = ("throughput/", "time/", "checkpoint/")
-FACTS = {"threads": 1, "torch": torch.__version__}
+FACTS = {"torch": torch.__version__}
 SETTINGS: dict[str, dict[str, Any]] = {
     "random": {"model.experts.dropout": 0.3, "model.gate.noise": 0.5, "model.embedding_dropout": 0.1},
     "accumulation, prefetch off": {"model.experts.dropout": 0.3, "training.accumulation_steps": 4,
@@ -110,7 +111,8 @@ def interrupted(task: Task, folder: Path, where: str, number: int, every: int) -
     run = Kept(folder=folder)
     with pytest.MonkeyPatch.context() as patch, interruptible():
         training = training_of(task, run, every)
-        target: Any = {"losses": task, "evaluate": task, "_update": training, "step": training.recorder}[where]
+        target: Any = {"losses": task, "evaluate": task, "_update": training, "step": training.recorder,
+                       "log_metrics": run}[where]  # fmt: skip
         Trap(target, where, number, patch)
         with pytest.raises(Interrupted, match="SIGTERM"):
             training.train()
@@ -125,7 +127,7 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bits(small: Make, tmp_path:
     steps = training_of(task, whole).train().steps
     parts = task.config.training.accumulation_steps
     evaluations = sum(any(name.startswith("valid/auc_ctr") for name in values) for _, values in whole.points)
-    moments = [("losses", parts * step + 1) for step in (4, 5)] + [("_update", 6), ("step", steps)]
+    moments = [("losses", parts * step + 1) for step in (4, 5)] + [("_update", 6), ("step", steps), ("log_metrics", 2)]
     moments += [("evaluate", number) for number in (1, evaluations, evaluations + 1)]  # the last is of the test split
     for where, number in moments:
         folder = tmp_path / f"{where}{number}"
@@ -210,6 +212,38 @@ def test_threads_of_the_checkpoint_are_taken(small: Make, tmp_path: Path, capsys
     restore(training, state)
     assert torch.get_num_threads() == 1
     assert "1 CPU threads, as before: 2 would round differently" in capsys.readouterr().err
+
+
+def test_a_checkpoint_names_the_threads_that_made_it(small: Make, tmp_path: Path) -> None:
+    run = Kept(folder=tmp_path / "run")
+    training = training_of(MmoeTask(small()), run)
+    torch.set_num_threads(2)  # as after a resume that took over another number
+    training.advance(4)
+    state = Checkpoints(run.folder).latest()
+    torch.set_num_threads(1)
+    assert state
+    assert state.facts["threads"] == 2
+
+
+def test_a_fork_has_its_own_settings_and_the_points_that_led_to_it(small: Make, tmp_path: Path) -> None:
+    origin = Kept(folder=tmp_path / "origin")
+    training_of(MmoeTask(small(**{"optim.dense.weight_decay": 0.1, "evaluation.every_steps": 4})), origin).train()
+    state = Checkpoints(origin.folder).at(8)
+    with (origin.folder / "journal.jsonl").open("w") as lines:
+        for step, values in origin.points:
+            lines.write(json.dumps({"op": "metrics", "step": step, "time": 7, "values": values}) + "\n")
+    run = Kept(folder=tmp_path / "fork")
+    changed = {"optim.dense.weight_decay": 0.5, "optim.dense.betas": "[0.5, 0.9]", "evaluation.metric": "valid/auc_ctr"}
+    training = training_of(MmoeTask(small(**changed)), run)
+    fork(training, run, state)  # type: ignore[arg-type]
+    assert {group["weight_decay"] for group in training.optimizers["dense"].param_groups} == {0.5}
+    assert {tuple(group["betas"]) for group in training.optimizers["dense"].param_groups} == {(0.5, 0.9)}
+    assert training.keeper.step is None  # what was best by another metric says nothing
+    assert training.result.steps == 8
+    steps = [step for step, values in run.points if "global_step" in values]
+    evaluated = [step for step, values in run.points if "valid/auc_ctr" in values]
+    assert (steps, evaluated) == (list(range(8)), [4, 8])
+    assert not [step for step, values in run.points if "test/auc_ctr" in values or "best_step" in values]
 
 
 # ---------------------------------------------------------------- when a checkpoint is due

@@ -242,6 +242,7 @@ def test_bad_sweeps_end_with_code_2_before_anything_is_made(tmp_path: Path) -> N
         ("--job", "2"): "unknown key job; did you mean jobs?",
         ("--max_steps", "0"): "max_steps",
         ("--tracking.enabled", "false"): "tracking.enabled is false, allowed: true",
+        ("--resume", "auto"): "resume and fork are of single runs",
     }.items():
         result = run_pipeline("sweep", "--config", str(file), *arguments, cwd=tmp_path)
         assert result.returncode == 2, result.stderr

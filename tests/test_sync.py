@@ -14,9 +14,10 @@ from server import MlflowServer, free_port
 
 from pipeline.errors import TrainingError, Undelivered, UserError
 from pipeline.journal import JOURNAL_FILE
-from pipeline.ownership import Ownership
+from pipeline.ownership import Ownership, alive_owner
 from pipeline.run import MlflowRun, RunRequest, Writer
-from pipeline.tracking.delivery import NO_WORD
+from pipeline.tracking.delivery import NO_WORD, Delivery, GaveUpError
+from pipeline.tracking.inbox import Inbox
 from pipeline.tracking.sync import sync
 
 
@@ -148,6 +149,36 @@ def test_a_run_of_one_store_is_made_in_another(
     use(f"sqlite:///{workplace / 'mlflow.db'}", monkeypatch)
     sync(run.folder)  # the first still knows that it has all of it
     assert client.get_run(run.id).info.end_time == first.info.end_time
+
+    def dies(*_: object) -> None:
+        raise ConnectionError("died just now")
+
+    monkeypatch.setattr("pipeline.tracking.sync.find_by_id", dies)
+    with pytest.raises(Undelivered, match="died just now; everything stays in"):
+        sync(run.folder)
+    assert alive_owner(run.folder) is None
+
+
+def test_in_a_hurry_the_end_comes_before_the_history(
+    client: Any, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Writer() as writer:
+        run = MlflowRun(writer, RunRequest("hurried"), Path("outputs"))
+        run.log_metrics(0, {"loss_total": 1.0})
+        run.finish("KILLED")
+    client.update_run(run.id, status="RUNNING")
+    (run.folder / "delivered.json").unlink()
+    seen = []
+
+    def slow(*_: object) -> None:
+        seen.append(client.get_run(run.id).info.status)
+        raise GaveUpError
+
+    monkeypatch.setattr("pipeline.tracking.delivery.write_history", slow)
+    inbox = Inbox(None, {"status": "KILLED", "failure": "", "patience": 60, "hurry": True})
+    report = Delivery(run.folder, 1, inbox, lambda _: None).follow()
+    assert seen == ["KILLED"]
+    assert report["waiting"] == 1  # the end, with its history
 
 
 def test_a_killed_run_is_ended_as_failed(client: Any, workplace: Path) -> None:

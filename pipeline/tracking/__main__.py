@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import IO
 
 from pipeline.console import say
+from pipeline.interrupts import SIGNALS
 from pipeline.journal import Record
-from pipeline.tracking.delivery import NO_WORD, Cursor, Delivery
+from pipeline.tracking.delivery import LOCK_FILE, NO_WORD, Cursor, Delivery, wait_for_turn
 from pipeline.tracking.inbox import Inbox
-from pipeline.tracking.opening import connect, find, open_run, open_without_store, set_tags
+from pipeline.tracking.opening import connect, find, find_by_id, open_run, open_without_store, set_tags
 from pipeline.tracking.store import is_temporary, one_line, probe, shown_uri, store_key, tracking_uri
 
 
 def main() -> None:
     """Serve requests from standard input until it closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in SIGNALS:  # a scheduler sends them to every process of a job; the end of input ends this one
+        signal.signal(number, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever mlflow prints must not mix with the answers
     inbox = Inbox(sys.stdin)
@@ -27,6 +29,10 @@ def main() -> None:
     warming.start()
     opened = None  # a run that nobody follows yet
     while (request := inbox.next()) is not None:
+        if "abandon" in request:
+            _abandon(opened, request["abandon"])
+            opened = None
+            continue
         away = _absence() if "open" in request or "find" in request else ""
         if away and not request.get("offline"):
             _answer(answers, {"error": f"tracking store {shown_uri(os.environ['MLFLOW_TRACKING_URI'])}: {away}"})
@@ -40,8 +46,7 @@ def main() -> None:
         if "open" in request and reply.get("online"):
             opened = reply["run_id"]
         _answer(answers, reply)
-    if opened:
-        _abandon(opened)
+    _abandon(opened, NO_WORD)
     sys.stderr.flush()
     os._exit(0)  # without what mlflow would do at its end: it could take long, and end a run of ours
 
@@ -83,16 +88,18 @@ def _reply(request: Record, away: str) -> Record:
 
 def _open(request: Record, away: str) -> Record:
     asked = request["open"] | {"folder": request.get("folder") or request["open"]["folder"]}
-    if asked["resume"]:
-        Cursor(Path(asked["folder"]), store_key()).save()  # before the journal grows: it may have lost its tail
-    try:
-        if away:
-            raise ConnectionError(away)
-        return open_run(asked, Path(request["output_dir"]), request.get("last_steps", {}))
-    except Exception as error:
-        if not request["offline"] or not is_temporary(error):
-            raise
-        return open_without_store(asked, one_line(error))
+    with contextlib.ExitStack() as turn:
+        if asked["resume"]:
+            wait_for_turn(turn.enter_context((Path(asked["folder"]) / LOCK_FILE).open("ab")))
+            Cursor(Path(asked["folder"]), store_key()).save()  # before the journal grows: it may have lost its tail
+        try:
+            if away:
+                raise ConnectionError(away)
+            return open_run(asked, Path(request["output_dir"]), request.get("last_steps", {}))
+        except Exception as error:
+            if not request["offline"] or not is_temporary(error):
+                raise
+            return open_without_store(asked, one_line(error))
 
 
 def _fetch(run_id: str, file: str, folder: str) -> Record:
@@ -103,12 +110,15 @@ def _fetch(run_id: str, file: str, folder: str) -> Record:
     return {"path": client.download_artifacts(run_id, file, folder)}
 
 
-def _abandon(run_id: str) -> None:
-    """The trainer died between opening the run and beginning its journal."""
+def _abandon(run_id: str | None, failure: str) -> None:
+    """End a run whose trainer failed, or died, between opening the run and beginning its journal."""
+    if run_id is None:
+        return
     try:
         client = connect()
-        set_tags(client, run_id, {"failure": NO_WORD})
-        client.set_terminated(run_id, "FAILED")
+        if run := find_by_id(client, run_id):
+            set_tags(client, run.info.run_id, {"failure": failure})
+            client.set_terminated(run.info.run_id, "FAILED")
     except Exception as error:  # whatever the store says becomes one line
         say(f"warning: run {run_id} could not be ended: {one_line(error)}")
 

@@ -18,7 +18,7 @@ from pipeline.journal import JOURNAL_FILE, JournalReader, Record, leaves
 from pipeline.ownership import owner_number
 from pipeline.tracking.history import write_history
 from pipeline.tracking.inbox import Inbox
-from pipeline.tracking.opening import connect, find_by_id, make_for, set_tags
+from pipeline.tracking.opening import connect, delete_stale, find_by_id, make_for, set_tags
 from pipeline.tracking.store import is_random, is_temporary, one_line, probe, store_key, tracking_uri
 
 HISTORY_FILE = "history.parquet"
@@ -81,6 +81,18 @@ def _size(file: Path) -> int:
     return file.stat().st_size if file.exists() else 0
 
 
+def wait_for_turn(lock: IO[bytes], check: Callable[[], None] = lambda: None) -> None:
+    """One writer at a time: that of an earlier owner may still be in a call. `lock`: `writer.lock`, opened."""
+    end = time.monotonic() + LOCK_SECONDS
+    while time.monotonic() < end:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            check()
+            time.sleep(0.1)  # then it hangs, and cannot do harm: both deliver the same
+
+
 class Delivery:
     """Brings one run's journal to the tracking store."""
 
@@ -92,10 +104,11 @@ class Delivery:
         self.client: Any = None
         self.run_id = ""
         self.params: dict[str, str] = {}  # what is there: `mlflow run` writes params as typed, and they cannot change
-        self.opened: Record = {}
+        self.opened: Record = {}  # the journal's first such record, and where it ends
+        self.end_of_opened = 0
         self.status: str | None = None  # the journal's last word, and where it ends
         self.end_of_status = 0
-        self.reason, self.away, self.superseded = "", False, False
+        self.reason, self.away, self.superseded, self.is_told = "", False, False, False
         self.delivered = self.total = 0
         self.told = time.monotonic()
         self.lock: IO[bytes] | None = None
@@ -104,7 +117,8 @@ class Delivery:
     def follow(self) -> Record:
         """Deliver until the run is finished, its trainer is gone, or the store takes nothing any more; the report."""
         try:
-            self._take_lock()
+            self.lock = (self.folder / LOCK_FILE).open("ab")
+            wait_for_turn(self.lock, self._check)
             self._find_run()
             while True:
                 leaving = self.inbox.leaving  # asked before reading: what was logged before is read then
@@ -114,7 +128,7 @@ class Delivery:
                     self.inbox.wait(POLL_SECONDS)
             self._end()
         except GaveUpError:
-            if self.inbox.hurried and self.run_id and not self.superseded:
+            if self.inbox.hurried and self.run_id and not self.superseded and not self.is_told:
                 self._end_early()
         finally:
             self.reader.close()
@@ -144,24 +158,12 @@ class Delivery:
                 count += chunk.count(b"\n")
         return count or int(self.inbox.leaving and self.cursor.ended is None)
 
-    def _take_lock(self) -> None:
-        """One writer at a time: that of an earlier owner may still be in a call."""
-        self.lock = (self.folder / LOCK_FILE).open("ab")
-        end = time.monotonic() + LOCK_SECONDS
-        while time.monotonic() < end:
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                self._check()
-                time.sleep(0.1)  # then it hangs, and cannot do harm: both deliver the same
-
     def _find_run(self) -> None:
         """The run in this store: the one that was opened, or the one made for it, or a new one for it."""
         while not self.opened:
-            record = next((record for _, record in self.reader.read() if record["op"] == "open"), None)
-            self.opened = record or {}
-            if record is None:
+            records = ((record, end) for end, record in self.reader.read() if record["op"] == "open")
+            self.opened, self.end_of_opened = next(records, ({}, 0))
+            if not self.opened:
                 if self.inbox.leaving:
                     raise GaveUpError
                 self.inbox.wait(POLL_SECONDS)
@@ -232,6 +234,8 @@ class Delivery:
             return
         if op == "open":
             self.status = None
+            if end != self.end_of_opened:  # what waited of an earlier start came after this one was opened
+                self._require("tags", self._delete_stale, record)
             if not (record["online"] and self.run_id == record["id"]):  # else it was said when the run was opened
                 self._require("tags", self._open_later, record)
         elif op == "params":
@@ -247,11 +251,14 @@ class Delivery:
             self._require("model", self._log_model, record)
         self._passed(end)
 
+    def _delete_stale(self, record: Record) -> None:
+        delete_stale(self.client, self.client.get_run(self.run_id), record["tags"])
+
     def _open_later(self, record: Record) -> None:
         """What is said of a run when it is opened, for one that was opened elsewhere or without the store."""
         name = self.client.get_run(self.run_id).info.run_name or ""
         self.client.update_run(self.run_id, status="RUNNING", name=record["name"] if is_random(name) else None)
-        set_tags(self.client, self.run_id, record["tags"] | {"run_dir": str(self.folder)})
+        set_tags(self.client, self.run_id, record["tags"] | {"run_dir": str(self.folder), "host": record["host"]})
 
     def _log_params(self, values: Mapping[str, str]) -> None:
         from mlflow.entities import Param
@@ -317,26 +324,38 @@ class Delivery:
             mlflow.end_run("RUNNING")  # another run's turn may come before this one's end
 
     def _end(self) -> None:
-        """Write the whole history beside the run, then end it."""
+        """Write the whole history beside the run, and end it: in a hurry first, for the history may take too long."""
         word = self.inbox.finish or {}
         status = self.status or word.get("status") or "FAILED"
         failure = "" if self.status else word.get("failure") or ("" if word.get("status") else NO_WORD)
         if failure:
             self._require("tags", set_tags, self.client, self.run_id, {"failure": failure})
+        hurried = self.inbox.hurried
+        if not hurried:
+            self._log_history()
+        if self.cursor.problems and status == "FINISHED":
+            status = "FAILED"
+        self._require(f"status {status}", self.client.set_terminated, self.run_id, status)
+        self.is_told = True
+        if hurried:
+            self._log_history()
+        self.cursor.offset = max(self.cursor.offset, self.end_of_status)
+        self.cursor.ended = status
+        self.cursor.save()
+
+    def _log_history(self) -> None:
         try:
-            write_history(self.journal, self.folder / HISTORY_FILE, self._moved)
+            write_history(self.journal, self.folder / HISTORY_FILE, self._written)
         except OSError as error:
             self._problem(HISTORY_FILE, error)
         else:
             self._long()
             self._require(HISTORY_FILE, self.client.log_artifact, self.run_id, str(self.folder / HISTORY_FILE))
             self._moved()
-        if self.cursor.problems and status == "FINISHED":
-            status = "FAILED"
-        self._require(f"status {status}", self.client.set_terminated, self.run_id, status)
-        self.cursor.offset = max(self.cursor.offset, self.end_of_status)
-        self.cursor.ended = status
-        self.cursor.save()
+
+    def _written(self) -> None:
+        self._check()
+        self._moved()
 
     def _end_early(self) -> None:
         """Say how the run ended, with the rest of its journal still waiting; one try."""
@@ -407,11 +426,11 @@ class Delivery:
             pause = min(2 * pause, longest)
 
     def _check(self) -> None:
-        if self.inbox.hurried and self.inbox.impatient:
-            self.reason = self.reason or "there was no time for it"
-            raise GaveUpError
         if owner_number(self.folder) > self.owner:
             self.superseded = True
+            raise GaveUpError
+        if self.inbox.hurried and self.inbox.impatient:
+            self.reason = self.reason or "there was no time for it"
             raise GaveUpError
 
     def _tell_away(self) -> None:

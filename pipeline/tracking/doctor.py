@@ -171,8 +171,11 @@ def _of_store(journal: Journal) -> Iterator[Finding]:
     ]
     yield Finding(f"store: {len(journal.params) - len(wrong)} of {len(journal.params)} params",
                   f"{_named(wrong)}: {again}" if wrong else None)  # fmt: skip
-    yield from _of_points(journal, _points_in_store(client, run), again)
-    lost = _missing_artifacts(client, run.info.run_id, journal.artifacts)
+    try:
+        stored, lost = _points_in_store(client, run), _missing_artifacts(client, run.info.run_id, journal.artifacts)
+    except Exception as error:  # whatever the store says becomes the user's one line
+        raise TrainingError(f"tracking store {tracking_uri()}: {one_line(error)}") from None
+    yield from _of_points(journal, stored, again)
     yield Finding(f"store: {len(journal.artifacts) - len(lost)} of {len(journal.artifacts)} artifacts",
                   f"{_named(lost)}: {again}" if lost else None)  # fmt: skip
 

@@ -1,11 +1,13 @@
 """A run's place in the tracking store: made, found again, or made later for one that began without the store."""
 
 import os
+import socket
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import TrainingError
 from pipeline.journal import JOURNAL_FILE, JournalWriter, Record
 from pipeline.names import FORKED_FROM
 from pipeline.tracking.creation import ensure_store
@@ -17,7 +19,7 @@ from pipeline.tracking.store import (
     tracking_uri,
 )
 
-STALE_TAGS = {"failure", "pruned", "branched_from", "branch_step"}  # of an earlier start: gone when a run goes on
+STALE_TAGS = {"failure", "pruned"}  # of an earlier start: gone when a run goes on
 LAUNCHED = "launches"  # tag of a run that only started another one
 ORIGINAL = "original_run_id"  # tag of a run that was made on this server for one that began elsewhere
 LARGEST = 1.7976931348623157e308  # stands for infinity in a database
@@ -48,20 +50,19 @@ def open_run(request: Mapping[str, Any], output_dir: Path, last_steps: Mapping[s
     run_id = run.info.run_id
     folder = Path(request["folder"]) if request["folder"] else output_dir / (request["run_id"] if resumed else run_id)
     if resumed:
-        for tag in STALE_TAGS & run.data.tags.keys() - request["tags"].keys():
-            client.delete_tag(run_id, tag)
+        delete_stale(client, run, request["tags"])
     if resumed or is_random(run.info.run_name or ""):
         name = request["name"] if is_random(run.info.run_name or "") else None
         client.update_run(run_id, status="RUNNING" if resumed else None, name=name)
-    set_tags(client, run_id, {**request["tags"], "run_dir": str(folder.resolve())})
+    set_tags(client, run_id, {**request["tags"], "run_dir": str(folder.resolve()), "host": socket.gethostname()})
     if launcher:
         _settle_launchers(client, launcher, run_id, resumed)
     try:
         check_artifacts(run.info.artifact_uri)
-    except OSError:
+        ahead = resumed and _read_back(client, run, folder, last_steps)
+    except (OSError, TrainingError):
         client.set_terminated(run_id, "FAILED")
         raise
-    ahead = resumed and _read_back(client, run, folder, last_steps)
     return {"run_id": request["run_id"] if resumed else run_id, "name": client.get_run(run_id).info.run_name,
             "experiment": client.get_experiment(run.info.experiment_id).name, "tags": tags,
             "tracking_uri": tracking_uri(), "online": True, "ahead": ahead, "reason": ""}  # fmt: skip
@@ -115,7 +116,7 @@ def find_by_id(client: Any, run_id: str) -> Any | None:
 
 def make_for(client: Any, opened: Record, folder: Path) -> Any:
     """A run here for one that began elsewhere, or without the store."""
-    tags = opened["tags"] | {ORIGINAL: opened["id"], "run_dir": str(folder)}
+    tags = opened["tags"] | {ORIGINAL: opened["id"], "run_dir": str(folder), "host": opened["host"]}
     experiment_id = experiment_of(client, opened["experiment"])
     return client.create_run(experiment_id, start_time=opened["time"], run_name=opened["name"], tags=tags)
 
@@ -149,6 +150,7 @@ def find(run_id: str | None, run_key: str | None, fork: str | None) -> list[Reco
             "run_id": run.data.tags.get(ORIGINAL, run.info.run_id),
             "name": run.info.run_name or "",
             "status": run.info.status,
+            "start_time": run.info.start_time,
             "run_dir": run.data.tags.get("run_dir"),
             "tags": dict(run.data.tags),
             "params": dict(run.data.params),
@@ -163,6 +165,12 @@ def set_tags(client: Any, run_id: str, tags: Mapping[str, str]) -> None:
     from mlflow.entities import RunTag
 
     client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+
+def delete_stale(client: Any, run: Any, tags: Mapping[str, str]) -> None:
+    """Take away what an earlier start said of its end, but for the tags that this one sets."""
+    for tag in STALE_TAGS & run.data.tags.keys() - tags.keys():
+        client.delete_tag(run.info.run_id, tag)
 
 
 def _settle_launchers(client: Any, launcher: str, run_id: str, resumed: bool) -> None:

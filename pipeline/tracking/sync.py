@@ -53,9 +53,13 @@ def _check_store(folders: list[Path]) -> None:
         probe()
         connect().search_experiments(max_results=1)
     except Exception as error:  # whatever the store says becomes the user's one line
-        kind = Undelivered if is_temporary(error) else UserError
-        text = f"tracking store {tracking_uri()}: {one_line(error)}; everything stays in {folders[0].parent}"
-        raise kind(text) from None
+        raise _told(error, folders[0].parent) from None
+
+
+def _told(error: Exception, stays: Path) -> UserError:
+    """What the store says against a delivery."""
+    kind = Undelivered if is_temporary(error) else UserError
+    return kind(f"tracking store {tracking_uri()}: {one_line(error)}; everything stays in {stays}")
 
 
 def _sync_run(folder: Path, again: bool) -> str:
@@ -68,6 +72,8 @@ def _sync_run(folder: Path, again: bool) -> str:
         if opened is None:
             raise UserError(f"{folder / JOURNAL_FILE}: found no record of the run's beginning; it cannot be delivered")
         report, delivered = _deliver(folder, owner.number, again)
+    except OSError as error:
+        raise TrainingError(f"run folder {folder}: {error.strerror or error}") from None
     finally:
         owner.release()
     if report["waiting"]:
@@ -95,8 +101,18 @@ def _deliver(folder: Path, number: int, again: bool) -> tuple[Record, int]:
             bar.update(reply["delivered"] - bar.n)
 
         delivery = Delivery(folder, number, inbox, tell)
-        if delivery.is_done and cursor.run_id and find_by_id(connect(), cursor.run_id):
+        if delivery.is_done and _is_there(delivery):
             delivery.reader.close()
             return delivery.report() | {"run_id": cursor.run_id}, 0
         report = delivery.follow()
     return report, max(1, delivery.delivered)
+
+
+def _is_there(delivery: Delivery) -> bool:
+    """The run that all was delivered to is still in the store."""
+    run_id = delivery.cursor.run_id
+    try:
+        return bool(run_id and find_by_id(connect(), run_id))
+    except Exception as error:  # whatever the store says becomes the user's one line
+        delivery.reader.close()
+        raise _told(error, delivery.folder) from None

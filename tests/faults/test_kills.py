@@ -134,7 +134,7 @@ def killed_again_and_again(reference: Reference, kills: list[Kill], folder: Path
 def moments(steps: int, count: int, generator: random.Random) -> list[Kill]:
     """Kills at random steps of every epoch, in the order of the steps; some right at the gate and at an epoch's end."""
     drawn = [GATE - 1, GATE, GATE + 1, EPOCH, 2 * EPOCH - 1]
-    drawn += [generator.randrange(1, steps) for _ in range(count - len(drawn))]
+    drawn += generator.sample(sorted(set(range(1, steps)) - set(drawn)), count - len(drawn))
     return [Kill(step, generator.choice(places_at(step)), generator.choice(WHO)) for step in sorted(drawn)]
 
 
