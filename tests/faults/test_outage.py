@@ -21,9 +21,9 @@ from conftest import ROOT, SHRUNK, run_pipeline
 from server import MlflowServer, Postgres, need_postgres, postgres_programs
 
 FULL = os.environ.get("FAULTS") == "full"
-STEPS = 5000 if FULL else 600
-KILLED_AT = 1000 if FULL else 150  # logged steps, more or less
-AWAY_SECONDS = 30 if FULL else 5
+STEPS = 5000 if FULL else 400
+KILLED_AT = 1000 if FULL else 100  # logged steps, more or less
+AWAY_SECONDS = 30 if FULL else 3
 BLOCK_SECONDS = 1.0
 MEASURED = ("throughput/", "time/", "checkpoint/")  # of these only the number of points can be expected
 Points = dict[tuple[str, int], str]  # (metric, step) -> value, bit for bit
