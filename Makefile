@@ -23,7 +23,7 @@ notebook: setup
 	$(VENV)/bin/jupyter lab notebooks
 
 test: setup
-	$(RUN) -m pytest --numprocesses 3 --dist loadgroup
+	$(RUN) -m pytest --numprocesses 2 --dist loadgroup
 
 # One process: what they measure is not for sharing the cores.
 faults: setup

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-settings.register_profile("project", max_examples=40, deadline=None)
+settings.register_profile("project", max_examples=25, deadline=None)
 settings.load_profile("project")
 
 ROOT = Path(__file__).parent.parent

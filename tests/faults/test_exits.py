@@ -153,7 +153,7 @@ def test_the_trainer_ends_with_mlflow_run(number: signal.Signals, folder: Path, 
         wait_for_step(process, 100)
         process.send_signal(number)
         process.wait()
-        wait_for(lambda: not children_in(folder), END_SECONDS)
+        wait_for(lambda: not children_in(folder), END_SECONDS if FULL else 3 * END_SECONDS)  # beside other tests
     ((_, (status, _)),) = runs(folder).items()
     assert status == "KILLED"
     assert "stopped by SIGTERM" in (folder / "stderr.txt").read_text()

@@ -160,6 +160,7 @@ def steps_per_second(run_dir: Path, start_ms: float, end_ms: float) -> list[floa
     return [count / BLOCK_SECONDS for count in counts]
 
 
+@pytest.mark.skipif(not FULL, reason="the short form is in test_delivery: FAULTS=full")
 def test_a_server_that_comes_back_gets_every_point_once(
     tmp_path: Path, impressions: Path, backend: Callable[[str, Path], str], reference: tuple[Points, Any]
 ) -> None:
