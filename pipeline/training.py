@@ -18,6 +18,7 @@ from pipeline.console import Console, say, warn
 from pipeline.errors import UserError
 from pipeline.influence import PREFIX
 from pipeline.interrupts import check, held
+from pipeline.optimizers import coalesced
 from pipeline.prefetch import prefetched
 from pipeline.recording import Recorder
 from pipeline.run import Run
@@ -240,7 +241,7 @@ class Training:
             parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             sparse = [parameter for parameter in parameters if parameter.grad.is_sparse]
             for parameter in sparse:  # a row's gradients in one place, for the norm and for the optimizer
-                parameter.grad = parameter.grad.coalesce()
+                parameter.grad = coalesced(parameter.grad)
             norm = torch.nn.utils.get_total_norm([p.grad.values() if p.grad.is_sparse else p.grad for p in parameters])
             if self.config.training.clip_norm is not None and not sparse:
                 torch.nn.utils.clip_grads_with_norm_(parameters, self.config.training.clip_norm, norm)

@@ -1,5 +1,6 @@
 """Prepared impressions in memory against plain Python per row, and what a damaged folder says."""
 
+import itertools
 import math
 import os
 import shutil
@@ -76,10 +77,7 @@ def columns_of(rows: Sequence[Row], features: Sequence[Feature]) -> dict[str, pa
 
 
 def layout_of(features: Sequence[Feature]) -> Layout:
-    return Layout(
-        tuple(feature for feature in features if feature.kind != "numeric"),
-        tuple(feature for feature in features if feature.kind == "numeric"),
-    )
+    return Layout(tuple(features))
 
 
 def expected_bags(row: Row, features: Sequence[Feature]) -> list[Bag]:
@@ -101,18 +99,13 @@ def expected_bags(row: Row, features: Sequence[Feature]) -> list[Bag]:
 
 def bags_of(batch: Impressions) -> list[list[Bag]]:
     """[row][feature] -> (table row, weight), read off the stream from left to right."""
-    ids, position, found = batch.ids.tolist(), 0, []
-    weights = [1.0] * len(ids) if batch.weights is None else batch.weights.tolist()
-    for lengths in batch.lengths.tolist():
-        bags = []
-        for length in lengths:
-            bags.append(
-                list(zip(ids[position : position + length], weights[position : position + length], strict=True))
-            )
-            position += length
-        found.append(bags)
-    assert position == len(ids) == len(weights)
-    return found
+    pairs = list(zip(batch.ids.tolist(), batch.weights.tolist(), strict=True))
+    starts = batch.starts.tolist()
+    assert starts[0] == 0
+    assert starts[-1] == len(pairs)
+    bags = [pairs[first:last] for first, last in itertools.pairwise(starts)]
+    features = len(bags) // len(batch) if len(batch) else 0
+    return [bags[row * features : (row + 1) * features] for row in range(len(batch))]
 
 
 def assert_holds(batch: Impressions, rows: Sequence[Row], features: Sequence[Feature]) -> None:
@@ -123,14 +116,14 @@ def assert_holds(batch: Impressions, rows: Sequence[Row], features: Sequence[Fea
     assert batch.numeric.shape == (len(rows), len(numeric))
     assert batch.numeric.tolist() == [[row[name] for name in numeric] for row in rows]
     assert bags_of(batch) == [expected_bags(row, features) for row in rows]
-    assert batch.lengths.shape == (len(rows), sum(feature.kind != "numeric" for feature in features))
-    assert batch.ids.dtype == batch.lengths.dtype == torch.int32
+    assert len(batch.starts) == len(rows) * sum(feature.kind != "numeric" for feature in features) + 1
+    assert batch.ids.dtype == batch.starts.dtype == torch.int32
+    assert batch.weights.dtype == torch.float32
     assert batch.click.dtype == batch.conversion.dtype == batch.numeric.dtype == torch.float32
-    if any(feature.kind == "multi" for feature in features):
-        assert batch.weights is not None
-        assert batch.weights.dtype == torch.float32
-    else:
-        assert batch.weights is None
+
+
+def every(table: ImpressionTable) -> Impressions:
+    return table.batch(np.arange(len(table)))
 
 
 @settings(deadline=None, max_examples=150)
@@ -141,7 +134,7 @@ def test_impressions_are_the_columns(table: tuple[list[Feature], list[Row]], sli
     columns = columns_of([rows[-1], *rows] if sliced else rows, features)
     if sliced:
         columns = {name: column.slice(1) for name, column in columns.items()}
-    assert_holds(impressions(columns, layout_of(features)), rows, features)
+    assert_holds(every(impressions(columns, layout_of(features))), rows, features)
 
 
 @settings(deadline=None, max_examples=250)
@@ -150,7 +143,7 @@ def test_batch_is_a_gather_of_rows(table: tuple[list[Feature], list[Row]], data:
     """Any rows in any order, repeated, or none."""
     features, rows = table
     chosen = data.draw(st.lists(st.integers(0, len(rows) - 1), max_size=12))
-    whole = ImpressionTable(impressions(columns_of(rows, features), layout_of(features)), None)
+    whole = impressions(columns_of(rows, features), layout_of(features))
     assert len(whole) == len(rows)
     index = np.array(chosen, dtype=np.int64)
     picked = [rows[one] for one in chosen]
@@ -162,7 +155,7 @@ def test_batch_is_a_gather_of_rows(table: tuple[list[Feature], list[Row]], data:
 @given(tables(), st.integers(1, 10))
 def test_batches_are_all_rows_in_order(table: tuple[list[Feature], list[Row]], size: int) -> None:
     features, rows = table
-    whole = ImpressionTable(impressions(columns_of(rows, features), layout_of(features)), None)
+    whole = impressions(columns_of(rows, features), layout_of(features))
     parts = whole.batches(size)
     assert [row for part in parts for row in part] == list(range(len(rows)))
     assert len(parts) == math.ceil(len(rows) / size)
@@ -171,15 +164,14 @@ def test_batches_are_all_rows_in_order(table: tuple[list[Feature], list[Row]], s
 
 def test_unweighted_bags_are_means_by_hand() -> None:
     rows: list[Row] = [{"click": 0, "conversion": 0, "topics": bag} for bag in ([4], [1, 2], [], [0, 0, 3, 1])]
-    found = impressions(columns_of(rows, [TOPICS]), layout_of([TOPICS]))
-    assert found.weights is not None
+    found = every(impressions(columns_of(rows, [TOPICS]), layout_of([TOPICS])))
     assert found.weights.tolist() == [1.0, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25]
     assert found.ids.tolist() == [4, 1, 2, 0, 0, 3, 1]
-    assert found.lengths.tolist() == [[1], [2], [0], [4]]
+    assert found.starts.tolist() == [0, 1, 3, 3, 7]
 
 
 def test_labels_may_be_absent() -> None:
-    found = impressions({"colour": pa.array([3, 1], pa.int32())}, layout_of([COLOUR]))
+    found = every(impressions({"colour": pa.array([3, 1], pa.int32())}, layout_of([COLOUR])))
     assert found.click.tolist() == found.conversion.tolist() == [0.0, 0.0]
     assert found.ids.tolist() == [3, 1]
 
@@ -191,28 +183,26 @@ def test_layout_by_hand() -> None:
     layout = Layout.of(schema)
     assert [feature.name for feature in layout.id_features] == ["colour", "tags", "slot", "topics", "device"]
     assert [feature.name for feature in layout.numeric_features] == ["price", "age"]
-    assert layout.offsets == [0, 4, 10, 13, 18]
+    assert layout.offsets == {"colour": 0, "tags": 4, "slot": 10, "topics": 13, "device": 18}
     assert layout.table_rows == 25
-    assert layout.pooled
-    alone = layout_of([COLOUR, PRICE, SLOT])
-    assert not alone.pooled
-    assert alone.offsets == [0, 4]
-    assert layout_of([PRICE]).offsets == []
+    assert layout_of([COLOUR, PRICE, SLOT]).offsets == {"colour": 0, "slot": 4}
+    assert layout_of([PRICE]).offsets == {}
     assert layout_of([PRICE]).table_rows == 0
 
 
-@pytest.mark.parametrize("features", [[COLOUR, PRICE, TAGS, TOPICS], [COLOUR, PRICE]], ids=["weights", "no weights"])
+@pytest.mark.parametrize("features", [[COLOUR, PRICE, TAGS, TOPICS], [COLOUR, PRICE]], ids=["bags", "no bags"])
 def test_moving_a_batch(features: list[Feature]) -> None:
-    """To where it is: itself. Elsewhere: all of it."""
+    """To where it is: itself. Elsewhere: all of it but what the CPU's gradient needs."""
     row: Row = {"click": 1, "conversion": 0, "colour": 1, "price": 2.0, "tags": [(1, 2.0)], "topics": [1, 2]}
-    batch = impressions(columns_of([row] * 3, features), layout_of(features))
+    batch = impressions(columns_of([row] * 3, features), layout_of(features)).batch(np.arange(3), trains=True)
     assert batch.to("cpu") is batch
     moved = batch.to("meta")
     assert len(moved) == 3
+    assert batch.groups is not None
+    assert moved.groups is None
     for name, value in vars(batch).items():
-        other = getattr(moved, name)
-        assert (other is None) == (value is None)
-        if value is not None:
+        if name != "groups":
+            other = getattr(moved, name)
             assert other.device.type == "meta"
             assert (other.shape, other.dtype) == (value.shape, value.dtype)
 
@@ -315,20 +305,20 @@ def prepared(
 def test_reading_several_row_groups(tmp_path: Path, row_group_size: int) -> None:
     schema = prepared(tmp_path, row_group_size=row_group_size)
     table = read_split(tmp_path, schema, "train")
-    assert_holds(table.columns, ROWS, FEATURES)
+    assert_holds(every(table), ROWS, FEATURES)
     assert table.truth is None
 
 
 def test_reading_takes_features_by_name(tmp_path: Path) -> None:
     """Columns in another order, and some that the schema does not know."""
     columns = {"other": pa.array(["x"] * 5)} | dict(reversed(columns_of(ROWS, FEATURES).items()))
-    assert_holds(read_split(tmp_path, prepared(tmp_path, columns), "train").columns, ROWS, FEATURES)
+    assert_holds(every(read_split(tmp_path, prepared(tmp_path, columns), "train")), ROWS, FEATURES)
 
 
 def test_a_folder_that_looks_like_a_partition(tmp_path: Path) -> None:
     """`colour=9` in the path is a name, not a value."""
     folder = tmp_path / "colour=9"
-    assert_holds(read_split(folder, prepared(folder), "train").columns, ROWS, FEATURES)
+    assert_holds(every(read_split(folder, prepared(folder), "train")), ROWS, FEATURES)
 
 
 def test_reading_an_empty_split(tmp_path: Path) -> None:
@@ -462,9 +452,9 @@ def test_column_of_another_kind(tmp_path: Path, name: str, column: pa.Array) -> 
 
 
 def test_a_damaged_copy_leaves_the_original(generated: tuple[Path, DataSchema], tmp_path: Path) -> None:
-    """Reading changes nothing on disk."""
+    """Reading changes no file of a folder; it adds the streams."""
     folder, schema = generated
     shutil.copytree(folder, tmp_path / "copy")
     read_split(tmp_path / "copy", schema, "train")
-    for file in folder.iterdir():
+    for file in folder.glob("*.parquet"):
         assert (tmp_path / "copy" / file.name).read_bytes() == file.read_bytes()

@@ -30,7 +30,7 @@ from pipeline.losses import binary_focal_factor, log_probability, multi_label_fo
 from pipeline.run import MemoryRun
 from pipeline.task import Task
 from pipeline.tasks.mmoe.config import MmoeConfig
-from pipeline.tasks.mmoe.data import ImpressionTable
+from pipeline.tasks.mmoe.data import read_split
 from pipeline.tasks.mmoe.embedded import generate
 from pipeline.tasks.mmoe.task import MmoeTask
 from pipeline.tasks.visobert.answers import Answers
@@ -266,8 +266,8 @@ def test_shares_add_up_whatever_a_micro_batch_holds(small: Make, many: str) -> N
     task = MmoeTask(small(**{"data.path": many, "loss.aux_focal.warmup_steps": 0}))
     torch.manual_seed(0)
     model, rows = task.model(), np.arange(3000)
-    labels = task.train.columns
-    order = np.argsort((labels.click + labels.conversion)[:3000].numpy(), kind="stable")
+    click, conversion = task.train.labels
+    order = np.argsort((click + conversion)[:3000], kind="stable")
     batches = [[task.batch(rows)], [task.batch(part) for part in np.split(order, [1000, 2000, 2900, 2990])]]
     assert not batches[1][0].click.any()
     found = []
@@ -397,7 +397,7 @@ def logits_of(task: MmoeTask, model: nn.Module, split: str) -> tuple[Floats, Flo
     model.eval()
     with torch.no_grad():
         logits = model(table.batch(np.arange(len(table)))).logits
-    return logits.double().numpy(), table.columns.click.double().numpy(), table.columns.conversion.double().numpy()
+    return logits.double().numpy(), *(label.astype(np.float64) for label in table.labels)
 
 
 @pytest.mark.parametrize("split", ["valid", "test"])
@@ -434,8 +434,8 @@ def test_validation_losses_by_textbook_formulas_whatever_the_arm(small: Make, ma
 def test_a_split_without_a_click_has_no_loss_of_clicks(small: Make) -> None:
     task = MmoeTask(small())
     table = task.held_out("valid")
-    table.columns.click.zero_()
-    table.columns.conversion.zero_()
+    for label in table.labels:
+        label[:] = 0
     names = {name for name in task.evaluate(task.model(), "valid", "cpu") if "/loss_" in name}
     assert names == {"valid/loss_ctr", "valid/loss_ctcvr_bce", "valid/loss_ctcvr_focal_g1", "valid/loss_ctcvr_focal_g2"}
 
@@ -548,10 +548,14 @@ def test_no_rows_unless_they_are_wanted_and_there(small: Make, many: str, tmp_pa
     task.report(task.model(), tmp_path / "off", "cpu")
     task = MmoeTask(small(**{"data.path": many}))
     table = task.held_out("valid")
-    empty = ImpressionTable(table.batch(np.arange(0)), None)
+    schema = task.schema.model_copy(update={"splits": {"empty": task.schema.splits["test"].model_copy(
+        update={"rows": 0, "file": "empty.parquet"})}})  # fmt: skip
+    pq.write_table(pq.read_table(Path(many) / "test.parquet").slice(0, 0), tmp_path / "empty.parquet")
+    empty = read_split(tmp_path, schema, "empty")
     task.held_out = {"valid": table, "test": empty}.__getitem__  # type: ignore[assignment]
     task.report(task.model(), tmp_path / "empty", "cpu")
-    assert [file.name for file in tmp_path.rglob("*.p*") if file.is_file()] == ["calibration.png"] * 2
+    assert not [*(tmp_path / "off").rglob("*.parquet"), *(tmp_path / "empty").rglob("*.parquet")]
+    assert [file.name for file in tmp_path.rglob("*.png")] == ["calibration.png"] * 2
 
 
 # ---------------------------------------------------------------- reviews

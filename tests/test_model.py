@@ -21,6 +21,7 @@ from pipeline.tasks.mmoe.config import (
     TowersConfig,
 )
 from pipeline.tasks.mmoe.data import Impressions, Layout
+from pipeline.tasks.mmoe.embedding import grouped
 from pipeline.tasks.mmoe.model import FeatureEmbedding, GroupedLayers, Mmoe
 from pipeline.tasks.mmoe.schema import BaseRates, Feature
 
@@ -44,10 +45,7 @@ HEADS = [HeadConfig(wide=wide, fm=fm, deep=deep) for wide, fm, deep in itertools
 
 
 def layout_of(features: Sequence[Feature]) -> Layout:
-    return Layout(
-        tuple(one for one in features if one.kind != "numeric"),
-        tuple(one for one in features if one.kind == "numeric"),
-    )
+    return Layout(tuple(features))
 
 
 def random_rows(features: Sequence[Feature], count: int, seed: int) -> list[Row]:
@@ -71,23 +69,26 @@ def random_rows(features: Sequence[Feature], count: int, seed: int) -> list[Row]
     return rows
 
 
-def batch_of(rows: Sequence[Row], features: Sequence[Feature], bags_of_one: bool = False) -> Impressions:
+def batch_of(rows: Sequence[Row], features: Sequence[Feature]) -> Impressions:
     layout = layout_of(features)
-    ids, weights, lengths = [], [], []
+    ids, weights, bags, starts = [], [], [], [0]
     for row in rows:
         for feature, offset in zip(layout.id_features, first_rows(layout), strict=True):
             bag = row[feature.name] if feature.kind == "multi" else [(row[feature.name], 1.0)]
             ids += [offset + one for one, _ in bag]
             weights += [weight for _, weight in bag]
-            lengths.append(len(bag))
+            bags += [len(starts) - 1] * len(bag)
+            starts.append(len(ids))
+    flat = np.array(ids, np.int32), np.array(bags, np.int32), np.array(weights, np.float32)
     size = len(rows)
     return Impressions(
         click=torch.zeros(size),
         conversion=torch.zeros(size),
         numeric=torch.tensor([[row[one.name] for one in layout.numeric_features] for row in rows]).float(),
-        ids=torch.tensor(ids, dtype=torch.int32),
-        lengths=torch.tensor(lengths, dtype=torch.int32).view(size, len(layout.id_features)),
-        weights=None if bags_of_one else torch.tensor(weights, dtype=torch.float32),
+        ids=torch.from_numpy(flat[0]),
+        weights=torch.from_numpy(flat[2]),
+        starts=torch.tensor(starts, dtype=torch.int32),
+        groups=grouped(*flat),
     )
 
 
@@ -183,10 +184,10 @@ def naive_row(model: Mmoe, layout: Layout, row: Row) -> tuple[list[float], list[
     return logits, gates or None
 
 
-def assert_is_naive(model: Mmoe, features: Sequence[Feature], rows: Sequence[Row], bags_of_one: bool = False) -> None:
+def assert_is_naive(model: Mmoe, features: Sequence[Feature], rows: Sequence[Row]) -> None:
     expected = [naive_row(model, layout_of(features), row) for row in rows]
     with torch.no_grad():
-        output = model(batch_of(rows, features, bags_of_one))
+        output = model(batch_of(rows, features))
     assert output.logits.shape == (len(rows), 2)
     assert output.logits.dtype == torch.float32
     np.testing.assert_allclose(output.logits.numpy(), [logits for logits, _ in expected], rtol=1e-4, atol=1e-5)
@@ -230,11 +231,10 @@ def test_forward_of_any_shape(names: list[str], config: dict[str, Any], seed: in
 
 
 @pytest.mark.parametrize("kind", ["mmoe", "shared_bottom"])
-def test_forward_without_weights(kind: str) -> None:
-    """One id a bag: `weights` is None."""
+def test_forward_with_one_id_a_bag(kind: str) -> None:
     heads = HeadsConfig(ctr=HeadConfig(wide=True, fm=True), cvr=HeadConfig(wide=True))
     model = model_of(ONE_ID_A_BAG, kind=kind, heads=heads)
-    assert_is_naive(model, ONE_ID_A_BAG, random_rows(ONE_ID_A_BAG, 5, seed=2), bags_of_one=True)
+    assert_is_naive(model, ONE_ID_A_BAG, random_rows(ONE_ID_A_BAG, 5, seed=2))
 
 
 def test_a_row_does_not_depend_on_the_others() -> None:

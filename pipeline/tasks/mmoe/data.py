@@ -1,14 +1,15 @@
-"""Prepared impressions in memory, gathered into batches without Python per row or per feature.
+"""Prepared impressions, gathered into batches without Python per row or per feature.
 
-The ids of all rows and all id features lie in one flat stream, already shifted into the fused table; `lengths` says
-how many belong to each (row, feature) bag. N = rows, F = id features, M = numeric features.
+N = rows, F = id features, M = numeric features, n = ids of a batch.
 """
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -22,48 +23,51 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.task import Rows
+from pipeline.tasks.mmoe.embedding import Groups, grouped
 from pipeline.tasks.mmoe.schema import LABELS, DataSchema, Feature
+from pipeline.tasks.mmoe.streams import BATCH_ROWS, Streams, in_memory, mapped, record_batch
 
 
 @dataclass(frozen=True)
 class Layout:
     """Where each feature lies in the fused table and in the model's [B, F + M] features."""
 
-    id_features: tuple[Feature, ...]
-    numeric_features: tuple[Feature, ...]
+    features: tuple[Feature, ...]
 
     @classmethod
     def of(cls, schema: DataSchema) -> "Layout":
-        return cls(
-            tuple(feature for feature in schema.features if feature.kind != "numeric"),
-            tuple(feature for feature in schema.features if feature.kind == "numeric"),
-        )
+        return cls(schema.features)
 
-    @property
-    def offsets(self) -> list[int]:
+    @cached_property
+    def id_features(self) -> tuple[Feature, ...]:
+        return tuple(feature for feature in self.features if feature.kind != "numeric")
+
+    @cached_property
+    def numeric_features(self) -> tuple[Feature, ...]:
+        return tuple(feature for feature in self.features if feature.kind == "numeric")
+
+    @cached_property
+    def offsets(self) -> dict[str, int]:
         """First row of each id feature in the fused table."""
-        return [0, *np.cumsum([feature.size for feature in self.id_features]).tolist()][:-1]
+        ends = accumulate((feature.size for feature in self.id_features), initial=0)
+        return {feature.name: first for feature, first in zip(self.id_features, ends, strict=False)}
 
     @property
     def table_rows(self) -> int:
         return sum(feature.size for feature in self.id_features)
 
-    @property
-    def pooled(self) -> bool:
-        """Some bag may hold another number of ids than one."""
-        return any(feature.kind == "multi" for feature in self.id_features)
-
 
 @dataclass(frozen=True)
 class Impressions:
-    """A batch, or a whole split. Multi-valued features carry weights; a bag's embedding is their weighted sum."""
+    """A batch. Each (row, id feature) is a bag of ids with weights; its embedding is their weighted sum."""
 
     click: Tensor  # [B] float32
     conversion: Tensor  # [B] float32
     numeric: Tensor  # [B, M] float32
-    ids: Tensor  # [sum of lengths] int32, rows of the fused table
-    lengths: Tensor  # [B, F] int32, ids of each bag
-    weights: Tensor | None  # [sum of lengths] float32; None where every bag holds one id of weight 1
+    ids: Tensor  # [n] int32, rows of the fused table
+    weights: Tensor  # [n] float32
+    starts: Tensor  # [B * F + 1] int32: where each bag begins
+    groups: Groups | None = None  # the ids by table row, for the gradient on the CPU
 
     def __len__(self) -> int:
         return len(self.numeric)
@@ -71,37 +75,37 @@ class Impressions:
     def to(self, device: str) -> "Impressions":
         if device == "cpu":
             return self
-        moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if value is not None}
-        return Impressions(**({"weights": None} | moved))
+        moved = {name: value.to(device, non_blocking=True)
+                 for name, value in vars(self).items() if isinstance(value, Tensor)}  # fmt: skip
+        return Impressions(**moved)
 
 
 class ImpressionTable:
-    """A split in memory: `batch(rows)` gathers any rows."""
+    """A split: `batch(rows)` gathers any rows."""
 
-    def __init__(self, columns: Impressions, truth: Mapping[str, npt.NDArray[np.float64]] | None) -> None:
-        self.columns, self.truth = columns, truth
-        row_lengths = columns.lengths.sum(1, dtype=torch.int64)
-        self.starts = torch.cat([torch.zeros(1, dtype=torch.int64), row_lengths.cumsum(0)])  # [N + 1]
+    def __init__(
+        self, streams: Streams, truth: Callable[[], Mapping[str, npt.NDArray[np.float64]]] | None = None
+    ) -> None:
+        """`truth`: reads the true probabilities, where they are known."""
+        self.streams, self._truth = streams, truth
 
     def __len__(self) -> int:
-        return len(self.columns)
+        return self.streams.rows
 
-    def batch(self, rows: Rows | Tensor) -> Impressions:
-        """The rows, in their order."""
-        source = self.columns
-        index = torch.as_tensor(rows)
-        if source.weights is None:  # one id a bag: a plain gather
-            ids = source.ids.view(len(source), -1)[index].flatten()
-            weights = None
-        else:
-            starts, ends = self.starts[index], self.starts[index + 1]
-            sizes = ends - starts
-            before = sizes.cumsum(0) - sizes
-            flat = torch.repeat_interleave(starts - before, sizes) + torch.arange(int(sizes.sum()))
-            ids, weights = source.ids[flat], source.weights[flat]
-        return Impressions(
-            source.click[index], source.conversion[index], source.numeric[index], ids, source.lengths[index], weights
-        )
+    @cached_property
+    def truth(self) -> Mapping[str, npt.NDArray[np.float64]] | None:
+        return self._truth() if self._truth else None
+
+    @cached_property
+    def labels(self) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.int8]]:
+        """click and conversion of every row."""
+        return self.streams.labels()
+
+    def batch(self, rows: Rows, *, trains: bool = False) -> Impressions:
+        """The rows, in their order; `trains`: with what the gradient of the table needs."""
+        found = self.streams.gather(np.asarray(rows, dtype=np.int64))
+        tensors = {name: torch.from_numpy(value) for name, value in found._asdict().items() if name != "bags"}
+        return Impressions(**tensors, groups=grouped(found.ids, found.bags, found.weights) if trains else None)
 
     def batches(self, size: int) -> Sequence[Rows]:
         """All rows in their order."""
@@ -128,7 +132,7 @@ class Shuffle(Sequence[Rows]):
 
 
 def read_split(folder: Path, schema: DataSchema, split: str) -> ImpressionTable:
-    """A split of a prepared folder.
+    """A split of a prepared folder; the first time, its streams are made of the Parquet.
 
     Raises:
         UserError: the Parquet is missing, cut, or not what the schema says.
@@ -136,76 +140,70 @@ def read_split(folder: Path, schema: DataSchema, split: str) -> ImpressionTable:
     if split not in schema.splits:
         raise UserError(f"{folder}: no split {split}; the schema has {', '.join(schema.splits)}")
     file = folder / schema.splits[split].file
-    wanted = [*LABELS, *(["p_ctr", "p_cvr"] if schema.truth else [])]
-    for feature in schema.features:
-        wanted += [feature.name] + ([f"{feature.name}.weights"] if feature.weighted else [])
-    try:
-        table = pq.ParquetFile(file).read(columns=wanted)  # of the file alone: its folder names no partitions
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file; run prepare_ctr again") from None
-    except OSError as error:
-        raise UserError(f"{file}: {os.strerror(error.errno) if error.errno else error}") from None
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{file}: not a whole Parquet file: {error}") from None
-    missing = [name for name in wanted if name not in table.column_names]
-    if missing:
-        raise UserError(f"{file}: no column {missing[0]}, which schema.json names")
-    if table.num_rows != schema.splits[split].rows:
-        raise UserError(f"{file}: {table.num_rows} rows, but schema.json says {schema.splits[split].rows}")
-    for feature in schema.features:
-        _check_kind(table, feature, file)
-    for name in LABELS:
-        _check(pa.types.is_integer(table[name].type) and not table[name].null_count, file, name, "0 or 1 in every row")
-    truth = {name: table[name].to_numpy() for name in ("p_ctr", "p_cvr")} if schema.truth else None
-    features = {name: _whole(table[name]) for name in wanted}
-    return ImpressionTable(impressions(features, Layout.of(schema), file), truth)
+    with _told(file):
+        found = file.stat()
+        made_of = f"{schema.digest} {split} {found.st_size} {found.st_mtime_ns}"
+        batches = _batches(file, schema, split)
+        buffer = mapped(batches, file.with_suffix(".arrow"), made_of)
+    return ImpressionTable(Streams(buffer, schema.features), (lambda: _truth(file)) if schema.truth else None)
 
 
-def impressions(columns: Mapping[str, pa.Array], layout: Layout, file: Path | None = None) -> Impressions:
-    """Encoded columns (as in the Parquet splits) as one ragged stream. Labels may be absent (predicting).
+def impressions(columns: Mapping[str, pa.Array], layout: Layout) -> ImpressionTable:
+    """Encoded columns (as in the Parquet splits) in memory. Labels may be absent (predicting).
 
     Raises:
         UserError: an id outside of its feature's table.
     """
     rows = len(next(iter(columns.values())))
-    lengths = np.ones((rows, len(layout.id_features)), dtype=np.int32)
-    for position, feature in enumerate(layout.id_features):
-        if feature.kind == "multi":
-            lengths[:, position] = np.diff(columns[feature.name].offsets.to_numpy())
-    bags = lengths.reshape(-1).cumsum(dtype=np.int64).reshape(lengths.shape) - lengths  # where each bag starts
-    ids = np.empty(int(lengths.sum(dtype=np.int64)), dtype=np.int32)
-    weights = np.ones(len(ids), dtype=np.float32) if layout.pooled else None
-    for position, (feature, offset) in enumerate(zip(layout.id_features, layout.offsets, strict=True)):
-        column = columns[feature.name]
-        values = (column.flatten() if feature.kind == "multi" else column).to_numpy(zero_copy_only=False)
-        if len(values) and not 0 <= values.min() <= values.max() < feature.size:
-            raise UserError(
-                f"{file or 'input'}: column {feature.name}: id outside of 0..{feature.size - 1}; run prepare_ctr again"
-            )
-        size = lengths[:, position]
-        first = np.repeat(bags[:, position], size)
-        within = np.arange(len(values)) - np.repeat(np.cumsum(size, dtype=np.int64) - size, size)
-        ids[first + within] = values + offset
-        if weights is not None and feature.weighted:
-            weights[first + within] = columns[f"{feature.name}.weights"].flatten().to_numpy(zero_copy_only=False)
-        elif weights is not None and feature.kind == "multi":
-            weights[first + within] = np.repeat(1 / np.maximum(size, 1), size)  # without weights: the mean
-    numeric = np.empty((rows, len(layout.numeric_features)), dtype=np.float32)
-    for position, feature in enumerate(layout.numeric_features):
-        numeric[:, position] = columns[feature.name].to_numpy(zero_copy_only=False)
-    labels = [
-        torch.from_numpy(columns[name].to_numpy(zero_copy_only=False).astype(np.float32))
-        if name in columns else torch.zeros(rows)
-        for name in LABELS
-    ]  # fmt: skip
-    return Impressions(
-        labels[0],
-        labels[1],
-        torch.from_numpy(numeric),
-        torch.from_numpy(ids),
-        torch.from_numpy(lengths),
-        None if weights is None else torch.from_numpy(weights),
-    )
+    pieces = (
+        record_batch({name: column.slice(first, BATCH_ROWS) for name, column in columns.items()},
+                     layout.features, layout.offsets, "input")
+        for first in range(0, rows, BATCH_ROWS)
+    )  # fmt: skip
+    return ImpressionTable(Streams(in_memory(pieces), layout.features))
+
+
+def _batches(file: Path, schema: DataSchema, split: str) -> Iterator[pa.RecordBatch]:
+    """The record batches of a split's streams, from its Parquet, a row group's worth at a time."""
+    parquet, layout = pq.ParquetFile(file), Layout.of(schema)  # of the file alone: its folder names no partitions
+    wanted = [*LABELS]
+    for feature in schema.features:
+        wanted += [feature.name] + ([f"{feature.name}.weights"] if feature.weighted else [])
+    there = parquet.schema_arrow.names
+    missing = [name for name in [*wanted, *(("p_ctr", "p_cvr") if schema.truth else ())] if name not in there]
+    if missing:
+        raise UserError(f"{file}: no column {missing[0]}, which schema.json names")
+    if parquet.metadata.num_rows != schema.splits[split].rows:
+        raise UserError(f"{file}: {parquet.metadata.num_rows} rows, but schema.json says {schema.splits[split].rows}")
+    for batch in parquet.iter_batches(BATCH_ROWS, columns=wanted):
+        table = pa.Table.from_batches([batch])
+        for feature in schema.features:
+            _check_kind(table, feature, file)
+        for name in LABELS:
+            whole = pa.types.is_integer(table[name].type) and not table[name].null_count
+            _check(whole, file, name, "0 or 1 in every row")
+        yield record_batch(
+            {name: _whole(table[name]) for name in wanted}, schema.features, layout.offsets, str(file)
+        )
+
+
+def _truth(file: Path) -> Mapping[str, npt.NDArray[np.float64]]:
+    with _told(file):
+        table = pq.ParquetFile(file).read(columns=["p_ctr", "p_cvr"])
+        return {name: table[name].to_numpy() for name in table.column_names}
+
+
+@contextmanager
+def _told(file: Path) -> Iterator[None]:
+    """What is wrong with a split's file, in one line."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; run prepare_ctr again") from None
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{file}: not a whole Parquet file: {error}") from None
+    except OSError as error:
+        raise UserError(f"{file}: {os.strerror(error.errno) if error.errno else error}") from None
 
 
 def _check_kind(table: pa.Table, feature: Feature, file: Path) -> None:

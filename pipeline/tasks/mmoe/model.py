@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from pipeline.tasks.mmoe.config import TASKS, HeadConfig, ModelConfig
 from pipeline.tasks.mmoe.data import Impressions, Layout
+from pipeline.tasks.mmoe.embedding import lookup
 from pipeline.tasks.mmoe.schema import BaseRates
 
 
@@ -54,12 +55,7 @@ class FeatureEmbedding(nn.Module):
         size = len(batch)
         parts = []
         if self.id_count:
-            lengths = batch.lengths.flatten()
-            offsets = lengths.cumsum(0, dtype=lengths.dtype) - lengths
-            pooled = functional.embedding_bag(
-                batch.ids, self.table, offsets, mode="sum", sparse=self.sparse, per_sample_weights=batch.weights
-            )
-            parts.append(pooled.view(size, self.id_count, -1))
+            parts.append(lookup(self.table, batch, self.sparse).view(size, self.id_count, -1))
         if len(self.numeric_bias):
             low, span = self.get_buffer("low"), self.get_buffer("span")
             encoded = ((batch.numeric.unsqueeze(-1) - low) / span).clamp(0, 1)
@@ -73,7 +69,8 @@ class GroupedLayers(nn.Module):
     def __init__(self, groups: int, widths: list[int], dropout: float) -> None:
         super().__init__()
         pairs = list(pairwise(widths))
-        self.weights = nn.ParameterList([torch.empty(groups, inner, outer) for inner, outer in pairs])
+        # in memory [in, G, out]: as one wide matrix for the layer whose groups share their input
+        self.weights = nn.ParameterList([torch.empty(inner, groups, outer).transpose(0, 1) for inner, outer in pairs])
         self.biases = nn.ParameterList([torch.zeros(groups, 1, outer) for _, outer in pairs])
         for weight in self.weights:
             nn.init.normal_(weight, std=math.sqrt(2 / weight.shape[1]))  # He et al. 2015, equation 10

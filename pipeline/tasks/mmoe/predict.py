@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from pipeline.config import load as load_config
 from pipeline.tasks.mmoe.config import MmoeConfig
-from pipeline.tasks.mmoe.data import ImpressionTable, Layout, impressions
+from pipeline.tasks.mmoe.data import Layout, impressions
 from pipeline.tasks.mmoe.encoding import Encoder
 from pipeline.tasks.mmoe.model import Mmoe
 from pipeline.tasks.mmoe.schema import FIRST_ID, VOCABULARY_FILE, DataSchema
@@ -29,7 +29,7 @@ def load(folder: Path) -> Callable[[pd.DataFrame], pd.DataFrame]:
     model.eval()
 
     def predict(frame: pd.DataFrame) -> pd.DataFrame:
-        table = ImpressionTable(impressions(encoder.encode(frame), layout), None)
+        table = impressions(encoder.encode(frame), layout)
         logits = np.empty((len(frame), 2))
         with torch.inference_mode():
             for rows in table.batches(BATCH_ROWS) if len(table) else ():

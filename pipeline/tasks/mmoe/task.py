@@ -11,7 +11,6 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.optim import Adam, AdamW, Optimizer, SparseAdam
 
 from pipeline import plots
 from pipeline.config import to_yaml
@@ -30,6 +29,7 @@ from pipeline.losses import (
     product_log_probability,
 )
 from pipeline.metrics import Array, binary_metrics, calibration_bins
+from pipeline.optimizers import AdamW, LazyAdam, Optimizer, RowAdagrad, SparseAdam
 from pipeline.schedules import gate_is_open
 from pipeline.task import TOTAL, Dataset, ModelExport, Rows, write_test_rows
 from pipeline.tasks.mmoe.config import TASKS, MmoeConfig
@@ -122,30 +122,35 @@ class MmoeTask:
         return found
 
     def model(self) -> Mmoe:
-        sparse = self.config.optim.embedding.name == "sparse_adam"
+        sparse = self.config.optim.embedding.name != "adam"
         return Mmoe(self.config.model, self.layout, self.schema.base_rates, sparse)
 
     def optimizers(self, model: nn.Module) -> Mapping[str, Optimizer]:
         assert isinstance(model, Mmoe)
         table = model.embedding.table
-        dense, embedding = self.config.optim.dense, self.config.optim.embedding
+        dense = self.config.optim.dense
         rest = [parameter for parameter in model.parameters() if parameter is not table]
         return {
             "dense": AdamW(
-                rest, lr=dense.lr, betas=dense.betas, eps=dense.eps, weight_decay=dense.weight_decay, fused=True
+                [{"params": rest}], lr=dense.lr, betas=dense.betas, eps=dense.eps, weight_decay=dense.weight_decay
             ),
-            "embedding": (
-                SparseAdam([table], lr=embedding.lr, betas=embedding.betas, eps=embedding.eps)
-                if model.embedding.sparse
-                else Adam([table], lr=embedding.lr, betas=embedding.betas, eps=embedding.eps, fused=True)
-            ),
+            "embedding": self._embedding_optimizer(table),
         }
+
+    def _embedding_optimizer(self, table: Tensor) -> Optimizer:
+        config = self.config.optim.embedding
+        if config.name == "row_adagrad":
+            return RowAdagrad(table, lr=config.lr, eps=config.eps)
+        if config.name == "adam":
+            return AdamW([{"params": [table]}], lr=config.lr, betas=config.betas, eps=config.eps)
+        kind = LazyAdam if config.name == "lazy_adam" else SparseAdam
+        return kind(table, lr=config.lr, betas=config.betas, eps=config.eps)
 
     def plan(self, epoch: int) -> Sequence[Rows]:
         return Shuffle(len(self.train), self.config.training.batch_size, self.config.seed, epoch)
 
     def batch(self, rows: Rows) -> Impressions:
-        return self.train.batch(rows)
+        return self.train.batch(rows, trains=True)
 
     def counts(self, batch: Impressions) -> Mapping[str, Tensor]:
         rows = torch.full((), float(len(batch)), device=batch.click.device)
@@ -360,11 +365,11 @@ class MmoeTask:
 
 def _events(table: ImpressionTable, logits: Tensor) -> dict[str, tuple[Array, LogProbability]]:
     """Labels and log probabilities of each event; conversions given a click are judged on clicked rows alone."""
-    click, conversion = table.columns.click.double().numpy(), table.columns.conversion.double().numpy()
+    click, conversion = (label.astype(np.float64) for label in table.labels)
     z_ctr, z_cvr = logits[:, 0], logits[:, 1]
-    clicked = table.columns.click > 0.5
+    clicked = click == 1
     return {
         "ctr": (click, log_probability(z_ctr)),
-        "cvr": (conversion[clicked.numpy()], log_probability(z_cvr[clicked])),
+        "cvr": (conversion[clicked], log_probability(z_cvr[torch.from_numpy(clicked)])),
         "ctcvr": (conversion, product_log_probability(z_ctr, z_cvr)),
     }

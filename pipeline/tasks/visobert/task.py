@@ -11,7 +11,6 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
 
 from pipeline.blocks import AdamConfig
 from pipeline.config import to_yaml
@@ -25,6 +24,7 @@ from pipeline.losses import (
     multi_label_focal_factor,
 )
 from pipeline.names import metric_names
+from pipeline.optimizers import AdamW, Optimizer
 from pipeline.task import AMP, TOTAL, Dataset, ModelExport, Rows
 from pipeline.tasks.visobert.alpha import ALPHA_FILE, Alpha, alpha_of
 from pipeline.tasks.visobert.answers import ASPECTS_FILE, ENCODER_FOLDER, TOKENIZER_FOLDER, Answers, column_types
@@ -354,5 +354,5 @@ def _adamw(
     return AdamW(
         [{"params": weights, "lr": share * config.lr, "weight_decay": weight_decay}
          for (share, weight_decay), weights in groups.items()],
-        betas=config.betas, eps=config.eps, fused=True,
+        betas=config.betas, eps=config.eps,
     )  # fmt: skip

@@ -1,0 +1,302 @@
+"""Optimizers: AdamW over dense parameters, and three that touch only those rows of a table that a step has used.
+
+Their surface is that of `torch.optim`, whose own classes import torch's compiler (2 s of every start) at first use.
+A table's gradient is a coalesced sparse tensor of rows [u] and values [u, W]; R = rows of the table.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from pipeline.compiled import AHEAD, compiled, fetch, shared
+
+Array = npt.NDArray[Any]
+Group = dict[str, Any]  # "params" and "lr", and what else the rule takes
+
+TAIL_STEPS = 16_384  # the powers of skipped steps that are looked up; after so many, nothing is left of a moment
+
+
+class Optimizer(Protocol):
+    param_groups: list[Group]
+
+    def step(self) -> None:
+        """Move the parameters by their gradients, at the groups' learning rates."""
+        ...
+
+    def zero_grad(self, set_to_none: bool = True) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+def coalesced(gradient: Tensor) -> Tensor:
+    """A sparse gradient with each row once. Autograd forgets that it was given it so, and torch would sort again."""
+    rows = gradient._indices()[0]
+    if gradient.is_cpu and bool((rows[1:] > rows[:-1]).all()):
+        return gradient._coalesced_(True)
+    return gradient.coalesce()
+
+
+class _Base:
+    """`param_groups`, and of each parameter its state: by name, a tensor or a number."""
+
+    def __init__(self, groups: Sequence[Group], **defaults: Any) -> None:
+        self.param_groups: list[Group] = [defaults | group for group in groups]
+        self.state: list[dict[str, Any]] = [{} for _ in self._parameters()]
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for parameter in self._parameters():
+            if set_to_none:
+                parameter.grad = None
+            elif parameter.grad is not None:
+                parameter.grad.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The groups' settings, and the state of each parameter in their order."""
+        groups = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
+        return {"groups": groups, "state": [dict(state) for state in self.state]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises ValueError where the state is of other groups or parameters."""
+        parameters = self._parameters()
+        if len(state["groups"]) != len(self.param_groups) or len(state["state"]) != len(parameters):
+            raise ValueError("the state of another optimizer")
+        for group, settings in zip(self.param_groups, state["groups"], strict=True):
+            group.update(settings)
+        self.state = [
+            {name: self._own(value, parameter) for name, value in found.items()}
+            for found, parameter in zip(state["state"], parameters, strict=True)
+        ]
+
+    @staticmethod
+    def _own(value: Any, parameter: Tensor) -> Any:
+        """A copy of a state's tensor on the parameter's device, in its memory order where it has its shape."""
+        if not isinstance(value, Tensor):
+            return value
+        own = torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value)
+        return own.to(parameter.device, value.dtype).copy_(value)
+
+
+class AdamW(_Base):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2), all parameters in one fused call.
+
+    The moments are running means of the gradient and its square, corrected for starting at 0 (Kingma & Ba 2015).
+    Without weight decay it is Adam.
+    """
+
+    def __init__(
+        self, groups: Sequence[Group], *, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8, weight_decay: float = 0.0,
+    ) -> None:  # fmt: skip
+        super().__init__(groups, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        states = iter(self.state)
+        for group in self.param_groups:
+            found = [(weight, state) for weight, state in zip(group["params"], states, strict=False)
+                     if weight.grad is not None]  # fmt: skip
+            for weight, state in found:
+                if not state:
+                    state["step"] = torch.zeros((), device=weight.device)
+                    state["mean"], state["square"] = torch.zeros_like(weight), torch.zeros_like(weight)
+            if not found:
+                continue
+            weights, own = zip(*found, strict=True)
+            steps = [state["step"] for state in own]
+            torch._foreach_add_(steps, 1)
+            torch._fused_adamw_(
+                list(weights), [weight.grad for weight in weights], [state["mean"] for state in own],
+                [state["square"] for state in own], [], steps, amsgrad=False, lr=group["lr"], beta1=group["betas"][0],
+                beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+            )  # fmt: skip
+
+
+class _RowOptimizer(_Base):
+    """One table, of which a step moves the rows in its sparse gradient."""
+
+    def __init__(self, table: Tensor, **settings: Any) -> None:
+        super().__init__([{"params": [table]}], **settings)
+
+    def step(self) -> None:
+        group, state = self.param_groups[0], self.state[0]
+        table: Tensor = group["params"][0]
+        if table.grad is None:
+            return
+        gradient = coalesced(table.grad)
+        if not state:
+            state |= {"steps": 0} | self._zeros(table)
+        state["steps"] += 1
+        self._update(table.detach(), gradient.indices()[0], gradient.values(), group, state)
+
+    def _zeros(self, table: Tensor) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def _update(self, table: Tensor, rows: Tensor, values: Tensor, group: Group, state: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+class RowAdagrad(_RowOptimizer):
+    """Adagrad (Duchi et al. 2011) with one accumulator a row, of the mean square of its gradient.
+
+    As recommendation models use it (Naumov et al. 2019, DLRM): G += mean(g^2), w -= lr g / (sqrt(G) + eps).
+    """
+
+    def __init__(self, table: Tensor, *, lr: float = 0.05, eps: float = 1e-8) -> None:
+        super().__init__(table, lr=lr, eps=eps)
+
+    def _zeros(self, table: Tensor) -> dict[str, Tensor]:
+        return {"square": table.new_zeros(len(table))}
+
+    def _update(self, table: Tensor, rows: Tensor, values: Tensor, group: Group, state: dict[str, Any]) -> None:
+        square: Tensor = state["square"]
+        if table.is_cpu:
+            arrays = [part.numpy() for part in (table, square, rows, values)]
+            step = np.float32(group["lr"]), np.float32(group["eps"])
+            shared(lambda first, last: _row_adagrad(*arrays, first, last, *step), len(rows))
+            return
+        square[rows] += values.square().mean(1)
+        table[rows] -= group["lr"] * values / (square[rows].sqrt() + group["eps"])[:, None]
+
+
+class SparseAdam(_RowOptimizer):
+    """Adam on the rows of a step alone, as `torch.optim.SparseAdam`: the moments of other rows stay as they are."""
+
+    def __init__(
+        self, table: Tensor, *, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+    ) -> None:
+        super().__init__(table, lr=lr, betas=tuple(betas), eps=eps)
+
+    def _zeros(self, table: Tensor) -> dict[str, Tensor]:
+        return {"moments": table.new_zeros(len(table), 2, table.shape[1])}  # side by side: one place in memory
+
+    def _update(self, table: Tensor, rows: Tensor, values: Tensor, group: Group, state: dict[str, Any]) -> None:
+        (first, second), steps = group["betas"], state["steps"]
+        rate = group["lr"] * math.sqrt(1 - second**steps) / (1 - first**steps)
+        self._move(table, state["moments"], rows, values, (1 - first, 1 - second, rate, 1.0, group["eps"]))
+
+    @staticmethod
+    def _move(
+        table: Tensor, moments: Tensor, rows: Tensor, values: Tensor, numbers: tuple[float, float, float, float, float]
+    ) -> None:
+        """numbers: 1 - beta1, 1 - beta2, rate, scale, eps, for w -= rate m / (scale sqrt(v) + eps)."""
+        if table.is_cpu:
+            arrays = [part.numpy() for part in (table, moments, rows, values)]
+            narrow = [np.float32(number) for number in numbers]
+            shared(lambda first, last: _adam(*arrays, first, last, *narrow), len(rows))
+            return
+        mean_share, square_share, rate, scale, eps = numbers
+        mean, square = moments[rows].unbind(1)
+        mean = mean + mean_share * (values - mean)
+        square = square + square_share * (values.square() - square)
+        moments[rows] = torch.stack([mean, square], 1)
+        table[rows] -= rate * mean / (scale * square.sqrt() + eps)
+
+
+class LazyAdam(SparseAdam):
+    """Dense Adam put off: what a row's moments would have done while no step used it is made up when one does.
+
+    Of k skipped steps, dense Adam's j-th moves a row by lr m b1^j / sqrt(v b2^j): a geometric series, summed in one
+    go at the present learning rate and bias correction, with eps left as it was; then the moments decay by b1^k and
+    b2^k. The rows of a step are made up after its look-up.
+    """
+
+    def _zeros(self, table: Tensor) -> dict[str, Tensor]:
+        return super()._zeros(table) | {"last": torch.zeros(len(table), dtype=torch.int32, device=table.device)}
+
+    def _update(self, table: Tensor, rows: Tensor, values: Tensor, group: Group, state: dict[str, Any]) -> None:
+        (first, second), steps, moments, last = group["betas"], state["steps"], state["moments"], state["last"]
+        rate, scale = group["lr"] / (1 - first**steps), 1 / math.sqrt(1 - second**steps)
+        tails, eps = _tails(first, second), group["eps"]
+        if table.is_cpu:
+            arrays = [part.numpy() for part in (table, moments, last, rows)]
+            shared(
+                lambda begin, end: _make_up(
+                    *arrays, begin, end, steps, *tails, np.float32(rate), np.float32(scale), np.float32(eps)
+                ),
+                len(rows),
+            )
+        else:
+            idle = torch.where(last[rows] > 0, steps - 1 - last[rows], 0).clamp_max(TAIL_STEPS - 1).long()
+            tail, decay, square_decay = (torch.from_numpy(part).to(table)[idle][:, None] for part in tails)
+            mean, square = moments[rows].unbind(1)
+            table[rows] -= tail * rate * mean / (scale * square.sqrt() + eps)
+            moments[rows] = torch.stack([mean * decay, square * square_decay], 1)
+            last[rows] = steps
+        self._move(table, moments, rows, values, (1 - first, 1 - second, rate, scale, eps))
+
+
+@cache
+def _tails(first: float, second: float) -> tuple[Array, Array, Array]:
+    """By skipped steps: the sum of the moves they would have made, and what is left of either moment."""
+    skipped, ratio = np.arange(TAIL_STEPS, dtype=np.float64), first / math.sqrt(second)
+    found = ratio * (1 - ratio**skipped) / (1 - ratio), first**skipped, second**skipped
+    return tuple(part.astype(np.float32) for part in found)  # type: ignore[return-value]
+
+
+@compiled
+def _row_adagrad(
+    table: Array, square: Array, rows: Array, values: Array, first: int, last: int, rate: float, eps: float
+) -> None:
+    width = table.shape[1]
+    for position in range(first, last):
+        ahead = rows[min(position + AHEAD, last - 1)]
+        fetch(table, ahead)
+        fetch(square, ahead)
+        row, total = rows[position], np.float32(0)
+        for column in range(width):
+            total += values[position, column] * values[position, column]
+        square[row] += total / np.float32(width)
+        step = rate / (np.sqrt(square[row]) + eps)
+        for column in range(width):
+            table[row, column] -= step * values[position, column]
+
+
+@compiled
+def _adam(
+    table: Array, moments: Array, rows: Array, values: Array, first: int, last: int,
+    mean_share: float, square_share: float, rate: float, scale: float, eps: float,
+) -> None:  # fmt: skip
+    for position in range(first, last):
+        ahead = rows[min(position + AHEAD, last - 1)]
+        fetch(table, ahead)
+        fetch(moments, ahead)
+        row = rows[position]
+        for column in range(table.shape[1]):
+            value = values[position, column]
+            mean, square = moments[row, 0, column], moments[row, 1, column]
+            mean += mean_share * (value - mean)
+            square += square_share * (value * value - square)
+            moments[row, 0, column], moments[row, 1, column] = mean, square
+            table[row, column] -= rate * mean / (scale * np.sqrt(square) + eps)
+
+
+@compiled
+def _make_up(
+    table: Array, moments: Array, last_used: Array, rows: Array, first: int, last: int, steps: int,
+    tails: Array, decays: Array, square_decays: Array, rate: float, scale: float, eps: float,
+) -> None:  # fmt: skip
+    for position in range(first, last):
+        ahead = rows[min(position + AHEAD, last - 1)]
+        fetch(last_used, ahead)
+        fetch(moments, ahead)
+        fetch(table, ahead)
+        row = rows[position]
+        idle = min(steps - 1 - last_used[row], len(tails) - 1) if last_used[row] else 0
+        last_used[row] = steps
+        if idle:
+            tail, decay, square_decay = tails[idle] * rate, decays[idle], square_decays[idle]
+            for column in range(table.shape[1]):
+                mean, square = moments[row, 0, column], moments[row, 1, column]
+                table[row, column] -= tail * mean / (scale * np.sqrt(square) + eps)
+                moments[row, 0, column], moments[row, 1, column] = mean * decay, square * square_decay
