@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
 from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -25,32 +25,32 @@ def compiled(function: F) -> F:
         return njit(function, nogil=True, error_model="numpy")  # type: ignore[no-any-return]
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def fetch(_context: Any, array: Any, row: Any) -> Any:
-    """Ask for a row's first cache line, to be written: rows at random would each be waited for."""
+def _fetch(_context: Any, array: Any, row: Any) -> Any:
+    """fetch(array, row): ask for a row's first cache line, to be written: rows at random would each be waited for."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         table = context.make_array(signature.args[0])(context, builder, arguments[0])
         index = context.cast(builder, arguments[1], signature.args[1], types.int64)
         first = builder.ptrtoint(table.data, ir.IntType(64))
-        stride = cgutils.unpack_tuple(builder, table.strides)[0]
+        stride = builder.extract_value(table.strides, 0)
         place = builder.inttoptr(builder.add(first, builder.mul(index, stride)), ir.IntType(8).as_pointer())
         number = ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), number, number, number])
-        builder.call(
-            cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0"),
-            [place, number(1), number(3), number(1)],
-        )
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch.p0", fnty=kind)
+        builder.call(prefetch, [place, number(1), number(3), number(1)])
         return context.get_dummy_value()
 
     return types.void(array, row), generate
+
+
+fetch: Any = intrinsic(_fetch)
 
 
 def shared(work: Callable[[int, int], object], size: int) -> None:
     """`work(first, last)` over parts of `range(size)`, on as many threads as torch has."""
     parts = min(torch.get_num_threads(), max(1, size // LEAST))
     borders = [size * part // parts for part in range(parts + 1)]
-    others = [_pool().submit(work, first, last) for first, last in zip(borders[1:-1], borders[2:], strict=True)]
+    others = [_pool().submit(work, first, last) for first, last in pairwise(borders[1:])]
     work(borders[0], borders[1])
     for other in others:
         other.result()

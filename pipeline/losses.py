@@ -31,18 +31,22 @@ def log_probability(z: Tensor) -> LogProbability:
 
 
 def product_log_probability(z_ctr: Tensor, z_cvr: Tensor) -> LogProbability:
-    """The funnel's p_ctcvr = sigmoid(z_ctr) * sigmoid(z_cvr) (ESMM, Ma et al. 2018, equation 1) in log space.
+    """The funnel's p_ctcvr = sigmoid(z_ctr) * sigmoid(z_cvr) (ESMM, Ma et al. 2018, equation 1) in log space."""
+    return product(log_probability(z_ctr), log_probability(z_cvr))
+
+
+def product(ctr: LogProbability, cvr: LogProbability) -> LogProbability:
+    """Of two events, the second given the first: both.
 
     log(1 - p) has two forms, because neither is right everywhere. Where p < 1/2, log1p(-p). Elsewhere 1 - p cancels,
     but 1 - ab = (1 - a) + a(1 - b) does not: log-add-exp of its two terms. Clamping log p away from 0 instead would
     lose the gradient: it is 1/2 at z_ctr = z_cvr = 20.
     """
-    log_a, log_b = logsigmoid(z_ctr), logsigmoid(z_cvr)
-    log_p = log_a + log_b
+    log_p = ctr.log_p + cvr.log_p
     unlikely = log_p < LOG_HALF
     # The branch not taken must not see log p = 0: its infinite derivative times zero would be NaN.
     log1p_form = torch.log1p(-torch.exp(torch.where(unlikely, log_p, LOG_HALF)))
-    sum_form = torch.logaddexp(logsigmoid(-z_ctr), log_a + logsigmoid(-z_cvr))
+    sum_form = torch.logaddexp(ctr.log_1mp, ctr.log_p + cvr.log_1mp)
     return LogProbability(log_p, torch.where(unlikely, log1p_form, sum_form))
 
 
@@ -79,14 +83,9 @@ def binary_focal_factor(probability: LogProbability, label: Tensor, gamma: float
     return torch.exp(gamma * log_1mpt)  # finite with finite gradient for every gamma >= 0, unlike a power
 
 
-def click_cross_entropy(z_ctr: Tensor, click: Tensor, pos_weight: float = 1.0) -> Tensor:
-    """Cross-entropy of the click from its logit, positives weighted by `pos_weight`."""
-    return binary_cross_entropy(log_probability(z_ctr), click, pos_weight)
-
-
-def clicked_cross_entropy(z_cvr: Tensor, click: Tensor, conversion: Tensor) -> Tensor:
+def clicked_cross_entropy(cvr: LogProbability, click: Tensor, conversion: Tensor) -> Tensor:
     """Cross-entropy of the conversion on clicked rows, exactly 0 with zero gradient on all others."""
-    return click * binary_cross_entropy(log_probability(z_cvr), conversion)
+    return click * binary_cross_entropy(cvr, conversion)
 
 
 def gate_entropy_deficit(gates: Tensor) -> Tensor:

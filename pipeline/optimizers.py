@@ -159,14 +159,8 @@ class RowAdagrad(_RowOptimizer):
         return {"square": table.new_zeros(len(table))}
 
     def _update(self, table: Tensor, rows: Tensor, values: Tensor, group: Group, state: dict[str, Any]) -> None:
-        square: Tensor = state["square"]
-        if table.is_cpu:
-            arrays = [part.numpy() for part in (table, square, rows, values)]
-            step = np.float32(group["lr"]), np.float32(group["eps"])
-            shared(lambda first, last: _row_adagrad(*arrays, first, last, *step), len(rows))
-            return
-        square[rows] += values.square().mean(1)
-        table[rows] -= group["lr"] * values / (square[rows].sqrt() + group["eps"])[:, None]
+        move = _row_adagrad if table.is_cpu else row_adagrad
+        _run(move, [table, state["square"], rows, values], [group["lr"], group["eps"]])
 
 
 class SparseAdam(_RowOptimizer):
@@ -183,24 +177,8 @@ class SparseAdam(_RowOptimizer):
     def _update(self, table: Tensor, rows: Tensor, values: Tensor, group: Group, state: dict[str, Any]) -> None:
         (first, second), steps = group["betas"], state["steps"]
         rate = group["lr"] * math.sqrt(1 - second**steps) / (1 - first**steps)
-        self._move(table, state["moments"], rows, values, (1 - first, 1 - second, rate, 1.0, group["eps"]))
-
-    @staticmethod
-    def _move(
-        table: Tensor, moments: Tensor, rows: Tensor, values: Tensor, numbers: tuple[float, float, float, float, float]
-    ) -> None:
-        """numbers: 1 - beta1, 1 - beta2, rate, scale, eps, for w -= rate m / (scale sqrt(v) + eps)."""
-        if table.is_cpu:
-            arrays = [part.numpy() for part in (table, moments, rows, values)]
-            narrow = [np.float32(number) for number in numbers]
-            shared(lambda first, last: _adam(*arrays, first, last, *narrow), len(rows))
-            return
-        mean_share, square_share, rate, scale, eps = numbers
-        mean, square = moments[rows].unbind(1)
-        mean = mean + mean_share * (values - mean)
-        square = square + square_share * (values.square() - square)
-        moments[rows] = torch.stack([mean, square], 1)
-        table[rows] -= rate * mean / (scale * square.sqrt() + eps)
+        move = _adam if table.is_cpu else adam
+        _run(move, [table, state["moments"], rows, values], [1 - first, 1 - second, rate, 1.0, group["eps"]])
 
 
 class LazyAdam(SparseAdam):
@@ -215,25 +193,51 @@ class LazyAdam(SparseAdam):
         return super()._zeros(table) | {"last": torch.zeros(len(table), dtype=torch.int32, device=table.device)}
 
     def _update(self, table: Tensor, rows: Tensor, values: Tensor, group: Group, state: dict[str, Any]) -> None:
-        (first, second), steps, moments, last = group["betas"], state["steps"], state["moments"], state["last"]
-        rate, scale = group["lr"] / (1 - first**steps), 1 / math.sqrt(1 - second**steps)
-        tails, eps = _tails(first, second), group["eps"]
-        if table.is_cpu:
-            arrays = [part.numpy() for part in (table, moments, last, rows)]
-            shared(
-                lambda begin, end: _make_up(
-                    *arrays, begin, end, steps, *tails, np.float32(rate), np.float32(scale), np.float32(eps)
-                ),
-                len(rows),
-            )
-        else:
-            idle = torch.where(last[rows] > 0, steps - 1 - last[rows], 0).clamp_max(TAIL_STEPS - 1).long()
-            tail, decay, square_decay = (torch.from_numpy(part).to(table)[idle][:, None] for part in tails)
-            mean, square = moments[rows].unbind(1)
-            table[rows] -= tail * rate * mean / (scale * square.sqrt() + eps)
-            moments[rows] = torch.stack([mean * decay, square * square_decay], 1)
-            last[rows] = steps
-        self._move(table, moments, rows, values, (1 - first, 1 - second, rate, scale, eps))
+        (first, second), steps, moments = group["betas"], state["steps"], state["moments"]
+        numbers = [group["lr"] / (1 - first**steps), 1 / math.sqrt(1 - second**steps), group["eps"]]
+        tails = [torch.from_numpy(part).to(table.device) for part in _tails(first, second)]
+        make_up, move = (_make_up, _adam) if table.is_cpu else (make_up_for, adam)
+        _run(make_up, [table, moments, rows, state["last"], *tails], [steps, *numbers])
+        _run(move, [table, moments, rows, values], [1 - first, 1 - second, *numbers])
+
+
+def row_adagrad(table: Tensor, square: Tensor, rows: Tensor, values: Tensor, rate: float, eps: float) -> None:
+    square[rows] += values.square().mean(1)
+    table[rows] -= rate * values / (square[rows].sqrt() + eps)[:, None]
+
+
+def adam(
+    table: Tensor, moments: Tensor, rows: Tensor, values: Tensor, mean_share: float, square_share: float,
+    rate: float, scale: float, eps: float,
+) -> None:  # fmt: skip
+    """Shares: 1 - beta. w -= rate m / (scale sqrt(v) + eps)."""
+    mean, square = moments[rows].unbind(1)
+    mean = mean + mean_share * (values - mean)
+    square = square + square_share * (values.square() - square)
+    moments[rows] = torch.stack([mean, square], 1)
+    table[rows] -= rate * mean / (scale * square.sqrt() + eps)
+
+
+def make_up_for(
+    table: Tensor, moments: Tensor, rows: Tensor, last: Tensor, tails: Tensor, decays: Tensor, square_decays: Tensor,
+    steps: int, rate: float, scale: float, eps: float,
+) -> None:  # fmt: skip
+    """`last`: the step that last used each row, from 1; 0 = none did."""
+    skipped = torch.where(last[rows] > 0, steps - 1 - last[rows], 0).clamp_max(TAIL_STEPS - 1).long()
+    mean, square = moments[rows].unbind(1)
+    table[rows] -= tails[skipped, None] * rate * mean / (scale * square.sqrt() + eps)
+    moments[rows] = torch.stack([mean * decays[skipped, None], square * square_decays[skipped, None]], 1)
+    last[rows] = steps
+
+
+def _run(move: Any, tensors: Sequence[Tensor], numbers: Sequence[float]) -> None:
+    """One of the functions above; or, on the CPU, of the compiled ones below, on all of torch's threads."""
+    if not tensors[0].is_cpu:
+        move(*tensors, *numbers)
+        return
+    arrays = [tensor.numpy() for tensor in tensors]
+    narrow = [number if isinstance(number, int) else np.float32(number) for number in numbers]
+    shared(lambda first, last: move(*arrays, *narrow, first, last), len(tensors[2]))
 
 
 @cache
@@ -246,7 +250,7 @@ def _tails(first: float, second: float) -> tuple[Array, Array, Array]:
 
 @compiled
 def _row_adagrad(
-    table: Array, square: Array, rows: Array, values: Array, first: int, last: int, rate: float, eps: float
+    table: Array, square: Array, rows: Array, values: Array, rate: float, eps: float, first: int, last: int
 ) -> None:
     width = table.shape[1]
     for position in range(first, last):
@@ -264,8 +268,8 @@ def _row_adagrad(
 
 @compiled
 def _adam(
-    table: Array, moments: Array, rows: Array, values: Array, first: int, last: int,
-    mean_share: float, square_share: float, rate: float, scale: float, eps: float,
+    table: Array, moments: Array, rows: Array, values: Array, mean_share: float, square_share: float,
+    rate: float, scale: float, eps: float, first: int, last: int,
 ) -> None:  # fmt: skip
     for position in range(first, last):
         ahead = rows[min(position + AHEAD, last - 1)]
@@ -283,19 +287,19 @@ def _adam(
 
 @compiled
 def _make_up(
-    table: Array, moments: Array, last_used: Array, rows: Array, first: int, last: int, steps: int,
-    tails: Array, decays: Array, square_decays: Array, rate: float, scale: float, eps: float,
+    table: Array, moments: Array, rows: Array, last_used: Array, tails: Array, decays: Array, square_decays: Array,
+    steps: int, rate: float, scale: float, eps: float, first: int, last: int,
 ) -> None:  # fmt: skip
     for position in range(first, last):
         ahead = rows[min(position + AHEAD, last - 1)]
         fetch(last_used, ahead)
         fetch(moments, ahead)
         fetch(table, ahead)
-        row = rows[position]
-        idle = min(steps - 1 - last_used[row], len(tails) - 1) if last_used[row] else 0
-        last_used[row] = steps
-        if idle:
-            tail, decay, square_decay = tails[idle] * rate, decays[idle], square_decays[idle]
+        row, before = rows[position], last_used[rows[position]]
+        skipped = min(steps - 1 - before, len(tails) - 1) if before else 0
+        last_used[row] = np.int32(steps)
+        if skipped:
+            tail, decay, square_decay = tails[skipped] * rate, decays[skipped], square_decays[skipped]
             for column in range(table.shape[1]):
                 mean, square = moments[row, 0, column], moments[row, 1, column]
                 table[row, column] -= tail * mean / (scale * np.sqrt(square) + eps)

@@ -237,7 +237,7 @@ class Training:
         """One step of every optimizer; returns the gradient norms before clipping."""
         norms = {}
         for name, optimizer in self.optimizers.items():
-            self.scaler.unscale_(optimizer)
+            self.scaler.unscale_(optimizer)  # type: ignore[arg-type]
             parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             sparse = [parameter for parameter in parameters if parameter.grad.is_sparse]
             for parameter in sparse:  # a row's gradients in one place, for the norm and for the optimizer
@@ -246,7 +246,7 @@ class Training:
             if self.config.training.clip_norm is not None and not sparse:
                 torch.nn.utils.clip_grads_with_norm_(parameters, self.config.training.clip_norm, norm)
             norms[f"grad_norm/{name}"] = norm
-            self.scaler.step(optimizer)
+            self.scaler.step(optimizer)  # type: ignore[arg-type]
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
         return norms

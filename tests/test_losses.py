@@ -18,10 +18,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from pipeline.losses import (
     binary_cross_entropy,
     binary_focal,
-    click_cross_entropy,
     clicked_cross_entropy,
     gate_entropy_deficit,
     gate_imbalance,
+    log_probability,
     product_log_probability,
 )
 
@@ -355,7 +355,7 @@ def one_logit(label: float, pos_weight: float) -> tuple[list[mp.mpf], list[mp.mp
 @pytest.mark.parametrize("pos_weight", [1.0, 24.7])
 def test_click_cross_entropy(pos_weight: float, label: float) -> None:
     logits = LINE.clone().requires_grad_()
-    values = click_cross_entropy(logits, torch.full((len(logits),), label), pos_weight)
+    values = binary_cross_entropy(log_probability(logits), torch.full((len(logits),), label), pos_weight)
     values.sum().backward()
     assert logits.grad is not None
     expected, slopes = one_logit(label, pos_weight)
@@ -366,7 +366,7 @@ def test_click_cross_entropy(pos_weight: float, label: float) -> None:
 @pytest.mark.parametrize("label", LABELS)
 def test_clicked_cross_entropy(label: float) -> None:
     logits = LINE.clone().requires_grad_()
-    values = clicked_cross_entropy(logits, torch.ones(len(logits)), torch.full((len(logits),), label))
+    values = clicked_cross_entropy(log_probability(logits), torch.ones(len(logits)), torch.full((len(logits),), label))
     values.sum().backward()
     assert logits.grad is not None
     expected, slopes = one_logit(label, 1.0)
@@ -376,14 +376,14 @@ def test_clicked_cross_entropy(label: float) -> None:
 
 def test_click_cross_entropy_by_hand() -> None:
     """sigmoid(log 3) = 3/4."""
-    found = click_cross_entropy(torch.full((2,), math.log(3)), torch.tensor([1.0, 0.0]), 10.0)
+    found = binary_cross_entropy(log_probability(torch.full((2,), math.log(3))), torch.tensor([1.0, 0.0]), 10.0)
     assert found.tolist() == pytest.approx([10 * math.log(4 / 3), math.log(4)], rel=1e-6)
 
 
 def test_clicked_cross_entropy_is_nothing_without_a_click() -> None:
     """Value and gradient exactly 0, at any logit, whatever the conversion column says."""
     logits = torch.tensor(GRID, requires_grad=True)
-    values = clicked_cross_entropy(logits, torch.zeros(len(GRID)), torch.ones(len(GRID)))
+    values = clicked_cross_entropy(log_probability(logits), torch.zeros(len(GRID)), torch.ones(len(GRID)))
     values.sum().backward()
     assert torch.equal(values, torch.zeros(len(GRID)))
     assert logits.grad is not None
@@ -393,7 +393,8 @@ def test_clicked_cross_entropy_is_nothing_without_a_click() -> None:
 def test_clicked_cross_entropy_on_clicks() -> None:
     """sigmoid(log 3) = 3/4: a conversion costs log(4/3) with slope -1/4, none costs log 4 with slope 3/4."""
     logits = torch.full((4,), math.log(3), requires_grad=True)
-    values = clicked_cross_entropy(logits, torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    click, conversion = torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([1.0, 0.0, 0.0, 0.0])
+    values = clicked_cross_entropy(log_probability(logits), click, conversion)
     values.sum().backward()
     assert values.tolist() == pytest.approx([math.log(4 / 3), math.log(4), 0, 0], rel=1e-6)
     assert logits.grad is not None

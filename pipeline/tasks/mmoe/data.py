@@ -75,9 +75,8 @@ class Impressions:
     def to(self, device: str) -> "Impressions":
         if device == "cpu":
             return self
-        moved = {name: value.to(device, non_blocking=True)
-                 for name, value in vars(self).items() if isinstance(value, Tensor)}  # fmt: skip
-        return Impressions(**moved)
+        names = ("click", "conversion", "numeric", "ids", "weights", "starts")
+        return Impressions(*(getattr(self, name).to(device, non_blocking=True) for name in names))
 
 
 class ImpressionTable:
@@ -104,8 +103,15 @@ class ImpressionTable:
     def batch(self, rows: Rows, *, trains: bool = False) -> Impressions:
         """The rows, in their order; `trains`: with what the gradient of the table needs."""
         found = self.streams.gather(np.asarray(rows, dtype=np.int64))
-        tensors = {name: torch.from_numpy(value) for name, value in found._asdict().items() if name != "bags"}
-        return Impressions(**tensors, groups=grouped(found.ids, found.bags, found.weights) if trains else None)
+        return Impressions(
+            torch.from_numpy(found.click),
+            torch.from_numpy(found.conversion),
+            torch.from_numpy(found.numeric),
+            torch.from_numpy(found.ids),
+            torch.from_numpy(found.weights),
+            torch.from_numpy(found.starts),
+            grouped(found.ids, found.bags, found.weights) if trains else None,
+        )
 
     def batches(self, size: int) -> Sequence[Rows]:
         """All rows in their order."""
@@ -182,9 +188,7 @@ def _batches(file: Path, schema: DataSchema, split: str) -> Iterator[pa.RecordBa
         for name in LABELS:
             whole = pa.types.is_integer(table[name].type) and not table[name].null_count
             _check(whole, file, name, "0 or 1 in every row")
-        yield record_batch(
-            {name: _whole(table[name]) for name in wanted}, schema.features, layout.offsets, str(file)
-        )
+        yield record_batch({name: _whole(table[name]) for name in wanted}, schema.features, layout.offsets, str(file))
 
 
 def _truth(file: Path) -> Mapping[str, npt.NDArray[np.float64]]:

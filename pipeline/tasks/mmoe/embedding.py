@@ -48,13 +48,13 @@ def lookup(table: Tensor, batch: Any, sparse: bool) -> Tensor:
 
 class _Lookup(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, table: Tensor, batch: Any, sparse: bool) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, table: Tensor, batch: Any, sparse: bool) -> Tensor:
         ctx.groups, ctx.size, ctx.sparse = batch.groups, table.shape, sparse
         return _pooled(table, batch.ids, batch.starts, batch.weights)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         """A row's gradient is the weighted sum of its bags' gradients: a look-up once more, in those."""
         groups: Groups = ctx.groups
         values = _pooled(gradient.contiguous(), groups.bags, groups.starts, groups.weights)

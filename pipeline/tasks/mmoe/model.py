@@ -79,12 +79,15 @@ class GroupedLayers(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         for weight, bias in zip(self.weights, self.biases, strict=True):
             if hidden.dim() == 2:  # all groups read the same input: one wide product
-                wide = hidden @ weight.transpose(0, 1).flatten(1)
-                hidden = wide.view(len(hidden), *weight.shape[::2]).transpose(0, 1) + bias
+                wide = self._activated(torch.addmm(bias.flatten(), hidden, weight.transpose(0, 1).flatten(1)))
+                hidden = wide.view(len(hidden), *weight.shape[::2]).transpose(0, 1)
             else:
-                hidden = torch.baddbmm(bias, hidden, weight)
-            hidden = functional.dropout(functional.relu(hidden), self.dropout, self.training)
+                hidden = self._activated(torch.baddbmm(bias, hidden, weight))
         return hidden
+
+    def _activated(self, product: Tensor) -> Tensor:
+        """In place: in a view, autograd would copy the whole."""
+        return functional.dropout(functional.relu(product, inplace=True), self.dropout, self.training)
 
 
 class Mmoe(nn.Module):
@@ -128,8 +131,10 @@ class Mmoe(nn.Module):
             if gates is None:
                 mixed = outputs.expand(len(self.deep_heads), -1, -1)
             else:
-                mixed = torch.einsum("bte,ebh->tbh", gates.to(outputs.dtype), outputs)
-            deep = torch.einsum("tbh,th->tb", self.towers(mixed), self.last)
+                mixed = torch.bmm(gates.to(outputs.dtype), outputs.transpose(0, 1)).transpose(0, 1)
+            towers = self.towers(mixed)  # [T, B, H]
+            with torch.autocast(towers.device.type, enabled=False):  # a logit of -5 in bf16 has steps of 0.03
+                deep = torch.bmm(towers.float(), self.last.unsqueeze(-1)).squeeze(-1)
             for row, deep_head in enumerate(self.deep_heads):
                 terms[deep_head].append(deep[row])
         if any(head.fm for head in self.heads):
@@ -146,10 +151,12 @@ class Mmoe(nn.Module):
     def _gates(self, shared: Tensor) -> Tensor | None:
         if self.gate is None:
             return None
-        logits = self.gate(shared).float().view(len(shared), len(self.deep_heads), -1)
+        logits = self.gate(shared).float()
         if self.training and self.config.gate.noise:
             logits = logits + self.config.gate.noise * torch.randn_like(logits)
-        return torch.softmax(logits / self.config.gate.temperature, -1)
+        # rows last in memory: over four experts side by side, a softmax cannot use the vector instructions
+        grouped = logits.t().contiguous().view(len(self.deep_heads), -1, len(shared))
+        return torch.softmax(grouped / self.config.gate.temperature, 1).permute(2, 0, 1).contiguous()
 
 
 def _logit(rate: float) -> float:

@@ -61,7 +61,7 @@ class Streams:
     def gather(self, index: Array) -> Gathered:
         """The rows with these numbers, in their order. index: [N] int64."""
         count, features = len(index), len(self._is_multi)
-        if count and not (0 <= index.min() and index.max() < self.rows):
+        if count and (index.min() < 0 or index.max() >= self.rows):
             raise IndexError(f"rows {index.min()} to {index.max()} of {self.rows}")
         fixed = 1 + self._numeric + features
         pooled = (int(_words_of(self._words, self._places, index)) - count * fixed) // 2
@@ -121,7 +121,9 @@ def record_batch(
             _ids(column.flatten(), feature, where), weights, size, first + fixed + before[:, position], pooled,
             offsets[feature.name], feature.weighted, words, words.view(np.float32),
         )  # fmt: skip
-    return pa.record_batch([pa.ListArray.from_arrays(pa.array(starts.astype(np.int32)), pa.array(words))], schema=SCHEMA)
+    return pa.record_batch(
+        [pa.ListArray.from_arrays(pa.array(starts.astype(np.int32)), pa.array(words))], schema=SCHEMA
+    )
 
 
 def mapped(batches: Iterator[pa.RecordBatch], file: Path, made_of: str) -> pa.Buffer:
@@ -162,11 +164,12 @@ def in_memory(batches: Iterator[pa.RecordBatch]) -> pa.Buffer:
 
 
 def _floats(column: pa.Array) -> Array:
-    return column.to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
+    values: Array = column.to_numpy(zero_copy_only=False)
+    return values.astype(np.float32, copy=False)
 
 
 def _ids(column: pa.Array, feature: Feature, where: str) -> Array:
-    values = column.to_numpy(zero_copy_only=False)
+    values: Array = column.to_numpy(zero_copy_only=False)
     if len(values) and not 0 <= values.min() <= values.max() < feature.size:
         raise UserError(f"{where}: column {feature.name}: id outside of 0..{feature.size - 1}; run prepare_ctr again")
     return values.astype(np.int32, copy=False)
@@ -189,7 +192,7 @@ def _place(
 
 
 @compiled
-def _words_of(words: Array, places: Array, index: Array) -> int:
+def _words_of(words: Array, places: Array, index: Array) -> np.int64:
     """How many words the rows have."""
     total = np.int64(0)
     for position in range(len(index)):

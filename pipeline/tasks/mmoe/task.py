@@ -21,11 +21,11 @@ from pipeline.losses import (
     binary_cross_entropy,
     binary_focal,
     binary_focal_factor,
-    click_cross_entropy,
     clicked_cross_entropy,
     gate_entropy_deficit,
     gate_imbalance,
     log_probability,
+    product,
     product_log_probability,
 )
 from pipeline.metrics import Array, binary_metrics, calibration_bins
@@ -166,13 +166,14 @@ class MmoeTask:
     def _losses(self, output: Output, batch: Impressions, counts: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
         esmm, loss, gate = self.config.esmm, self.config.loss, self.config.model.gate
         focal = loss.aux_focal
-        z_ctr, z_cvr = output.logits[:, 0], output.logits[:, 1]
+        z_ctr, z_cvr = output.logits.unbind(1)
         click, conversion, rows = batch.click, batch.conversion, counts["rows"]
-        ctcvr = product_log_probability(z_ctr, z_cvr)
+        ctr, cvr = log_probability(z_ctr), log_probability(z_cvr)
+        ctcvr = product(ctr, cvr)
         found = {
-            "loss_ctr": click_cross_entropy(z_ctr, click, loss.pos_weight("ctr")).sum() / rows,
+            "loss_ctr": binary_cross_entropy(ctr, click, loss.pos_weight("ctr")).sum() / rows,
             "loss_ctcvr_bce": binary_cross_entropy(ctcvr, conversion, loss.ctcvr_pos_weight(step)).sum() / rows,
-            "loss_cvr_aux": clicked_cross_entropy(z_cvr, click, conversion).sum() / counts["clicks"].clamp_min(1),
+            "loss_cvr_aux": clicked_cross_entropy(cvr, click, conversion).sum() / counts["clicks"].clamp_min(1),
         }
         found["loss_ctcvr"] = found["loss_ctcvr_bce"]
         if self._focal_is_on(step):
