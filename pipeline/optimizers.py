@@ -69,7 +69,7 @@ class _Base:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises ValueError where the state is of other groups or parameters."""
         parameters = self._parameters()
-        if len(state["groups"]) != len(self.param_groups) or len(state["state"]) != len(parameters):
+        if len(state.get("groups", ())) != len(self.param_groups) or len(state["state"]) != len(parameters):
             raise ValueError("the state of another optimizer")
         for group, settings in zip(self.param_groups, state["groups"], strict=True):
             group.update(settings)

@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pipeline import compiled, optimizers
+from pipeline.config import load
+from pipeline.errors import UserError
 from pipeline.optimizers import AdamW, LazyAdam, RowAdagrad, SparseAdam, coalesced
+from pipeline.tasks.mmoe.config import MmoeConfig
 
 torch.set_num_threads(1)
 
@@ -38,7 +41,7 @@ def table_of(width: int) -> nn.Parameter:
 
 def give(table: nn.Parameter, step: Step) -> None:
     rows, values = step
-    table.grad = torch.sparse_coo_tensor(rows[None], values, table.shape, is_coalesced=True)
+    table.grad = torch.sparse_coo_tensor(rows[None], values, table.shape, is_coalesced=True, check_invariants=True)
 
 
 def run(make: Callable[[nn.Parameter], Any], steps: list[Step], width: int) -> Tensor:
@@ -114,7 +117,7 @@ def test_lazy_adam_by_hand() -> None:
     table, other = nn.Parameter(torch.zeros(2, 1)), torch.tensor([1])
     optimizer = LazyAdam(table, lr=0.1, betas=(0.5, 9 / 16), eps=1e-30)
     for rows, value in ((torch.tensor([0]), 1.0), (other, 1.0), (other, 1.0), (torch.tensor([0]), 0.0)):
-        table.grad = torch.sparse_coo_tensor(rows[None], torch.tensor([[value]]), (2, 1), is_coalesced=True)
+        table.grad = torch.sparse_coo_tensor(rows[None], torch.tensor([[value]]), (2, 1), check_invariants=True)
         optimizer.step()
     rate, scale = 0.1 / (1 - 0.5**4), 1 / math.sqrt(1 - (9 / 16) ** 4)
     tail = 10 / 9 * rate * (1 / 2) / (scale * math.sqrt(7 / 16))
@@ -222,3 +225,21 @@ def test_coalesced_by_hand() -> None:
     repeated = torch.sparse_coo_tensor(torch.tensor([[6, 1, 6]]), values, (9, 1))
     assert coalesced(repeated).indices().tolist() == [[1, 6]]
     assert coalesced(repeated).values().tolist() == [[2.0], [5.0]]
+
+
+def embedding_config(**values: str) -> MmoeConfig:
+    return load(MmoeConfig, None, {f"optim.embedding.{key}": value for key, value in values.items()})
+
+
+def test_what_the_config_says_of_the_embedding() -> None:
+    config = embedding_config(name="row_adagrad", lr="0.005", betas="[0.8, 0.9]")
+    assert config.warnings(frozenset({"optim.embedding.betas"})) == [
+        "optim.embedding.lr is 0.005 with row_adagrad; usual: 0.01-0.2",
+        "optim.embedding.betas has no effect with optim.embedding.name row_adagrad",
+    ]
+    assert embedding_config(name="row_adagrad", lr="0.05").warnings() == []
+    assert embedding_config(name="lazy_adam", betas="[0.9, 0.82]").optim.embedding.betas == (0.9, 0.82)
+    with pytest.raises(UserError, match=r"betas\[1\] over betas\[0\] squared"):
+        embedding_config(name="lazy_adam", betas="[0.9, 0.81]")
+    with pytest.raises(UserError, match="row_adagrad"):
+        embedding_config(name="adagrad")
