@@ -54,6 +54,8 @@ class Streams:
         self.rows = 0
         for number in range(reader.num_record_batches):
             batch = reader.get_batch(number)
+            if self.rows != number * BATCH_ROWS:
+                raise ValueError(f"record batch {number} begins at row {self.rows}, allowed: {number * BATCH_ROWS}")
             self.rows += batch.num_rows
             _, offsets, _, words = batch.column(0).buffers()
             self._places[number] = [(part.address - buffer.address) // 4 for part in (offsets, words)]
