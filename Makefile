@@ -35,6 +35,7 @@ lint: setup
 	$(VENV)/bin/mypy
 
 bench: setup
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	$(RUN) -m bench
 
 clean:

@@ -1,11 +1,17 @@
 """What every bench shares: how a figure is printed and how two ways are measured against each other."""
 
+import contextlib
 import json
+import math
+import os
 import statistics
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
-PAIRS = 21
+ROOT = Path(__file__).parent.parent
+RATE = "rows per CPU second"
 
 
 class Timed(NamedTuple):
@@ -13,20 +19,52 @@ class Timed(NamedTuple):
     rows: int  # of that work
 
 
-def figure(
-    name: str, value: float, unit: str, reference: float | None = None, ratios: list[float] | None = None
-) -> None:
-    quartiles = statistics.quantiles(ratios, n=4) if ratios and len(ratios) > 2 else None
-    found: dict[str, Any] = {"name": name, "value": value, "unit": unit, "reference": reference}
-    found["ratio"] = statistics.median(ratios) if ratios else None
-    found["spread"] = [quartiles[0], quartiles[2]] if quartiles else None
-    print(json.dumps(found), flush=True)
+def figure(name: str, value: float, unit: str, reference: float | None = None, spread_of: Sequence[float] = ()) -> None:
+    """Print a figure. `spread_of`: the ratios of all pairs, or the values where there is no reference."""
+    found: dict[str, Any] = {"name": name, "value": _rounded(value), "unit": unit}
+    found["reference"] = None if reference is None else _rounded(reference)
+    ratio = None
+    if reference is not None:
+        ratio = _rounded(statistics.median(spread_of) if spread_of else value / reference)
+    found["ratio"] = ratio
+    found["spread"] = [_rounded(end) for end in interval(spread_of)] if len(spread_of) > 1 else None
+    print(json.dumps(found), file=_standard_output, flush=True)
 
 
-def measured(name: str, own: Timed, reference: Timed, pairs: int = PAIRS) -> None:
-    """Rows per CPU second of two ways, turn about."""
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The values between which the true median lies with 95% (order statistics); lowest and highest of fewer than 6."""
+    ordered, count = sorted(values), len(values)
+    cut = 0  # values left away at each end: P(so few of them fall on one side of the median) stays below 2.5%
+    while sum(math.comb(count, k) for k in range(cut + 2)) / 2**count < 0.025:
+        cut += 1
+    return ordered[min(cut, (count - 1) // 2)], ordered[max(count - 1 - cut, count // 2)]
+
+
+def measured(name: str, own: Timed, reference: Timed, pairs: int, unit: str = RATE) -> None:
+    """Rows per CPU second of two ways, turn about, after one of each that does not count."""
     own.seconds(), reference.seconds()
-    found = [(own.rows / own.seconds(), reference.rows / reference.seconds()) for _ in range(pairs)]
-    values, references = zip(*found, strict=True)
-    ratios = [value / limit for value, limit in found]
-    figure(name, statistics.median(values), "rows per CPU second", statistics.median(references), ratios)
+    values, references = [], []
+    for pair in range(pairs):
+        for way, rates in [(own, values), (reference, references)][:: 1 if pair % 2 else -1]:
+            rates.append(way.rows / way.seconds())
+    ratios = [value / other for value, other in zip(values, references, strict=True)]
+    figure(name, statistics.median(values), unit, statistics.median(references), ratios)
+
+
+def report(name: str, values: Sequence[float], unit: str) -> None:
+    """The median of some values that are compared to nothing."""
+    figure(name, statistics.median(values), unit, spread_of=values)
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """What others print goes nowhere; it is written all the same, as in a run whose output goes to a file."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}") if abs(value) < 1000 else float(round(value))
+
+
+_standard_output = sys.stdout

@@ -1,19 +1,22 @@
 """ViSoBERT's width at two layers on texts as long as real reviews: our training against the usual script's."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from bench.figures import Timed, figure, measured
+from bench.figures import Timed, figure, measured, silence
+from bench.workshop import Workshop
 from pipeline.config import load
 from pipeline.console import Console
 from pipeline.run import MemoryRun
-from pipeline.task import TOTAL
+from pipeline.task import TOTAL, Rows
 from pipeline.tasks.visobert.config import VisobertConfig
 from pipeline.tasks.visobert.data import ReviewBatch, padding_efficiency
 from pipeline.tasks.visobert.task import VisobertTask
@@ -21,9 +24,10 @@ from pipeline.tasks.visobert.tokenizer import PAD, START, UNKNOWN, EmbeddedToken
 from pipeline.training import Training, Window
 
 REVIEWS, LAYERS, ASPECTS, PAIRS = 6000, 2, 11, 5
+UNIT = "reviews per CPU second"
 LENGTH_MEDIAN, LENGTH_SIGMA = 26, 0.68  # of a log-normal: mean 33, p50 26, p90 62, p99 126
 NAIVE_LENGTH, NAIVE_BATCH = 256, 16
-STEPS, NAIVE_STEPS = 8, 3  # timed at a time
+STEPS, NAIVE_STEPS = 8, 2  # timed at a time
 VOCABULARY = 15_002
 
 
@@ -98,6 +102,12 @@ def naive(task: VisobertTask) -> Timed:
     return Timed(steps, NAIVE_STEPS * NAIVE_BATCH)
 
 
+def spread_out(batches: Sequence[Rows], lengths: npt.NDArray[np.int64]) -> list[Rows]:
+    """A few of an epoch's batches in which all lengths take part as they do in the whole."""
+    ordered = sorted(batches, key=lambda rows: int(lengths[rows].max()))
+    return [ordered[int((part + 0.5) * len(ordered) / STEPS)] for part in range(STEPS)]
+
+
 def ours(task: VisobertTask) -> Timed:
     """CPU seconds of a few steps of our training, with their share of tokenising and of planning the epoch.
 
@@ -110,8 +120,7 @@ def ours(task: VisobertTask) -> Timed:
     lengths = task.table("train").lengths.numpy()
     preparing = time.process_time() - started
     training.model.train()
-    ordered = sorted(plan, key=lambda rows: int(lengths[rows].max()))
-    sample = [ordered[int((part + 0.5) * len(ordered) / STEPS)] for part in range(STEPS)]  # all lengths take part
+    sample = spread_out(plan, lengths)
     rows = sum(len(part) for part in sample)
 
     def steps() -> float:
@@ -125,20 +134,111 @@ def ours(task: VisobertTask) -> Timed:
     return Timed(steps, rows)
 
 
-def main(folder: Path) -> None:
-    """Samples per CPU second in bf16 and fp32, and the padding efficiency of an epoch's batches."""
-    texts = write_reviews(folder / "reviews.csv")
-    write_model(folder / "model", texts)
-    for amp in ("bf16", "no"):
-        overrides = {
-            "data.train": folder / "reviews.csv", "data.cache": folder / "cache", "model.name": folder / "model",
-            "model.init": "random", "training.amp": amp, "baselines": "false", "training.clip_norm": "1.0",
-        }  # fmt: skip
-        task = VisobertTask(load(VisobertConfig, None, {key: str(value) for key, value in overrides.items()}))
-        if amp == "bf16":
-            lengths = task.table("train").lengths.numpy()
-            figure("padding_efficiency", padding_efficiency(lengths, task.plan(0)), "tokens of all cells")
-            quantiles = np.quantile(lengths, [0.5, 0.9, 0.99]).tolist()
-            figure("tokens_mean", float(lengths.mean()), f"tokens a review; p50, p90, p99: {quantiles}")
-        name = f"visobert_2_layers_{'bf16' if amp == 'bf16' else 'fp32'}"
-        measured(name, ours(task), naive(task), PAIRS)
+class TokenisedReviews(Dataset[dict[str, Any]]):
+    """Token ids and labels, as the Trainer takes them."""
+
+    def __init__(self, task: VisobertTask) -> None:
+        train = task.splits.train
+        tokens = task.tokenizer.encode(train.texts, task.config.model.max_tokens)
+        self.ids = np.split(tokens.ids, tokens.lengths.cumsum()[:-1])
+        self.labels = train.labels
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"input_ids": self.ids[index], "labels": self.labels[index]}
+
+
+class WithLoss(torch.nn.Module):
+    """The task's model, with its loss in what `forward` returns."""
+
+    def __init__(self, task: VisobertTask) -> None:
+        super().__init__()
+        self.task, self.model = task, task.model()
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+        batch = ReviewBatch(input_ids, attention_mask, labels)
+        return {"loss": self.task.losses(self.model, batch, self.task.counts(batch), 1)[TOTAL]}
+
+
+def transformers_trainer(task: VisobertTask, folder: Path) -> Timed:
+    """CPU seconds of a few steps of Hugging Face's Trainer with its length grouping, from the first to the last.
+
+    What comes before its first step (tokenising, sorting, making the optimizer) is not counted.
+    """
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    reviews, training = TokenisedReviews(task), task.config.training
+    lengths = np.array([len(ids) for ids in reviews.ids])
+
+    class Sampled(Trainer):
+        def _get_train_sampler(self, *arguments: Any) -> list[int]:
+            order = np.array(list(super()._get_train_sampler(*arguments)))
+            batches = np.split(order, range(training.batch_size, len(order), training.batch_size))
+            return np.concatenate(spread_out(batches, lengths)).tolist()
+
+    class Clock(TrainerCallback):
+        seconds = 0.0
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.started = time.process_time()
+
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            self.seconds = time.process_time() - self.started
+
+    def padded(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        lengths = np.array([len(item["input_ids"]) for item in items])
+        mask = np.arange(lengths.max()) < lengths[:, None]
+        ids = np.full(mask.shape, task.tokenizer.pad_id, dtype=np.int32)
+        ids[mask] = np.concatenate([item["input_ids"] for item in items])
+        labels = np.stack([item["labels"] for item in items])
+        found = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        return {name: torch.from_numpy(values) for name, values in found.items()}
+
+    clock = Clock()
+    arguments = TrainingArguments(
+        output_dir=str(folder / "trainer"), use_cpu=True, num_train_epochs=1, bf16=training.amp == "bf16",
+        per_device_train_batch_size=training.batch_size, train_sampling_strategy="group_by_length",
+        learning_rate=task.config.optim.encoder.lr, weight_decay=task.config.optim.encoder.weight_decay,
+        max_grad_norm=training.clip_norm or 0.0, save_strategy="no", report_to="none", disable_tqdm=True,
+        remove_unused_columns=False, dataloader_pin_memory=False,
+    )  # fmt: skip
+    with silence():
+        trainer = Sampled(WithLoss(task), arguments, padded, reviews, callbacks=[clock])
+
+    def steps() -> float:
+        with silence():
+            trainer.train()
+        return clock.seconds
+
+    return Timed(steps, STEPS * training.batch_size)
+
+
+def make_task(folder: Path, amp: str) -> VisobertTask:
+    file, model = folder / "reviews.csv", folder / "model"
+    write_model(model, write_reviews(file))
+    overrides = {
+        "data.train": file, "data.cache": folder / "cache", "model.name": model, "model.init": "random",
+        "training.amp": amp, "baselines": "false",
+    }  # fmt: skip
+    return VisobertTask(load(VisobertConfig, None, {key: str(value) for key, value in overrides.items()}))
+
+
+def naive_bf16(shop: Workshop) -> None:
+    """Also how much of an epoch's batches is padding."""
+    task = make_task(shop.folder, "bf16")
+    lengths = task.table("train").lengths.numpy()
+    figure("padding_efficiency", padding_efficiency(lengths, task.plan(0)), "tokens of all cells")
+    measured("visobert_vs_naive_bf16", ours(task), naive(task), PAIRS, UNIT)
+
+
+def naive_fp32(shop: Workshop) -> None:
+    task = make_task(shop.folder, "no")
+    measured("visobert_vs_naive_fp32", ours(task), naive(task), PAIRS, UNIT)
+
+
+def trainer(shop: Workshop) -> None:
+    """The same model, precision, reviews and number of them in a batch."""
+    task = make_task(shop.folder, "bf16")
+    measured("visobert_vs_trainer", ours(task), transformers_trainer(task, shop.folder), PAIRS, UNIT)

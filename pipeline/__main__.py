@@ -10,6 +10,7 @@ import click
 
 from pipeline.config import Config, keys, load, nearest
 from pipeline.errors import UserError
+from pipeline.importing import uncollected
 from pipeline.interrupts import Interrupted, interruptible
 
 ROOT = Path(__file__).parent.parent
@@ -90,10 +91,11 @@ def command(name: str, entry: Entry) -> click.Command:
         source = Path(config) if config else ROOT / entry.file if entry.file else None
         shown = {path: names[path][0] for path in overrides if path in names}
         validated = load(model, source, overrides, shown_as=shown)
-        target = resolve(entry.target)
         if entry.trains:
-            resolve("pipeline.launch:launch")(validated, target, frozenset(overrides))
-        elif entry.passes_on:
+            _train(validated, entry.target, frozenset(overrides))
+            return
+        target = resolve(entry.target)
+        if entry.passes_on:
             target(validated, source, _pairs(click.get_current_context().args))
         else:
             target(validated, frozenset(overrides))
@@ -141,7 +143,14 @@ class Entries(click.Group):
 def resolve(reference: str) -> Any:
     """`module:name` as the thing itself."""
     module, name = reference.split(":")
-    return getattr(importlib.import_module(module), name)
+    with uncollected():
+        return getattr(importlib.import_module(module), name)
+
+
+def _train(config: Any, target: str, given: frozenset[str]) -> None:
+    """Train one run; its writer imports mlflow while torch is imported here."""
+    with resolve("pipeline.run:writer_for")(config.tracking) as writer:
+        resolve("pipeline.launch:launch")(config, resolve(target), given, writer)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -43,8 +43,8 @@ class TrainingConfig(Config):
     """micro-batches of an optimizer step; losses are normalised over all of them together"""
     clip_norm: float | None = Field(None, gt=0)
     """clip the norm of the dense gradients to this"""
-    amp: Literal["no", "bf16", "fp16"] = "no"
-    """automatic mixed precision of forward and backward; losses stay fp32"""
+    amp: Literal["auto", "no", "bf16", "fp16"] = "no"
+    """mixed precision of forward and backward, losses stay fp32; auto = bf16 where the machine has it, else no"""
     threads: Positive | None = None
     """CPU threads of torch; null = one fewer than cores, for the tracking writer. Another number rounds differently"""
     prefetch: int = Field(2, ge=0)

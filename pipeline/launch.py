@@ -29,7 +29,7 @@ from pipeline.resume import (
     origin_of,
     restore,
 )
-from pipeline.run import MemoryRun, MlflowRun, Run, RunRequest, Writer, end_early, writer_for
+from pipeline.run import MemoryRun, MlflowRun, Run, RunRequest, Writer, end_early
 from pipeline.saving import Saver
 from pipeline.task import Task
 from pipeline.training import Training, Watch, amp_warning, count_steps, resolve_device
@@ -52,11 +52,10 @@ class Trained:
     before: bool = False  # an earlier start had finished it
 
 
-def launch(config: RunConfig, make_task: TaskFactory, given: frozenset[str]) -> None:
-    """Train one run, in the MLflow run that `mlflow run` opened if there is one."""
-    with writer_for(config.tracking) as writer:
-        asked = RunRequest(run_id=os.environ.get("MLFLOW_RUN_ID"))
-        trained = train_run(config, make_task, writer, asked, given=given)
+def launch(config: RunConfig, make_task: TaskFactory, given: frozenset[str], writer: Writer | None) -> None:
+    """Train one run, in the MLflow run that `mlflow run` opened if there is one. Without a writer none is tracked."""
+    asked = RunRequest(run_id=os.environ.get("MLFLOW_RUN_ID"))
+    trained = train_run(config, make_task, writer, asked, given=given)
     say(f"\n{trained.name}\n{headline(trained.metrics)}")
     if trained.tracking_uri:
         say(f"run {trained.id} in {trained.tracking_uri}\nnext: make ui opens MLflow on it")

@@ -21,6 +21,21 @@ TEST_ROWS_FILE = "evaluation/test_rows.parquet"
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def precision(amp: str, device: str) -> str:
+    """`auto` of training.amp as what it is here: bf16 where the device has instructions for it, else no."""
+    if amp != "auto":
+        return amp
+    found = torch.cpu.get_capabilities()
+    native = torch.cuda.is_bf16_supported() if device == "cuda" else found.get("amx_bf16") or found.get("avx512_bf16")
+    return "bf16" if native else "no"
+
+
+def autocast(amp: str, device: str) -> torch.autocast:
+    """What a forward pass runs in."""
+    kind = precision(amp, device)
+    return torch.autocast(device, dtype=AMP.get(kind), enabled=kind != "no")
+
+
 def write_test_rows(folder: Path, columns: Mapping[str, npt.NDArray[Any]]) -> None:
     """What metrics of the test split are made of, a row of it a row, in its order: for intervals over rows.
 

@@ -24,7 +24,7 @@ from pipeline.recording import Recorder
 from pipeline.run import Run
 from pipeline.saving import Saver
 from pipeline.schedules import learning_rate_factor
-from pipeline.task import AMP, TOTAL, Rows, Task
+from pipeline.task import TOTAL, Rows, Task, autocast
 
 Watch = Callable[[int, Mapping[str, float]], bool]
 
@@ -223,7 +223,7 @@ class Training:
         counts = _sum([self.task.counts(batch) for batch in batches])
         shares, probed = [], []
         for batch in batches:
-            with torch.autocast(self.device, dtype=AMP.get(amp), enabled=amp != "no"):
+            with autocast(amp, self.device):
                 losses = self.task.losses(self.model, batch, counts, step)
             if probes:
                 probed.append(self.task.probe(self.model, losses))

@@ -87,7 +87,7 @@ def test_what_is_no_weight_is_refused(value: str) -> None:
     [
         ("loss.aux_focal.target_head", "ctr", "ctcvr"),
         ("loss.aux_focal.warmup_steps", "1.5", "integer >= 0"),
-        ("training.amp", "fp8", "one of: no, bf16, fp16"),
+        ("training.amp", "fp8", "one of: auto, no, bf16, fp16"),
         ("model.experts.hidden", "[]", "list of integers"),
         ("model.experts.hidden", "[0]", "list of integers"),
         ("optim.dense.betas", "[0.9]", "list of 2 numbers"),

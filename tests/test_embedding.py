@@ -110,6 +110,13 @@ def test_streams_are_kept_and_made_anew_for_other_data(folder: Path) -> None:
     assert [part.name for part in folder.glob("*arrow*")] == ["train.arrow"]
 
 
+def test_streams_are_kept_under_a_relative_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "test.arrow").unlink(missing_ok=True)
+    monkeypatch.chdir(folder.parent)
+    read_split(Path(folder.name), DataSchema.read(folder), "test")
+    assert (folder / "test.arrow").is_file()
+
+
 @pytest.mark.parametrize("left", [0, 7, 1000])
 def test_a_damaged_stream_file_is_made_anew(folder: Path, left: int) -> None:
     schema, file = DataSchema.read(folder), folder / "validation.arrow"
@@ -129,6 +136,7 @@ def test_a_folder_that_cannot_be_written(folder: Path, tmp_path: Path, monkeypat
         return make(prefix=prefix, dir=tmp_path)
 
     monkeypatch.setattr(tempfile, "mkstemp", refuse)
+    (folder / "test.arrow").unlink(missing_ok=True)
     before = {file.name for file in folder.iterdir()}
     table = read_split(folder, schema, "test")
     assert {file.name for file in folder.iterdir()} == before

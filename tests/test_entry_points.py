@@ -41,7 +41,7 @@ def raw_file(folder: Path, rows: int = 2000) -> Path:
 
 
 def test_train_mmoe_through_mlproject(project: Path, client: Any, call_pipeline: Call) -> None:
-    result = mlflow_run("train_mmoe", project, **TINY, **{"lambda": "1e-1"})
+    result = mlflow_run("train_mmoe", project, **TINY, **{"lambda": "1e-1", "tracking.log_model": "false"})
     assert result.returncode == 0, result.stderr
     (run,) = client.search_runs(["0"])
     assert run.info.status == "FINISHED"
@@ -65,7 +65,7 @@ def test_train_mmoe_through_mlproject(project: Path, client: Any, call_pipeline:
 
     # the run's own config.yaml runs again to the same numbers
     config = client.download_artifacts(run.info.run_id, "config.yaml")
-    assert call_pipeline("train_mmoe", "--config", config, "--tracking.log_model", "false").returncode == 0
+    assert call_pipeline("train_mmoe", "--config", config).returncode == 0
     again = client.search_runs(["0"])[0]
     assert again.info.run_id != run.info.run_id
     histories = [
@@ -222,7 +222,7 @@ def test_nan_without_a_rule_a_cut_gzip_and_a_cut_parquet(workplace: Path, call_p
     schema = workplace / "schema.yaml"
     schema.write_text(SCHEMA.replace("{kind: numeric, missing: mean}", "numeric"))
     arguments = ["--schema", "schema.yaml", "--output_dir", "prepared", "--data"]
-    assert_one_line(run_pipeline("prepare_ctr", *arguments, str(raw), cwd=workplace), "row 1", "size")
+    assert_one_line(call_pipeline("prepare_ctr", *arguments, str(raw)), "row 1", "size")
     schema.write_text(SCHEMA)
     whole = gzip.compress(raw.read_bytes())
     (workplace / "cut.csv.gz").write_bytes(whole[: len(whole) // 2])

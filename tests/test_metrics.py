@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
 
-from pipeline.metrics import binary_metrics, calibration_bins, expected_calibration_error
+from pipeline.metrics import auc, binary_metrics, calibration_bins, expected_calibration_error
 
 Array = npt.NDArray[np.float64]
 
@@ -70,6 +70,94 @@ def test_against_counting(rows: list[tuple[float, float]]) -> None:
         assert found["pr_auc"] == pytest.approx(average_precision_by_thresholds(label, probability), abs=1e-12)
     expected = [-math.log(p if one else 1 - p) for one, p in rows]
     assert found["logloss"] == pytest.approx(sum(expected) / len(expected), rel=1e-12)
+
+
+# Of one sign, of both, with zeros of both signs, next to each other, denormal, and huge.
+scores = st.lists(
+    st.tuples(
+        st.sampled_from([0.0, 1.0]),
+        st.one_of(
+            st.sampled_from([-0.0, 0.0, -1.0, math.nextafter(-1, 0), 5e-324, -5e-324, 1e300, -1e300, 0.1, 0.3]),
+            st.floats(-800, 0),
+            st.floats(allow_nan=False, allow_infinity=False, width=32),
+        ),
+    ),
+    min_size=2,
+    max_size=60,
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(scores, st.sampled_from(["as they are", "all below 0", "all above 0"]))
+def test_auc_is_exact_for_any_scores(rows: list[tuple[float, float]], signs: str) -> None:
+    """The share of pairs, to the last bit: it is a quotient of integers. Precision too is of the same thresholds."""
+    label, score = np.array(rows).T
+    score = {"as they are": score, "all below 0": -np.abs(score), "all above 0": np.abs(score)}[signs]
+    if not 0 < label.sum() < len(label):
+        with pytest.raises(ValueError, match="allowed: both classes"):
+            auc(label, score)
+        return
+    twice = sum(int(high > low) * 2 + int(high == low) for high in score[label > 0] for low in score[label == 0])
+    assert auc(label, score) == twice / (2 * int(label.sum()) * int((1 - label).sum()))
+    found = binary_metrics(label, score, np.zeros(len(label))) if signs == "all below 0" else None
+    if found:
+        assert found["auc"] == auc(label, score)
+        assert found["pr_auc"] == pytest.approx(average_precision_by_thresholds(label, score), abs=1e-12)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 2**32), st.integers(2, 3000), st.sampled_from([0.001, 0.1, 0.5, 0.999]), st.integers(0, 6))
+def test_auc_against_sklearn(seed: int, rows: int, rate: float, digits: int) -> None:
+    random = np.random.Generator(np.random.PCG64(seed))
+    label = (random.random(rows) < rate).astype(float)
+    label[:2] = 0, 1
+    score = np.round(random.normal(label - 3, 1), digits)  # of both signs, in ever more groups
+    assert auc(label, score) == pytest.approx(roc_auc_score(label, score), abs=1e-12)
+    log_p = -np.logaddexp(0, -score)
+    found = binary_metrics(label, log_p, -np.logaddexp(0, score))
+    assert found["auc"] == pytest.approx(roc_auc_score(label, log_p), abs=1e-12)
+    assert found["pr_auc"] == pytest.approx(average_precision_score(label, log_p), abs=1e-12)
+
+
+def test_auc_by_hand() -> None:
+    """Of 2 x 3 pairs: 0.8 is over all three; 0.5 is over one, tied with one, under one: (3 + 1.5) / 6."""
+    label, score = np.array([1, 1, 0, 0, 0]), np.array([0.8, 0.5, 0.7, 0.5, -0.2])
+    assert auc(label, score) == 0.75
+    assert auc(label > 0, score) == 0.75
+    assert auc(1 - label, score) == 0.25
+
+
+@pytest.mark.parametrize("wrong", [math.nan, -math.nan, math.inf, -math.inf])
+def test_scores_that_cannot_be_ranked_are_refused(wrong: float) -> None:
+    label, log_p = np.array([0.0, 1.0, 0.0]), np.array([-1.0, -2.0, wrong])
+    for score in (log_p, log_p[::-1], -log_p):
+        with pytest.raises(ValueError, match="found NaN or infinity, allowed: finite numbers"):
+            auc(label, score)
+    with pytest.raises(ValueError, match="found NaN or infinity"):
+        binary_metrics(label, log_p, np.full(3, -0.1))
+
+
+def test_scores_that_are_one_probability_share_its_bins() -> None:
+    """Two neighbours, log p of the same p = 0.9: as scores they are apart, as predictions they share half an event."""
+    log_p = np.array([math.nextafter(-0.1, -1), -0.1])
+    assert log_p[0] < log_p[1]
+    assert np.exp(log_p[0]) == np.exp(log_p[1])
+    found = binary_metrics(np.array([0.0, 1.0]), log_p, log_p)
+    assert found["auc"] == 1.0
+    assert found["ece"] == pytest.approx(math.exp(-0.1) - 0.5)  # apart: 0.9 - 0 and 1 - 0.9, or 1/2 on average
+    assert binary_metrics(np.array([1.0, 0.0]), log_p, log_p)["auc"] == 0.0
+
+
+def test_calibration_does_not_need_an_exponential_that_rises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Library functions are right to a unit in the last place: where neighbours change places, they are put back."""
+    exact, random = np.exp, np.random.Generator(np.random.PCG64(0))
+    monkeypatch.setattr(np, "exp", lambda values: exact(values) * np.where(np.arange(len(values)) % 2, 0.9, 1.1))
+    log_p = np.sort(random.uniform(-1.0, -0.2, 501))
+    label = (random.random(501) < exact(log_p)).astype(float)
+    assert (np.diff(np.exp(log_p)) < 0).any()
+    found = binary_metrics(label, log_p, np.zeros(501))
+    assert found["ece"] == pytest.approx(expected_calibration_error(label, np.exp(log_p)), abs=1e-12)
+    assert found["auc"] == pytest.approx(roc_auc_score(label, log_p), abs=1e-12)
 
 
 def test_by_hand() -> None:

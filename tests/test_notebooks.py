@@ -7,7 +7,6 @@ import re
 import shutil
 import warnings
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from conftest import ROOT, run_pipeline
+from conftest import ROOT, store_in
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell
 from scipy.stats import ttest_rel
 
+from pipeline.__main__ import main
 from pipeline.errors import UserError
 
 pytestmark = pytest.mark.xdist_group("notebooks")  # one process makes their runs
@@ -101,20 +101,22 @@ def project_in(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def laboratory(tmp_path_factory: pytest.TempPathFactory) -> Laboratory:
+def laboratory(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Laboratory:
+    """Made in this process, which has imported what that takes; the sweeps' workers are processes of their own."""
     from mlflow import MlflowClient
 
     folder = project_in(tmp_path_factory.mktemp("laboratory"))
+    store_in(folder, empty_store)
     for name, sweep in {"mmoe": MMOE, "alpha": ALPHA}.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(sweep))
-
-    def run(arguments: str) -> None:
-        result = run_pipeline(*arguments.split(), cwd=folder)
-        assert result.returncode == 0, result.stderr
-
-    run("sweep --config mmoe.yaml")  # makes the store
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(run, ["data_prep --data.embedded.rows 300", "sweep --config alpha.yaml"]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        for arguments in ("sweep --config mmoe.yaml", "data_prep --data.embedded.rows 300",
+                          "sweep --config alpha.yaml"):  # fmt: skip
+            with pytest.raises(SystemExit) as ended:
+                main(arguments.split())
+            assert ended.value.code == 0, arguments
     return Laboratory(folder, MlflowClient(f"sqlite:///{folder / 'mlflow.db'}"))
 
 

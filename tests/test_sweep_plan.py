@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT, run_pipeline
+from conftest import ROOT, Call
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -232,7 +232,10 @@ def test_bad_sweeps_are_one_line_that_says_where(tmp_path: Path, changes: dict[s
     assert len(message) < 400
 
 
-def test_bad_sweeps_end_with_code_2_before_anything_is_made(tmp_path: Path) -> None:
+def test_bad_sweeps_end_with_code_2_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call_pipeline: Call
+) -> None:
+    monkeypatch.chdir(tmp_path)
     file = tmp_path / "sweep.yaml"
     file.write_text(yaml.safe_dump(SWEEP | {"config": str(ROOT / "configs/mtl_mmoe.yaml")}))
     for arguments, told in {
@@ -244,7 +247,7 @@ def test_bad_sweeps_end_with_code_2_before_anything_is_made(tmp_path: Path) -> N
         ("--tracking.enabled", "false"): "tracking.enabled is false, allowed: true",
         ("--resume", "auto"): "resume and fork are of single runs",
     }.items():
-        result = run_pipeline("sweep", "--config", str(file), *arguments, cwd=tmp_path)
+        result = call_pipeline("sweep", "--config", str(file), *arguments)
         assert result.returncode == 2, result.stderr
         assert len([line for line in result.stderr.splitlines() if line.startswith("error: ")]) == 1, result.stderr
         assert told in result.stderr

@@ -15,6 +15,7 @@ from pipeline.console import Console
 from pipeline.errors import UserError
 from pipeline.recording import NonFiniteError
 from pipeline.run import MemoryRun
+from pipeline.task import precision
 from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.task import MmoeTask
 from pipeline.training import Result, Training, amp_warning, resolve_device
@@ -282,3 +283,16 @@ def test_emulated_bf16_is_told(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
     assert (amp_warning(amp, device) is not None) == warns
+
+
+@pytest.mark.parametrize(("having", "expected"), [("amx_bf16", "bf16"), ("avx512_bf16", "bf16"), ("avx2", "no")])
+def test_auto_is_bf16_where_there_are_instructions_for_it(
+    having: str, expected: str, small: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", having: True})
+    assert precision("auto", "cpu") == expected
+    assert amp_warning("auto", "cpu") is None
+    settings = {"training.max_steps": 3}
+    auto, _ = train(small(**settings | {"training.amp": "auto"}))
+    same, _ = train(small(**settings | {"training.amp": expected}))
+    assert [values["loss_total"] for values in steps(auto)] == [values["loss_total"] for values in steps(same)]

@@ -1,6 +1,7 @@
 """The writer process: `pipeline.run` starts it, and asks it, a JSON line at a time, to open a run and to follow it."""
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -10,12 +11,22 @@ from pathlib import Path
 from typing import IO
 
 from pipeline.console import say
+from pipeline.importing import uncollected
 from pipeline.interrupts import SIGNALS
 from pipeline.journal import Record
 from pipeline.tracking.delivery import LOCK_FILE, NO_WORD, Cursor, Delivery, wait_for_turn
 from pipeline.tracking.inbox import Inbox
 from pipeline.tracking.opening import connect, find, find_by_id, open_run, open_without_store, set_tags
-from pipeline.tracking.store import is_temporary, one_line, probe, shown_uri, store_key, tracking_uri
+from pipeline.tracking.store import (
+    context_tags,
+    is_temporary,
+    one_line,
+    probe,
+    settle,
+    shown_uri,
+    store_key,
+    tracking_uri,
+)
 
 
 def main() -> None:
@@ -52,8 +63,11 @@ def main() -> None:
 
 
 def _warm() -> None:
-    """Import what takes seconds, while the trainer loads its data."""
-    import mlflow.pyfunc  # noqa: F401
+    """Import what takes seconds, while the trainer imports torch and loads its data."""
+    with uncollected():
+        settle()
+        context_tags()
+    gc.freeze()  # what is there now stays: no search for garbage has to look at it again
 
 
 def _follow(request: Record, inbox: Inbox, answers: IO[str]) -> None:

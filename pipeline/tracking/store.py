@@ -160,8 +160,13 @@ def settle() -> None:
     """MLflow neither prints nor insists: what fails is told by us, in one line and within seconds."""
     import logging
 
-    import mlflow.store.db.utils
+    import mlflow
+    from mlflow.store.db.db_types import DATABASE_ENGINES
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    mlflow.store.db.utils.MAX_RETRY_COUNT = 5  # 10 would take 100 s to say that a database cannot be opened
+    scheme = urlsplit(str(mlflow.get_tracking_uri())).scheme.partition("+")[0]
+    if scheme in DATABASE_ENGINES:  # a server needs none of it
+        import mlflow.store.tracking.sqlalchemy_store
+
+        mlflow.store.db.utils.MAX_RETRY_COUNT = 5  # 10 would take 100 s to say that a database cannot be opened

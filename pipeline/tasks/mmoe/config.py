@@ -178,6 +178,13 @@ used in; adam: updates every row"""
             raise ValueError(f"betas are {first:g}, {second:g}; with lazy_adam allowed: betas[1] over betas[0] squared")
         return self
 
+    def warnings(self, given: frozenset[str]) -> list[str]:
+        if self.name != "row_adagrad":
+            return []
+        found = [f"optim.embedding.lr is {self.lr:g} with row_adagrad; usual: 0.01-0.2"] if self.lr < 0.01 else []
+        idle = "optim.embedding.betas"
+        return found + ([f"{idle} has no effect with optim.embedding.name row_adagrad"] if idle in given else [])
+
 
 class OptimConfig(Config):
     dense: DenseOptimizerConfig = DenseOptimizerConfig()
@@ -256,6 +263,7 @@ class MmoeConfig(RunConfig):
             found.append(f"{block}.alpha has no effect while {block}.use_alpha is false")
         if "loss.late_pos_weight.warmup_steps" in given and not self.loss.late_pos_weight.ctcvr:
             found.append("loss.late_pos_weight.warmup_steps has no effect while loss.late_pos_weight.ctcvr is 0")
+        found += self.optim.embedding.warnings(given)
         gate_keys = {key for key in given if key.startswith(("model.gate.", "model.experts.count"))}
         if self.model.kind == "shared_bottom":
             found += [f"{key} has no effect with model.kind shared_bottom" for key in sorted(gate_keys)]
@@ -277,9 +285,9 @@ class PrepareCtrConfig(Config):
     short: ClassVar[dict[str, str]] = {}
 
     data: str = Field(min_length=1)
-    """the raw file (.csv, .csv.gz, .parquet), or a folder of such files"""
+    """the raw file (.csv, .csv.gz, .parquet), a folder of such files, or the folder of the original Ali-CCP files"""
     schema_: str = Field(alias="schema", min_length=1)
-    """YAML that says what the columns are (see configs/data/census.yaml)"""
+    """YAML that says what the columns are (see configs/data/census.yaml; configs/data/aliccp.yaml for Ali-CCP)"""
     output_dir: str = Field(min_length=1)
     """folder for the Parquet splits and schema.json"""
     experiment: str | None = Field(None, min_length=1)

@@ -28,10 +28,11 @@ Ids = npt.NDArray[np.int32]
 
 
 class Vocabulary:
-    """The ids of one feature: the first value has id 2."""
+    """The ids of one feature: the first value has id 2; the last `hash_buckets` ids are shared by all other values."""
 
-    def __init__(self, values: Sequence[str]) -> None:
+    def __init__(self, values: Sequence[str], hash_buckets: int = 0) -> None:
         self.ids = {value: number for number, value in enumerate(values, FIRST_ID)}
+        self.hash_buckets = hash_buckets
 
     def encode(self, texts: Texts, *, typed: bool) -> Ids:
         """The id of each row.
@@ -44,6 +45,10 @@ class Vocabulary:
             MISSING if text is None else known.get(text) or spelt.get(text) or OUT_OF_VOCABULARY
             for text in texts.values.to_pylist()
         ], dtype=np.int32)  # fmt: skip
+        if self.hash_buckets:
+            unknown = np.flatnonzero(ids == OUT_OF_VOCABULARY)
+            buckets = text_hashes(texts.values.take(pa.array(unknown))) % np.uint64(self.hash_buckets)
+            ids[unknown] = FIRST_ID + len(known) + buckets.astype(np.int32)
         return ids[texts.codes]
 
     @cached_property
@@ -64,7 +69,8 @@ class Encoder:
     def __init__(self, schema: DataSchema, vocabularies: Mapping[str, Sequence[str]]) -> None:
         self.schema = schema
         self.cells = Cells(schema.missing_values, schema.strip)
-        self.vocabularies = {name: Vocabulary(values) for name, values in vocabularies.items()}
+        buckets = {feature.name: feature.hash_buckets for feature in schema.features}
+        self.vocabularies = {name: Vocabulary(values, buckets[name]) for name, values in vocabularies.items()}
 
     @classmethod
     def load(cls, folder: Path) -> "Encoder":
@@ -136,6 +142,19 @@ class Encoder:
         else:
             values = np.where(np.isnan(values), feature.fill, values)
         return to_float32(values, feature.name, place)
+
+
+def text_hashes(texts: pa.Array) -> npt.NDArray[np.uint64]:
+    """FNV-1a (64 bits) of the UTF-8 bytes of each text, finished as SplitMix64 is. No text is null."""
+    # numba takes half a second to import, and most schemas hash nothing
+    from pipeline.tasks.mmoe import aliccp_kernels
+
+    whole = pa.concat_arrays([texts.cast(pa.string())])  # from its own buffers' beginning
+    _, offsets, text = whole.buffers()
+    starts = np.frombuffer(offsets, dtype=np.int32)[whole.offset : whole.offset + len(whole) + 1]
+    letters = np.frombuffer(text, dtype=np.uint8) if text is not None else np.zeros(0, dtype=np.uint8)
+    hashes: npt.NDArray[np.uint64] = aliccp_kernels.text_hashes(letters, starts)
+    return hashes
 
 
 def refuse_missing(values: Floats, column: str, place: Place) -> None:

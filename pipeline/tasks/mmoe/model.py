@@ -8,6 +8,7 @@ import math
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -41,9 +42,9 @@ class FeatureEmbedding(nn.Module):
         bins = max((len(feature.edges) - 1 for feature in layout.numeric_features), default=1)
         low, span = torch.zeros(count, bins), torch.full((count, bins), math.inf)  # absent bins encode to 0
         for row, feature in enumerate(layout.numeric_features):
-            edges = torch.tensor(feature.edges, dtype=torch.float64)
-            low[row, : len(edges) - 1] = edges[:-1].float()
-            span[row, : len(edges) - 1] = edges.diff().float()
+            edges = np.array(feature.edges)  # numpy: torch's difference of shapes alone would import its compiler
+            low[row, : len(edges) - 1] = torch.from_numpy(edges[:-1]).float()
+            span[row, : len(edges) - 1] = torch.from_numpy(np.diff(edges)).float()
         self.register_buffer("low", low, persistent=False)
         self.register_buffer("span", span, persistent=False)
         self.numeric_weight = nn.Parameter(torch.zeros(count, bins, total))

@@ -1,10 +1,10 @@
 """`prepare_ctr`: a raw CSV or Parquet file, and a YAML that says what it holds, to training-ready columns.
 
 Two passes over the rows, in memory that does not grow with them. The first reads the labels and, of the training
-split, ids and numbers; the second writes the splits.
+split, ids and numbers; the second writes the splits. (The original Ali-CCP files have their own way: aliccp.py.)
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
@@ -49,16 +49,25 @@ def prepare(
     *,
     batch_rows: int = 65_536,
     progress: Callable[[int], None] | None = None,
+    stages: Callable[[str, int, float], None] | None = None,
 ) -> DataSchema:
     """Write splits, vocabulary and `schema.json` into `output_dir`: all of them, or nothing.
 
     `data`: a file, or a folder whose files (.csv, .csv.gz, .parquet; one format) are read in sorted order.
-    `progress` is called with the number of rows of each batch, in both passes.
+    `progress` is called with the number of rows of each batch, in both passes; `stages`, of raw Ali-CCP files
+    (`format: aliccp` in the YAML), with what is being done, the rows of it so far and the share that is done.
 
     Raises:
         UserError: anything is wrong with the files; names file, row and column, what was found and what is allowed.
     """
-    declared = validate(SourceSchema, read_yaml(schema_file), schema_file)
+    tree = read_yaml(schema_file)
+    if tree.get("format") == "aliccp":
+        # numba takes half a second to import, and no other source needs it
+        from pipeline.tasks.mmoe.aliccp import prepare_raw
+        from pipeline.tasks.mmoe.aliccp_config import RawSource
+
+        return prepare_raw(data, validate(RawSource, tree, schema_file), schema_file, output_dir, progress=stages)
+    declared = validate(SourceSchema, tree, schema_file)
     source = Source(data, declared.columns, declared.csv)
     plan = Plan(declared, schema_file, source.files[0], source.names(source.files[0]))
 
@@ -77,7 +86,7 @@ def prepare(
             found = f"{training.all_rows} rows, none of them in the training split" if training.all_rows else "no rows"
             raise UserError(f"{data}: {found}, allowed: at least one training row")
         vocabularies = training.vocabularies()
-        _write_vocabularies(vocabularies, folder / VOCABULARY_FILE)
+        write_vocabularies(vocabularies.items(), folder / VOCABULARY_FILE)
         schema = DataSchema(
             features=training.described(vocabularies),
             splits={},
@@ -148,8 +157,8 @@ class TrainingSplit:
                 read = sample if fill is None else np.where(np.isnan(sample), fill, sample)
                 features.append(Feature(name=name, kind="numeric", fill=fill, edges=bin_edges(read, declared.bins)))
             else:
-                size = FIRST_ID + vocabularies[name].num_rows
-                how = declared.model_dump(include={"separator", "weight_separator", "weights"})
+                size = FIRST_ID + vocabularies[name].num_rows + declared.hash_buckets
+                how = declared.model_dump(include={"separator", "weight_separator", "weights", "hash_buckets"})
                 features.append(Feature(name=name, kind=declared.kind, size=size, weighted=declared.weighted, **how))
         return tuple(features)
 
@@ -180,7 +189,7 @@ class SplitWriter:
         self.unknown = {feature.name: 0 for feature in schema.features if feature.kind != "numeric"}
         self.known = dict(self.unknown)
         self._recut = Recut(ROW_GROUP_ROWS)
-        self._writer = pq.ParquetWriter(file, _arrow_schema(schema.features), compression="zstd")
+        self._writer = pq.ParquetWriter(file, arrow_schema(schema.features), compression="zstd")
 
     def __enter__(self) -> Self:
         return self
@@ -225,7 +234,8 @@ def _with_splits(schema: DataSchema, writers: Mapping[str, SplitWriter]) -> Data
     return schema.model_copy(update={"features": features, "splits": splits, "base_rates": rates})
 
 
-def _arrow_schema(features: Sequence[Feature]) -> pa.Schema:
+def arrow_schema(features: Sequence[Feature]) -> pa.Schema:
+    """Of the Parquet splits."""
     fields = [(label, pa.int8()) for label in LABELS]
     for feature in features:
         kinds = {"categorical": pa.int32(), "multi": pa.list_(pa.int32()), "numeric": pa.float32()}
@@ -235,13 +245,13 @@ def _arrow_schema(features: Sequence[Feature]) -> pa.Schema:
     return pa.schema(fields)
 
 
-def _write_vocabularies(vocabularies: Mapping[str, pa.Table], file: Path) -> None:
+def write_vocabularies(vocabularies: Iterable[tuple[str, pa.Table]], file: Path) -> None:
     schema = pa.schema([("feature", pa.string()), ("value", pa.string()), ("id", pa.int32()), ("count", pa.int64())])
     with pq.ParquetWriter(file, schema, compression="zstd") as writer:
-        for name, table in vocabularies.items():
+        for name, table in vocabularies:
             ids = np.arange(FIRST_ID, FIRST_ID + table.num_rows, dtype=np.int32)
             columns = [pa.repeat(name, table.num_rows), table["value"], pa.array(ids), table["count"]]
-            writer.write_table(pa.table(columns, schema=schema))
+            writer.write_table(pa.table(columns, schema=schema), row_group_size=131_072)
 
 
 def _refuse_own_data(folder: Path, data: Path, files: Sequence[Path]) -> None:

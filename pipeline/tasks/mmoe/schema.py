@@ -4,7 +4,7 @@ A prepared folder holds `train.parquet`, `validation.parquet`, `test.parquet`, `
 `schema.json`. In the Parquet splits stand `click` and `conversion` (int8), one int32 column per categorical
 feature, one list<int32> column per multi-valued feature (with `<name>.weights`, list<float>, where it is weighted)
 and one float column per numeric feature. Ids count within a feature: 0 = out of vocabulary, 1 = missing, then the
-vocabulary.
+vocabulary, then the buckets that rare and unseen values share by their hash.
 """
 
 import hashlib
@@ -35,7 +35,9 @@ class FeatureSource(Config):
     kind: Literal["categorical", "multi", "numeric"]
     """categorical: one id a row; multi: any number of ids a row; numeric: one number a row"""
     min_count: Positive = 1
-    """ids seen less often than this in the training split become out-of-vocabulary"""
+    """ids seen less often than this in the training split are rare: out of vocabulary, or hashed"""
+    hash_buckets: int = Field(0, ge=0)
+    """rare and unseen ids share this many ids by their hash; 0 = they are out of vocabulary"""
     separator: str = Field("|", min_length=1)
     """multi: what stands between the ids of a text cell"""
     weight_separator: str | None = Field(None, min_length=1)
@@ -50,8 +52,8 @@ class FeatureSource(Config):
     @model_validator(mode="after")
     def _keys_fit_kind(self) -> "FeatureSource":
         fitting = {
-            "categorical": {"min_count"},
-            "multi": {"min_count", "separator", "weight_separator", "weights"},
+            "categorical": {"min_count", "hash_buckets"},
+            "multi": {"min_count", "hash_buckets", "separator", "weight_separator", "weights"},
             "numeric": {"missing", "bins"},
         }[self.kind]
         foreign = self.model_fields_set - fitting - {"kind"}
@@ -125,7 +127,9 @@ class Feature(Config):
     name: str
     kind: Literal["categorical", "multi", "numeric"]
     size: int = Field(0, ge=0)
-    """categorical, multi: number of ids, 0 (out of vocabulary) and 1 (missing) included"""
+    """categorical, multi: number of ids, 0 (out of vocabulary), 1 (missing) and hashed ones included"""
+    hash_buckets: int = Field(0, ge=0)
+    """categorical, multi: how many ids, the last ones, rare and unseen values share by their hash"""
     weighted: bool = False
     """multi: a column `<name>.weights` stands beside it"""
     separator: str = "|"
@@ -177,6 +181,8 @@ class DataSchema(Config):
     """the splits hold the true probabilities as `p_ctr` and `p_cvr` (double): generated data"""
     source: str = ""
     """file name and SHA-256 of what it was made from, or the generator's settings"""
+    counts: dict[str, int] = Field(default_factory=dict)
+    """raw Ali-CCP files: what was met while they were read"""
 
     @property
     def digest(self) -> str:

@@ -148,7 +148,7 @@ def mapped(batches: Iterator[pa.RecordBatch], file: Path, made_of: str) -> pa.Bu
             for batch in batches:
                 writer.write_batch(batch.replace_schema_metadata(schema.metadata))
         buffer = pa.memory_map(name).read_buffer()
-        if work.parent == file.parent:
+        if work.parent.resolve() == file.parent.resolve():
             work.chmod(0o644)
             os.replace(work, file)
         return buffer

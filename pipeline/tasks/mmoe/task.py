@@ -31,12 +31,12 @@ from pipeline.losses import (
 from pipeline.metrics import Array, binary_metrics, calibration_bins
 from pipeline.optimizers import AdamW, LazyAdam, Optimizer, RowAdagrad, SparseAdam
 from pipeline.schedules import gate_is_open
+from pipeline.shapes import shapes_only
 from pipeline.task import TOTAL, Dataset, ModelExport, Rows, write_test_rows
 from pipeline.tasks.mmoe.config import TASKS, MmoeConfig
 from pipeline.tasks.mmoe.data import Impressions, ImpressionTable, Layout, Shuffle, read_split
 from pipeline.tasks.mmoe.embedded import embedded_data
 from pipeline.tasks.mmoe.model import Mmoe, Output
-from pipeline.tasks.mmoe.predict import raw_example
 from pipeline.tasks.mmoe.schema import SCHEMA_FILE, VOCABULARY_FILE, DataSchema
 
 SPLIT_FILES = {"valid": "validation", "test": "test"}
@@ -94,7 +94,7 @@ class MmoeTask:
         return [self.folder / SCHEMA_FILE, *(self.folder / split.file for split in self.schema.splits.values())]
 
     def summary(self) -> Mapping[str, str]:
-        with torch.device("meta"):
+        with shapes_only():
             parameters = sum(weight.numel() for weight in self.model().parameters())
         return {"parameters": str(parameters)} | {
             f"rows_{name}": str(split.rows) for name, split in self.schema.splits.items()
@@ -160,10 +160,15 @@ class MmoeTask:
         self, model: nn.Module, batch: Impressions, counts: Mapping[str, Tensor], step: int
     ) -> Mapping[str, Tensor]:
         output: Output = model(batch)
-        with torch.autocast(batch.click.device.type, enabled=False):
-            return self._losses(output, batch, counts, step)
+        device = batch.click.device.type
+        low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        with torch.autocast(device, enabled=False):
+            return self._losses(output, batch, counts, step, low)
 
-    def _losses(self, output: Output, batch: Impressions, counts: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
+    def _losses(
+        self, output: Output, batch: Impressions, counts: Mapping[str, Tensor], step: int, low: torch.dtype | None
+    ) -> dict[str, Tensor]:
+        """`low`: the type that mixed precision computes in."""
         esmm, loss, gate = self.config.esmm, self.config.loss, self.config.model.gate
         focal = loss.aux_focal
         z_ctr, z_cvr = output.logits.unbind(1)
@@ -177,8 +182,7 @@ class MmoeTask:
         }
         found["loss_ctcvr"] = found["loss_ctcvr_bce"]
         if self._focal_is_on(step):
-            if not focal.compute_fp32 and self.config.training.amp != "no":
-                low = torch.bfloat16 if self.config.training.amp == "bf16" else torch.float16
+            if not focal.compute_fp32 and low is not None:
                 ctcvr = product_log_probability(z_ctr.to(low), z_cvr.to(low))
             values = binary_focal(ctcvr, conversion, focal.gamma, self.focal_alpha, focal.detach_p_for_weight)
             found["loss_ctcvr_focal"] = values.float().sum() / rows
@@ -347,6 +351,8 @@ class MmoeTask:
         write_test_rows(folder, columns)
 
     def export(self, model: nn.Module, folder: Path) -> ModelExport:
+        from pipeline.tasks.mmoe.predict import raw_example  # imports pandas
+
         folder.mkdir(parents=True, exist_ok=True)
         save_file(
             {name: weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()},

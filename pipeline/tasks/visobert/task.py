@@ -25,7 +25,8 @@ from pipeline.losses import (
 )
 from pipeline.names import metric_names
 from pipeline.optimizers import AdamW, Optimizer
-from pipeline.task import AMP, TOTAL, Dataset, ModelExport, Rows
+from pipeline.shapes import shapes_only
+from pipeline.task import TOTAL, Dataset, ModelExport, Rows, autocast
 from pipeline.tasks.visobert.alpha import ALPHA_FILE, Alpha, alpha_of
 from pipeline.tasks.visobert.answers import ASPECTS_FILE, ENCODER_FOLDER, TOKENIZER_FOLDER, Answers, column_types
 from pipeline.tasks.visobert.baselines import TfidfBaseline, majority
@@ -77,7 +78,7 @@ class VisobertTask:
                 config.model.name, config.model.revision, train.texts, config.model.embedded.vocabulary
             )
             self.table = cache(self._table)
-        with torch.device("meta"):
+        with shapes_only():
             model = self._build(weights=False)
         self.parameters = sum(weight.numel() for weight in model.parameters())
         shared = like and same and like.config.baselines == config.baselines
@@ -273,10 +274,10 @@ class VisobertTask:
 
     def _predict(self, model: AspectSentimentModel, table: ReviewTable, device: str) -> Output:
         """Logits of all rows, on the CPU in fp32."""
-        was_training, amp = model.training, self.config.training.amp
+        was_training = model.training
         size, budget = self.config.evaluation.batch_size, self.config.training.batch_tokens
         model.eval()
-        with torch.autocast(device, dtype=AMP.get(amp), enabled=amp != "no"):
+        with autocast(self.config.training.amp, device):
             output = predict_logits(model, table, size, budget, device)
         model.train(was_training)
         return output

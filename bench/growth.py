@@ -1,0 +1,62 @@
+"""How the MMoE's training grows: with threads, with rows, in time and in memory. Tracking is off."""
+
+import statistics
+from contextlib import ExitStack
+
+from bench.child import Child
+from bench.figures import figure
+from bench.workshop import Workshop
+
+THREAD_PAIRS, THREAD_STEPS = 9, 20
+SIZES = (200_000, 1_000_000, 4_000_000)
+SIZE_TURNS, SIZE_STEPS = 7, 64
+REAL_ROWS = 42_300_000  # training rows of Ali-CCP
+GIGABYTE = 1e9
+
+
+def threads_2(shop: Workshop) -> None:
+    """Rows per second of wall time at batch 4096 with two threads against one."""
+    batch_size = 4096
+    with ExitStack() as stack:
+        one, two = (
+            stack.enter_context(
+                Child(shop.data(), {"training.batch_size": batch_size, "training.threads": threads}, threads)
+            )
+            for threads in (1, 2)
+        )
+        found: dict[Child, list[float]] = {one: [], two: []}
+        for turn in range(THREAD_PAIRS + 1):
+            for child in [one, two][:: 1 if turn % 2 else -1]:
+                rate = THREAD_STEPS * batch_size / child.advance(THREAD_STEPS)["wall"]
+                if turn:  # the first is not counted
+                    found[child].append(rate)
+    ratios = [faster / slower for faster, slower in zip(found[two], found[one], strict=True)]
+    figure("threads_2", statistics.median(found[two]), "rows per second", statistics.median(found[one]), ratios)
+
+
+def rows(shop: Workshop) -> None:
+    """Time per row of the largest of three sizes against the smallest, and memory by least squares over all three."""
+    cpu: dict[int, list[float]] = {size: [] for size in SIZES}
+    peaks, anonymous = {}, {}
+    for size in SIZES:
+        for made in shop.data(size).glob("*.arrow"):
+            made.unlink()  # so that every size pays once for what training makes of the Parquet
+    with ExitStack() as stack:
+        children = {size: stack.enter_context(Child(shop.data(size), {}, 1)) for size in SIZES}
+        for turn in range(SIZE_TURNS + 1):
+            for size, child in sorted(children.items(), reverse=bool(turn % 2)):
+                answer = child.advance(SIZE_STEPS)
+                reading = child.loaded["cpu"] / size
+                if turn:
+                    cpu[size].append(answer["cpu"] / (SIZE_STEPS * 1024) + reading)
+                peaks[size], anonymous[size] = answer["peak"], answer["anonymous"]
+    ratios = [large / small for large, small in zip(cpu[SIZES[-1]], cpu[SIZES[0]], strict=True)]
+    values = [1e6 * statistics.median(cpu[size]) for size in (SIZES[-1], SIZES[0])]
+    figure("rows_time_ratio", values[0], "CPU us a row at 4M rows, reading included", values[1], ratios)
+    for size in SIZES:
+        figure(f"memory_{size // 1000}k_rows_mb", peaks[size] / 1e6, "MB, peak of the training process")
+    slope, fixed = statistics.linear_regression(list(peaks), list(peaks.values()))
+    figure("memory_bytes_per_row", slope, "bytes of peak memory a training row")
+    figure("memory_42m_rows_gb", (fixed + slope * REAL_ROWS) / GIGABYTE, "GB, the three sizes' line at 42.3M rows")
+    slope, fixed = statistics.linear_regression(list(anonymous), list(anonymous.values()))
+    figure("memory_unmapped_42m_rows_gb", (fixed + slope * REAL_ROWS) / GIGABYTE, "GB of it that no file backs")

@@ -1,0 +1,89 @@
+"""What the figures share while they are measured: a scratch folder with data, a tracking store and its writer."""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+
+from bench import impressions
+from bench.figures import ROOT, Timed, silence
+from pipeline.config import load
+from pipeline.console import Console
+from pipeline.run import MemoryRun, MlflowRun, Run, RunRequest, Writer
+from pipeline.tasks.mmoe.config import MmoeConfig
+from pipeline.tasks.mmoe.task import MmoeTask
+from pipeline.training import Training
+
+ROWS = 1_000_000
+STORE_FILE = "mlflow.db"
+
+
+def reference_config(data: Path, overrides: Mapping[str, object] | None = None) -> MmoeConfig:
+    """bench/reference.yaml on the data: the focal term acts from the first step on, nothing is evaluated."""
+    settings: dict[str, object] = {
+        "data.path": data,
+        "training.threads": 1,
+        "training.num_train_epochs": 1000,
+        "evaluation.every_steps": 10**9,
+        "loss.aux_focal.warmup_steps": 0,
+    }
+    given = {key: str(value) for key, value in (settings | dict(overrides or {})).items()}
+    return load(MmoeConfig, ROOT / "bench/reference.yaml", given)
+
+
+class Trainer:
+    """A training that goes on by blocks of steps, its lines and all, through the loop that `train_mmoe` runs."""
+
+    def __init__(self, task: MmoeTask, run: Run) -> None:
+        with silence():
+            self.training = Training(task, run, Console(0), "cpu")
+        self.batch_size = task.config.training.batch_size
+
+    def advance(self, steps: int) -> tuple[float, float]:
+        """Wall and CPU seconds of this process for so many further steps."""
+        with silence():
+            wall, cpu = time.perf_counter(), time.process_time()
+            self.training.advance(until=self.training.result.steps + steps)
+            self.training.recorder.drain()
+            return time.perf_counter() - wall, time.process_time() - cpu
+
+    def timed(self, steps: int) -> Timed:
+        return Timed(lambda: self.advance(steps)[1], steps * self.batch_size)
+
+
+class Workshop(contextlib.ExitStack):
+    """`folder` keeps data from one start to the next where it is given one that stays."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+        self.store = f"sqlite:///{folder / STORE_FILE}"
+        os.environ["MLFLOW_TRACKING_URI"] = self.store
+        self.data = cache(self._data)
+        self._task = cache(lambda: MmoeTask(reference_config(self.data())))
+        self._writer = cache(lambda: self.enter_context(Writer()))
+
+    def _data(self, rows: int = ROWS) -> Path:
+        return impressions.prepared(self.folder, rows)
+
+    def task(self, overrides: Mapping[str, object] | None = None) -> MmoeTask:
+        """The reference task with other settings; the data is read once."""
+        return self._task().with_config(reference_config(self.data(), overrides))
+
+    @contextlib.contextmanager
+    def tracked(self, name: str) -> Iterator[MlflowRun]:
+        """A run in MLflow, finished at the end."""
+        run = MlflowRun(self._writer(), RunRequest(name), self.folder / "runs")
+        try:
+            yield run
+        finally:
+            run.finish("FINISHED")
+
+    def untracked(self) -> MemoryRun:
+        return MemoryRun(folder=self.folder / "untracked")
+
+    @property
+    def writer_process(self) -> int:
+        return self._writer().process.pid

@@ -1,0 +1,80 @@
+"""What `python -m bench` promises; the figures themselves need a quiet machine and many minutes."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from bench import figures
+from bench.catalogue import FIGURES
+from bench.impressions import MULTI, SINGLE, read, write
+from bench.workshop import reference_config
+from pipeline.config import flatten, load
+from pipeline.tasks.mmoe.config import MmoeConfig
+from pipeline.tasks.mmoe.data import Layout
+from pipeline.tasks.mmoe.schema import DataSchema
+from pipeline.tasks.mmoe.task import MmoeTask
+
+PROMISED = [
+    "mmoe_b1024",
+    "mmoe_b4096",
+    "mmoe_deepfm_b1024",
+    "mmoe_vs_deepctr_b1024",
+    "mmoe_vs_rechub_b1024",
+    "mmoe_vs_deepctr_b4096",
+    "mmoe_vs_rechub_b4096",
+    "threads_2",
+    "logging_cpu",
+    "logging_wall",
+    "prepare_ctr",
+    "prepare_ctr_rss_mb",
+    "visobert_vs_naive_bf16",
+    "visobert_vs_naive_fp32",
+    "visobert_vs_trainer",
+    "auc_1m_ms",
+    "first_step_s",
+    "help_s",
+]
+
+
+def test_every_promised_figure_can_be_named_and_is_explained() -> None:
+    assert set(PROMISED) <= set(FIGURES)
+    explained = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    assert [name for name in FIGURES if f"`{name}`" not in explained] == []
+
+
+def test_the_reference_is_the_shipped_configuration_with_wider_towers() -> None:
+    shipped, reference = (
+        flatten(load(MmoeConfig, ROOT / file)) for file in ("configs/mtl_mmoe.yaml", "bench/reference.yaml")
+    )
+    assert {key for key in shipped if shipped[key] != reference[key]} == {"model.towers.hidden"}
+    assert reference["model.towers.hidden"] == "[128]"
+
+
+def test_impressions_have_the_shape_of_the_reference_and_train(tmp_path: Path) -> None:
+    write(tmp_path, 3000)
+    schema, columns = DataSchema.read(tmp_path), read(tmp_path, 3000)
+    assert (len(SINGLE), len(MULTI), Layout.of(schema).table_rows) == (23, 5, 2_269_056)  # 56: two ids a feature more
+    assert sum(len(column.ids) for column in columns.ids.values()) / 3000 == pytest.approx(48, abs=0.5)
+    task = MmoeTask(reference_config(tmp_path))
+    assert len(task.batch(task.plan(0)[0])) == 1024
+
+
+def test_a_figure_is_one_line_of_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "_standard_output", sys.stdout)
+    taken = iter([9.0, 9.0, 2.0, 4.0, 5.0, 2.0, 1.0, 8.0])  # one of each; then other, own; own, other; other, own
+    work = figures.Timed(lambda: next(taken), 40)
+    figures.measured("speed", work, work._replace(rows=80), pairs=3)
+    # own: 40 / 4, 40 / 5, 40 / 8; other: 80 / 2, 80 / 2, 80 / 1
+    assert json.loads(capsys.readouterr().out) == {
+        "name": "speed", "value": 8.0, "unit": figures.RATE, "reference": 40.0, "ratio": 0.2, "spread": [0.0625, 0.25],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("count", "places"), [(2, (0, 1)), (5, (0, 4)), (6, (0, 5)), (11, (1, 9)), (20, (5, 14))])
+def test_the_interval_of_a_median_is_the_binomial_one(count: int, places: tuple[int, int]) -> None:
+    """Conover 1999, section 3.2: order statistics whose chance to miss the median is below 2.5% on each side."""
+    values = [float(value) for value in range(count)][::-1]
+    assert figures.interval(values) == places
