@@ -6,7 +6,6 @@ from functools import cache
 from itertools import pairwise
 from typing import Any, TypeVar
 
-import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
@@ -48,6 +47,8 @@ fetch: Any = intrinsic(_fetch)
 
 def shared(work: Callable[[int, int], object], size: int) -> None:
     """`work(first, last)` over parts of `range(size)`, on as many threads as torch has."""
+    import torch
+
     parts = min(torch.get_num_threads(), max(1, size // LEAST))
     borders = [size * part // parts for part in range(parts + 1)]
     others = [_pool().submit(work, first, last) for first, last in pairwise(borders[1:])]

@@ -24,11 +24,13 @@ from hypothesis import strategies as st
 
 from pipeline.config import load
 from pipeline.errors import UserError
-from pipeline.tasks.mmoe import aliccp_columns, aliccp_lines, aliccp_scan
 from pipeline.tasks.mmoe import prepare as prepare_module
-from pipeline.tasks.mmoe.aliccp import prepare_raw
-from pipeline.tasks.mmoe.aliccp_config import RawSource
-from pipeline.tasks.mmoe.aliccp_work import FOLDER
+from pipeline.tasks.mmoe.aliccp import columns as aliccp_columns
+from pipeline.tasks.mmoe.aliccp import lines as aliccp_lines
+from pipeline.tasks.mmoe.aliccp import scan as aliccp_scan
+from pipeline.tasks.mmoe.aliccp.config import RawSource
+from pipeline.tasks.mmoe.aliccp.preparation import prepare_raw
+from pipeline.tasks.mmoe.aliccp.work import FOLDER
 from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.encoding import Encoder
 from pipeline.tasks.mmoe.entry import Bars, figures
@@ -621,11 +623,11 @@ def test_a_killed_process_leaves_what_the_next_one_needs(tmp_path: Path, monkeyp
     prepare_raw(tmp_path, _raw(schema), schema, whole)
     program = (
         "import os, signal, sys; from pathlib import Path\n"
-        "from pipeline.tasks.mmoe import aliccp_lines\n"
-        "aliccp_lines.BLOCK_BYTES = 4000\n"
-        "from pipeline.tasks.mmoe.aliccp import prepare_raw\n"
+        "from pipeline.tasks.mmoe.aliccp import lines\n"
+        "lines.BLOCK_BYTES = 4000\n"
+        "from pipeline.tasks.mmoe.aliccp.preparation import prepare_raw\n"
         "from pipeline.config import load\n"
-        "from pipeline.tasks.mmoe.aliccp_config import RawSource\n"
+        "from pipeline.tasks.mmoe.aliccp.config import RawSource\n"
         "def progress(what, rows, share):\n"
         "    if what == sys.argv[1] and share > .5: os.kill(os.getpid(), signal.SIGKILL)\n"
         "data = Path(sys.argv[2])\n"

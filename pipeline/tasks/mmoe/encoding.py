@@ -147,13 +147,13 @@ class Encoder:
 def text_hashes(texts: pa.Array) -> npt.NDArray[np.uint64]:
     """FNV-1a (64 bits) of the UTF-8 bytes of each text, finished as SplitMix64 is. No text is null."""
     # numba takes half a second to import, and most schemas hash nothing
-    from pipeline.tasks.mmoe import aliccp_kernels
+    from pipeline.tasks.mmoe.aliccp import kernels
 
     whole = pa.concat_arrays([texts.cast(pa.string())])  # from its own buffers' beginning
     _, offsets, text = whole.buffers()
     starts = np.frombuffer(offsets, dtype=np.int32)[whole.offset : whole.offset + len(whole) + 1]
     letters = np.frombuffer(text, dtype=np.uint8) if text is not None else np.zeros(0, dtype=np.uint8)
-    hashes: npt.NDArray[np.uint64] = aliccp_kernels.text_hashes(letters, starts)
+    hashes: npt.NDArray[np.uint64] = kernels.text_hashes(letters, starts)
     return hashes
 
 

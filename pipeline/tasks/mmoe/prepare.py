@@ -1,7 +1,7 @@
 """`prepare_ctr`: a raw CSV or Parquet file, and a YAML that says what it holds, to training-ready columns.
 
 Two passes over the rows, in memory that does not grow with them. The first reads the labels and, of the training
-split, ids and numbers; the second writes the splits. (The original Ali-CCP files have their own way: aliccp.py.)
+split, ids and numbers; the second writes the splits. (The original Ali-CCP files have their own way: aliccp/.)
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -63,8 +63,8 @@ def prepare(
     tree = read_yaml(schema_file)
     if tree.get("format") == "aliccp":
         # numba takes half a second to import, and no other source needs it
-        from pipeline.tasks.mmoe.aliccp import prepare_raw
-        from pipeline.tasks.mmoe.aliccp_config import RawSource
+        from pipeline.tasks.mmoe.aliccp.config import RawSource
+        from pipeline.tasks.mmoe.aliccp.preparation import prepare_raw
 
         return prepare_raw(data, validate(RawSource, tree, schema_file), schema_file, output_dir, progress=stages)
     declared = validate(SourceSchema, tree, schema_file)

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
-from pipeline.tasks.mmoe import aliccp_kernels as kernels
-from pipeline.tasks.mmoe.aliccp_config import MOST_FIELDS, RawFeature
-from pipeline.tasks.mmoe.aliccp_scan import Scan, rows_file, users_file
+from pipeline.tasks.mmoe.aliccp import kernels
+from pipeline.tasks.mmoe.aliccp.config import MOST_FIELDS, RawFeature
+from pipeline.tasks.mmoe.aliccp.scan import Scan, rows_file, users_file
 from pipeline.tasks.mmoe.prepare import arrow_schema
 from pipeline.tasks.mmoe.schema import FIRST_ID, LABELS, MISSING, OUT_OF_VOCABULARY, Feature
 

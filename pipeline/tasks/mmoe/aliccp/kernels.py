@@ -13,24 +13,12 @@ sign bit is set and the float32 value is the next word. What a code means (field
 # numba has types of its own:
 # mypy: disable-error-code="assignment, arg-type, no-any-return"
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 
-from pipeline.tasks.mmoe.aliccp_config import MOST_FIELDS, MOST_NAME_BYTES
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def compiled(function: F) -> F:
-    """Machine code, kept on disk where a folder for it can be written. (pipeline.compiled needs torch, this not.)"""
-    try:
-        return cast(F, numba.njit(function, nogil=True, cache=True, error_model="numpy"))
-    except RuntimeError:  # numba finds no folder
-        return cast(F, numba.njit(function, nogil=True, error_model="numpy"))
-
+from pipeline.compiled import compiled
+from pipeline.tasks.mmoe.aliccp.config import MOST_FIELDS, MOST_NAME_BYTES
 
 COMMA, LF, CR, BLANK, TILDE, ZERO, POINT = 44, 10, 13, 32, 126, 48, 46
 JOINS_FEATURES, BEFORE_ID, BEFORE_VALUE = 1, 2, 3  # \x01 \x02 \x03

@@ -16,12 +16,11 @@ import numpy as np
 
 from pipeline.errors import UserError
 from pipeline.folders import published
-from pipeline.tasks.mmoe import aliccp_columns as columns
-from pipeline.tasks.mmoe import aliccp_kernels as kernels
 from pipeline.tasks.mmoe import prepare
-from pipeline.tasks.mmoe.aliccp_config import RawSource
-from pipeline.tasks.mmoe.aliccp_scan import KEEP_SECONDS, Input, Progress, Scan, rows_file
-from pipeline.tasks.mmoe.aliccp_work import Kept, Work, work_in
+from pipeline.tasks.mmoe.aliccp import columns, kernels
+from pipeline.tasks.mmoe.aliccp.config import RawSource
+from pipeline.tasks.mmoe.aliccp.scan import KEEP_SECONDS, Input, Progress, Scan, rows_file
+from pipeline.tasks.mmoe.aliccp.work import Kept, Work, work_in
 from pipeline.tasks.mmoe.schema import (
     MISSING_TEXT,
     SPLITS,

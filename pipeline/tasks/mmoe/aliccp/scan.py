@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import UserError
-from pipeline.tasks.mmoe import aliccp_kernels as kernels
-from pipeline.tasks.mmoe.aliccp_config import MOST_FIELDS, MOST_NAME_BYTES, RawSource
-from pipeline.tasks.mmoe.aliccp_lines import Block, Lines, Position
-from pipeline.tasks.mmoe.aliccp_work import Kept, Work
+from pipeline.tasks.mmoe.aliccp import kernels
+from pipeline.tasks.mmoe.aliccp.config import MOST_FIELDS, MOST_NAME_BYTES, RawSource
+from pipeline.tasks.mmoe.aliccp.lines import Block, Lines, Position
+from pipeline.tasks.mmoe.aliccp.work import Kept, Work
 from pipeline.tasks.mmoe.schema import MISSING_TEXT, SPLITS
 from pipeline.tasks.mmoe.statistics import splitmix64
 

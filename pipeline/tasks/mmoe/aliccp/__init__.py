@@ -1,0 +1,1 @@
+"""The original Ali-CCP files for `prepare_ctr`."""
