@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from pipeline.config import Config, Positive, Probability, flatten
 
@@ -32,6 +32,11 @@ class ScheduleConfig(Config):
     """where cosine decay ends, as a share of the peak"""
 
 
+def _as_typed(value: Any) -> Any:
+    """YAML reads a bare `no` as false."""
+    return "no" if value is False else value
+
+
 class TrainingConfig(Config):
     num_train_epochs: Positive = 1
     """passes over the training split"""
@@ -43,7 +48,7 @@ class TrainingConfig(Config):
     """micro-batches of an optimizer step; losses are normalised over all of them together"""
     clip_norm: float | None = Field(None, gt=0)
     """clip the norm of the dense gradients to this"""
-    amp: Literal["auto", "no", "bf16", "fp16"] = "no"
+    amp: Annotated[Literal["auto", "no", "bf16", "fp16"], BeforeValidator(_as_typed)] = "no"
     """mixed precision of forward and backward, losses stay fp32; auto = bf16 where the machine has it, else no"""
     threads: Positive | None = None
     """CPU threads of torch; null = one fewer than cores, for the tracking writer. Another number rounds differently"""

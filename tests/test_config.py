@@ -194,3 +194,8 @@ def test_names_are_short_and_tell_the_arm() -> None:
     assert load(MmoeConfig, SHIPPED, {"loss.aux_focal.lambda": "0.05", "seed": "3"}).name() == "mmoe l.05 g1 w2000 s3"
     assert load(MmoeConfig, SHIPPED, {"loss.aux_focal.enabled": "false"}).name() == "mmoe baseline s0"
     assert load(MmoeConfig, SHIPPED, {"run_name": "mine"}).name() == "mine"
+
+
+def test_a_bare_no_of_yaml_is_no(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("training: {amp: no}")
+    assert load(MmoeConfig, tmp_path / "config.yaml").training.amp == "no"
