@@ -106,8 +106,8 @@ def finished_sweep(tmp_path_factory: pytest.TempPathFactory, empty_store: Path, 
 
     folder = project_in(tmp_path_factory.mktemp("shop"))
     store_in(folder, empty_store)
-    # 0.6 conversions among 500 test rows: their AUC has too few values to tell arms apart
-    file = sweep_file(folder, impressions, controls="reweight", jobs=2, metric="test/auc_ctr")
+    # among 500 test rows with 0.6 conversions, an AUC has too few values to tell arms apart
+    file = sweep_file(folder, impressions, controls="reweight", jobs=2, metric="test/logloss_ctcvr")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
         result = mlflow_run("sweep", folder, config=str(file))
@@ -160,7 +160,7 @@ def test_a_sweep_through_mlproject(shop: Shop, impressions: Path) -> None:
         assert five["aux_focal_lambda"] == 5
 
     # the table, from MLflow's metrics by scipy
-    value = {key: run.data.metrics["test/auc_ctr"] for key, run in runs.items()}
+    value = {key: run.data.metrics["test/logloss_ctcvr"] for key, run in runs.items()}
     differences = [value["l5 g1 w5", seed] - value["baseline", seed] for seed in (0, 1)]
     low, high = stats.t.interval(0.95, 1, np.mean(differences), stats.sem(differences))
     (summary,) = by_arm_summary(client, shop.sweep_id)
