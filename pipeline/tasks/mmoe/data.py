@@ -171,7 +171,7 @@ def impressions(columns: Mapping[str, pa.Array], layout: Layout) -> ImpressionTa
 
 def _batches(file: Path, schema: DataSchema, split: str) -> Iterator[pa.RecordBatch]:
     """The record batches of a split's streams, from its Parquet, a row group's worth at a time."""
-    parquet, layout = pq.ParquetFile(file), Layout.of(schema)  # of the file alone: its folder names no partitions
+    parquet, layout = pq.ParquetFile(file, pre_buffer=False), Layout.of(schema)  # buffers ahead are as large as the file
     wanted = [*LABELS]
     for feature in schema.features:
         wanted += [feature.name] + ([f"{feature.name}.weights"] if feature.weighted else [])
