@@ -52,8 +52,8 @@ class TrainingConfig(Config):
     """mixed precision of forward and backward, losses stay fp32; auto = bf16 where the machine has it, else no"""
     threads: Positive | None = None
     """CPU threads of torch; null = one fewer than cores, for the tracking writer. Another number rounds differently"""
-    prefetch: int = Field(2, ge=0)
-    """optimizer steps whose batches are made ready in the background; 0 = each when it is needed. Changes no number"""
+    prefetch: int | None = Field(None, ge=0)
+    """steps whose batches are made ready in the background; 0 = none; null = 2 where training.threads leaves a core"""
 
 
 class EvaluationConfig(Config):

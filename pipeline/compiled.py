@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import pairwise
 from typing import Any, TypeVar
 
 from llvmlite import ir
@@ -13,7 +12,7 @@ from numba.extending import intrinsic
 F = TypeVar("F", bound=Callable[..., Any])
 
 AHEAD = 16  # rows of a table to ask for before they are needed: memory answers after some 100 ns
-LEAST = 4096  # items worth a second thread
+LEAST = 1024  # items worth a second thread
 
 
 def compiled(function: F) -> F:
@@ -47,12 +46,22 @@ fetch: Any = intrinsic(_fetch)
 
 def shared(work: Callable[[int, int], object], size: int) -> None:
     """`work(first, last)` over parts of `range(size)`, on as many threads as torch has."""
+    parts = parts_of(size)
+    borders = [size * part // parts for part in range(parts + 1)]
+    at_once(lambda part: work(borders[part], borders[part + 1]), parts)
+
+
+def parts_of(size: int) -> int:
+    """Into how many parts so many items are divided: torch's threads, if there is work for them."""
     import torch
 
-    parts = min(torch.get_num_threads(), max(1, size // LEAST))
-    borders = [size * part // parts for part in range(parts + 1)]
-    others = [_pool().submit(work, first, last) for first, last in pairwise(borders[1:])]
-    work(borders[0], borders[1])
+    return min(torch.get_num_threads(), max(1, size // LEAST))
+
+
+def at_once(work: Callable[[int], object], parts: int) -> None:
+    """`work(part)` for each part on a thread of its own, the first on this one."""
+    others = [_pool().submit(work, part) for part in range(1, parts)]
+    work(0)
     for other in others:
         other.result()
 

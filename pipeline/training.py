@@ -18,6 +18,7 @@ from pipeline.console import Console, say, warn
 from pipeline.errors import UserError
 from pipeline.influence import PREFIX
 from pipeline.interrupts import check, held
+from pipeline.memory import keep_freed_memory
 from pipeline.optimizers import coalesced
 from pipeline.prefetch import prefetched
 from pipeline.recording import Recorder
@@ -28,6 +29,7 @@ from pipeline.task import TOTAL, Rows, Task, autocast
 
 Watch = Callable[[int, Mapping[str, float]], bool]
 
+PREFETCHED = 2
 FINAL_FILE = Path("final", "model.safetensors")
 BEST_FILE = Path("best", "model.safetensors")
 BEST_LINK = "best.safetensors"  # what a checkpoint calls the best weights up to it
@@ -65,6 +67,7 @@ class Training:
         """`watch` sees the metrics of every evaluation and says whether to stop there; `saver` keeps checkpoints."""
         self.watch, self.stopped = watch, False
         self.task, self.config, self.run, self.console, self.device = task, task.config, run, console, device
+        keep_freed_memory()
         torch.manual_seed(self.config.seed)
         self.model = task.model().to(device)
         self.optimizers = task.optimizers(self.model)
@@ -129,7 +132,7 @@ class Training:
         self.model.train()
         if self.due:
             self._evaluate()
-        for window, batches in prefetched(self._remaining(), self._load, self.config.training.prefetch):
+        for window, batches in prefetched(self._remaining(), self._load, self._ahead()):
             if self._is_over() or self.result.steps == until:
                 break
             check()
@@ -138,6 +141,14 @@ class Training:
                 self._evaluate()
             if self.saver.is_due(self.result.steps, self.keeper.step):
                 self.saver.save(self)
+
+    def _ahead(self) -> int:
+        """Steps whose batches are made ready in the background."""
+        given = self.config.training.prefetch
+        if given is not None:
+            return given
+        beside = self.device != "cpu" or torch.get_num_threads() < len(os.sched_getaffinity(0))
+        return PREFETCHED if beside else 0  # two threads on one core hold each other up
 
     def _load(self, window: Window) -> list[Any]:
         return [self.task.batch(rows) for rows in window.rows]

@@ -171,7 +171,8 @@ def impressions(columns: Mapping[str, pa.Array], layout: Layout) -> ImpressionTa
 
 def _batches(file: Path, schema: DataSchema, split: str) -> Iterator[pa.RecordBatch]:
     """The record batches of a split's streams, from its Parquet, a row group's worth at a time."""
-    parquet, layout = pq.ParquetFile(file, pre_buffer=False), Layout.of(schema)  # buffers ahead are as large as the file
+    parquet = pq.ParquetFile(file, pre_buffer=False)  # what is buffered ahead is as large as the file
+    layout = Layout.of(schema)
     wanted = [*LABELS]
     for feature in schema.features:
         wanted += [feature.name] + ([f"{feature.name}.weights"] if feature.weighted else [])

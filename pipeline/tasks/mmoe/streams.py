@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.ipc
 
-from pipeline.compiled import compiled, fetch
+from pipeline.compiled import compiled, fetch, shared
 from pipeline.errors import UserError
 from pipeline.tasks.mmoe.schema import LABELS, Feature
 
@@ -65,15 +65,18 @@ class Streams:
         count, features = len(index), len(self._is_multi)
         if count and (index.min() < 0 or index.max() >= self.rows):
             raise IndexError(f"rows {index.min()} to {index.max()} of {self.rows}")
-        fixed = 1 + self._numeric + features
-        pooled = (int(_words_of(self._words, self._places, index)) - count * fixed) // 2
-        size = count * self._single + pooled
+        ids = np.empty(count, np.int64)  # of each row
+        spare = 1 + self._numeric + features - 2 * self._single  # words: pooled ids have a weight each
+        shared(lambda first, last: _count(self._words, self._places, index, spare, ids, first, last), count)
+        ends = np.cumsum(ids)
+        size = int(ends[-1]) if count else 0
         found = Gathered(
             np.empty(count, np.float32), np.empty(count, np.float32), np.empty((count, self._numeric), np.float32),
             np.empty(size, np.int32), np.empty(size, np.float32), np.empty(size, np.int32),
             np.empty(count * features + 1, np.int32),
         )  # fmt: skip
-        _gather(self._words, self._words.view(np.float32), self._places, index, self._is_multi, *found)
+        given = self._words, self._words.view(np.float32), self._places, index, self._is_multi, ends
+        shared(lambda first, last: _gather(*given, *found, first, last), count)
         return found
 
     def labels(self) -> tuple[Array, Array]:
@@ -194,15 +197,21 @@ def _place(
 
 
 @compiled
-def _words_of(words: Array, places: Array, index: Array) -> np.int64:
-    """How many words the rows have."""
-    total = np.int64(0)
-    for position in range(len(index)):
-        ahead = index[min(position + 16, len(index) - 1)]
+def _row(words: Array, places: Array, row: int) -> tuple[int, int]:
+    """Where a row begins and ends."""
+    offsets, first = places[row // BATCH_ROWS]
+    place = offsets + row % BATCH_ROWS
+    return first + words[place], first + words[place + 1]
+
+
+@compiled
+def _count(words: Array, places: Array, index: Array, spare: int, ids: Array, first: int, last: int) -> None:
+    """How many ids each row has."""
+    for position in range(first, last):
+        ahead = index[min(position + 16, last - 1)]
         fetch(words, places[ahead // BATCH_ROWS, 0] + ahead % BATCH_ROWS)
-        place = places[index[position] // BATCH_ROWS, 0] + index[position] % BATCH_ROWS
-        total += words[place + 1] - words[place]
-    return total
+        begin, end = _row(words, places, index[position])
+        ids[position] = (end - begin - spare) // 2
 
 
 @compiled
@@ -214,13 +223,14 @@ def _labels(words: Array, places: Array, found: Array) -> None:
 
 @compiled
 def _gather(
-    words: Array, floats: Array, places: Array, index: Array, is_multi: Array, click: Array, conversion: Array,
-    numeric: Array, ids: Array, weights: Array, bags: Array, starts: Array,
+    words: Array, floats: Array, places: Array, index: Array, is_multi: Array, ends: Array, click: Array,
+    conversion: Array, numeric: Array, ids: Array, weights: Array, bags: Array, starts: Array, first: int, last: int,
 ) -> None:  # fmt: skip
-    position = bag = 0
-    starts[0] = 0
-    for row in range(len(index)):
-        ahead = index[min(row + 4, len(index) - 1)]
+    position = ends[first - 1] if first else 0
+    bag = first * len(is_multi)
+    starts[bag] = position
+    for row in range(first, last):
+        ahead = index[min(row + 4, last - 1)]
         begin, end = _row(words, places, ahead)
         for line in range(begin, end, 16):  # words of a cache line
             fetch(words, line)
@@ -248,11 +258,3 @@ def _gather(
                 position += 1
             bag += 1
             starts[bag] = position
-
-
-@compiled
-def _row(words: Array, places: Array, row: int) -> tuple[int, int]:
-    """Where a row begins and ends."""
-    offsets, first = places[row // BATCH_ROWS]
-    place = offsets + row % BATCH_ROWS
-    return first + words[place], first + words[place + 1]
