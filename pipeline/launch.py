@@ -66,7 +66,7 @@ def _in_one_line() -> Iterator[None]:
     """What the machine refuses is told as the user's errors are."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # whatever it is: what is not the machine's goes on as it came
         told = explained(error)
         if told is error:
             raise

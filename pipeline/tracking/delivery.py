@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from pipeline.console import say
 from pipeline.journal import JOURNAL_FILE, JournalReader, Record, leaves
+from pipeline.names import DELIVERED_FILE
 from pipeline.ownership import owner_number
 from pipeline.tracking.history import write_history
 from pipeline.tracking.inbox import Inbox
@@ -22,7 +23,6 @@ from pipeline.tracking.opening import connect, delete_stale, find_by_id, make_fo
 from pipeline.tracking.store import is_random, is_temporary, one_line, probe, store_key, tracking_uri
 
 HISTORY_FILE = "history.parquet"
-DELIVERED_FILE = "delivered.json"
 LOCK_FILE = "writer.lock"
 POLL_SECONDS = 0.5  # how long a point may wait in the journal before it is delivered
 BATCH_POINTS = 1000  # MLflow's limit for one log_batch
