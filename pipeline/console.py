@@ -4,10 +4,14 @@ In a terminal a step is a progress bar; elsewhere it is one JSON object a line, 
 """
 
 import json
+import os
+import select
 import sys
 from collections.abc import Iterable, Mapping
 
 from tqdm import tqdm
+
+CLOSE_SECONDS = 1.0  # that the last lines may wait for a reader, when the training ends early
 
 
 def say(message: str) -> None:
@@ -38,16 +42,31 @@ class Console:
                  if name.startswith("loss_")}  # fmt: skip
         self.bar.set_postfix({"rows/s": f"{metrics['throughput/rows_per_second']:,.0f}"} | shown, refresh=False)
 
-    def flush(self) -> None:
+    def flush(self, seconds: float | None = None) -> None:
+        """Write what waits. Where nobody reads (a paused pager) this waits, too: None = until somebody does."""
         if self.lines:
-            sys.stdout.write("\n".join(self.lines) + "\n")
-            sys.stdout.flush()
+            text = "\n".join(self.lines) + "\n"
             self.lines.clear()
+            _write(text, seconds)
 
     def close(self) -> None:
-        self.flush()
+        self.flush(CLOSE_SECONDS)
         if self.bar is not None:
             self.bar.close()
+
+
+def _write(text: str, seconds: float | None) -> None:
+    """To standard output, past Python's buffer: what a signal leaves there would be waited for when the process ends."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except (OSError, AttributeError):  # a notebook's, or a test's
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        return
+    sys.stdout.flush()
+    left = memoryview(text.encode())
+    while left and select.select([], [descriptor], [], seconds)[1]:
+        left = left[os.write(descriptor, left[: select.PIPE_BUF]) :]
 
 
 def table(rows: Iterable[tuple[str, Mapping[str, float | None]]]) -> str:

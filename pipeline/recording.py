@@ -94,7 +94,6 @@ class Recorder:
                 position += len(names)
         finally:
             self.run.flush()
-            self.console.flush()
 
     def _log(self, entry: _Step, found: Mapping[str, float]) -> None:
         for name in entry.losses:

@@ -96,6 +96,7 @@ class Training:
             if self.evaluated_at != self.result.steps:
                 self._evaluate()
             self.recorder.drain()
+            self.console.flush()
             self._finish(time.perf_counter() - started)
         except KeyboardInterrupt:
             self.save_interrupted()
@@ -141,6 +142,7 @@ class Training:
                 self._evaluate()
             if self.saver.is_due(self.result.steps, self.keeper.step):
                 self.saver.save(self)
+            self.console.flush()  # here, where a signal may end the wait for somebody to read
 
     def _ahead(self) -> int:
         """Steps whose batches are made ready in the background."""

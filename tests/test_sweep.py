@@ -226,7 +226,7 @@ def test_killed_it_goes_on_to_the_same_table(
     finished_sweep: Shop, workplace: Path, client: Any, impressions: Path, run_sweep: Call
 ) -> None:
     """SIGKILL to the whole process group, of the sweep that was finished elsewhere undisturbed."""
-    file = sweep_file(workplace, impressions, controls="reweight")
+    file = sweep_file(workplace, impressions, controls="reweight", metric="test/logloss_ctcvr")
     command = [sys.executable, "-m", "pipeline", "sweep", "--config", str(file)]
     with (workplace / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=workplace, stdout=log, stderr=log, start_new_session=True)

@@ -120,6 +120,27 @@ def test_a_signal_saves_and_ends_the_run_within_ten_seconds(
     assert saved == max(logged) + 1 > 250  # not the last multiple of 200: where it was
 
 
+def test_a_signal_ends_the_run_whose_output_nobody_reads(folder: Path, impressions: Path) -> None:
+    """As in a pager that stands still: the pipe is full, and the trainer waits."""
+    with started(python(job(impressions)), folder) as process:
+        wait_for_step(process, 1)
+        (journal,) = (folder / "outputs").glob("*/journal.jsonl")
+        sizes = [-1, -2]
+
+        def stands_still() -> bool:
+            time.sleep(1)
+            sizes.append(journal.stat().st_size)
+            return sizes[-1] == sizes[-2] == sizes[-3]
+
+        wait_for(stands_still, 60)
+        process.send_signal(signal.SIGTERM)
+        begun = time.monotonic()
+        process.wait(END_SECONDS + 5)
+        assert time.monotonic() - begun < END_SECONDS
+        assert process.returncode == 128 + signal.SIGTERM
+    assert [status for status, _ in runs(folder).values()] == ["KILLED"]
+
+
 @pytest.mark.parametrize("kind", ["hanging", "dead"] if FULL else ["hanging"])
 def test_a_signal_ends_the_run_within_ten_seconds_without_the_server(
     kind: str, tmp_path: Path, empty_store: Path, impressions: Path
