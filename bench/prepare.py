@@ -11,7 +11,7 @@ from typing import NamedTuple
 from bench.figures import RATE, ROOT, figure, report
 from bench.workshop import Workshop
 
-SMALL, LARGE, USERS, TURNS = 200_000, 2_000_000, 700_000, 3
+SMALL, LARGE, USERS, TURNS = 200_000, 2_000_000, 700_000, 2
 LAUNCHER = """
 import json, os, subprocess, sys
 process = subprocess.Popen(sys.argv[1:], stdout=sys.stderr)

@@ -56,7 +56,7 @@ class Console:
 
 
 def _write(text: str, seconds: float | None) -> None:
-    """To standard output, past Python's buffer: what a signal leaves there would be waited for when the process ends."""
+    """To standard output, past Python's buffer: what a signal leaves there is waited for when the process ends."""
     try:
         descriptor = sys.stdout.fileno()
     except (OSError, AttributeError):  # a notebook's, or a test's

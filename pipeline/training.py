@@ -75,7 +75,7 @@ class Training:
             name: [group["lr"] for group in optimizer.param_groups] for name, optimizer in self.optimizers.items()
         }
         self.scaler = torch.amp.GradScaler(device, enabled=self.config.training.amp == "fp16")
-        self.total_steps = count_steps(task)
+        self.total_steps, self.schedule = count_steps(task), task.schedule.model_dump()
         self.recorder = Recorder(run, console, self.config.tracking.log_every, task.logged_losses)
         self.keeper = BestKeeper(self.config.evaluation, run.folder / BEST_FILE)
         self.result = Result(self.model)
@@ -211,7 +211,7 @@ class Training:
         step, every = self.result.steps, self.config.evaluation.every_steps
         random = _random_state(self.device)
         try:
-            factor = learning_rate_factor(step, self.total_steps, **self.task.schedule.model_dump())
+            factor = learning_rate_factor(step, self.total_steps, **self.schedule)
             for name, optimizer in self.optimizers.items():
                 for group, peak in zip(optimizer.param_groups, self.peaks[name], strict=True):
                     group["lr"] = peak * factor
