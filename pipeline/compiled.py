@@ -1,8 +1,10 @@
 """Functions that numba compiles: once a machine, and free of the interpreter's lock while they run."""
 
+import ctypes
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 from llvmlite import ir
@@ -11,6 +13,7 @@ from numba.extending import intrinsic
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+Member = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 AHEAD = 16  # rows of a table to ask for before they are needed: memory answers after some 100 ns
 LEAST = 1024  # items worth a second thread
 
@@ -59,11 +62,44 @@ def parts_of(size: int) -> int:
 
 
 def at_once(work: Callable[[int], object], parts: int) -> None:
-    """`work(part)` for each part on a thread of its own, the first on this one."""
-    others = [_pool().submit(work, part) for part in range(1, parts)]
-    work(0)
-    for other in others:
-        other.result()
+    """`work(part)` for each part, on torch's own threads where they are GNU OpenMP's.
+
+    They are awake from torch's last operator; to wake a thread of ours took longer than the work it had.
+    """
+    if parts == 1:
+        work(0)
+        return
+    team = _team()
+    if team is None:
+        for _ in _pool().map(work, range(parts)):
+            pass
+        return
+    parallel, inside = team
+    raised: list[BaseException] = []
+
+    def member(_data: object) -> None:
+        try:
+            for part in range(inside.omp_get_thread_num(), parts, inside.omp_get_num_threads()):
+                work(part)
+        except BaseException as error:  # what leaves a callback is only printed
+            raised.append(error)
+
+    parallel(Member(member), None, parts, 0)
+    if raised:
+        raise raised[0]
+
+
+@cache
+def _team() -> tuple[Callable[..., None], ctypes.PyDLL] | None:
+    """Of the OpenMP library that torch has loaded, if it is GNU's: what runs a function on all threads, and itself."""
+    try:
+        mapped = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+        name = next(line.split(maxsplit=5)[-1] for line in mapped if "/libgomp" in line)
+        parallel = ctypes.CDLL(name).GOMP_parallel  # lets go of the interpreter's lock
+        parallel.argtypes, parallel.restype = (Member, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+        return parallel, ctypes.PyDLL(name)
+    except (OSError, StopIteration, AttributeError):
+        return None
 
 
 @cache

@@ -127,12 +127,15 @@ class Mmoe(nn.Module):
         gates = None
         if self.experts is not None and self.towers is not None:
             shared = vectors.flatten(1)
+            if torch.is_autocast_enabled(shared.device.type):  # once, not for the experts and for the gates
+                shared = shared.to(torch.get_autocast_dtype(shared.device.type))
             outputs = self.experts(shared)  # [E, B, H]
             gates = self._gates(shared)
             if gates is None:
                 mixed = outputs.expand(len(self.deep_heads), -1, -1)
             else:
-                mixed = torch.bmm(gates.to(outputs.dtype), outputs.transpose(0, 1)).transpose(0, 1)
+                mixed = torch.bmm(gates.to(outputs.dtype), outputs.transpose(0, 1))  # [B, T, H]
+                mixed = mixed.transpose(0, 1).contiguous()  # in strides, the towers' products are four times slower
             towers = self.towers(mixed)  # [T, B, H]
             with torch.autocast(towers.device.type, enabled=False):  # a logit of -5 in bf16 has steps of 0.03
                 deep = torch.bmm(towers.float(), self.last.unsqueeze(-1)).squeeze(-1)
