@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import click
 
+from pipeline import ranks
 from pipeline.config import Config, keys, load, nearest
 from pipeline.errors import UserError
 from pipeline.importing import uncollected
@@ -91,6 +92,9 @@ def command(name: str, entry: Entry) -> click.Command:
         source = Path(config) if config else ROOT / entry.file if entry.file else None
         shown = {path: names[path][0] for path in overrides if path in names}
         validated = load(model, source, overrides, shown_as=shown)
+        if not entry.trains and ranks.size() > 1:
+            raise UserError(f"{name}: found WORLD_SIZE {ranks.size()}, allowed: 1 (torchrun is for "
+                            f"{' and '.join(other for other, found in ENTRIES.items() if found.trains)})")  # fmt: skip
         if entry.trains:
             _train(validated, entry.target, frozenset(overrides))
             return
@@ -121,7 +125,15 @@ def doctor_command(run: str, output_dir: Path) -> None:
     resolve("pipeline.tracking.doctor:doctor")(run, output_dir)
 
 
-TOOLS = {str(tool.name): tool for tool in (sync_command, doctor_command)}
+@click.command("verify", help="Is every file of a prepared folder what its schema.json says? Reads all of it.")
+@click.argument("folder", type=click.Path(path_type=Path))
+def verify_command(folder: Path) -> None:
+    schema = resolve("pipeline.tasks.mmoe.contract:verify")(folder)
+    click.echo(f"{folder}: as its schema.json says, {sum(split.rows for split in schema.splits.values())} rows, "
+               f"digest {schema.digest}")  # fmt: skip
+
+
+TOOLS = {str(tool.name): tool for tool in (sync_command, doctor_command, verify_command)}
 
 
 class Entries(click.Group):
@@ -195,7 +207,8 @@ def _identifier(path: str) -> str:
 
 def _fail(message: str, code: int) -> NoReturn:
     line = " ".join(message.split())  # click's own messages hold what was typed as it was typed
-    print(f"error: {line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + ' ...'}", file=sys.stderr)
+    whose = f"rank {ranks.number()}: " if ranks.size() > 1 and not line.startswith("rank ") else ""
+    print(f"error: {whose}{line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + ' ...'}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -11,12 +11,15 @@ from collections.abc import Iterable, Mapping
 
 from tqdm import tqdm
 
+from pipeline.ranks import leads
+
 CLOSE_SECONDS = 1.0  # that the last lines may wait for a reader, when the training ends early
 
 
 def say(message: str) -> None:
-    """A line on standard error."""
-    tqdm.write(message, file=sys.stderr)
+    """A line on standard error; of several processes that train together, the first one's."""
+    if leads():
+        tqdm.write(message, file=sys.stderr)
 
 
 def warn(message: str) -> None:

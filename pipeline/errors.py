@@ -23,6 +23,10 @@ class TrainingError(UserError):
     exit_code = 1
 
 
+class RankLost(TrainingError):  # noqa: N818 (it says what is so)
+    """Of several processes that train together, another one is gone."""
+
+
 class Undelivered(TrainingError):  # noqa: N818 (it says what is so)
     """All is trained, but part of it waits in the journal for the tracking store: exit code 3."""
 

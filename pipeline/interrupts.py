@@ -69,6 +69,14 @@ def held() -> Iterator[None]:
     _raise_once()
 
 
+def ending() -> None:
+    """Raise what was asked so far; what is asked from now on changes nothing, since the process ends of an error."""
+    global _raised
+    first, _raised = not _raised, True
+    if _told and first:
+        raise Interrupted(_told[0])
+
+
 def check() -> None:
     """Raise what came and was lost: Python drops what is raised in a finalizer."""
     if _told:

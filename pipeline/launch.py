@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from pipeline import plots
+from pipeline import plots, ranks
 from pipeline.blocks import RunConfig, is_operational
 from pipeline.branching import branch
 from pipeline.checkpoint import Checkpoints, Generation
@@ -31,7 +31,7 @@ from pipeline.resume import (
 )
 from pipeline.run import MemoryRun, MlflowRun, Run, RunRequest, Writer, end_early
 from pipeline.saving import Saver
-from pipeline.task import Task
+from pipeline.task import Task, precision
 from pipeline.training import Training, Watch, amp_warning, count_steps, resolve_device
 
 MEMORY_EVENTS = Path("/sys/fs/cgroup/memory.events")
@@ -55,6 +55,9 @@ class Trained:
 def launch(config: RunConfig, make_task: TaskFactory, given: frozenset[str], writer: Writer | None) -> None:
     """Train one run, in the MLflow run that `mlflow run` opened if there is one. Without a writer none is tracked."""
     asked = RunRequest(run_id=os.environ.get("MLFLOW_RUN_ID"))
+    if not ranks.leads():
+        follow(config, make_task)
+        return
     trained = train_run(config, make_task, writer, asked, given=given)
     say(f"\n{trained.name}\n{headline(trained.metrics)}")
     if trained.tracking_uri:
@@ -115,6 +118,7 @@ def train_run(
                     tags=known_by | dict(asked.tags))  # fmt: skip
     opened = _open(config, writer, asked, known_by)
     if isinstance(opened, Begun):
+        ranks.agree(None)
         return _end_of(opened, asked.run_id or asked.launcher)
     run, resumed, origin = opened
     finished = False
@@ -139,6 +143,9 @@ def train_run(
             fork(training, run, origin)
         elif trunk:
             branch(training, trunk)
+        if ranks.size() > 1:
+            run.set_tags({"processes": str(ranks.size())})
+            _meet(training, known_by)
         result = training.train()
         try:
             _leave(run, task, result.model, result.metrics, device)
@@ -153,6 +160,36 @@ def train_run(
         raise
     uri = run.tracking_uri if isinstance(run, MlflowRun) else None
     return Trained(run.id, run.name, uri, result.metrics, result.steps)
+
+
+def follow(config: RunConfig, make_task: TaskFactory) -> None:
+    """Train with the other processes, of which rank 0 tracks: see `pipeline.ranks`."""
+    device = prepare_torch(config)
+    task = make_task(config)
+    run = MemoryRun()
+    try:
+        training = Training(task, run, Console(0, quiet=True), device, saver=Saver(None, files=task.files))
+        if _meet(training, _known_by(config, task.dataset.digest)):
+            training.train()
+    finally:
+        run.discard()
+
+
+def _meet(training: Training, known_by: Mapping[str, str]) -> bool:
+    """Stand where rank 0 stands, with the other processes. False: there is nothing to train.
+
+    Raises:
+        UserError: they have another config, data or precision.
+    """
+    facts = {name: known_by[name] for name in ("task", "data_digest", "run_key")}
+    facts |= {"training.amp": precision(training.config.training.amp, training.device), "torch": torch.__version__}
+    if ranks.agree(facts) is None:
+        return False
+    state = ranks.first_of(lambda: training.state() | {"threads": torch.get_num_threads()})
+    if not ranks.leads():
+        torch.set_num_threads(state["threads"])
+        training.load_state(state)
+    return True
 
 
 class _Opened(NamedTuple):
@@ -208,9 +245,11 @@ def _tell(run: Run, task: Task, device: str, given: frozenset[str]) -> int:
 
 
 def prepare_torch(config: RunConfig) -> str:
-    """Threads and device as the config says; returns the device."""
+    """Threads and device as the config says, and the processes that train with this one; returns the device."""
     torch.set_num_threads(config.training.threads or max(1, TORCH_THREADS - 1))
-    return resolve_device(config.device)
+    device = resolve_device(config.device)
+    ranks.join(device)
+    return device
 
 
 def _end_of(begun: Begun, launcher: str | None) -> Trained:
@@ -249,6 +288,8 @@ def _memory_kills() -> str:
 def _abandon(run: Run, error: BaseException) -> None:
     """End a run that an error cut off, and say how it goes on."""
     status = end_early(run, error)
+    if ranks.size() > 1 and isinstance(error, KeyboardInterrupt):
+        say("torchrun stops all its processes when one of them has ended: its report names that one")
     if isinstance(run, MlflowRun) and not run.lost:
         say(f"{run.name}: run {run.id} is {status}; the same command with resume=auto goes on with it")
 

@@ -38,6 +38,7 @@ from pipeline.journal import (
     same_value,
 )
 from pipeline.ownership import Ownership
+from pipeline.ranks import leads
 from pipeline.tracking.store import CLIENT_SETTINGS
 
 PATIENCE_SECONDS = 30.0  # how long the end of a run waits for a store that takes nothing
@@ -274,8 +275,8 @@ def _listen(process: "subprocess.Popen[str]", answers: "queue.Queue[str]") -> No
 
 
 def writer_for(tracking: TrackingSwitch) -> contextlib.AbstractContextManager[Writer | None]:
-    """A writer, or None where tracking is switched off."""
-    return Writer() if tracking.enabled else contextlib.nullcontext()
+    """A writer, or None where tracking is switched off, or another of the processes that train together tracks."""
+    return Writer() if tracking.enabled and leads() else contextlib.nullcontext()
 
 
 def fetch_artifact(run_id: str, file: str, folder: Path) -> Path:

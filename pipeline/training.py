@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pipeline import ranks
 from pipeline.blocks import EvaluationConfig
 from pipeline.checkpoint import Generation, load_tensors, save_weights
 from pipeline.console import Console, say, warn
-from pipeline.errors import UserError
+from pipeline.errors import RankLost, UserError
 from pipeline.influence import PREFIX
 from pipeline.interrupts import check, held
 from pipeline.memory import keep_freed_memory
@@ -88,7 +89,7 @@ class Training:
 
         Raises:
             NonFiniteError: a loss became NaN or infinite; what was logged before is in the run.
-            Interrupted: the process was asked to end; a checkpoint is saved.
+            Interrupted, RankLost: the process was asked to end, or another one did; a checkpoint is saved.
         """
         started = time.perf_counter()
         try:
@@ -97,8 +98,10 @@ class Training:
                 self._evaluate()
             self.recorder.drain()
             self.console.flush()
-            self._finish(time.perf_counter() - started)
-        except KeyboardInterrupt:
+            ranks.leave()
+            if ranks.leads():
+                self._finish(time.perf_counter() - started)
+        except (KeyboardInterrupt, RankLost):
             self.save_interrupted()
             raise
         finally:
@@ -153,7 +156,7 @@ class Training:
         return PREFETCHED if beside else 0  # two threads on one core hold each other up
 
     def _load(self, window: Window) -> list[Any]:
-        return [self.task.batch(rows) for rows in window.rows]
+        return [self.task.batch(ranks.share(rows)) for rows in window.rows]
 
     def _remaining(self) -> Iterator[Window]:
         """The optimizer steps to come."""
@@ -193,14 +196,18 @@ class Training:
         Raises:
             ValueError, RuntimeError: the state is of another model.
         """
-        state = generation.state
+        self.load_state(generation.state)
+        self.keeper.load_state(generation.state["keeper"], generation.folder / BEST_LINK)
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """As `restore`, without the best weights' file."""
         self.result.steps, self.evaluated_at, self.due = state["steps"], state["evaluated_at"], state["due"]
         self.result.metrics = dict(state["metrics"])
         self.model.load_state_dict(state["model"])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
         self.scaler.load_state_dict(state["scaler"])
-        self.keeper.load_state(state["keeper"], generation.folder / BEST_LINK)
+        self.keeper.load_state(state["keeper"], None)
         _set_random_state(state["random"])
 
     def _is_over(self) -> bool:
@@ -209,41 +216,48 @@ class Training:
     def _step(self, window: Window, batches: Sequence[Any]) -> None:
         """One optimizer step over the window's micro-batches: whole, or as if it had not begun."""
         step, every = self.result.steps, self.config.evaluation.every_steps
+        ranks.seed(self.config.seed, step)
         random = _random_state(self.device)
         try:
             factor = learning_rate_factor(step, self.total_steps, **self.schedule)
             for name, optimizer in self.optimizers.items():
                 for group, peak in zip(optimizer.param_groups, self.peaks[name], strict=True):
                     group["lr"] = peak * factor
-            losses, influence = self._backward(batches, step)
+            losses, influence = self._backward(window, batches, step)
             with held():
                 norms = self._update()
                 self.result.steps = step + 1
                 self.due = self.result.steps % every == 0 if every else window.ends_epoch and not self._is_over()
                 rates = {f"lr/{name}": optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
                 settings = rates | dict(self.task.settings(step))
-                self.recorder.step(step, losses, norms | influence, settings, sum(map(len, window.rows)))
+                if ranks.leads():
+                    self.recorder.step(step, losses, norms | influence, settings, sum(map(len, window.rows)))
         except KeyboardInterrupt:
             if self.result.steps == step:
                 self.model.zero_grad(set_to_none=True)
                 _set_random_state(random)
             raise
 
-    def _backward(self, loaded: Sequence[Any], step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _backward(
+        self, window: Window, loaded: Sequence[Any], step: int
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Gradients of the whole window's mean losses; returns those losses, and their influence if it is measured."""
         amp, probes = self.config.training.amp, self.config.tracking.probes(step)
         batches: list[Any] = [batch.to(self.device) for batch in loaded]
-        counts = _sum([self.task.counts(batch) for batch in batches])
+        weights = [ranks.weight(len(rows)) for rows in window.rows]
+        counts = ranks.summed(_sum([_weighted(self.task.counts(batch), weight)
+                                    for batch, weight in zip(batches, weights, strict=True)]))  # fmt: skip
         shares, probed = [], []
-        for batch in batches:
+        for batch, weight in zip(batches, weights, strict=True):
             with autocast(amp, self.device):
-                losses = self.task.losses(self.model, batch, counts, step)
+                losses = _weighted(self.task.losses(self.model, batch, counts, step), weight)
             if probes:
                 probed.append(self.task.probe(self.model, losses))
             self.scaler.scale(losses[TOTAL]).backward()  # type: ignore[no-untyped-call]
             shares.append({name: loss.detach() for name, loss in losses.items()})
-        found = _sum(shares)
-        influence = dict(self.task.influence(_sum(probed), found)) if probes else {}
+        ranks.sum_gradients(self.model.parameters())
+        found = ranks.summed(_sum(shares))
+        influence = dict(self.task.influence(ranks.summed(_sum(probed)), found)) if probes else {}
         return {name: loss for name, loss in found.items() if not name.startswith(PREFIX)}, influence
 
     def _update(self) -> dict[str, Tensor]:
@@ -307,7 +321,8 @@ class BestKeeper:
         score = self.sign * metrics[self.metric]
         if score > self.best:
             self.best, self.step, self.without_gain = score, step, 0
-            save_weights(model.state_dict(), self.file)
+            if ranks.leads():
+                save_weights(model.state_dict(), self.file)
         else:
             self.without_gain += 1
 
@@ -316,12 +331,12 @@ class BestKeeper:
         found = {"best": self.best, "without_gain": self.without_gain, "step": self.step}
         return found | {"metric": self.metric, "sign": self.sign}
 
-    def load_state(self, state: Mapping[str, Any], weights: Path) -> None:
-        """`weights`: the file of the best ones, where there are any. What was best by another metric is forgotten."""
+    def load_state(self, state: Mapping[str, Any], weights: Path | None) -> None:
+        """`weights`: a file of the best ones, where there are any. What was best by another metric is forgotten."""
         if (state["metric"], state["sign"]) != (self.metric, self.sign):
             return
         self.best, self.without_gain, self.step = state["best"], state["without_gain"], state["step"]
-        if self.step is not None:
+        if self.step is not None and weights is not None:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             partial = self.file.with_suffix(".partial")
             shutil.copyfile(weights, partial)
@@ -373,6 +388,10 @@ def _set_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if state["cuda"] is not None and torch.cuda.is_available():  # else it goes on elsewhere, to other bits
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def _weighted(values: Mapping[str, Tensor], weight: float) -> Mapping[str, Tensor]:
+    return values if weight == 1 else {name: value * weight for name, value in values.items()}
 
 
 def _sum(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

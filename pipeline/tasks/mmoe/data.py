@@ -113,9 +113,10 @@ class ImpressionTable:
             grouped(found.ids, found.bags, found.weights) if trains else None,
         )
 
-    def batches(self, size: int) -> Sequence[Rows]:
-        """All rows in their order."""
-        return np.array_split(np.arange(len(self)), max(1, -(-len(self) // size)))
+    def batches(self, size: int, first: int = 0, last: int | None = None) -> Sequence[Rows]:
+        """The rows from `first` to before `last`, all by default, in their order."""
+        last = len(self) if last is None else last
+        return np.array_split(np.arange(first, last), max(1, -(-(last - first) // size)))
 
 
 class Shuffle(Sequence[Rows]):

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipeline import plots
+from pipeline import plots, ranks
 from pipeline.config import to_yaml
 from pipeline.errors import UserError
 from pipeline.influence import PREFIX, cosine, flat, gradients, norm
@@ -202,7 +202,7 @@ class MmoeTask:
             found["loss_gate_entropy"] = gate.entropy_weight * gate_entropy_deficit(output.gates).mean() * share
             total = total + found["loss_gate_entropy"]
         if output.gates is not None and gate.balance_weight:
-            found["loss_gate_balance"] = gate.balance_weight * gate_imbalance(output.gates) * share
+            found["loss_gate_balance"] = gate.balance_weight * gate_imbalance(ranks.mean(output.gates)[None]) * share
             total = total + found["loss_gate_balance"]
         return found | {TOTAL: total}
 
@@ -298,21 +298,26 @@ class MmoeTask:
         self, model: nn.Module, table: ImpressionTable, device: str
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Logits [N, T], mean gates [T, E] and mean gate entropy [T] (nats), on the CPU."""
-        was_training = model.training
-        model.eval()
-        logits, shares, entropies = [], [], []
-        with torch.inference_mode():
-            for rows in table.batches(self.config.evaluation.batch_size):
+
+        def predict(first: int, last: int) -> list[Tensor]:
+            logits, shares, entropies = [], [], []
+            for rows in table.batches(self.config.evaluation.batch_size, first, last):
                 output: Output = model(table.batch(rows).to(device))
                 logits.append(output.logits)
                 if output.gates is not None:
                     shares.append(output.gates.double().sum(0))
                     entropies.append(torch.special.entr(output.gates.double()).sum((0, 2)))
+            return [torch.cat(logits), *(torch.stack(part) for part in (shares, entropies) if part)]
+
+        was_training = model.training
+        model.eval()
+        with torch.inference_mode():
+            logits, *sums = (part.cpu() for part in ranks.each_its_part(len(table), predict))
         model.train(was_training)
-        whole = torch.cat(logits).cpu()
-        if not shares:
-            return whole, None, None
-        return whole, torch.stack(shares).sum(0).cpu() / len(table), torch.stack(entropies).sum(0).cpu() / len(table)
+        if not sums:
+            return logits, None, None
+        shares, entropies = (part.sum(0) / len(table) for part in sums)
+        return logits, shares, entropies
 
     def findings(self, metrics: Mapping[str, float]) -> Sequence[str]:
         found = []

@@ -31,7 +31,12 @@ class Encoder(Protocol):
 
 class Output(NamedTuple):
     sentiment: Tensor  # [B, A, 3] logits
-    aspect: Tensor | None  # [B, A] logits of being mentioned; None without aspect detection
+    aspect: Tensor | None = None  # [B, A] logits of being mentioned; None without aspect detection
+
+    @property
+    def parts(self) -> "list[Tensor]":
+        """Those that there are."""
+        return [part for part in self if part is not None]
 
 
 class AspectSentimentModel(nn.Module):

@@ -44,14 +44,24 @@ def load(folder: Path) -> Callable[[Any], pd.DataFrame]:
 
 
 def predict_logits(
-    model: AspectSentimentModel, table: ReviewTable, batch_size: int, batch_tokens: int, device: str = "cpu"
+    model: AspectSentimentModel,
+    table: ReviewTable,
+    batch_size: int,
+    batch_tokens: int,
+    device: str = "cpu",
+    *,
+    first: int = 0,
+    last: int | None = None,
 ) -> Output:
-    """Logits of all rows of the table, in their order, on the CPU in fp32. The model must be in evaluation mode."""
-    batches = LengthBuckets(table.lengths.numpy(), batch_size, batch_tokens)
+    """Logits of the table's rows from `first` to before `last`, in their order, on the CPU in fp32.
+
+    The model must be in evaluation mode.
+    """
+    batches = LengthBuckets(table.lengths[first:last].numpy(), batch_size, batch_tokens)
     parts: list[Output] = []
     with torch.inference_mode():
         for rows in batches:
-            batch = table.batch(rows).to(device)
+            batch = table.batch(rows + first).to(device)
             parts.append(model(batch.ids, batch.mask))
     if not parts:
         aspect = torch.empty(0, model.aspects) if model.detects else None

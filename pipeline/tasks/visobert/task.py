@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pipeline import ranks
 from pipeline.blocks import AdamConfig
 from pipeline.config import to_yaml
 from pipeline.errors import UserError
@@ -278,9 +279,12 @@ class VisobertTask:
         size, budget = self.config.evaluation.batch_size, self.config.training.batch_tokens
         model.eval()
         with autocast(self.config.training.amp, device):
-            output = predict_logits(model, table, size, budget, device)
+            found = ranks.each_its_part(
+                len(table),
+                lambda first, last: predict_logits(model, table, size, budget, device, first=first, last=last).parts,
+            )
         model.train(was_training)
-        return output
+        return Output(*found)
 
     def _answers(self, model: AspectSentimentModel, output: Output) -> Answers:
         return Answers(output, model.thresholds.cpu().double().numpy(), self.aspects, self.polar)

@@ -1,0 +1,68 @@
+"""A training in this process, one of several or alone, that writes what tests compare: `ranked.py FILE`.
+
+FILE is JSON: what to train (`task`, `config`, `overrides`), `steps`, `states` = at which of them the whole state is
+kept beside FILE, `compared` = a folder of such states whose gradients are to be computed here. Rank 0 writes
+FILE.out: the losses of every step, metrics of the evaluation at the end, weights. It needs RANK and the like in its
+environment, as torchrun gives them.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline import ranks
+from pipeline.__main__ import ENTRIES, resolve
+from pipeline.config import load
+from pipeline.console import Console
+from pipeline.launch import prepare_torch
+from pipeline.run import MemoryRun
+from pipeline.training import Training
+
+
+def gradients(training: Training, step: int) -> dict[str, torch.Tensor]:
+    """Of the window that comes at the step, with the weights as they are; nothing is updated."""
+    window = next(iter(training._remaining()))
+    losses, _ = training._backward(window, training._load(window), step)
+    found = {f"loss {name}": value for name, value in losses.items()}
+    for name, parameter in training.model.named_parameters():
+        if parameter.grad is not None:
+            found[name] = parameter.grad.to_dense().clone()
+        parameter.grad = None
+    return found
+
+
+def main(file: Path) -> None:
+    asked: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    entry = ENTRIES[asked["task"]]
+    config = load(resolve(entry.config), Path(asked["config"]), asked["overrides"])
+    device = prepare_torch(config)
+    run = MemoryRun()
+    training = Training(resolve(entry.target)(config), run, Console(0, quiet=True), device)
+    training.load_state(ranks.first_of(training.state))
+    out: dict[str, Any] = {}
+    if "compared" in asked:
+        for kept in sorted(Path(asked["compared"]).glob("*.state")):
+            training.load_state(torch.load(kept, weights_only=False))
+            found = gradients(training, int(kept.stem))
+            if ranks.leads():
+                out[kept.stem] = found
+    else:
+        training.model.train()
+        for step in range(asked["steps"]):
+            if step in asked.get("states", ()) and ranks.leads():
+                torch.save(training.state(), file.parent / f"{step}.state")
+            training.advance(step + 1)
+        training._evaluate()
+        training.recorder.drain()
+        out = {"points": run.points, "metrics": training.result.metrics, "weights": training.model.state_dict()}
+    if ranks.leads():
+        torch.save(out, f"{file}.out")
+    ranks.leave()
+    run.discard()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

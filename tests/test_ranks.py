@@ -1,0 +1,262 @@
+"""Several processes train as one does: gradients, losses, evaluation; and what remains where one of them is killed."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import ranks
+from pipeline.config import load
+from pipeline.tasks.mmoe.config import MmoeConfig
+from pipeline.tasks.mmoe.task import MmoeTask
+
+ROOT = Path(__file__).parent.parent
+FULL = os.environ.get("FAULTS") == "full"
+MMOE = {
+    "training.amp": "no", "training.batch_size": "51",
+    "model.embedding_dim": "4", "model.experts.hidden": "[16]", "model.towers.hidden": "[8]",
+    "loss.aux_focal.warmup_steps": "30", "model.gate.entropy_weight": "0.1", "model.gate.balance_weight": "0.1",
+    "evaluation.every_steps": "100000", "tracking.influence_every": "7",
+}  # fmt: skip
+
+
+def start(file: Path, size: int) -> list[subprocess.Popen[str]]:
+    """As torchrun starts them, without its agent."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    given = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen([sys.executable, str(ROOT / "tests" / "ranked.py"), str(file)], text=True,
+                         env=os.environ | given | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for rank in range(size)
+    ]  # fmt: skip
+
+
+def trained(folder: Path, size: int, overrides: Mapping[str, str], **asked: Any) -> Any:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "asked.json"
+    base = {"task": "train_mmoe", "config": str(ROOT / "configs" / "mtl_mmoe.yaml"), "overrides": dict(overrides)}
+    file.write_text(json.dumps(base | asked), encoding="utf-8")
+    for process in start(file, size):
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+    return torch.load(f"{file}.out", weights_only=False)
+
+
+def losses(found: Any) -> dict[str, np.ndarray[Any, Any]]:
+    steps = [values for _, values in found["points"] if "global_step" in values]
+    names = {name for values in steps for name in values if name.startswith(("loss_", "grad_norm/", "influence/"))}
+    return {name: np.array([values.get(name, np.nan) for values in steps]) for name in names}
+
+
+def assert_like(one: Any, other: Any, relative: float) -> None:
+    """Every loss of every step, and the final evaluation."""
+    first, second = losses(one), losses(other)
+    assert first.keys() == second.keys()
+    for name in first:
+        if name.startswith("loss_"):
+            # the gates' losses are differences of numbers near 1 that begin at 0
+            nothing = 2e-7 if "gate" in name else 1e-9
+            np.testing.assert_allclose(second[name], first[name], rtol=relative, atol=nothing, err_msg=name)
+    assert one["metrics"].keys() == other["metrics"].keys()
+    for name, value in one["metrics"].items():
+        if "auc" in name:
+            assert other["metrics"][name] == pytest.approx(value, abs=1e-4), name
+
+
+def test_gradients_from_the_same_states_are_those_of_one_process(tmp_path: Path, impressions: Path) -> None:
+    """20 points of a training; 51 rows do not divide by 2, and most batches leave a rank without a click."""
+    settings = MMOE | {"data.path": str(impressions)}
+    points = range(0, 60, 3)
+    trained(tmp_path, 1, settings, steps=60, states=list(points))
+    one = trained(tmp_path / "one", 1, settings, compared=str(tmp_path))
+    for size in (2, 3):
+        many = trained(tmp_path / str(size), size, settings, compared=str(tmp_path))
+        assert sorted(map(int, many)) == list(points)
+        for step, found in one.items():
+            assert found.keys() == many[step].keys()
+            assert any("focal" in name for name in found) == (int(step) >= 30)
+            for name, value in found.items():
+                np.testing.assert_allclose(many[step][name], value, rtol=1e-6, atol=1e-6, err_msg=f"{name} at {step}")
+            whole, apart = (
+                torch.cat([part(name).flatten() for name in found if not name.startswith("loss ")])
+                for part in (found.get, lambda name: found[name] - many[step][name])
+            )  # noqa: B023
+            assert torch.linalg.norm(apart) <= 1e-6 * torch.linalg.norm(whole)
+
+    config = load(MmoeConfig, ROOT / "configs" / "mtl_mmoe.yaml", settings)
+    task = MmoeTask(config)
+    plan = task.plan(0)
+    clicks = [[float(task.batch(plan[step][rank::2]).click.sum()) for rank in range(2)] for step in points]
+    assert any(0 in found and sum(found) for found in clicks)  # a rank without a click, beside one with
+
+
+@pytest.mark.parametrize(("optimizer", "steps"), [("lazy_adam", 200), ("row_adagrad", 20)])
+def test_losses_and_auc_are_those_of_one_process(tmp_path: Path, impressions: Path, optimizer: str, steps: int) -> None:
+    """4,000 training rows are 78 batches of 51 and one of 22; 200 steps are two and a half epochs."""
+    settings = MMOE | {
+        "data.path": str(impressions), "optim.embedding.name": optimizer, "training.num_train_epochs": "4",
+        "optim.embedding.lr": "1e-3" if optimizer == "lazy_adam" else "0.02", "optim.dense.lr": "1e-3",
+    }  # fmt: skip
+    found = {size: trained(tmp_path / str(size), size, settings, steps=steps) for size in (1, 2)}
+    assert len(losses(found[1])["loss_total"]) == steps
+    assert_like(found[1], found[2], 1e-5)
+
+
+def test_fewer_rows_than_processes(tmp_path: Path, impressions: Path) -> None:
+    """A step's window of 2 rows and of 1, with accumulation, on three processes."""
+    settings = MMOE | {"data.path": str(impressions), "training.batch_size": "2", "training.accumulation_steps": "2"}
+    found = {size: trained(tmp_path / str(size), size, settings, steps=6) for size in (1, 3)}
+    assert_like(found[1], found[3], 1e-5)
+
+
+def test_reviews_are_trained_as_by_one_process(tmp_path: Path) -> None:
+    """Batches of unequal lengths, padded by each process for itself; oversampled rows; thresholds tuned alike."""
+    settings = {
+        "data.embedded.rows": "300", "model.embedded.width": "16", "training.batch_size": "17", "training.amp": "no",
+        "model.embedded.dropout": "0", "model.embedded.token_dropout": "0", "model.dropout": "0", "baselines": "false",
+        "training.accumulation_steps": "2", "data.cache": str(tmp_path / "cache"),
+        "optim.encoder.lr": "1e-4", "evaluation.every_steps": "100000", "training.num_train_epochs": "3",
+    }  # fmt: skip
+    asked = {"task": "train_visobert", "config": str(ROOT / "configs" / "config_multi_embedded.yaml"), "steps": 8}
+    found = {size: trained(tmp_path / str(size), size, settings, **asked) for size in (1, 2)}
+    first, second = losses(found[1]), losses(found[2])
+    for name in first:
+        np.testing.assert_allclose(second[name], first[name], rtol=2e-5, atol=1e-7, err_msg=name)
+    for name, value in found[1]["metrics"].items():
+        assert found[2]["metrics"][name] == pytest.approx(value, abs=1e-4), name
+
+
+def test_alone_nothing_is_added_up() -> None:
+    values = {"a": torch.ones(2), "b": torch.tensor(3)}
+    assert ranks.summed(values) == values
+    assert ranks.agree({"x": 1}) == {"x": 1}
+    assert ranks.leads()
+    assert ranks.size() == 1
+    rows = np.arange(5)
+    assert ranks.share(rows).tolist() == rows.tolist()
+
+
+@pytest.mark.parametrize(("rows", "size"), [(7, 3), (3, 3), (2, 3), (1, 4)])
+def test_shares_cover_each_row_once(monkeypatch: pytest.MonkeyPatch, rows: int, size: int) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(size))
+    taken = np.zeros(rows)
+    for rank in range(size):
+        monkeypatch.setenv("RANK", str(rank))
+        np.add.at(taken, ranks.share(np.arange(rows)), ranks.weight(rows))
+    np.testing.assert_allclose(taken, 1)
+
+
+# ---------------------------------------------------------------- torchrun
+
+
+def torchrun(size: int, here: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}", "-m",
+               "pipeline", "train_mmoe", *arguments]  # fmt: skip
+    environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{here}/mlflow.db", "PYTHONPATH": str(ROOT),
+                                "OMP_NUM_THREADS": "1"}  # fmt: skip
+    return subprocess.Popen(command, cwd=here, env=environment, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)  # fmt: skip
+
+
+def points_of(here: Path) -> dict[str, Any]:
+    """status -> runs, and the points of the one run, straight from the database."""
+    import sqlite3
+    from contextlib import closing
+
+    with closing(sqlite3.connect(here / "mlflow.db")) as store:
+        runs = store.execute("select run_uuid, status from runs").fetchall()
+        found = store.execute("select key, step, value from metrics").fetchall()
+        tags = dict(store.execute("select key, value from tags").fetchall())
+    assert len(found) == len({(key, step) for key, step, _ in found})  # each once: rank 0 alone tracks
+    return {"runs": runs, "points": {(key, step): value for key, step, value in found}, "tags": tags}
+
+
+def arguments_for(impressions: Path, **more: str) -> list[str]:
+    settings = MMOE | {
+        "data.path": str(impressions), "training.num_train_epochs": "2", "checkpoint.every_steps": "20",
+        "evaluation.every_steps": "60", "tracking.log_model": "false", "tracking.log_report": "false",
+        "resume": "auto",
+    }  # fmt: skip
+    return [text for name, value in (settings | more).items() for text in (f"--{name}", value)]
+
+
+def assert_same_run(found: Mapping[str, Any], reference: Mapping[str, Any]) -> None:
+    assert [status for _, status in found["runs"]] == ["FINISHED"]
+    compared = [key for key in reference["points"] if key[0].startswith(("loss_", "valid/", "test/", "best_step"))]
+    assert len(compared) > 300
+    for key in compared:
+        expected = reference["points"][key]
+        tolerance = 1e-4 if "auc" in key[0] or "ap_" in key[0] else 1e-5 * max(1, abs(expected))
+        assert found["points"][key] == pytest.approx(expected, abs=tolerance), key
+
+
+def test_a_killed_rank_ends_the_job_and_any_number_goes_on(
+    tmp_path: Path, impressions: Path, empty_store: Path
+) -> None:
+    import shutil
+
+    here = tmp_path / "two"
+    reference = tmp_path / "reference"
+    for folder in (here, reference):
+        folder.mkdir()
+        shutil.copyfile(empty_store, folder / "mlflow.db")
+    arguments = arguments_for(impressions)
+    job = torchrun(1, reference, *arguments)
+    _, told = job.communicate(timeout=300)
+    assert job.returncode == 0, told
+    expected = points_of(reference)
+
+    job = torchrun(2, here, *arguments)
+    assert job.stdout
+    for line in job.stdout:
+        if line.startswith("{") and json.loads(line)["global_step"] >= 45:
+            break
+    victim = int(subprocess.run(
+        ["pgrep", "-f", "-P", str(job.pid), "pipeline train_mmoe"], capture_output=True, text=True, check=True
+    ).stdout.split()[-1])  # fmt: skip
+    os.kill(victim, signal.SIGKILL)
+    killed = time.monotonic()
+    _, told = job.communicate(timeout=90)
+    assert time.monotonic() - killed < 60
+    assert job.returncode == 1
+    assert "SIGKILL" in told
+    assert "resume=auto goes on" in told
+    assert [status for _, status in points_of(here)["runs"]] in (["KILLED"], ["FAILED"])
+
+    copies = {}
+    for size in (1, 3):
+        copies[size] = tmp_path / str(size)
+        shutil.copytree(here, copies[size])
+    for size, folder in {2: here, **copies}.items():
+        job = torchrun(size, folder, *arguments)
+        _, told = job.communicate(timeout=300)
+        assert job.returncode == 0, told
+        assert "goes on after step" in told
+        assert_same_run(points_of(folder), expected)
+    job = torchrun(2, here, *arguments)
+    _, told = job.communicate(timeout=120)
+    assert job.returncode == 0, told
+    assert "is finished already" in told
+
+
+def test_other_entry_points_are_for_one_process() -> None:
+    environment = os.environ | {"WORLD_SIZE": "2", "RANK": "1"}
+    for entry in ("main", "sweep", "data_prep", "compare"):
+        done = subprocess.run([sys.executable, "-m", "pipeline", entry], env=environment, cwd=ROOT, text=True,
+                              capture_output=True, check=False)  # fmt: skip
+        assert done.returncode == 2
+        assert done.stderr == (f"error: rank 1: {entry}: found WORLD_SIZE 2, allowed: 1 (torchrun is for train_mmoe "
+                               "and train_visobert)\n")  # fmt: skip
