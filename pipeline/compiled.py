@@ -1,7 +1,7 @@
 """Functions that numba compiles: once a machine, and free of the interpreter's lock while they run."""
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -18,12 +18,16 @@ AHEAD = 16  # rows of a table to ask for before they are needed: memory answers 
 LEAST = 1024  # items worth a second thread
 
 
-def compiled(function: F) -> F:
-    """The function in machine code, kept on disk for the next process where a folder for it can be written."""
+def compiled(function: F, freedom: Set[str] = frozenset()) -> F:
+    """The function in machine code, kept on disk for the next process where a folder for it can be written.
+
+    freedom: what of LLVM's "fast math" it may take; none = floating point as it is written.
+    """
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": set(freedom)}
     try:
-        return njit(function, nogil=True, cache=True, error_model="numpy")  # type: ignore[no-any-return]
+        return njit(function, cache=True, **options)  # type: ignore[no-any-return]
     except RuntimeError:  # numba finds no folder
-        return njit(function, nogil=True, error_model="numpy")  # type: ignore[no-any-return]
+        return njit(function, **options)  # type: ignore[no-any-return]
 
 
 def _fetch(_context: Any, array: Any, row: Any) -> Any:

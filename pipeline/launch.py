@@ -124,7 +124,8 @@ def train_run(
     finished = False
     try:
         state = newest_state(run) if resumed and isinstance(run, MlflowRun) else None
-        run.set_tags({key: value for key, value in flatten(config).items() if is_operational(key)})
+        run.set_tags({key: value for key, value in flatten(config).items() if is_operational(key)}
+                     | {"precision": precision(config.training.amp, device)})  # fmt: skip
         if resumed and state is None and isinstance(run, MlflowRun):
             begin_again(run)
         if state is None:

@@ -44,6 +44,16 @@ def coalesced(gradient: Tensor) -> Tensor:
     return gradient.coalesce()
 
 
+def merged(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [u] and values [u, W], parts of increasing rows one after the other, with each row once, on the CPU.
+
+    Timsort merges such parts; to sort them anew takes ten times as long.
+    """
+    order = np.argsort(rows.numpy(), kind="stable")
+    found, total = _merged(rows.numpy(), values.numpy(), order)
+    return torch.from_numpy(found), torch.from_numpy(total)
+
+
 class _Base:
     """`param_groups`, and of each parameter its state: by name, a tensor or a number."""
 
@@ -246,6 +256,22 @@ def _tails(first: float, second: float) -> tuple[Array, Array, Array]:
     skipped, ratio = np.arange(TAIL_STEPS, dtype=np.float64), first / math.sqrt(second)
     found = ratio * (1 - ratio**skipped) / (1 - ratio), first**skipped, second**skipped
     return tuple(part.astype(np.float32) for part in found)  # type: ignore[return-value]
+
+
+@compiled
+def _merged(rows: Array, values: Array, order: Array) -> tuple[Array, Array]:
+    """The sums of the values of each distinct row, in the parts' order."""
+    width, count, before = values.shape[1], 0, np.int64(-1)
+    found, total = np.empty(len(rows), np.int64), np.zeros((len(rows), width), np.float32)
+    for position in range(len(order)):
+        place = order[position]
+        row = rows[place]
+        count += row != before
+        before = row
+        found[count - 1] = row
+        for column in range(width):
+            total[count - 1, column] += values[place, column]
+    return found[:count], total[:count]
 
 
 @compiled

@@ -228,9 +228,14 @@ def _summed_rows(gradient: "Tensor") -> "Tensor":
     """A coalesced sparse gradient: each rank's rows in their order, so that all add up in the same one."""
     import torch
 
-    gradient = gradient.coalesce()
-    rows, values = joined(gradient.indices()[0]), joined(gradient.values())
-    return torch.sparse_coo_tensor(rows[None], values, gradient.shape, check_invariants=False).coalesce()
+    from pipeline.optimizers import coalesced, merged
+
+    own = coalesced(gradient)
+    rows, values = joined(own.indices()[0]), joined(own.values())
+    if not own.is_cpu:
+        return torch.sparse_coo_tensor(rows[None], values, own.shape, check_invariants=False).coalesce()
+    rows, values = merged(rows, values)
+    return torch.sparse_coo_tensor(rows[None], values, own.shape, is_coalesced=True, check_invariants=False)
 
 
 def joined(part: "Tensor") -> "Tensor":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
 from pipeline.tasks.visobert import bert, kernels
-from pipeline.tasks.visobert.bert import Dropout, encode, is_bert, precision
+from pipeline.tasks.visobert.bert import Dropout, encode, is_bert, product_type
 from pipeline.tasks.visobert.model import PretrainedEncoder
 
 torch.set_num_threads(1)
@@ -87,7 +87,7 @@ def test_bfloat16_is_no_further_from_the_truth_than_transformers(kind: str) -> N
     true = gradients(model, hidden_of_theirs(model, ids, mask), mask)
     with torch.autocast("cpu", torch.bfloat16):
         theirs = hidden_of_theirs(model, ids, mask)
-        assert precision(model, ids) == torch.bfloat16
+        assert product_type(model, ids) == torch.bfloat16
         ours = encode(model, ids, mask, torch.bfloat16)
     assert ours.dtype == torch.float32
     assert 0 < _distance(ours[mask], exact[mask]) < 1.25 * _distance(theirs[mask], exact[mask])
@@ -131,11 +131,11 @@ def test_it_is_taken_where_it_can_be_and_only_there() -> None:
         encoder(ids, mask)
     assert not calls
     with torch.autocast("cpu", torch.float16):
-        assert precision(model, ids) is None
+        assert product_type(model, ids) is None
         encoder(ids, mask)
     encoder.double()(ids, mask)
     assert len(calls) == 2
-    assert precision(model, ids.to("meta")) is None
+    assert product_type(model, ids.to("meta")) is None
     unusual = their_model("bert")
     unusual.config.hidden_act = "relu"
     assert not is_bert(unusual)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pipeline import compiled, optimizers
 from pipeline.config import load
 from pipeline.errors import UserError
-from pipeline.optimizers import AdamW, LazyAdam, RowAdagrad, SparseAdam, coalesced
+from pipeline.optimizers import AdamW, LazyAdam, RowAdagrad, SparseAdam, coalesced, merged
 from pipeline.tasks.mmoe.config import MmoeConfig
 
 torch.set_num_threads(1)
@@ -243,3 +243,14 @@ def test_what_the_config_says_of_the_embedding() -> None:
         embedding_config(name="lazy_adam", betas="[0.9, 0.81]")
     with pytest.raises(UserError, match="row_adagrad"):
         embedding_config(name="adagrad")
+
+
+@given(st.lists(st.lists(st.integers(0, 30), unique=True).map(sorted), min_size=1, max_size=5), st.integers(0, 99))
+def test_merged_gradients_are_their_sum(parts: list[list[int]], seed: int) -> None:
+    """Against torch's own sum of duplicates, in exact numbers."""
+    rows = torch.tensor([row for part in parts for row in part], dtype=torch.int64)
+    values = torch.randint(-99, 99, (len(rows), 3), generator=torch.Generator().manual_seed(seed)).float()
+    expected = torch.sparse_coo_tensor(rows[None], values, (31, 3)).coalesce()
+    found, total = merged(rows, values)
+    assert found.tolist() == expected.indices()[0].tolist()
+    assert torch.equal(total, expected.values())

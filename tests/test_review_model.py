@@ -694,7 +694,7 @@ def test_a_window_may_be_cut_anywhere(make: Make, options: dict[str, Any]) -> No
     for parts in parts_of(task):
         training = training_of(task)
         training.model.train()
-        losses, _ = training._backward([task.batch(part) for part in parts], 0)
+        losses, _ = training._backward(Window(parts, False), [task.batch(part) for part in parts], 0)
         gradients = {name: weight.grad.clone() for name, weight in training.model.named_parameters()
                      if weight.grad is not None}  # fmt: skip
         for optimizer in training.optimizers.values():

@@ -31,7 +31,7 @@ def is_bert(model: nn.Module) -> bool:
     return usual and config.model_type in KINDS and getattr(config, "position_embedding_type", "absolute") == "absolute"
 
 
-def precision(model: nn.Module, ids: Tensor) -> torch.dtype | None:
+def product_type(model: nn.Module, ids: Tensor) -> torch.dtype | None:
     """What `encode` would calculate products in: as autocast says where it is called; None = it cannot."""
     kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
     fits = ids.is_cpu and kind in (torch.float32, torch.bfloat16) and cast(Any, model).dtype == torch.float32

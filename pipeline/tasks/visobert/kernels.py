@@ -6,14 +6,16 @@ a head. bfloat16 comes as its bits, in uint16; a loop calculates in float32 what
 are multiplied by.
 """
 
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
+
+from pipeline.compiled import compiled
 
 Array = npt.NDArray[Any]
 
@@ -30,13 +32,8 @@ TAYLOR = tuple(np.float32(1 / np.prod(range(1, power + 1))) for power in range(8
 SUMS = {"reassoc", "contract", "nsz"}  # sums in any order, so that they are made many at a time; NaN stays NaN
 
 
-def fast(function: Callable[..., Any], freedom: Set[str] = SUMS) -> Any:
-    """The function in machine code, kept on disk for the next process where a folder for it can be written."""
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": set(freedom)}
-    try:
-        return njit(function, cache=True, **options)
-    except RuntimeError:  # numba finds no folder
-        return njit(function, **options)
+def fast(function: Callable[..., Any]) -> Any:
+    return compiled(function, SUMS)
 
 
 def _widened(_context: Any, value: Any) -> Any:
@@ -109,7 +106,7 @@ def _exponential(x: Any) -> Any:
     return value * power_of_two(whole)
 
 
-exponential = fast(_exponential, {"contract"})  # in the order in which it is written
+exponential = compiled(_exponential, {"contract"})  # in the order in which it is written
 
 
 def _highest(values: Array) -> Any:
@@ -119,7 +116,7 @@ def _highest(values: Array) -> Any:
     return found
 
 
-highest_of = fast(_highest, SUMS | {"nnan"})  # many at a time; NaN may be passed over
+highest_of = compiled(_highest, SUMS | {"nnan"})  # many at a time; NaN may be passed over
 
 
 @fast

@@ -15,7 +15,7 @@ from torch.nn.functional import softmax
 
 from pipeline.console import warn
 from pipeline.errors import UserError
-from pipeline.tasks.visobert.bert import Dropout, encode, is_bert, precision
+from pipeline.tasks.visobert.bert import Dropout, encode, is_bert, product_type
 from pipeline.tasks.visobert.config import EMBEDDED, ModelConfig
 from pipeline.tasks.visobert.encoder import EmbeddedEncoder, Encoded
 from pipeline.tasks.visobert.pretrained import model_folder
@@ -129,7 +129,7 @@ class PretrainedEncoder(nn.Module):
             cast(Any, model).pooler = None
 
     def forward(self, ids: Tensor, mask: Tensor) -> Encoded:
-        kind = precision(self.model, ids) if self.known else None
+        kind = product_type(self.model, ids) if self.known else None
         if kind is not None:
             hidden = encode(self.model, ids, mask, kind)
             pooler = getattr(self.model, "pooler", None)
