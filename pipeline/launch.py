@@ -204,7 +204,7 @@ def _open(config: RunConfig, writer: Writer | None, asked: RunRequest, known_by:
     if writer is None:
         return _Opened(MemoryRun(asked.name), resumed=False, origin=None)
     with one_at_a_time(config, known_by["run_key"]):
-        begun, origin = find_begun(config, known_by, writer), None
+        begun, origin = find_begun(config, known_by, writer, None if asked.resume else asked.run_id), None
         if begun and (begun.finished or begun.ended_as == "FINISHED"):
             return begun
         if begun:

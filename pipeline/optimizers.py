@@ -5,6 +5,7 @@ A table's gradient is a coalesced sparse tensor of rows [u] and values [u, W]; R
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, Protocol
@@ -132,7 +133,7 @@ class AdamW(_Base):
             )  # fmt: skip
 
 
-class _RowOptimizer(_Base):
+class _RowOptimizer(_Base, ABC):
     """One table, of which a step moves the rows in its sparse gradient."""
 
     def __init__(self, table: Tensor, **settings: Any) -> None:
@@ -149,11 +150,13 @@ class _RowOptimizer(_Base):
         state["steps"] += 1
         self._update(table.detach(), gradient.indices()[0], gradient.values(), group, state)
 
+    @abstractmethod
     def _zeros(self, table: Tensor) -> dict[str, Tensor]:
-        raise NotImplementedError
+        """The state before the first step."""
 
+    @abstractmethod
     def _update(self, table: Tensor, rows: Tensor, values: Tensor, group: Group, state: dict[str, Any]) -> None:
-        raise NotImplementedError
+        """Move the rows by their gradients, in place."""
 
 
 class RowAdagrad(_RowOptimizer):

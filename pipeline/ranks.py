@@ -26,12 +26,17 @@ _over = False
 
 def number() -> int:
     """Of this process, from 0."""
-    return int(os.environ.get("RANK", "0")) if "WORLD_SIZE" in os.environ else 0
+    return _given("RANK", 0) if "WORLD_SIZE" in os.environ else 0
 
 
 def size() -> int:
     """How many processes train together; 1 = this one is alone, or alone again."""
-    return 1 if _over else int(os.environ.get("WORLD_SIZE", "1"))
+    return 1 if _over else _given("WORLD_SIZE", 1)
+
+
+def _given(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    return int(text) if text.isdecimal() else default  # not torchrun's
 
 
 def leads() -> bool:
@@ -43,10 +48,14 @@ def join(device: str) -> None:
     """Meet the other processes.
 
     Raises:
+        UserError: the environment does not say where.
         RankLost: they did not come.
     """
     if size() == 1:
         return
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(f"found WORLD_SIZE {size()} without {', '.join(missing)}, allowed: what torchrun sets, or none")
     import torch
     from torch import distributed
 
@@ -81,7 +90,7 @@ def _together() -> Iterator[None]:
 
 
 def agree(facts: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """Rank 0's facts, which must be those of every rank. None of rank 0's: there is nothing to train.
+    """Rank 0's facts, which must be those of every rank. None of rank 0's: there is nothing to train, all part.
 
     Raises:
         UserError: names a rank that differs.
@@ -98,6 +107,8 @@ def agree(facts: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
             if other is not None and other[name] != value:
                 raise UserError(f"rank {rank}: {name} is {other[name]}, rank 0: {value}; allowed: the same everywhere")
     first: Mapping[str, Any] | None = found[0]
+    if first is None:
+        leave()
     return first
 
 

@@ -57,19 +57,27 @@ def one_at_a_time(config: RunConfig, key: str) -> Iterator[None]:
         yield
 
 
-def find_begun(config: RunConfig, known_by: Mapping[str, str], writer: Writer) -> Begun | None:
+def find_begun(
+    config: RunConfig, known_by: Mapping[str, str], writer: Writer, opened: str | None = None
+) -> Begun | None:
     """The run that `config.resume` means; None = there is none. `known_by`: the tags of such a run.
+
+    opened: the run that this start was told to write to. If an earlier start has (a pod that follows another one has
+    its environment), that one goes on, asked for or not: written from its beginning again, it would hold points twice.
 
     Raises:
         UserError: that run is alive, there is none with the id, or it is of another config or other data.
     """
-    if config.resume is None:
-        return None
     output_dir = Path(config.output_dir)
-    if config.resume == "auto":
+    wanted = config.resume
+    if wanted is None and opened and (output_dir / opened / JOURNAL_FILE).exists():
+        wanted = opened
+    if wanted is None:
+        return None
+    if wanted == "auto":
         begun = _matching(config, known_by["run_key"], output_dir, writer)
     else:
-        begun = _named(config, output_dir, writer)
+        begun = _named(wanted, config, output_dir, writer)
         _refuse_another(config, known_by, begun)
     if begun and not begun.finished:
         _refuse_alive(begun.folder)
@@ -100,17 +108,16 @@ def _was_delivered(folder: Path) -> bool:
     return any(store.get("run_id") for store in stores.values())
 
 
-def _named(config: RunConfig, output_dir: Path, writer: Writer) -> Begun:
+def _named(run_id: str, config: RunConfig, output_dir: Path, writer: Writer) -> Begun:
     """The run with the id, whatever it is."""
-    assert config.resume
-    folder = output_dir / config.resume
+    folder = output_dir / run_id
     if folder.is_dir():
         _refuse_alive(folder)
-    found = _asked(config, writer, run_id=config.resume)
+    found = _asked(config, writer, run_id=run_id)
     if found:
         return _of_store(found[0], output_dir)
     if not (folder / JOURNAL_FILE).exists():
-        raise UserError(f"resume {config.resume}: there is no such run; allowed: auto, or the id of a run")
+        raise UserError(f"resume {run_id}: there is no such run; allowed: auto, or the id of a run")
     return _of_folder(folder)
 
 

@@ -154,6 +154,44 @@ def test_another_experiment_than_the_launchers_gets_a_run_of_its_own(place: Plac
 
 
 @one_process
+def test_a_second_start_in_the_same_run_goes_on_with_it(
+    place: Place, small: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a pod that follows one that was evicted: the same command, the same MLFLOW_RUN_ID, no resume."""
+    from pipeline.launch import train_run
+    from pipeline.tasks.mmoe.task import MmoeTask
+    from pipeline.training import Training
+
+    opened = place.client.create_run("0").info.run_id
+    config = small(**{"tracking.log_model": False, "tracking.log_report": False, "checkpoint.every_steps": 4})
+
+    def start(**other: Any) -> Any:
+        asked = config.model_copy(update=other)
+        return train_run(asked, MmoeTask, place.writer, RunRequest(run_id=opened), quiet=True)
+
+    step = Training._step
+
+    def cut_off(self: Training, *arguments: Any) -> None:
+        if self.result.steps == 7:
+            raise KeyboardInterrupt
+        step(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "_step", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            start()
+    assert place.client.get_run(opened).info.status == "KILLED"
+    with pytest.raises(UserError, match="seed was 0, now 5"):
+        start(seed=5)
+    trained = start()
+    assert (trained.id, trained.steps) == (opened, 12)
+    history = place.client.get_metric_history(opened, "loss_total")
+    assert sorted(point.step for point in history) == list(range(12))
+    assert place.client.get_run(opened).info.status == "FINISHED"
+    assert start().before
+
+
+@one_process
 def test_one_writer_serves_run_after_run(place: Place) -> None:
     for number in range(3):
         run = open_run(place.writer, name=f"run {number}", experiment="three")
