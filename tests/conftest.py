@@ -35,7 +35,8 @@ if os.environ.get("FAULTS") != "full":
 # They start processes and take longest: last, they would leave one of two test processes idle.
 SLOW = ("test_sweep", "test_kills", "test_exits", "test_outage", "test_deployment", "test_notebooks", "test_browser",
         "test_entry_points", "test_train_visobert", "test_delivery", "test_sync", "test_first_start", "test_ownership",
-        "test_tracking", "test_security", "test_checkpoint", "test_resume")  # fmt: skip
+        "test_tracking", "test_security", "test_checkpoint", "test_resume", "test_ranks", "test_kubernetes",
+        "test_ray_data", "test_ray_sweep", "test_search_postgres")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -24,7 +24,8 @@ from torch import Tensor
 from pipeline.errors import UserError
 from pipeline.task import Rows
 from pipeline.tasks.mmoe.embedding import Groups, grouped
-from pipeline.tasks.mmoe.schema import LABELS, DataSchema, Feature
+from pipeline.tasks.mmoe.reading import Recut
+from pipeline.tasks.mmoe.schema import LABELS, DataSchema, Feature, parts
 from pipeline.tasks.mmoe.streams import BATCH_ROWS, Streams, in_memory, mapped, record_batch
 
 
@@ -147,10 +148,10 @@ def read_split(folder: Path, schema: DataSchema, split: str) -> ImpressionTable:
     if split not in schema.splits:
         raise UserError(f"{folder}: no split {split}; the schema has {', '.join(schema.splits)}")
     file = folder / schema.splits[split].file
-    with _told(file):
-        found = file.stat()
-        made_of = f"{schema.digest} {split} {found.st_size} {found.st_mtime_ns}"
-        batches = _batches(file, schema, split)
+    with told(file):
+        found = [part.stat() for part in parts(file)]
+        made_of = " ".join([schema.digest, split, *(f"{part.st_size} {part.st_mtime_ns}" for part in found)])
+        batches = record_batches(file, schema, split)
         buffer = mapped(batches, file.with_suffix(".arrow"), made_of)
     return ImpressionTable(Streams(buffer, schema.features), (lambda: _truth(file)) if schema.truth else None)
 
@@ -170,37 +171,51 @@ def impressions(columns: Mapping[str, pa.Array], layout: Layout) -> ImpressionTa
     return ImpressionTable(Streams(in_memory(pieces), layout.features))
 
 
-def _batches(file: Path, schema: DataSchema, split: str) -> Iterator[pa.RecordBatch]:
+def record_batches(file: Path, schema: DataSchema, split: str) -> Iterator[pa.RecordBatch]:
     """The record batches of a split's streams, from its Parquet, a row group's worth at a time."""
-    parquet = pq.ParquetFile(file, pre_buffer=False)  # what is buffered ahead is as large as the file
     layout = Layout.of(schema)
     wanted = [*LABELS]
     for feature in schema.features:
         wanted += [feature.name] + ([f"{feature.name}.weights"] if feature.weighted else [])
-    there = parquet.schema_arrow.names
-    missing = [name for name in [*wanted, *(("p_ctr", "p_cvr") if schema.truth else ())] if name not in there]
-    if missing:
-        raise UserError(f"{file}: no column {missing[0]}, which schema.json names")
-    if parquet.metadata.num_rows != schema.splits[split].rows:
-        raise UserError(f"{file}: {parquet.metadata.num_rows} rows, but schema.json says {schema.splits[split].rows}")
-    for batch in parquet.iter_batches(BATCH_ROWS, columns=wanted):
-        table = pa.Table.from_batches([batch])
-        for feature in schema.features:
-            _check_kind(table, feature, file)
-        for name in LABELS:
-            whole = pa.types.is_integer(table[name].type) and not table[name].null_count
-            _check(whole, file, name, "0 or 1 in every row")
+    rows = 0
+    for part in parts(file):
+        with told(part):
+            footer = pq.read_metadata(part)
+        there = footer.schema.to_arrow_schema().names
+        missing = [name for name in [*wanted, *(("p_ctr", "p_cvr") if schema.truth else ())] if name not in there]
+        if missing:
+            raise UserError(f"{part}: no column {missing[0]}, which schema.json names")
+        rows += footer.num_rows
+    if rows != schema.splits[split].rows:
+        raise UserError(f"{file}: {rows} rows, but schema.json says {schema.splits[split].rows}")
+    for table in _recut(file, schema, wanted):
         yield record_batch({name: _whole(table[name]) for name in wanted}, schema.features, layout.offsets, str(file))
 
 
+def _recut(file: Path, schema: DataSchema, wanted: Sequence[str]) -> Iterator[pa.Table]:
+    """The wanted columns, checked, `BATCH_ROWS` rows at a time whatever the parts are."""
+    recut = Recut(BATCH_ROWS)
+    for part in parts(file):
+        # what is buffered ahead is as large as the file
+        for batch in pq.ParquetFile(part, pre_buffer=False).iter_batches(BATCH_ROWS, columns=wanted):
+            table = pa.Table.from_batches([batch])
+            for feature in schema.features:
+                _check_kind(table, feature, part)
+            for name in LABELS:
+                whole = pa.types.is_integer(table[name].type) and not table[name].null_count
+                _check(whole, part, name, "0 or 1 in every row")
+            yield from recut.add(table)
+    yield from recut.rest()
+
+
 def _truth(file: Path) -> Mapping[str, npt.NDArray[np.float64]]:
-    with _told(file):
-        table = pq.ParquetFile(file).read(columns=["p_ctr", "p_cvr"])
+    with told(file):
+        table = pa.concat_tables(pq.read_table(part, columns=["p_ctr", "p_cvr"]) for part in parts(file))
         return {name: table[name].to_numpy() for name in table.column_names}
 
 
 @contextmanager
-def _told(file: Path) -> Iterator[None]:
+def told(file: Path) -> Iterator[None]:
     """What is wrong with a split's file, in one line."""
     try:
         yield

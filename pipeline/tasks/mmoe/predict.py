@@ -15,7 +15,7 @@ from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.data import Layout, impressions
 from pipeline.tasks.mmoe.encoding import Encoder
 from pipeline.tasks.mmoe.model import Mmoe
-from pipeline.tasks.mmoe.schema import FIRST_ID, VOCABULARY_FILE, DataSchema
+from pipeline.tasks.mmoe.schema import FIRST_ID, VOCABULARY_FILE, DataSchema, parts
 
 BATCH_ROWS = 8192
 
@@ -43,7 +43,8 @@ def load(folder: Path) -> Callable[[pd.DataFrame], pd.DataFrame]:
 def raw_example(folder: Path, rows: int) -> dict[str, list[Any]]:
     """The first prepared validation rows as the raw columns they came from, for a model's input example."""
     schema = DataSchema.read(folder)
-    encoded = next(pq.ParquetFile(folder / schema.splits["validation"].file).iter_batches(batch_size=rows)).to_pydict()
+    files = parts(folder / schema.splits["validation"].file)
+    encoded = next(batch for file in files for batch in pq.ParquetFile(file).iter_batches(batch_size=rows)).to_pydict()
     vocabulary = pq.read_table(folder / VOCABULARY_FILE).to_pandas()
     values = {name: dict(zip(part["id"], part["value"], strict=True)) for name, part in vocabulary.groupby("feature")}
     raw: dict[str, list[Any]] = {}

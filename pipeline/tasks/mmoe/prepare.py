@@ -4,13 +4,16 @@ Two passes over the rows, in memory that does not grow with them. The first read
 split, ids and numbers; the second writes the splits. (The original Ali-CCP files have their own way: aliccp/.)
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.config import read_yaml, validate
@@ -35,9 +38,12 @@ from pipeline.tasks.mmoe.schema import (
     Split,
     sha256_of,
 )
-from pipeline.tasks.mmoe.statistics import Counts, Numbers, bin_edges
+from pipeline.tasks.mmoe.statistics import NO_LIMIT, Counts, Numbers, bin_edges
+
+Vocabularies = dict[str, pa.Table]
 
 ROW_GROUP_ROWS = 65_536
+COUNTED = pa.schema([("feature", pa.string()), ("value", pa.string()), ("count", pa.int64())])
 # the schema last: a folder without one is not ready
 FILES = (*(f"{split}.parquet" for split in SPLITS), VOCABULARY_FILE, SCHEMA_FILE)
 
@@ -67,9 +73,7 @@ def prepare(
         from pipeline.tasks.mmoe.aliccp.preparation import prepare_raw
 
         return prepare_raw(data, validate(RawSource, tree, schema_file), schema_file, output_dir, progress=stages)
-    declared = validate(SourceSchema, tree, schema_file)
-    source = Source(data, declared.columns, declared.csv)
-    plan = Plan(declared, schema_file, source.files[0], source.names(source.files[0]))
+    source, plan = opened(data, schema_file)
 
     def batches() -> Iterator[Batch]:
         for batch in source.batches(plan.columns, batch_rows):
@@ -77,48 +81,80 @@ def prepare(
             if progress:
                 progress(batch.rows)
 
-    _refuse_own_data(output_dir, data, source.files)
+    refuse_own_data(output_dir, data, source.files)
     with published(output_dir, FILES) as folder:
         training = TrainingSplit(plan)
         for batch in batches():
             training.add(batch)
-        if not training.rows:
-            found = f"{training.all_rows} rows, none of them in the training split" if training.all_rows else "no rows"
-            raise UserError(f"{data}: {found}, allowed: at least one training row")
-        vocabularies = training.vocabularies()
-        write_vocabularies(vocabularies.items(), folder / VOCABULARY_FILE)
-        schema = DataSchema(
-            features=training.described(vocabularies),
-            splits={},
-            base_rates=BaseRates(ctr=0, cvr=0),  # known when the splits are
-            vocabulary_sha256=sha256_of(folder / VOCABULARY_FILE),
-            missing_values=declared.missing_values,
-            strip=declared.csv.strip,
-            source=source.description(),
-        )
+        schema, vocabularies = described(training, data, source.description(), folder)
         encoder = Encoder(schema, {name: table["value"].to_pylist() for name, table in vocabularies.items()})
         with ExitStack() as stack:
             writers = [stack.enter_context(SplitWriter(folder / f"{split}.parquet", schema)) for split in SPLITS]
             for batch in batches():
-                table = pa.table(plan.labels(batch) | encoder.encode_columns(batch.columns, batch.place))
-                splits = plan.split(batch)
-                for number, writer in enumerate(writers):
-                    writer.add(table.filter(pa.array(splits == number)))
-        schema = _with_splits(schema, dict(zip(SPLITS, writers, strict=True)))
+                for writer, table in zip(writers, encoded(plan, encoder, batch), strict=True):
+                    writer.add(table)
+        schema = with_splits(schema, {split: writer.described() for split, writer in zip(SPLITS, writers, strict=True)})
         if sum(split.rows for split in schema.splits.values()) != training.all_rows:
             raise UserError(f"{data}: changed while it was read")
         schema.write(folder)
     return schema
 
 
-class TrainingSplit:
-    """What the training split says of the features; the cells of all splits are checked on the way."""
+def opened(data: Path, schema_file: Path) -> tuple[Source, Plan]:
+    """The raw rows, and what the YAML asks of them.
 
-    def __init__(self, plan: Plan) -> None:
+    Raises:
+        UserError: there are none, or the YAML is none, or not one of these rows.
+    """
+    declared = validate(SourceSchema, read_yaml(schema_file), schema_file)
+    source = Source(data, declared.columns, declared.csv)
+    return source, Plan(declared, schema_file, source.files[0], source.names(source.files[0]))
+
+
+def described(training: "TrainingSplit", data: Path, source: str, folder: Path) -> tuple[DataSchema, Vocabularies]:
+    """What is known when the training split has been read: a schema without splits, and the vocabulary, written.
+
+    Raises:
+        UserError: no row is in the training split.
+    """
+    if not training.rows:
+        found = f"{training.all_rows} rows, none of them in the training split" if training.all_rows else "no rows"
+        raise UserError(f"{data}: {found}, allowed: at least one training row")
+    vocabularies = training.vocabularies()
+    write_vocabularies(vocabularies.items(), folder / VOCABULARY_FILE)
+    declared = training.plan.declared
+    schema = DataSchema(
+        features=training.described(vocabularies),
+        splits={},
+        base_rates=BaseRates(ctr=0, cvr=0),  # known when the splits are
+        vocabulary_sha256=sha256_of(folder / VOCABULARY_FILE),
+        missing_values=declared.missing_values,
+        strip=declared.csv.strip,
+        source=source,
+    )
+    return schema, vocabularies
+
+
+def encoded(plan: Plan, encoder: Encoder, batch: Batch) -> list[pa.Table]:
+    """A batch as the rows of each split, in the order of SPLITS."""
+    table = pa.table(plan.labels(batch) | encoder.encode_columns(batch.columns, batch.place))
+    splits = plan.split(batch)
+    return [table.filter(pa.array(splits == number)) for number in range(len(SPLITS))]
+
+
+class TrainingSplit:
+    """What the training split says of the features; the cells of all splits are checked on the way.
+
+    Parts of the rows can be read apart, each with the number of training rows ahead of it (`before`), and put together
+    in their order: with `merge`, and with `add_counted` for what `counted` gives.
+    """
+
+    def __init__(self, plan: Plan, *, before: int = 0, limit: int = NO_LIMIT) -> None:
+        """limit: a hash that no row of the numeric features' sample is above (`sample_limit`)."""
         self.plan, self.features = plan, plan.declared.features
         self.rows = self.all_rows = 0
         self._numeric = [name for name, feature in self.features.items() if feature.kind == "numeric"]
-        self._numbers = Numbers(len(self._numeric))
+        self.numbers = Numbers(len(self._numeric), before=before, limit=limit)
         self._counts = {name: Counts() for name in self.features if name not in self._numeric}
 
     def add(self, batch: Batch) -> None:
@@ -136,17 +172,34 @@ class TrainingSplit:
                 counts.add(bags.texts, training[bags.owners])
         if self._numeric:
             values = np.column_stack([self._values(name, batch) for name in self._numeric])
-            self._numbers.add(batch.start + np.flatnonzero(training), values[training])
+            self.numbers.add(batch.start + np.flatnonzero(training), values[training])
 
-    def vocabularies(self) -> dict[str, pa.Table]:
+    def counted(self) -> pa.Table:
+        """Columns feature, value and count: of each id feature every value once, missing ones left out."""
+        tables = [counts.counted().filter(pc.field("value").is_valid()) for counts in self._counts.values()]
+        names = [pa.repeat(name, table.num_rows) for name, table in zip(self._counts, tables, strict=True)]
+        parts = [table.add_column(0, "feature", name) for table, name in zip(tables, names, strict=True)]
+        return pa.concat_tables(parts) if parts else COUNTED.empty_table()
+
+    def add_counted(self, table: pa.Table) -> None:
+        """Columns feature, value and count."""
+        for name, counts in self._counts.items():
+            counts.add_counted(table.filter(pc.field("feature") == name).select(["value", "count"]))
+
+    def merge(self, rows: int, all_rows: int, numbers: Numbers) -> None:
+        """The rows that follow, but for their texts."""
+        self.rows += rows
+        self.all_rows += all_rows
+        if self._numeric:
+            self.numbers.merge(numbers)
+
+    def vocabularies(self) -> Vocabularies:
         """Of each id feature: value and count, in the order of the ids."""
         return {name: counts.vocabulary(self.features[name].min_count) for name, counts in self._counts.items()}
 
     def described(self, vocabularies: Mapping[str, pa.Table]) -> tuple[Feature, ...]:
         """The features as training reads them."""
-        numeric = dict(
-            zip(self._numeric, zip(self._numbers.means(), self._numbers.sample().T, strict=True), strict=True)
-        )
+        numeric = dict(zip(self._numeric, zip(self.numbers.means(), self.numbers.sample().T, strict=True), strict=True))
         features = []
         for name, declared in self.features.items():
             if name in numeric:
@@ -180,14 +233,51 @@ class TrainingSplit:
         return values
 
 
+@dataclass
+class Tally:
+    """What `schema.json` counts in a split."""
+
+    rows: int
+    sums: Counter[str]  # of the labels
+    unknown: Counter[str]  # ids out of vocabulary, by feature
+    known: Counter[str]  # ids in it
+
+    @classmethod
+    def of(cls, features: Sequence[Feature]) -> Self:
+        """Nothing yet."""
+        names = [feature.name for feature in features if feature.kind != "numeric"]
+        return cls(0, *(Counter(dict.fromkeys(keys, 0)) for keys in (LABELS, names, names)))
+
+    def add(self, table: pa.Table) -> None:
+        """Rows as the splits hold them."""
+        self.rows += table.num_rows
+        for label in self.sums:
+            self.sums[label] += int(table[label].to_numpy().sum())
+        for name in self.unknown:
+            ids = table[name].combine_chunks()
+            ids = (ids.flatten() if pa.types.is_list(ids.type) else ids).to_numpy(zero_copy_only=False)
+            self.unknown[name] += int((ids == OUT_OF_VOCABULARY).sum())
+            self.known[name] += int((ids > MISSING).sum())
+
+    def merge(self, other: Self) -> None:
+        self.rows += other.rows
+        for own, more in ((self.sums, other.sums), (self.unknown, other.unknown), (self.known, other.known)):
+            own.update(more)
+
+    def split(self, file: str, sha256: str) -> Split:
+        clicks, conversions = (self.sums[label] for label in LABELS)
+        return Split(file=file, rows=self.rows, clicks=clicks, conversions=conversions, sha256=sha256)
+
+    def out_of_vocabulary(self, name: str) -> float:
+        """Of the ids that are there, the share that is out of vocabulary; a missing value is no id."""
+        return self.unknown[name] / max(1, self.unknown[name] + self.known[name])
+
+
 class SplitWriter:
     """One Parquet split: row groups of one size, whatever the batches, so that its bytes depend on the data alone."""
 
     def __init__(self, file: Path, schema: DataSchema) -> None:
-        self.file, self.rows = file, 0
-        self.sums = dict.fromkeys(LABELS, 0)
-        self.unknown = {feature.name: 0 for feature in schema.features if feature.kind != "numeric"}
-        self.known = dict(self.unknown)
+        self.file, self.tally = file, Tally.of(schema.features)
         self._recut = Recut(ROW_GROUP_ROWS)
         self._writer = pq.ParquetWriter(file, arrow_schema(schema.features), compression="zstd")
 
@@ -200,35 +290,23 @@ class SplitWriter:
                 self._writer.write_table(piece, row_group_size=ROW_GROUP_ROWS)
 
     def add(self, table: pa.Table) -> None:
-        self.rows += table.num_rows
-        for label in LABELS:
-            self.sums[label] += int(table[label].to_numpy().sum())
-        for name in self.unknown:
-            ids = table[name].combine_chunks()
-            ids = (ids.flatten() if pa.types.is_list(ids.type) else ids).to_numpy(zero_copy_only=False)
-            self.unknown[name] += int((ids == OUT_OF_VOCABULARY).sum())
-            self.known[name] += int((ids > MISSING).sum())
+        self.tally.add(table)
         for piece in self._recut.add(table):
             self._writer.write_table(piece, row_group_size=ROW_GROUP_ROWS)
 
-    def described(self) -> Split:
-        clicks, conversions = (self.sums[label] for label in LABELS)
-        sha256 = sha256_of(self.file)
-        return Split(file=self.file.name, rows=self.rows, clicks=clicks, conversions=conversions, sha256=sha256)
-
-    def out_of_vocabulary(self, name: str) -> float:
-        """Of the ids that are there, the share that is out of vocabulary; a missing value is no id."""
-        return self.unknown[name] / max(1, self.unknown[name] + self.known[name])
+    def described(self) -> tuple[Split, Tally]:
+        return self.tally.split(self.file.name, sha256_of(self.file)), self.tally
 
 
-def _with_splits(schema: DataSchema, writers: Mapping[str, SplitWriter]) -> DataSchema:
+def with_splits(schema: DataSchema, found: Mapping[str, tuple[Split, Tally]]) -> DataSchema:
+    """The whole schema, when the splits are written."""
     features = tuple(
         feature if feature.kind == "numeric" else feature.model_copy(update={
-            "out_of_vocabulary": {split: writer.out_of_vocabulary(feature.name) for split, writer in writers.items()}
+            "out_of_vocabulary": {split: tally.out_of_vocabulary(feature.name) for split, (_, tally) in found.items()}
         })
         for feature in schema.features
     )  # fmt: skip
-    splits = {split: writer.described() for split, writer in writers.items()}
+    splits = {split: described for split, (described, _) in found.items()}
     train = splits["train"]
     rates = BaseRates(ctr=train.clicks / train.rows, cvr=train.conversions / max(1, train.clicks))
     return schema.model_copy(update={"features": features, "splits": splits, "base_rates": rates})
@@ -254,7 +332,7 @@ def write_vocabularies(vocabularies: Iterable[tuple[str, pa.Table]], file: Path)
             writer.write_table(pa.table(columns, schema=schema), row_group_size=131_072)
 
 
-def _refuse_own_data(folder: Path, data: Path, files: Sequence[Path]) -> None:
+def refuse_own_data(folder: Path, data: Path, files: Sequence[Path]) -> None:
     outputs = {(folder / name).resolve() for name in FILES}
     if data.resolve() == folder.resolve() or any(file.resolve() in outputs for file in files):
         raise UserError(f"output_dir {folder}: would write over the data, allowed: another folder")

@@ -2,7 +2,6 @@
 
 import codecs
 import csv
-import hashlib
 import io
 import re
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
 from pipeline.tasks.mmoe.cells import no_column, plain
-from pipeline.tasks.mmoe.schema import CsvSource, sha256_of
+from pipeline.tasks.mmoe.schema import CsvSource, sha256_of, sha256_of_parts
 
 SUFFIXES = (".csv", ".csv.gz", ".parquet")
 BLOCK_BYTES = 4 << 20  # what is parsed at once; a CSV row must fit into it
@@ -36,6 +35,16 @@ class Batch:
 
     def place(self, row: int) -> str:
         return f"{self.file}: row {self.first + row}"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of one file that can be read without the others."""
+
+    file: Path
+    first: int = 1  # number of its first row within the file, from 1
+    start: int = 0  # number of its first row among all rows of all files, from 0
+    groups: tuple[int, int] | None = None  # Parquet: its row groups, from the first to before the second; null = all
 
 
 class Recut:
@@ -95,34 +104,59 @@ class Source:
         """
         start = 0
         for file in self.files:
-            names = self.names(file)
-            for name in wanted:
-                if names.count(name) != 1:
-                    found = f"column {name} is there twice" if name in names else no_column(name, names)
-                    raise UserError(f"{file}: {found}")
-            first = 1
-            with _told(file):
-                for table in self._tables(file, names, list(wanted), rows):
-                    batch = Batch(file, first, start, table.num_rows, {})
-                    for name in wanted:
-                        batch.columns[name] = plain(table[name].combine_chunks(), name, batch.place)
-                    yield batch
-                    first, start = first + table.num_rows, start + table.num_rows
+            for batch in self.read(Piece(file, start=start), wanted, rows):
+                yield batch
+                start += batch.rows
 
-    def description(self) -> str:
-        """File names and the SHA-256 of the file, or of the files' digests one after another."""
-        digests = [sha256_of(file) for file in self.files]
+    def pieces(self, rows: int) -> list[Piece]:
+        """Parquet: row groups in sequence, some `rows` of them together. CSV: every file, its `start` yet unknown."""
+        if not self.parquet:
+            return [Piece(file) for file in self.files]
+        pieces, start = [], 0
+        for file in self.files:
+            with _told(file):
+                footer = pq.ParquetFile(file).metadata
+            sizes = [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
+            begin, before, held = 0, 0, 0
+            for number, size in enumerate(sizes, 1):
+                held += size
+                if held >= rows or number == len(sizes):
+                    pieces.append(Piece(file, before + 1, start + before, (begin, number)))
+                    begin, before, held = number, before + held, 0
+            start += footer.num_rows
+        return pieces
+
+    def read(self, piece: Piece, wanted: Sequence[str], rows: int) -> Iterator[Batch]:
+        """The wanted columns of a piece; as `batches`."""
+        file, first, start = piece.file, piece.first, piece.start
+        names = self.names(file)
+        for name in wanted:
+            if names.count(name) != 1:
+                found = f"column {name} is there twice" if name in names else no_column(name, names)
+                raise UserError(f"{file}: {found}")
+        with _told(file):
+            for table in self._tables(piece, names, list(wanted), rows):
+                batch = Batch(file, first, start, table.num_rows, {})
+                for name in wanted:
+                    batch.columns[name] = plain(table[name].combine_chunks(), name, batch.place)
+                yield batch
+                first, start = first + table.num_rows, start + table.num_rows
+
+    def description(self, digests: Sequence[str] | None = None) -> str:
+        """File names and the SHA-256 of the file, or of the files' digests (those given) one after another."""
+        digests = digests or [sha256_of(file) for file in self.files]
         names = [file.name for file in self.files]
         if len(names) > 4:
             names = [f"{names[0]} to {names[-1]} ({len(names)} files)"]
-        whole = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+        whole = digests[0] if len(digests) == 1 else sha256_of_parts(digests)
         return f"{', '.join(names)}, SHA-256 {whole}"
 
-    def _tables(self, file: Path, names: list[str], wanted: list[str], rows: int) -> Iterator[pa.Table]:
-        recut = Recut(rows)
+    def _tables(self, piece: Piece, names: list[str], wanted: list[str], rows: int) -> Iterator[pa.Table]:
+        recut, groups = Recut(rows), range(*piece.groups) if piece.groups else None
         batches = (
-            pq.ParquetFile(file).iter_batches(rows, columns=wanted) if self.parquet else self._csv(file, names, wanted)
-        )
+            pq.ParquetFile(piece.file).iter_batches(rows, row_groups=groups, columns=wanted)
+            if self.parquet else self._csv(piece.file, names, wanted)
+        )  # fmt: skip
         for batch in batches:
             yield from recut.add(pa.Table.from_batches([batch]).select(wanted))
         yield from recut.rest()

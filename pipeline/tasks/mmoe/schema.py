@@ -1,14 +1,16 @@
 """The data contract: what the user says of a raw file (`SourceSchema`), and what training reads (`DataSchema`).
 
 A prepared folder holds `train.parquet`, `validation.parquet`, `test.parquet`, `vocabulary.parquet` and
-`schema.json`. In the Parquet splits stand `click` and `conversion` (int8), one int32 column per categorical
-feature, one list<int32> column per multi-valued feature (with `<name>.weights`, list<float>, where it is weighted)
-and one float column per numeric feature. Ids count within a feature: 0 = out of vocabulary, 1 = missing, then the
-vocabulary, then the buckets that rare and unseen values share by their hash.
+`schema.json`. A split may also be a folder of Parquet files, read in the order of their names. In the splits stand
+`click` and `conversion` (int8), one int32 column per categorical feature, one list<int32> column per multi-valued
+feature (with `<name>.weights`, list<float>, where it is weighted) and one float column per numeric feature. Ids count
+within a feature: 0 = out of vocabulary, 1 = missing, then the vocabulary, then the buckets that rare and unseen values
+share by their hash.
 """
 
 import hashlib
 import json
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -151,11 +153,12 @@ class Feature(Config):
 
 class Split(Config):
     file: str = Field(pattern=r"^\w[\w.-]*$")
-    """its name within the folder: no path, which could lead out of it"""
+    """its name within the folder, or that of a folder of parts: no path, which could lead out of it"""
     rows: int = Field(ge=0)
     clicks: int = Field(ge=0)
     conversions: int = Field(ge=0)
     sha256: str
+    """of the file's bytes; of a folder, of the parts' digests one after another"""
 
 
 class BaseRates(Config):
@@ -225,3 +228,13 @@ def sha256_of(file: Path) -> str:
     """SHA-256 (hex) of a file's bytes."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sha256_of_parts(digests: Sequence[str]) -> str:
+    """Of files that are one thing together: of their digests (hex) one after another."""
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def parts(split: Path) -> list[Path]:
+    """The Parquet files of a split, in their order: the file itself, or those of a folder, by name."""
+    return sorted(file for file in split.glob("*.parquet") if file.name[0] not in "._") if split.is_dir() else [split]

@@ -13,6 +13,7 @@ Hashes = npt.NDArray[np.uint64]
 
 SAMPLE_ROWS = 200_000
 BLOCK_ROWS = 65_536
+NO_LIMIT = 2**64 - 1
 
 
 def splitmix64(values: Hashes) -> Hashes:
@@ -35,20 +36,29 @@ class Counts:
         counts = np.bincount(texts.codes[rows], minlength=len(texts.values))
         there = pa.array(counts > 0)
         part = pa.table({"value": texts.values.filter(there), "count": pa.array(counts).filter(there)})
+        self.add_counted(part)
+
+    def add_counted(self, part: pa.Table) -> None:
+        """Columns value and count."""
         self._parts.append(part)
         self._rows += part.num_rows
         if self._rows > 2 * self._merged_rows + 1_000_000:
             self._merge()
 
+    def counted(self) -> pa.Table:
+        """Columns value and count, every value once, in no order."""
+        self._merge()
+        return self._parts[0]
+
     def vocabulary(self, min_count: int) -> pa.Table:
         """Columns value and count: the most frequent first, then by text; without missing and rare texts."""
-        self._merge()
-        table = self._parts[0]
+        table = self.counted()
         table = table.filter(pc.and_(pc.is_valid(table["value"]), pc.greater_equal(table["count"], min_count)))
         return table.sort_by([("count", "descending"), ("value", "ascending")])
 
     def _merge(self) -> None:
-        whole = pa.concat_tables(self._parts).group_by("value").aggregate([("count", "sum")])
+        parts = self._parts or [pa.table({"value": pa.array([], pa.string()), "count": pa.array([], pa.int64())})]
+        whole = pa.concat_tables(parts).group_by("value").aggregate([("count", "sum")])
         self._parts = [whole.rename_columns(["value", "count"])]
         self._rows = self._merged_rows = whole.num_rows
 
@@ -56,25 +66,25 @@ class Counts:
 class Numbers:
     """Means, and a uniform sample of rows, of numeric columns; NaN = missing.
 
-    The sample is the rows whose number has the smallest hash, so neither batches nor order matter.
+    The sample is the rows whose number has the smallest hash, so neither batches nor order matter. Parts of the rows
+    that were added up elsewhere can be merged, to the same bits: sums are made of the same blocks of rows.
     """
 
-    def __init__(self, columns: int, sample_rows: int = SAMPLE_ROWS) -> None:
-        self.sample_rows = sample_rows
-        self._sums, self._counts = np.zeros(columns), np.zeros(columns, dtype=np.int64)
+    def __init__(self, columns: int, sample_rows: int = SAMPLE_ROWS, *, before: int = 0, limit: int = NO_LIMIT) -> None:
+        """before: how many rows are ahead of the first one here. limit: a hash that no row of the sample is above."""
+        self.sample_rows, self._before = sample_rows, before
+        self._head = np.empty((0, columns))  # the end of a block that began ahead
+        self._sums = list[Floats]()  # [columns] of each whole block
+        self._counts, self._rows = np.zeros(columns, dtype=np.int64), 0
         self._block = np.empty((0, columns))
         self._keys = np.empty(0, dtype=np.uint64)
         self._sample = np.empty((0, columns))
-        self._limit = np.uint64(2**64 - 1)  # rows above are out already
+        self._limit = np.uint64(limit)  # rows above are out already
 
     def add(self, numbers: Ints, values: Floats) -> None:
         """numbers: [rows], of each row among all; values: [rows, columns]."""
-        # a sum's last bits depend on where it is cut: always cut at the same rows
-        self._block = np.concatenate([self._block, values])
-        whole = len(self._block) - len(self._block) % BLOCK_ROWS
-        for start in range(0, whole, BLOCK_ROWS):
-            self._sum(self._block[start : start + BLOCK_ROWS])
-        self._block = self._block[whole:]
+        self._add_rows(values)
+        self._rows += len(values)
 
         keys = splitmix64(numbers.astype(np.uint64))
         kept = keys <= self._limit
@@ -83,20 +93,50 @@ class Numbers:
         if len(self._keys) > 2 * self.sample_rows:
             self._shrink()
 
+    def merge(self, following: "Numbers") -> None:
+        """Those of the rows that follow.
+
+        Raises:
+            ValueError: they do not: their `before` is not the number of rows up to here.
+        """
+        if following._before != self._before + self._rows:
+            raise ValueError(f"rows that begin after {following._before}, allowed: {self._before + self._rows}")
+        self._add_rows(following._head)
+        self._sums += following._sums
+        self._counts += following._counts
+        self._add_rows(following._block)
+        self._rows += following._rows
+        self._keys = np.concatenate([self._keys, following._keys])
+        self._sample = np.concatenate([self._sample, following._sample])
+        if len(self._keys) > 2 * self.sample_rows:
+            self._shrink()
+
     def means(self) -> Floats:
         """Of the values that are there; NaN where a column has none."""
         self._sum(self._block)
         self._block = self._block[:0]
         with np.errstate(invalid="ignore"):
-            return self._sums / self._counts
+            return sum(self._sums, np.zeros(len(self._counts))) / self._counts
 
     def sample(self) -> Floats:
         """[at most sample_rows, columns]."""
+        if len(self._keys) < min(self.sample_rows, self._rows):
+            raise ValueError(f"{len(self._keys)} rows of {self._rows} in the sample: its limit is too low")
         self._shrink()
         return self._sample
 
+    def _add_rows(self, values: Floats) -> None:
+        # a sum's last bits depend on where it is cut: always cut at the same rows
+        ahead = -self._before % BLOCK_ROWS - len(self._head)
+        self._head = np.concatenate([self._head, values[:ahead]])
+        self._block = np.concatenate([self._block, values[ahead:]])
+        whole = len(self._block) - len(self._block) % BLOCK_ROWS
+        for start in range(0, whole, BLOCK_ROWS):
+            self._sum(self._block[start : start + BLOCK_ROWS])
+        self._block = self._block[whole:]
+
     def _sum(self, block: Floats) -> None:
-        self._sums += np.nansum(np.ascontiguousarray(block.T), axis=1)
+        self._sums.append(np.nansum(np.ascontiguousarray(block.T), axis=1))
         self._counts += np.isfinite(block).sum(axis=0)
 
     def _shrink(self) -> None:
@@ -104,6 +144,11 @@ class Numbers:
             kept = np.argpartition(self._keys, self.sample_rows - 1)[: self.sample_rows]
             self._keys, self._sample = self._keys[kept], self._sample[kept]
             self._limit = self._keys.max()
+
+
+def sample_limit(rows: int, sample_rows: int = SAMPLE_ROWS) -> int:
+    """A hash that the sample of so many rows stays below (by 40 standard deviations), and few other rows."""
+    return min(NO_LIMIT, 2**64 * (sample_rows + sample_rows // 10) // max(1, rows))
 
 
 def bin_edges(values: Sequence[float] | Floats, bins: int) -> tuple[float, ...]:
