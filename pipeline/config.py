@@ -303,7 +303,12 @@ def _explain(error: ValidationError, known: dict[str, Key], file: Path | None, g
         name = "" if given.get(path) == path else path
         place = f"{where}: {name}" if name else where
         inner = path in known and len(parts) > path.count(".") + 1
-        if inner and get_origin(known[path].field.annotation) is dict:
+        block = _block(_optional(known[path].field.annotation)[1]) if inner else None
+        if block and finding["type"] in ("extra_forbidden", "missing"):  # within a block that may be null
+            whole, own = ".".join(parts), [f"{path}.{key.path}" for key in keys(block)]
+            unknown = f"unknown key {_cut(whole)}{nearest(whole[:LONGEST_KEY], own)}"
+            line = f"{where}: {unknown if finding['type'] == 'extra_forbidden' else f'{_cut(whole)} is required'}"
+        elif inner and get_origin(known[path].field.annotation) is dict:
             reason = finding["ctx"]["error"] if finding["type"] == "value_error" else finding["msg"]
             line = f"{where}: {_cut('.'.join(parts))}: found {_shown(finding['input'])}, {reason}"
         elif finding["type"] == "extra_forbidden":
