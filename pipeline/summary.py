@@ -8,6 +8,7 @@ from pathlib import Path
 from pipeline.compare import NOTE_LENGTH, compare, load_runs, to_markdown, to_text, write
 from pipeline.console import say
 from pipeline.errors import TrainingError, UserError
+from pipeline.ownership import alive_owner
 from pipeline.run import MlflowRun, RunRequest, Writer, end_early
 from pipeline.sweep_plan import Plan, to_yaml
 from pipeline.tables import plain
@@ -31,12 +32,18 @@ class KnownRuns:
     by_key: Mapping[str, StoredRun]  # by run key, the finished one where there are several
     summary: StoredRun | None
 
+    def concluded_since(self, before: "KnownRuns") -> bool:
+        """The comparison has come to an end that it had not come to before."""
+        status = self.summary.status if self.summary else RUNNING
+        return status in ("FINISHED", "FAILED") and (before.summary is None or before.summary.status != status)
 
-def claim_launcher(plan_id: str) -> None:
+
+def claim_launcher(plan_id: str, launchers: Path | None = None) -> None:
     """Tag the run that `mlflow run` opened for this start; end those of earlier starts that were killed.
 
     We hold the plan's lock, so no other process is at it: what such starts left RUNNING is dead. One that was killed
-    before it had tagged its run is known by what was typed.
+    before it had tagged its run is known by what was typed. Where several processes share the sweep, `launchers` has a
+    folder a launcher, which those own that are alive.
     """
     launcher = os.environ.get("MLFLOW_RUN_ID")
     if not store_exists():
@@ -46,9 +53,10 @@ def claim_launcher(plan_id: str) -> None:
         set_tags(ours.run_id, {"role": "launcher", "sweep_plan": plan_id})
     left = [run for run in runs_of_tag("sweep_plan", plan_id) if run.tags.get("role") == "launcher"]
     left += [run for run in runs_of_tag("mlflow.project.entryPoint", "sweep")
-             if ours and "role" not in run.tags and run.params == ours.params]  # fmt: skip
+             if ours and not launchers and "role" not in run.tags and run.params == ours.params]  # fmt: skip
     for run in left:
-        if run.status == RUNNING and run.run_id != launcher:
+        alive = launchers is not None and alive_owner(launchers / run.run_id) is not None
+        if run.status == RUNNING and run.run_id != launcher and not alive:
             end_run(run.run_id, "KILLED")
 
 

@@ -5,8 +5,10 @@ trunk (`pipeline.branching`). A run is known again by its key, so that a sweep t
 """
 
 import fcntl
+import os
 import queue
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,18 +20,23 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import to_yaml
+from pipeline.config import read_yaml, to_yaml
 from pipeline.console import say, warn
 from pipeline.errors import TrainingError, UserError
 from pipeline.interrupts import next_of
 from pipeline.journal import Record
 from pipeline.names import COLORS, CONTROLLED, TRUNK_FILES
+from pipeline.ownership import Ownership
 from pipeline.sweep_config import SweepConfig
 from pipeline.sweep_plan import Arm, Plan, resolve
-from pipeline.worker import PATIENCE_SECONDS, Worker
+from pipeline.worker import PATIENCE_SECONDS, Worker, without_trunk
 
 if TYPE_CHECKING:
+    from pipeline.ray_crew import RayCrew
+    from pipeline.summary import KnownRuns
     from pipeline.tracking.reading import StoredRun
+
+LAUNCHERS = "launchers"  # below a sweep's folder: a folder for each run that `mlflow run` opened
 
 
 @dataclass
@@ -142,6 +149,10 @@ def sweep(config: SweepConfig, file: Path, typed: Mapping[str, str]) -> None:
         raise UserError(f"{file}: tracking.enabled is false, allowed: true (a sweep compares what is in MLflow)")
     if any(arm.config.resume or arm.config.fork for arm in plan.arms):
         raise UserError(f"{file}: resume and fork are of single runs; the same sweep again goes on by itself")
+    if config.engine == "ray" and any(arm.config.training.threads is None for arm in plan.arms):
+        raise UserError(f"{file}: training.threads is null, allowed with engine ray: a number (of CPUs for a run)")
+    if config.shared:
+        _check_storage(config, file)
     with _alone(plan):
         Sweep(plan).run()
 
@@ -163,30 +174,66 @@ class Sweep:
     def run(self) -> None:
         from pipeline.run import Writer
 
-        with Writer() as writer:
-            self.crew = Crew(self.plan.sweep.jobs, self.folder)
-            try:
+        self.crew = self._crew()
+        try:
+            with Writer() as writer:
                 self._run(writer)
-            finally:
-                self.crew.close()
+        finally:
+            self.crew.close()
+
+    def _crew(self) -> "Crew | RayCrew":
+        """Who trains; all that the sweep asks of them is `work`, `stop` and `close`."""
+        settings = self.plan.sweep
+        if settings.engine == "local":
+            own = f"{socket.gethostname()}-{os.getpid()}" if settings.shared else ""
+            return Crew(settings.jobs, self.folder / own)
+        from pipeline.ray_crew import RayCrew
+
+        return RayCrew(settings.jobs, self.folder, settings.ray_address)
 
     def _run(self, writer: Any) -> None:
         with ThreadPoolExecutor(1) as pool:  # mlflow takes seconds to import, and the data to load
-            claimed = pool.submit(_claim_launcher, self.plan.identity())
+            claimed = pool.submit(_claim_launcher, self.plan, self.folder)
             self.digest = self._data_digest()
             claimed.result()
-        from pipeline.summary import Summary, known_runs
+        from pipeline.summary import known_runs
 
         self.id = self.plan.identity(self.digest)
         runs = known_runs(self.id)
+        say(f"sweep {self.id}: {len(self.plan.arms)} arms x {len(self.plan.sweep.seeds)} seeds, "
+            f"{self.plan.sweep.jobs} at a time")  # fmt: skip
+        if self.plan.sweep.shared:
+            self._search_with_others(writer, runs)
+        else:
+            self._compare(writer, runs)
+
+    def _search_with_others(self, writer: Any, runs: "KnownRuns") -> None:
+        """Search beside other processes; one of them compares what was found."""
+        from pipeline.search import the_one_to_compare
+        from pipeline.summary import known_runs
+
+        found = self._search(runs)
+        with the_one_to_compare(self.folder) as ours:
+            now = known_runs(self.id)
+            if ours and not now.concluded_since(runs):
+                self._compare(writer, now, found)
+            else:
+                say("the search is done; another process compares what it found (if that one dies, the same command "
+                    "does it)")  # fmt: skip
+
+    def _search(self, runs: "KnownRuns") -> Plan:
+        from pipeline.search import search
+
+        return search(self, runs.by_key)
+
+    def _compare(self, writer: Any, runs: "KnownRuns", found: Plan | None = None) -> None:
+        """Run what is missing of the arms, and tell what came of them. found: what a search has found already."""
+        from pipeline.summary import Summary
+
         summary = Summary(writer, self.plan, self.id, runs)
         try:
-            say(f"sweep {self.id}: {len(self.plan.arms)} arms x {len(self.plan.sweep.seeds)} seeds, "
-                f"{self.plan.sweep.jobs} at a time")  # fmt: skip
             if self.plan.sweep.search:
-                from pipeline.search import search
-
-                self.plan = summary.plan = search(self, runs.by_key)
+                self.plan = summary.plan = found or self._search(runs)
                 self.progress.total = len(self.plan.sweep.seeds) * len(self.plan.arms)
             started = time.perf_counter()
             self.crew.work(self.jobs(runs.by_key))
@@ -271,9 +318,7 @@ class Sweep:
             warn(f"{job.name}: {job.failed}; its runs are trained alone")
             for run in self.waiting:
                 if run.needs is job:
-                    run.request["trunk"] = None
-                    for tag in ("branched_from", "branch_step"):
-                        del run.request["tags"][tag]
+                    without_trunk(run.request)
             return
         self.progress.trained += job.reply["steps"]
         self.progress.saved_seconds += (members - 1) * job.reply["seconds"]
@@ -329,10 +374,20 @@ def resumed(begun: "StoredRun | None") -> Record:
     return {"run_id": begun and begun.run_id, "folder": begun and begun.tags.get("run_dir")}
 
 
-def _claim_launcher(plan_id: str) -> None:
+def _claim_launcher(plan: Plan, folder: Path) -> None:
     from pipeline.summary import claim_launcher
 
-    claim_launcher(plan_id)
+    claim_launcher(plan.identity(), folder / LAUNCHERS if plan.sweep.shared else None)
+
+
+def _check_storage(config: SweepConfig, file: Path) -> None:
+    """Refuse now what would be refused once the data is loaded."""
+    from pipeline.study import check_server
+
+    assert config.search
+    assert config.search.storage
+    written = (read_yaml(file).get("search") or {}).get("storage")
+    check_server(config.search.storage.get_secret_value(), written)
 
 
 def _warnings(plan: Plan) -> Iterator[str]:
@@ -348,7 +403,7 @@ def _warnings(plan: Plan) -> Iterator[str]:
 
 @contextmanager
 def _alone(plan: Plan) -> Iterator[None]:
-    """Refuse to run beside another process that is at the same sweep."""
+    """Refuse to run beside another process that is at the same sweep, unless both are made for it."""
     folder = Path(plan.baseline.config.output_dir) / "sweeps"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -357,7 +412,17 @@ def _alone(plan: Plan) -> Iterator[None]:
         raise UserError(f"output_dir {folder}: {error.strerror or error}") from None
     with held:
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(held, (fcntl.LOCK_SH if plan.sweep.shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"this sweep is already running (it holds {held.name})") from None
-        yield
+            several = "; allowed: one process, or several that all have search.storage: postgresql://..."
+            raise UserError(f"this sweep is already running (it holds {held.name})"
+                            f"{several if plan.sweep.search else ''}") from None  # fmt: skip
+        launcher = os.environ.get("MLFLOW_RUN_ID")
+        if not plan.sweep.shared or not launcher:
+            yield
+            return
+        owner = Ownership(folder / plan.identity() / LAUNCHERS / launcher)
+        try:
+            yield
+        finally:
+            owner.release()

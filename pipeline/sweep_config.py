@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SecretStr, model_validator
 
 from pipeline.config import Config, Positive, nearest
 
@@ -90,6 +90,15 @@ class SearchConfig(Config):
     """whether more or less of search.metric is better; null = evaluation.mode of the task"""
     startup_trials: int = Field(5, ge=0)
     """trials before the median prunes, and before TPE proposes (until then at random)"""
+    storage: SecretStr | None = None
+    """postgresql://user@host/database: the study lies there, and any number of processes of this sweep work on it at
+    once; null = a file beside the sweep, for one process. A password stays out of it: PGPASSWORD or ~/.pgpass"""
+    grace_seconds: int = Field(60, ge=2)
+    """with storage: a process without a sign of life for so long is dead, and others get its trials"""
+
+    def deciding(self) -> Overrides:
+        """What decides which settings are proposed; not where, and by how many processes."""
+        return self.model_dump(exclude={"storage", "grace_seconds"})
 
 
 class SweepConfig(Config):
@@ -117,10 +126,19 @@ class SweepConfig(Config):
     """whether more or less of the metric is better; null = by its name"""
     jobs: Positive = 2
     """processes that train at once, with one thread each unless settings has training.threads"""
+    engine: Literal["local", "ray"] = "local"
+    """local: processes on this machine; ray: tasks on a Ray cluster, to the same results"""
+    ray_address: str | None = Field(None, pattern=r"^(auto|local|[^\s/]+:\d+)$")
+    """host:port of the cluster that this machine is in, auto or local; null = RAY_ADDRESS, else one for this sweep"""
     share_prefix: bool = True
     """train what the arms of a seed share up to the gate once; false trains each alone, to the same bits"""
     title: str | None = None
     """of the report; null = the file's name"""
+
+    @property
+    def shared(self) -> bool:
+        """Several processes may work on it."""
+        return bool(self.search and self.search.storage)
 
     @model_validator(mode="before")
     @classmethod
@@ -138,6 +156,8 @@ class SweepConfig(Config):
         repeated = [seed for seed in self.seeds if self.seeds.count(seed) > 1]
         if repeated:
             raise ValueError(f"seeds: {repeated[0]} is there twice, allowed: each once")
+        if self.ray_address and self.engine != "ray":
+            raise ValueError(f"ray_address: found {self.ray_address} with engine {self.engine}, allowed: engine ray")
         if self.search and self.search.seed in self.seeds:
             raise ValueError(f"search.seed {self.search.seed} is one of seeds, allowed: another")
         return self

@@ -74,6 +74,13 @@ class Worker:
             self.process.wait()
 
 
+def without_trunk(request: Record) -> None:
+    """Of a request to train: without the trunk, which could not be made."""
+    request["trunk"] = None
+    for tag in ("branched_from", "branch_step"):
+        request["tags"].pop(tag, None)
+
+
 class _Requests:
     """Standard input as a queue. Its end interrupts the work at hand."""
 
@@ -164,14 +171,14 @@ class Work:
 
     def digest(self, entry: str, config: str) -> Record:
         """The digest of the data that the config names."""
-        return {"digest": self.make_task(entry, _config(entry, config)).dataset.digest}
+        return {"digest": self.make_task(entry, config_of(entry, config)).dataset.digest}
 
     def grow(self, entry: str, config: str, folders: Mapping[str, str]) -> Record:
         """Train a trunk; leave its states in the folders."""
         from pipeline.branching import grow
         from pipeline.launch import prepare_torch
 
-        validated = _config(entry, config)
+        validated = config_of(entry, config)
         device = prepare_torch(validated)
         task = self.make_task(entry, validated)
         return {"steps": grow(task, {int(step): Path(folder) for step, folder in folders.items()}, device)}
@@ -203,7 +210,7 @@ class Work:
             return stopped
 
         trained = train_run(
-            _config(entry, config),
+            config_of(entry, config),
             lambda validated: self.make_task(entry, validated),
             self.writer,
             RunRequest(name=name, run_id=run_id, tags=tags, resume=run_id is not None, folder=folder),
@@ -215,7 +222,8 @@ class Work:
         return {"run_id": trained.id, "metrics": trained.metrics, "steps": trained.steps, "stopped": stopped}
 
 
-def _config(entry: str, text: str) -> Any:
+def config_of(entry: str, text: str) -> Any:
+    """The validated config of a request."""
     from pipeline.__main__ import ENTRIES, resolve
     from pipeline.config import validate
 
