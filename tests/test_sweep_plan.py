@@ -172,8 +172,10 @@ def test_decisive_settings_and_only_those_make_a_run_another(tmp_path: Path) -> 
 
 BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"arms": [{"lamda": 0.1}]}, ["arm 1", "unknown key lamda", "did you mean lambda"]),
-    ({"arms": [], "search": {"trails": 3}}, ["search.space is required", "unknown key search.trails; did you mean "
-                                             "search.trials?"]),
+    (
+        {"arms": [], "search": {"trails": 3}},
+        ["search.space is required", "unknown key search.trails; did you mean search.trials?"],
+    ),
     ({"arms": [{"lambda": "abc"}]}, ["arm 1", "lambda", "'abc'", "number >= 0"]),
     ({"arms": [{"lambda": -1}]}, ["arm 1", "lambda", "found -1", ">= 0"]),
     ({"baseline": {"loss": {"aux_focal": {"lamda": 1}}}}, ["baseline", "loss.aux_focal.lamda", "lambda"]),
