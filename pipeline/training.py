@@ -152,7 +152,7 @@ class Training:
         given = self.config.training.prefetch
         if given is not None:
             return given
-        beside = self.device != "cpu" or torch.get_num_threads() < len(os.sched_getaffinity(0))
+        beside = self.device != "cpu" or torch.get_num_threads() * ranks.here() < len(os.sched_getaffinity(0))
         return PREFETCHED if beside else 0  # two threads on one core hold each other up
 
     def _load(self, window: Window) -> list[Any]:

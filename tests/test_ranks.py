@@ -17,8 +17,11 @@ import torch
 
 from pipeline import ranks
 from pipeline.config import load
+from pipeline.console import Console
+from pipeline.run import MemoryRun
 from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.task import MmoeTask
+from pipeline.training import Training
 
 ROOT = Path(__file__).parent.parent
 FULL = os.environ.get("FAULTS") == "full"
@@ -143,9 +146,23 @@ def test_alone_nothing_is_added_up() -> None:
     assert ranks.summed(values) == values
     assert ranks.agree({"x": 1}) == {"x": 1}
     assert ranks.leads()
-    assert ranks.size() == 1
+    assert (ranks.size(), ranks.here()) == (1, 1)
     rows = np.arange(5)
     assert ranks.share(rows).tolist() == rows.tolist()
+
+
+def test_ranks_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch, impressions: Path) -> None:
+    config = load(MmoeConfig, ROOT / "configs" / "mtl_mmoe.yaml", MMOE | {"data.path": str(impressions)})
+    run = MemoryRun()
+    training = Training(MmoeTask(config), run, Console(0, quiet=True), "cpu")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
+    found = {}
+    for number in (1, 3, 4):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(number))
+        found[number] = training._ahead()
+    run.discard()
+    assert found == {1: 2, 3: 2, 4: 0}  # four ranks of two threads each leave no core to load batches beside them
 
 
 @pytest.mark.parametrize(("rows", "size"), [(7, 3), (3, 3), (2, 3), (1, 4)])
