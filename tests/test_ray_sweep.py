@@ -206,6 +206,8 @@ def test_a_node_and_a_process_are_lost_in_the_middle_of_arms(
 
 
 @one_process
+@pytest.mark.faults
+@pytest.mark.skipif(not FULL, reason="FAULTS=full: SIGTERM to a task, Ctrl-C to the sweep")
 def test_cancelled_on_ray_and_finished_by_processes(
     cluster: TwoNodes, workplace: Path, client: Any, impressions: Path, undisturbed: tuple[str, Any]
 ) -> None:
@@ -232,6 +234,7 @@ def test_cancelled_on_ray_and_finished_by_processes(
 
 
 @one_process
+@pytest.mark.faults
 @pytest.mark.skipif(not FULL, reason="FAULTS=full: the sweep above in other words, undisturbed")
 def test_on_two_nodes_the_table_is_that_of_processes(
     cluster: TwoNodes, workplace: Path, client: Any, impressions: Path, undisturbed: tuple[str, Any]

@@ -3,9 +3,11 @@
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +181,42 @@ def test_in_a_hurry_the_end_comes_before_the_history(
     report = Delivery(run.folder, 1, inbox, lambda _: None).follow()
     assert seen == ["KILLED"]
     assert report["waiting"] == 1  # the end, with its history
+
+
+def test_a_data_set_that_another_run_makes_at_the_same_moment(client: Any, workplace: Path) -> None:
+    """Between MLflow's look for the data set and its own row comes that of another run; the store's real refusal."""
+    from mlflow.store.tracking.dbmodels.models import SqlDataset
+    from sqlalchemy import event
+
+    with Writer() as writer:
+        run = MlflowRun(writer, RunRequest("second"), Path("outputs"))
+        run.log_input("data", "ab" * 32, "a file", {"rows": 3})
+        run.finish("FINISHED")
+    with closing(sqlite3.connect(workplace / "mlflow.db")) as base:  # as if nothing had been delivered
+        base.executescript("delete from input_tags; delete from inputs; delete from datasets;")
+    client.update_run(run.id, status="RUNNING")
+    (run.folder / "delivered.json").unlink()
+    others: list[str] = []
+
+    def make_it_too(_mapper: Any, _connection: Any, row: Any) -> None:
+        if not others:
+            others.append("c" * 32)
+            with closing(sqlite3.connect(workplace / "mlflow.db")) as base:
+                base.execute("insert into datasets values (?, ?, ?, ?, 'local', '{}', null, null)",
+                             (others[0], row.experiment_id, row.name, row.digest))  # fmt: skip
+                base.commit()
+
+    event.listen(SqlDataset, "before_insert", make_it_too)
+    try:
+        inbox = Inbox(None, {"status": "FINISHED", "failure": "", "patience": 60, "hurry": False})
+        report = Delivery(run.folder, 1, inbox, lambda _: None).follow()
+    finally:
+        event.remove(SqlDataset, "before_insert", make_it_too)
+    assert others
+    assert report["problems"] == []
+    assert client.get_run(run.id).info.status == "FINISHED"
+    (found,) = client.get_run(run.id).inputs.dataset_inputs
+    assert (found.dataset.name, found.dataset.digest) == ("data", "ab" * 16)
 
 
 def test_a_killed_run_is_ended_as_failed(client: Any, workplace: Path) -> None:

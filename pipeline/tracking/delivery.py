@@ -20,7 +20,7 @@ from pipeline.ownership import owner_number
 from pipeline.tracking.history import write_history
 from pipeline.tracking.inbox import Inbox
 from pipeline.tracking.opening import connect, delete_stale, find_by_id, make_for, set_tags
-from pipeline.tracking.store import is_random, is_temporary, one_line, probe, store_key, tracking_uri
+from pipeline.tracking.store import is_random, is_temporary, one_line, probe, store_key, tracking_uri, was_just_made
 
 HISTORY_FILE = "history.parquet"
 LOCK_FILE = "writer.lock"
@@ -301,7 +301,13 @@ class Delivery:
             profile=json.dumps(record["profile"]),
         )
         tags = [InputTag("mlflow.data.context", "training")]
-        self.client.log_inputs(self.run_id, [DatasetInput(dataset, tags)])
+        inputs = [DatasetInput(dataset, tags)]
+        try:
+            self.client.log_inputs(self.run_id, inputs)
+        except Exception as error:  # whatever the store's kind raises
+            if not was_just_made(error):
+                raise
+            self.client.log_inputs(self.run_id, inputs)  # MLflow now finds the data set that another run has made
 
     def _log_model(self, record: Record) -> None:
         """Once: a whole model of the run is left alone, and one that a kill cut off goes first."""

@@ -27,6 +27,7 @@ REFUSALS = {
     "NOT_IMPLEMENTED",
 }
 DATA_REFUSED = re.compile("DataError|IntegrityError|StringDataRightTruncation|out of range")
+TWICE = re.compile("UNIQUE constraint|unique constraint|Duplicate entry")  # SQLite, PostgreSQL, MySQL
 FILE_ERRORS = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
 OWN_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ImportError, AssertionError, NotImplementedError)
 SECRET_SETTINGS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
@@ -40,6 +41,11 @@ def is_temporary(error: Exception) -> bool:
     if isinstance(error, OSError):  # the errors of `requests` are such, too
         return not isinstance(error, FILE_ERRORS) and error.errno not in (errno.ENAMETOOLONG, errno.ELOOP)
     return not isinstance(error, OWN_ERRORS)
+
+
+def was_just_made(error: Exception) -> bool:
+    """Between MLflow's look for a row and its own, another process has made it."""
+    return bool(TWICE.search(str(error)))
 
 
 def check_artifacts(uri: str) -> None:
