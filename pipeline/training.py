@@ -232,7 +232,7 @@ class Training:
                 settings = rates | dict(self.task.settings(step))
                 if ranks.leads():
                     self.recorder.step(step, losses, norms | influence, settings, sum(map(len, window.rows)))
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, RankLost):
             if self.result.steps == step:
                 self.model.zero_grad(set_to_none=True)
                 _set_random_state(random)

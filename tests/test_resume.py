@@ -16,11 +16,12 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
+from pipeline import ranks
 from pipeline.blocks import CheckpointConfig
 from pipeline.checkpoint import Checkpoints
 from pipeline.config import load
 from pipeline.console import Console
-from pipeline.errors import TrainingError, UserError
+from pipeline.errors import RankLost, TrainingError, UserError
 from pipeline.interrupts import Interrupted, held, interruptible
 from pipeline.launch import explained
 from pipeline.prefetch import prefetched
@@ -140,6 +141,29 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bits(small: Make, tmp_path:
         assert all(torch.equal(one[name], other[name]) for name in one), (where, number)
     assert steps >= 6
     assert any("loss_ctcvr_focal" in values for _, values in whole.points)
+
+
+def test_a_lost_rank_is_an_interruption_too(small: Make, tmp_path: Path) -> None:
+    """In the sum of the gradients: random numbers of the step are drawn by then, and drawn again when it is made."""
+    task = MmoeTask(small(**SETTINGS["random"]))
+    whole = Kept(folder=tmp_path / "whole")
+    training_of(task, whole).train()
+    before = Kept(folder=tmp_path / "before")
+    training, sums = training_of(task, before, every=100), iter(range(100))
+
+    def lost(_: Any) -> None:
+        if next(sums) == 5:
+            raise RankLost("rank 0 of 2: another process of this training is gone")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranks, "sum_gradients", lost)
+        with pytest.raises(RankLost):
+            training.train()
+    assert Checkpoints(before.folder).steps() == [5]
+    after = resumed(task, before, before.folder)
+    assert compared(after.points) == compared(whole.points)
+    one, other = weights(after), weights(whole)
+    assert all(torch.equal(one[name], other[name]) for name in other)
 
 
 def test_cut_off_without_a_word_it_goes_on_from_the_last_checkpoint(small: Make, tmp_path: Path) -> None:
