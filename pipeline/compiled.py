@@ -1,21 +1,29 @@
 """Functions that numba compiles: once a machine, and free of the interpreter's lock while they run."""
 
 import ctypes
+import threading
 from collections.abc import Callable, Set
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy.typing as npt
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Array = npt.NDArray[Any]
 F = TypeVar("F", bound=Callable[..., Any])
 
 Member = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 AHEAD = 16  # rows of a table to ask for before they are needed: memory answers after some 100 ns
 LEAST = 1024  # items worth a second thread
+_here = threading.local()  # busy: this thread does a part of `at_once`
+SUMS = {"reassoc", "contract", "nsz"}  # sums in any order, so that they are made many at a time; NaN stays NaN
 
 
 def compiled(function: F, freedom: Set[str] = frozenset()) -> F:
@@ -28,6 +36,10 @@ def compiled(function: F, freedom: Set[str] = frozenset()) -> F:
         return njit(function, cache=True, **options)  # type: ignore[no-any-return]
     except RuntimeError:  # numba finds no folder
         return njit(function, **options)  # type: ignore[no-any-return]
+
+
+def fast(function: Callable[..., Any]) -> Any:
+    return compiled(function, SUMS)
 
 
 def _fetch(_context: Any, array: Any, row: Any) -> Any:
@@ -48,7 +60,45 @@ def _fetch(_context: Any, array: Any, row: Any) -> Any:
     return types.void(array, row), generate
 
 
+def _widened(_context: Any, value: Any) -> Any:
+    """widened(value): bfloat16's bits (a uint16), or a float32, as float32"""
+
+    def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
+        if value != types.uint16:
+            return arguments[0]
+        bits = builder.zext(arguments[0], ir.IntType(32))
+        return builder.bitcast(builder.shl(bits, ir.Constant(bits.type, 16)), ir.FloatType())
+
+    return types.float32(value), generate
+
+
+def _narrowed(_context: Any, _value: Any, array: Any) -> Any:
+    """narrowed(_value, array): a float32 as the array's kind, to the nearest, ties to even"""
+
+    def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
+        if array.dtype != types.uint16:
+            return arguments[0]
+        number, half = ir.IntType(32), ir.IntType(16)
+        bits = builder.bitcast(arguments[0], number)
+        odd = builder.and_(builder.lshr(bits, number(16)), number(1))
+        rounded = builder.add(builder.add(bits, number(0x7FFF)), odd)
+        nan = builder.fcmp_unordered("uno", arguments[0], arguments[0])
+        return builder.select(nan, half(0x7FC0), builder.trunc(builder.lshr(rounded, number(16)), half))
+
+    return array.dtype(types.float32, array), generate
+
+
 fetch: Any = intrinsic(_fetch)
+widened: Any = intrinsic(_widened)
+narrowed: Any = intrinsic(_narrowed)
+
+
+def array_of(tensor: "Tensor") -> Array:
+    """Its values on the CPU, or their bits in bfloat16: no copy."""
+    import torch
+
+    tensor = tensor.detach()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def shared(work: Callable[[int, int], object], size: int) -> None:
@@ -58,10 +108,21 @@ def shared(work: Callable[[int, int], object], size: int) -> None:
     at_once(lambda part: work(borders[part], borders[part + 1]), parts)
 
 
+def over(rows: int, values: int, work: Callable[[int, int], object]) -> None:
+    """`work(first, last)` over parts of the rows, as many as so many values are worth."""
+    each = max(1, values // max(1, rows))
+    shared(lambda first, last: work(first // each, last // each), rows * each)
+
+
 def parts_of(size: int) -> int:
-    """Into how many parts so many items are divided: torch's threads, if there is work for them."""
+    """Into how many parts so many items are divided: torch's threads, if there is work for them.
+
+    Within a part of `at_once`: one.
+    """
     import torch
 
+    if getattr(_here, "busy", False):
+        return 1
     return min(torch.get_num_threads(), max(1, size // LEAST))
 
 
@@ -73,9 +134,17 @@ def at_once(work: Callable[[int], object], parts: int) -> None:
     if parts == 1:
         work(0)
         return
+
+    def alone(part: int) -> None:
+        outer, _here.busy = getattr(_here, "busy", False), True
+        try:
+            work(part)
+        finally:
+            _here.busy = outer
+
     team = _team()
     if team is None:
-        for _ in _pool().map(work, range(parts)):
+        for _ in _pool().map(alone, range(parts)):
             pass
         return
     parallel, inside = team
@@ -84,7 +153,7 @@ def at_once(work: Callable[[int], object], parts: int) -> None:
     def member(_data: object) -> None:
         try:
             for part in range(inside.omp_get_thread_num(), parts, inside.omp_get_num_threads()):
-                work(part)
+                alone(part)
         except BaseException as error:  # what leaves a callback is only printed
             raised.append(error)
 

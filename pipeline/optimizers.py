@@ -20,6 +20,7 @@ from pipeline.compiled import AHEAD, compiled, fetch, shared
 Array = npt.NDArray[Any]
 Group = dict[str, Any]  # "params" and "lr", and what else the rule takes
 
+BLOCK = 1024  # rows of a table that are moved at a time
 TAIL_STEPS = 16_384  # the powers of skipped steps that are looked up; after so many, nothing is left of a moment
 
 
@@ -206,12 +207,12 @@ class LazyAdam(SparseAdam):
         return super()._zeros(table) | {"last": torch.zeros(len(table), dtype=torch.int32, device=table.device)}
 
     def _update(self, table: Tensor, rows: Tensor, values: Tensor, group: Group, state: dict[str, Any]) -> None:
-        (first, second), steps, moments = group["betas"], state["steps"], state["moments"]
+        (first, second), steps = group["betas"], state["steps"]
         numbers = [group["lr"] / (1 - first**steps), 1 / math.sqrt(1 - second**steps), group["eps"]]
         tails = [torch.from_numpy(part).to(table.device) for part in _tails(first, second)]
-        make_up, move = (_make_up, _adam) if table.is_cpu else (make_up_for, adam)
-        _run(make_up, [table, moments, rows, state["last"], *tails], [steps, *numbers])
-        _run(move, [table, moments, rows, values], [1 - first, 1 - second, *numbers])
+        move = _lazy_adam if table.is_cpu else lazy_adam
+        _run(move, [table, state["moments"], rows, values, state["last"], *tails],
+             [steps, 1 - first, 1 - second, *numbers])  # fmt: skip
 
 
 def row_adagrad(table: Tensor, square: Tensor, rows: Tensor, values: Tensor, rate: float, eps: float) -> None:
@@ -241,6 +242,14 @@ def make_up_for(
     table[rows] -= tails[skipped, None] * rate * mean / (scale * square.sqrt() + eps)
     moments[rows] = torch.stack([mean * decays[skipped, None], square * square_decays[skipped, None]], 1)
     last[rows] = steps
+
+
+def lazy_adam(
+    table: Tensor, moments: Tensor, rows: Tensor, values: Tensor, last: Tensor, tails: Tensor, decays: Tensor,
+    square_decays: Tensor, steps: int, mean_share: float, square_share: float, rate: float, scale: float, eps: float,
+) -> None:  # fmt: skip
+    make_up_for(table, moments, rows, last, tails, decays, square_decays, steps, rate, scale, eps)
+    adam(table, moments, rows, values, mean_share, square_share, rate, scale, eps)
 
 
 def _run(move: Any, tensors: Sequence[Tensor], numbers: Sequence[float]) -> None:
@@ -333,3 +342,16 @@ def _make_up(
                 mean, square = moments[row, 0, column], moments[row, 1, column]
                 table[row, column] -= tail * mean / (scale * np.sqrt(square) + eps)
                 moments[row, 0, column], moments[row, 1, column] = mean * decay, square * square_decay
+
+
+@compiled
+def _lazy_adam(
+    table: Array, moments: Array, rows: Array, values: Array, last_used: Array, tails: Array, decays: Array,
+    square_decays: Array, steps: int, mean_share: float, square_share: float, rate: float, scale: float, eps: float,
+    first: int, last: int,
+) -> None:  # fmt: skip
+    """A block of rows at a time: they are still in the cache when they are moved."""
+    for start in range(first, last, BLOCK):
+        end = min(start + BLOCK, last)
+        _make_up(table, moments, rows, last_used, tails, decays, square_decays, steps, rate, scale, eps, start, end)
+        _adam(table, moments, rows, values, mean_share, square_share, rate, scale, eps, start, end)

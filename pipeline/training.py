@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,6 +81,7 @@ class Training:
         self.recorder = Recorder(run, console, self.config.tracking.log_every, task.logged_losses)
         self.keeper = BestKeeper(self.config.evaluation, run.folder / BEST_FILE)
         self.result = Result(self.model)
+        self.plan = lru_cache(1)(task.plan)  # to shuffle many rows takes a while
         self.evaluated_at, self.due = -1, False  # due: the evaluation after the last step is still to come
         self.saver = saver or Saver(None)
         self.done = False  # the model holds the best weights, no longer those in training
@@ -136,8 +138,9 @@ class Training:
         self.model.train()
         if self.due:
             self._evaluate()
-        for window, batches in prefetched(self._remaining(), self._load, self._ahead()):
-            if self._is_over() or self.result.steps == until:
+        last = self.total_steps if until is None else min(until, self.total_steps)
+        for window, batches in prefetched(self._remaining(last), self._load, self._ahead(), torch.get_num_threads()):
+            if self._is_over():
                 break
             check()
             self._step(window, batches)
@@ -158,15 +161,15 @@ class Training:
     def _load(self, window: Window) -> list[Any]:
         return [self.task.batch(ranks.share(rows)) for rows in window.rows]
 
-    def _remaining(self) -> Iterator[Window]:
-        """The optimizer steps to come."""
+    def _remaining(self, until: int) -> Iterator[Window]:
+        """The optimizer steps to come until so many are completed."""
         size, before, first = self.config.training.accumulation_steps, 0, self.result.steps
         for epoch in range(self.config.training.num_train_epochs):
-            if before >= self.total_steps:
+            if before >= until:
                 break
-            plan = self.task.plan(epoch)
+            plan = self.plan(epoch)
             count = -(-len(plan) // size)
-            for number in range(max(0, first - before), count):
+            for number in range(max(0, first - before), min(count, until - before)):
                 rows = [plan[index] for index in range(number * size, min((number + 1) * size, len(plan)))]
                 yield Window(rows, number == count - 1)
             before += count

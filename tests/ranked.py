@@ -24,7 +24,7 @@ from pipeline.training import Training
 
 def gradients(training: Training, step: int) -> dict[str, torch.Tensor]:
     """Of the window that comes at the step, with the weights as they are; nothing is updated."""
-    window = next(iter(training._remaining()))
+    window = next(iter(training._remaining(training.total_steps)))
     losses, _ = training._backward(window, training._load(window), step)
     found = {f"loss {name}": value for name, value in losses.items()}
     for name, parameter in training.model.named_parameters():

@@ -13,6 +13,7 @@ from numba import njit
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
+from pipeline.compiled import narrowed
 from pipeline.tasks.visobert import bert, kernels
 from pipeline.tasks.visobert.bert import Dropout, encode, is_bert, product_type
 from pipeline.tasks.visobert.model import PretrainedEncoder
@@ -293,7 +294,7 @@ def test_transposed(rows: int, columns: int) -> None:
 @njit
 def _narrow(values: Any, out: Any) -> None:
     for place in range(len(values)):
-        out[place] = kernels.narrowed(values[place], out)
+        out[place] = narrowed(values[place], out)
 
 
 @njit

@@ -7,7 +7,7 @@ not by every product that reads them; dropout's random bits come from a counter,
 T = B * L tokens, H = width; B = reviews, L = tokens of the longest, N = B * heads, D = width of a head.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding, gelu, layer_norm
 
-from pipeline.compiled import shared
+from pipeline.compiled import array_of, over
 from pipeline.tasks.visobert import kernels
-from pipeline.tasks.visobert.kernels import DROPS, Array
+from pipeline.tasks.visobert.kernels import DROPS
 
 KINDS = ("bert", "roberta", "xlm-roberta")
 MOST = 2**63 - 1
@@ -128,8 +128,8 @@ class _Dropped(torch.autograd.Function):
 def _drop(x: Tensor, count: int, key: int) -> Tensor:
     rows = x.contiguous().view(-1, x.shape[-1])
     out = torch.empty_like(rows)
-    given = _array(rows), _array(out), np.uint64(key), count, _scale(count)
-    _over(len(rows), rows.numel(), lambda first, last: kernels.dropped(*given, first, last))
+    given = array_of(rows), array_of(out), np.uint64(key), count, _scale(count)
+    over(len(rows), rows.numel(), lambda first, last: kernels.dropped(*given, first, last))
     return out.view_as(x)
 
 
@@ -173,8 +173,8 @@ def _transposed(matrix: Tensor) -> Tensor:
     if matrix.dtype != torch.bfloat16:
         return matrix.T
     out = matrix.new_empty(matrix.shape[::-1])
-    given = _array(matrix), _array(out)
-    _over(len(out), out.numel(), lambda first, last: kernels.transposed(*given, first, last))
+    given = array_of(matrix), array_of(out)
+    over(len(out), out.numel(), lambda first, last: kernels.transposed(*given, first, last))
     return out
 
 
@@ -189,9 +189,9 @@ class _Attention(torch.autograd.Function):
         shares = torch.empty_like(scores)
         thinned = torch.empty_like(scores) if count else shares
         ctx.scaling = np.float32(query.shape[-1] ** -0.5)
-        given = (_array(scores), mask.numpy(), ctx.scaling, np.uint64(key), count, _scale(count), _array(shares),
-                 _array(thinned))  # fmt: skip
-        _over(len(scores), scores.numel(), lambda first, last: kernels.attended(*given, first, last))
+        given = (array_of(scores), mask.numpy(), ctx.scaling, np.uint64(key), count, _scale(count), array_of(shares),
+                 array_of(thinned))  # fmt: skip
+        over(len(scores), scores.numel(), lambda first, last: kernels.attended(*given, first, last))
         ctx.save_for_backward(query, keys, values, shares, thinned, mask)
         ctx.heads, ctx.count = heads, count
         return _merge((thinned @ values).unsqueeze(0), mask)
@@ -202,8 +202,8 @@ class _Attention(torch.autograd.Function):
         query, keys, values, shares, thinned, mask = ctx.saved_tensors
         (own,) = _split(gradient.contiguous(), mask, ctx.heads, 1)
         of_scores = own @ values.mT
-        given = _array(of_scores), _array(shares), _array(thinned), ctx.scaling, _scale(ctx.count)
-        _over(len(shares), shares.numel(), lambda first, last: kernels.attended_backward(*given, first, last))
+        given = array_of(of_scores), array_of(shares), array_of(thinned), ctx.scaling, _scale(ctx.count)
+        over(len(shares), shares.numel(), lambda first, last: kernels.attended_backward(*given, first, last))
         found = torch.stack([of_scores @ keys, of_scores.mT @ query, thinned.mT @ own])
         return _merge(found, mask), None, None, None, None
 
@@ -212,16 +212,16 @@ def _split(rows: Tensor, mask: Tensor, heads: int, parts: int) -> Tensor:
     """[T, parts * H] -> [parts, N, L, D]"""
     length = mask.shape[1]
     out = rows.new_empty(parts, len(mask) * heads, length, rows.shape[1] // (parts * heads))
-    given = _array(rows), _array(out), length
-    _over(len(rows), rows.numel(), lambda first, last: kernels.split(*given, first, last))
+    given = array_of(rows), array_of(out), length
+    over(len(rows), rows.numel(), lambda first, last: kernels.split(*given, first, last))
     return out
 
 
 def _merge(divided: Tensor, mask: Tensor) -> Tensor:
     """[parts, N, L, D] -> [T, parts * H]"""
     rows = divided.new_empty(mask.numel(), divided.numel() // mask.numel())
-    given = _array(divided), _array(rows), mask.shape[1]
-    _over(len(rows), rows.numel(), lambda first, last: kernels.merge(*given, first, last))
+    given = array_of(divided), array_of(rows), mask.shape[1]
+    over(len(rows), rows.numel(), lambda first, last: kernels.merge(*given, first, last))
     return rows
 
 
@@ -236,9 +236,9 @@ class _Normed(torch.autograd.Function):
         added, out, statistics = torch.empty_like(residual), torch.empty_like(residual), residual.new_empty(len(x), 2)
         low = torch.empty_like(x if x.dtype != out.dtype else x[:0])
         ctx.dropping = np.uint64(key), count, _scale(count)
-        given = (*map(_array, (x, residual, weight, shift)), np.float32(eps), *ctx.dropping,
-                 *map(_array, (added, statistics, out, low)))  # fmt: skip
-        _over(len(x), x.numel(), lambda first, last: kernels.normed(*given, first, last))
+        given = (*map(array_of, (x, residual, weight, shift)), np.float32(eps), *ctx.dropping,
+                 *map(array_of, (added, statistics, out, low)))  # fmt: skip
+        over(len(x), x.numel(), lambda first, last: kernels.normed(*given, first, last))
         ctx.save_for_backward(added, statistics, weight)
         ctx.kind = x.dtype
         ctx.set_materialize_grads(False)
@@ -252,14 +252,14 @@ class _Normed(torch.autograd.Function):
         of_residual, of_x = torch.empty_like(added), torch.empty_like(added, dtype=ctx.kind)
         low = of_x[:0] if low_gradient is None else low_gradient.contiguous()
         sums: dict[int, Tensor] = {}
-        given = (*map(_array, (gradient, low, added, statistics, weight)), *ctx.dropping,
-                 *map(_array, (of_x, of_residual)))  # fmt: skip
+        given = (*map(array_of, (gradient, low, added, statistics, weight)), *ctx.dropping,
+                 *map(array_of, (of_x, of_residual)))  # fmt: skip
 
         def part(first: int, last: int) -> None:
             sums[first] = added.new_zeros(2, added.shape[1])
-            kernels.normed_backward(*given, _array(sums[first]), first, last)
+            kernels.normed_backward(*given, array_of(sums[first]), first, last)
 
-        _over(len(added), added.numel(), part)
+        over(len(added), added.numel(), part)
         of_weight, of_shift = torch.stack([sums[first] for first in sorted(sums)]).sum(0)
         return of_x, of_residual, of_weight, of_shift, None, None, None
 
@@ -267,15 +267,3 @@ class _Normed(torch.autograd.Function):
 def _scale(count: int) -> Any:
     """What kept values are multiplied by where of 65,536 so many are dropped."""
     return np.float32(DROPS / (DROPS - count) if count < DROPS else 0)
-
-
-def _array(tensor: Tensor) -> Array:
-    """Its values, or their bits in bfloat16."""
-    tensor = tensor.detach()
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-def _over(rows: int, values: int, work: Callable[[int, int], object]) -> None:
-    """`work(first, last)` over parts of the rows, as many as so many values are worth."""
-    each = max(1, values // max(1, rows))
-    shared(lambda first, last: work(first // each, last // each), rows * each)

@@ -1,12 +1,11 @@
 """Loops that numba compiles for the encoder on the CPU: one pass over memory where torch's operators take several.
 
 T = tokens of a batch, padding included; H = width; B = reviews, L = tokens of the longest, N = B * heads, D = width of
-a head. bfloat16 comes as its bits, in uint16; a loop calculates in float32 whatever it reads and writes. `first`,
+a head. bfloat16 comes as its bits; a loop calculates in float32 whatever it reads and writes. `first`,
 `last`: the part of the outermost loop to do. `drop`: of 65,536 values how many are dropped; `scale`: what the kept ones
 are multiplied by.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from pipeline.compiled import compiled
+from pipeline.compiled import SUMS, compiled, fast, narrowed, widened
 
 Array = npt.NDArray[Any]
 
@@ -29,39 +28,6 @@ LOWEST = np.float32(-87)  # of which the exponential is a normal number
 LN_2_HIGH = np.float32(0.693359375)  # so few bits that its multiples are exact
 LN_2_LOW = np.float32(np.log(2) - 0.693359375)
 TAYLOR = tuple(np.float32(1 / np.prod(range(1, power + 1))) for power in range(8))
-SUMS = {"reassoc", "contract", "nsz"}  # sums in any order, so that they are made many at a time; NaN stays NaN
-
-
-def fast(function: Callable[..., Any]) -> Any:
-    return compiled(function, SUMS)
-
-
-def _widened(_context: Any, value: Any) -> Any:
-    """widened(value): bfloat16's bits, or a float32, as float32"""
-
-    def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
-        if value != types.uint16:
-            return arguments[0]
-        bits = builder.zext(arguments[0], ir.IntType(32))
-        return builder.bitcast(builder.shl(bits, ir.Constant(bits.type, 16)), ir.FloatType())
-
-    return types.float32(value), generate
-
-
-def _narrowed(_context: Any, _value: Any, array: Any) -> Any:
-    """narrowed(_value, array): a float32 as the array's kind, to the nearest, ties to even"""
-
-    def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
-        if array.dtype != types.uint16:
-            return arguments[0]
-        number, half = ir.IntType(32), ir.IntType(16)
-        bits = builder.bitcast(arguments[0], number)
-        odd = builder.and_(builder.lshr(bits, number(16)), number(1))
-        rounded = builder.add(builder.add(bits, number(0x7FFF)), odd)
-        nan = builder.fcmp_unordered("uno", arguments[0], arguments[0])
-        return builder.select(nan, half(0x7FC0), builder.trunc(builder.lshr(rounded, number(16)), half))
-
-    return array.dtype(types.float32, array), generate
 
 
 def _power_of_two(_context: Any, exponent: Any) -> Any:
@@ -84,8 +50,6 @@ def _truncated(_context: Any, value: Any) -> Any:
     return types.float32(value), generate
 
 
-widened: Any = intrinsic(_widened)
-narrowed: Any = intrinsic(_narrowed)
 power_of_two: Any = intrinsic(_power_of_two)
 truncated: Any = intrinsic(_truncated)
 
