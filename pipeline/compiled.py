@@ -1,11 +1,6 @@
 """Functions that numba compiles: once a machine, and free of the interpreter's lock while they run."""
 
-import ctypes
-import threading
 from collections.abc import Callable, Set
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy.typing as npt
@@ -19,10 +14,7 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 F = TypeVar("F", bound=Callable[..., Any])
 
-Member = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 AHEAD = 16  # rows of a table to ask for before they are needed: memory answers after some 100 ns
-LEAST = 1024  # items worth a second thread
-_here = threading.local()  # busy: this thread does a part of `at_once`
 SUMS = {"reassoc", "contract", "nsz"}  # sums in any order, so that they are made many at a time; NaN stays NaN
 
 
@@ -97,84 +89,6 @@ def array_of(tensor: "Tensor") -> Array:
     """Its values on the CPU, or their bits in bfloat16: no copy."""
     import torch
 
-    tensor = tensor.detach()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-def shared(work: Callable[[int, int], object], size: int) -> None:
-    """`work(first, last)` over parts of `range(size)`, on as many threads as torch has."""
-    parts = parts_of(size)
-    borders = [size * part // parts for part in range(parts + 1)]
-    at_once(lambda part: work(borders[part], borders[part + 1]), parts)
-
-
-def over(rows: int, values: int, work: Callable[[int, int], object]) -> None:
-    """`work(first, last)` over parts of the rows, as many as so many values are worth."""
-    each = max(1, values // max(1, rows))
-    shared(lambda first, last: work(first // each, last // each), rows * each)
-
-
-def parts_of(size: int) -> int:
-    """Into how many parts so many items are divided: torch's threads, if there is work for them.
-
-    Within a part of `at_once`: one.
-    """
-    import torch
-
-    if getattr(_here, "busy", False):
-        return 1
-    return min(torch.get_num_threads(), max(1, size // LEAST))
-
-
-def at_once(work: Callable[[int], object], parts: int) -> None:
-    """`work(part)` for each part, on torch's own threads where they are GNU OpenMP's.
-
-    They are awake from torch's last operator; to wake a thread of ours took longer than the work it had.
-    """
-    if parts == 1:
-        work(0)
-        return
-
-    def alone(part: int) -> None:
-        outer, _here.busy = getattr(_here, "busy", False), True
-        try:
-            work(part)
-        finally:
-            _here.busy = outer
-
-    team = _team()
-    if team is None:
-        for _ in _pool().map(alone, range(parts)):
-            pass
-        return
-    parallel, inside = team
-    raised: list[BaseException] = []
-
-    def member(_data: object) -> None:
-        try:
-            for part in range(inside.omp_get_thread_num(), parts, inside.omp_get_num_threads()):
-                alone(part)
-        except BaseException as error:  # what leaves a callback is only printed
-            raised.append(error)
-
-    parallel(Member(member), None, parts, 0)
-    if raised:
-        raise raised[0]
-
-
-@cache
-def _team() -> tuple[Callable[..., None], ctypes.PyDLL] | None:
-    """Of the OpenMP library that torch has loaded, if it is GNU's: what runs a function on all threads, and itself."""
-    try:
-        mapped = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
-        name = next(line.split(maxsplit=5)[-1] for line in mapped if "/libgomp" in line)
-        parallel = ctypes.CDLL(name).GOMP_parallel  # lets go of the interpreter's lock
-        parallel.argtypes, parallel.restype = (Member, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
-        return parallel, ctypes.PyDLL(name)
-    except (OSError, StopIteration, AttributeError):
-        return None
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(thread_name_prefix="shared")

@@ -52,7 +52,7 @@ def product(ctr: LogProbability, cvr: LogProbability) -> LogProbability:
 
 def binary_cross_entropy(probability: LogProbability, label: Tensor, pos_weight: float = 1.0) -> Tensor:
     """-w y log p - (1 - y) log(1 - p), in nats."""
-    return -pos_weight * label * probability.log_p - (1 - label) * probability.log_1mp
+    return -torch.lerp(probability.log_1mp, pos_weight * probability.log_p, label)
 
 
 def binary_focal(

@@ -15,7 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pipeline.compiled import AHEAD, compiled, fetch, shared
+from pipeline.compiled import AHEAD, compiled, fetch
+from pipeline.parallel import divide, spread
 
 Array = npt.NDArray[Any]
 Group = dict[str, Any]  # "params" and "lr", and what else the rule takes
@@ -41,7 +42,7 @@ class Optimizer(Protocol):
 def coalesced(gradient: Tensor) -> Tensor:
     """A sparse gradient with each row once. Autograd forgets that it was given it so, and torch would sort again."""
     rows = gradient._indices()[0]
-    if gradient.is_cpu and bool((rows[1:] > rows[:-1]).all()):
+    if gradient.is_cpu and _increase(rows.numpy()):
         return gradient._coalesced_(True)
     return gradient.coalesce()
 
@@ -173,7 +174,7 @@ class RowAdagrad(_RowOptimizer):
         return {"square": table.new_zeros(len(table))}
 
     def _update(self, table: Tensor, rows: Tensor, values: Tensor, group: Group, state: dict[str, Any]) -> None:
-        move = _row_adagrad if table.is_cpu else row_adagrad
+        move = _row_adagrad_all if table.is_cpu else row_adagrad
         _run(move, [table, state["square"], rows, values], [group["lr"], group["eps"]])
 
 
@@ -191,7 +192,7 @@ class SparseAdam(_RowOptimizer):
     def _update(self, table: Tensor, rows: Tensor, values: Tensor, group: Group, state: dict[str, Any]) -> None:
         (first, second), steps = group["betas"], state["steps"]
         rate = group["lr"] * math.sqrt(1 - second**steps) / (1 - first**steps)
-        move = _adam if table.is_cpu else adam
+        move = _adam_all if table.is_cpu else adam
         _run(move, [table, state["moments"], rows, values], [1 - first, 1 - second, rate, 1.0, group["eps"]])
 
 
@@ -210,7 +211,7 @@ class LazyAdam(SparseAdam):
         (first, second), steps = group["betas"], state["steps"]
         numbers = [group["lr"] / (1 - first**steps), 1 / math.sqrt(1 - second**steps), group["eps"]]
         tails = [torch.from_numpy(part).to(table.device) for part in _tails(first, second)]
-        move = _lazy_adam if table.is_cpu else lazy_adam
+        move = _lazy_adam_all if table.is_cpu else lazy_adam
         _run(move, [table, state["moments"], rows, values, state["last"], *tails],
              [steps, 1 - first, 1 - second, *numbers])  # fmt: skip
 
@@ -259,7 +260,7 @@ def _run(move: Any, tensors: Sequence[Tensor], numbers: Sequence[float]) -> None
         return
     arrays = [tensor.numpy() for tensor in tensors]
     narrow = [number if isinstance(number, int) else np.float32(number) for number in numbers]
-    shared(lambda first, last: move(*arrays, *narrow, first, last), len(tensors[2]))
+    spread(move, len(tensors[2]), (*arrays, *narrow))
 
 
 @cache
@@ -268,6 +269,14 @@ def _tails(first: float, second: float) -> tuple[Array, Array, Array]:
     skipped, ratio = np.arange(TAIL_STEPS, dtype=np.float64), first / math.sqrt(second)
     found = ratio * (1 - ratio**skipped) / (1 - ratio), first**skipped, second**skipped
     return tuple(part.astype(np.float32) for part in found)  # type: ignore[return-value]
+
+
+@compiled
+def _increase(rows: Array) -> bool:
+    falls = 0
+    for position in range(1, len(rows)):
+        falls += rows[position] <= rows[position - 1]
+    return falls == 0
 
 
 @compiled
@@ -355,3 +364,18 @@ def _lazy_adam(
         end = min(start + BLOCK, last)
         _make_up(table, moments, rows, last_used, tails, decays, square_decays, steps, rate, scale, eps, start, end)
         _adam(table, moments, rows, values, mean_share, square_share, rate, scale, eps, start, end)
+
+
+@compiled
+def _row_adagrad_all(how: Any, given: Any) -> None:
+    divide(how, _row_adagrad, given)
+
+
+@compiled
+def _adam_all(how: Any, given: Any) -> None:
+    divide(how, _adam, given)
+
+
+@compiled
+def _lazy_adam_all(how: Any, given: Any) -> None:
+    divide(how, _lazy_adam, given)

@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
-from pipeline.compiled import at_once
+from pipeline.parallel import at_once
 
 T = TypeVar("T")
 R = TypeVar("R")

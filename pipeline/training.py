@@ -272,7 +272,7 @@ class Training:
             sparse = [parameter for parameter in parameters if parameter.grad.is_sparse]
             for parameter in sparse:  # a row's gradients in one place, for the norm and for the optimizer
                 parameter.grad = coalesced(parameter.grad)
-            norm = torch.nn.utils.get_total_norm([p.grad.values() if p.grad.is_sparse else p.grad for p in parameters])
+            norm = _norm([p.grad.values() if p.grad.is_sparse else p.grad for p in parameters])
             if self.config.training.clip_norm is not None and not sparse:
                 torch.nn.utils.clip_grads_with_norm_(parameters, self.config.training.clip_norm, norm)
             norms[f"grad_norm/{name}"] = norm
@@ -391,6 +391,13 @@ def _set_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if state["cuda"] is not None and torch.cuda.is_available():  # else it goes on elsewhere, to other bits
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def _norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Of all of them together."""
+    if len(gradients) == 1:
+        return torch.linalg.vector_norm(gradients[0])
+    return torch.nn.utils.get_total_norm(gradients)
 
 
 def _weighted(values: Mapping[str, Tensor], weight: float) -> Mapping[str, Tensor]:

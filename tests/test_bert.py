@@ -343,7 +343,7 @@ def with_threads() -> Iterator[Callable[[int], None]]:
 
 def test_threads_change_no_state(with_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """What is divided among threads comes out the same; sums over tokens differ by rounding."""
-    monkeypatch.setattr("pipeline.compiled.LEAST", 7)
+    monkeypatch.setattr("pipeline.parallel.LEAST", 7)
     model = their_model("xlm-roberta", dropout=0.1)
     ids, mask = batch("xlm-roberta")
     state = torch.get_rng_state()

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from pipeline import compiled
+from pipeline import parallel
 from pipeline.tasks.mmoe.data import Impressions, read_split
 from pipeline.tasks.mmoe.embedded import generate
 from pipeline.tasks.mmoe.embedding import grouped, lookup
@@ -81,7 +81,7 @@ def test_threads_change_no_group(threads: int, monkeypatch: pytest.MonkeyPatch) 
     """Many places of few rows, too, where a range of the table may be empty."""
     for table_rows in (2, 50, 100_000):
         batch, bags = batch_of([5] * 400, table_rows, seed=table_rows)
-        monkeypatch.setattr(compiled, "LEAST", 10)
+        monkeypatch.setattr(parallel, "LEAST", 10)
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
         found = grouped(batch.ids.numpy(), bags, batch.weights.numpy())
         monkeypatch.undo()
@@ -94,7 +94,7 @@ def test_threads_change_no_batch(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     streams = read_split(folder, DataSchema.read(folder), "train").streams
     chosen = np.random.Generator(np.random.PCG64(0)).integers(0, streams.rows, 501)
     expected = streams.gather(chosen)
-    monkeypatch.setattr(compiled, "LEAST", 10)
+    monkeypatch.setattr(parallel, "LEAST", 10)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert all(np.array_equal(one, other) for one, other in zip(streams.gather(chosen), expected, strict=True))
 

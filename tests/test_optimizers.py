@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pipeline import compiled, optimizers
+from pipeline import optimizers, parallel
 from pipeline.config import load
 from pipeline.errors import UserError
 from pipeline.optimizers import AdamW, LazyAdam, RowAdagrad, SparseAdam, coalesced, merged
@@ -137,7 +137,7 @@ def test_compiled_is_what_the_tensors_say(name: str, monkeypatch: pytest.MonkeyP
     """The functions that a GPU takes, on the CPU."""
     steps = steps_of(3, 30, 10)
     expected = run(MAKERS[name], steps, 10)
-    for own, tensors in (("_row_adagrad", "row_adagrad"), ("_adam", "adam"), ("_lazy_adam", "lazy_adam")):
+    for own, tensors in (("_row_adagrad_all", "row_adagrad"), ("_adam_all", "adam"), ("_lazy_adam_all", "lazy_adam")):
         monkeypatch.setattr(optimizers, own, getattr(optimizers, tensors))
     monkeypatch.setattr(optimizers, "_run", lambda move, tensors, numbers: move(*tensors, *numbers))
     torch.testing.assert_close(run(MAKERS[name], steps, 10), expected, rtol=1e-4, atol=1e-5)
@@ -147,7 +147,7 @@ def test_compiled_is_what_the_tensors_say(name: str, monkeypatch: pytest.MonkeyP
 def test_threads_change_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = steps_of(4, 20, 8)
     expected = run(MAKERS[name], steps, 8)
-    monkeypatch.setattr(compiled, "LEAST", 2)
+    monkeypatch.setattr(parallel, "LEAST", 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert torch.equal(run(MAKERS[name], steps, 8), expected)
 

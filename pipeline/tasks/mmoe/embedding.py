@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from pipeline.compiled import AHEAD, at_once, compiled, fetch, parts_of
+from pipeline.compiled import AHEAD, compiled, fetch
+from pipeline.parallel import at_once, parts_of
 
 Array = npt.NDArray[Any]
 

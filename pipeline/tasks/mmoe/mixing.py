@@ -12,11 +12,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from pipeline.compiled import array_of, fast, narrowed, over, widened
+from pipeline.compiled import array_of, fast, narrowed, widened
+from pipeline.parallel import divide, spread
 
 Array = npt.NDArray[Any]
 
 ZERO = np.float32(0)
+CHUNK = 256  # rows whose gradients of a weight are added up in one go, whatever the number of threads
 
 
 def mixed(products: Tensor, gates: Tensor) -> Tensor:
@@ -72,7 +74,7 @@ class _Mixed(torch.autograd.Function):
         products, gates = _dense(products), gates.permute(1, 2, 0).contiguous()  # [T, E, B]
         out = products.new_empty(len(gates), *products.shape[1:])
         given = _memory(products), *_Layout.of(products), array_of(gates), array_of(out)
-        over(out.shape[1], products.numel(), lambda first, last: mix(*given, first, last))
+        spread(_mix_all, out.shape[1], given, products.numel())
         ctx.save_for_backward(products, gates)
         return out
 
@@ -83,7 +85,7 @@ class _Mixed(torch.autograd.Function):
         of_products, of_gates = torch.empty_like(products), torch.empty_like(gates)
         given = (_memory(products), *_Layout.of(products), array_of(gates), array_of(gradient.contiguous()),
                  _memory(of_products), array_of(of_gates))  # fmt: skip
-        over(products.shape[1], products.numel(), lambda first, last: mix_backward(*given, first, last))
+        spread(_mix_backward_all, products.shape[1], given, products.numel())
         return of_products, of_gates.permute(2, 0, 1)
 
 
@@ -93,7 +95,7 @@ class _Summed(torch.autograd.Function):
         products = products.contiguous()
         out = weights.new_empty(products.shape[:2])
         given = array_of(products), array_of(weights), array_of(out)
-        over(products.shape[1], products.numel(), lambda first, last: sum_up(*given, first, last))
+        spread(_sum_up_all, products.shape[1], given, products.numel())
         ctx.save_for_backward(products, weights)
         return out
 
@@ -101,15 +103,11 @@ class _Summed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         products, weights = ctx.saved_tensors
-        of_products, sums = torch.empty_like(products), {}
-        given = array_of(products), array_of(weights), array_of(gradient.contiguous()), array_of(of_products)
-
-        def part(first: int, last: int) -> None:
-            sums[first] = torch.zeros_like(weights)
-            sum_up_backward(*given, array_of(sums[first]), first, last)
-
-        over(products.shape[1], products.numel(), part)
-        return of_products, torch.stack([sums[first] for first in sorted(sums)]).sum(0)
+        chunks = -(-products.shape[1] // CHUNK)
+        of_products, of_weights = torch.empty_like(products), weights.new_zeros(chunks, *weights.shape)
+        given = tuple(map(array_of, (products, weights, gradient.contiguous(), of_products, of_weights)))
+        spread(_sum_up_backward_all, chunks, given, products.numel())
+        return of_products, of_weights.sum(0)
 
 
 @fast
@@ -175,11 +173,38 @@ def sum_up(products: Array, weights: Array, out: Array, first: int, last: int) -
 def sum_up_backward(
     products: Array, weights: Array, gradient: Array, of_products: Array, of_weights: Array, first: int, last: int
 ) -> None:
-    for task in range(len(weights)):
-        for row in range(first, last):
-            given = gradient[task, row]
-            for column in range(weights.shape[1]):
-                value = widened(products[task, row, column])
-                fires = value > ZERO
-                of_weights[task, column] += given * value if fires else ZERO
-                of_products[task, row, column] = narrowed(given * weights[task, column] if fires else ZERO, of_products)
+    """of_weights: [chunks, T, H], added up later; first, last: of the chunks."""
+    tasks, rows, width = products.shape
+    total = np.empty(width, np.float32)
+    for chunk in range(first, last):
+        for task in range(tasks):
+            total[:] = ZERO
+            for row in range(chunk * CHUNK, min(rows, (chunk + 1) * CHUNK)):
+                given = gradient[task, row]
+                for column in range(width):
+                    value = widened(products[task, row, column])
+                    fires = value > ZERO
+                    total[column] += given * value if fires else ZERO
+                    product = given * weights[task, column] if fires else ZERO
+                    of_products[task, row, column] = narrowed(product, of_products)
+            of_weights[chunk, task] = total
+
+
+@fast
+def _mix_all(how: Any, given: Any) -> None:
+    divide(how, mix, given)
+
+
+@fast
+def _mix_backward_all(how: Any, given: Any) -> None:
+    divide(how, mix_backward, given)
+
+
+@fast
+def _sum_up_all(how: Any, given: Any) -> None:
+    divide(how, sum_up, given)
+
+
+@fast
+def _sum_up_backward_all(how: Any, given: Any) -> None:
+    divide(how, sum_up_backward, given)

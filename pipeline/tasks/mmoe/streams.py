@@ -18,8 +18,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.ipc
 
-from pipeline.compiled import compiled, fetch, shared
+from pipeline.compiled import compiled, fetch
 from pipeline.errors import UserError
+from pipeline.parallel import shared
 from pipeline.tasks.mmoe.schema import LABELS, Feature
 
 BATCH_ROWS = 65_536

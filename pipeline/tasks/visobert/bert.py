@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding, gelu, layer_norm
 
-from pipeline.compiled import array_of, over
+from pipeline.compiled import array_of
+from pipeline.parallel import over
 from pipeline.tasks.visobert import kernels
 from pipeline.tasks.visobert.kernels import DROPS
 

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import compiled
-from pipeline.compiled import at_once, shared
+from pipeline import parallel
+from pipeline.parallel import at_once, shared
 
 
 @pytest.fixture(params=["torch's threads", "a pool"], autouse=True)
 def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "a pool":  # as where torch has another OpenMP
-        monkeypatch.setattr(compiled, "_team", lambda: None)
-    elif compiled._team() is None:
+        monkeypatch.setattr(parallel, "_team", lambda: None)
+    elif parallel._team() is None:
         pytest.skip("torch has no GNU OpenMP here")
 
 
