@@ -81,5 +81,5 @@ def main(data: Path, overrides: Mapping[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as `python -m pipeline` sets it, before torch is loaded
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as `python -m pipeline` sets it, before torch is loaded
     main(Path(sys.argv[1]), dict(text.split("=", 1) for text in sys.argv[2:]))

@@ -6,12 +6,15 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 Member = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 LEAST = 1024  # items worth a second thread
@@ -19,7 +22,7 @@ NUMBER, WORD, POINTER = ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer
 MEMBER = ir.FunctionType(ir.VoidType(), [POINTER])
 PARALLEL = ir.FunctionType(ir.VoidType(), [MEMBER.as_pointer(), POINTER, NUMBER, NUMBER])
 build: Any = cgutils
-_here = threading.local()  # busy: this thread does a part of `at_once`
+_here = threading.local()  # busy: this thread works alone
 
 
 def shared(work: Callable[[int, int], object], size: int) -> None:
@@ -38,13 +41,26 @@ def over(rows: int, values: int, work: Callable[[int, int], object]) -> None:
 def parts_of(size: int) -> int:
     """Into how many parts so many items are divided: torch's threads, if there is work for them.
 
-    Within a part of `at_once`: one.
+    Within `alone`: one.
     """
     import torch
 
     if getattr(_here, "busy", False):
         return 1
     return min(torch.get_num_threads(), max(1, size // LEAST))
+
+
+def alone(work: Callable[[T], R]) -> Callable[[T], R]:
+    """The same, on the one thread that calls it."""
+
+    def do(given: T) -> R:
+        outer, _here.busy = getattr(_here, "busy", False), True
+        try:
+            return work(given)
+        finally:
+            _here.busy = outer
+
+    return do
 
 
 def at_once(work: Callable[[int], object], parts: int) -> None:
@@ -56,16 +72,10 @@ def at_once(work: Callable[[int], object], parts: int) -> None:
         work(0)
         return
 
-    def alone(part: int) -> None:
-        outer, _here.busy = getattr(_here, "busy", False), True
-        try:
-            work(part)
-        finally:
-            _here.busy = outer
-
+    do = alone(work)
     team = _team()
     if team is None:
-        for _ in _pool().map(alone, range(parts)):
+        for _ in _pool().map(do, range(parts)):
             pass
         return
     raised: list[BaseException] = []
@@ -73,7 +83,7 @@ def at_once(work: Callable[[int], object], parts: int) -> None:
     def member(_data: object) -> None:
         try:
             for part in range(team.inside.omp_get_thread_num(), parts, team.inside.omp_get_num_threads()):
-                alone(part)
+                do(part)
         except BaseException as error:  # what leaves a callback is only printed
             raised.append(error)
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from pipeline import ranks
 from pipeline.blocks import EvaluationConfig
@@ -22,7 +23,7 @@ from pipeline.influence import PREFIX
 from pipeline.interrupts import check, held
 from pipeline.memory import keep_freed_memory
 from pipeline.optimizers import coalesced
-from pipeline.prefetch import prefetched
+from pipeline.prefetch import gaps_can_be_used, in_advance, in_gaps, side_by_side
 from pipeline.recording import Recorder
 from pipeline.run import Run
 from pipeline.saving import Saver
@@ -139,7 +140,7 @@ class Training:
         if self.due:
             self._evaluate()
         last = self.total_steps if until is None else min(until, self.total_steps)
-        for window, batches in prefetched(self._remaining(last), self._load, self._ahead(), torch.get_num_threads()):
+        for window, batches in self._loaded(self._remaining(last)):
             if self._is_over():
                 break
             check()
@@ -150,13 +151,15 @@ class Training:
                 self.saver.save(self)
             self.console.flush()  # here, where a signal may end the wait for somebody to read
 
-    def _ahead(self) -> int:
-        """Steps whose batches are made ready in the background."""
-        given = self.config.training.prefetch
-        if given is not None:
-            return given
-        beside = self.device != "cpu" or torch.get_num_threads() * ranks.here() < len(os.sched_getaffinity(0))
-        return PREFETCHED if beside else 0  # two threads on one core hold each other up
+    def _loaded(self, windows: Iterator[Window]) -> Iterator[tuple[Window, list[Any]]]:
+        """The windows with their batches."""
+        threads, ahead = torch.get_num_threads(), self.config.training.prefetch
+        full = self.device == "cpu" and threads * ranks.here() >= len(os.sched_getaffinity(0))  # no core is left
+        if ahead == 0 or (full and not gaps_can_be_used()):
+            return side_by_side(windows, self._load, threads)
+        if full:
+            return in_gaps(windows, self._load, ahead or PREFETCHED * max(1, threads - 1), threads)
+        return in_advance(windows, self._load, ahead or PREFETCHED)
 
     def _load(self, window: Window) -> list[Any]:
         return [self.task.batch(ranks.share(rows)) for rows in window.rows]
@@ -395,9 +398,8 @@ def _set_random_state(state: Mapping[str, Any]) -> None:
 
 def _norm(gradients: Sequence[Tensor]) -> Tensor:
     """Of all of them together."""
-    if len(gradients) == 1:
-        return torch.linalg.vector_norm(gradients[0])
-    return torch.nn.utils.get_total_norm(gradients)
+    norm: Tensor = torch.linalg.vector_norm(gradients[0]) if len(gradients) == 1 else get_total_norm(gradients)
+    return norm
 
 
 def _weighted(values: Mapping[str, Tensor], weight: float) -> Mapping[str, Tensor]:
