@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +15,8 @@ from pipeline.parallel import alone, at_once
 T = TypeVar("T")
 R = TypeVar("R")
 
-PATIENCE = 0.05  # seconds for an item in the making, before whoever needs it makes it anew
+PATIENCE = 0.01  # seconds for an item in the making, or as long as another one took, before it is made anew
+SIDE_BY_SIDE = 500  # items, after one took so long
 
 
 def in_advance(items: Iterable[T], load: Callable[[T], R], ahead: int) -> Iterator[tuple[T, R]]:
@@ -30,11 +32,17 @@ def in_gaps(items: Iterable[T], load: Callable[[T], R], ahead: int, threads: int
     """As `in_advance`, for a caller whose own threads have all the cores: made while one of them has nothing to do.
 
     The kernel has such a thread give way at once (SCHED_IDLE); `gaps_can_be_used` tells whether there are such. Where
-    the caller has to wait for an item, it makes the next one meanwhile. `load` depends on its item alone: it may be
-    called twice.
+    the caller has to wait for an item, it makes the next one meanwhile. Where other processes leave no gaps, items are
+    made side by side for a while. `load` depends on its item alone: it may be called twice.
     """
+    source = iter(items)
     with ThreadPoolExecutor(max(1, threads - 1), thread_name_prefix="prefetch", initializer=_give_way) as pool:
-        yield from _Queue(pool, alone(load), items, ahead).taken(_Queue.help)
+        queue = _Queue(pool, alone(load), source, ahead)
+        while queue.waiting:
+            yield from queue.taken(_Queue.help)
+            yield from side_by_side(islice(source, SIDE_BY_SIDE), load, threads)
+            queue.starved = False
+            queue.submit(ahead)
 
 
 def side_by_side(items: Iterable[T], load: Callable[[T], R], threads: int) -> Iterator[tuple[T, R]]:
@@ -57,18 +65,20 @@ class _Queue(Generic[T, R]):
     def __init__(self, pool: ThreadPoolExecutor, load: Callable[[T], R], items: Iterable[T], ahead: int) -> None:
         self.pool, self.load, self.source = pool, load, iter(items)
         self.waiting: deque[tuple[T, Future[R]]] = deque()
-        self._submit(ahead)
+        self.starved = False  # an item took so long that no more are begun
+        self.submit(ahead)
 
-    def _submit(self, count: int) -> None:
+    def submit(self, count: int) -> None:
         for item in islice(self.source, count):
             self.waiting.append((item, self.pool.submit(self.load, item)))
 
     def taken(self, take: "Callable[[_Queue[T, R], T, Future[R]], R]") -> Iterator[tuple[T, R]]:
+        """All of them in turn, or those begun before one took too long."""
         try:
             while self.waiting:
                 item, future = self.waiting.popleft()
                 ready = take(self, item, future)
-                self._submit(1)
+                self.submit(0 if self.starved else 1)
                 yield item, ready
         finally:
             for _, future in self.waiting:
@@ -80,11 +90,13 @@ class _Queue(Generic[T, R]):
     def help(self, item: T, future: Future[R]) -> R:
         if future.cancel():  # nobody has begun
             return self.load(item)
+        started = time.perf_counter()
         if not future.done():
             self._make_next()
         try:
-            return future.result(PATIENCE)
+            return future.result(max(PATIENCE, time.perf_counter() - started))
         except TimeoutError:  # the cores are busy with something else
+            self.starved = True
             return self.load(item)
 
     def _make_next(self) -> None:
