@@ -1,14 +1,17 @@
 """Work divided among threads."""
 
+import ctypes
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numba import njit
 
 from pipeline import parallel
-from pipeline.parallel import at_once, shared
+from pipeline.parallel import alone, at_once, divide, parts_of, shared, spread
 
 
 @pytest.fixture(params=["torch's threads", "a pool"], autouse=True)
@@ -62,3 +65,63 @@ def test_several_threads_divide_work_at_the_same_time(monkeypatch: pytest.Monkey
 
     with ThreadPoolExecutor(3) as pool:
         assert list(pool.map(total, [5000, 6000, 7000])) == [20 * (n * (n - 1) // 2) for n in (5000, 6000, 7000)]
+
+
+@njit
+def _add(found: Any, amount: float, first: int, last: int) -> None:
+    for place in range(first, last):
+        found[place] += amount + place
+
+
+@njit(nogil=True)
+def _add_all(how: Any, given: Any) -> None:
+    divide(how, _add, given)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 1000])
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+def test_divided_items_are_done_once(size: int, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: parts)
+    found = np.zeros(size)
+    for _ in range(20):
+        spread(_add_all, size, (found, 0.5), values=10**6)
+    assert found.tolist() == [20 * (0.5 + place) for place in range(size)]
+
+
+def test_divided_parts_run_on_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As GNU OpenMP itself numbers them."""
+    team = parallel._team()
+    if team is None:
+        pytest.skip("on one thread here")
+    inside = ctypes.CFUNCTYPE(ctypes.c_int)(("omp_get_num_threads", team.inside))
+
+    @njit(nogil=True)
+    def all_of(how: Any, given: Any) -> None:
+        divide(how, count, given)
+
+    @njit
+    def count(found: Any, first: int, last: int) -> None:
+        for place in range(first, last):
+            found[place] = inside()
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    found = np.zeros(2)
+    spread(all_of, 2, (found,), values=10**6)
+    assert found.tolist() == [2, 2]
+    alone(lambda _: spread(all_of, 2, (found,), values=10**6))(None)
+    assert found.tolist() == [1, 1]  # within what has a thread to itself
+
+
+def test_alone_holds_for_its_thread_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+
+    def fail(_: object) -> None:
+        assert parts_of(10**6) == 1
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(parts_of, 10**6).result() == 4
+        raise ValueError("as it came")
+
+    with pytest.raises(ValueError, match="as it came"):
+        alone(fail)(None)
+    assert parts_of(10**6) == 4
+    assert parts_of(1500) == 1

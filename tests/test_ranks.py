@@ -158,11 +158,16 @@ def test_ranks_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch, i
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
     found = {}
+    for way in ("in_advance", "in_gaps", "side_by_side"):
+        monkeypatch.setattr(f"pipeline.training.{way}", lambda *given, way=way: (way, *given[2:]))
     for number in (1, 3, 4):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(number))
-        found[number] = training._ahead()
+        found[number] = training._loaded(iter([]))
+    monkeypatch.setattr("pipeline.training.gaps_can_be_used", lambda: False)
+    found[5] = training._loaded(iter([]))
     run.discard()
-    assert found == {1: 2, 3: 2, 4: 0}  # four ranks of two threads each leave no core to load batches beside them
+    beside = ("in_advance", 2)  # four ranks of two threads each leave no core to load batches beside them
+    assert found == {1: beside, 3: beside, 4: ("in_gaps", 2, 2), 5: ("side_by_side", 2)}
 
 
 @pytest.mark.parametrize(("rows", "size"), [(7, 3), (3, 3), (2, 3), (1, 4)])

@@ -6,8 +6,7 @@ Kills from outside, MLflow and the journal are in tests/faults.
 import json
 import os
 import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from pipeline.console import Console
 from pipeline.errors import RankLost, TrainingError, UserError
 from pipeline.interrupts import Interrupted, held, interruptible
 from pipeline.launch import explained
-from pipeline.prefetch import prefetched
 from pipeline.resume import fork, restore
 from pipeline.run import MemoryRun
 from pipeline.saving import Saver
@@ -407,34 +405,3 @@ def test_an_ignored_signal_stays_ignored() -> None:
             os.kill(os.getpid(), signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)
-
-
-def test_prefetching_keeps_order_and_raises_where_it_is_due() -> None:
-    names: set[str] = set()
-
-    def load_one(item: int) -> int:
-        names.add(threading.current_thread().name)
-        if item == 7:
-            raise ValueError("seven")
-        return item * item
-
-    def numbers() -> Iterator[int]:
-        yield from range(10)
-
-    for ahead in (0, 1, 3, 20):
-        found = []
-        with pytest.raises(ValueError, match="seven"):  # noqa: PT012 (what came before it counts)
-            for item, square in prefetched(numbers(), load_one, ahead):
-                found.append((item, square))
-        assert found == [(item, item * item) for item in range(7)]
-    assert len(names) > 1
-    assert list(prefetched([], load_one, 2)) == []
-
-
-def test_prefetching_runs_ahead_by_so_many() -> None:
-    loaded: list[int] = []
-    stream = prefetched(range(100), lambda item: loaded.append(item) or item, 2)
-    for _ in range(3):
-        next(stream)
-    stream.close()
-    assert len(loaded) <= 3 + 2
