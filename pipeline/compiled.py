@@ -1,6 +1,8 @@
 """Functions that numba compiles: once a machine, and free of the interpreter's lock while they run."""
 
 from collections.abc import Callable, Set
+from hashlib import sha256
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy.typing as npt
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 F = TypeVar("F", bound=Callable[..., Any])
 
+COMMON = ("compiled.py", "parallel.py")  # what any compiled function may contain a part of
+STAMP = sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in COMMON)).digest()
 AHEAD = 16  # rows of a table to ask for before they are needed: memory answers after some 100 ns
 SUMS = {"reassoc", "contract", "nsz"}  # sums in any order, so that they are made many at a time; NaN stays NaN
 
@@ -25,9 +29,13 @@ def compiled(function: F, freedom: Set[str] = frozenset()) -> F:
     """
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": set(freedom)}
     try:
-        return njit(function, cache=True, **options)  # type: ignore[no-any-return]
+        found: Any = njit(function, cache=True, **options)
     except RuntimeError:  # numba finds no folder
         return njit(function, **options)  # type: ignore[no-any-return]
+    # numba looks at the function's own file alone, and would miss a change of what all are made of
+    stored = found._cache._cache_file
+    stored._source_stamp = (stored._source_stamp, STAMP)
+    return found  # type: ignore[no-any-return]
 
 
 def fast(function: Callable[..., Any]) -> Any:

@@ -110,7 +110,7 @@ def train_run(
     """
     if writer is None and (config.resume or config.fork):
         raise UserError("resume and fork need tracking.enabled: true; without it nothing of a run is kept")
-    device = prepare_torch(config)
+    ranks.join(device := prepare_torch(config))
     task = make_task(config)
     known_by = _known_by(config, task.dataset.digest)
     asked = asked or RunRequest()
@@ -165,7 +165,7 @@ def train_run(
 
 def follow(config: RunConfig, make_task: TaskFactory) -> None:
     """Train with the other processes, of which rank 0 tracks: see `pipeline.ranks`."""
-    device = prepare_torch(config)
+    ranks.join(device := prepare_torch(config))
     task = make_task(config)
     run = MemoryRun()
     try:
@@ -246,11 +246,9 @@ def _tell(run: Run, task: Task, device: str, given: frozenset[str]) -> int:
 
 
 def prepare_torch(config: RunConfig) -> str:
-    """Threads and device as the config says, and the processes that train with this one; returns the device."""
+    """Threads and device as the config says; returns the device."""
     torch.set_num_threads(config.training.threads or max(1, TORCH_THREADS - 1))
-    device = resolve_device(config.device)
-    ranks.join(device)
-    return device
+    return resolve_device(config.device)
 
 
 def _end_of(begun: Begun, launcher: str | None) -> Trained:

@@ -4,6 +4,7 @@ import ctypes
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -12,6 +13,8 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from pipeline.interrupts import held
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -79,17 +82,22 @@ def at_once(work: Callable[[int], object], parts: int) -> None:
             pass
         return
     raised: list[BaseException] = []
+    left = set(range(parts))
 
     def member(_data: object) -> None:
         try:
             for part in range(team.inside.omp_get_thread_num(), parts, team.inside.omp_get_num_threads()):
+                left.discard(part)
                 do(part)
         except BaseException as error:  # what leaves a callback is only printed
             raised.append(error)
 
-    team.parallel(Member(member), None, parts, 0)
-    if raised:
-        raise raised[0]
+    with held() if threading.current_thread() is threading.main_thread() else nullcontext():
+        team.parallel(Member(member), None, parts, 0)
+        if raised:
+            raise raised[0]
+        for part in left:  # Python drops what a signal raises where a callback begins, and the callback
+            do(part)
 
 
 def spread(run: Callable[..., None], size: int, given: tuple[Any, ...], values: int | None = None) -> None:
@@ -106,7 +114,8 @@ def spread(run: Callable[..., None], size: int, given: tuple[Any, ...], values: 
 def _divide(typing: Any, how: Any, kernel: Any, given: Any) -> Any:
     """divide(how, kernel, given): kernel(*given, first, last) over parts of a range, one after another to each thread
 
-    how: the address of GOMP_parallel, or 0; the range's size; the number of parts. kernel: compiled, returns nothing.
+    how: the address of GOMP_parallel, or 0; the range's size; the number of parts. kernel: compiled, returns nothing;
+    what it raises (there is only memory that it does not get) is a MemoryError.
     """
     called = typing.resolve_function_type(kernel, (*given.types, types.intp, types.intp), {})
 
@@ -115,14 +124,14 @@ def _divide(typing: Any, how: Any, kernel: Any, given: Any) -> Any:
         context.active_code_library.add_linking_library(body.library)
         callee = context.declare_function(builder.module, body.fndesc)
         start, size, parts = build.unpack_tuple(builder, values[0], 3)
-        frame = build.alloca_once_value(builder, build.pack_struct(builder, [WORD(0), size, parts, values[2]]))
+        frame = build.alloca_once_value(builder, build.pack_struct(builder, [WORD(0), WORD(0), size, parts, values[2]]))
 
         member = ir.Function(builder.module, MEMBER, builder.module.get_unique_name("member"))
         member.linkage = "internal"
         inner = ir.IRBuilder(member.append_basic_block())
         kept = inner.bitcast(member.args[0], frame.type)
-        _, size_, parts_, given_ = build.unpack_tuple(inner, inner.load(kept), 4)
-        counter = inner.gep(kept, [NUMBER(0), NUMBER(0)])
+        _, _, size_, parts_, given_ = build.unpack_tuple(inner, inner.load(kept), 5)
+        counter, failed = (inner.gep(kept, [NUMBER(0), NUMBER(place)]) for place in range(2))
         ask, do, end = (inner.append_basic_block() for _ in range(3))
         inner.branch(ask)
         inner.position_at_end(ask)
@@ -131,7 +140,8 @@ def _divide(typing: Any, how: Any, kernel: Any, given: Any) -> Any:
         inner.position_at_end(do)
         borders = [inner.sdiv(inner.mul(size_, border), parts_) for border in (part, inner.add(part, WORD(1)))]
         arguments = [*build.unpack_tuple(inner, given_, len(given)), *borders]
-        context.call_conv.call_function(inner, callee, types.none, called.args, arguments)
+        status, _ = context.call_conv.call_function(inner, callee, types.none, called.args, arguments)
+        inner.atomic_rmw("or", failed, inner.zext(status.is_error, WORD), "monotonic")
         inner.branch(ask)
         inner.position_at_end(end)
         inner.ret_void()
@@ -144,6 +154,9 @@ def _divide(typing: Any, how: Any, kernel: Any, given: Any) -> Any:
             with there:
                 parallel = builder.inttoptr(start, PARALLEL.as_pointer())
                 builder.call(parallel, [member, data, builder.trunc(parts, NUMBER), NUMBER(0)])
+        found = builder.load(builder.gep(frame, [NUMBER(0), NUMBER(1)]))
+        with builder.if_then(builder.icmp_signed("!=", found, WORD(0)), likely=False):
+            context.call_conv.return_user_exc(builder, MemoryError, ("a loop did not get the memory that it needs",))
         return context.get_dummy_value()
 
     return types.void(how, kernel, given), generate

@@ -15,7 +15,8 @@ from pipeline.parallel import alone, at_once
 T = TypeVar("T")
 R = TypeVar("R")
 
-PATIENCE = 0.01  # seconds for an item in the making, or as long as another one took, before it is made anew
+PATIENCE = 0.01  # seconds at least for an item in the making, before it is made anew
+FIRST_PATIENCE = 1.0  # as long as nobody knows how long one takes
 SIDE_BY_SIDE = 500  # items, after one took so long
 
 
@@ -36,13 +37,16 @@ def in_gaps(items: Iterable[T], load: Callable[[T], R], ahead: int, threads: int
     made side by side for a while. `load` depends on its item alone: it may be called twice.
     """
     source = iter(items)
-    with ThreadPoolExecutor(max(1, threads - 1), thread_name_prefix="prefetch", initializer=_give_way) as pool:
+    pool = ThreadPoolExecutor(max(1, threads - 1), thread_name_prefix="prefetch", initializer=_give_way)
+    try:
         queue = _Queue(pool, alone(load), source, ahead)
         while queue.waiting:
             yield from queue.taken(_Queue.help)
             yield from side_by_side(islice(source, SIDE_BY_SIDE), load, threads)
             queue.starved = False
             queue.submit(ahead)
+    finally:
+        pool.shutdown(wait=False)  # a thread that gets no core is not waited for
 
 
 def side_by_side(items: Iterable[T], load: Callable[[T], R], threads: int) -> Iterator[tuple[T, R]]:
@@ -66,11 +70,19 @@ class _Queue(Generic[T, R]):
         self.pool, self.load, self.source = pool, load, iter(items)
         self.waiting: deque[tuple[T, Future[R]]] = deque()
         self.starved = False  # an item took so long that no more are begun
+        self.patience = FIRST_PATIENCE
         self.submit(ahead)
 
     def submit(self, count: int) -> None:
         for item in islice(self.source, count):
-            self.waiting.append((item, self.pool.submit(self.load, item)))
+            self.waiting.append((item, self.pool.submit(self._timed, item)))
+
+    def _timed(self, item: T) -> R:
+        started = time.thread_time()  # how long the core was ours
+        try:
+            return self.load(item)
+        finally:
+            self.patience = max(PATIENCE, 2 * (time.thread_time() - started))
 
     def taken(self, take: "Callable[[_Queue[T, R], T, Future[R]], R]") -> Iterator[tuple[T, R]]:
         """All of them in turn, or those begun before one took too long."""
@@ -90,11 +102,10 @@ class _Queue(Generic[T, R]):
     def help(self, item: T, future: Future[R]) -> R:
         if future.cancel():  # nobody has begun
             return self.load(item)
-        started = time.perf_counter()
         if not future.done():
             self._make_next()
         try:
-            return future.result(max(PATIENCE, time.perf_counter() - started))
+            return future.result(self.patience)
         except TimeoutError:  # the cores are busy with something else
             self.starved = True
             return self.load(item)

@@ -80,7 +80,9 @@ class Task(Protocol):
 
     Losses are named. `losses` returns each as this micro-batch's share of the mean over the whole optimizer step
     (accumulation window), so that summing over micro-batches gives the exact mean whatever their sizes: divide sums
-    by the step's `counts`, never by the micro-batch's own.
+    by the step's `counts`, never by the micro-batch's own. Where several processes train, each sees its rows of a
+    micro-batch, and the same holds: what is no sum over rows takes their mean from `ranks.mean`, and `evaluate` may
+    share its rows out by `ranks.each_its_part`.
     """
 
     @property

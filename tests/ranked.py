@@ -39,6 +39,7 @@ def main(file: Path) -> None:
     entry = ENTRIES[asked["task"]]
     config = load(resolve(entry.config), Path(asked["config"]), asked["overrides"])
     device = prepare_torch(config)
+    ranks.join(device)
     run = MemoryRun()
     training = Training(resolve(entry.target)(config), run, Console(0, quiet=True), device)
     training.load_state(ranks.first_of(training.state))

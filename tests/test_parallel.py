@@ -1,6 +1,8 @@
 """Work divided among threads."""
 
 import ctypes
+import os
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from numba import njit
 
 from pipeline import parallel
+from pipeline.interrupts import Interrupted, check, interruptible
 from pipeline.parallel import alone, at_once, divide, parts_of, shared, spread
 
 
@@ -125,3 +128,51 @@ def test_alone_holds_for_its_thread_and_ends(monkeypatch: pytest.MonkeyPatch) ->
         alone(fail)(None)
     assert parts_of(10**6) == 4
     assert parts_of(1500) == 1
+
+
+@njit
+def _fail(found: Any, first: int, last: int) -> None:
+    for place in range(first, last):
+        found[place] = 1
+        if place == 3:
+            raise ValueError
+
+
+@njit(nogil=True)
+def _fail_all(how: Any, given: Any) -> None:
+    divide(how, _fail, given)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_part_that_fails_is_heard_of(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: parts)
+    with pytest.raises(MemoryError, match="did not get the memory"):
+        spread(_fail_all, 8, (np.zeros(8),), values=10**6)
+    spread(_add_all, 8, (np.zeros(8), 0.5), values=10**6)  # and the threads are still there
+
+
+def test_an_interrupt_loses_no_part() -> None:
+    """Signals while two threads want the interpreter's lock, at any moment."""
+    done, heard = np.zeros(2, int), 0
+    random = np.random.Generator(np.random.PCG64(0))
+
+    def work(part: int) -> None:
+        total = 0
+        for number in range(3000):
+            total += number
+        done[part] += 1
+
+    for _ in range(150):
+        timer = threading.Timer(random.uniform(0, 0.004), lambda: os.kill(os.getpid(), signal.SIGTERM))
+        try:
+            with interruptible():
+                timer.start()
+                while True:
+                    done[:] = 0
+                    at_once(work, 2)
+                    assert done.tolist() == [1, 1]
+                    check()
+        except Interrupted:
+            heard += 1
+        timer.join()
+    assert heard == 150

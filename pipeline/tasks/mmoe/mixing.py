@@ -26,7 +26,7 @@ def mixed(products: Tensor, gates: Tensor) -> Tensor:
 
     products: [E, B, H]; gates: [B, T, E] float32.
     """
-    if _fits(products):
+    if _fits(products, gates):
         return _Mixed.apply(products, gates)  # type: ignore[no-any-return, no-untyped-call]
     found = torch.bmm(gates.to(products.dtype), functional.relu(products).transpose(0, 1))
     return found.transpose(0, 1).contiguous()  # in strides, the towers' products are four times slower
@@ -37,14 +37,15 @@ def logits_of(products: Tensor, weights: Tensor) -> Tensor:
 
     products: [T, B, H]; weights: [T, H] float32. A logit of -5 in bfloat16 would have steps of 0.03.
     """
-    if _fits(products):
+    if _fits(products, weights):
         return _Summed.apply(products, weights)  # type: ignore[no-any-return, no-untyped-call]
     with torch.autocast(products.device.type, enabled=False):
         return torch.bmm(functional.relu(products).to(weights.dtype), weights.unsqueeze(-1)).squeeze(-1)
 
 
-def _fits(products: Tensor) -> bool:
-    return products.is_cpu and products.dtype in (torch.float32, torch.bfloat16)
+def _fits(products: Tensor, factors: Tensor) -> bool:
+    kinds = products.dtype in (torch.float32, torch.bfloat16) and factors.dtype == torch.float32
+    return products.is_cpu and kinds
 
 
 class _Layout(NamedTuple):
