@@ -19,8 +19,8 @@ def test_what_is_compiled_anew(tmp_path: Path) -> None:
     )
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
     hits = [
-            subprocess.run([sys.executable, "-c", program, *stamp], env=environment, capture_output=True, text=True,
-                           check=True, cwd=Path(compiled.__file__).parents[1]).stdout.strip()
-            for stamp in ([], [], ["another"], ["another"])
-        ]  # fmt: skip
+        subprocess.run([sys.executable, "-c", program, *stamp], env=environment, capture_output=True, text=True,
+                       check=True, cwd=Path(compiled.__file__).parents[1]).stdout.strip()
+        for stamp in ([], [], ["another"], ["another"])
+    ]  # fmt: skip
     assert hits == ["0", "1", "0", "1"]
