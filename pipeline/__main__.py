@@ -17,8 +17,8 @@ from pipeline.interrupts import Interrupted, interruptible
 ROOT = Path(__file__).parent.parent
 LONGEST_LINE = 3000  # characters of an error
 
-# Torch's threads wait for each other by spinning. When another process has one of their cores, a step of 8 ms took
-# 130 (two threads, two cores); with a bounded spin 34, and 9 instead of 8 when alone. Acts before torch is loaded.
+# Torch's threads wait for each other by spinning. When another process has one of their cores, a step of 9 ms took
+# 39 (two threads, two cores); with a bounded spin 12, and 9 as before when alone. Acts before torch is loaded.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
