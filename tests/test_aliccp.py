@@ -800,3 +800,17 @@ def test_the_bar_shows_rows_a_second_and_the_time_left(
     # 4000 rows in two seconds; the other 5000 will take as long for each
     assert any(re.search(r"file\.csv: +50%.* 5\.00k/10\.0k .*00:02<00:02, 2\.00k rows/s", part) for part in shown)
     assert any(part.startswith("users: 100%") for part in shown)
+
+
+@pytest.mark.parametrize("members", [1, 2])
+@pytest.mark.parametrize("extra", [-1, 0, 1])
+def test_compressed_text_that_ends_with_a_block(
+    members: int, extra: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of exactly as many bytes as are read at a time, and one more or less."""
+    monkeypatch.setattr(aliccp_lines, "BLOCK_BYTES", 64)
+    line = b"x" * (63 + extra) + b"\n"
+    file = tmp_path / "lines.csv.gz"
+    file.write_bytes(gzip.compress(line) * members)
+    found = [bytes(block.text[block.start : block.end]) for block in aliccp_lines.Lines(file).blocks()]
+    assert b"".join(found) == line * members

@@ -100,11 +100,12 @@ class Lines:
                         yield raw, np.frombuffer(raw, dtype=np.uint8)
                         continue
                     yield raw, np.empty(0, dtype=np.uint8)
-                    rest, text = bytes(raw), b""
-                    while rest or len(text) == BLOCK_BYTES:
+                    rest, more = bytes(raw), False
+                    while rest or more:
                         text = inflate.decompress(rest, BLOCK_BYTES)
                         rest, whole = inflate.unconsumed_tail, inflate.eof
-                        if inflate.eof:  # a gzip file may be several, one after another, and zeros
+                        more = len(text) == BLOCK_BYTES and not whole
+                        if whole:  # a gzip file may be several, one after another, and zeros
                             rest = inflate.unused_data.lstrip(b"\0")
                             inflate = zlib.decompressobj(31)
                         yield memoryview(b""), np.frombuffer(text, dtype=np.uint8)
