@@ -1,13 +1,12 @@
-"""A training in this process, one of several or alone, that writes what tests compare: `ranked.py FILE`.
+"""A training in this process, one of several or alone, that writes what tests compare.
 
-FILE is JSON: what to train (`task`, `config`, `overrides`), `steps`, `states` = at which of them the whole state is
-kept beside FILE, `compared` = a folder of such states whose gradients are to be computed here. Rank 0 writes
-FILE.out: the losses of every step, metrics of the evaluation at the end, weights. It needs RANK and the like in its
+`main` is given a file of JSON: what to train (`task`, `config`, `overrides`), `steps`, `states` = at which of them the whole state is
+kept beside it, `compared` = a folder of such states whose gradients are to be computed here. Rank 0 writes
+FILE.out beside it: the losses of every step, metrics of the evaluation at the end, weights. It needs RANK and the like in its
 environment, as torchrun gives them.
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,3 @@ def main(file: Path) -> None:
         torch.save(out, f"{file}.out")
     ranks.leave()
     run.discard()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,6 +1,7 @@
 """Several processes train as one does: gradients, losses, evaluation; and what remains where one of them is killed."""
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ranked
 import torch
 
 from pipeline import ranks
@@ -33,18 +35,19 @@ MMOE = {
 }  # fmt: skip
 
 
-def start(file: Path, size: int) -> list[subprocess.Popen[str]]:
-    """As torchrun starts them, without its agent."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    given = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
-    return [
-        subprocess.Popen([sys.executable, str(ROOT / "tests" / "ranked.py"), str(file)], text=True,
-                         env=os.environ | given | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        for rank in range(size)
-    ]  # fmt: skip
+FORKED = multiprocessing.get_context("forkserver")  # of a process that has imported torch, for seconds, once
+FORKED.set_forkserver_preload(["pipeline.launch", "pipeline.training", "pipeline.tasks.mmoe.task",
+                               "pipeline.tasks.visobert.task"])  # fmt: skip
+
+
+def become(rank: int, port: int, size: int, file: Path) -> None:
+    """As torchrun starts it, without its agent; what it prints goes to a file beside the one that says what to do."""
+    with open(f"{file}.{rank}.log", "wb") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size), "RANK": str(rank),
+                   "LOCAL_RANK": str(rank)}  # fmt: skip
+    ranked.main(file)
 
 
 def trained(folder: Path, size: int, overrides: Mapping[str, str], **asked: Any) -> Any:
@@ -52,9 +55,15 @@ def trained(folder: Path, size: int, overrides: Mapping[str, str], **asked: Any)
     file = folder / "asked.json"
     base = {"task": "train_mmoe", "config": str(ROOT / "configs" / "mtl_mmoe.yaml"), "overrides": dict(overrides)}
     file.write_text(json.dumps(base | asked), encoding="utf-8")
-    for process in start(file, size):
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [FORKED.Process(target=become, args=(rank, port, size, file), daemon=True) for rank in range(size)]
+    for process in processes:
+        process.start()
+    for rank, process in enumerate(processes):
+        process.join(timeout=300)
+        assert process.exitcode == 0, Path(f"{file}.{rank}.log").read_text()
     return torch.load(f"{file}.out", weights_only=False)
 
 

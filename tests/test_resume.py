@@ -4,7 +4,6 @@ Kills from outside, MLflow and the journal are in tests/faults.
 """
 
 import json
-import os
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -100,7 +99,7 @@ class Trap:
             self.left -= 1
             found = original(*arguments, **named)
             if self.left == 0:
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
             return found
 
         monkeypatch.setattr(target, name, sprung)
@@ -377,7 +376,7 @@ def test_a_signal_waits_for_the_end_of_a_held_block() -> None:
     done = []
     with interruptible(), pytest.raises(Interrupted) as caught:  # noqa: PT012
         with held():
-            os.kill(os.getpid(), signal.SIGUSR1)
+            signal.raise_signal(signal.SIGUSR1)
             done.append("first")
             with held():
                 done.append("second")
@@ -392,9 +391,9 @@ def test_the_first_signal_counts_and_handlers_come_back(number: signal.Signals) 
     before = signal.getsignal(number)
     with interruptible():
         with pytest.raises(Interrupted):
-            os.kill(os.getpid(), number)
-        os.kill(os.getpid(), number)  # while the run is being ended: nothing
-        os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(number)  # to this thread: one to the process may be heard in another, later
+        signal.raise_signal(number)  # while the run is being ended: nothing
+        signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(number) is before
 
 
@@ -402,6 +401,6 @@ def test_an_ignored_signal_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what nohup does
     try:
         with interruptible():
-            os.kill(os.getpid(), signal.SIGHUP)
+            signal.raise_signal(signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)

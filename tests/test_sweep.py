@@ -318,7 +318,7 @@ def test_ctrl_c_ends_every_process_and_leaves_no_run_running(workplace: Path, cl
         os.killpg(process.pid, signal.SIGKILL)
         raise
     assert time.monotonic() - started < 15
-    assert process.returncode == 130
+    assert process.returncode in {130, 143}  # the kernel gives the two to two threads: either is heard first
     assert "Traceback" not in stderr
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)  # no worker is left
