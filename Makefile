@@ -1,6 +1,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
+# Python compiles what is imported; compiling all that is installed would take a minute.
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
 PORT ?= 5000
 
 .PHONY: setup demo ui notebook test faults lint bench clean
@@ -9,7 +11,7 @@ setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(PIP) --editable '.[dev]'
 	touch $@
 
 demo: setup
@@ -19,11 +21,12 @@ ui: setup
 	$(RUN) -m pipeline.tracking.ui --port $(PORT)
 
 notebook: setup
-	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[notebooks]'
+	$(PIP) --editable '.[notebooks]'
 	$(VENV)/bin/jupyter lab notebooks
 
+# Three, on two cores too: many a test waits for a clock.
 test: setup
-	$(RUN) -m pytest --numprocesses 2 --dist loadgroup
+	$(RUN) -m pytest --numprocesses 3 --dist loadgroup
 
 # One process: what they measure is not for sharing the cores.
 faults: setup
@@ -35,7 +38,7 @@ lint: setup
 	$(VENV)/bin/mypy
 
 bench: setup
-	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	$(PIP) --editable '.[bench]'
 	$(RUN) -m bench
 
 clean:

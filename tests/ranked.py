@@ -1,9 +1,9 @@
 """A training in this process, one of several or alone, that writes what tests compare.
 
-`main` is given a file of JSON: what to train (`task`, `config`, `overrides`), `steps`, `states` = at which of them the whole state is
-kept beside it, `compared` = a folder of such states whose gradients are to be computed here. Rank 0 writes
-FILE.out beside it: the losses of every step, metrics of the evaluation at the end, weights. It needs RANK and the like in its
-environment, as torchrun gives them.
+`main` is given a file of JSON: what to train (`task`, `config`, `overrides`), `steps`, `states` = at which of them the
+whole state is kept beside the file, `compared` = a folder of such states whose gradients are to be computed here. Rank
+0 writes FILE.out beside it: the losses of every step, metrics of the evaluation at the end, weights. It needs RANK and
+the like in its environment, as torchrun gives them.
 """
 
 import json
