@@ -12,8 +12,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
-import writers
 from hypothesis import settings
 
 settings.register_profile("project", max_examples=25, deadline=None)
@@ -29,7 +29,7 @@ for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background of a script
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if os.environ.get("FAULTS") != "full":
-    writers.use()
+    forked.use()
 
 
 # They start processes and take longest: last, they would leave one of two test processes idle.

@@ -1,7 +1,7 @@
-"""Writer processes without their two seconds of imports: forked from a process that has imported mlflow.
+"""Writers and a sweep's workers without seconds of imports: forked from a process that has imported mlflow or torch.
 
-For writers that tests start from Python; whatever is started as a user starts it imports for itself, and with
-`FAULTS=full` all do. Each is a process of its own, in a session of its own, as `pipeline.run` asks for it.
+For those that tests start from Python; whatever is started as a user starts it imports for itself, and with
+`FAULTS=full` all do. Each is a process of its own, in a session of its own.
 """
 
 import json
@@ -13,15 +13,19 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
-WRITER = [sys.executable, "-m", "pipeline.tracking"]
+WRITER, WORKER = "pipeline.tracking", "pipeline.worker"
+WRITERS = "WRITERS_OF_TESTS"  # in the environment: the address of the server of writers
 REQUEST_BYTES = 1 << 20
 POLL_SECONDS = 0.05
 
@@ -29,65 +33,77 @@ POLL_SECONDS = 0.05
 class Forked:
     """What is used of a `subprocess.Popen`, for a process that the server has forked."""
 
-    def __init__(self, address: str, environment: Mapping[str, str]) -> None:
+    def __init__(self, address: str, environment: Mapping[str, str], stderr: int) -> None:
         takes, stdin = os.pipe()
         stdout, gives = os.pipe()
-        self._status, status = os.pipe()
+        ended, status = os.pipe()
+        self._ended = os.fdopen(ended, "rb", buffering=0)
         with socket.socket(socket.AF_UNIX) as asked:
             asked.connect(address)
             request = json.dumps({"environment": dict(environment), "folder": os.getcwd()}).encode()
-            socket.send_fds(asked, [len(request).to_bytes(4, "big") + request], [takes, gives, 2, status])
+            socket.send_fds(asked, [len(request).to_bytes(4, "big") + request], [takes, gives, stderr, status])
             self.pid = int(asked.recv(20))
         for descriptor in (takes, gives, status):
             os.close(descriptor)
         self.stdin, self.stdout = os.fdopen(stdin, "w"), os.fdopen(stdout)
         self.returncode: int | None = None
+        self._lock = threading.Lock()
 
     def poll(self) -> int | None:
         """The exit code, negative for a signal; None while it runs."""
-        return self._ended(0)
+        return self._code(0)
 
     def wait(self, timeout: float | None = None) -> int:
-        found = self._ended(timeout)
+        found = self._code(timeout)
         if found is None:
-            raise subprocess.TimeoutExpired(WRITER, timeout or 0)
+            raise subprocess.TimeoutExpired(str(self.pid), timeout or 0)
         return found
 
     def kill(self) -> None:
         if self.poll() is None:
             os.kill(self.pid, signal.SIGKILL)
 
-    def _ended(self, seconds: float | None) -> int | None:
-        if self.returncode is None and select.select([self._status], [], [], seconds)[0]:
-            self.returncode = int(os.read(self._status, 20) or -signal.SIGKILL)  # nothing: the server is gone
-            os.close(self._status)
+    def _code(self, seconds: float | None) -> int | None:
+        """The exit code, once it is told; threads may wait for it side by side."""
+        if self.returncode is None and select.select([self._ended], [], [], seconds)[0]:
+            with self._lock:
+                if self.returncode is None:
+                    self.returncode = int(self._ended.read(20) or -signal.SIGKILL)  # nothing: the server is gone
         return self.returncode
 
 
 def use(address: str | None = None) -> None:
-    """From now on this process starts its writers that way. address: of a server that is there; else one is made."""
-    from pipeline import run
+    """From now on this process starts its writers and workers so. address: of a server of writers, if there is one."""
+    from pipeline import run, worker
 
-    def start(command: Sequence[str], *, env: Mapping[str, str], **_: Any) -> Forked:
-        assert list(command) == WRITER
-        return Forked(address or server(), env)
-
-    run.subprocess = SimpleNamespace(  # type: ignore[assignment]
-        Popen=start, PIPE=subprocess.PIPE, TimeoutExpired=subprocess.TimeoutExpired
+    run.subprocess = worker.subprocess = SimpleNamespace(  # type: ignore[assignment]
+        Popen=partial(_start, address), PIPE=subprocess.PIPE, TimeoutExpired=subprocess.TimeoutExpired
     )
+
+
+def _start(
+    writers: str | None, command: Sequence[str], *, env: Mapping[str, str], stderr: IO[bytes] | None = None, **_: Any
+) -> Forked:
+    module = command[-1]
+    assert [sys.executable, "-m", module] == command
+    writers = writers or server(WRITER)
+    if module == WRITER:
+        return Forked(writers, env, 2)
+    assert stderr
+    return Forked(server(module), {**env, WRITERS: writers}, stderr.fileno())
 
 
 @cache
-def server() -> str:
-    """The address of this process' server, which ends with it."""
-    address = str(Path(tempfile.mkdtemp(prefix="writers-")) / "socket")
+def server(module: str) -> str:
+    """The address of this process' server of writers or workers, which ends with it."""
+    address = str(Path(tempfile.mkdtemp(prefix="forked-")) / "socket")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
     process = subprocess.Popen(
-        [sys.executable, __file__, address], stdin=subprocess.PIPE, env=environment, start_new_session=True
+        [sys.executable, __file__, module, address], stdin=subprocess.PIPE, env=environment, start_new_session=True
     )
     _kept.append(process)  # its standard input closes when this process ends, however it ends
     while not Path(address).exists():
-        assert process.poll() is None, "the server of writers has ended"
+        assert process.poll() is None, f"the server of {module} has ended"
         time.sleep(0.02)
     return address
 
@@ -95,13 +111,18 @@ def server() -> str:
 _kept: list[Any] = []
 
 
-def main(address: str) -> None:
-    """Fork a writer for each request that comes."""
-    from pipeline.tracking.__main__ import _warm
-    from pipeline.tracking.store import CLIENT_SETTINGS
+def main(module: str, address: str) -> None:
+    """Fork a process for each request that comes; it goes on as `python -m module`."""
+    if module == WRITER:
+        from pipeline.tracking.__main__ import _warm
+        from pipeline.tracking.store import CLIENT_SETTINGS
 
-    os.environ.update(CLIENT_SETTINGS)
-    _warm()
+        os.environ.update(CLIENT_SETTINGS)
+        _warm()
+    else:
+        for name in ("launch", "branching", "tasks.mmoe.task", "tasks.visobert.task"):
+            import_module(f"pipeline.{name}")
+    become = import_module(module if module == WORKER else f"{module}.__main__").main
     waiting: dict[int, int] = {}  # process -> where its exit code is written
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{address}.new")
@@ -114,7 +135,7 @@ def main(address: str) -> None:
                 shutil.rmtree(Path(address).parent)
                 return
             if listener in ready:
-                _serve(listener, waiting)
+                _serve(listener, waiting, become)
 
 
 def _tell(waiting: dict[int, int]) -> None:
@@ -126,7 +147,7 @@ def _tell(waiting: dict[int, int]) -> None:
         os.close(descriptor)
 
 
-def _serve(listener: socket.socket, waiting: dict[int, int]) -> None:
+def _serve(listener: socket.socket, waiting: dict[int, int], become: Callable[[], None]) -> None:
     with listener.accept()[0] as asked:
         received, descriptors, _, _ = socket.recv_fds(asked, REQUEST_BYTES, 4)
         size = int.from_bytes(received[:4], "big")
@@ -143,7 +164,7 @@ def _serve(listener: socket.socket, waiting: dict[int, int]) -> None:
                 os.close(descriptor)
             listener.close()
             asked.close()
-            _become(json.loads(received[4:]), descriptors)
+            _become(become, json.loads(received[4:]), descriptors)
         waiting[pid] = descriptors.pop()
         for descriptor in descriptors:
             os.close(descriptor)
@@ -151,8 +172,9 @@ def _serve(listener: socket.socket, waiting: dict[int, int]) -> None:
             asked.send(str(pid).encode())
 
 
-def _become(request: Mapping[str, Any], descriptors: list[int]) -> NoReturn:
-    """The writer."""
+def _become(main: Callable[[], None], request: Mapping[str, Any], descriptors: list[int]) -> NoReturn:
+    """The process that was asked for."""
+    code = 1
     try:
         os.setsid()
         os.close(descriptors.pop())  # where the exit code is written: not by us
@@ -163,12 +185,16 @@ def _become(request: Mapping[str, Any], descriptors: list[int]) -> NoReturn:
         os.chdir(request["folder"])
         os.environ.clear()
         os.environ.update(request["environment"])
-        from pipeline.tracking.__main__ import main as write
-
-        write()
+        if WRITERS in os.environ:
+            use(os.environ.pop(WRITERS))
+        main()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
-        os._exit(1)
+        sys.stderr.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
