@@ -814,3 +814,16 @@ def test_compressed_text_that_ends_with_a_block(
     file.write_bytes(gzip.compress(line) * members)
     found = [bytes(block.text[block.start : block.end]) for block in aliccp_lines.Lines(file).blocks()]
     assert b"".join(found) == line * members
+
+
+@pytest.mark.parametrize("zeros", [1, 63, 64, 1000])
+def test_zeros_after_compressed_text_are_skipped(zeros: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As tapes leave them, over several reads, and text may follow (gzip's own reader allows it)."""
+    monkeypatch.setattr(aliccp_lines, "BLOCK_BYTES", 64)
+    file = tmp_path / "lines.csv.gz"
+    file.write_bytes((gzip.compress(b"some text\n") + bytes(zeros)) * 2)
+    found = [bytes(block.text[block.start : block.end]) for block in aliccp_lines.Lines(file).blocks()]
+    assert b"".join(found) == gzip.decompress(file.read_bytes()) == b"some text\n" * 2
+    file.write_bytes(bytes(zeros) + gzip.compress(b"some text\n"))
+    with pytest.raises(UserError, match="not a whole gzip file"):
+        list(aliccp_lines.Lines(file).blocks())

@@ -101,6 +101,8 @@ class Lines:
                         continue
                     yield raw, np.empty(0, dtype=np.uint8)
                     rest, more = bytes(raw), False
+                    if whole and stream.tell() > count:
+                        rest = rest.lstrip(b"\0")  # of those that follow the last one
                     while rest or more:
                         text = inflate.decompress(rest, BLOCK_BYTES)
                         rest, whole = inflate.unconsumed_tail, inflate.eof
