@@ -99,8 +99,9 @@ def server(module: str) -> str:
     address = str(Path(tempfile.mkdtemp(prefix="forked-")) / "socket")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
     process = subprocess.Popen(
-        [sys.executable, __file__, module, address], stdin=subprocess.PIPE, env=environment, start_new_session=True
-    )
+        [sys.executable, __file__, module, address], stdin=subprocess.PIPE, env=environment, start_new_session=True,
+        cwd=Path(address).parent,  # not a test's folder, which may end who works there
+    )  # fmt: skip
     _kept.append(process)  # its standard input closes when this process ends, however it ends
     while not Path(address).exists():
         assert process.poll() is None, f"the server of {module} has ended"

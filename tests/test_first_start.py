@@ -303,7 +303,7 @@ def test_whole_store_needs_no_lock_and_no_writing(tmp_path: Path, made: list[Pat
     (tmp_path / "mlflow.db.lock").mkdir()  # a lock that nobody could take
     started = time.monotonic()
     ensure_store(f"sqlite:///{file}")
-    assert time.monotonic() - started < 0.5
+    assert time.monotonic() - started < 3
     assert not made
 
 

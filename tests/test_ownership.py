@@ -142,7 +142,7 @@ def test_killed_owner_leaves_the_folder_at_once(folder: Path) -> None:
         started = time.monotonic()
         assert alive_owner(folder) is None
         owner = Ownership(folder)
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 3
         assert owner.number == 2
         assert lease_of(folder) | {"beat": 0} == {
             "host": HOST, "boot": ownership._here()[1], "pid": os.getpid(), "number": 2, "beat": 0, "released": False,
@@ -163,7 +163,7 @@ def test_children_do_not_keep_the_folder_of_a_killed_owner(folder: Path, kind: s
             os.kill(child, 0)  # it lives
             started = time.monotonic()
             owner = Ownership(folder)
-            assert time.monotonic() - started < 1
+            assert time.monotonic() - started < 3
             owner.release()
         finally:
             os.kill(child, signal.SIGKILL)
@@ -198,7 +198,7 @@ def test_lease_of_another_host_that_stands_still_is_taken_over(folder: Path) -> 
     assert owner_number(folder) == 4
     started = time.monotonic()
     owner = Ownership(folder)
-    assert 4 <= time.monotonic() - started < 6  # not before the lease had the time to beat
+    assert 4 <= time.monotonic() - started < 8  # not before the lease had the time to beat
     assert owner.number == owner_number(folder) == 5
     owner.check()
     owner.release()
