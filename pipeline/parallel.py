@@ -24,7 +24,7 @@ LEAST = 1024  # items worth a second thread
 NUMBER, WORD, POINTER = ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer()
 MEMBER = ir.FunctionType(ir.VoidType(), [POINTER])
 PARALLEL = ir.FunctionType(ir.VoidType(), [MEMBER.as_pointer(), POINTER, NUMBER, NUMBER])
-build: Any = cgutils
+build: Any = cgutils  # numba's, to write LLVM's instructions; untyped
 _here = threading.local()  # busy: this thread works alone
 
 
