@@ -174,7 +174,7 @@ def test_a_bad_cell_is_told_as_prepare_ctr_tells_it(raw: Path, by_ray: list[tupl
     with pytest.raises(UserError) as alone:
         prepare(raw / "damaged", raw / "by_user.yaml", raw / "nothing")
     assert "1.csv: row" in str(alone.value)
-    assert by_ray[2][0] == "code 2\n"
+    assert "code 2" in by_ray[2][0].splitlines()  # beside what Ray may say of a worker that it ended
     assert [line for line in by_ray[2][1].splitlines() if line.startswith("error: ")] == [f"error: {alone.value}"]
     assert not (raw / "nothing").exists()
 
