@@ -53,7 +53,7 @@ class TrainingConfig(Config):
     threads: Positive | None = None
     """CPU threads of torch; null = one fewer than cores, for the tracking writer. Another number rounds differently"""
     prefetch: int | None = Field(None, ge=0)
-    """steps whose batches are made ready in the background; 0 = none; null = 2, more where several threads train"""
+    """steps whose batches are made ready in the background; 0 = none; null = 2"""
 
 
 class EvaluationConfig(Config):

@@ -244,14 +244,11 @@ def _summed_rows(gradient: "Tensor") -> "Tensor":
     """A coalesced sparse gradient: each rank's rows in their order, so that all add up in the same one."""
     import torch
 
-    from pipeline.optimizers import coalesced, merged
+    from pipeline.compute.sparse import coalesced
 
     own = coalesced(gradient)
     rows, values = joined(own.indices()[0]), joined(own.values())
-    if not own.is_cpu:
-        return torch.sparse_coo_tensor(rows[None], values, own.shape, check_invariants=False).coalesce()
-    rows, values = merged(rows, values)
-    return torch.sparse_coo_tensor(rows[None], values, own.shape, is_coalesced=True, check_invariants=False)
+    return torch.sparse_coo_tensor(rows[None], values, own.shape, check_invariants=False).coalesce()
 
 
 def joined(part: "Tensor") -> "Tensor":

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from pipeline.blocks import RunConfig, ScheduleConfig
-from pipeline.optimizers import Optimizer
 
 Rows = npt.NDArray[np.int64]
 TOTAL = "loss_total"  # the one that is differentiated

@@ -17,13 +17,13 @@ from torch.nn.utils import get_total_norm
 from pipeline import ranks
 from pipeline.blocks import EvaluationConfig
 from pipeline.checkpoint import Generation, load_tensors, save_weights
+from pipeline.compute.prefetch import prefetched
+from pipeline.compute.sparse import coalesced
 from pipeline.console import Console, say, warn
 from pipeline.errors import RankLost, UserError
 from pipeline.influence import PREFIX
 from pipeline.interrupts import check, held
 from pipeline.memory import keep_freed_memory
-from pipeline.optimizers import coalesced
-from pipeline.prefetch import gaps_can_be_used, in_advance, in_gaps, side_by_side
 from pipeline.recording import Recorder
 from pipeline.run import Run
 from pipeline.saving import Saver
@@ -153,13 +153,8 @@ class Training:
 
     def _loaded(self, windows: Iterator[Window]) -> Iterator[tuple[Window, list[Any]]]:
         """The windows with their batches."""
-        threads, ahead = torch.get_num_threads(), self.config.training.prefetch
-        full = self.device == "cpu" and threads * ranks.here() >= len(os.sched_getaffinity(0))  # no core is left
-        if ahead == 0 or (full and not gaps_can_be_used()):
-            return side_by_side(windows, self._load, threads)
-        if full:
-            return in_gaps(windows, self._load, ahead or PREFETCHED * max(1, threads - 1), threads)
-        return in_advance(windows, self._load, ahead or PREFETCHED)
+        ahead = self.config.training.prefetch
+        return prefetched(windows, self._load, PREFETCHED if ahead is None else ahead)
 
     def _load(self, window: Window) -> list[Any]:
         return [self.task.batch(ranks.share(rows)) for rows in window.rows]
@@ -270,16 +265,16 @@ class Training:
         """One step of every optimizer; returns the gradient norms before clipping."""
         norms = {}
         for name, optimizer in self.optimizers.items():
-            self.scaler.unscale_(optimizer)  # type: ignore[arg-type]
+            self.scaler.unscale_(optimizer)
             parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             sparse = [parameter for parameter in parameters if parameter.grad.is_sparse]
-            for parameter in sparse:  # a row's gradients in one place, for the norm and for the optimizer
+            for parameter in sparse:  # the sum of each row's gradients, for the norm and for the optimizer
                 parameter.grad = coalesced(parameter.grad)
             norm = _norm([p.grad.values() if p.grad.is_sparse else p.grad for p in parameters])
             if self.config.training.clip_norm is not None and not sparse:
                 torch.nn.utils.clip_grads_with_norm_(parameters, self.config.training.clip_norm, norm)
             norms[f"grad_norm/{name}"] = norm
-            self.scaler.step(optimizer)  # type: ignore[arg-type]
+            self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
         return norms

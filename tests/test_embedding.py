@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from pipeline import parallel
 from pipeline.tasks.mmoe.data import Impressions, read_split
 from pipeline.tasks.mmoe.embedded import generate
 from pipeline.tasks.mmoe.embedding import grouped, lookup
@@ -74,29 +73,6 @@ def test_groups_are_the_places_of_each_row(lengths: Lengths, table_rows: int, se
     pairs = list(zip(groups.bags.tolist(), groups.weights.tolist(), strict=True))
     found = [pairs[first:last] for first, last in itertools.pairwise(groups.starts.tolist())]
     assert found == [expected[row] for row in sorted(expected)]
-
-
-@pytest.mark.parametrize("threads", [2, 3, 7])
-def test_threads_change_no_group(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many places of few rows, too, where a range of the table may be empty."""
-    for table_rows in (2, 50, 100_000):
-        batch, bags = batch_of([5] * 400, table_rows, seed=table_rows)
-        monkeypatch.setattr(parallel, "LEAST", 10)
-        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-        found = grouped(batch.ids.numpy(), bags, batch.weights.numpy())
-        monkeypatch.undo()
-        assert batch.groups is not None
-        assert all(torch.equal(one, other) for one, other in zip(found, batch.groups, strict=True))
-        assert [part.dtype for part in found] == [part.dtype for part in batch.groups]
-
-
-def test_threads_change_no_batch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    streams = read_split(folder, DataSchema.read(folder), "train").streams
-    chosen = np.random.Generator(np.random.PCG64(0)).integers(0, streams.rows, 501)
-    expected = streams.gather(chosen)
-    monkeypatch.setattr(parallel, "LEAST", 10)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    assert all(np.array_equal(one, other) for one, other in zip(streams.gather(chosen), expected, strict=True))
 
 
 def test_without_gradients_no_groups_are_needed() -> None:

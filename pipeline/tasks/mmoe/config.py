@@ -167,16 +167,8 @@ class EsmmConfig(Config):
 
 
 class EmbeddingOptimizerConfig(AdamConfig):
-    name: Literal["sparse_adam", "lazy_adam", "row_adagrad", "adam"] = "sparse_adam"
-    """sparse_adam, row_adagrad: update only the rows of the batch; lazy_adam: makes up for the steps a row was not \
-used in; adam: updates every row"""
-
-    @model_validator(mode="after")
-    def _series_converges(self) -> "EmbeddingOptimizerConfig":
-        first, second = self.betas
-        if self.name == "lazy_adam" and second <= first**2:
-            raise ValueError(f"betas are {first:g}, {second:g}; with lazy_adam allowed: betas[1] over betas[0] squared")
-        return self
+    name: Literal["sparse_adam", "row_adagrad", "adam"] = "sparse_adam"
+    """sparse_adam, row_adagrad: update only the rows of the batch; adam: updates every row"""
 
     def warnings(self, given: frozenset[str]) -> list[str]:
         if self.name != "row_adagrad":

@@ -16,7 +16,6 @@ from torch.nn import functional
 from pipeline.tasks.mmoe.config import TASKS, HeadConfig, ModelConfig
 from pipeline.tasks.mmoe.data import Impressions, Layout
 from pipeline.tasks.mmoe.embedding import lookup
-from pipeline.tasks.mmoe.mixing import logits_of, mixed
 from pipeline.tasks.mmoe.schema import BaseRates
 
 
@@ -66,30 +65,25 @@ class FeatureEmbedding(nn.Module):
 
 
 class GroupedLayers(nn.Module):
-    """G multi-layer perceptrons of the same shape side by side: [G, B, in] -> [G, B, out].
-
-    ReLU after each layer but the last: that is for what reads it. Dropout after each, since it commutes with ReLU.
-    """
+    """G multi-layer perceptrons of the same shape side by side, with ReLU and dropout after each layer."""
 
     def __init__(self, groups: int, widths: list[int], dropout: float) -> None:
         super().__init__()
         pairs = list(pairwise(widths))
-        # in memory [in, G, out]: as one wide matrix for the layer whose groups share their input
-        self.weights = nn.ParameterList([torch.empty(inner, groups, outer).transpose(0, 1) for inner, outer in pairs])
+        self.weights = nn.ParameterList([torch.empty(groups, inner, outer) for inner, outer in pairs])
         self.biases = nn.ParameterList([torch.zeros(groups, 1, outer) for _, outer in pairs])
         for weight in self.weights:
             nn.init.normal_(weight, std=math.sqrt(2 / weight.shape[1]))  # He et al. 2015, equation 10
         self.dropout = dropout
 
     def forward(self, hidden: Tensor) -> Tensor:
-        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            if layer:
-                hidden = functional.relu(hidden)
-            if hidden.dim() == 2:  # all groups read the same input: one wide product
-                wide = torch.addmm(bias.flatten(), hidden, weight.transpose(0, 1).flatten(1))
+        """[B, in], the same for all groups, or [G, B, in] -> [G, B, out]"""
+        for weight, bias in zip(self.weights, self.biases, strict=True):
+            if hidden.dim() == 2:  # all groups read the same: one wide product
+                wide = torch.addmm(bias.flatten(), hidden, weight.transpose(0, 1).flatten(1)).relu_()
                 product = wide.view(len(hidden), *weight.shape[::2]).transpose(0, 1)
             else:
-                product = torch.baddbmm(bias, hidden, weight)
+                product = torch.baddbmm(bias, hidden, weight).relu_()
             hidden = functional.dropout(product, self.dropout, self.training)
         return hidden
 
@@ -135,10 +129,12 @@ class Mmoe(nn.Module):
             outputs = self.experts(shared)  # [E, B, H]
             gates = self._gates(shared)
             if gates is None:
-                shares = functional.relu(outputs).expand(len(self.deep_heads), -1, -1)
-            else:
-                shares = mixed(outputs, gates)  # [T, B, H]
-            deep = logits_of(self.towers(shares), self.last)  # [T, B]
+                shares = outputs.expand(len(self.deep_heads), -1, -1)
+            else:  # [T, B, H]; contiguous: in strides, the towers' products are several times slower
+                shares = torch.bmm(gates.to(outputs.dtype), outputs.transpose(0, 1)).transpose(0, 1).contiguous()
+            towers = self.towers(shares)
+            with torch.autocast(towers.device.type, enabled=False):  # a logit of -5 in bfloat16 has steps of 0.03
+                deep = (towers.float() * self.last.unsqueeze(1)).sum(-1)  # [T, B]
             for row, deep_head in enumerate(self.deep_heads):
                 terms[deep_head].append(deep[row])
         if any(head.fm for head in self.heads):
@@ -158,9 +154,8 @@ class Mmoe(nn.Module):
         logits = self.gate(shared).float()
         if self.training and self.config.gate.noise:
             logits = logits + self.config.gate.noise * torch.randn_like(logits)
-        # rows last in memory: over four experts side by side, a softmax cannot use the vector instructions
-        grouped = logits.t().contiguous().view(len(self.deep_heads), -1, len(shared))
-        return torch.softmax(grouped / self.config.gate.temperature, 1).permute(2, 0, 1)
+        grouped = logits.view(len(shared), len(self.deep_heads), -1)
+        return torch.softmax(grouped / self.config.gate.temperature, -1)
 
 
 def _logit(rate: float) -> float:

@@ -18,9 +18,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.ipc
 
-from pipeline.compiled import compiled, fetch
+from pipeline.compute.compiled import compiled
 from pipeline.errors import UserError
-from pipeline.parallel import shared
 from pipeline.tasks.mmoe.schema import LABELS, Feature
 
 BATCH_ROWS = 65_536
@@ -66,18 +65,14 @@ class Streams:
         count, features = len(index), len(self._is_multi)
         if count and (index.min() < 0 or index.max() >= self.rows):
             raise IndexError(f"rows {index.min()} to {index.max()} of {self.rows}")
-        ids = np.empty(count, np.int64)  # of each row
         spare = 1 + self._numeric + features - 2 * self._single  # words: pooled ids have a weight each
-        shared(lambda first, last: _count(self._words, self._places, index, spare, ids, first, last), count)
-        ends = np.cumsum(ids)
-        size = int(ends[-1]) if count else 0
+        size = _count_ids(self._words, self._places, index, spare)
         found = Gathered(
             np.empty(count, np.float32), np.empty(count, np.float32), np.empty((count, self._numeric), np.float32),
             np.empty(size, np.int32), np.empty(size, np.float32), np.empty(size, np.int32),
             np.empty(count * features + 1, np.int32),
         )  # fmt: skip
-        given = self._words, self._words.view(np.float32), self._places, index, self._is_multi, ends
-        shared(lambda first, last: _gather(*given, *found, first, last), count)
+        _gather(self._words, self._words.view(np.float32), self._places, index, self._is_multi, *found)
         return found
 
     def labels(self) -> tuple[Array, Array]:
@@ -206,13 +201,13 @@ def _row(words: Array, places: Array, row: int) -> tuple[int, int]:
 
 
 @compiled
-def _count(words: Array, places: Array, index: Array, spare: int, ids: Array, first: int, last: int) -> None:
-    """How many ids each row has."""
-    for position in range(first, last):
-        ahead = index[min(position + 16, last - 1)]
-        fetch(words, places[ahead // BATCH_ROWS, 0] + ahead % BATCH_ROWS)
-        begin, end = _row(words, places, index[position])
-        ids[position] = (end - begin - spare) // 2
+def _count_ids(words: Array, places: Array, index: Array, spare: int) -> int:
+    """Count the ids of the rows."""
+    count = 0
+    for row in index:
+        begin, end = _row(words, places, row)
+        count += (end - begin - spare) // 2
+    return count
 
 
 @compiled
@@ -224,17 +219,11 @@ def _labels(words: Array, places: Array, found: Array) -> None:
 
 @compiled
 def _gather(
-    words: Array, floats: Array, places: Array, index: Array, is_multi: Array, ends: Array, click: Array,
-    conversion: Array, numeric: Array, ids: Array, weights: Array, bags: Array, starts: Array, first: int, last: int,
+    words: Array, floats: Array, places: Array, index: Array, is_multi: Array, click: Array, conversion: Array,
+    numeric: Array, ids: Array, weights: Array, bags: Array, starts: Array,
 ) -> None:  # fmt: skip
-    position = ends[first - 1] if first else 0
-    bag = first * len(is_multi)
-    starts[bag] = position
-    for row in range(first, last):
-        ahead = index[min(row + 4, last - 1)]
-        begin, end = _row(words, places, ahead)
-        for line in range(begin, end, 16):  # words of a cache line
-            fetch(words, line)
+    position = bag = starts[0] = 0
+    for row in range(len(index)):
         place, end = _row(words, places, index[row])
         click[row], conversion[row] = words[place] & 1, words[place] >> 1
         place += 1

@@ -11,8 +11,10 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim import Adam, AdamW, Optimizer
 
 from pipeline import plots, ranks
+from pipeline.compute.optimizers import RowAdagrad, SparseAdam
 from pipeline.config import to_yaml
 from pipeline.errors import UserError
 from pipeline.influence import PREFIX, cosine, flat, gradients, norm
@@ -29,7 +31,6 @@ from pipeline.losses import (
     product_log_probability,
 )
 from pipeline.metrics import Array, binary_metrics, calibration_bins
-from pipeline.optimizers import AdamW, LazyAdam, Optimizer, RowAdagrad, SparseAdam
 from pipeline.schedules import gate_is_open
 from pipeline.shapes import shapes_only
 from pipeline.task import TOTAL, Dataset, ModelExport, Rows, write_test_rows
@@ -132,7 +133,7 @@ class MmoeTask:
         rest = [parameter for parameter in model.parameters() if parameter is not table]
         return {
             "dense": AdamW(
-                [{"params": rest}], lr=dense.lr, betas=dense.betas, eps=dense.eps, weight_decay=dense.weight_decay
+                rest, lr=dense.lr, betas=dense.betas, eps=dense.eps, weight_decay=dense.weight_decay, fused=True
             ),
             "embedding": self._embedding_optimizer(table),
         }
@@ -142,9 +143,8 @@ class MmoeTask:
         if config.name == "row_adagrad":
             return RowAdagrad(table, lr=config.lr, eps=config.eps)
         if config.name == "adam":
-            return AdamW([{"params": [table]}], lr=config.lr, betas=config.betas, eps=config.eps)
-        kind = LazyAdam if config.name == "lazy_adam" else SparseAdam
-        return kind(table, lr=config.lr, betas=config.betas, eps=config.eps)
+            return Adam([table], lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        return SparseAdam(table, lr=config.lr, betas=config.betas, eps=config.eps)
 
     def plan(self, epoch: int) -> Sequence[Rows]:
         return Shuffle(len(self.train), self.config.training.batch_size, self.config.seed, epoch)

@@ -15,7 +15,6 @@ from torch.nn.functional import softmax
 
 from pipeline.console import warn
 from pipeline.errors import UserError
-from pipeline.tasks.visobert.bert import Dropout, encode, is_bert, product_type
 from pipeline.tasks.visobert.config import EMBEDDED, ModelConfig
 from pipeline.tasks.visobert.encoder import EmbeddedEncoder, Encoded
 from pipeline.tasks.visobert.pretrained import model_folder
@@ -48,7 +47,7 @@ class AspectSentimentModel(nn.Module):
         super().__init__()
         width = cast(Encoder, encoder).width
         self.encoder, self.pooling, self.aspects = encoder, config.pooling, aspects
-        self.dropout = Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
         if config.pooling == "aspect_attention":
             self.queries = nn.Parameter(torch.randn(aspects, width) / math.sqrt(width))
         self.dense = nn.Linear(width, config.hidden) if config.hidden else None
@@ -118,22 +117,16 @@ class AspectLinear(nn.Module):
 
 
 class PretrainedEncoder(nn.Module):
-    """An encoder of transformers, as AutoModel knows it; BERT's kind runs by our own forward pass on the CPU."""
+    """An encoder of transformers, as AutoModel knows it."""
 
     def __init__(self, model: nn.Module, keep_pooler: bool) -> None:
         super().__init__()
         self.model = model
         self.width: int = cast(Any, model).config.hidden_size
-        self.known = is_bert(model)
         if not keep_pooler and getattr(model, "pooler", None) is not None:
             cast(Any, model).pooler = None
 
     def forward(self, ids: Tensor, mask: Tensor) -> Encoded:
-        kind = product_type(self.model, ids) if self.known else None
-        if kind is not None:
-            hidden = encode(self.model, ids, mask, kind)
-            pooler = getattr(self.model, "pooler", None)
-            return Encoded(hidden, pooler(hidden) if pooler is not None else None)
         found = self.model(input_ids=ids.long(), attention_mask=mask.long())
         return Encoded(found.last_hidden_state, getattr(found, "pooler_output", None))
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 
 from pipeline import ranks
 from pipeline.blocks import AdamConfig
@@ -25,7 +26,6 @@ from pipeline.losses import (
     multi_label_focal_factor,
 )
 from pipeline.names import metric_names
-from pipeline.optimizers import AdamW, Optimizer
 from pipeline.shapes import shapes_only
 from pipeline.task import TOTAL, Dataset, ModelExport, Rows, autocast
 from pipeline.tasks.visobert.alpha import ALPHA_FILE, Alpha, alpha_of
@@ -359,5 +359,5 @@ def _adamw(
     return AdamW(
         [{"params": weights, "lr": share * config.lr, "weight_decay": weight_decay}
          for (share, weight_decay), weights in groups.items()],
-        betas=config.betas, eps=config.eps,
+        betas=config.betas, eps=config.eps, fused=True,
     )  # fmt: skip

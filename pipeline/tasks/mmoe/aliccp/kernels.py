@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.compiled import compiled
-from pipeline.tasks.mmoe.aliccp.config import MOST_FIELDS, MOST_NAME_BYTES
+from pipeline.compute.compiled import compiled
 
+MOST_NAME_BYTES = 64  # as in config.py; compiled functions use constants of their own file alone
 COMMA, LF, CR, BLANK, TILDE, ZERO, POINT = 44, 10, 13, 32, 126, 48, 46
 JOINS_FEATURES, BEFORE_ID, BEFORE_VALUE = 1, 2, 3  # \x01 \x02 \x03
 
@@ -460,7 +460,7 @@ def _searched(text: Any, parsed: Parsed, number: int, fields: Fields) -> Any:
             if same:
                 return field
     field = fields.used[0]
-    if field == MOST_FIELDS:
+    if field == len(fields.lengths):
         return -1
     fields.used[0] += 1
     for at in range(end - start):

@@ -1,0 +1,1 @@
+"""What training computes with: compiled loops, optimizers, batches made ready."""

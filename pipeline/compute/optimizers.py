@@ -1,0 +1,83 @@
+"""Optimizers of an embedding table whose gradient is sparse: a step moves the rows that it has used, and no other.
+
+R = rows of the table, W = its width.
+"""
+
+import math
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.compute import sparse
+
+
+class RowOptimizer(torch.optim.Optimizer):
+    """One table, of which a step updates the rows in its sparse gradient."""
+
+    def __init__(self, table: Tensor, **settings: Any) -> None:
+        super().__init__([table], settings)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update the table's rows in place.
+
+        Raises:
+            ValueError: a closure is given.
+        """
+        if closure is not None:
+            raise ValueError("closure: allowed: none")
+        group = self.param_groups[0]
+        table: Tensor = group["params"][0]
+        if table.grad is None:
+            return
+        gradient, state = sparse.coalesced(table.grad), self.state[table]
+        if not state:
+            state |= {"step": 0} | self._new_state(table)
+        state["step"] += 1
+        self._update(table.detach(), gradient.indices()[0], gradient.values(), group, state)
+
+    @abstractmethod
+    def _new_state(self, table: Tensor) -> dict[str, Tensor]:
+        """What is kept of the table before the first step."""
+
+    @abstractmethod
+    def _update(
+        self, table: Tensor, rows: Tensor, values: Tensor, group: dict[str, Any], state: dict[str, Any]
+    ) -> None:
+        """Update table and state at the rows [u] by their gradients [u, W]."""
+
+
+class SparseAdam(RowOptimizer):
+    """Adam on the rows of a step, as `torch.optim.SparseAdam`: the moments of other rows stay as they are."""
+
+    def __init__(
+        self, table: Tensor, *, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+    ) -> None:
+        super().__init__(table, lr=lr, betas=betas, eps=eps)
+
+    def _new_state(self, table: Tensor) -> dict[str, Tensor]:
+        return {"moments": table.new_zeros(len(table), 2, table.shape[1])}  # side by side: read together
+
+    def _update(
+        self, table: Tensor, rows: Tensor, values: Tensor, group: dict[str, Any], state: dict[str, Any]
+    ) -> None:
+        (first, second), step = group["betas"], state["step"]
+        rate = group["lr"] * math.sqrt(1 - second**step) / (1 - first**step)
+        sparse.adam(table, state["moments"], rows, values, (first, second), rate, group["eps"])
+
+
+class RowAdagrad(RowOptimizer):
+    """Adagrad (Duchi et al. 2011) with one sum of squares a row, as recommendation models use it."""
+
+    def __init__(self, table: Tensor, *, lr: float = 0.05, eps: float = 1e-8) -> None:
+        super().__init__(table, lr=lr, eps=eps)
+
+    def _new_state(self, table: Tensor) -> dict[str, Tensor]:
+        return {"square": table.new_zeros(len(table))}
+
+    def _update(
+        self, table: Tensor, rows: Tensor, values: Tensor, group: dict[str, Any], state: dict[str, Any]
+    ) -> None:
+        sparse.adagrad(table, state["square"], rows, values, group["lr"], group["eps"])
