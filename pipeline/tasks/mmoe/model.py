@@ -42,7 +42,7 @@ class FeatureEmbedding(nn.Module):
         bins = max((len(feature.edges) - 1 for feature in layout.numeric_features), default=1)
         low, span = torch.zeros(count, bins), torch.full((count, bins), math.inf)  # absent bins encode to 0
         for row, feature in enumerate(layout.numeric_features):
-            edges = np.array(feature.edges)  # numpy: torch's difference of shapes alone would import its compiler
+            edges = np.array(feature.edges)
             low[row, : len(edges) - 1] = torch.from_numpy(edges[:-1]).float()
             span[row, : len(edges) - 1] = torch.from_numpy(np.diff(edges)).float()
         self.register_buffer("low", low, persistent=False)

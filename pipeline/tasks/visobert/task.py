@@ -26,7 +26,6 @@ from pipeline.losses import (
     multi_label_focal_factor,
 )
 from pipeline.names import metric_names
-from pipeline.shapes import shapes_only
 from pipeline.task import TOTAL, Dataset, ModelExport, Rows, autocast
 from pipeline.tasks.visobert.alpha import ALPHA_FILE, Alpha, alpha_of
 from pipeline.tasks.visobert.answers import ASPECTS_FILE, ENCODER_FOLDER, TOKENIZER_FOLDER, Answers, column_types
@@ -79,7 +78,7 @@ class VisobertTask:
                 config.model.name, config.model.revision, train.texts, config.model.embedded.vocabulary
             )
             self.table = cache(self._table)
-        with shapes_only():
+        with torch.device("meta"):  # shapes without values
             model = self._build(weights=False)
         self.parameters = sum(weight.numel() for weight in model.parameters())
         shared = like and same and like.config.baselines == config.baselines
