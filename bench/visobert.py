@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +19,6 @@ from pipeline.run import MemoryRun
 from pipeline.task import TOTAL, Rows
 from pipeline.tasks.visobert.config import VisobertConfig
 from pipeline.tasks.visobert.data import ReviewBatch, padding_efficiency
-from pipeline.tasks.visobert.encoder import Encoded
-from pipeline.tasks.visobert.model import AspectSentimentModel, PretrainedEncoder
 from pipeline.tasks.visobert.task import VisobertTask
 from pipeline.tasks.visobert.tokenizer import PAD, START, UNKNOWN, EmbeddedTokenizer
 from pipeline.training import Training, Window
@@ -81,29 +79,10 @@ class NaiveReviews(Dataset[dict[str, Any]]):
         }  # fmt: skip
 
 
-class TheirEncoder(torch.nn.Module):
-    """An encoder by transformers' own forward pass, its attention by torch's `scaled_dot_product_attention`."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> Encoded:
-        return Encoded(self.model(input_ids=ids.long(), attention_mask=mask.long()).last_hidden_state, None)
-
-
-def their_model(task: VisobertTask) -> AspectSentimentModel:
-    """The task's model as it is without what our forward pass does: modules of transformers and torch alone."""
-    model = task.model()
-    model.encoder = TheirEncoder(cast(PretrainedEncoder, model.encoder).model)
-    model.dropout = torch.nn.Dropout(task.config.model.dropout)
-    return model
-
-
 def naive(task: VisobertTask) -> Timed:
     """CPU seconds of a few steps of the usual script: batches of 16 items, fp32, AdamW as it comes."""
     torch.manual_seed(0)
-    model = their_model(task).train()
+    model = task.model().train()
     train = task.splits.train
     reviews = NaiveReviews(task.tokenizer.backend, list(train.texts), train.labels)
     batches = iter(DataLoader(reviews, NAIVE_BATCH, shuffle=True))
@@ -172,11 +151,11 @@ class TokenisedReviews(Dataset[dict[str, Any]]):
 
 
 class WithLoss(torch.nn.Module):
-    """The model as transformers runs it, with its loss in what `forward` returns."""
+    """The task's model, with its loss in what `forward` returns."""
 
     def __init__(self, task: VisobertTask) -> None:
         super().__init__()
-        self.task, self.model = task, their_model(task)
+        self.task, self.model = task, task.model()
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
         batch = ReviewBatch(input_ids, attention_mask, labels)
