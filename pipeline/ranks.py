@@ -39,11 +39,6 @@ def _given(name: str, default: int) -> int:
     return int(text) if text.isdecimal() else default  # not torchrun's
 
 
-def here() -> int:
-    """How many of them share this machine's cores."""
-    return 1 if _over else _given("LOCAL_WORLD_SIZE", 1)
-
-
 def leads() -> bool:
     """This process is the one that tracks and writes."""
     return number() == 0

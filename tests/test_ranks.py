@@ -19,11 +19,8 @@ import torch
 
 from pipeline import ranks
 from pipeline.config import load
-from pipeline.console import Console
-from pipeline.run import MemoryRun
 from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.task import MmoeTask
-from pipeline.training import Training
 
 ROOT = Path(__file__).parent.parent
 FULL = os.environ.get("FAULTS") == "full"
@@ -114,12 +111,12 @@ def test_gradients_from_the_same_states_are_those_of_one_process(tmp_path: Path,
     assert any(0 in found and sum(found) for found in clicks)  # a rank without a click, beside one with
 
 
-@pytest.mark.parametrize(("optimizer", "steps"), [("lazy_adam", 200), ("row_adagrad", 20)])
+@pytest.mark.parametrize(("optimizer", "steps"), [("sparse_adam", 200), ("row_adagrad", 20)])
 def test_losses_and_auc_are_those_of_one_process(tmp_path: Path, impressions: Path, optimizer: str, steps: int) -> None:
     """4,000 training rows are 78 batches of 51 and one of 22; 200 steps are two and a half epochs."""
     settings = MMOE | {
         "data.path": str(impressions), "optim.embedding.name": optimizer, "training.num_train_epochs": "4",
-        "optim.embedding.lr": "1e-3" if optimizer == "lazy_adam" else "0.02", "optim.dense.lr": "1e-3",
+        "optim.embedding.lr": "1e-3" if optimizer == "sparse_adam" else "0.02", "optim.dense.lr": "1e-3",
     }  # fmt: skip
     found = {size: trained(tmp_path / str(size), size, settings, steps=steps) for size in (1, 2)}
     assert len(losses(found[1])["loss_total"]) == steps
@@ -155,28 +152,9 @@ def test_alone_nothing_is_added_up() -> None:
     assert ranks.summed(values) == values
     assert ranks.agree({"x": 1}) == {"x": 1}
     assert ranks.leads()
-    assert (ranks.size(), ranks.here()) == (1, 1)
+    assert ranks.size() == 1
     rows = np.arange(5)
     assert ranks.share(rows).tolist() == rows.tolist()
-
-
-def test_ranks_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch, impressions: Path) -> None:
-    config = load(MmoeConfig, ROOT / "configs" / "mtl_mmoe.yaml", MMOE | {"data.path": str(impressions)})
-    run = MemoryRun()
-    training = Training(MmoeTask(config), run, Console(0, quiet=True), "cpu")
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
-    found = {}
-    for way in ("in_advance", "in_gaps", "side_by_side"):
-        monkeypatch.setattr(f"pipeline.training.{way}", lambda *given, way=way: (way, *given[2:]))
-    for number in (1, 3, 4):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(number))
-        found[number] = training._loaded(iter([]))
-    monkeypatch.setattr("pipeline.training.gaps_can_be_used", lambda: False)
-    found[5] = training._loaded(iter([]))
-    run.discard()
-    beside = ("in_advance", 2)  # four ranks of two threads each leave no core to load batches beside them
-    assert found == {1: beside, 3: beside, 4: ("in_gaps", 2, 2), 5: ("side_by_side", 2)}
 
 
 @pytest.mark.parametrize(("rows", "size"), [(7, 3), (3, 3), (2, 3), (1, 4)])
