@@ -68,7 +68,7 @@ def _plain(value: Any, path: str, storages: set[int]) -> Any:
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, Tensor):
-        if value.layout != torch.strided or value.is_quantized:
+        if value.layout != torch.strided:
             raise TypeError(f"state {path}: found a tensor of {value.dtype}, {value.layout}, allowed: a dense one")
         return _alone(value.detach(), storages)
     if isinstance(value, Mapping):
