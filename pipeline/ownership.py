@@ -64,7 +64,7 @@ class Ownership:
             UserError: another process has it (told within 5 s), or the folder cannot be written or locked.
         """
         self.folder = folder
-        # the beating thread may be the last to hold on to it: not of one thread
+        # of the process, whichever thread releases it; a file system without locks is an error, not a reason for less
         self._lock = FileLock(folder / LOCK_FILE, LOCK_SECONDS, thread_local=False, fallback_to_soft=False)
         try:
             folder.mkdir(parents=True, exist_ok=True)
