@@ -24,8 +24,8 @@ from server import MlflowServer, Postgres, need_postgres, postgres_programs
 FULL = os.environ.get("FAULTS") == "full"
 STEPS = 5000 if FULL else 400
 KILLED_AT = 1000 if FULL else 100  # logged steps, more or less
-BACK_AT = 4000  # until then the server is away
-HELD_AT = 4500 if FULL else 200  # where the training waits, so that it does not end before the server is back, or away
+BACK_AT = 2500  # until then the server is away
+HELD_AT = 3000 if FULL else 200  # where the training waits, so that it does not end before the server is back, or away
 BLOCK_STEPS = 50
 MEASURED = ("throughput/", "time/", "checkpoint/")  # of these only the number of points can be expected
 Points = dict[tuple[str, int], str]  # (metric, step) -> value, bit for bit
