@@ -1,76 +1,49 @@
 """A training's state on disk, whole or not at all, and known to be so when it is read again.
 
-A *state* is a nested structure of dicts (keys: text or whole numbers), lists, tuples, None, bool, int, float, str and
-tensors. On disk it is a *generation*, a folder of
+On disk a state (`pipeline.storage.state_file`) is a *generation*, a folder of
 
-- `state.safetensors`: the tensors, under names made of the keys that lead to them;
-- `state.json`: the rest. What JSON has is itself; an object with one key stands for what JSON has not: `dict` (pairs),
-  `tuple`, `tensor` (its name) and `float` (the eight bytes of one that is infinite or no number, as hex);
+- `state.pt`: the state;
 - links: files that were there already;
 - `manifest.json`, written last: format version, step, facts, and size and SHA-256 of every file.
 
-None of them can hold code.
+None of them can hold code that reading would run.
 """
 
+import contextlib
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
-import struct
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.console import warn
 from pipeline.errors import TrainingError, UserError
+from pipeline.storage.files import Entry, sync, write_hashed
+from pipeline.storage.state_file import read_state, state_bytes, write_state
 
-FORMAT = 1
-TENSORS_FILE, VALUES_FILE, MANIFEST_FILE = "state.safetensors", "state.json", "manifest.json"
-CHUNK = 1 << 23  # bytes hashed by one thread while another writes them
+FORMAT = 2  # 1: tensors and values in two files of our own
+STATE_FILE, MANIFEST_FILE = "state.pt", "manifest.json"
+CHUNK = 1 << 20  # bytes of a file that are copied at a time
 SPARE = 1 << 14  # bytes for a manifest, a folder and what files are rounded up to on disk
 NEW, OLD = ".new", ".old"  # ends of the names of hidden folders: being written, being removed
 NUMBER = re.compile(r"\d{9,}")
-METADATA = "__metadata__"  # a name that safetensors keeps to itself
-DTYPES = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.uint16: "U16",
-    torch.uint32: "U32",
-    torch.uint64: "U64",
-    torch.int8: "I8",
-    torch.int16: "I16",
-    torch.int32: "I32",
-    torch.int64: "I64",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.complex64: "C64",
-}  # as safetensors names them
 
 
 class Damaged(UserError):  # noqa: N818 (the word that callers read)
     """A generation is not whole: names the file and what is wrong with it."""
 
 
-class Entry(NamedTuple):
-    """A file of a generation, as its manifest names it."""
-
-    size: int
-    sha256: str
+class OtherFormat(UserError):  # noqa: N818 (the word that callers read)
+    """A generation is of another format: whole, but not for this program to read."""
 
 
 class Inode(NamedTuple):
@@ -121,11 +94,28 @@ def save_weights(weights: Mapping[str, Tensor], file: Path) -> None:
     partial = file.with_suffix(".partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        _write_file(partial, _tensor_chunks(weights))
+        for leftover in file.parent.glob(".tmp*"):  # of safetensors, in a process that was killed
+            leftover.unlink()
+        save_file(_separate(weights), partial)
+        partial.chmod(0o644)  # safetensors closes its files to others
+        sync(partial)
         partial.replace(file)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
-        raise TrainingError(f"{file}: {_reason(error)}") from None
+        raise TrainingError(f"{file}: {_reason(error) if isinstance(error, OSError) else error}") from None
+
+
+def _separate(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights on the CPU, each contiguous and in a storage of its own: safetensors takes no others."""
+    found: dict[str, Tensor] = {}
+    storages = set[int]()
+    for name, weight in weights.items():
+        tensor = weight.detach().cpu().contiguous()
+        if tensor.untyped_storage().data_ptr() in storages:
+            tensor = tensor.clone()
+        storages.add(tensor.untyped_storage().data_ptr())
+        found[name] = tensor
+    return found
 
 
 def load_tensors(file: Path) -> dict[str, Tensor]:
@@ -164,17 +154,14 @@ def write(
         TypeError, ValueError: the state, facts or links hold something that is no part of them.
         OSError: the disk does not take it.
     """
-    values, tensors = _encode(state)
-    files = {
-        TENSORS_FILE: _write_file(folder / TENSORS_FILE, _tensor_chunks(tensors)),
-        VALUES_FILE: _write_file(folder / VALUES_FILE, [values]),
-    }
+    files = {STATE_FILE: write_state(folder / STATE_FILE, state)}
     for name, source in links.items():
         if not _is_plain(name) or name in (*files, MANIFEST_FILE):
             raise ValueError(f"links: found {name!r}, allowed: the name of a file that is not the state's own")
         files[name] = _link(source.resolve(), folder / name, {} if hashes is None else hashes)
-    manifest = _write_file(folder / MANIFEST_FILE, [_manifest(step, facts, files)])
-    _fsync_folder(folder)
+    content = _manifest(step, facts, files)
+    manifest = write_hashed(folder / MANIFEST_FILE, lambda stream: stream.write(content))
+    sync(folder)
     return _total(files) + manifest.size
 
 
@@ -182,16 +169,16 @@ def read(folder: Path) -> Generation:
     """The generation in the folder, every byte of it verified.
 
     Raises:
-        Damaged: it is not whole, or of a format that this version does not know.
+        Damaged: it is not whole.
+        OtherFormat: another version wrote it.
     """
     manifest = _verified(folder)
-    tensors = load_tensors(folder / TENSORS_FILE)
     try:
-        state = _decode(json.loads((folder / VALUES_FILE).read_bytes()), tensors)
-        if not isinstance(state, dict):
-            raise TypeError
-    except (OSError, KeyError, TypeError, ValueError, RecursionError, struct.error):
-        raise Damaged(f"{folder / VALUES_FILE}: found no state in it") from None
+        state = read_state(folder / STATE_FILE)
+    except OSError as error:
+        raise Damaged(f"{folder / STATE_FILE}: {_reason(error)}") from None
+    except ValueError as error:
+        raise Damaged(f"{folder / STATE_FILE}: {error}") from None
     return Generation(folder, manifest.step, manifest.facts, state)
 
 
@@ -243,7 +230,11 @@ class Checkpoints:
         return sorted(int(entry.name) for entry in self.folder.iterdir() if NUMBER.fullmatch(entry.name))
 
     def latest(self) -> Generation | None:
-        """The newest whole generation; None where there is none. Tells of each damaged one that it passes over."""
+        """The newest whole generation; None where there is none. Tells of each damaged one that it passes over.
+
+        Raises:
+            OtherFormat: another version wrote it; to pass it over would begin the run again without a word.
+        """
         found, damages = None, list[Damaged]()
         for step in reversed(self.steps()):
             try:
@@ -262,12 +253,23 @@ class Checkpoints:
         Raises:
             UserError: it was not kept; names the steps that were.
             Damaged: it is not whole.
+            OtherFormat: another version wrote it.
         """
         steps = self.steps()
         if step not in steps:
             kept = ", ".join(map(str, steps)) or "none"
             raise UserError(f"{self.folder}: found no checkpoint of step {step}; kept: {kept}")
         return self._read(step)
+
+    def check_format(self) -> None:
+        """Read the manifests alone.
+
+        Raises:
+            OtherFormat: another version wrote a generation.
+        """
+        for step in self.steps():
+            with contextlib.suppress(Damaged):
+                _read_manifest(self._path(step) / MANIFEST_FILE)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"{step:09d}"
@@ -298,7 +300,7 @@ class Checkpoints:
             work.rename(self._path(step))
         finally:
             shutil.rmtree(work, ignore_errors=True)
-        _fsync_folder(self.folder)
+        sync(self.folder)
         return size
 
     def _make_room(self, step: int, state: Mapping[str, Any], links: Mapping[str, Path], best: int | None) -> None:
@@ -327,8 +329,7 @@ class Checkpoints:
 
     def _lacking(self, step: int, state: Mapping[str, Any], links: Mapping[str, Path]) -> str | None:
         """What stands against writing the generation, in words; None where it fits."""
-        values, tensors = _encode(state)
-        size = len(values) + sum(map(len, _header(tensors))) + sum(tensor.nbytes for tensor in tensors.values()) + SPARE
+        size = state_bytes(state) + SPARE
         linked = {name: source.stat() for name, source in links.items()}
         copied = sum(stat.st_size for stat in linked.values() if stat.st_dev != self.folder.stat().st_dev)
         limits = {"the disk": (size + copied, shutil.disk_usage(self.folder).free)}
@@ -358,112 +359,13 @@ class Checkpoints:
         shutil.rmtree(hidden, ignore_errors=True)
 
 
-def _encode(state: Mapping[str, Any]) -> tuple[bytes, dict[str, Tensor]]:
-    """The state as the text of `state.json`, and its tensors by the names that stand in it."""
-    tensors: dict[str, Tensor] = {}
-    return json.dumps(_plain(state, "", tensors), allow_nan=False).encode(), tensors
-
-
-def _plain(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """A part of a state as JSON has it; its tensors are put among `tensors`. `path`: the keys that lead to it."""
-
-    def inner(key: object, part: Any) -> Any:
-        return _plain(part, f"{path}/{key}" if path else str(key), tensors)
-
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, Tensor):
-        if value.dtype not in DTYPES or value.layout != torch.strided:
-            raise TypeError(f"state {path}: found a tensor of {value.dtype}, {value.layout}")
-        while path in tensors or path == METADATA:  # a key may hold a slash
-            path += "'"
-        tensors[path] = value
-        plain: Any = {"tensor": path}
-    elif isinstance(value, Mapping):
-        for key in value:
-            if type(key) not in (str, int):
-                raise TypeError(f"state {path}: found key {key!r}, allowed: text and whole numbers")
-        plain = {"dict": [[key, inner(key, part)] for key, part in value.items()]}
-    elif isinstance(value, list | tuple):
-        plain = [inner(index, part) for index, part in enumerate(value)]
-        plain = {"tuple": plain} if isinstance(value, tuple) else plain
-    elif isinstance(value, float) and not math.isfinite(value):
-        plain = {"float": struct.pack(">d", value).hex()}
-    elif value is None or isinstance(value, bool | int | float | str):
-        plain = value
-    else:
-        raise TypeError(f"state {path}: found {type(value).__name__}, which is no part of a state")
-    return plain
-
-
-def _decode(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The part of a state that `_plain` made this of."""
-    if isinstance(plain, list):
-        return [_decode(part, tensors) for part in plain]
-    if not isinstance(plain, dict):
-        return plain
-    ((kind, value),) = plain.items()
-    decoders: dict[str, Callable[[], Any]] = {
-        "dict": lambda: {key: _decode(part, tensors) for key, part in value},
-        "tuple": lambda: tuple(_decode(part, tensors) for part in value),
-        "tensor": lambda: tensors[value],
-        "float": lambda: struct.unpack(">d", bytes.fromhex(value))[0],
-    }
-    return decoders[kind]()
-
-
-def _header(tensors: Mapping[str, Tensor]) -> tuple[bytes, bytes]:
-    """What a safetensors file begins with: the length of the description, and the description."""
-    described, end = {}, 0
-    for name, tensor in _in_file(tensors):
-        begin, end = end, end + tensor.nbytes
-        described[name] = {
-            "dtype": DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(described).encode()
-    text += b" " * (-len(text) % 8)  # data begins where eight bytes do
-    return struct.pack("<Q", len(text)), text
-
-
-def _in_file(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
-    """In the order of the file: wide numbers first, so that each begins at a multiple of its width."""
-    return sorted(tensors.items(), key=lambda item: -item[1].itemsize)
-
-
-def _tensor_chunks(tensors: Mapping[str, Tensor]) -> Iterator[memoryview | bytes]:
-    """A safetensors file of the tensors, piece by piece; one on another device comes to the CPU when it is its turn."""
-    yield from _header(tensors)
-    for _, tensor in _in_file(tensors):
-        whole = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-        flat = whole.as_strided((whole.numel(),), (1,))  # of one number or none, any stride counts as contiguous
-        view = flat.view(torch.uint8).numpy().data
-        for begin in range(0, len(view), CHUNK):
-            yield view[begin : begin + CHUNK]
-
-
-def _write_file(file: Path, chunks: Iterable[memoryview | bytes]) -> Entry:
-    """Write the chunks and have them on disk; they are hashed while they are written."""
-    digest, size = hashlib.sha256(), 0
-    with ThreadPoolExecutor(1) as hasher, file.open("wb") as stream:
-        for chunk in chunks:
-            hashed = hasher.submit(digest.update, chunk)
-            stream.write(chunk)
-            hashed.result()
-            size += len(chunk)
-        stream.flush()
-        os.fsync(stream.fileno())
-    return Entry(size, digest.hexdigest())
-
-
 def _link(source: Path, target: Path, hashes: Hashes) -> Entry:
     """The file under another name, or a copy of it."""
     try:
         os.link(source, target)
     except OSError:  # another file system, or one without links
         with source.open("rb") as stream:
-            return _write_file(target, iter(lambda: stream.read(CHUNK), b""))
+            return write_hashed(target, lambda copy: shutil.copyfileobj(stream, copy, CHUNK))
     with target.open("rb") as stream:
         os.fsync(stream.fileno())
         stat = os.fstat(stream.fileno())
@@ -489,6 +391,7 @@ def _verified(folder: Path) -> Manifest:
 
     Raises:
         Damaged: names the first file that is not.
+        OtherFormat: another version wrote it.
     """
     manifest = _read_manifest(folder / MANIFEST_FILE)
     for name, entry in manifest.files.items():
@@ -511,12 +414,14 @@ def _read_manifest(file: Path) -> Manifest:
         text = file.read_bytes()
         content = json.loads(text)
         version, seal = content["format"], content.pop("sha256")
-        if version != FORMAT:
-            raise Damaged(f"{file}: found format version {version!r}, this program reads {FORMAT}")
         if seal != _seal(content):
             raise Damaged(f"{file}: found other content than was written")
+        if version != FORMAT:  # asked second: a flipped bit makes no other format
+            raise OtherFormat(f"{file}: found checkpoint format {version!r}, this program reads {FORMAT}; resume with "
+                              "the version of focal-pipeline that wrote it, or delete "
+                              f"{file.parent.parent} to train from the beginning")  # fmt: skip
         files = {name: Entry(entry["size"], entry["sha256"]) for name, entry in content["files"].items()}
-        if not {TENSORS_FILE, VALUES_FILE} <= files.keys() or not all(map(_is_plain, files)):
+        if STATE_FILE not in files or not all(map(_is_plain, files)):
             raise Damaged(f"{file}: found files {', '.join(map(repr, files))}")
         return Manifest(content["step"], content["facts"], files, _total(files) + len(text))
     except OSError as error:
@@ -532,15 +437,6 @@ def _total(files: Mapping[str, Entry]) -> int:
 def _is_plain(name: str) -> bool:
     """The name is of a file in the folder itself."""
     return name == Path(name).name and name not in ("", "..") and "\0" not in name
-
-
-def _fsync_folder(folder: Path) -> None:
-    """Have the names in the folder on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _reason(error: OSError) -> str:

@@ -208,6 +208,7 @@ def _open(config: RunConfig, writer: Writer | None, asked: RunRequest, known_by:
         if begun and (begun.finished or begun.ended_as == "FINISHED"):
             return begun
         if begun:
+            Checkpoints(begun.folder).check_format()  # before the run is opened: it stays as it is
             asked = _going_on(asked, begun)
         if begun is None or not Checkpoints(begun.folder).steps():
             origin = origin_of(config, writer)

@@ -1,30 +1,32 @@
 """Who may write a run's folder: one process at a time.
 
-On one host a file lock says it, which the kernel takes from a process that dies. Across hosts, where such a lock may
-not reach, a lease does: its owner raises a beat in it every second, and a lease that stands still may be taken over.
-Every owner has a number above the one before; whoever works for an older one (its writer process) stops.
+On one host a file lock says it, which the kernel takes from a process that dies; filelock closes it in a forked child
+(a loader's worker), which would keep it otherwise. Across hosts, where such a lock may not reach, a lease does: its
+owner raises a beat in it every second, and a lease that stands still may be taken over. Every owner has a number above
+the one before; whoever works for an older one (its writer process) stops.
 """
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import socket
 import threading
 import time
-import weakref
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+from filelock import FileLock, Timeout, lock_descriptor, unlock_descriptor
 
 from pipeline.errors import TrainingError, UserError
 
 LOCK_FILE = "owner.lock"
+NUMBER_FILE = "owner.number"
 LEASE_FILE = "lease.json"
 BEAT_SECONDS = 1.0
 WATCH_SECONDS = 4.0  # a lease that stands still for so long is nobody's
 SETTLE_SECONDS = 1.0  # after a take-over: whoever else took the lease at the same moment has written it by then
 LOCK_SECONDS = 2.0  # a process that was killed just now may take so long to let go
+ASK_SECONDS = 0.2  # another process that only asks has the lock for a moment
 
 
 @dataclass(frozen=True)
@@ -62,22 +64,21 @@ class Ownership:
             UserError: another process has it (told within 5 s), or the folder cannot be written or locked.
         """
         self.folder = folder
+        # of the process, whichever thread releases it; a file system without locks is an error, not a reason for less
+        self._lock = FileLock(folder / LOCK_FILE, LOCK_SECONDS, thread_local=False, fallback_to_soft=False)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(folder)
-        except OSError as error:
-            raise UserError(f"run folder {folder}: {error.strerror or error}") from None
-        try:
-            self._lease = _take(folder, self._lock)
-        except OSError as error:
-            os.close(self._lock)
-            raise UserError(f"run folder {folder}: {error.strerror or error}") from None
-        except BaseException:
-            os.close(self._lock)
+            self._lock.acquire()
+            self._lease = _take(folder)
+        except Timeout:
+            raise _alive(folder, _read(folder)) from None
+        except BaseException as error:
+            self._lock.release()
+            if isinstance(error, OSError):
+                raise UserError(f"run folder {folder}: {error.strerror or error}") from None
             raise
         self.number = self._lease.number
         self._ended = threading.Event()
-        _OWNED.add(self)
         self._thread = threading.Thread(target=self._keep_beating, name=f"lease of {folder.name}", daemon=True)
         self._thread.start()
 
@@ -88,23 +89,22 @@ class Ownership:
             raise TrainingError(f"run {self.folder.name} was taken over by {owner}; process {os.getpid()} ends here")
 
     def release(self) -> None:
-        """Give the folder up; the next owner need not wait. A second call does nothing."""
-        if self._ended.is_set():
+        """Give the folder up; the next owner need not wait. A second call, or one of a forked child, does nothing."""
+        if self._ended.is_set() or os.getpid() != self._lease.pid:
             return
         self._ended.set()
         self._thread.join(2 * BEAT_SECONDS)
         with contextlib.suppress(OSError):  # the lock tells it too; only another host has to watch the lease then
             if self._successor() is None:
                 _write(self.folder, replace(self._lease, released=True))
-        _OWNED.discard(self)
-        os.close(self._lock)
+        self._lock.release()
 
     def _successor(self) -> str | None:
         """Who has taken the folder over; None while it is ours. A lease that is not there or garbage is no owner."""
         lease = _read(self.folder)
         if lease is not None and lease.number >= self.number and lease.owner != self._lease.owner:
             return str(lease)
-        return "another process" if _locked_number(self.folder) > self.number else None
+        return "another process" if _number(self.folder) > self.number else None
 
     def _keep_beating(self) -> None:
         """Renew the lease until the end, or until it is lost. A disk that is full or away is tried again."""
@@ -115,16 +115,11 @@ class Ownership:
                 self._lease = replace(self._lease, beat=self._lease.beat + 1)
                 _write(self.folder, self._lease)
 
-    def _forget(self) -> None:
-        """In a forked child: the folder stays its parent's, and is free once the parent is dead."""
-        self._ended.set()
-        os.close(self._lock)
-
 
 def owner_number(folder: Path) -> int:
     """The number of the folder's newest owner; 0 = never owned."""
     lease = _read(folder)
-    return max(_locked_number(folder), lease.number if lease else 0)
+    return max(_number(folder), lease.number if lease else 0)
 
 
 def alive_owner(folder: Path) -> str | None:
@@ -132,55 +127,32 @@ def alive_owner(folder: Path) -> str | None:
 
     Takes 4 s where the last owner was another host that did not say good-bye.
     """
-    try:
-        lock = os.open(folder / LOCK_FILE, os.O_RDONLY)
-    except FileNotFoundError:
-        lock = None
-    if lock is not None:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two who only ask do not see each other
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
-            return str(_read(folder) or "another process")
-        finally:
-            os.close(lock)
+    if _is_locked(folder / LOCK_FILE):
+        return str(_read(folder) or "another process")
     beating = _beating(folder, _read(folder))
     return str(beating) if beating else None
 
 
-_OWNED: "weakref.WeakSet[Ownership]" = weakref.WeakSet()
+def _is_locked(file: Path) -> bool:
+    """Whether a process has the lock; makes no file, as a `FileLock` would."""
+    try:
+        # NFS locks only what is open for writing; a folder that is another user's may still be asked about
+        descriptor = os.open(file, os.O_RDWR if os.access(file, os.W_OK) else os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    end = time.monotonic() + ASK_SECONDS
+    try:
+        while not lock_descriptor(descriptor, blocking=False):
+            if time.monotonic() > end:
+                return True
+            time.sleep(0.02)
+        unlock_descriptor(descriptor)  # closing it would leave the lock to a child that was forked just now
+        return False
+    finally:
+        os.close(descriptor)
 
 
-def _forget_all() -> None:
-    for ownership in list(_OWNED):
-        ownership._forget()
-    _OWNED.clear()
-
-
-# A forked child (a loader's worker) has the parent's lock too, and would keep it when the parent is killed.
-os.register_at_fork(after_in_child=_forget_all)
-
-
-def _lock(folder: Path) -> int:
-    """The folder's lock, held; the kernel drops it with the process."""
-    lock = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)  # Python opens with close-on-exec
-    end = time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES) and time.monotonic() < end:
-                time.sleep(0.1)
-                continue
-            os.close(lock)
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise _alive(folder, _read(folder)) from None
-            raise
-
-
-def _take(folder: Path, lock: int) -> Lease:
+def _take(folder: Path) -> Lease:
     """Our lease, written, with the next number; the lock is held."""
     last = _read(folder)
     beating = _beating(folder, last)
@@ -188,9 +160,8 @@ def _take(folder: Path, lock: int) -> Lease:
         raise _alive(folder, beating)
     lease = Lease(*_here(), pid=os.getpid(), number=owner_number(folder) + 1)
     _write(folder, lease, sync=True)
-    # here, too, where no late renewal of an older owner can write over it
-    os.pwrite(lock, f"{lease.number:09}\n".encode(), 0)
-    os.fsync(lock)
+    # in a file of its own, too, which no late renewal of an older owner can write over
+    _replace(folder, NUMBER_FILE, str(lease.number), sync=True)
     if last is not None and last.is_foreign:
         time.sleep(SETTLE_SECONDS)
         now = _read(folder)
@@ -240,23 +211,28 @@ def _read(folder: Path) -> Lease | None:
 
 
 def _write(folder: Path, lease: Lease, sync: bool = False) -> None:
+    _replace(folder, LEASE_FILE, json.dumps(asdict(lease)), sync)
+
+
+def _replace(folder: Path, name: str, text: str, sync: bool) -> None:
+    """Write a file of the folder: whoever reads it finds the old text or the new."""
     host, boot = _here()
-    work = folder / f".{LEASE_FILE}.{host}.{boot}"  # not another host's; what a kill leaves is written over
+    work = folder / f".{name}.{host}.{boot}"  # not another host's; what a kill leaves is written over
     try:
         with work.open("w", encoding="utf-8") as stream:
-            json.dump(asdict(lease), stream)
+            stream.write(text)
             stream.flush()
             if sync:
                 os.fsync(stream.fileno())
-        work.replace(folder / LEASE_FILE)
+        work.replace(folder / name)
     except OSError:
         with contextlib.suppress(OSError):
             work.unlink()
         raise
 
 
-def _locked_number(folder: Path) -> int:
+def _number(folder: Path) -> int:
     try:
-        return int((folder / LOCK_FILE).read_bytes())
+        return int((folder / NUMBER_FILE).read_bytes())
     except (OSError, ValueError):
         return 0

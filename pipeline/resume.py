@@ -1,6 +1,5 @@
 """Which run a start goes on with: `resume` brings one to its end, `fork` starts a new one from an old state."""
 
-import fcntl
 import json
 import socket
 from collections.abc import Iterator, Mapping
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from pipeline.blocks import RunConfig, is_operational
 from pipeline.checkpoint import Checkpoints, Generation
@@ -42,18 +42,17 @@ class Begun:
 
 @contextmanager
 def one_at_a_time(config: RunConfig, key: str) -> Iterator[None]:
-    """Of several starts with `resume=auto` and this key, one after the other looks for its run, and begins it."""
+    """Serialise starts with `resume=auto` and this key: each looks for its run, and begins it, before the next does."""
     if config.resume != "auto":
         yield
         return
     folder = Path(config.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / f".{key[:16]}.lock").open("ab")
+        lock = FileLock(folder / f".{key[:16]}.lock", fallback_to_soft=False).acquire()
     except OSError as error:
         raise UserError(f"output_dir {folder}: {error.strerror or error}") from None
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 

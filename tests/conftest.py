@@ -1,6 +1,5 @@
 """Small data, small configs and a ready-made tracking store for the tests."""
 
-import fcntl
 import os
 import shutil
 import signal
@@ -14,6 +13,7 @@ from typing import Any
 
 import forked
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 
 settings.register_profile("project", max_examples=25, deadline=None)
@@ -60,8 +60,7 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
     file = folder / "store" / "mlflow.db"
-    with (folder / "store.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(folder / "store.lock"):
         if not file.exists():
             made = tmp_path_factory.mktemp("store")
             code = "import mlflow; mlflow.MlflowClient().search_experiments()"

@@ -1,7 +1,6 @@
 """Nothing is lost between training and MLflow, whatever goes away: the store, the writer, the trainer, the disk."""
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 from server import MlflowServer, free_port
@@ -448,12 +448,12 @@ def test_what_waited_of_an_earlier_start_does_not_stay_said(server: MlflowServer
 
 def test_a_run_goes_on_once_the_last_writer_has_left_its_call(client: Any, writer: Writer, here: Path) -> None:
     before = interrupted(writer, range(2))
-    with (before.folder / LOCK_FILE).open("ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        threading.Timer(1.0, fcntl.flock, (lock, fcntl.LOCK_UN)).start()
-        started = time.monotonic()
-        run = resume(writer, before.id)
-        assert time.monotonic() - started > 0.9
+    lock = FileLock(before.folder / LOCK_FILE, thread_local=False)
+    lock.acquire()
+    threading.Timer(1.0, lock.release).start()
+    started = time.monotonic()
+    run = resume(writer, before.id)
+    assert time.monotonic() - started > 0.9
     run.finish("FINISHED")
 
 

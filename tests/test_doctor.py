@@ -1,5 +1,6 @@
 """`doctor` sees what differs between a run's journal, the store and its checkpoints, and names the mend."""
 
+import json
 import shutil
 import sqlite3
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline import checkpoint
 from pipeline.checkpoint import Checkpoints
 from pipeline.errors import TrainingError, UserError
 from pipeline.journal import JOURNAL_FILE
@@ -91,13 +93,24 @@ def test_what_the_store_has_beside(run: Path, workplace: Path, capsys: pytest.Ca
 def test_a_torn_journal_and_a_damaged_checkpoint(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     journal = run / JOURNAL_FILE
     journal.write_bytes(journal.read_bytes()[:-9])
-    state = run / "checkpoints" / f"{20:09d}" / "state.safetensors"
+    state = run / "checkpoints" / f"{20:09d}" / "state.pt"
     state.write_bytes(b"\0" * state.stat().st_size)
     found = told(run.name, capsys)
     assert "bytes of a torn one the next start (resume=auto) cuts the torn line off" in found
     assert "ends as a run that goes on, or was cut off without a word start it again with resume=auto" in found
     assert "checkpoint of step 10: whole" in found
     assert "DIFFERS checkpoint of step 20: " in found
+
+
+def test_a_checkpoint_of_another_format(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = run / "checkpoints" / f"{20:09d}" / "manifest.json"
+    content = json.loads(manifest.read_text()) | {"format": 1}
+    del content["sha256"]
+    manifest.write_text(json.dumps(content | {"sha256": checkpoint._seal(content)}))
+    found = told(run.name, capsys)
+    assert "DIFFERS checkpoint of step 20: " in found
+    assert "found checkpoint format 1, this program reads 2" in found
+    assert "resume=auto refuses it" in found
 
 
 def test_a_store_that_dies_midway_is_told_in_one_line(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """A run's folder has one owner: processes that are killed, stopped and forked, and hosts that are only played."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 
 from pipeline import ownership
 from pipeline.errors import TrainingError, UserError
-from pipeline.ownership import LEASE_FILE, LOCK_FILE, Ownership, alive_owner, owner_number
+from pipeline.ownership import LEASE_FILE, LOCK_FILE, NUMBER_FILE, Ownership, alive_owner, owner_number
 
 HOST = socket.gethostname()
 
@@ -169,6 +170,52 @@ def test_children_do_not_keep_the_folder_of_a_killed_owner(folder: Path, kind: s
             os.kill(child, signal.SIGKILL)
 
 
+def test_stopped_owner_keeps_the_folder(folder: Path, quick_lock: None) -> None:
+    with owner_process(folder) as process:
+        os.kill(process.pid, signal.SIGSTOP)
+        with pytest.raises(UserError, match=rf"^run 5eed is alive: process {process.pid} on {HOST} "):
+            Ownership(folder)
+        assert alive_owner(folder) == f"process {process.pid} on {HOST}"
+        os.kill(process.pid, signal.SIGCONT)
+        assert line_of(process, "check") == "ours"
+
+
+# Asks for the owner again and again, until its standard input closes.
+ASKER = """
+import select, sys
+from pathlib import Path
+from pipeline.ownership import alive_owner
+
+print("ready", flush=True)
+told = set()
+while not select.select([sys.stdin], [], [], 0.003)[0]:
+    told.add(alive_owner(Path(sys.argv[1])))
+print(told, flush=True)
+"""
+
+
+def test_processes_that_only_ask_are_no_owner_to_each_other_and_keep_none_away(folder: Path) -> None:
+    Ownership(folder).release()
+    askers = [
+        subprocess.Popen([sys.executable, "-c", ASKER, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                         text=True)
+        for _ in range(3)
+    ]  # fmt: skip
+    try:
+        for asker in askers:
+            assert line_of(asker) == "ready"
+        assert {alive_owner(folder) for _ in range(200)} == {None}
+        owner = Ownership(folder)
+        owner.check()
+        owner.release()
+        for asker in askers:
+            told = asker.communicate(timeout=60)[0].strip()
+            assert set(told.strip("{}").replace("'", "").split(", ")) <= {"None", f"process {os.getpid()} on {HOST}"}
+    finally:
+        for asker in askers:
+            asker.kill()
+
+
 def test_owner_on_another_host_that_beats_is_refused(folder: Path) -> None:
     ended = threading.Event()
 
@@ -269,7 +316,7 @@ def test_number_alone_tells_the_loss_where_the_lease_is_gone(folder: Path) -> No
     owner = Ownership(folder)
     (folder / LEASE_FILE).unlink()
     owner.check()
-    (folder / LOCK_FILE).write_text("000000002\n")
+    (folder / NUMBER_FILE).write_text("2")
     with pytest.raises(TrainingError, match="taken over by another process"):
         owner.check()
     owner.release()
@@ -406,7 +453,7 @@ def test_beat_goes_on_after_a_full_disk(folder: Path, quick_beat: None, monkeypa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(ownership.json, "dump", full)
+        patch.setattr(ownership.json, "dumps", full)
         time.sleep(0.7)
     assert len(calls) >= 2
     before = lease_of(folder)["beat"]
@@ -425,10 +472,11 @@ def test_beat_rises_every_second(folder: Path) -> None:
 
 def test_rest_of_a_killed_write_is_cleared(folder: Path) -> None:
     folder.mkdir(parents=True)
-    (folder / f".{LEASE_FILE}.{HOST}.{ownership._here()[1]}").write_text("{")
+    for name in (LEASE_FILE, NUMBER_FILE):
+        (folder / f".{name}.{HOST}.{ownership._here()[1]}").write_text("{")
     owner = Ownership(folder)
     owner.release()
-    assert {entry.name for entry in folder.iterdir()} == {LOCK_FILE, LEASE_FILE}
+    assert {entry.name for entry in folder.iterdir()} == {LOCK_FILE, NUMBER_FILE, LEASE_FILE}
 
 
 def test_asking_makes_nothing(tmp_path: Path) -> None:
@@ -451,7 +499,7 @@ def test_file_system_without_locks_is_one_line(folder: Path, monkeypatch: pytest
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(ownership.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     before = len(os.listdir("/proc/self/fd")) if Path("/proc").exists() else 0
     with pytest.raises(UserError, match=r"^run folder .*5eed: No locks available$"):
         Ownership(folder)

@@ -159,16 +159,15 @@ def test_a_pickle_in_the_cache_of_tokens(tmp_path: Path, sentinel: Path) -> None
     assert np.load(file)["ids"].tolist() == tokens.ids.tolist()  # what was there is written over
 
 
-@pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
 @pytest.mark.parametrize("signed", [False, True])
-def test_a_pickle_in_a_checkpoint(name: str, signed: bool, tmp_path: Path, sentinel: Path) -> None:
+def test_a_pickle_in_a_checkpoint(signed: bool, tmp_path: Path, sentinel: Path) -> None:
     folder = tmp_path / "000000005"
     folder.mkdir()
     write(folder, {"weights": {"a": torch.ones(3)}, "step": 5}, 5)
     assert read(folder).step == 5
     for bomb in bombs(sentinel, tmp_path):
-        before = (folder / name).read_bytes()
-        (folder / name).write_bytes(bomb)
+        before = (folder / "state.pt").read_bytes()
+        (folder / "state.pt").write_bytes(bomb)
         if signed:  # by somebody who knows the manifest
             manifest = (folder / "manifest.json").read_text()
             manifest = manifest.replace(sha256(before).hexdigest(), sha256(bomb).hexdigest())

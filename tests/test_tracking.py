@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -189,6 +190,54 @@ def test_a_second_start_in_the_same_run_goes_on_with_it(
     assert sorted(point.step for point in history) == list(range(12))
     assert place.client.get_run(opened).info.status == "FINISHED"
     assert start().before
+
+
+@one_process
+def test_a_checkpoint_of_another_format_is_refused_and_the_run_stays_as_it_is(
+    place: Place, small: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline import checkpoint
+    from pipeline.launch import train_run
+    from pipeline.tasks.mmoe.task import MmoeTask
+    from pipeline.training import Training
+
+    overrides = {"tracking.log_model": False, "tracking.log_report": False, "checkpoint.every_steps": 4, "seed": 77}
+    config = small(**overrides, resume="auto")
+    step = Training._step
+
+    def cut_off(self: Training, *arguments: Any) -> None:
+        if self.result.steps == 7:
+            raise KeyboardInterrupt
+        step(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "_step", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            train_run(config, MmoeTask, place.writer, quiet=True)
+    (run,) = place.client.search_runs(["0"], "tags.seed = '77'")
+    folder = Path(run.data.tags["run_dir"])
+    manifests = sorted(folder.glob("checkpoints/*/manifest.json"))
+    assert len(manifests) == 2
+    for file in manifests:
+        content = json.loads(file.read_text()) | {"format": 1}
+        del content["sha256"]
+        file.write_text(json.dumps(content | {"sha256": checkpoint._seal(content)}))
+    journal = (folder / "journal.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"found checkpoint format 1, this program reads 2; .* or delete ") as refused:
+        train_run(config, MmoeTask, place.writer, quiet=True)
+    assert refused.value.exit_code == 2
+    (after,) = place.client.search_runs(["0"], "tags.seed = '77'")
+    assert (after.info.status, after.data.tags) == ("KILLED", run.data.tags)
+    assert (folder / "journal.jsonl").read_bytes() == journal
+    with pytest.raises(UserError, match=f"fork {run.info.run_id}@4: .*found checkpoint format 1"):
+        train_run(small(**overrides, fork=f"{run.info.run_id}@4"), MmoeTask, place.writer, quiet=True)
+
+    shutil.rmtree(folder / "checkpoints")  # as the line says
+    trained = train_run(config, MmoeTask, place.writer, quiet=True)
+    assert (trained.id, trained.steps) == (run.info.run_id, 12)
+    history = place.client.get_metric_history(trained.id, "loss_total")
+    assert sorted(point.step for point in history) == list(range(12))
+    assert "determinism" not in place.client.get_run(trained.id).data.tags
 
 
 @one_process

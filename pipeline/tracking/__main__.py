@@ -14,7 +14,7 @@ from pipeline.console import say
 from pipeline.importing import uncollected
 from pipeline.interrupts import SIGNALS
 from pipeline.journal import Record
-from pipeline.tracking.delivery import LOCK_FILE, NO_WORD, Cursor, Delivery, wait_for_turn
+from pipeline.tracking.delivery import NO_WORD, Cursor, Delivery, wait_for_turn
 from pipeline.tracking.inbox import Inbox
 from pipeline.tracking.opening import connect, find, find_by_id, open_run, open_without_store, set_tags
 from pipeline.tracking.store import (
@@ -104,7 +104,7 @@ def _open(request: Record, away: str) -> Record:
     asked = request["open"] | {"folder": request.get("folder") or request["open"]["folder"]}
     with contextlib.ExitStack() as turn:
         if asked["resume"]:
-            wait_for_turn(turn.enter_context((Path(asked["folder"]) / LOCK_FILE).open("ab")))
+            turn.callback(wait_for_turn(Path(asked["folder"])).release)
             Cursor(Path(asked["folder"]), store_key()).save()  # before the journal grows: it may have lost its tail
         try:
             if away:

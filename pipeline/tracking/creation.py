@@ -1,13 +1,10 @@
 """The first start: a new embedded store appears whole, however many start at once and whenever one is killed.
 
 MLflow makes a SQLite store by its whole history of migrations, in the file itself: two at once fail, and a kill leaves
-a file that no later start accepts. Here one process at a time makes it in a file beside, which then gets the name.
+a file that no later start accepts. Here one process at a time makes it in a temporary file, which then gets the name.
 """
 
 import contextlib
-import errno
-import fcntl
-import glob
 import importlib.util
 import os
 import shutil
@@ -15,16 +12,18 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pipeline.console import say
+from filelock import FileLock
+
 from pipeline.errors import UserError
+from pipeline.storage.files import sync
 from pipeline.tracking.store import one_line, settle
 
 SIDE_FILES = ("-journal", "-wal", "-shm")  # SQLite's own, beside the database
-QUIET_SECONDS = 2.0  # a half-made store that stands still for so long is nobody's
-HELD_SECONDS = 30.0  # how long one that stands still, but is open in another process, is waited for
+QUIET_SECONDS = 5.0  # MLflow, making a store, changes the file many times a second
 BUSY_SECONDS = 20.0  # how long a lock on the database is waited for, as MLflow does
 FIRST_TABLES = {"experiments", "runs", "tags", "metrics", "params", "alembic_version"}  # those MLflow begins with
 SEEDED = {"alembic_version", "workspaces"}  # have rows in a store that was never used
@@ -33,36 +32,34 @@ SEEDED = {"alembic_version", "workspaces"}  # have rows in a store that was neve
 class State(Enum):
     """What lies where a store should be."""
 
-    FINE = "a store, or something that is not ours to judge"
-    ABSENT = "nothing"
-    EMPTY = "a file without a byte"
-    HALF = "a store whose making was cut short, with nothing in it"
+    WHOLE = "a store, or something else that MLflow itself has to judge"
+    MISSING = "nothing, or an empty file"
+    PARTIAL = "a store whose making was cut short, or what SQLite kept beside one that is gone"
 
 
 def ensure_store(uri: str) -> None:
     """Make the SQLite store of a tracking URI where there is none; other stores are not touched.
 
     Raises:
-        UserError: it cannot be made, or another process has a half-made one open and does not go on.
+        UserError: it cannot be made, or MLflow was stopped while making it.
     """
     file = _sqlite_file(uri)
-    if file is None or (_state(file) is State.FINE and not _work_file(file).exists()):
+    if file is None or (_state(file) is State.WHOLE and not _work_file(file).exists()):
         return
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with _locked(file.with_name(f"{file.name}.lock")):
             _remove_work(file)
-            while (state := _state(file)) is not State.FINE:
-                if state is not State.ABSENT and not _stands_still(file):
-                    continue
-                if state is State.HALF:
-                    aside = _set_aside(file)
-                    say(f"tracking store {file} was half made, without a run: set aside as {aside.name}, made anew")
+            while (state := _settled(file)) is State.MISSING:
                 _make(uri, file)
     except FileExistsError:
         raise UserError(f"tracking store {file}: {file.parent} is not a folder") from None
     except OSError as error:
         raise UserError(f"tracking store {file}: {error.strerror or error}") from None
+    if state is State.PARTIAL:
+        names = " and ".join(path.name for path in _parts(file) if path.exists())
+        raise UserError(f"tracking store {file}: found a part of a store, from which no run can be read (MLflow was "
+                        f"stopped while making it?); delete or rename {names}, then start again")  # fmt: skip
 
 
 def _sqlite_file(uri: str) -> Path | None:
@@ -77,34 +74,29 @@ def _sqlite_file(uri: str) -> Path | None:
     return Path(os.path.realpath(url.database))
 
 
+def _parts(file: Path) -> list[Path]:
+    """A database, and what SQLite may keep beside it."""
+    return [file, *(file.with_name(file.name + end) for end in SIDE_FILES)]
+
+
 def _work_file(file: Path) -> Path:
     return file.with_name(f"{file.name}.new")
 
 
 def _remove_work(file: Path) -> None:
-    """What an earlier maker left; the lock is held, so there is none at work."""
-    work = _work_file(file)
-    for rest in (work, *(work.with_name(work.name + end) for end in SIDE_FILES)):
-        rest.unlink(missing_ok=True)
+    """Remove what an earlier maker left; the lock is held, so there is none at work."""
+    for part in _parts(_work_file(file)):
+        part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def _locked(lock_file: Path) -> Iterator[None]:
-    """Hold the lock; its file is gone afterwards."""
-    while True:
-        lock = os.open(lock_file, os.O_RDWR | os.O_CREAT, 0o666)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+def _locked(file: Path) -> Iterator[None]:
+    """Hold the lock; its file is gone afterwards (filelock sends whoever waits at a removed file to the new one)."""
+    with FileLock(file, fallback_to_soft=False):
         try:
-            if os.path.samestat(os.fstat(lock), lock_file.stat()):
-                break
-        except FileNotFoundError:
-            pass
-        os.close(lock)  # the one before us removed it: ours is no longer the one that others find
-    try:
-        yield
-    finally:
-        lock_file.unlink(missing_ok=True)
-        os.close(lock)
+            yield
+        finally:
+            file.unlink(missing_ok=True)
 
 
 def _state(file: Path) -> State:
@@ -112,18 +104,43 @@ def _state(file: Path) -> State:
         with file.open("rb") as stream:
             first = stream.read(16)
     except (FileNotFoundError, NotADirectoryError):
-        return State.ABSENT
+        first = b""
     except OSError:
-        return State.FINE  # a folder, or closed to us: MLflow says so
-    if not first:
-        return State.FINE if file.with_name(f"{file.name}-wal").exists() else State.EMPTY
+        return State.WHOLE  # a folder, or closed to us: MLflow says so
+    if not first:  # SQLite would play a journal that is left into a new database of that name
+        return State.PARTIAL if any(part.exists() for part in _parts(file)[1:]) else State.MISSING
     if first != b"SQLite format 3\0":
-        return State.FINE
+        return State.WHOLE
     try:
         with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=rw", uri=True, timeout=BUSY_SECONDS)) as base:
-            return State.HALF if _is_half_made(base) else State.FINE
+            return State.PARTIAL if _is_half_made(base) else State.WHOLE
     except sqlite3.Error:
-        return State.FINE  # damaged, locked for long, read-only: MLflow says so
+        return State.WHOLE  # damaged, locked for long, read-only: MLflow says so
+
+
+def _settled(file: Path) -> State:
+    """The file's state: at once where there is none or a whole one, else once nobody has changed it for a while.
+
+    MLflow itself (`mlflow run`, `mlflow ui`) may be making the store.
+    """
+    before, since = None, time.monotonic()
+    while (state := _state(file)) is not State.WHOLE and any(part.exists() for part in _parts(file)):
+        now = _signature(file)
+        if now != before:
+            before, since = now, time.monotonic()
+        elif time.monotonic() - since > QUIET_SECONDS:
+            break
+        time.sleep(0.1)
+    return state
+
+
+def _signature(file: Path) -> list[tuple[int, int, int]]:
+    found = []
+    for part in _parts(file):
+        with contextlib.suppress(FileNotFoundError):
+            status = part.stat()
+            found.append((status.st_ino, status.st_size, status.st_mtime_ns))
+    return found
 
 
 def _is_half_made(base: sqlite3.Connection) -> bool:
@@ -133,22 +150,28 @@ def _is_half_made(base: sqlite3.Connection) -> bool:
         return False  # used, and the common case: MLflow itself says where it is too old
     versions = [row[0] for row in base.execute("select * from alembic_version")] if "alembic_version" in tables else []
     if versions:
-        from alembic.script import ScriptDirectory
         from alembic.util import CommandError
 
-        package = importlib.util.find_spec("mlflow")
-        assert package is not None
-        assert package.origin is not None
-        script = ScriptDirectory(str(Path(package.origin).parent / "store" / "db_migrations"))
         try:
-            known = [script.get_revision(version) for version in versions]
+            known = [_migrations().get_revision(version) for version in versions]
         except CommandError:
             return False  # of a newer MLflow
-        if [revision.revision for revision in known if revision] == script.get_heads():
+        if [revision.revision for revision in known if revision] == _migrations().get_heads():
             return False
     elif not {table.removeprefix("_alembic_tmp_") for table in tables} <= FIRST_TABLES:
         return False  # another program's
     return not any(_has_rows(base, table) for table in tables)
+
+
+@cache
+def _migrations() -> Any:
+    """MLflow's history of schemas."""
+    from alembic.script import ScriptDirectory
+
+    package = importlib.util.find_spec("mlflow")
+    assert package is not None
+    assert package.origin is not None
+    return ScriptDirectory(str(Path(package.origin).parent / "store" / "db_migrations"))
 
 
 def _has_rows(base: sqlite3.Connection, table: str) -> bool:
@@ -160,65 +183,8 @@ def _has_rows(base: sqlite3.Connection, table: str) -> bool:
     return base.execute(f'select 1 from "{table}"{made} limit 1').fetchone() is not None  # noqa: S608
 
 
-def _stands_still(file: Path) -> bool:
-    """Whether nobody is making the store just now; False as soon as it changes.
-
-    Raises:
-        UserError: it does not change, but another process has it open for long.
-    """
-    before, start = _signature(file), time.monotonic()
-    while True:
-        time.sleep(0.1)
-        if _signature(file) != before:
-            return False
-        waited = time.monotonic() - start
-        holder = _holder(file) if waited >= QUIET_SECONDS else None
-        if waited >= QUIET_SECONDS and holder is None:
-            return True
-        if waited >= HELD_SECONDS:
-            raise UserError(f"tracking store {file} is half made, and process {holder} has it open: end that process")
-
-
-def _signature(file: Path) -> list[tuple[int, int, int]]:
-    found = []
-    for part in (file, *(file.with_name(file.name + end) for end in SIDE_FILES)):
-        with contextlib.suppress(FileNotFoundError):
-            status = part.stat()
-            found.append((status.st_ino, status.st_size, status.st_mtime_ns))
-    return found
-
-
-def _holder(file: Path) -> int | None:
-    """A process of this host that has the file open, as far as we may see."""
-    try:
-        status = file.stat()
-    except FileNotFoundError:
-        return None
-    for process in Path("/proc").glob("[0-9]*"):
-        if int(process.name) == os.getpid():
-            continue
-        with contextlib.suppress(OSError):
-            for entry in (process / "fd").iterdir():
-                with contextlib.suppress(OSError):
-                    if os.path.samestat(status, entry.stat()):
-                        return int(process.name)
-    return None
-
-
-def _set_aside(file: Path) -> Path:
-    """Give the store, and what SQLite keeps beside it, another name."""
-    number = 1
-    while list(file.parent.glob(f"{glob.escape(file.name)}.broken-{number}*")):
-        number += 1
-    aside = file.with_name(f"{file.name}.broken-{number}")
-    for end in (*SIDE_FILES, ""):
-        with contextlib.suppress(FileNotFoundError):
-            file.with_name(file.name + end).rename(aside.with_name(aside.name + end))
-    return aside
-
-
 def _make(uri: str, file: Path) -> None:
-    """Make a store beside, and give it the name; nothing where another process (MLflow itself) was first."""
+    """Make a store in a temporary file, and give it the name; nothing where MLflow itself was first."""
     import sqlalchemy
     from mlflow.tracking._tracking_service.utils import _get_sqlalchemy_store
 
@@ -235,41 +201,27 @@ def _make(uri: str, file: Path) -> None:
         raise UserError(f"tracking store {file}: {one_line(error)}") from None
     finally:
         sqlalchemy.event.remove(sqlalchemy.pool.Pool, "connect", _without_syncs)
-    _sync(work)
+    sync(work)
     _name(work, file)
-    _sync(file.parent)
+    sync(file.parent)
 
 
 def _without_syncs(connection: Any, record: Any) -> None:  # noqa: ARG001 (a listener)
-    """Hundreds of commits to a file that counts for nothing yet: it is synced once, when it is whole."""
+    """Skip the syncs of hundreds of commits: the file counts for nothing until it is whole, and is synced then."""
     connection.execute("PRAGMA synchronous = OFF")
 
 
 def _name(work: Path, file: Path) -> None:
-    """Rename, never over a file that is more than empty."""
-    if file.exists():
-        if file.stat().st_size or _holder(file) is not None:
-            work.unlink()
-            return
+    """Rename the store, never over a file with something in it."""
+    if file.exists() and not file.stat().st_size:
         shutil.copymode(file, work)
         work.replace(file)
         return
-    if any(file.with_name(file.name + end).exists() for end in SIDE_FILES):
-        _set_aside(file)  # of a database that was deleted: SQLite would play it back into the new one
     try:
-        os.link(work, file)
-        work.unlink()
+        os.link(work, file)  # a rename would replace what MLflow itself has made meanwhile
     except FileExistsError:
         work.unlink()
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK):
-            raise
+    except OSError:
         work.rename(file)  # a file system without hard links
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    else:
+        work.unlink()

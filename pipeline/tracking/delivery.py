@@ -5,13 +5,14 @@ there. A batch that is delivered twice changes nothing, since every point has it
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 from pipeline.console import say
 from pipeline.journal import JOURNAL_FILE, JournalReader, Record, leaves
@@ -81,16 +82,24 @@ def _size(file: Path) -> int:
     return file.stat().st_size if file.exists() else 0
 
 
-def wait_for_turn(lock: IO[bytes], check: Callable[[], None] = lambda: None) -> None:
-    """One writer at a time: that of an earlier owner may still be in a call. `lock`: `writer.lock`, opened."""
-    end = time.monotonic() + LOCK_SECONDS
-    while time.monotonic() < end:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            check()
-            time.sleep(0.1)  # then it hangs, and cannot do harm: both deliver the same
+def wait_for_turn(folder: Path, check: Callable[[], None] = lambda: None) -> FileLock:
+    """Wait for the writer of an earlier owner, which may still be in a call; the caller releases the lock returned.
+
+    After `LOCK_SECONDS` it comes unlocked: that writer hangs, and cannot do harm, since both deliver the same.
+
+    Raises:
+        OSError: the folder cannot be written.
+        Whatever `check` raises; it is called while waiting.
+    """
+
+    def cancelled() -> bool:
+        check()
+        return False
+
+    lock = FileLock(folder / LOCK_FILE, fallback_to_soft=False)
+    with contextlib.suppress(Timeout):
+        lock.acquire(timeout=LOCK_SECONDS, poll_interval=0.1, cancel_check=cancelled)
+    return lock
 
 
 class Delivery:
@@ -111,14 +120,13 @@ class Delivery:
         self.reason, self.away, self.superseded, self.is_told = "", False, False, False
         self.delivered = self.total = 0
         self.told = time.monotonic()
-        self.lock: IO[bytes] | None = None
         self.reader = JournalReader(self.journal)
 
     def follow(self) -> Record:
         """Deliver until the run is finished, its trainer is gone, or the store takes nothing any more; the report."""
+        lock = None
         try:
-            self.lock = (self.folder / LOCK_FILE).open("ab")
-            wait_for_turn(self.lock, self._check)
+            lock = wait_for_turn(self.folder, self._check)
             self._find_run()
             while True:
                 leaving = self.inbox.leaving  # asked before reading: what was logged before is read then
@@ -132,8 +140,8 @@ class Delivery:
                 self._end_early()
         finally:
             self.reader.close()
-            if self.lock:
-                self.lock.close()
+            if lock:
+                lock.release()
         return self.report()
 
     @property

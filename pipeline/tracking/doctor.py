@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint import Checkpoints, Damaged
+from pipeline.checkpoint import Checkpoints, Damaged, OtherFormat
 from pipeline.console import say
 from pipeline.errors import TrainingError, UserError
 from pipeline.journal import JOURNAL_FILE, JournalReader, same_value
@@ -141,6 +141,8 @@ def _of_checkpoints(folder: Path) -> Iterator[Finding]:
             yield Finding(f"checkpoint of step {step}: whole")
         except Damaged as damage:
             yield Finding(f"checkpoint of step {step}: {damage}", "the next start passes it over; it may be deleted")
+        except OtherFormat as error:
+            yield Finding(f"checkpoint of step {step}: {error}", "resume=auto refuses it")
 
 
 def _of_store(journal: Journal) -> Iterator[Finding]:

@@ -1,0 +1,1 @@
+"""A run's folder on disk; knows neither MLflow nor training."""

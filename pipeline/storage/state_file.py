@@ -1,0 +1,98 @@
+"""The file of a training's state: `torch.save`, read with `weights_only=True`, so that it cannot run code.
+
+A state is a nested structure of dicts (keys: text or whole numbers), lists, tuples, None, bool, int, float, str and
+dense tensors.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.storage.files import Entry, write_hashed
+
+TENSOR_BYTES, VALUE_BYTES = 1 << 10, 1 << 5  # what a tensor takes beside its numbers, and a value with its key
+
+
+def write_state(file: Path, state: Mapping[str, Any]) -> Entry:
+    """Write a state; numpy's numbers become Python's, mappings dicts, and parameters tensors.
+
+    Raises:
+        TypeError: names the path of a value that is no part of a state.
+        OSError: the disk does not take it.
+    """
+    plain = _plain(state, "", set())
+    return write_hashed(file, lambda stream: torch.save(plain, cast(IO[bytes], stream)))
+
+
+def read_state(file: Path) -> dict[str, Any]:
+    """Read a state, its tensors on the CPU.
+
+    Raises:
+        ValueError: the file holds something else.
+        OSError: it cannot be read.
+    """
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # torch raises anything at all over a file that it did not write
+        if "can't allocate memory" in str(error):
+            raise
+        raise ValueError("found no state in it") from error
+    if not isinstance(state, dict):
+        raise ValueError("found no state in it")
+    return state
+
+
+def state_bytes(value: Any) -> int:
+    """Size of a state's file, estimated from above."""
+    if isinstance(value, Tensor):
+        return value.nbytes + TENSOR_BYTES
+    if isinstance(value, Mapping):
+        return sum(state_bytes(key) + state_bytes(part) for key, part in value.items())
+    if isinstance(value, list | tuple):
+        return sum(map(state_bytes, value)) + VALUE_BYTES
+    return VALUE_BYTES + (len(value.encode("utf-8", "surrogatepass")) if isinstance(value, str) else 0)
+
+
+def _plain(value: Any, path: str, storages: set[int]) -> Any:
+    """A part of a state as it is saved. path: the keys that lead to it. storages: addresses of those already saved."""
+
+    def inner(key: object, part: Any) -> Any:
+        return _plain(part, f"{path}/{key}" if path else str(key), storages)
+
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided:
+            raise TypeError(f"state {path}: found a tensor of {value.dtype}, {value.layout}, allowed: a dense one")
+        return _alone(value.detach(), storages)
+    if isinstance(value, Mapping):
+        for key in value:
+            if type(key) not in (str, int):
+                raise TypeError(f"state {path}: found key {key!r}, allowed: text and whole numbers")
+        return {key: inner(key, part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        parts = [inner(index, part) for index, part in enumerate(value)]
+        return tuple(parts) if isinstance(value, tuple) else parts
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    raise TypeError(f"state {path}: found {type(value).__name__}, which is no part of a state")
+
+
+def _alone(tensor: Tensor, storages: set[int]) -> Tensor:
+    """The tensor, or a copy where it is not all of its storage: `torch.save` writes whole storages, each once.
+
+    A transposed matrix keeps its strides.
+    """
+    storage = tensor.untyped_storage()
+    dense = torch.empty_like(tensor, device="meta").stride() == tensor.stride()  # empty_like drops gaps and overlaps
+    if not dense or storage.nbytes() != tensor.nbytes or storage.data_ptr() in storages:
+        tensor = tensor.clone()
+        storage = tensor.untyped_storage()
+    storages.add(storage.data_ptr())
+    return tensor
