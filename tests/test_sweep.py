@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from conftest import ROOT, SHRUNK, Call, mlflow_run, project_in, store_in
 from safetensors.numpy import load_file
 from scipy import stats
 
+from pipeline.sweep import Crew, Job
+from pipeline.sweeps.requests import DigestData, JobDone, LoadModules
 from pipeline.tasks.mmoe.schema import DataSchema
 
 SETTINGS: dict[str, Any] = {key: yaml.safe_load(value) for key, value in SHRUNK.items()}
@@ -460,3 +463,21 @@ def _session(leader: int) -> list[int]:
             if int(session) == leader and state != "Z":
                 found.append(int(folder.name))
     return found
+
+
+def test_a_worker_that_dies_is_replaced_and_its_job_alone_fails(workplace: Path) -> None:
+    crew = Crew(1, workplace / "workers")
+    try:
+        (first,) = crew.workers
+        os.kill(first.pid, signal.SIGSTOP)  # it takes a job and does nothing
+        threading.Timer(0.5, os.kill, (first.pid, signal.SIGKILL)).start()
+        jobs = [Job("lost", LoadModules()), Job("fine", LoadModules()), Job("wrong", DigestData("train_mmoe", "x: 1"))]
+        crew.work(jobs)
+        lost, fine, wrong = jobs
+        assert lost.failed == f"its process ended with code -9; see {workplace / 'workers' / 'worker-0.log'}"
+        assert type(fine.reply) is JobDone
+        assert wrong.failed == "config: unknown key x; --help lists the keys"
+        assert list(crew.workers) != [first]
+    finally:
+        crew.close()
+    assert [worker.poll() for worker in crew.workers] == [0]  # it saw the end of its input
