@@ -102,7 +102,7 @@ class ChildProcess(Generic[R]):
 
 
 def start(module: str, environment: Mapping[str, str], stderr: Any, own_session: bool) -> "subprocess.Popen[str]":
-    """The one place where the pipeline starts a process of its own."""
+    """The one place where the writer and workers are started."""
     return subprocess.Popen(
         [sys.executable, "-m", module],
         stdin=subprocess.PIPE,
