@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.loading import load_history, load_runs
 from pipeline.names import COLORS, CONTROLLED
 from pipeline.row_intervals import row_intervals
-from pipeline.run import MlflowRun, RunRequest, Writer, end_early
+from pipeline.run import MlflowRun, Writer, end_early
 from pipeline.selection import (
     aim,
     baseline_arm,
@@ -39,6 +39,7 @@ from pipeline.selection import (
 )
 from pipeline.stats import Paired, holm, minimum_detectable_effect, paired, verdict
 from pipeline.tables import to_frame, to_markdown, to_text
+from pipeline.tracking.messages import RunRequest
 from pipeline.tracking.store import tracking_uri
 
 __all__ = ["Arm", "Comparison", "compare", "load_history", "load_runs", "to_frame", "to_markdown", "to_text", "write"]

@@ -9,6 +9,7 @@ import json
 import sys
 import types
 from collections.abc import Iterator, Mapping
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
@@ -143,11 +144,15 @@ def with_default(tree: Mapping[str, Any], path: str, value: Any) -> dict[str, An
 def nearest(name: str, candidates: list[str]) -> str:
     """`; did you mean X?`, or the whole list where nothing comes near and the list is short."""
     leaf = {candidate.rsplit(".", 1)[-1]: candidate for candidate in reversed(candidates)}
-    close = difflib.get_close_matches(name, candidates, 1, 0.7)
-    close = close or [leaf[m] for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(leaf), 1, 0.6)]
+    close = difflib.get_close_matches(name, candidates, 1, 0.8)
+    close = close or [leaf[m] for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(leaf), 1, 0.7)]
     if close:
         return f"; did you mean {close[0]}?"
     return f"; allowed: {', '.join(candidates)}" if len(candidates) <= 12 else "; --help lists the keys"
+
+
+class _NotPlainError(yaml.YAMLError):
+    """Valid YAML that holds something which fits no setting."""
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -178,6 +183,8 @@ def read_yaml(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    except _NotPlainError as error:
+        raise UserError(f"{file}: {error}") from None
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         where = f" line {mark.line + 1}" if mark else ""
@@ -240,19 +247,23 @@ def _check_size(root: yaml.Node) -> None:
 
 
 def _check_plain(value: Any, place: str = "") -> None:
+    """Refuse what fits no setting, and says nothing useful where it is written or hashed."""
+    where = f"{place}: " if place else ""
     if isinstance(value, dict):
         for key, entry in value.items():
+            if not isinstance(key, str):
+                raise _NotPlainError(f"{where}found key {_shown(key)}, allowed: text; write it in quotes")
             _check_plain(key, place)
-            _check_plain(entry, f"{place}.{key}" if place else str(key))
-    elif isinstance(value, list | tuple | set):
+            _check_plain(entry, f"{place}.{key}" if place else key)
+    elif isinstance(value, list):
         for entry in value:
             _check_plain(entry, place)
     elif reason := _unfit(value):
-        raise yaml.YAMLError(f"{place}: found {reason}" if place else f"found {reason}")
+        raise _NotPlainError(where + f"found {reason}")
 
 
 def _unfit(value: Any) -> str | None:
-    """Why a plain value fits no setting: it could not be a file's name, a param, or be written at all."""
+    """Why a value fits no setting: it could not be a file's name, a param, or be written at all."""
     if isinstance(value, str):
         if "\0" in value:
             return "a zero character, allowed: text without"
@@ -262,6 +273,10 @@ def _unfit(value: Any) -> str | None:
             return "half a character, allowed: UTF-8 text"
     elif isinstance(value, int) and abs(value) > sys.float_info.max:
         return f"a whole number of {value.bit_length()} bits, allowed: up to {sys.float_info.max:.3g}"
+    elif not isinstance(value, int | float | date | None):
+        kinds: dict[type, str] = {bytes: "binary data", set: "a set", tuple: "an ordered pair"}
+        found = kinds.get(type(value), "something else")
+        return f"{found}, allowed: text, numbers, true, false, null, dates, lists and mappings"
     return None
 
 

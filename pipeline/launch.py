@@ -29,9 +29,10 @@ from pipeline.resume import (
     origin_of,
     restore,
 )
-from pipeline.run import MemoryRun, MlflowRun, Run, RunRequest, Writer, end_early
+from pipeline.run import MemoryRun, MlflowRun, Run, Writer, end_early
 from pipeline.saving import Saver
 from pipeline.task import Task, precision
+from pipeline.tracking.messages import RunRequest
 from pipeline.training import Training, Watch, amp_warning, count_steps, resolve_device
 
 MEMORY_EVENTS = Path("/sys/fs/cgroup/memory.events")

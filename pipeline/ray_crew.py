@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,11 +25,22 @@ from pipeline.errors import UserError
 from pipeline.interrupts import SIGNALS, WATCH_SECONDS, Interrupted, check, interruptible
 from pipeline.journal import Record
 from pipeline.ownership import alive_owner
-from pipeline.worker import PATIENCE_SECONDS, Work, config_of, without_trunk
+from pipeline.sweeps.requests import (
+    DigestData,
+    Evaluated,
+    JobDone,
+    JobFailed,
+    JobRequest,
+    LoadModules,
+    RunTrained,
+    TrainPrefix,
+    TrainRun,
+)
+from pipeline.worker import PATIENCE_SECONDS, Work, config_of
 
 if TYPE_CHECKING:
-    from pipeline.run import FoundRun
     from pipeline.sweep import Job
+    from pipeline.tracking.messages import FoundRun
 
 RETRIES = 3  # of a task whose process or node is lost
 PROBE_SECONDS = 5.0  # that a cluster may take to say anything at all
@@ -69,11 +80,19 @@ class Place:
         os.environ.update(self.settings)
 
 
+@dataclass(frozen=True)
+class Began:
+    """A task begins."""
+
+    host: str
+    again: bool  # it had begun before, in a process that was lost
+
+
 class Board:
     """An actor beside the launcher: what tasks say on their way, and which of them are to stop."""
 
     def __init__(self) -> None:
-        self.news: list[tuple[int, Record]] = []
+        self.news: list[tuple[int, Began | Evaluated]] = []
         self.begun: set[int] = set()
         self.stopping: set[int] = set()
 
@@ -81,10 +100,10 @@ class Board:
         """A task begins; returns whether it had begun before, in a process that was lost."""
         again = number in self.begun
         self.begun.add(number)
-        self.news.append((number, {"began": host, "again": again}))
+        self.news.append((number, Began(host, again)))
         return again
 
-    def tell(self, number: int, news: Record) -> bool:
+    def tell(self, number: int, news: Evaluated) -> bool:
         """Leave news for the launcher; returns whether the task is to stop."""
         self.news.append((number, news))
         return number in self.stopping
@@ -92,7 +111,7 @@ class Board:
     def stop(self, number: int) -> None:
         self.stopping.add(number)
 
-    def take(self) -> list[tuple[int, Record]]:
+    def take(self) -> list[tuple[int, Began | Evaluated]]:
         """The news since the last call."""
         news, self.news = self.news, []
         return news
@@ -130,7 +149,7 @@ class RayCrew:
         self.heard: set[tuple[int, int]] = set()  # (number, step) of the evaluations that were told
         self.warned = False
 
-    def work(self, jobs: "list[Job]", told: "Callable[[Job, Record], None]" = lambda job, news: None) -> None:  # noqa: ARG005
+    def work(self, jobs: "list[Job]", told: "Callable[[Job, Evaluated], None]" = lambda job, news: None) -> None:  # noqa: ARG005
         """Do the jobs, in their order as far as what they need allows. `told` hears what a job says on the way.
 
         `jobs` may grow meanwhile, by a job's `finished`.
@@ -177,9 +196,9 @@ class RayCrew:
 
     def _demand(self, job: "Job") -> dict[str, float]:
         """The CPUs and GPUs of a task: the threads that it trains with, and a whole GPU where it takes one."""
-        config = yaml.safe_load(job.request["config"]) if "config" in job.request else None
-        if config is None or job.request["do"] == "digest":
+        if isinstance(job.request, LoadModules | DigestData):
             return {"num_cpus": 1}
+        config = yaml.safe_load(job.request.config)
         threads, device = config["training"]["threads"] or 1, config["device"]
         on_gpu = device == "cuda" or (device == "auto" and _largest(self._nodes(), "GPU") > 0)
         demand = {"num_cpus": threads, "num_gpus": 1 if on_gpu else 0}
@@ -192,23 +211,23 @@ class RayCrew:
     def _nodes(self) -> list[Record]:
         return [node for node in self.ray.nodes() if node["Alive"]]
 
-    def _pass_on(self, told: "Callable[[Job, Record], None]") -> None:
+    def _pass_on(self, told: "Callable[[Job, Evaluated], None]") -> None:
         """Say what tasks have said; an evaluation that a retry repeats is told once."""
         for number, news in self.ray.get(self.board.take.remote()):
             job = self.jobs[number]
-            if "began" in news:
-                if job.request["do"] in ("grow", "train"):
-                    again = " again: its process or node was lost" if news["again"] else ""
-                    say(f"{job.name}: begins on {news['began']}{again}")
-            elif (number, news["evaluated"]) not in self.heard:
-                self.heard.add((number, news["evaluated"]))
+            if isinstance(news, Began):
+                if isinstance(job.request, TrainPrefix | TrainRun):
+                    again = " again: its process or node was lost" if news.again else ""
+                    say(f"{job.name}: begins on {news.host}{again}")
+            elif (number, news.step) not in self.heard:
+                self.heard.add((number, news.step))
                 told(job, news)
 
     def _ended(self, number: int) -> None:
         """Take a task's answer, or what Ray says of its end."""
         job = self.jobs[number]
         try:
-            reply: Record = self.ray.get(self.refs[number])
+            reply: JobDone = self.ray.get(self.refs[number])
         except self.ray.exceptions.RayError as error:
             if job.needs and job.needs.failed and number in self.behind:  # the trunk's loss, not its own
                 del self.refs[number]  # to be handed out again, to train alone
@@ -216,9 +235,10 @@ class RayCrew:
             cause = getattr(error, "cause", None)
             told = " ".join(str(cause or error).split())[:300]
             if cause is not None:  # raised before our own code could answer
-                reply = {"error": f"{type(cause).__name__}: {told}"}
+                reply = JobFailed(error=f"{type(cause).__name__}: {told}")
             else:
-                reply = {"error": f"its process or node was lost {RETRIES + 1} times; see Ray's logs: {told}"}
+                lost = f"its process or node was lost {RETRIES + 1} times; see Ray's logs: {told}"
+                reply = JobFailed(error=lost)
         job.reply = reply
         job.finished(job)
 
@@ -335,7 +355,7 @@ def refuse_local_store(uri: str, nodes: list[Record]) -> None:
 _work: "_RayWork | None" = None  # of this process, for one task after the other
 
 
-def run_job(number: int, request: Record, needed: Record | None, place: Place, board: Any) -> Record:
+def run_job(number: int, request: JobRequest, needed: JobDone | None, place: Place, board: Any) -> JobDone:
     """Do a job in a process of Ray's; returns its answer.
 
     needed: what the job that this one needs has answered.
@@ -345,9 +365,8 @@ def run_job(number: int, request: Record, needed: Record | None, place: Place, b
     from pipeline.run import STOPPED_SECONDS
 
     global _work  # noqa: PLW0603 (torch, mlflow and the data are loaded once a process)
-    request = {**request, "tags": dict(request["tags"])} if "tags" in request else dict(request)
-    if needed and "error" in needed:
-        without_trunk(request)
+    if isinstance(needed, JobFailed) and isinstance(request, TrainRun):
+        request = request.alone()
     try:
         place.enter()
         with interruptible(), _own_interrupts():
@@ -358,7 +377,7 @@ def run_job(number: int, request: Record, needed: Record | None, place: Place, b
             _work.listen(lambda news: ray.get(board.tell.remote(number, news)))
             return _work.do(request)
     except UserError as error:
-        return {"error": str(error)}
+        return JobFailed(error=str(error))
     except Interrupted as error:
         if _work:  # what it has yet to tell the store
             _work.writer.close(STOPPED_SECONDS)
@@ -377,26 +396,26 @@ def _new_work() -> "_RayWork":
 class _RayWork(Work):
     """What a task does."""
 
-    def listen(self, tell: Callable[[Record], bool]) -> None:
+    def listen(self, tell: Callable[[Evaluated], bool]) -> None:
         """Of the next job: `tell` takes news, and says whether the run is to stop."""
         self.stop.clear()
-        self.answer = partial(self._tell, tell)
+        self.reply = partial(self._tell, tell)
 
-    def _tell(self, tell: Callable[[Record], bool], news: Record) -> None:
+    def _tell(self, tell: Callable[[Evaluated], bool], news: Evaluated) -> None:
         if tell(news):
             self.stop.set()
 
-    def train(self, *, entry: str, config: str, tags: Mapping[str, str], **others: Any) -> Record:
+    def train(self, request: TrainRun) -> RunTrained:
         """Train the run, or bring the one that an earlier try began to its end."""
-        digest = self.make_task(entry, config_of(entry, config)).dataset.digest
-        key = config_of(entry, config).fingerprint(digest)
-        begun = _begun(self.writer.find(run_key=key), tags["sweep_id"])
-        if begun and begun.status == "FINISHED" and not others.get("watched"):
-            return {"run_id": begun.run_id, "metrics": begun.metrics, "steps": 0, "stopped": False}
+        config = config_of(request.entry, request.config)
+        key = config.fingerprint(self.make_task(request.entry, config).dataset.digest)
+        begun = _begun(self.writer.find(run_key=key), request.tags["sweep_id"])
+        if begun and begun.status == "FINISHED" and not request.watched:
+            return RunTrained(run_id=begun.run_id, metrics=begun.metrics, steps=0)
         if begun:
-            others |= {"run_id": begun.run_id, "folder": begun.run_dir}
+            request = replace(request, run_id=begun.run_id, folder=begun.run_dir)
             _wait_for_end(begun)
-        return super().train(entry=entry, config=config, tags=tags, **others)
+        return super().train(request)
 
 
 def _begun(found: "list[FoundRun]", sweep_id: str) -> "FoundRun | None":

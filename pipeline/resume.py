@@ -19,7 +19,8 @@ from pipeline.errors import UserError
 from pipeline.journal import JOURNAL_FILE, Record, read_all
 from pipeline.names import DELIVERED_FILE, FORKED_FROM, THREADS
 from pipeline.ownership import alive_owner
-from pipeline.run import FoundRun, MlflowRun, Writer
+from pipeline.run import MlflowRun, Writer
+from pipeline.tracking.messages import FoundRun
 from pipeline.training import Training
 
 CONFIG_FILE = "config.yaml"

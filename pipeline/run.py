@@ -7,20 +7,16 @@ store that goes away, or a writer that dies, delays the delivery and nothing els
 """
 
 import contextlib
-import json
 import os
 import queue
 import shutil
 import socket
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from pipeline.blocks import TrackingSwitch
 from pipeline.console import say, warn
@@ -30,7 +26,6 @@ from pipeline.journal import (
     JOURNAL_FILE,
     JournalWriter,
     Known,
-    Record,
     is_measured,
     leaves,
     points,
@@ -39,6 +34,26 @@ from pipeline.journal import (
 )
 from pipeline.ownership import Ownership
 from pipeline.ranks import leads
+from pipeline.runtime.processes import ChildProcess, Ended
+from pipeline.tracking.messages import (
+    WRITER_REPLIES,
+    AbandonRun,
+    DeliveryReport,
+    FetchArtifact,
+    FetchedArtifact,
+    FindRuns,
+    FinishRun,
+    FollowRun,
+    FoundRun,
+    FoundRuns,
+    OpenedRun,
+    OpenRun,
+    Progress,
+    Refused,
+    RunRequest,
+    WriterReply,
+    WriterRequest,
+)
 from pipeline.tracking.store import CLIENT_SETTINGS
 
 PATIENCE_SECONDS = 30.0  # how long the end of a run waits for a store that takes nothing
@@ -48,24 +63,12 @@ LONGEST_TAG = 5000  # characters that MLflow takes
 TELL_SECONDS = 2.0  # between two lines of progress
 HURRY_SECONDS = 2.0  # that a writer in a hurry gets to say how the run ended
 Points = Mapping[str, float]
+R = TypeVar("R", OpenedRun, FoundRuns, FetchedArtifact)
 
 
 def now_ms() -> int:
     """Milliseconds since the epoch, as MLflow's timestamps."""
     return time.time_ns() // 1_000_000
-
-
-@dataclass(frozen=True)
-class RunRequest:
-    """What a run is opened with."""
-
-    name: str = ""
-    experiment: str | None = None  # None = MLflow's own choice
-    run_id: str | None = None  # a run that is there already (`mlflow run` opens one)
-    launcher: str | None = None  # a run that only started this one
-    tags: Mapping[str, str] = field(default_factory=dict)
-    resume: bool = False  # `run_id` was begun before and goes on: points that are there are not written again
-    folder: str | None = None  # of a resumed run; None = below the output folder
 
 
 class Run(Protocol):
@@ -169,20 +172,6 @@ class MemoryRun:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-@dataclass(frozen=True)
-class FoundRun:
-    """What the store says of a run."""
-
-    run_id: str
-    name: str
-    status: str
-    start_time: int  # milliseconds since the epoch
-    run_dir: str | None  # its folder
-    tags: dict[str, str]
-    params: dict[str, str]
-    metrics: dict[str, float]  # the last point of each
-
-
 class Writer:
     """The process that delivers to MLflow; it serves one run after the other.
 
@@ -193,19 +182,13 @@ class Writer:
         self.start()
 
     def start(self) -> None:
-        """Start the process; one that was there before is ended."""
+        """Start the process, in place of one that has ended."""
         environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_RUN_ID"}
         environment |= CLIENT_SETTINGS | {"OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.tracking"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-            start_new_session=True,  # Ctrl-C is for the trainer, which then ends the run in order
-        )
-        self.answers: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=_listen, args=(self.process, self.answers), daemon=True).start()
+        self.inbox = queue.Queue[tuple[ChildProcess[WriterReply], WriterReply | Ended]]()
+        # in a session of its own: Ctrl-C is for the trainer, which then ends the run in order
+        self.process = ChildProcess("pipeline.tracking", WRITER_REPLIES, self.inbox, environment=environment,
+                                    own_session=True)  # fmt: skip
 
     def __enter__(self) -> "Writer":
         return self
@@ -215,28 +198,14 @@ class Writer:
 
     def close(self, seconds: float | None = None) -> None:
         """Let it deliver what is left, for as long as the store takes it or at most so long, and end."""
-        assert self.process.stdin
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
-        try:
-            self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            self.end()
+        self.process.close(seconds)
 
-    def end(self) -> None:
-        """End it at once: what it was at stays in the journal."""
-        self.process.kill()
-        self.process.wait()
+    def send(self, request: WriterRequest) -> None:
+        """Send a request; one to a process that is gone has no reply."""
+        self.process.send(request)
 
-    def send(self, request: Record) -> None:
-        """Send a request; one to a process that is gone is not answered."""
-        assert self.process.stdin
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
-
-    def ask(self, request: Record) -> Record:
-        """Send a request, wait for its answer.
+    def ask(self, request: WriterRequest, expected: type[R]) -> R:
+        """Send a request; returns its reply.
 
         Raises:
             UserError: the store refused it, or does not answer.
@@ -245,12 +214,12 @@ class Writer:
         if self.process.poll() is not None:  # ended because the store hung, or by itself
             self.start()
         self.send(request)
-        answer = next_of(self.answers)
-        if not answer:
-            raise TrainingError(f"the tracking writer ended with code {self.process.wait()}")
-        reply: Record = json.loads(answer)
-        if "error" in reply:
-            raise UserError(reply["error"])
+        _, reply = next_of(self.inbox)
+        if isinstance(reply, Ended):
+            raise TrainingError(f"the tracking writer ended with code {reply.code}")
+        if isinstance(reply, Refused):
+            raise UserError(reply.error)
+        assert isinstance(reply, expected)
         return reply
 
     def find(self, *, run_id: str | None = None, run_key: str | None = None, fork: str | None = None) -> list[FoundRun]:
@@ -261,17 +230,7 @@ class Writer:
         Raises:
             UserError: the store does not answer.
         """
-        reply = self.ask({"find": {"run_id": run_id, "run_key": run_key, "fork": fork}})
-        return [FoundRun(**found) for found in reply["runs"]]
-
-
-def _listen(process: "subprocess.Popen[str]", answers: "queue.Queue[str]") -> None:
-    """Queue the process' answers; an empty one says that it is gone."""
-    assert process.stdout
-    for line in process.stdout:
-        if line.endswith("\n"):  # else it died while it wrote
-            answers.put(line)
-    answers.put("")
+        return list(self.ask(FindRuns(run_id, run_key, fork), FoundRuns).runs)
 
 
 def writer_for(tracking: TrackingSwitch) -> contextlib.AbstractContextManager[Writer | None]:
@@ -286,8 +245,8 @@ def fetch_artifact(run_id: str, file: str, folder: Path) -> Path:
         UserError: there is no such run, it has no such artifact, or the store does not answer.
     """
     with Writer() as writer:
-        request = {"run_id": run_id, "file": file, "folder": str(folder.resolve())}
-        return Path(writer.ask({"fetch": request})["path"])
+        request = FetchArtifact(run_id, file, str(folder.resolve()))
+        return Path(writer.ask(request, FetchedArtifact).path)
 
 
 @dataclass(frozen=True)
@@ -321,7 +280,7 @@ class MlflowRun:
         self.known: Known | None = None
         self.points, self.writer_cpu_seconds, self.failure = 0, 0.0, ""
         self._taken: TrainingError | None = None
-        asked: Record = {"open": asdict(request), "output_dir": str(output_dir.resolve()), "offline": offline}
+        asked = OpenRun(request, str(output_dir.resolve()), offline)
         with contextlib.ExitStack() as undo:
             undo.push(self._not_begun)
             if request.resume:
@@ -331,8 +290,8 @@ class MlflowRun:
                 undo.callback(self.owner.release)
                 opened = self._open_again(asked)
             else:
-                opened = writer.ask(asked)
-                self.folder = output_dir / opened["run_id"]
+                opened = writer.ask(asked, OpenedRun)
+                self.folder = output_dir / opened.run_id
                 self.owner = Ownership(self.folder)
                 undo.callback(self.owner.release)
                 self.found_bytes = 0
@@ -344,21 +303,20 @@ class MlflowRun:
         """The run was not begun: if it was opened, it must not stay RUNNING."""
         disk = isinstance(error, OSError)
         told = f"run folder {self.folder}: {getattr(error, 'strerror', None) or error}" if disk else str(error)
-        self.writer.send({"abandon": told})
+        self.writer.send(AbandonRun(told))
         if disk:
             raise TrainingError(told) from None
 
-    def _begin(self, opened: Record) -> None:
+    def _begin(self, opened: OpenedRun) -> None:
         """Tell of what the writer has opened, and begin the journal with it."""
-        self.id: str = opened.pop("run_id")
-        self.name: str = opened["name"]
-        self.tracking_uri: str = opened.pop("tracking_uri")
-        if opened.pop("ahead"):
+        self.id, self.name, self.tracking_uri = opened.run_id, opened.name, opened.tracking_uri
+        if opened.ahead:
             warn(f"run {self.id}: its journal had lost points; those that the store has were read back")
-        if reason := opened.pop("reason"):
-            warn(f"tracking store {self.tracking_uri}: {reason}; the run begins without it")
+        if opened.reason:
+            warn(f"tracking store {self.tracking_uri}: {opened.reason}; the run begins without it")
         self.journal = JournalWriter(self.folder / JOURNAL_FILE, self._check)
-        self._append("open", id=self.id, time=now_ms(), **opened, host=socket.gethostname(), pid=os.getpid(),
+        self._append("open", id=self.id, time=now_ms(), name=opened.name, experiment=opened.experiment,
+                     tags=dict(opened.tags), online=opened.online, host=socket.gethostname(), pid=os.getpid(),
                      boot=_boot_id())  # fmt: skip
         try:
             self.journal.sync()
@@ -381,25 +339,25 @@ class MlflowRun:
         """Another process has taken the run over, and it was seen: nothing of ours is written any more."""
         return self._taken is not None
 
-    def _open_again(self, asked: Record) -> Record:
+    def _open_again(self, asked: OpenRun) -> OpenedRun:
         """Open a run that was begun before, with what its journal holds; points that only the store has come first."""
         file = self.folder / JOURNAL_FILE
         JournalWriter(file).close()  # without what a kill left of its last record
         self.known = Known()
         self.found_bytes = self.known.read(file)
-        last = self.known.last_steps()
-        opened = self.writer.ask(asked | {"folder": str(self.folder.resolve()), "last_steps": last})
+        run = replace(asked.run, folder=str(self.folder.resolve()))
+        opened = self.writer.ask(replace(asked, run=run, last_steps=self.known.last_steps()), OpenedRun)
         self.known.read(file, self.found_bytes)
         return opened
 
     def _follow(self) -> None:
         """Let the writer deliver the journal from now on."""
-        self.writer.send({"follow": {"folder": str(self.folder.resolve()), "owner": self.owner.number}})
+        self.writer.send(FollowRun(str(self.folder.resolve()), self.owner.number))
 
     def _revive(self) -> None:
         """Start the writer again if it died by itself: it goes on where the delivery ended."""
-        if self.writer.process.poll() is not None:
-            warn(f"the tracking writer ended with code {self.writer.process.returncode}; another one goes on")
+        if (code := self.writer.process.poll()) is not None:
+            warn(f"the tracking writer ended with code {code}; another one goes on")
             self.writer.start()
             self._follow()
 
@@ -475,14 +433,13 @@ class MlflowRun:
                 self.journal.close()
             except TrainingError as error:  # the end travels without the journal
                 if self.lost:
-                    self.writer.end()  # the run's end is the other's to tell
+                    self.writer.process.kill()  # the run's end is the other's to tell
                     raise
                 full, status, self.failure = error, _worse(status), self.failure or str(error)
-            asked = {"status": status, "failure": self.failure, "patience": patience, "hurry": hurry}
             try:
-                report = self._deliver_rest(asked, patience)
+                report = self._deliver_rest(FinishRun(status, self.failure, patience, hurry))
             except KeyboardInterrupt:
-                self.writer.end()
+                self.writer.process.kill()
                 warn(f"run {self.id}: stopped while the rest of {self.journal.file} was delivered; deliver it with "
                      f"`python -m pipeline sync {self.folder}`")  # fmt: skip
                 raise
@@ -490,46 +447,43 @@ class MlflowRun:
             self.owner.release()
         if full:
             raise full
-        if report is None or report["waiting"]:
-            waits = f"{report['waiting']:,} records wait" if report else "part of it waits"
-            why = report["reason"] if report else "the tracking store does not answer"
+        if report is None or report.waiting:
+            waits = f"{report.waiting:,} records wait" if report else "part of it waits"
+            why = report.reason if report else "the tracking store does not answer"
             raise Undelivered(f"run {self.id}: {waits} in {self.journal.file}: {why}; deliver it with "
                               f"`python -m pipeline sync {self.folder}`")  # fmt: skip
-        self.writer_cpu_seconds = report["cpu_seconds"]
-        if report["problems"]:
-            raise TrainingError(
-                f"run {self.id}: {'; '.join(report['problems'])}; all of it lies in {self.journal.file}"
-            )
+        self.writer_cpu_seconds = report.cpu_seconds
+        if report.problems:
+            raise TrainingError(f"run {self.id}: {'; '.join(report.problems)}; all of it lies in {self.journal.file}")
 
-    def _deliver_rest(self, request: Record, patience: float) -> Record | None:
+    def _deliver_rest(self, request: FinishRun) -> DeliveryReport | None:
         """Wait while the writer makes progress. None: it made none, and is ended."""
         self._revive()
-        self.writer.send({"finish": request})
+        self.writer.send(request)
         started = told = time.monotonic()
-        revived, allowed = 0, patience + 1
+        revived, allowed = 0, request.patience + 1
         while True:
-            if request["hurry"]:
-                allowed = max(0.0, started + patience + HURRY_SECONDS - time.monotonic())
+            if request.hurry:
+                allowed = max(0.0, started + request.patience + HURRY_SECONDS - time.monotonic())
             try:
-                answer = self.writer.answers.get(timeout=allowed)
+                _, reply = self.writer.inbox.get(timeout=allowed)
             except queue.Empty:
-                self.writer.end()
+                self.writer.process.kill()
                 return None
-            if not answer:
+            if isinstance(reply, Ended):
                 revived += 1
                 if revived > 2:
                     return None
-                self.writer.process.wait()
                 self._revive()
-                self.writer.send({"finish": request})
+                self.writer.send(request)
                 continue
-            reply: Record = json.loads(answer)
-            if "delivered" not in reply:
+            if isinstance(reply, DeliveryReport):
                 return reply
-            allowed = max(patience + 1, reply.get("busy", 0))
+            assert isinstance(reply, Progress)
+            allowed = max(request.patience + 1, reply.busy)
             if time.monotonic() - told > TELL_SECONDS:
                 told = time.monotonic()
-                say(f"delivered {reply['delivered']:,} of {reply['of']:,} records ({told - started:.0f} s)")
+                say(f"delivered {reply.delivered:,} of {reply.of:,} records ({told - started:.0f} s)")
 
 
 def end_early(run: Run, error: BaseException) -> str:

@@ -8,12 +8,13 @@ from pipeline.config import keys, load
 from pipeline.console import say, table, warn
 from pipeline.errors import UserError
 from pipeline.launch import Trained, train_run
-from pipeline.run import RunRequest, Writer, writer_for
+from pipeline.run import Writer, writer_for
 from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.task import MmoeTask
 from pipeline.tasks.visobert.config import DataPrepConfig, VisobertConfig
 from pipeline.tasks.visobert.entry import prepare_reviews
 from pipeline.tasks.visobert.task import VisobertTask
+from pipeline.tracking.messages import RunRequest
 
 FOCAL_KEYS = frozenset(key.path for key in keys(MmoeConfig) if key.path.startswith("loss.aux_focal."))
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -8,10 +8,10 @@ from pathlib import Path
 from pipeline.compare import NOTE_LENGTH, compare, load_runs, to_markdown, to_text, write
 from pipeline.console import say
 from pipeline.errors import TrainingError, UserError
-from pipeline.ownership import alive_owner
-from pipeline.run import MlflowRun, RunRequest, Writer, end_early
+from pipeline.run import MlflowRun, Writer, end_early
 from pipeline.sweep_plan import Plan, to_yaml
 from pipeline.tables import plain
+from pipeline.tracking.messages import RunRequest
 from pipeline.tracking.reading import (
     StoredRun,
     end_run,
@@ -22,8 +22,6 @@ from pipeline.tracking.reading import (
     store_exists,
 )
 
-RUNNING = "RUNNING"
-
 
 @dataclass(frozen=True)
 class KnownRuns:
@@ -32,18 +30,12 @@ class KnownRuns:
     by_key: Mapping[str, StoredRun]  # by run key, the finished one where there are several
     summary: StoredRun | None
 
-    def concluded_since(self, before: "KnownRuns") -> bool:
-        """The comparison has come to an end that it had not come to before."""
-        status = self.summary.status if self.summary else RUNNING
-        return status in ("FINISHED", "FAILED") and (before.summary is None or before.summary.status != status)
 
-
-def claim_launcher(plan_id: str, launchers: Path | None = None) -> None:
+def claim_launcher(plan_id: str) -> None:
     """Tag the run that `mlflow run` opened for this start; end those of earlier starts that were killed.
 
     We hold the plan's lock, so no other process is at it: what such starts left RUNNING is dead. One that was killed
-    before it had tagged its run is known by what was typed. Where several processes share the sweep, `launchers` has a
-    folder a launcher, which those own that are alive.
+    before it had tagged its run is known by what was typed.
     """
     launcher = os.environ.get("MLFLOW_RUN_ID")
     if not store_exists():
@@ -53,10 +45,9 @@ def claim_launcher(plan_id: str, launchers: Path | None = None) -> None:
         set_tags(ours.run_id, {"role": "launcher", "sweep_plan": plan_id})
     left = [run for run in runs_of_tag("sweep_plan", plan_id) if run.tags.get("role") == "launcher"]
     left += [run for run in runs_of_tag("mlflow.project.entryPoint", "sweep")
-             if ours and not launchers and "role" not in run.tags and run.params == ours.params]  # fmt: skip
+             if ours and "role" not in run.tags and run.params == ours.params]  # fmt: skip
     for run in left:
-        alive = launchers is not None and alive_owner(launchers / run.run_id) is not None
-        if run.status == RUNNING and run.run_id != launcher and not alive:
+        if run.status == "RUNNING" and run.run_id != launcher:
             end_run(run.run_id, "KILLED")
 
 

@@ -4,39 +4,50 @@ The sweep plans, hands out and collects; workers train (`pipeline.worker`). Runs
 trunk (`pipeline.branching`). A run is known again by its key, so that a sweep that was cut off goes on where it was.
 """
 
-import fcntl
 import os
 import queue
 import shutil
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import cycle
+from itertools import count, cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import read_yaml, to_yaml
+from filelock import FileLock, Timeout
+
+from pipeline.config import to_yaml
 from pipeline.console import say, warn
 from pipeline.errors import TrainingError, UserError
 from pipeline.interrupts import next_of
-from pipeline.journal import Record
 from pipeline.names import COLORS, CONTROLLED, TRUNK_FILES
-from pipeline.ownership import Ownership
+from pipeline.runtime.processes import ChildProcess, Ended
 from pipeline.sweep_config import SweepConfig
 from pipeline.sweep_plan import Arm, Plan, resolve
-from pipeline.worker import PATIENCE_SECONDS, Worker, without_trunk
+from pipeline.sweeps.requests import (
+    WORKER_REPLIES,
+    DataDigest,
+    DigestData,
+    Evaluated,
+    JobDone,
+    JobFailed,
+    JobRequest,
+    LoadModules,
+    PrefixTrained,
+    RunTrained,
+    StopRun,
+    TrainPrefix,
+    TrainRun,
+    WorkerReply,
+)
+from pipeline.worker import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from pipeline.ray_crew import RayCrew
-    from pipeline.summary import KnownRuns
     from pipeline.tracking.reading import StoredRun
-
-LAUNCHERS = "launchers"  # below a sweep's folder: a folder for each run that `mlflow run` opened
 
 
 @dataclass
@@ -44,14 +55,17 @@ class Job:
     """What a worker is asked, and what came of it."""
 
     name: str
-    request: Record
+    request: JobRequest
     needs: "Job | None" = None
     finished: Callable[["Job"], None] = lambda job: None  # noqa: ARG005
-    reply: Record | None = None
+    reply: JobDone | None = None
 
     @property
     def failed(self) -> str | None:
-        return None if self.reply is None else self.reply.get("error")
+        return self.reply.error if isinstance(self.reply, JobFailed) else None
+
+
+Worker = ChildProcess[WorkerReply]
 
 
 class Crew:
@@ -59,20 +73,19 @@ class Crew:
 
     def __init__(self, size: int, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.inbox = folder, queue.Queue[tuple[Worker, Record]]()
+        self.folder, self.inbox = folder, queue.Queue[tuple[Worker, WorkerReply | Ended]]()
         self.workers: dict[Worker, Job | None] = {}
+        self.numbers = count()
         for _ in range(size):
             self._hire()
 
-    def _hire(self) -> Worker:
-        number = max((worker.number for worker in self.workers), default=-1) + 1
-        worker = Worker(number, self.folder / f"worker-{number}.log")
+    def _hire(self) -> None:
+        log = self.folder / f"worker-{next(self.numbers)}.log"
+        environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_RUN_ID"}
+        worker = ChildProcess("pipeline.worker", WORKER_REPLIES, self.inbox, environment=environment, log=log)
         self.workers[worker] = None
-        answers = (lambda reply: self.inbox.put((worker, reply)),)
-        threading.Thread(target=worker.answers, args=answers, daemon=True).start()
-        return worker
 
-    def work(self, jobs: list[Job], told: Callable[[Job, Record], None] = lambda job, news: None) -> None:  # noqa: ARG005
+    def work(self, jobs: list[Job], told: Callable[[Job, Evaluated], None] = lambda job, news: None) -> None:  # noqa: ARG005
         """Do the jobs, in their order as far as what they need allows. `told` hears what a job says on the way.
 
         `jobs` may grow meanwhile, by a job's `finished`.
@@ -81,18 +94,19 @@ class Crew:
             self._hand_out(jobs)
             worker, reply = next_of(self.inbox)
             job = self.workers.get(worker)
-            if job and "evaluated" in reply:
-                told(job, reply)
+            if isinstance(reply, Evaluated):
+                if job:
+                    told(job, reply)
                 continue
             if worker in self.workers:
                 self.workers[worker] = None
-                if "ended" in reply or reply.get("leaving"):
+                if isinstance(reply, Ended) or reply.leaving:
                     del self.workers[worker]
                     self._hire()
             if job is None:
                 continue
-            if "ended" in reply:
-                reply = {"error": f"its process ended with code {reply['ended']}; see {worker.log}"}
+            if isinstance(reply, Ended):
+                reply = JobFailed(error=f"its process ended with code {reply.code}; see {worker.log}")
             job.reply = reply
             job.finished(job)
 
@@ -102,22 +116,22 @@ class Crew:
                  and (job.needs is None or job.needs.reply is not None)]  # fmt: skip
         for worker, job in list(self.workers.items()):
             if job is None and ready:
-                self.workers[worker] = ready.pop(0)
-                worker.send(self.workers[worker].request)  # type: ignore[union-attr]
+                self.workers[worker] = ready[0]
+                worker.send(ready.pop(0).request)
 
     def stop(self, job: Job) -> None:
         """Let the run of this job end after its next evaluation."""
         for worker, taken in self.workers.items():
             if taken is job:
-                worker.send({"stop": True})
+                worker.send(StopRun())
 
     def close(self) -> None:
         """End every worker; what they are at is ended as KILLED."""
         for worker in self.workers:
-            worker.close()
+            worker.end_input()
         until = time.monotonic() + PATIENCE_SECONDS
         for worker in self.workers:
-            worker.wait(until)
+            worker.close(max(0.0, until - time.monotonic()))
 
 
 @dataclass
@@ -151,8 +165,6 @@ def sweep(config: SweepConfig, file: Path, typed: Mapping[str, str]) -> None:
         raise UserError(f"{file}: resume and fork are of single runs; the same sweep again goes on by itself")
     if config.engine == "ray" and any(arm.config.training.threads is None for arm in plan.arms):
         raise UserError(f"{file}: training.threads is null, allowed with engine ray: a number (of CPUs for a run)")
-    if config.shared:
-        _check_storage(config, file)
     with _alone(plan):
         Sweep(plan).run()
 
@@ -185,55 +197,28 @@ class Sweep:
         """Who trains; all that the sweep asks of them is `work`, `stop` and `close`."""
         settings = self.plan.sweep
         if settings.engine == "local":
-            own = f"{socket.gethostname()}-{os.getpid()}" if settings.shared else ""
-            return Crew(settings.jobs, self.folder / own)
+            return Crew(settings.jobs, self.folder)
         from pipeline.ray_crew import RayCrew
 
         return RayCrew(settings.jobs, self.folder, settings.ray_address)
 
     def _run(self, writer: Any) -> None:
         with ThreadPoolExecutor(1) as pool:  # mlflow takes seconds to import, and the data to load
-            claimed = pool.submit(_claim_launcher, self.plan, self.folder)
+            claimed = pool.submit(_claim_launcher, self.plan)
             self.digest = self._data_digest()
             claimed.result()
-        from pipeline.summary import known_runs
+        from pipeline.summary import Summary, known_runs
 
         self.id = self.plan.identity(self.digest)
         runs = known_runs(self.id)
         say(f"sweep {self.id}: {len(self.plan.arms)} arms x {len(self.plan.sweep.seeds)} seeds, "
             f"{self.plan.sweep.jobs} at a time")  # fmt: skip
-        if self.plan.sweep.shared:
-            self._search_with_others(writer, runs)
-        else:
-            self._compare(writer, runs)
-
-    def _search_with_others(self, writer: Any, runs: "KnownRuns") -> None:
-        """Search beside other processes; one of them compares what was found."""
-        from pipeline.search import the_one_to_compare
-        from pipeline.summary import known_runs
-
-        found = self._search(runs)
-        with the_one_to_compare(self.folder) as ours:
-            now = known_runs(self.id)
-            if ours and not now.concluded_since(runs):
-                self._compare(writer, now, found)
-            else:
-                say("the search is done; another process compares what it found (if that one dies, the same command "
-                    "does it)")  # fmt: skip
-
-    def _search(self, runs: "KnownRuns") -> Plan:
-        from pipeline.search import search
-
-        return search(self, runs.by_key)
-
-    def _compare(self, writer: Any, runs: "KnownRuns", found: Plan | None = None) -> None:
-        """Run what is missing of the arms, and tell what came of them. found: what a search has found already."""
-        from pipeline.summary import Summary
-
         summary = Summary(writer, self.plan, self.id, runs)
         try:
             if self.plan.sweep.search:
-                self.plan = summary.plan = found or self._search(runs)
+                from pipeline.search import search
+
+                self.plan = summary.plan = search(self, runs.by_key)
                 self.progress.total = len(self.plan.sweep.seeds) * len(self.plan.arms)
             started = time.perf_counter()
             self.crew.work(self.jobs(runs.by_key))
@@ -254,16 +239,16 @@ class Sweep:
         by_data: dict[str, tuple[str, Job]] = {}
         for arm in self.plan.arms:
             data = str({key: value for key, value in arm.config.decisive().items() if key.startswith("data.")})
-            request = {"do": "digest", "entry": self.entry, "config": to_yaml(arm.config)}
+            request = DigestData(self.entry, to_yaml(arm.config))
             by_data.setdefault(data, (arm.name, Job(f"data of {arm.name}", request)))
-        spare = [Job("start", {"do": "warm"}) for _ in range(self.plan.sweep.jobs - 1)]
+        spare = [Job("start", LoadModules()) for _ in range(self.plan.sweep.jobs - 1)]
         self.crew.work([job for _, job in by_data.values()] + spare)
         found: dict[str, str] = {}
         for name, job in by_data.values():
             if job.failed:
                 raise UserError(job.failed)
-            assert job.reply
-            found.setdefault(job.reply["digest"], name)
+            assert isinstance(job.reply, DataDigest)
+            found.setdefault(job.reply.digest, name)
         if len(found) > 1:
             (one, first), (other, second) = list(found.items())[:2]
             raise UserError(f"{first} has data {one[:12]}..., {second} has {other[:12]}...: a sweep is on one data set")
@@ -305,57 +290,55 @@ class Sweep:
             job = None
             if not ready:
                 config = sharing[0][0].at(seed).trunk()[0]
-                request = {"do": "grow", "entry": self.entry, "config": to_yaml(config),
-                           "folders": {str(step): str(folder) for step, folder in folders.items()}}  # fmt: skip
+                states = {str(step): str(folder) for step, folder in folders.items()}
+                request = TrainPrefix(self.entry, to_yaml(config), states)
                 job = Job(f"trunk s{seed}", request, finished=partial(self._grown, len(sharing)))
                 jobs.append(job)
             found |= {arm.name: (folders[step or steps[-1]], step or steps[-1], job) for arm, step in sharing}
         return found
 
     def _grown(self, members: int, job: Job) -> None:
-        assert job.reply
         if job.failed:
             warn(f"{job.name}: {job.failed}; its runs are trained alone")
             for run in self.waiting:
-                if run.needs is job:
-                    without_trunk(run.request)
+                if run.needs is job and isinstance(run.request, TrainRun):
+                    run.request = run.request.alone()
             return
-        self.progress.trained += job.reply["steps"]
-        self.progress.saved_seconds += (members - 1) * job.reply["seconds"]
-        say(f"{job.name}: {job.reply['steps']} steps that {members} runs share, {job.reply['seconds']:.0f} s")
+        assert isinstance(job.reply, PrefixTrained)
+        self.progress.trained += job.reply.steps
+        self.progress.saved_seconds += (members - 1) * job.reply.seconds
+        say(f"{job.name}: {job.reply.steps} steps that {members} runs share, {job.reply.seconds:.0f} s")
 
     def _run_job(
         self, arm: Arm, seed: int, begun: "StoredRun | None", place: tuple[Path, int, Job | None] | None
     ) -> Job:
-        config = arm.at(seed)
         place_in_plan = [other.name for other in self.plan.arms].index(arm.name)
         tags = {"sweep_id": self.id, "arm": arm.name, "arm_number": str(place_in_plan), "role": arm.role,
                 "mlflow.runColor": self.colors[arm.name]}  # fmt: skip
         if arm.control_of:
             tags["control_of"] = CONTROLLED.join(arm.control_of)
-        request: Record = {"do": "train", "entry": self.entry, "config": to_yaml(config), "tags": tags,
-                           "name": arm.run_name(seed), "trunk": None, "given": sorted(arm.overridden)}  # fmt: skip
-        request |= resumed(begun)
         if place:
             folder, step, _ = place
-            request["trunk"] = str(folder)
             tags |= {"branched_from": f"trunk {folder.parent.name}", "branch_step": str(step)}
+        request = train_request(self.entry, arm, seed, tags, begun)
+        request = replace(request, prefix=str(place[0]) if place else None)
         finished = partial(self._trained, (arm.name, seed), place[1] if place else 0)
         return Job(arm.run_name(seed), request, place[2] if place else None, finished)
 
     def _trained(self, key: tuple[str, int], branched_at: int, job: Job) -> None:
-        assert job.reply
         if job.failed:
             self.progress.failed[key] = job.failed
             say(f"{self._count()} {job.name}: failed: {job.failed}")
             return
-        self.progress.done[key] = job.reply["run_id"]
-        steps = job.reply["steps"]
+        assert isinstance(job.request, TrainRun)
+        assert isinstance(job.reply, RunTrained)
+        self.progress.done[key] = job.reply.run_id
+        steps = job.reply.steps
         self.progress.steps += steps
-        self.progress.trained += steps - (min(steps, branched_at) if job.request["trunk"] else 0)
-        value = job.reply["metrics"].get(self.plan.metric)
+        self.progress.trained += steps - (min(steps, branched_at) if job.request.prefix else 0)
+        value = job.reply.metrics.get(self.plan.metric)
         shown = f"{self.plan.metric} {value:.4f}" if value is not None else f"no {self.plan.metric}"
-        say(f"{self._count()} {job.name}: {shown}, {job.reply['seconds']:.0f} s")
+        say(f"{self._count()} {job.name}: {shown}, {job.reply.seconds:.0f} s")
 
     def _count(self) -> str:
         return f"[{len(self.progress.done) + len(self.progress.failed)}/{self.progress.total}]"
@@ -369,25 +352,20 @@ class Sweep:
                 "training")  # fmt: skip
 
 
-def resumed(begun: "StoredRun | None") -> Record:
-    """Of a request to train: the run to go on with."""
-    return {"run_id": begun and begun.run_id, "folder": begun and begun.tags.get("run_dir")}
+def train_request(
+    entry: str, arm: Arm, seed: int, tags: Mapping[str, str], begun: "StoredRun | None", *, watched: str | None = None
+) -> TrainRun:
+    """The request to train an arm with a seed. begun: the run of it that is in the store, which goes on."""
+    return TrainRun(
+        entry, to_yaml(arm.at(seed)), arm.run_name(seed), tags, tuple(sorted(arm.overridden)),
+        run_id=begun.run_id if begun else None, folder=begun.tags.get("run_dir") if begun else None, watched=watched,
+    )  # fmt: skip
 
 
-def _claim_launcher(plan: Plan, folder: Path) -> None:
+def _claim_launcher(plan: Plan) -> None:
     from pipeline.summary import claim_launcher
 
-    claim_launcher(plan.identity(), folder / LAUNCHERS if plan.sweep.shared else None)
-
-
-def _check_storage(config: SweepConfig, file: Path) -> None:
-    """Refuse now what would be refused once the data is loaded."""
-    from pipeline.study import check_server
-
-    assert config.search
-    assert config.search.storage
-    written = (read_yaml(file).get("search") or {}).get("storage")
-    check_server(config.search.storage.get_secret_value(), written)
+    claim_launcher(plan.identity())
 
 
 def _warnings(plan: Plan) -> Iterator[str]:
@@ -403,26 +381,16 @@ def _warnings(plan: Plan) -> Iterator[str]:
 
 @contextmanager
 def _alone(plan: Plan) -> Iterator[None]:
-    """Refuse to run beside another process that is at the same sweep, unless both are made for it."""
+    """Refuse to run beside another process that is at the same sweep."""
     folder = Path(plan.baseline.config.output_dir) / "sweeps"
+    lock = FileLock(folder / f"{plan.identity()}.lock", blocking=False, fallback_to_soft=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        held = (folder / f"{plan.identity()}.lock").open("ab")
+        held = lock.acquire()
+    except Timeout:
+        raise UserError(f"this sweep is already running (it holds {lock.lock_file}); wait for its end, or end it "
+                        "first") from None  # fmt: skip
     except OSError as error:
         raise UserError(f"output_dir {folder}: {error.strerror or error}") from None
     with held:
-        try:
-            fcntl.flock(held, (fcntl.LOCK_SH if plan.sweep.shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            several = "; allowed: one process, or several that all have search.storage: postgresql://..."
-            raise UserError(f"this sweep is already running (it holds {held.name})"
-                            f"{several if plan.sweep.search else ''}") from None  # fmt: skip
-        launcher = os.environ.get("MLFLOW_RUN_ID")
-        if not plan.sweep.shared or not launcher:
-            yield
-            return
-        owner = Ownership(folder / plan.identity() / LAUNCHERS / launcher)
-        try:
-            yield
-        finally:
-            owner.release()
+        yield

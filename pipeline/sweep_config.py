@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, model_validator
 
 from pipeline.config import Config, Positive, nearest
 
@@ -90,15 +90,6 @@ class SearchConfig(Config):
     """whether more or less of search.metric is better; null = evaluation.mode of the task"""
     startup_trials: int = Field(5, ge=0)
     """trials before the median prunes, and before TPE proposes (until then at random)"""
-    storage: SecretStr | None = None
-    """postgresql://user@host/database: the study lies there, and any number of processes of this sweep work on it at
-    once; null = a file beside the sweep, for one process. A password stays out of it: PGPASSWORD or ~/.pgpass"""
-    grace_seconds: int = Field(60, ge=2)
-    """with storage: a process without a sign of life for so long is dead, and others get its trials"""
-
-    def deciding(self) -> Overrides:
-        """What decides which settings are proposed; not where, and by how many processes."""
-        return self.model_dump(exclude={"storage", "grace_seconds"})
 
 
 class SweepConfig(Config):
@@ -134,11 +125,6 @@ class SweepConfig(Config):
     """train what the arms of a seed share up to the gate once; false trains each alone, to the same bits"""
     title: str | None = None
     """of the report; null = the file's name"""
-
-    @property
-    def shared(self) -> bool:
-        """Several processes may work on it."""
-        return bool(self.search and self.search.storage)
 
     @model_validator(mode="before")
     @classmethod

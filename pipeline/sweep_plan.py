@@ -64,7 +64,7 @@ class Plan:
     def identity(self, data_digest: str = "") -> str:
         """Names the sweep: the same settings, seeds, data and experiment, whatever the order, processes and metric."""
         found = sorted((arm.name, arm.role, arm.at(seed).fingerprint(data_digest)) for arm, seed in self.units())
-        search = [self.sweep.search.deciding(), self.sweep.controls] if self.sweep.search else None
+        search = [self.sweep.search.model_dump(), self.sweep.controls] if self.sweep.search else None
         where = self.baseline.config.experiment or _chosen_experiment()
         text = json.dumps([self.sweep.task, found, search, self.sweep.share_prefix, where])
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -36,7 +36,7 @@ if os.environ.get("FAULTS") != "full":
 SLOW = ("test_sweep", "test_kills", "test_exits", "test_outage", "test_deployment", "test_notebooks", "test_browser",
         "test_entry_points", "test_train_visobert", "test_delivery", "test_sync", "test_first_start", "test_ownership",
         "test_tracking", "test_security", "test_checkpoint", "test_resume", "test_ranks", "test_kubernetes",
-        "test_ray_data", "test_ray_sweep", "test_search_postgres")  # fmt: skip
+        "test_ray_data", "test_ray_sweep")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,12 +16,11 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import cache, partial
+from functools import cache
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 from typing import IO, Any, NoReturn
 
 WRITER, WORKER = "pipeline.tracking", "pipeline.worker"
@@ -74,23 +73,20 @@ class Forked:
 
 def use(address: str | None = None) -> None:
     """From now on this process starts its writers and workers so. address: of a server of writers, if there is one."""
-    from pipeline import run, worker
+    from pipeline.runtime import processes
 
-    run.subprocess = worker.subprocess = SimpleNamespace(  # type: ignore[assignment]
-        Popen=partial(_start, address), PIPE=subprocess.PIPE, TimeoutExpired=subprocess.TimeoutExpired
-    )
+    real = processes.start
 
+    def start(module: str, environment: Mapping[str, str], stderr: IO[bytes] | None, own_session: bool) -> Any:
+        if module not in (WRITER, WORKER):
+            return real(module, environment, stderr, own_session)
+        writers = address or server(WRITER)
+        if module == WRITER:
+            return Forked(writers, environment, 2)
+        assert stderr
+        return Forked(server(WORKER), {**environment, WRITERS: writers}, stderr.fileno())
 
-def _start(
-    writers: str | None, command: Sequence[str], *, env: Mapping[str, str], stderr: IO[bytes] | None = None, **_: Any
-) -> Forked:
-    module = command[-1]
-    assert [sys.executable, "-m", module] == command
-    writers = writers or server(WRITER)
-    if module == WRITER:
-        return Forked(writers, env, 2)
-    assert stderr
-    return Forked(server(module), {**env, WRITERS: writers}, stderr.fileno())
+    processes.start = start
 
 
 @cache

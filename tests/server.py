@@ -195,27 +195,17 @@ class Postgres:
         command = [str(self.programs / "postgres"), "-D", self.data, "-p", str(self.port), "-k", str(self.folder),
                    "-c", f"listen_addresses={HOST}", "-c", "fsync=off"]  # fmt: skip
         end = time.monotonic() + START_SECONDS
-        while True:  # after a kill it refuses for a moment, until its old workers are gone
-            with (self.folder / "server.log").open("ab") as log:
-                self.process = subprocess.Popen(
-                    command, user=self.user, cwd=self.folder, stdout=log, stderr=log, start_new_session=True
-                )
-            while self.process.poll() is None:
-                ready = [str(self.programs / "pg_isready"), "--quiet"]
-                if subprocess.run(ready, env=os.environ | self.environment, check=False).returncode == 0:
-                    return self
-                assert time.monotonic() < end, (self.folder / "server.log").read_text()[-3000:]
-                time.sleep(0.05)
-            assert time.monotonic() < end, (self.folder / "server.log").read_text()[-3000:]
-            time.sleep(0.2)
-
-    def stop(self) -> None:
-        """End it in order, whoever is connected."""
-        _end(self.process, signal.SIGINT)
-
-    def kill(self) -> None:
-        """SIGKILL; its workers see it and end."""
-        _end(self.process, signal.SIGKILL)
+        log = self.folder / "server.log"
+        with log.open("ab") as stream:
+            self.process = subprocess.Popen(
+                command, user=self.user, cwd=self.folder, stdout=stream, stderr=stream, start_new_session=True
+            )
+        ready = [str(self.programs / "pg_isready"), "--quiet"]
+        while subprocess.run(ready, env=os.environ | self.environment, check=False).returncode != 0:
+            assert self.process.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < end, log.read_text()[-3000:]
+            time.sleep(0.05)
+        return self
 
     def __enter__(self) -> Self:
         return self.start()

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import Call
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -123,6 +124,64 @@ def test_bad_files(tmp_path: Path, text: str, expected: str) -> None:
     message = error_of(file)
     assert expected in message
     assert str(file) in message
+
+
+PLAIN = "allowed: text, numbers, true, false, null, dates, lists and mappings"
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ("!!binary gIGC", f"experiment: found binary data, {PLAIN}"),
+        ("!!binary aGVsbG8=", f"experiment: found binary data, {PLAIN}"),  # bytes that are text, too
+        ("[a, !!binary gIGC]", f"experiment: found binary data, {PLAIN}"),
+        ("{a: !!binary gIGC}", f"experiment.a: found binary data, {PLAIN}"),
+        ("!!set {a, b}", f"experiment: found a set, {PLAIN}"),
+        ("!!omap [a: 1]", f"experiment: found an ordered pair, {PLAIN}"),
+        ("!!pairs [a: 1]", f"experiment: found an ordered pair, {PLAIN}"),
+        ("{!!binary gIGC : 1}", r"experiment: found key b'\x80\x81\x82', allowed: text; write it in quotes"),
+        ("{.nan: 1}", "experiment: found key nan, allowed: text; write it in quotes"),
+        ("{1: 2, a: 3}", "experiment: found key 1, allowed: text; write it in quotes"),
+        ("{no: 2}", "experiment: found key false, allowed: text; write it in quotes"),
+        ("{2001-01-01: 2}", "experiment: found key 2001-01-01, allowed: text; write it in quotes"),
+        ("2001-01-01", "experiment: found 2001-01-01, allowed: text or null"),
+        ("!!timestamp x", "not valid YAML: a value that is none"),
+        ("!!python/name:os.abort", "line 1 not valid YAML: could not determine a constructor"),
+        ('"\\ud800"', "experiment: found half a character, allowed: UTF-8 text"),
+        ('{"\\ud800": 1}', "experiment: found half a character, allowed: UTF-8 text"),
+        (f"0x{'f' * 300}", "experiment: found a whole number of 1200 bits, allowed: up to 1.8e+308"),
+    ],
+)
+def test_values_that_fit_no_setting(tmp_path: Path, value: str, told: str) -> None:
+    file = text_of(tmp_path, f"experiment: {value}")
+    assert error_of(file).startswith(f"{file}: {told}")
+
+
+BINARY = {
+    "train_mmoe": ("run_name: NAME", "run_name"),
+    "compare": ("title: NAME", "title"),
+    "sweep": ("task: train_mmoe\nconfig: c.yaml\nbaseline: {}\narms: [{lambda: 0.1, name: NAME}]", "arms.name"),
+}
+
+
+@pytest.mark.parametrize("value", ["!!binary gIGC", "!!binary aGVsbG8="])
+@pytest.mark.parametrize("entry", BINARY)
+def test_binary_data_in_each_kind_of_file_is_one_line(
+    entry: str, value: str, workplace: Path, call_pipeline: Call
+) -> None:
+    text, key = BINARY[entry]
+    file = text_of(workplace, text.replace("NAME", value))
+    result = call_pipeline(entry, "--config", str(file))
+    assert result.returncode == 2
+    assert result.stderr == f"error: {file}: {key}: found binary data, {PLAIN}\n"
+
+
+def test_binary_data_in_a_schema_is_one_line(workplace: Path, call_pipeline: Call) -> None:
+    (workplace / "data.csv").write_text("clicked,user\n1,a\n")
+    file = text_of(workplace, "labels: {click: clicked, conversion: clicked}\nfeatures: {user: !!binary gIGC}")
+    result = call_pipeline("prepare_ctr", "--data", "data.csv", "--schema", str(file), "--output_dir", "out")
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1] == f"error: {file}: features.user: found binary data, {PLAIN}"
 
 
 def test_missing_and_unreadable_files(tmp_path: Path) -> None:

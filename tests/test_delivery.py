@@ -29,8 +29,11 @@ from pipeline.interrupts import SIGNALS
 from pipeline.journal import JOURNAL_FILE, JournalReader, JournalWriter, Known, read_all, relative, same_value
 from pipeline.ownership import Ownership, alive_owner
 from pipeline.run import MemoryRun, MlflowRun, RunRequest, Writer
+from pipeline.runtime import processes
+from pipeline.runtime.protocol import encode
 from pipeline.tracking.delivery import DELIVERED_FILE, LOCK_FILE, NO_WORD
 from pipeline.tracking.inbox import Inbox
+from pipeline.tracking.messages import FinishRun
 from pipeline.tracking.store import is_temporary, one_line, probe, shown_uri, without_secrets
 
 FULL = os.environ.get("FAULTS") == "full"
@@ -388,16 +391,16 @@ def test_an_interrupt_while_the_rest_is_delivered_ends_the_wait(
 
 
 def test_a_writer_is_not_waited_for_after_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
-    def start(writer: Writer) -> None:
-        writer.process = subprocess.Popen(["sleep", "60"], stdin=subprocess.PIPE, text=True)
+    def start(*_: object) -> "subprocess.Popen[str]":
+        return subprocess.Popen(["sleep", "60"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    monkeypatch.setattr(Writer, "start", start)
+    monkeypatch.setattr(processes, "start", start)
     monkeypatch.setattr("pipeline.run.STOPPED_SECONDS", 0.2)
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt), Writer() as writer:
         raise KeyboardInterrupt
     assert time.monotonic() - started < 5
-    assert writer.process.returncode == -signal.SIGKILL
+    assert writer.process.poll() == -signal.SIGKILL
 
 
 def test_a_writer_outlives_what_a_scheduler_sends_to_all(client: Any, writer: Writer, here: Path) -> None:
@@ -811,17 +814,18 @@ def test_a_finish_in_a_pause_is_noticed_at_once() -> None:
     read, write = os.pipe()
     inbox = Inbox(os.fdopen(read))
     with os.fdopen(write, "w") as requests:
-        threading.Timer(0.2, lambda: (requests.write('{"finish": {"patience": 60}}\n'), requests.flush())).start()
+        line = encode(FinishRun("FINISHED", patience=60))
+        threading.Timer(0.2, lambda: (requests.write(line), requests.flush())).start()
         started = time.monotonic()
         inbox.wait(30)
         assert time.monotonic() - started < 5
         assert inbox.leaving
         assert not inbox.impatient
-        inbox.finish = {"patience": 0}
+        inbox.finish = FinishRun("FINISHED", patience=0)
         time.sleep(0.01)
         assert inbox.impatient
         inbox.progress()
-        inbox.finish = {"patience": 1}
+        inbox.finish = FinishRun("FINISHED", patience=1)
         assert not inbox.impatient
         inbox.moved = float("inf")  # or it would end this process once the stream is closed
 

@@ -5,13 +5,16 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import pandas as pd
 import pytest
 import yaml
@@ -19,6 +22,8 @@ from conftest import ROOT, SHRUNK, Call, mlflow_run, project_in, store_in
 from safetensors.numpy import load_file
 from scipy import stats
 
+from pipeline.sweep import Crew, Job
+from pipeline.sweeps.requests import DigestData, JobDone, LoadModules
 from pipeline.tasks.mmoe.schema import DataSchema
 
 SETTINGS: dict[str, Any] = {key: yaml.safe_load(value) for key, value in SHRUNK.items()}
@@ -388,3 +393,91 @@ def test_arms_on_different_data_are_refused(workplace: Path, impressions: Path, 
     result = run_sweep(str(file))
     assert result.returncode == 2
     assert "a sweep is on one data set" in result.stderr.splitlines()[-1]
+
+
+def test_a_search_whose_launcher_is_killed_goes_on_with_the_trials_that_it_was_at(
+    workplace: Path, client: Any, impressions: Path, run_sweep: Call, tmp_path: Path
+) -> None:
+    search = {"trials": 3, "startup_trials": 3, "settings": {"aux_focal": True},
+              "space": {"lambda": {"low": 0.01, "high": 10, "log": True}, "gamma": {"choices": [1, 2]}}}  # fmt: skip
+    long = {"epochs": 5, "training.max_steps": 300, "evaluation.every_steps": 100, "checkpoint.every_steps": 20}
+    file = sweep_file(workplace, impressions, arms=None, search=search, settings=long, seeds=[0])
+    command = [sys.executable, "-m", "pipeline", "sweep", "--config", str(file)]
+    with (workplace / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=workplace, stdout=log, stderr=log, start_new_session=True)
+    try:
+        _wait_until(lambda: process.poll() is not None or _is_trained(workplace, trial=1))
+        assert process.poll() is None, (workplace / "log").read_text()
+        os.kill(process.pid, signal.SIGKILL)  # the launcher alone: the worker ends its run, and itself
+        process.wait()
+        _wait_until(lambda: _session(process.pid) == [])
+        begun = {run.data.tags["trial"]: run for run in by_arm(client, _newest_sweep(client), ("trial",)).values()}
+        assert {number: run.info.status for number, run in begun.items()} == {"0": "FINISHED", "1": "KILLED"}
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    result = run_sweep(str(file))
+    assert result.returncode == 0, result.stderr
+    trials = {run.data.tags["trial"]: run for run in by_arm(client, sweep_id_of(result.stderr), ("trial",)).values()}
+    assert {number: run.info.status for number, run in trials.items()} == dict.fromkeys("012", "FINISHED")
+    assert {number: trials[number].info.run_id for number in begun} == {
+        number: run.info.run_id for number, run in begun.items()
+    }
+    assert "resumed_at" in trials["1"].data.tags
+    assert "ignored" not in result.stderr  # what Optuna says of an evaluation that is reported twice
+    (study,) = (workplace / "outputs" / "sweeps").glob("*/search.db")
+    assert [trial.state.name for trial in trials_of(study)] == ["COMPLETE"] * 3
+
+    # the draws are those of a search that nothing happened to
+    output = tmp_path / "undisturbed"
+    other = run_sweep(str(file), "--output_dir", str(output), "--experiment", "undisturbed")
+    assert other.returncode == 0, other.stderr
+    (undisturbed,) = (output / "sweeps").glob("*/search.db")
+    for one, same in zip(trials_of(study), trials_of(undisturbed), strict=True):
+        assert (one.params, one.value) == (same.params, same.value)
+        assert one.intermediate_values == same.intermediate_values
+
+
+def trials_of(file: Path) -> list[optuna.trial.FrozenTrial]:
+    storage = f"sqlite:///{file}"
+    (name,) = optuna.get_all_study_names(storage)
+    return optuna.load_study(study_name=name, storage=storage).get_trials()
+
+
+def _is_trained(workplace: Path, trial: int) -> bool:
+    """The run of the trial is past its first checkpoint, and not at its end."""
+    for journal in (workplace / "outputs").glob("*/journal.jsonl"):
+        text = journal.read_text()
+        if f'"trial":"{trial}"' in text:
+            return '"step":60,' in text
+    return False
+
+
+def _session(leader: int) -> list[int]:
+    """The processes of the session that are still there."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError, IndexError):  # it ended just now
+            state, *_, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+            if int(session) == leader and state != "Z":
+                found.append(int(folder.name))
+    return found
+
+
+def test_a_worker_that_dies_is_replaced_and_its_job_alone_fails(workplace: Path) -> None:
+    crew = Crew(1, workplace / "workers")
+    try:
+        (first,) = crew.workers
+        os.kill(first.pid, signal.SIGSTOP)  # it takes a job and does nothing
+        threading.Timer(0.5, os.kill, (first.pid, signal.SIGKILL)).start()
+        jobs = [Job("lost", LoadModules()), Job("fine", LoadModules()), Job("wrong", DigestData("train_mmoe", "x: 1"))]
+        crew.work(jobs)
+        lost, fine, wrong = jobs
+        assert lost.failed == f"its process ended with code -9; see {workplace / 'workers' / 'worker-0.log'}"
+        assert type(fine.reply) is JobDone
+        assert wrong.failed == "config: unknown key x; --help lists the keys"
+        assert list(crew.workers) != [first]
+    finally:
+        crew.close()
+    assert [worker.poll() for worker in crew.workers] == [0]  # it saw the end of its input

@@ -223,6 +223,10 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ),
     ({"arms": {"grid": {"lambda": [datetime.date(2020, 1, 1)]}}}, ["arms.grid", "lambda", "2020-01-01"]),
     ({"arms": ..., "search": {"seed": 1, "space": {"lambda": {"low": 0, "high": 1}}}}, ["search.seed 1"]),
+    (
+        {"arms": ..., "search": {"space": {"lambda": {"low": 0, "high": 1}}, "storage": "postgresql://u:secret@h/d"}},
+        ["sweep.yaml: unknown key search.storage; allowed: search.trials, "],
+    ),
 ]
 
 

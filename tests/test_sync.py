@@ -20,6 +20,7 @@ from pipeline.ownership import Ownership, alive_owner
 from pipeline.run import MlflowRun, RunRequest, Writer
 from pipeline.tracking.delivery import NO_WORD, Delivery, GaveUpError
 from pipeline.tracking.inbox import Inbox
+from pipeline.tracking.messages import FinishRun
 from pipeline.tracking.sync import sync
 
 
@@ -177,10 +178,10 @@ def test_in_a_hurry_the_end_comes_before_the_history(
         raise GaveUpError
 
     monkeypatch.setattr("pipeline.tracking.delivery.write_history", slow)
-    inbox = Inbox(None, {"status": "KILLED", "failure": "", "patience": 60, "hurry": True})
+    inbox = Inbox(None, FinishRun("KILLED", patience=60, hurry=True))
     report = Delivery(run.folder, 1, inbox, lambda _: None).follow()
     assert seen == ["KILLED"]
-    assert report["waiting"] == 1  # the end, with its history
+    assert report.waiting == 1  # the end, with its history
 
 
 def test_a_data_set_that_another_run_makes_at_the_same_moment(client: Any, workplace: Path) -> None:
@@ -208,12 +209,12 @@ def test_a_data_set_that_another_run_makes_at_the_same_moment(client: Any, workp
 
     event.listen(SqlDataset, "before_insert", make_it_too)
     try:
-        inbox = Inbox(None, {"status": "FINISHED", "failure": "", "patience": 60, "hurry": False})
+        inbox = Inbox(None, FinishRun("FINISHED", patience=60))
         report = Delivery(run.folder, 1, inbox, lambda _: None).follow()
     finally:
         event.remove(SqlDataset, "before_insert", make_it_too)
     assert others
-    assert report["problems"] == []
+    assert report.problems == ()
     assert client.get_run(run.id).info.status == "FINISHED"
     (found,) = client.get_run(run.id).inputs.dataset_inputs
     assert (found.dataset.name, found.dataset.digest) == ("data", "ab" * 16)

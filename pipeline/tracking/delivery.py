@@ -20,6 +20,7 @@ from pipeline.names import DELIVERED_FILE
 from pipeline.ownership import owner_number
 from pipeline.tracking.history import write_history
 from pipeline.tracking.inbox import Inbox
+from pipeline.tracking.messages import DeliveryReport, Progress
 from pipeline.tracking.opening import connect, delete_stale, find_by_id, make_for, set_tags
 from pipeline.tracking.store import is_random, is_temporary, one_line, probe, store_key, tracking_uri, was_just_made
 
@@ -105,7 +106,7 @@ def wait_for_turn(folder: Path, check: Callable[[], None] = lambda: None) -> Fil
 class Delivery:
     """Brings one run's journal to the tracking store."""
 
-    def __init__(self, folder: Path, owner: int, inbox: Inbox, tell: Callable[[Record], None]) -> None:
+    def __init__(self, folder: Path, owner: int, inbox: Inbox, tell: Callable[[Progress], None]) -> None:
         """owner: the fencing number that this writer works for. tell: takes the progress once the end was asked for."""
         self.folder, self.owner, self.inbox, self.tell = folder, owner, inbox, tell
         self.journal = folder / JOURNAL_FILE
@@ -122,7 +123,7 @@ class Delivery:
         self.told = time.monotonic()
         self.reader = JournalReader(self.journal)
 
-    def follow(self) -> Record:
+    def follow(self) -> DeliveryReport:
         """Deliver until the run is finished, its trainer is gone, or the store takes nothing any more; the report."""
         lock = None
         try:
@@ -149,13 +150,12 @@ class Delivery:
         """All of the journal is in the store, the run's end too."""
         return self.cursor.ended is not None and not self.waiting()
 
-    def report(self) -> Record:
+    def report(self) -> DeliveryReport:
         used = os.times()
         problems = self.cursor.problems
         if len(problems) > TOLD_PROBLEMS:
             problems = [*problems[:TOLD_PROBLEMS], f"and {len(problems) - TOLD_PROBLEMS} more"]
-        return {"problems": problems, "waiting": self.waiting(), "reason": self.reason, "run_id": self.run_id,
-                "cpu_seconds": used.user + used.system}  # fmt: skip
+        return DeliveryReport(tuple(problems), self.waiting(), self.reason, self.run_id, used.user + used.system)
 
     def waiting(self) -> int:
         """Whole records that the store does not have yet; a run that was not ended there counts as one."""
@@ -339,9 +339,10 @@ class Delivery:
 
     def _end(self) -> None:
         """Write the whole history beside the run, and end it: in a hurry first, for the history may take too long."""
-        word = self.inbox.finish or {}
-        status = self.status or word.get("status") or "FAILED"
-        failure = "" if self.status else word.get("failure") or ("" if word.get("status") else NO_WORD)
+        told = self.inbox.finish.status if self.inbox.finish else None
+        status = self.status or told or "FAILED"
+        failure = self.inbox.finish.failure if self.inbox.finish else ""
+        failure = "" if self.status else failure or ("" if told else NO_WORD)
         if failure:
             self._require("tags", set_tags, self.client, self.run_id, {"failure": failure})
         hurried = self.inbox.hurried
@@ -373,10 +374,10 @@ class Delivery:
 
     def _end_early(self) -> None:
         """Say how the run ended, with the rest of its journal still waiting; one try."""
-        word = self.inbox.finish or {}
+        assert self.inbox.finish
         with contextlib.suppress(Exception):  # what waits is reported, and this is a part of it
-            set_tags(self.client, self.run_id, {"failure": word.get("failure", "")})
-            self.client.set_terminated(self.run_id, word["status"])
+            set_tags(self.client, self.run_id, {"failure": self.inbox.finish.failure})
+            self.client.set_terminated(self.run_id, self.inbox.finish.status)
 
     def _passed(self, end: int, records: int = 1) -> None:
         """Everything up to there is in the store."""
@@ -391,16 +392,16 @@ class Delivery:
             self.told = time.monotonic()
             self.tell(self._progress())
 
-    def _progress(self) -> Record:
+    def _progress(self, busy: float = 0.0) -> Progress:
         self.total = self.total or self.delivered + self.waiting()  # counted once, when the end was asked for
-        return {"delivered": self.delivered, "of": self.total}
+        return Progress(self.delivered, self.total, busy)
 
     def _long(self) -> None:
         """What comes may take longer than the trainer's patience: ask for it, of a store that answers just now."""
         self._require("run", self.client.get_run, self.run_id)
         self._moved()
-        if self.inbox.finish and (self.status or self.inbox.finish.get("status")) == "FINISHED":
-            self.tell(self._progress() | {"busy": LONG_SECONDS})
+        if self.inbox.finish and (self.status or self.inbox.finish.status) == "FINISHED":
+            self.tell(self._progress(LONG_SECONDS))
             self.told = 0.0  # the next progress is told at once: then the patience is as before
 
     def _problem(self, what: str, error: Exception) -> None:

@@ -1,13 +1,13 @@
 """What the trainer asks of the writer process, and whether it is still there to ask."""
 
-import json
 import os
 import queue
 import threading
 import time
 from typing import IO
 
-from pipeline.journal import Record
+from pipeline.runtime.protocol import read_messages
+from pipeline.tracking.messages import WRITER_REQUESTS, FinishRun, WriterRequest
 
 GONE_SECONDS = 5.0  # how long what is left is tried without any progress once the trainer is gone
 HANGING_SECONDS = 1.0  # then a call that does not return ends with the process
@@ -15,17 +15,17 @@ WATCH_SECONDS = 0.2
 
 
 class Inbox:
-    """Requests, as a thread reads them. `finish` and the stream's end interrupt a pause; the rest waits in line."""
+    """Requests, as a thread reads them. `FinishRun` and the stream's end interrupt a pause; the rest waits in line."""
 
-    def __init__(self, stream: IO[str] | None, finish: Record | None = None) -> None:
+    def __init__(self, stream: IO[str] | None, finish: FinishRun | None = None) -> None:
         """`stream` None: there is only the one request `finish`."""
         self.finish, self.gone = finish, False
         self.moved = self.asked = time.monotonic()
-        self._news, self._queue = threading.Event(), queue.Queue[Record | None]()
+        self._news, self._queue = threading.Event(), queue.Queue[WriterRequest | None]()
         if stream is not None:
             threading.Thread(target=self._read, args=(stream,), daemon=True).start()
 
-    def next(self) -> Record | None:
+    def next(self) -> WriterRequest | None:
         """The next request in line; None when there will be none."""
         return self._queue.get()
 
@@ -48,26 +48,27 @@ class Inbox:
         """The store has taken nothing for so long that the rest is left in the journal."""
         if not self.leaving:
             return False
-        patience = GONE_SECONDS if self.gone or self.finish is None else float(self.finish["patience"])
+        patience = GONE_SECONDS if self.gone or self.finish is None else self.finish.patience
         since = self.asked if self.hurried else max(self.moved, self.asked)
         return time.monotonic() - since > patience
 
     @property
     def hurried(self) -> bool:
         """The patience is all the time there is, progress or not."""
-        return bool(self.finish and self.finish.get("hurry"))
+        return self.finish is not None and self.finish.hurry
 
     def _read(self, stream: IO[str]) -> None:
-        for line in stream:
-            request = json.loads(line)
-            if "finish" in request:
-                self.asked, self.finish = time.monotonic(), request["finish"]
-                self._news.set()
-            else:
-                self._queue.put(request)
-        self.asked, self.gone = time.monotonic(), True
-        self._queue.put(None)
-        self._news.set()
+        try:
+            for request in read_messages(stream, WRITER_REQUESTS):
+                if isinstance(request, FinishRun):
+                    self.asked, self.finish = time.monotonic(), request
+                    self._news.set()
+                else:
+                    self._queue.put(request)
+        finally:
+            self.asked, self.gone = time.monotonic(), True
+            self._queue.put(None)
+            self._news.set()
         while time.monotonic() - max(self.moved, self.asked) < GONE_SECONDS + HANGING_SECONDS:
             time.sleep(WATCH_SECONDS)
         os._exit(1)  # a call to the store hangs, and nobody waits for it any more

@@ -11,6 +11,7 @@ from pipeline.errors import TrainingError
 from pipeline.journal import JOURNAL_FILE, JournalWriter, Record
 from pipeline.names import FORKED_FROM
 from pipeline.tracking.creation import ensure_store
+from pipeline.tracking.messages import FindRuns, FoundRun, OpenedRun, RunRequest
 from pipeline.tracking.store import (
     check_artifacts,
     context_tags,
@@ -34,27 +35,28 @@ def connect() -> Any:
     return mlflow.MlflowClient()
 
 
-def open_run(request: Mapping[str, Any], output_dir: Path, last_steps: Mapping[str, int]) -> Record:
+def open_run(request: RunRequest, output_dir: Path, last_steps: Mapping[str, int]) -> OpenedRun:
     """Make or find the run that a trainer asks for; the answer is what its journal says of it.
 
     last_steps: of each metric in the journal of a resumed run; what the store has beyond is read into the journal.
     """
     client = connect()
-    launcher, wanted, resumed = request["launcher"], request["experiment"], request["resume"]
-    run = _of_id(client, request["run_id"], resumed) if request["run_id"] else None
+    launcher, wanted, resumed = request.launcher, request.experiment, request.resume
+    run = _of_id(client, request.run_id, resumed) if request.run_id else None
     if run and not resumed and wanted and client.get_experiment(run.info.experiment_id).name != wanted:
         launcher, run = run.info.run_id, None  # `mlflow run` opened it elsewhere: it only started ours
-    tags = context_tags() | request["tags"]
+    tags = context_tags() | dict(request.tags)
     if run is None:
-        run = client.create_run(experiment_of(client, wanted), run_name=request["name"], tags=tags)  # known from birth
+        run = client.create_run(experiment_of(client, wanted), run_name=request.name, tags=tags)  # known from birth
     run_id = run.info.run_id
-    folder = Path(request["folder"]) if request["folder"] else output_dir / (request["run_id"] if resumed else run_id)
+    known_as = str(request.run_id) if resumed else run_id  # of a run that began elsewhere: its id there
+    folder = Path(request.folder) if request.folder else output_dir / known_as
     if resumed:
-        delete_stale(client, run, request["tags"])
+        delete_stale(client, run, request.tags)
     if resumed or is_random(run.info.run_name or ""):
-        name = request["name"] if is_random(run.info.run_name or "") else None
+        name = request.name if is_random(run.info.run_name or "") else None
         client.update_run(run_id, status="RUNNING" if resumed else None, name=name)
-    set_tags(client, run_id, {**request["tags"], "run_dir": str(folder.resolve()), "host": socket.gethostname()})
+    set_tags(client, run_id, {**request.tags, "run_dir": str(folder.resolve()), "host": socket.gethostname()})
     if launcher:
         _settle_launchers(client, launcher, run_id, resumed)
     try:
@@ -63,17 +65,17 @@ def open_run(request: Mapping[str, Any], output_dir: Path, last_steps: Mapping[s
     except (OSError, TrainingError):
         client.set_terminated(run_id, "FAILED")
         raise
-    return {"run_id": request["run_id"] if resumed else run_id, "name": client.get_run(run_id).info.run_name,
-            "experiment": client.get_experiment(run.info.experiment_id).name, "tags": tags,
-            "tracking_uri": tracking_uri(), "online": True, "ahead": ahead, "reason": ""}  # fmt: skip
+    return OpenedRun(known_as, client.get_run(run_id).info.run_name,
+                     client.get_experiment(run.info.experiment_id).name, tags, tracking_uri(), online=True,
+                     ahead=ahead)  # fmt: skip
 
 
-def open_without_store(request: Mapping[str, Any], reason: str) -> Record:
+def open_without_store(request: RunRequest, reason: str) -> OpenedRun:
     """The answer where the store is away: the run gets an id all the same, and is made there later."""
-    experiment = request["experiment"] or os.environ.get("MLFLOW_EXPERIMENT_NAME")
-    return {"run_id": request["run_id"] or uuid.uuid4().hex, "name": request["name"], "experiment": experiment,
-            "tags": context_tags() | request["tags"], "tracking_uri": tracking_uri(), "online": False, "ahead": False,
-            "reason": reason}  # fmt: skip
+    experiment = request.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME")
+    tags = context_tags() | dict(request.tags)
+    return OpenedRun(request.run_id or uuid.uuid4().hex, request.name, experiment, tags, tracking_uri(), online=False,
+                     reason=reason)  # fmt: skip
 
 
 def experiment_of(client: Any, name: str | None) -> str:
@@ -138,27 +140,28 @@ def _pages(ask: Any, **arguments: Any) -> list[Any]:
             return found
 
 
-def find(run_id: str | None, run_key: str | None, fork: str | None) -> list[Record]:
+def find(request: FindRuns) -> tuple[FoundRun, ...]:
     """The runs that `Writer.find` asks for."""
     client = connect()
-    if run_id is not None:
-        runs = [run for run in [find_by_id(client, run_id)] if run]
+    if request.run_id is not None:
+        runs = [run for run in [find_by_id(client, request.run_id)] if run]
     else:
-        runs = [run for run in search(client, f"tags.run_key = '{run_key}'") if run.data.tags.get(FORKED_FROM) == fork]
-    return [
-        {
-            "run_id": run.data.tags.get(ORIGINAL, run.info.run_id),
-            "name": run.info.run_name or "",
-            "status": run.info.status,
-            "start_time": run.info.start_time,
-            "run_dir": run.data.tags.get("run_dir"),
-            "tags": dict(run.data.tags),
-            "params": dict(run.data.params),
-            "metrics": dict(run.data.metrics),
-        }
+        found = search(client, f"tags.run_key = '{request.run_key}'")
+        runs = [run for run in found if run.data.tags.get(FORKED_FROM) == request.fork]
+    return tuple(
+        FoundRun(
+            run_id=run.data.tags.get(ORIGINAL, run.info.run_id),
+            name=run.info.run_name or "",
+            status=run.info.status,
+            start_time=run.info.start_time,
+            run_dir=run.data.tags.get("run_dir"),
+            tags=dict(run.data.tags),
+            params=dict(run.data.params),
+            metrics=dict(run.data.metrics),
+        )
         for run in runs
         if run.info.lifecycle_stage == "active"
-    ]
+    )
 
 
 def set_tags(client: Any, run_id: str, tags: Mapping[str, str]) -> None:

@@ -1,16 +1,18 @@
 """`python -m pipeline sync <folder>`: deliver what waits in the journals of runs whose trainer is gone."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from pipeline.console import say
 from pipeline.errors import TrainingError, Undelivered, UserError
-from pipeline.journal import JOURNAL_FILE, JournalWriter, Record, read_all
+from pipeline.journal import JOURNAL_FILE, JournalWriter, read_all
 from pipeline.ownership import Ownership
 from pipeline.tracking.delivery import Cursor, Delivery
 from pipeline.tracking.inbox import Inbox
+from pipeline.tracking.messages import DeliveryReport, FinishRun, Progress
 from pipeline.tracking.opening import connect, find_by_id
 from pipeline.tracking.store import CLIENT_SETTINGS, is_temporary, one_line, probe, store_key, tracking_uri
 
@@ -76,34 +78,34 @@ def _sync_run(folder: Path, again: bool) -> str:
         raise TrainingError(f"run folder {folder}: {error.strerror or error}") from None
     finally:
         owner.release()
-    if report["waiting"]:
-        raise Undelivered(f"run {folder.name}: {report['waiting']:,} records wait: {report['reason']}; deliver them "
+    if report.waiting:
+        raise Undelivered(f"run {folder.name}: {report.waiting:,} records wait: {report.reason}; deliver them "
                           f"with `python -m pipeline sync {folder}`")  # fmt: skip
-    if report["problems"]:
-        raise TrainingError(f"run {folder.name}: {'; '.join(report['problems'])}")
+    if report.problems:
+        raise TrainingError(f"run {folder.name}: {'; '.join(report.problems)}")
     if not delivered:
         return f"nothing to deliver, all of it is in {tracking_uri()}"
-    as_other = "" if report["run_id"] == opened["id"] else f" as run {report['run_id']}"
+    as_other = "" if report.run_id == opened["id"] else f" as run {report.run_id}"
     return f"{delivered:,} records delivered to {tracking_uri()}{as_other}"
 
 
-def _deliver(folder: Path, number: int, again: bool) -> tuple[Record, int]:
+def _deliver(folder: Path, number: int, again: bool) -> tuple[DeliveryReport, int]:
     """The report, and how many records were brought over."""
     cursor = Cursor(folder, store_key())
     if cursor.problems or again:
         cursor.rewind()  # what was refused before may be taken now
         cursor.save()
-    inbox = Inbox(None, {"status": None, "failure": "", "patience": PATIENCE_SECONDS})
+    inbox = Inbox(None, FinishRun(None, patience=PATIENCE_SECONDS))
     with tqdm(unit=" records", desc=folder.name, leave=False) as bar:
 
-        def tell(reply: Record) -> None:
-            bar.total = reply["of"]
-            bar.update(reply["delivered"] - bar.n)
+        def tell(progress: Progress) -> None:
+            bar.total = progress.of
+            bar.update(progress.delivered - bar.n)
 
         delivery = Delivery(folder, number, inbox, tell)
         if delivery.is_done and _is_there(delivery):
             delivery.reader.close()
-            return delivery.report() | {"run_id": cursor.run_id}, 0
+            return replace(delivery.report(), run_id=cursor.run_id or ""), 0
         report = delivery.follow()
     return report, max(1, delivery.delivered)
 

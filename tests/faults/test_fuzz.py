@@ -201,7 +201,9 @@ values = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(st.sampled_from([*WORDS, "name", "kind", "a"]), inner, max_size=3)
-        | st.dictionaries(st.sampled_from([1, None, True, 0.5]), inner, max_size=2)
+        | st.dictionaries(
+            st.sampled_from([1, None, True, 0.5, float("nan"), b"\xff", date(2001, 1, 1)]), inner, max_size=2
+        )
     ),
     max_leaves=5,
 )
@@ -319,6 +321,41 @@ def test_sweep_plans(tmp_path: Path, data: st.DataObject) -> None:
     check(*outcome("sweep files", "sweep", "--config", str(file)))
 
 
+NOT_PLAIN = [
+    "!!binary gIGC", "!!binary aGVsbG8=", "!!binary ''", "!!set {a, b}", "!!set {}", "!!omap [a: 1]",
+    "!!pairs [a: 1, a: 2]", "{!!binary gIGC : 1}", "{.nan: 1}", "{1: 2, a: 3}", "{null: 1}", "{2001-01-01: 1}",
+    "[{no: 1}]", '"\\ud800"', "!!timestamp x", "!!python/tuple [1]", "!!python/bytes x", "0x" + "f" * 300,
+]  # fmt: skip
+
+
+@st.composite
+def not_plain(draw: st.DrawFn, tree: Mapping[str, Any], paths: list[str]) -> str:
+    """The tree as YAML, with one value that no setting may have."""
+    found = json.loads(json.dumps(tree))
+    *blocks, leaf = draw(st.sampled_from(paths)).split(".")
+    block = found
+    for name in blocks:
+        if not isinstance(block.get(name), dict):
+            block[name] = {}
+        block = block[name]
+    block[leaf] = draw(st.sampled_from(["PLACE", ["PLACE"], {"a": "PLACE"}]))
+    return written(found).replace("PLACE", draw(st.sampled_from(NOT_PLAIN)))
+
+
+@pytest.mark.usefixtures("stop_before_work")
+@cases(40)
+@given(data=st.data())
+def test_what_is_no_plain_value_is_refused_wherever_it_stands(tmp_path: Path, data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(ENTRIES))
+    own = [SWEEP, GRID, SEARCH] if name == "sweep" else [yaml.safe_load(SHIPPED[name]) or {}]
+    text = data.draw(not_plain(data.draw(st.sampled_from(own)), [*PATHS[name], "search.settings.x", "arms.x"]))
+    file = tmp_path / "config.yaml"
+    file.write_text(text, encoding="utf-8")
+    code, told = outcome("not plain", name, "--config", str(file))
+    check(code, told)
+    assert (code, told[: len(f"error: {file}: ")]) == (2, f"error: {file}: "), told
+
+
 # ---------------------------------------------------------------- impressions
 
 SCHEMA = {
@@ -376,6 +413,14 @@ def test_schemas(tmp_path: Path, data: st.DataObject) -> None:
             "conversion": data.draw(st.sampled_from(CONDITIONS)),
         }
     check(*prepared(tmp_path, "schemas", written(tree), IMPRESSIONS))
+
+
+@cases(15)
+@given(data=st.data())
+def test_what_is_no_plain_value_is_refused_in_a_schema(tmp_path: Path, data: st.DataObject) -> None:
+    code, told = prepared(tmp_path, "not plain", data.draw(not_plain(SCHEMA, SCHEMA_PATHS)), IMPRESSIONS)
+    check(code, told)
+    assert (code, told.startswith(f"error: {tmp_path / 'schema.yaml'}: ")) == (2, True), told
 
 
 @cases(30)

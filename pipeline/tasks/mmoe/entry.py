@@ -9,10 +9,11 @@ from tqdm import tqdm
 from pipeline.config import flatten
 from pipeline.console import say, warn
 from pipeline.names import metric_names
-from pipeline.run import MlflowRun, RunRequest, Writer, writer_for
+from pipeline.run import MlflowRun, Writer, writer_for
 from pipeline.tasks.mmoe.config import PrepareCtrConfig
 from pipeline.tasks.mmoe.prepare import prepare
 from pipeline.tasks.mmoe.schema import SCHEMA_FILE, DataSchema
+from pipeline.tracking.messages import RunRequest
 
 OUT_OF_VOCABULARY_WARNING = 0.2
 # what raw Ali-CCP files had that is worth a word

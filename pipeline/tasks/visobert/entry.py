@@ -15,7 +15,7 @@ from pipeline.console import say, table, warn
 from pipeline.errors import UserError
 from pipeline.folders import published
 from pipeline.names import metric_names
-from pipeline.run import MlflowRun, RunRequest, Writer, fetch_artifact, writer_for
+from pipeline.run import MlflowRun, Writer, fetch_artifact, writer_for
 from pipeline.tasks.visobert.alpha import ALPHA_FILE, Alpha, alpha_of, auto_alpha, count_sentiments
 from pipeline.tasks.visobert.config import (
     DataPrepConfig,
@@ -35,6 +35,7 @@ from pipeline.tasks.visobert.reviews import SENTIMENTS, Reviews
 from pipeline.tasks.visobert.splits import read_splits
 from pipeline.tasks.visobert.statistics import ALL, distribution, token_lengths, write_distribution
 from pipeline.tasks.visobert.tokenizer import load_tokenizer
+from pipeline.tracking.messages import RunRequest
 
 if TYPE_CHECKING:
     from pipeline.tasks.visobert.task import VisobertTask

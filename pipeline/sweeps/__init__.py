@@ -1,0 +1,1 @@
+"""Sweeps: what a launcher and its workers say to each other."""
