@@ -16,7 +16,7 @@ from bench.workshop import Workshop
 from pipeline.config import load
 from pipeline.console import Console
 from pipeline.run import MemoryRun
-from pipeline.task import TOTAL, Rows
+from pipeline.task import TOTAL, Rows, precision
 from pipeline.tasks.visobert.config import VisobertConfig
 from pipeline.tasks.visobert.data import ReviewBatch, padding_efficiency
 from pipeline.tasks.visobert.task import VisobertTask
@@ -239,6 +239,6 @@ def naive_fp32(shop: Workshop) -> None:
 
 
 def trainer(shop: Workshop) -> None:
-    """The same model, precision, reviews and number of them in a batch."""
-    task = make_task(shop.folder, "bf16")
+    """The same model, reviews and number of them in a batch, in the precision that `training.amp: auto` takes here."""
+    task = make_task(shop.folder, precision("auto", "cpu"))
     measured("visobert_vs_trainer", ours(task), transformers_trainer(task, shop.folder), PAIRS, UNIT)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.console import say
+from pipeline.errors import UserError
 from pipeline.importing import uncollected
 from pipeline.interrupts import SIGNALS
 from pipeline.runtime.processes import take_standard_output
@@ -109,6 +110,8 @@ def _reply(request: OpenRun | FindRuns | FetchArtifact, warming: threading.Threa
                 return FoundRuns(find(request))
             case FetchArtifact(run_id, file, folder):
                 return _fetch(run_id, file, folder)
+    except UserError as error:  # names the store itself
+        return Refused(str(error))
     except Exception as error:  # whatever the store says becomes the user's one line
         return Refused(f"tracking store {tracking_uri()}: {one_line(error)}")
 
