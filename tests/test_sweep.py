@@ -406,11 +406,11 @@ def test_a_search_whose_launcher_is_killed_goes_on_with_the_trials_that_it_was_a
     with (workplace / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=workplace, stdout=log, stderr=log, start_new_session=True)
     try:
-        _wait_until(lambda: process.poll() is not None or _is_trained(workplace, trial=1))
+        _wait_until(lambda: process.poll() is not None or _is_trained(workplace, trial=1), 300)
         assert process.poll() is None, (workplace / "log").read_text()
         os.kill(process.pid, signal.SIGKILL)  # the launcher alone: the worker ends its run, and itself
         process.wait()
-        _wait_until(lambda: _session(process.pid) == [])
+        _wait_until(lambda: _session(process.pid) == [], 300)
         begun = {run.data.tags["trial"]: run for run in by_arm(client, _newest_sweep(client), ("trial",)).values()}
         assert {number: run.info.status for number, run in begun.items()} == {"0": "FINISHED", "1": "KILLED"}
     finally:
