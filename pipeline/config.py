@@ -144,8 +144,8 @@ def with_default(tree: Mapping[str, Any], path: str, value: Any) -> dict[str, An
 def nearest(name: str, candidates: list[str]) -> str:
     """`; did you mean X?`, or the whole list where nothing comes near and the list is short."""
     leaf = {candidate.rsplit(".", 1)[-1]: candidate for candidate in reversed(candidates)}
-    close = difflib.get_close_matches(name, candidates, 1, 0.8)
-    close = close or [leaf[m] for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(leaf), 1, 0.7)]
+    close = difflib.get_close_matches(name, candidates, 1, 0.7)
+    close = close or [leaf[m] for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(leaf), 1, 0.6)]
     if close:
         return f"; did you mean {close[0]}?"
     return f"; allowed: {', '.join(candidates)}" if len(candidates) <= 12 else "; --help lists the keys"

@@ -209,8 +209,10 @@ def _open(config: RunConfig, writer: Writer | None, asked: RunRequest, known_by:
         if begun and (begun.finished or begun.ended_as == "FINISHED"):
             return begun
         if begun:
-            Checkpoints(begun.folder).check_format()  # before the run is opened: it stays as it is
             asked = _going_on(asked, begun)
+        if asked.resume and asked.run_id:  # before the run is opened: where it cannot go on, it stays as it is
+            folder = Path(asked.folder) if asked.folder else Path(config.output_dir) / asked.run_id
+            Checkpoints(folder).check_format()
         if begun is None or not Checkpoints(begun.folder).steps():
             origin = origin_of(config, writer)
         run = MlflowRun(writer, asked, Path(config.output_dir), config.tracking.offline)

@@ -26,7 +26,7 @@ BEAT_SECONDS = 1.0
 WATCH_SECONDS = 4.0  # a lease that stands still for so long is nobody's
 SETTLE_SECONDS = 1.0  # after a take-over: whoever else took the lease at the same moment has written it by then
 LOCK_SECONDS = 2.0  # a process that was killed just now may take so long to let go
-ASK_SECONDS = 0.2  # another process that only asks has the lock for a moment
+ASK_SECONDS = 2.0  # another process that only asks has the lock for a moment
 
 
 @dataclass(frozen=True)

@@ -400,7 +400,7 @@ def test_a_search_whose_launcher_is_killed_goes_on_with_the_trials_that_it_was_a
 ) -> None:
     search = {"trials": 3, "startup_trials": 3, "settings": {"aux_focal": True},
               "space": {"lambda": {"low": 0.01, "high": 10, "log": True}, "gamma": {"choices": [1, 2]}}}  # fmt: skip
-    long = {"epochs": 5, "training.max_steps": 300, "evaluation.every_steps": 100, "checkpoint.every_steps": 20}
+    long = {"epochs": 20, "training.max_steps": 1000, "evaluation.every_steps": 250, "checkpoint.every_steps": 50}
     file = sweep_file(workplace, impressions, arms=None, search=search, settings=long, seeds=[0])
     command = [sys.executable, "-m", "pipeline", "sweep", "--config", str(file)]
     with (workplace / "log").open("w") as log:
@@ -437,6 +437,28 @@ def test_a_search_whose_launcher_is_killed_goes_on_with_the_trials_that_it_was_a
     for one, same in zip(trials_of(study), trials_of(undisturbed), strict=True):
         assert (one.params, one.value) == (same.params, same.value)
         assert one.intermediate_values == same.intermediate_values
+
+
+def test_a_search_trains_a_setting_once_and_gives_up_one_that_fails(
+    workplace: Path, client: Any, impressions: Path, run_sweep: Call
+) -> None:
+    """Two settings, of which one diverges: further proposals of either get the end that the first came to."""
+    search = {"trials": 4, "startup_trials": 4, "settings": {"aux_focal": True},
+              "space": {"optim.dense.lr": {"choices": [1e-3, 1e30]}}}  # fmt: skip
+    file = sweep_file(workplace, impressions, arms=None, search=search, seeds=[0])
+    result = run_sweep(str(file))
+    assert result.returncode == 1
+    assert "1 of 2 runs failed" in result.stderr.splitlines()[-1]
+    trials = client.search_runs(["0"], "tags.role = 'trial'")
+    assert sorted((float(run.data.params["optim.dense.lr"]), run.info.status) for run in trials) == [
+        (1e-3, "FINISHED"), (1e30, "FAILED"),
+    ]  # fmt: skip
+    (study,) = (workplace / "outputs" / "sweeps").glob("*/search.db")
+    ends = [(trial.params["optim.dense.lr"], trial.state.name, trial.value) for trial in trials_of(study)]
+    complete, failed = ([end for end in ends if end[1] == state] for state in ("COMPLETE", "FAIL"))
+    assert len(complete) == 4 or len(failed) == 4
+    assert {(place, state) for place, state, _ in complete + failed} == {(0, "COMPLETE"), (1, "FAIL")}
+    assert len({value for _, _, value in complete}) == 1
 
 
 def trials_of(file: Path) -> list[optuna.trial.FrozenTrial]:

@@ -225,7 +225,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"arms": ..., "search": {"seed": 1, "space": {"lambda": {"low": 0, "high": 1}}}}, ["search.seed 1"]),
     (
         {"arms": ..., "search": {"space": {"lambda": {"low": 0, "high": 1}}, "storage": "postgresql://u:secret@h/d"}},
-        ["sweep.yaml: unknown key search.storage; allowed: search.trials, "],
+        ["sweep.yaml: unknown key search.storage; did you mean search."],
     ),
 ]
 

@@ -226,6 +226,9 @@ def test_a_checkpoint_of_another_format_is_refused_and_the_run_stays_as_it_is(
     with pytest.raises(UserError, match=r"found checkpoint format 1, this program reads 2; .* or delete ") as refused:
         train_run(config, MmoeTask, place.writer, quiet=True)
     assert refused.value.exit_code == 2
+    again = RunRequest(run_id=run.info.run_id, resume=True, folder=str(folder))  # as a sweep's worker goes on with it
+    with pytest.raises(UserError, match="found checkpoint format 1"):
+        train_run(small(**overrides), MmoeTask, place.writer, again, quiet=True)
     (after,) = place.client.search_runs(["0"], "tags.seed = '77'")
     assert (after.info.status, after.data.tags) == ("KILLED", run.data.tags)
     assert (folder / "journal.jsonl").read_bytes() == journal

@@ -20,14 +20,8 @@ class RowOptimizer(torch.optim.Optimizer):
         super().__init__([table], settings)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update the table's rows in place.
-
-        Raises:
-            ValueError: a closure is given.
-        """
-        if closure is not None:
-            raise ValueError("closure: allowed: none")
+    def step(self) -> None:  # type: ignore[override]
+        """Update the table's rows in place."""
         group = self.param_groups[0]
         table: Tensor = group["params"][0]
         if table.grad is None:
@@ -40,7 +34,7 @@ class RowOptimizer(torch.optim.Optimizer):
 
     @abstractmethod
     def _new_state(self, table: Tensor) -> dict[str, Tensor]:
-        """What is kept of the table before the first step."""
+        """The state of the table before the first step."""
 
     @abstractmethod
     def _update(

@@ -1,4 +1,4 @@
-"""Child processes that take requests and give replies, a line each (`pipeline.runtime.protocol`).
+"""Child processes that receive requests and send replies, a line each (`pipeline.runtime.protocol`).
 
 Requests come on the child's standard input; its end asks the child to end. Replies have the child's standard output to
 themselves.
@@ -102,7 +102,7 @@ class ChildProcess(Generic[R]):
 
 
 def start(module: str, environment: Mapping[str, str], stderr: Any, own_session: bool) -> "subprocess.Popen[str]":
-    """The one place where the writer and workers are started."""
+    """Start `python -m module` with pipes: the one place where the writer and workers are started."""
     return subprocess.Popen(
         [sys.executable, "-m", module],
         stdin=subprocess.PIPE,

@@ -58,7 +58,7 @@ def _build(kind: type[M], values: Any) -> M:
 
 
 def _value(hint: Any, value: Any) -> Any:
-    """JSON has no dataclasses and no tuples."""
+    """Restore the dataclasses and tuples that JSON lacks."""
     if isinstance(hint, type) and is_dataclass(hint):
         return _build(hint, value)
     if get_origin(hint) is tuple:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.console import say
-from pipeline.errors import UserError
 from pipeline.importing import uncollected
 from pipeline.interrupts import SIGNALS
 from pipeline.runtime.processes import take_standard_output
@@ -36,6 +35,7 @@ from pipeline.tracking.store import (
     is_temporary,
     one_line,
     probe,
+    refusal,
     settle,
     shown_uri,
     store_key,
@@ -110,10 +110,8 @@ def _reply(request: OpenRun | FindRuns | FetchArtifact, warming: threading.Threa
                 return FoundRuns(find(request))
             case FetchArtifact(run_id, file, folder):
                 return _fetch(run_id, file, folder)
-    except UserError as error:  # names the store itself
-        return Refused(str(error))
     except Exception as error:  # whatever the store says becomes the user's one line
-        return Refused(f"tracking store {tracking_uri()}: {one_line(error)}")
+        return Refused(refusal(error))
 
 
 def _open(request: OpenRun, away: str) -> OpenedRun:

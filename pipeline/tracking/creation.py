@@ -23,7 +23,7 @@ from pipeline.storage.files import sync
 from pipeline.tracking.store import one_line, settle
 
 SIDE_FILES = ("-journal", "-wal", "-shm")  # SQLite's own, beside the database
-QUIET_SECONDS = 5.0  # MLflow, making a store, changes the file many times a second
+QUIET_SECONDS = 10.0  # MLflow, making a store, changes the file many times a second
 BUSY_SECONDS = 20.0  # how long a lock on the database is waited for, as MLflow does
 FIRST_TABLES = {"experiments", "runs", "tags", "metrics", "params", "alembic_version"}  # those MLflow begins with
 SEEDED = {"alembic_version", "workspaces"}  # have rows in a store that was never used

@@ -12,7 +12,7 @@ from pipeline.journal import JOURNAL_FILE, JournalReader, same_value
 from pipeline.ownership import alive_owner
 from pipeline.tracking.delivery import Cursor
 from pipeline.tracking.opening import LARGEST, connect, find_by_id
-from pipeline.tracking.store import one_line, probe, store_key, tracking_uri
+from pipeline.tracking.store import one_line, probe, refusal, store_key, tracking_uri
 
 SHOWN = 3  # metrics that are named
 Points = dict[str, dict[int, list[float]]]  # metric -> step -> values
@@ -72,7 +72,7 @@ def _folder_of(run: str, output_dir: Path) -> Path:
         probe()
         found = find_by_id(connect(), run)
     except Exception as error:  # whatever the store says becomes the user's one line
-        raise UserError(f"{run}: no run's folder, and the tracking store {tracking_uri()}: {one_line(error)}") from None
+        raise UserError(f"{run}: no run's folder, and {refusal(error)}") from None
     folder = Path(found.data.tags.get("run_dir", "")) if found else Path()
     if found is None or not (folder / JOURNAL_FILE).is_file():
         raise UserError(f"{run}: found no run with a {JOURNAL_FILE}, allowed: a run's folder, or the id of a run whose "
@@ -154,7 +154,7 @@ def _of_store(journal: Journal) -> Iterator[Finding]:
         client = connect()
         run = find_by_id(client, cursor.run_id or journal.opened["id"])
     except Exception as error:  # whatever the store says becomes one finding
-        yield Finding(f"tracking store {tracking_uri()}: {one_line(error)}", f"once it is back: {sync}")
+        yield Finding(refusal(error), f"once it is back: {sync}")
         return
     if run is None:
         yield Finding(f"tracking store {tracking_uri()}: has no such run", f"{sync} makes it there")

@@ -1,4 +1,4 @@
-"""What a trainer and its writer process say to each other."""
+"""Messages between a trainer and its writer process."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from typing import get_args
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What a run is opened with."""
+    """How a run is to be opened."""
 
     name: str = ""
     experiment: str | None = None  # None = MLflow's own choice
@@ -112,7 +112,7 @@ class DeliveryReport:
 
 @dataclass(frozen=True)
 class FoundRun:
-    """What the store says of a run."""
+    """A run as the store has it."""
 
     run_id: str
     name: str

@@ -10,6 +10,8 @@ from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.parse import unquote, urlsplit
 
+from pipeline.errors import UserError
+
 PROBE_SECONDS = 5.0  # how long a server may take to say anything at all
 DEFAULT_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 CLIENT_SETTINGS = {
@@ -35,6 +37,8 @@ SECRET_SETTINGS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 
 def is_temporary(error: Exception) -> bool:
     """Asked again, the store may take it: it is away, locked, full, or does not let us in just now."""
+    if isinstance(error, UserError):  # our own word on a store that has to be mended first
+        return False
     code = getattr(error, "error_code", None)
     if code is not None:
         return code not in REFUSALS and not (code == "BAD_REQUEST" and DATA_REFUSED.search(str(error)))
@@ -63,6 +67,11 @@ def one_line(error: Exception) -> str:
     text = text.split("[SQL:")[0].split("(Background on")[0]
     text = re.split(r"\((?:\w+\.)+\w*Error\) ", text)[-1]  # what the database said, without what SQLAlchemy said of it
     return without_secrets(" ".join(text.split()))[:300]
+
+
+def refusal(error: Exception) -> str:
+    """One line that names the store and what it said."""
+    return str(error) if isinstance(error, UserError) else f"tracking store {tracking_uri()}: {one_line(error)}"
 
 
 def without_secrets(text: str) -> str:

@@ -14,7 +14,7 @@ from pipeline.tracking.delivery import Cursor, Delivery
 from pipeline.tracking.inbox import Inbox
 from pipeline.tracking.messages import DeliveryReport, FinishRun, Progress
 from pipeline.tracking.opening import connect, find_by_id
-from pipeline.tracking.store import CLIENT_SETTINGS, is_temporary, one_line, probe, store_key, tracking_uri
+from pipeline.tracking.store import CLIENT_SETTINGS, is_temporary, probe, refusal, store_key, tracking_uri
 
 PATIENCE_SECONDS = 30.0  # without any progress
 
@@ -61,7 +61,7 @@ def _check_store(folders: list[Path]) -> None:
 def _told(error: Exception, stays: Path) -> UserError:
     """What the store says against a delivery."""
     kind = Undelivered if is_temporary(error) else UserError
-    return kind(f"tracking store {tracking_uri()}: {one_line(error)}; everything stays in {stays}")
+    return kind(f"{refusal(error)}; everything stays in {stays}")
 
 
 def _sync_run(folder: Path, again: bool) -> str:
