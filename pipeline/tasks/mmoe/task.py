@@ -17,6 +17,7 @@ from pipeline import plots, ranks
 from pipeline.compute.optimizers import RowAdagrad, SparseAdam
 from pipeline.config import to_yaml
 from pipeline.errors import UserError
+from pipeline.importing import uncollected
 from pipeline.influence import PREFIX, cosine, flat, gradients, norm
 from pipeline.losses import (
     LogProbability,
@@ -94,7 +95,7 @@ class MmoeTask:
         return [self.folder / SCHEMA_FILE, *(self.folder / split.file for split in self.schema.splits.values())]
 
     def summary(self) -> Mapping[str, str]:
-        with torch.device("meta"):  # shapes without values
+        with uncollected(), torch.device("meta"):  # shapes without values; imports torch's compiler, as optimizers do
             parameters = sum(weight.numel() for weight in self.model().parameters())
         return {"parameters": str(parameters)} | {
             f"rows_{name}": str(split.rows) for name, split in self.schema.splits.items()

@@ -17,6 +17,7 @@ from pipeline import ranks
 from pipeline.blocks import AdamConfig
 from pipeline.config import to_yaml
 from pipeline.errors import UserError
+from pipeline.importing import uncollected
 from pipeline.influence import PREFIX, cosine, flat, gradients, norm
 from pipeline.losses import (
     binary_cross_entropy,
@@ -78,7 +79,7 @@ class VisobertTask:
                 config.model.name, config.model.revision, train.texts, config.model.embedded.vocabulary
             )
             self.table = cache(self._table)
-        with torch.device("meta"):  # shapes without values
+        with uncollected(), torch.device("meta"):  # shapes without values; imports torch's compiler, as optimizers do
             model = self._build(weights=False)
         self.parameters = sum(weight.numel() for weight in model.parameters())
         shared = like and same and like.config.baselines == config.baselines
