@@ -149,8 +149,12 @@ class RayCrew:
         self.heard: set[tuple[int, int]] = set()  # (number, step) of the evaluations that were told
         self.warned = False
 
-    def work(self, jobs: "list[Job]", told: "Callable[[Job, Evaluated], None]" = lambda job, news: None) -> None:  # noqa: ARG005
-        """Do the jobs, in their order as far as what they need allows. `told` hears what a job says on the way.
+    def work(
+        self,
+        jobs: "list[Job]",
+        on_progress: "Callable[[Job, Evaluated], None]" = lambda job, evaluated: None,  # noqa: ARG005
+    ) -> None:
+        """Do the jobs, in their order as far as what they need allows. `on_progress` gets a watched run's evaluations.
 
         `jobs` may grow meanwhile, by a job's `finished`.
         """
@@ -160,7 +164,7 @@ class RayCrew:
                 numbers = {ref: number for number, ref in self.refs.items() if self.jobs[number].reply is None}
                 ended, _ = self.ray.wait(list(numbers), timeout=WATCH_SECONDS)
                 check()
-                self._pass_on(told)
+                self._pass_on(on_progress)
                 for ref in ended:
                     self._ended(numbers[ref])
 
@@ -211,7 +215,7 @@ class RayCrew:
     def _nodes(self) -> list[Record]:
         return [node for node in self.ray.nodes() if node["Alive"]]
 
-    def _pass_on(self, told: "Callable[[Job, Evaluated], None]") -> None:
+    def _pass_on(self, on_progress: "Callable[[Job, Evaluated], None]") -> None:
         """Say what tasks have said; an evaluation that a retry repeats is told once."""
         for number, news in self.ray.get(self.board.take.remote()):
             job = self.jobs[number]
@@ -221,7 +225,7 @@ class RayCrew:
                     say(f"{job.name}: begins on {news.host}{again}")
             elif (number, news.step) not in self.heard:
                 self.heard.add((number, news.step))
-                told(job, news)
+                on_progress(job, news)
 
     def _ended(self, number: int) -> None:
         """Take a task's answer, or what Ray says of its end."""
@@ -233,11 +237,11 @@ class RayCrew:
                 del self.refs[number]  # to be handed out again, to train alone
                 return
             cause = getattr(error, "cause", None)
-            told = " ".join(str(cause or error).split())[:300]
+            message = " ".join(str(cause or error).split())[:300]
             if cause is not None:  # raised before our own code could answer
-                reply = JobFailed(error=f"{type(cause).__name__}: {told}")
+                reply = JobFailed(error=f"{type(cause).__name__}: {message}")
             else:
-                lost = f"its process or node was lost {RETRIES + 1} times; see Ray's logs: {told}"
+                lost = f"its process or node was lost {RETRIES + 1} times; see Ray's logs: {message}"
                 reply = JobFailed(error=lost)
         job.reply = reply
         job.finished(job)

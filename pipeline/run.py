@@ -302,10 +302,10 @@ class MlflowRun:
     def _not_begun(self, _: object, error: BaseException | None, __: object) -> None:
         """The run was not begun: if it was opened, it must not stay RUNNING."""
         disk = isinstance(error, OSError)
-        told = f"run folder {self.folder}: {getattr(error, 'strerror', None) or error}" if disk else str(error)
-        self.writer.send(AbandonRun(told))
+        failure = f"run folder {self.folder}: {getattr(error, 'strerror', None) or error}" if disk else str(error)
+        self.writer.send(AbandonRun(failure))
         if disk:
-            raise TrainingError(told) from None
+            raise TrainingError(failure) from None
 
     def _begin(self, opened: OpenedRun) -> None:
         """Tell of what the writer has opened, and begin the journal with it."""

@@ -85,8 +85,12 @@ class Crew:
         worker = ChildProcess("pipeline.worker", WORKER_REPLIES, self.inbox, environment=environment, log=log)
         self.workers[worker] = None
 
-    def work(self, jobs: list[Job], told: Callable[[Job, Evaluated], None] = lambda job, news: None) -> None:  # noqa: ARG005
-        """Do the jobs, in their order as far as what they need allows. `told` hears what a job says on the way.
+    def work(
+        self,
+        jobs: list[Job],
+        on_progress: Callable[[Job, Evaluated], None] = lambda job, evaluated: None,  # noqa: ARG005
+    ) -> None:
+        """Do the jobs, in their order as far as what they need allows. `on_progress` gets a watched run's evaluations.
 
         `jobs` may grow meanwhile, by a job's `finished`.
         """
@@ -96,7 +100,7 @@ class Crew:
             job = self.workers.get(worker)
             if isinstance(reply, Evaluated):
                 if job:
-                    told(job, reply)
+                    on_progress(job, reply)
                 continue
             if worker in self.workers:
                 self.workers[worker] = None
