@@ -9,6 +9,7 @@ COLORS = ("#7f7f7f", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56
 TRUNK_FILES = ("points.jsonl", "state.pt", "manifest.json")  # history and state of what runs share, the last file last
 FORKED_FROM = "forked_from"  # tag of a run that started from another's state: <run id>@<step>
 THREADS = "threads"  # tag: the CPU threads that a run began with
+TEST_ROWS_FILE = "evaluation/test_rows.parquet"  # artifact: what metrics of the test split are made of
 DELIVERED_FILE = "delivered.json"  # in a run's folder: how far its journal came, in which store
 CONTROLLED = " | "  # between the names of arms that share a control, in its tag control_of
 LONGEST = 200  # of MLflow's 250 characters; the rest is for what stands before a name
