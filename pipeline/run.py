@@ -44,13 +44,13 @@ from pipeline.tracking.messages import (
     FindRuns,
     FinishRun,
     FollowRun,
-    FoundRun,
     FoundRuns,
     OpenedRun,
     OpenRun,
     Progress,
     Refused,
     RunRequest,
+    StoredRun,
     WriterReply,
     WriterRequest,
 )
@@ -222,10 +222,12 @@ class Writer:
         assert isinstance(reply, expected)
         return reply
 
-    def find(self, *, run_id: str | None = None, run_key: str | None = None, fork: str | None = None) -> list[FoundRun]:
+    def find(
+        self, *, run_id: str | None = None, run_key: str | None = None, fork: str | None = None
+    ) -> list[StoredRun]:
         """The run with this id, or the runs tagged with this key, oldest first, that were forked from there (or not).
 
-        A run that was made on this server for one that began elsewhere is found by the id it began with.
+        A run that was made on this server for one that began elsewhere is found by the id it began with (`first_id`).
 
         Raises:
             UserError: the store does not answer.

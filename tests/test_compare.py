@@ -28,7 +28,7 @@ from pipeline.names import TEST_ROWS_FILE
 from pipeline.row_intervals import MetricRows
 from pipeline.stats import bootstrap_auc, percentile_interval
 from pipeline.tables import _Formats
-from pipeline.tracking.reading import Point
+from pipeline.tracking.client import Point
 
 UNIT = 1 / 64  # differences of such numbers are exact
 LABEL = [None, *[0] * 8, *[1] * 8]  # the first row is none of the metric's
@@ -241,7 +241,7 @@ def test_runs_of_ids_an_experiment_and_a_filter(store: Store) -> None:
 
 
 def test_more_runs_than_a_page_and_more_ids_than_a_filter_holds(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.tracking.reading.PAGE_RUNS", 4)
+    monkeypatch.setattr("pipeline.tracking.client.PAGE_ROWS", 4)
     monkeypatch.setattr("pipeline.tracking.reading.PAGE_IDS", 2)
     runs = load_runs(SWEEP)
     assert len(runs) == runs["run_id"].nunique() == 15
