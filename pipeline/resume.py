@@ -15,8 +15,8 @@ from pipeline.blocks import RunConfig, is_operational
 from pipeline.checkpoint import Checkpoints, Generation
 from pipeline.config import flatten, read_yaml, validate
 from pipeline.console import say, warn
-from pipeline.errors import UserError
-from pipeline.journal import JOURNAL_FILE, Record, read_all
+from pipeline.errors import UserError, os_errors
+from pipeline.journal import JOURNAL_FILE, Record, points, read_all
 from pipeline.names import DELIVERED_FILE, FORKED_FROM, THREADS
 from pipeline.ownership import alive_owner
 from pipeline.run import MlflowRun, Writer
@@ -48,11 +48,9 @@ def one_at_a_time(config: RunConfig, key: str) -> Iterator[None]:
         yield
         return
     folder = Path(config.output_dir)
-    try:
+    with os_errors(f"output_dir {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / f".{key[:16]}.lock", fallback_to_soft=False).acquire()
-    except OSError as error:
-        raise UserError(f"output_dir {folder}: {error.strerror or error}") from None
     with lock:
         yield
 
@@ -284,13 +282,10 @@ def _points_before(generation: Generation) -> Iterator[Record]:
     The journal may hold later ones, of a start that came further before it was killed.
     """
     was_evaluated = generation.state["evaluated_at"] == generation.step
-    for record in read_all(generation.folder.parent.parent / JOURNAL_FILE):
-        if record["op"] in ("metrics", "known"):
-            of_evaluation = any(name.startswith("valid/") for name in record["values"])
-            if record["step"] < generation.step or (
-                record["step"] == generation.step and was_evaluated and of_evaluation
-            ):
-                yield record
+    for record in points(generation.folder.parent.parent / JOURNAL_FILE):
+        of_evaluation = any(name.startswith("valid/") for name in record["values"])
+        if record["step"] < generation.step or (record["step"] == generation.step and was_evaluated and of_evaluation):
+            yield record
 
 
 def facts_of(config: RunConfig, known_by: Mapping[str, str]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pipeline.console import say
 from pipeline.journal import JOURNAL_FILE, JournalReader, Record, leaves
 from pipeline.names import CANONICAL, DELIVERED_FILE
 from pipeline.ownership import owner_number
+from pipeline.storage.files import replacing
 from pipeline.tracking.client import connect, find_by_id, set_tags
 from pipeline.tracking.history import write_history
 from pipeline.tracking.inbox import Inbox
@@ -64,10 +65,9 @@ class Cursor:
         """Remember; where that cannot be written, an older one stays, and what came after it is delivered again."""
         saved = {"run_id": self.run_id, "offset": self.offset, "ended": self.ended, "problems": self.problems}
         self.stores[self.store] = saved
-        work = self.file.with_name(f".{self.file.name}")
         try:
-            work.write_text(json.dumps(self.stores, indent=1), encoding="utf-8")
-            work.replace(self.file)
+            with replacing(self.file) as work:
+                work.write_text(json.dumps(self.stores, indent=1), encoding="utf-8")
         except OSError as error:
             say(f"warning: {self.file}: {error.strerror or error}; what was delivered may be delivered once more")
 
