@@ -12,7 +12,7 @@ from pipeline.journal import JOURNAL_FILE, JournalReader, same_value
 from pipeline.ownership import alive_owner
 from pipeline.tracking.client import connect, find_by_id, stored_points, stored_run
 from pipeline.tracking.delivery import Cursor
-from pipeline.tracking.store import one_line, probe, refusal, store_key, tracking_uri
+from pipeline.tracking.store import probe, refusal, store_key, tracking_uri
 
 SHOWN = 3  # metrics that are named
 Points = dict[str, dict[int, list[float]]]  # metric -> step -> values
@@ -175,7 +175,7 @@ def _of_store(journal: Journal) -> Iterator[Finding]:
     try:
         stored, lost = _points_in_store(client, run), _missing_artifacts(client, run.info.run_id, journal.artifacts)
     except Exception as error:  # whatever the store says becomes the user's one line
-        raise TrainingError(f"tracking store {tracking_uri()}: {one_line(error)}") from None
+        raise TrainingError(refusal(error)) from None
     yield from _of_points(journal, stored, again)
     yield Finding(f"store: {len(journal.artifacts) - len(lost)} of {len(journal.artifacts)} artifacts",
                   f"{_named(lost)}: {again}" if lost else None)  # fmt: skip

@@ -11,7 +11,7 @@ from pipeline.config import nearest
 from pipeline.errors import UserError
 from pipeline.tracking.client import Point, connect, download, experiments, search, set_tags, stored_points, stored_run
 from pipeline.tracking.messages import StoredRun
-from pipeline.tracking.store import one_line, tracking_uri
+from pipeline.tracking.store import refusal, tracking_uri
 
 PAGE_IDS = 100  # ids in one filter
 
@@ -92,16 +92,16 @@ def store_exists() -> bool:
 @contextmanager
 def _one_line_errors() -> Iterator[Any]:
     """MLflow's client; whatever the store says against us becomes the user's one line."""
-    uri = tracking_uri()
     if not store_exists():  # MLflow would make an empty one
-        raise UserError(f"tracking store {uri}: there is no such file; name the store by MLFLOW_TRACKING_URI")
+        raise UserError(f"tracking store {tracking_uri()}: there is no such file; "
+                        "name the store by MLFLOW_TRACKING_URI")  # fmt: skip
     client = connect()
     try:
         yield client
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"tracking store {uri}: {one_line(error)}") from None
+        raise UserError(refusal(error)) from None
 
 
 def _search(filter_string: str, experiment: str | None = None) -> list[StoredRun]:
