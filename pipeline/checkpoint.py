@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pipeline.console import warn
 from pipeline.errors import TrainingError, UserError
-from pipeline.storage.files import Entry, sync, write_hashed
+from pipeline.storage.files import Entry, replacing, sync, write_hashed
 from pipeline.storage.state_file import read_state, state_bytes, write_state
 
 FORMAT = 2  # 1: tensors and values in two files of our own
@@ -91,17 +91,14 @@ def save_weights(weights: Mapping[str, Tensor], file: Path) -> None:
     Raises:
         TrainingError: the disk does not take it.
     """
-    partial = file.with_suffix(".partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         for leftover in file.parent.glob(".tmp*"):  # of safetensors, in a process that was killed
             leftover.unlink()
-        save_file(_separate(weights), partial)
-        partial.chmod(0o644)  # safetensors closes its files to others
-        sync(partial)
-        partial.replace(file)
+        with replacing(file, durable=True) as work:
+            save_file(_separate(weights), work)
+            work.chmod(0o644)  # safetensors closes its files to others
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise TrainingError(f"{file}: {_reason(error) if isinstance(error, OSError) else error}") from None
 
 

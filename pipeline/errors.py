@@ -1,5 +1,8 @@
 """What can go wrong by the user's hand, told in one line."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """A usage, config or data error: one line that says what was found, where, and what is allowed.
@@ -31,3 +34,12 @@ class Undelivered(TrainingError):  # noqa: N818 (it says what is so)
     """All is trained, but part of it waits in the journal for the tracking store: exit code 3."""
 
     exit_code = 3
+
+
+@contextmanager
+def os_errors(where: object, kind: type[UserError] = UserError) -> Iterator[None]:
+    """An error of the system's becomes the user's: where, and the system's words."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{where}: {error.strerror or error}") from None

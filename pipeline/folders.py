@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipeline.errors import UserError
+from pipeline.errors import os_errors
 
 
 def made_once(folder: Path, files: Sequence[str], make: Callable[[Path], object], key: str) -> Path:
@@ -25,25 +25,21 @@ def made_once(folder: Path, files: Sequence[str], make: Callable[[Path], object]
 
     if whole():
         return folder
-    try:
+    with os_errors(f"{key} {folder.parent}"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise UserError(f"{key} {folder.parent}: {error.strerror or error}") from None
-    try:
-        make(work)
-        work.chmod(0o755)  # temporary folders are closed to others
-        if folder.exists() and not whole():
-            shutil.rmtree(folder)  # what is left of a damaged one
         try:
-            work.rename(folder)
-        except OSError:
-            if not whole():  # else another process was first, with the same data
-                raise
-    except OSError as error:
-        raise UserError(f"{key} {folder.parent}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+            make(work)
+            work.chmod(0o755)  # temporary folders are closed to others
+            if folder.exists() and not whole():
+                shutil.rmtree(folder)  # what is left of a damaged one
+            try:
+                work.rename(folder)
+            except OSError:
+                if not whole():  # else another process was first, with the same data
+                    raise
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
     return folder
 
 
@@ -54,23 +50,19 @@ def published(folder: Path, files: Sequence[str]) -> Iterator[Path]:
     Raises:
         UserError: the folder (config key output_dir) cannot be written.
     """
-    try:
+    with os_errors(f"output_dir {folder}"):
         made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=".work-", dir=folder))
-    except OSError as error:
-        raise UserError(f"output_dir {folder}: {error.strerror or error}") from None
-    try:
-        yield work
-        _move_up(work, folder, files)
-        made = []
-    except OSError as error:
-        raise UserError(f"output_dir {folder}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        for path in made:
-            with suppress(OSError):
-                path.rmdir()
+        try:
+            yield work
+            _move_up(work, folder, files)
+            made = []
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+            for path in made:
+                with suppress(OSError):
+                    path.rmdir()
 
 
 def _move_up(work: Path, folder: Path, files: Sequence[str]) -> None:

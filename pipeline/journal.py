@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pipeline.errors import TrainingError
+from pipeline.errors import TrainingError, os_errors
 
 JOURNAL_FILE = "journal.jsonl"
 CHUNK_BYTES = 1 << 20  # of the journal in memory at a time
@@ -75,10 +75,8 @@ class JournalWriter:
     def sync(self) -> int:
         """Flush, and wait for the disk; returns the journal's length in bytes."""
         self.flush()
-        try:
+        with os_errors(f"journal {self.file}", TrainingError):
             os.fsync(self.descriptor)
-        except OSError as error:
-            raise TrainingError(f"journal {self.file}: {error.strerror or error}") from None
         return self.size
 
     def close(self) -> None:

@@ -257,12 +257,12 @@ def prepare_torch(config: RunConfig) -> str:
 
 def _end_of(begun: Begun, launcher: str | None) -> Trained:
     """Say that there is nothing to train; deliver what is left of it."""
-    from pipeline.tracking.reading import set_tags
+    from pipeline.tracking.reading import tag_run
     from pipeline.tracking.store import tracking_uri
     from pipeline.tracking.sync import sync
 
     if launcher and launcher != begun.run_id:
-        set_tags(launcher, {"role": "launcher", "launches": begun.run_id})
+        tag_run(launcher, {"role": "launcher", "launches": begun.run_id})
     if begun.finished:
         say(f"{begun.name}: run {begun.run_id} is finished already; nothing is trained (without resume a new run is)")
     else:

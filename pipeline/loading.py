@@ -17,16 +17,11 @@ import pyarrow.parquet as pq
 from pipeline.compare_config import check_source
 from pipeline.console import warn
 from pipeline.errors import UserError
+from pipeline.names import CANONICAL
+from pipeline.tracking.client import Point
 from pipeline.tracking.delivery import HISTORY_FILE
-from pipeline.tracking.reading import (
-    Point,
-    StoredRun,
-    artifact,
-    points_of,
-    runs_of_filter,
-    runs_of_ids,
-    runs_of_sweep,
-)
+from pipeline.tracking.messages import StoredRun
+from pipeline.tracking.reading import artifact, points_of, runs_of_filter, runs_of_ids, runs_of_sweep
 from pipeline.tracking.store import tracking_uri
 
 # Roles of runs that trained nothing, and of a search's trials: what chose an arm is no evidence for it.
@@ -90,17 +85,10 @@ def count_by(values: Any) -> str:
     return ", ".join(f"{count} {value}" for value, count in sorted(counts.items()))
 
 
-def canonical_params(run: StoredRun) -> dict[str, str]:
-    """A run's params; a key that was typed in another spelling has its canonical text in a tag."""
-    prefix = "canonical."
-    typed = {key.removeprefix(prefix): value for key, value in run.tags.items() if key.startswith(prefix)}
-    return run.params | typed
-
-
 def _frame(runs: Sequence[StoredRun]) -> pd.DataFrame:
-    params = [canonical_params(run) for run in runs]
+    params = [run.canonical_params for run in runs]
     tags = [{name: value for name, value in run.tags.items()
-             if name not in OWN_TAGS and not name.startswith("canonical.")} for run in runs]  # fmt: skip
+             if name not in OWN_TAGS and not name.startswith(CANONICAL)} for run in runs]  # fmt: skip
     facts = pd.DataFrame([_facts(run, values) for run, values in zip(runs, params, strict=True)], columns=list(FACTS))
     facts["seed"] = facts["seed"].astype("Int64")
     facts["start_time"] = pd.to_datetime(facts["start_time"], unit="ms", utc=True)

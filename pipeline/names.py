@@ -7,8 +7,11 @@ from pipeline.errors import UserError
 # The first is the baseline's. Apart for most eyes, on white and on black.
 COLORS = ("#7f7f7f", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7b3fa0", "#8c510a", "#a6192e")
 TRUNK_FILES = ("points.jsonl", "state.pt", "manifest.json")  # history and state of what runs share, the last file last
+ORIGINAL = "original_run_id"  # tag of a run that was made on this server for one that began elsewhere
+CANONICAL = "canonical."  # before a param's key: tag with the canonical text of one that was typed in another spelling
 FORKED_FROM = "forked_from"  # tag of a run that started from another's state: <run id>@<step>
 THREADS = "threads"  # tag: the CPU threads that a run began with
+TEST_ROWS_FILE = "evaluation/test_rows.parquet"  # artifact: what metrics of the test split are made of
 DELIVERED_FILE = "delivered.json"  # in a run's folder: how far its journal came, in which store
 CONTROLLED = " | "  # between the names of arms that share a control, in its tag control_of
 LONGEST = 200  # of MLflow's 250 characters; the rest is for what stands before a name

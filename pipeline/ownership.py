@@ -18,6 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout, lock_descriptor, unlock_descriptor
 
 from pipeline.errors import TrainingError, UserError
+from pipeline.storage.files import replacing
 
 LOCK_FILE = "owner.lock"
 NUMBER_FILE = "owner.number"
@@ -192,11 +193,15 @@ def _alive(folder: Path, owner: Lease | None) -> UserError:
 
 def _here() -> tuple[str, str]:
     """This host's name and the boot id of its kernel."""
+    return socket.gethostname(), boot_id()
+
+
+def boot_id() -> str:
+    """Names this start of the machine; empty where it has no name."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
-        boot = ""
-    return socket.gethostname(), boot
+        return ""
 
 
 def _read(folder: Path) -> Lease | None:
@@ -215,20 +220,9 @@ def _write(folder: Path, lease: Lease, sync: bool = False) -> None:
 
 
 def _replace(folder: Path, name: str, text: str, sync: bool) -> None:
-    """Write a file of the folder: whoever reads it finds the old text or the new."""
-    host, boot = _here()
-    work = folder / f".{name}.{host}.{boot}"  # not another host's; what a kill leaves is written over
-    try:
-        with work.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            if sync:
-                os.fsync(stream.fileno())
-        work.replace(folder / name)
-    except OSError:
-        with contextlib.suppress(OSError):
-            work.unlink()
-        raise
+    """Write a file of the folder; another host may write it at the same time."""
+    with replacing(folder / name, ".".join(_here()), durable=sync) as work:
+        work.write_text(text, encoding="utf-8")
 
 
 def _number(folder: Path) -> int:

@@ -40,7 +40,7 @@ from pipeline.worker import PATIENCE_SECONDS, Work, config_of
 
 if TYPE_CHECKING:
     from pipeline.sweep import Job
-    from pipeline.tracking.messages import FoundRun
+    from pipeline.tracking.messages import StoredRun
 
 RETRIES = 3  # of a task whose process or node is lost
 PROBE_SECONDS = 5.0  # that a cluster may take to say anything at all
@@ -415,21 +415,22 @@ class _RayWork(Work):
         key = config.fingerprint(self.make_task(request.entry, config).dataset.digest)
         begun = _begun(self.writer.find(run_key=key), request.tags["sweep_id"])
         if begun and begun.status == "FINISHED" and not request.watched:
-            return RunTrained(run_id=begun.run_id, metrics=begun.metrics, steps=0)
+            return RunTrained(run_id=begun.first_id, metrics=begun.metrics, steps=0)
         if begun:
-            request = replace(request, run_id=begun.run_id, folder=begun.run_dir)
+            request = replace(request, run_id=begun.first_id, folder=begun.tags.get("run_dir"))
             _wait_for_end(begun)
         return super().train(request)
 
 
-def _begun(found: "list[FoundRun]", sweep_id: str) -> "FoundRun | None":
+def _begun(found: "list[StoredRun]", sweep_id: str) -> "StoredRun | None":
     """Of the runs with a key, the one of the sweep; the finished one where there are several."""
     own = [run for run in found if run.tags.get("sweep_id") == sweep_id]
     return max(own, key=lambda run: (run.status == "FINISHED", run.start_time), default=None)
 
 
-def _wait_for_end(run: "FoundRun") -> None:
+def _wait_for_end(run: "StoredRun") -> None:
     """Until the process that was at the run is gone; one that goes on is told by whoever opens the run."""
     end = time.monotonic() + LOST_SECONDS
-    while run.run_dir and Path(run.run_dir).is_dir() and alive_owner(Path(run.run_dir)) and time.monotonic() < end:
+    folder = Path(run.tags["run_dir"]) if "run_dir" in run.tags else None
+    while folder and folder.is_dir() and alive_owner(folder) and time.monotonic() < end:
         time.sleep(0.5)

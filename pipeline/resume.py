@@ -15,12 +15,12 @@ from pipeline.blocks import RunConfig, is_operational
 from pipeline.checkpoint import Checkpoints, Generation
 from pipeline.config import flatten, read_yaml, validate
 from pipeline.console import say, warn
-from pipeline.errors import UserError
-from pipeline.journal import JOURNAL_FILE, Record, read_all
+from pipeline.errors import UserError, os_errors
+from pipeline.journal import JOURNAL_FILE, Record, points, read_all
 from pipeline.names import DELIVERED_FILE, FORKED_FROM, THREADS
 from pipeline.ownership import alive_owner
 from pipeline.run import MlflowRun, Writer
-from pipeline.tracking.messages import FoundRun
+from pipeline.tracking.messages import StoredRun
 from pipeline.training import Training
 
 CONFIG_FILE = "config.yaml"
@@ -48,11 +48,9 @@ def one_at_a_time(config: RunConfig, key: str) -> Iterator[None]:
         yield
         return
     folder = Path(config.output_dir)
-    try:
+    with os_errors(f"output_dir {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / f".{key[:16]}.lock", fallback_to_soft=False).acquire()
-    except OSError as error:
-        raise UserError(f"output_dir {folder}: {error.strerror or error}") from None
     with lock:
         yield
 
@@ -121,10 +119,10 @@ def _named(run_id: str, config: RunConfig, output_dir: Path, writer: Writer) -> 
     return _of_folder(folder)
 
 
-def _asked(config: RunConfig, writer: Writer, **what: str | None) -> list[FoundRun] | None:
+def _asked(config: RunConfig, writer: Writer, **what: str | None) -> list[StoredRun] | None:
     """What the store knows, oldest first; None where it does not answer and need not."""
     try:
-        return list(writer.find(**what))
+        return writer.find(**what)
     except UserError as error:
         if not config.tracking.offline:
             raise
@@ -142,20 +140,20 @@ def _local_runs(output_dir: Path) -> list[tuple[Path, Record]]:
     return sorted(found, key=lambda run: run[1]["time"])
 
 
-def _of_store(run: FoundRun, output_dir: Path) -> Begun:
+def _of_store(run: StoredRun, output_dir: Path) -> Begun:
     folder = _folder_of(run, output_dir)
     host = run.tags.get("host", "")
     if not (folder / JOURNAL_FILE).exists() and run.status == "RUNNING" and host not in ("", socket.gethostname()):
-        raise UserError(f"run {run.run_id} is RUNNING on {host}, and its folder is not here: wait for it, or share "
+        raise UserError(f"run {run.first_id} is RUNNING on {host}, and its folder is not here: wait for it, or share "
                         "output_dir with that host")  # fmt: skip
     ended = _ended_as(folder / JOURNAL_FILE)
-    return Begun(run.run_id, run.name, folder, run.status == "FINISHED", ended, run.tags, run.metrics)
+    return Begun(run.first_id, run.name, folder, run.status == "FINISHED", ended, run.tags, run.metrics)
 
 
-def _folder_of(run: FoundRun, output_dir: Path) -> Path:
+def _folder_of(run: StoredRun, output_dir: Path) -> Path:
     """Below the output folder, which may have been moved; else where the run was last written."""
-    here = output_dir / run.run_id
-    return here if (here / JOURNAL_FILE).exists() or not run.run_dir else Path(run.run_dir)
+    here, there = output_dir / run.first_id, run.tags.get("run_dir")
+    return here if (here / JOURNAL_FILE).exists() or not there else Path(there)
 
 
 def _of_folder(folder: Path) -> Begun:
@@ -284,13 +282,10 @@ def _points_before(generation: Generation) -> Iterator[Record]:
     The journal may hold later ones, of a start that came further before it was killed.
     """
     was_evaluated = generation.state["evaluated_at"] == generation.step
-    for record in read_all(generation.folder.parent.parent / JOURNAL_FILE):
-        if record["op"] in ("metrics", "known"):
-            of_evaluation = any(name.startswith("valid/") for name in record["values"])
-            if record["step"] < generation.step or (
-                record["step"] == generation.step and was_evaluated and of_evaluation
-            ):
-                yield record
+    for record in points(generation.folder.parent.parent / JOURNAL_FILE):
+        of_evaluation = any(name.startswith("valid/") for name in record["values"])
+        if record["step"] < generation.step or (record["step"] == generation.step and was_evaluated and of_evaluation):
+            yield record
 
 
 def facts_of(config: RunConfig, known_by: Mapping[str, str]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 
 from pipeline.blocks import TrackingSwitch
 from pipeline.console import say, warn
-from pipeline.errors import TrainingError, Undelivered, UserError
+from pipeline.errors import TrainingError, Undelivered, UserError, os_errors
 from pipeline.interrupts import next_of
 from pipeline.journal import (
     JOURNAL_FILE,
@@ -32,7 +32,7 @@ from pipeline.journal import (
     relative,
     same_value,
 )
-from pipeline.ownership import Ownership
+from pipeline.ownership import Ownership, boot_id
 from pipeline.ranks import leads
 from pipeline.runtime.processes import ChildProcess, Ended
 from pipeline.tracking.messages import (
@@ -44,13 +44,13 @@ from pipeline.tracking.messages import (
     FindRuns,
     FinishRun,
     FollowRun,
-    FoundRun,
     FoundRuns,
     OpenedRun,
     OpenRun,
     Progress,
     Refused,
     RunRequest,
+    StoredRun,
     WriterReply,
     WriterRequest,
 )
@@ -222,10 +222,12 @@ class Writer:
         assert isinstance(reply, expected)
         return reply
 
-    def find(self, *, run_id: str | None = None, run_key: str | None = None, fork: str | None = None) -> list[FoundRun]:
+    def find(
+        self, *, run_id: str | None = None, run_key: str | None = None, fork: str | None = None
+    ) -> list[StoredRun]:
         """The run with this id, or the runs tagged with this key, oldest first, that were forked from there (or not).
 
-        A run that was made on this server for one that began elsewhere is found by the id it began with.
+        A run that was made on this server for one that began elsewhere is found by the id it began with (`first_id`).
 
         Raises:
             UserError: the store does not answer.
@@ -271,11 +273,9 @@ class MlflowRun:
             UserError: the store or the folder cannot be written, or another process is at the run.
             TrainingError: the journal cannot be read or written.
         """
-        try:
+        with os_errors(f"output_dir {output_dir}"):
             output_dir.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=output_dir).close()
-        except OSError as error:
-            raise UserError(f"output_dir {output_dir}: {error.strerror or error}") from None
         self.writer, self.folder = writer, output_dir
         self.known: Known | None = None
         self.points, self.writer_cpu_seconds, self.failure = 0, 0.0, ""
@@ -317,7 +317,7 @@ class MlflowRun:
         self.journal = JournalWriter(self.folder / JOURNAL_FILE, self._check)
         self._append("open", id=self.id, time=now_ms(), name=opened.name, experiment=opened.experiment,
                      tags=dict(opened.tags), online=opened.online, host=socket.gethostname(), pid=os.getpid(),
-                     boot=_boot_id())  # fmt: skip
+                     boot=boot_id())  # fmt: skip
         try:
             self.journal.sync()
         except BaseException:
@@ -504,9 +504,3 @@ def end_early(run: Run, error: BaseException) -> str:
 
 def _worse(status: str) -> str:
     return "FAILED" if status == "FINISHED" else status
-
-
-def _boot_id() -> str:
-    """Names this start of the machine; empty where it has no name."""
-    file = Path("/proc/sys/kernel/random/boot_id")
-    return file.read_text().strip() if file.exists() else ""

@@ -22,7 +22,8 @@ from pipeline.sweep import Job, Sweep, train_request
 from pipeline.sweep_config import SearchConfig, SpaceConfig
 from pipeline.sweep_plan import Arm, Plan, controls_of, overridden
 from pipeline.sweeps.requests import Evaluated, RunTrained
-from pipeline.tracking.reading import StoredRun, set_tags
+from pipeline.tracking.messages import StoredRun
+from pipeline.tracking.reading import tag_run
 
 TRIAL = "trial"  # the role of these runs: no comparison takes them for arms
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -200,7 +201,7 @@ class _Trials:
                 raise UserError(f"search.metric {self.metric}: not among the metrics{nearest(self.metric, names[:12])}")
             if step is not None and job.reply.stopped:
                 end = _End(TrialState.PRUNED)
-                set_tags(job.reply.run_id, {"pruned": str(step)})
+                tag_run(job.reply.run_id, {"pruned": str(step)})
                 last = asked.values[max(asked.values)]
                 say(f"{job.name}: {self.metric} {last:.4f}, stopped by the median of the others at step {step}")
             else:

@@ -11,16 +11,8 @@ from pipeline.errors import TrainingError, UserError
 from pipeline.run import MlflowRun, Writer, end_early
 from pipeline.sweep_plan import Plan, to_yaml
 from pipeline.tables import plain
-from pipeline.tracking.messages import RunRequest
-from pipeline.tracking.reading import (
-    StoredRun,
-    end_run,
-    runs_of_ids,
-    runs_of_sweep,
-    runs_of_tag,
-    set_tags,
-    store_exists,
-)
+from pipeline.tracking.messages import RunRequest, StoredRun
+from pipeline.tracking.reading import end_run, runs_of_ids, runs_of_sweep, runs_of_tag, store_exists, tag_run
 
 
 @dataclass(frozen=True)
@@ -42,7 +34,7 @@ def claim_launcher(plan_id: str) -> None:
         return
     (ours,) = runs_of_ids([launcher]) if launcher else (None,)
     if ours:
-        set_tags(ours.run_id, {"role": "launcher", "sweep_plan": plan_id})
+        tag_run(ours.run_id, {"role": "launcher", "sweep_plan": plan_id})
     left = [run for run in runs_of_tag("sweep_plan", plan_id) if run.tags.get("role") == "launcher"]
     left += [run for run in runs_of_tag("mlflow.project.entryPoint", "sweep")
              if ours and "role" not in run.tags and run.params == ours.params]  # fmt: skip

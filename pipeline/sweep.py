@@ -47,7 +47,7 @@ from pipeline.worker import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from pipeline.ray_crew import RayCrew
-    from pipeline.tracking.reading import StoredRun
+    from pipeline.tracking.messages import StoredRun
 
 
 @dataclass

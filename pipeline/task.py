@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pipeline.blocks import RunConfig, ScheduleConfig
+from pipeline.names import TEST_ROWS_FILE
 
 Rows = npt.NDArray[np.int64]
 TOTAL = "loss_total"  # the one that is differentiated
-TEST_ROWS_FILE = "evaluation/test_rows.parquet"
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -1,7 +1,6 @@
 """The one training loop, for every task."""
 
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from pipeline.recording import Recorder
 from pipeline.run import Run
 from pipeline.saving import Saver
 from pipeline.schedules import learning_rate_factor
+from pipeline.storage.files import replacing
 from pipeline.task import TOTAL, Rows, Task, autocast
 
 Watch = Callable[[int, Mapping[str, float]], bool]
@@ -339,9 +339,8 @@ class BestKeeper:
         self.best, self.without_gain, self.step = state["best"], state["without_gain"], state["step"]
         if self.step is not None and weights is not None:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.file.with_suffix(".partial")
-            shutil.copyfile(weights, partial)
-            os.replace(partial, self.file)
+            with replacing(self.file) as work:
+                shutil.copyfile(weights, work)
 
     def restore(self, model: nn.Module) -> None:
         """The best weights back into the model; the last ones stay where no evaluation had the metric."""

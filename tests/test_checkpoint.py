@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from pipeline import checkpoint
 from pipeline.checkpoint import Checkpoints, Damaged, OtherFormat, load_tensors, read, save_weights, write
 from pipeline.errors import TrainingError, UserError
+from pipeline.storage import files
 
 FILES = ("state.pt", "manifest.json")
 STATE = {"model": {"weight": torch.arange(6.0).reshape(2, 3)}, "steps": 7}
@@ -741,7 +742,7 @@ def test_weights_that_cannot_be_written_leave_the_old_ones(tmp_path: Path, monke
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "sync", full)
+        patched.setattr(files, "sync", full)
         with pytest.raises(TrainingError, match=f"^{file}: No space left on device$"):
             save_weights({"weight": torch.zeros(3)}, file)
     assert [entry.name for entry in file.parent.iterdir()] == ["model.safetensors"]

@@ -16,6 +16,7 @@ import pytest
 from conftest import ROOT, run_pipeline
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 from pipeline.__main__ import main
 from pipeline.compare import Comparison, compare, load_history, load_runs, to_frame, to_markdown, to_text, write
@@ -23,11 +24,14 @@ from pipeline.compare_config import CompareConfig, check_source
 from pipeline.config import load
 from pipeline.errors import UserError
 from pipeline.loading import _of_file, _of_store
-from pipeline.row_intervals import TEST_ROWS_FILE
+from pipeline.names import TEST_ROWS_FILE
+from pipeline.row_intervals import MetricRows
+from pipeline.stats import bootstrap_auc, percentile_interval
 from pipeline.tables import _Formats
-from pipeline.tracking.reading import Point
+from pipeline.tracking.client import Point
 
 UNIT = 1 / 64  # differences of such numbers are exact
+LABEL = [None, *[0] * 8, *[1] * 8]  # the first row is none of the metric's
 BASE = {0: 0.5, 1: 0.625, 2: 0.75}
 DIGEST = "d" * 64
 pytestmark = pytest.mark.xdist_group("compare")  # one process makes their store
@@ -102,8 +106,15 @@ def write_history(points: Points, file: Path) -> None:
     pq.write_table(pa.table({name: pa.array(values, kind) for values, (name, kind) in columns}), file)
 
 
-def rows_of(label: Sequence[float | None], score: Sequence[float]) -> dict[str, Any]:
-    return {"label/auc_ctcvr": pa.array(label), "score/auc_ctcvr": pa.array(score)}
+def rows_of(label: Sequence[float | None], score: Sequence[float], name: str = "auc_ctcvr") -> dict[str, Any]:
+    return {f"label/{name}": pa.array(label), f"score/{name}": pa.array(score)}
+
+
+def scores_of(area: float) -> list[float]:
+    """Scores whose AUC is a multiple of UNIT, for LABEL: each of the first positives is above all 8 negatives."""
+    whole, rest = divmod(round(area / UNIT), 8)
+    won = [8] * whole + [rest] * (whole < 8) + [0] * (7 - whole)
+    return [9.0, *range(1, 9), *(count + 0.5 for count in won)]
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +136,6 @@ def store(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterat
 
 
 def fill(store: Store) -> None:
-    label = [None, 0, 0, 0, 1, 1, 1]  # the first row is none of the metric's
-    good, bad = [9.0, 1, 2, 3, 4, 5, 6], [9.0, 6, 5, 4, 3, 2, 1]
     arms = {  # differences in units, lambda
         "l.1 g1 control": ((0, 1, -1), "0.1"),
         "l.1 g1": ((1, 2, 3), "0.1"),
@@ -158,7 +167,7 @@ def fill(store: Store) -> None:
                 "test/pr_auc_ctcvr": 0.1,
                 "test/f1/screen": 0.3,
             }
-            scores = None if seed or arm == "bad" else rows_of(label, good if arm == "l.1 g1" else bad)
+            scores = None if seed or arm == "bad" else rows_of(LABEL, scores_of(value))
             store.run(
                 arm,
                 seed,
@@ -232,7 +241,7 @@ def test_runs_of_ids_an_experiment_and_a_filter(store: Store) -> None:
 
 
 def test_more_runs_than_a_page_and_more_ids_than_a_filter_holds(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.tracking.reading.PAGE_RUNS", 4)
+    monkeypatch.setattr("pipeline.tracking.client.PAGE_ROWS", 4)
     monkeypatch.setattr("pipeline.tracking.reading.PAGE_IDS", 2)
     runs = load_runs(SWEEP)
     assert len(runs) == runs["run_id"].nunique() == 15
@@ -309,13 +318,24 @@ def test_only_settings_that_differ_are_told(comparison: Comparison) -> None:
 
 
 def test_intervals_over_test_rows_are_within_a_seed(comparison: Comparison) -> None:
-    """The arm ranks every resample perfectly, the baseline all wrong: 1 - 0, whatever is drawn."""
-    assert arm(comparison, "l.1 g1").rows == {0: (UNIT, 1.0, 1.0)}
+    areas = bootstrap_auc(LABEL[1:], [scores_of(0.5)[1:], scores_of(0.5 + UNIT)[1:]])
+    low, high = percentile_interval(areas[:, 1] - areas[:, 0])
+    assert low <= UNIT <= high > low
+    assert arm(comparison, "l.1 g1").rows == {0: (UNIT, low, high)}
     assert arm(comparison, "l0").rows == {0: (0.0, 0.0, 0.0)}
     assert arm(comparison, "bad").rows == arm(comparison, "baseline").rows == {}
+    assert not [note for note in comparison.notes if "interval over test rows" in note]
     without = compare(load_runs(SWEEP), bootstrap=False)
     assert [a.rows for a in without.arms] == [{}] * 5
     assert [a.verdict for a in without.arms] == [a.verdict for a in comparison.arms]
+
+
+def test_one_arm_ranks_all_right_and_one_all_wrong(store: Store) -> None:
+    """1 - 0, whatever is drawn."""
+    for arm_name, area in (("baseline", 0.0), ("right", 1.0)):
+        rows = rows_of(LABEL, scores_of(area))
+        store.run(arm_name, 0, {"test/auc_ctcvr": area}, rows=rows, sweep_id="5eed00000000000a")
+    assert arm(compare(load_runs("5eed00000000000a")), "right").rows == {0: (1.0, 1.0, 1.0)}
 
 
 def test_intervals_over_test_rows_of_a_ratio_and_of_other_rows(store: Store) -> None:
@@ -332,10 +352,55 @@ def test_intervals_over_test_rows_of_a_ratio_and_of_other_rows(store: Store) -> 
     assert any("other rows s0" in note for note in found.notes)
 
 
-def test_the_file_of_test_rows_is_the_one_that_training_writes() -> None:
-    from pipeline import task
+def test_rows_that_make_another_metric_than_was_logged_give_no_interval(store: Store) -> None:
+    """PR-AUC beside label and score, whose AUC is another number; F1 macro beside the sums of F1 micro."""
+    tags = {"sweep_id": "5eed00000000000b"}
+    label, random = np.repeat([1, 0], [40, 160]), np.random.default_rng(0)
+    for seed in range(3):
+        for arm_name, shift in (("baseline", 0.5), ("better", 1.0)):
+            score = random.standard_normal(200) + shift * label
+            hits, pairs = random.integers(0, 3, 200), random.integers(3, 6, 200)
+            logged = {
+                "test/pr_auc_x": average_precision_score(label, score),
+                "test/auc_x": roc_auc_score(label, score),
+                "test/logloss_x": float(np.mean(score, dtype=np.float32)),  # a mean of rows, in float32
+                "test/f1_macro": np.mean(hits / pairs),
+                "test/f1_micro": hits.sum() / pairs.sum() if (arm_name, seed) != ("better", 1) else 0.5,
+            }
+            rows = rows_of(label, score.astype(np.float32), "pr_auc_x") | rows_of(label, score, "auc_x")
+            for name, above, below in (("logloss_x", score, np.ones(200)), *(
+                (f"f1_{kind}", hits, pairs) for kind in ("macro", "micro"))):  # fmt: skip
+                rows |= {f"numerator/{name}": above, f"denominator/{name}": below}
+            store.run(arm_name, seed, logged, rows=rows, **tags)
+    runs = load_runs("5eed00000000000b")
+    noted = "no interval over test rows, because test/{} recomputed from them is not the logged one: "
+    for name, kind in (("pr_auc_x", "AUC"), ("f1_macro", "ratio of sums")):
+        found = compare(runs, f"test/{name}")
+        assert arm(found, "better").rows == {}
+        (note,) = (note for note in found.notes if "over test rows" in note)
+        assert note.startswith(noted.format(name) + f"baseline s0 ({kind} 0.")
+        assert note.endswith(" and 1 more")
+        assert f"logged {arm(found, 'better').values[0]:.9g}" in note
+    for name in ("auc_x", "logloss_x", "f1_micro"):
+        found = compare(runs, f"test/{name}")
+        rows = arm(found, "better").rows
+        assert list(rows) == ([0, 2] if name == "f1_micro" else [0, 1, 2])
+        assert all(low < difference < high for difference, low, high in rows.values())
+        assert [note.startswith(noted.format(name) + "better s1 (ratio of sums 0.") and note.endswith(", logged 0.5)")
+                for note in found.notes if "over test rows" in note] == [True] * (name == "f1_micro")  # fmt: skip
 
-    assert task.TEST_ROWS_FILE == TEST_ROWS_FILE
+
+def test_rounding_of_rows_to_float32_is_no_other_metric() -> None:
+    """Scores that differ in float64 alone are ties in float32, and the AUC of the rows is another."""
+    label, random = np.repeat([1.0, 0.0], 500), np.random.default_rng(1)
+    score = 1 + np.where(random.random(1000) < 0.5, random.random(1000) * 1e-8, random.standard_normal(1000))
+    rows = MetricRows(label, score.astype(np.float32).astype(np.float64), labelled=True)
+    logged = roc_auc_score(label, score)
+    assert abs(rows.metric() - logged) > 1e-5
+    assert rows.make(logged)
+    assert not rows.make(logged + 0.2)
+    assert not any(MetricRows(label * 0, score, labelled=True).make(value) for value in (0.0, 0.5, math.nan))
+    assert not any(MetricRows(label, score * 0, labelled=False).make(value) for value in (0.0, math.nan, math.inf))
 
 
 def test_unfinished_runs_are_counted_in_a_note(comparison: Comparison) -> None:
@@ -656,7 +721,7 @@ def test_frame_and_its_csv(comparison: Comparison, tmp_path: Path) -> None:
     focal = frame.set_index("arm").loc["l.1 g1"]
     assert focal["difference"] == arm(comparison, "l.1 g1").difference.mean
     assert focal["control.difference"] == arm(comparison, "l.1 g1").against_control.mean
-    assert (focal["rows.s0.low"], focal["rows.s0.high"]) == (1, 1)
+    assert (UNIT, focal["rows.s0.low"], focal["rows.s0.high"]) == arm(comparison, "l.1 g1").rows[0]
     assert focal["side.test/auc_ctr.difference"] == pytest.approx(UNIT)
     assert focal["params.loss.aux_focal.enabled"] == "true"
     assert (focal["seeds"], focal["seeds_shared"]) == (3, 3)

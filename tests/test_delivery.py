@@ -253,7 +253,7 @@ def test_a_run_that_begins_without_the_store_is_made_there_when_it_is_back(
     assert made.info.status == "FINISHED"
     assert made.info.run_name == run.name == "test"
     assert points(client, made.info.run_id) == expected(range(10))
-    assert (found.run_id, found.status) == (run.id, "FINISHED")
+    assert (found.first_id, found.status) == (run.id, "FINISHED")
 
 
 # --- a process dies --------------------------------------------------------------------------------------------------
@@ -559,7 +559,7 @@ def test_runs_are_found_by_key_and_fork(client: Any, writer: Writer, here: Path)
         "FINISHED",
         {"loss_total": 0.5},
     )
-    assert found.run_dir == str(plain.folder.resolve())
+    assert found.tags["run_dir"] == str(plain.folder.resolve())
     assert [run.run_id for run in writer.find(run_key="k1", fork="x@3")] == [forked.id]
     assert writer.find(run_key="k2") == []
     assert writer.find(run_id="0" * 32) == []

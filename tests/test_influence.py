@@ -27,6 +27,7 @@ from pipeline.config import load
 from pipeline.console import Console
 from pipeline.influence import cosine, flat, gradients, norm
 from pipeline.losses import binary_focal_factor, log_probability, multi_label_focal_factor
+from pipeline.row_intervals import read_rows
 from pipeline.run import MemoryRun
 from pipeline.task import Task
 from pipeline.tasks.mmoe.config import MmoeConfig
@@ -534,6 +535,7 @@ def test_the_aucs_of_the_file_are_the_logged_ones(small: Make, many: str, tmp_pa
     for metric in ("auc_ctr", "auc_ctcvr"):
         found = roc_auc_score(table[f"label/{metric}"], table[f"score/{metric}"])
         assert found == pytest.approx(logged[f"test/{metric}"], abs=1e-6)
+        assert read_rows(file, f"test/{metric}").make(logged[f"test/{metric}"])
     rows = pd.read_parquet(Path(many) / "test.parquet", columns=["click", "conversion"])
     assert table["label/auc_ctr"].tolist() == rows["click"].tolist()
     assert table["label/auc_ctcvr"].tolist() == rows["conversion"].tolist()
@@ -676,7 +678,9 @@ def test_the_pairs_of_the_file_make_the_logged_f1(make: MakeReviews, tmp_path: P
     assert list(rows.columns) == ["numerator/pair_f1_micro", "denominator/pair_f1_micro"]
     hits, pairs = rows.sum()
     assert 0 < hits < pairs
-    assert hits / pairs == pytest.approx(task.evaluate(model, "test", "cpu")["test/pair_f1_micro"], abs=1e-12)
+    logged = task.evaluate(model, "test", "cpu")["test/pair_f1_micro"]
+    assert hits / pairs == pytest.approx(logged, abs=1e-12)
+    assert read_rows(tmp_path / "evaluation" / "test_rows.parquet", "test/pair_f1_micro").make(logged)
     # each review by sets of (aspect, sentiment), from the file and from the predictions that were left
     said = pd.read_csv(tmp_path / "evaluation" / "test_predictions.csv")
     truth = pd.read_csv(task.config.data.test or "")

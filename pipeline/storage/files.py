@@ -1,8 +1,9 @@
-"""Files that are hashed while they are written, and on the disk when they are done."""
+"""Files that are whole: replaced at once, hashed while they are written, on the disk when they are done."""
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -52,6 +53,28 @@ def write_hashed(file: Path, write: Callable[[HashedStream], object]) -> Entry:
         stream.flush()
         os.fsync(stream.fileno())
     return Entry(hashed.size, hashed.digest.hexdigest())
+
+
+@contextmanager
+def replacing(file: Path, own: str = "", *, durable: bool = False) -> Iterator[Path]:
+    """A hidden path beside the file, to write to: it gets the file's name at the end, and is gone after an error.
+
+    Whoever opens the file finds the old one or the new one, whole. What a kill leaves, the next writer writes over.
+
+    Args:
+        own: sets a writer apart from others that may write the file at the same time.
+        durable: a power cut, too, leaves the old one or the new one; else it may leave an empty one.
+    """
+    work = file.with_name(f".{file.name}.{own}" if own else f".{file.name}")
+    try:
+        yield work
+        if durable:
+            sync(work)
+        work.replace(file)
+    except BaseException:
+        with suppress(OSError):
+            work.unlink(missing_ok=True)
+        raise
 
 
 def sync(path: Path) -> None:

@@ -13,6 +13,7 @@ from pipeline.console import say
 from pipeline.importing import uncollected
 from pipeline.interrupts import SIGNALS
 from pipeline.runtime.processes import take_standard_output
+from pipeline.tracking.client import connect, download, find_by_id, set_tags
 from pipeline.tracking.delivery import NO_WORD, Cursor, Delivery, wait_for_turn
 from pipeline.tracking.inbox import Inbox
 from pipeline.tracking.messages import (
@@ -29,7 +30,7 @@ from pipeline.tracking.messages import (
     Refused,
     WriterReply,
 )
-from pipeline.tracking.opening import connect, find, find_by_id, open_run, open_without_store, set_tags
+from pipeline.tracking.opening import find, open_run, open_without_store
 from pipeline.tracking.store import (
     context_tags,
     is_temporary,
@@ -133,10 +134,8 @@ def _open(request: OpenRun, away: str) -> OpenedRun:
 
 def _fetch(run_id: str, file: str, folder: str) -> FetchedArtifact | Refused:
     """Copy a run's artifact into the folder."""
-    client = connect()
-    if file not in [found.path for found in client.list_artifacts(run_id)]:
-        return Refused(f"run {run_id} in {tracking_uri()} has no artifact {file}")
-    return FetchedArtifact(client.download_artifacts(run_id, file, folder))
+    path = download(connect(), run_id, file, Path(folder))
+    return FetchedArtifact(str(path)) if path else Refused(f"run {run_id} in {tracking_uri()} has no artifact {file}")
 
 
 def _abandon(run_id: str | None, failure: str) -> None:

@@ -16,12 +16,14 @@ from filelock import FileLock, Timeout
 
 from pipeline.console import say
 from pipeline.journal import JOURNAL_FILE, JournalReader, Record, leaves
-from pipeline.names import DELIVERED_FILE
+from pipeline.names import CANONICAL, DELIVERED_FILE
 from pipeline.ownership import owner_number
+from pipeline.storage.files import replacing
+from pipeline.tracking.client import connect, find_by_id, set_tags
 from pipeline.tracking.history import write_history
 from pipeline.tracking.inbox import Inbox
 from pipeline.tracking.messages import DeliveryReport, Progress
-from pipeline.tracking.opening import connect, delete_stale, find_by_id, make_for, set_tags
+from pipeline.tracking.opening import delete_stale, make_for
 from pipeline.tracking.store import is_random, is_temporary, one_line, probe, store_key, tracking_uri, was_just_made
 
 HISTORY_FILE = "history.parquet"
@@ -63,10 +65,9 @@ class Cursor:
         """Remember; where that cannot be written, an older one stays, and what came after it is delivered again."""
         saved = {"run_id": self.run_id, "offset": self.offset, "ended": self.ended, "problems": self.problems}
         self.stores[self.store] = saved
-        work = self.file.with_name(f".{self.file.name}")
         try:
-            work.write_text(json.dumps(self.stores, indent=1), encoding="utf-8")
-            work.replace(self.file)
+            with replacing(self.file) as work:
+                work.write_text(json.dumps(self.stores, indent=1), encoding="utf-8")
         except OSError as error:
             say(f"warning: {self.file}: {error.strerror or error}; what was delivered may be delivered once more")
 
@@ -273,7 +274,7 @@ class Delivery:
 
         new = [Param(key, value) for key, value in values.items() if key not in self.params]
         # a dotted key typed as `-P optim.dense.lr=3e-4` stays as it was typed: its canonical text is a tag
-        typed = {f"canonical.{key}": value for key, value in values.items()
+        typed = {CANONICAL + key: value for key, value in values.items()
                  if "." in key and self.params.get(key, value) != value}  # fmt: skip
         if typed:
             self._require("tags", set_tags, self.client, self.run_id, typed)

@@ -10,9 +10,9 @@ from pipeline.console import say
 from pipeline.errors import TrainingError, UserError
 from pipeline.journal import JOURNAL_FILE, JournalReader, same_value
 from pipeline.ownership import alive_owner
+from pipeline.tracking.client import connect, find_by_id, stored_points, stored_run
 from pipeline.tracking.delivery import Cursor
-from pipeline.tracking.opening import LARGEST, connect, find_by_id
-from pipeline.tracking.store import one_line, probe, refusal, store_key, tracking_uri
+from pipeline.tracking.store import probe, refusal, store_key, tracking_uri
 
 SHOWN = 3  # metrics that are named
 Points = dict[str, dict[int, list[float]]]  # metric -> step -> values
@@ -165,8 +165,7 @@ def _of_store(journal: Journal) -> Iterator[Finding]:
     status = run.info.status
     yield Finding(f"store: run {run.info.run_id} is {status}", None if status == (journal.ended_as or status) else sync)
     again = f"{sync} --again"
-    canonical = {key.removeprefix("canonical."): value for key, value in run.data.tags.items()}
-    params = run.data.params | {key: value for key, value in canonical.items() if key in run.data.params}
+    params = stored_run(run).canonical_params
     # a short name keeps what `mlflow run` wrote as it was typed
     wrong = [
         key for key, value in journal.params.items() if params.get(key) != value and ("." in key or key not in params)
@@ -176,7 +175,7 @@ def _of_store(journal: Journal) -> Iterator[Finding]:
     try:
         stored, lost = _points_in_store(client, run), _missing_artifacts(client, run.info.run_id, journal.artifacts)
     except Exception as error:  # whatever the store says becomes the user's one line
-        raise TrainingError(f"tracking store {tracking_uri()}: {one_line(error)}") from None
+        raise TrainingError(refusal(error)) from None
     yield from _of_points(journal, stored, again)
     yield Finding(f"store: {len(journal.artifacts) - len(lost)} of {len(journal.artifacts)} artifacts",
                   f"{_named(lost)}: {again}" if lost else None)  # fmt: skip
@@ -208,11 +207,10 @@ def _of_points(journal: Journal, stored: Points, again: str) -> Iterator[Finding
 
 
 def _points_in_store(client: Any, run: Any) -> Points:
-    infinite = {LARGEST: float("inf"), -LARGEST: float("-inf")}
     found: Points = {}
     for key in run.data.metrics:
-        for point in client.get_metric_history(run.info.run_id, key):
-            found.setdefault(key, {}).setdefault(point.step, []).append(infinite.get(point.value, point.value))
+        for point in stored_points(client, run.info.run_id, key):
+            found.setdefault(key, {}).setdefault(point.step, []).append(point.value)
     return found
 
 

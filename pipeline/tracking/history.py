@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.journal import Record, points
+from pipeline.storage.files import replacing
 
 GROUP_POINTS = 50_000  # of a row group: what is in memory at a time
 
@@ -20,12 +21,10 @@ def write_history(journal: Path, file: Path, moved: Callable[[], None] = lambda:
     schema = pa.schema(
         {"metric": pa.string(), "step": pa.int64(), "value": pa.float64(), "timestamp": pa.int64()}.items()
     )
-    work = file.with_name(f".{file.name}")  # a kill leaves the old one or the new one
-    with pq.ParquetWriter(work, schema) as writer:
+    with replacing(file) as work, pq.ParquetWriter(work, schema) as writer:
         for columns in _groups(points(journal)):
             writer.write_table(pa.table(dict(zip(schema.names, columns, strict=True)), schema=schema))
             moved()
-    work.replace(file)
 
 
 def _groups(records: Iterator[Record]) -> Iterator[list[list[Any]]]:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import get_args
 
+from pipeline.names import CANONICAL, ORIGINAL
+
 # ---------------------------------------------------------------- requests of the trainer
 
 
@@ -111,22 +113,33 @@ class DeliveryReport:
 
 
 @dataclass(frozen=True)
-class FoundRun:
-    """A run as the store has it."""
+class StoredRun:
+    """A run as the store has it: no points but the last of each metric."""
 
     run_id: str
     name: str
     status: str
     start_time: int  # milliseconds since the epoch
-    run_dir: str | None  # its folder
-    tags: Mapping[str, str]
+    artifact_uri: str
     params: Mapping[str, str]
-    metrics: Mapping[str, float]  # the last point of each
+    metrics: Mapping[str, float]
+    tags: Mapping[str, str]
+
+    @property
+    def first_id(self) -> str:
+        """The id that it began with, maybe elsewhere or before the store had it."""
+        return self.tags.get(ORIGINAL, self.run_id)
+
+    @property
+    def canonical_params(self) -> dict[str, str]:
+        """The params; a key that was typed in another spelling has its canonical text in a tag."""
+        typed = {key.removeprefix(CANONICAL): text for key, text in self.tags.items() if key.startswith(CANONICAL)}
+        return {**self.params, **typed}
 
 
 @dataclass(frozen=True)
 class FoundRuns:
-    runs: tuple[FoundRun, ...]  # oldest first
+    runs: tuple[StoredRun, ...]  # oldest first
 
 
 @dataclass(frozen=True)

@@ -3,36 +3,19 @@
 import os
 import socket
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import TrainingError
 from pipeline.journal import JOURNAL_FILE, JournalWriter, Record
-from pipeline.names import FORKED_FROM
-from pipeline.tracking.creation import ensure_store
-from pipeline.tracking.messages import FindRuns, FoundRun, OpenedRun, RunRequest
-from pipeline.tracking.store import (
-    check_artifacts,
-    context_tags,
-    is_random,
-    settle,
-    tracking_uri,
-)
+from pipeline.names import FORKED_FROM, ORIGINAL
+from pipeline.tracking.client import connect, find_by_id, search, set_tags, stored_points, stored_run
+from pipeline.tracking.messages import FindRuns, OpenedRun, RunRequest, StoredRun
+from pipeline.tracking.store import check_artifacts, context_tags, is_random, tracking_uri
 
 STALE_TAGS = {"failure", "pruned"}  # of an earlier start: gone when a run goes on
 LAUNCHED = "launches"  # tag of a run that only started another one
-ORIGINAL = "original_run_id"  # tag of a run that was made on this server for one that began elsewhere
-LARGEST = 1.7976931348623157e308  # stands for infinity in a database
-
-
-def connect() -> Any:
-    """MLflow's client, on a store that is there."""
-    import mlflow
-
-    settle()
-    ensure_store(str(mlflow.get_tracking_uri()))
-    return mlflow.MlflowClient()
 
 
 def open_run(request: RunRequest, output_dir: Path, last_steps: Mapping[str, int]) -> OpenedRun:
@@ -104,18 +87,6 @@ def _of_id(client: Any, run_id: str, resumed: bool) -> Any:
     return found or client.get_run(run_id)  # which says that there is none
 
 
-def find_by_id(client: Any, run_id: str) -> Any | None:
-    """The run with this id, or the one that was made on this server for it; None where there is neither."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return client.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-    return next(search(client, f"tags.{ORIGINAL} = '{run_id}'"), None) if run_id.isalnum() else None
-
-
 def make_for(client: Any, opened: Record, folder: Path) -> Any:
     """A run here for one that began elsewhere, or without the store."""
     tags = opened["tags"] | {ORIGINAL: opened["id"], "run_dir": str(folder), "host": opened["host"]}
@@ -123,24 +94,7 @@ def make_for(client: Any, opened: Record, folder: Path) -> Any:
     return client.create_run(experiment_id, start_time=opened["time"], run_name=opened["name"], tags=tags)
 
 
-def search(client: Any, filter_string: str) -> Iterator[Any]:
-    """Every run of all experiments that the filter finds, oldest first."""
-    ids = [found.experiment_id for found in _pages(client.search_experiments)]
-    order = ["attributes.start_time ASC"]
-    return iter(_pages(client.search_runs, experiment_ids=ids, filter_string=filter_string, order_by=order))
-
-
-def _pages(ask: Any, **arguments: Any) -> list[Any]:
-    found, token = [], None
-    while True:
-        page = ask(page_token=token, **arguments)
-        found += page
-        token = page.token
-        if not token:
-            return found
-
-
-def find(request: FindRuns) -> tuple[FoundRun, ...]:
+def find(request: FindRuns) -> tuple[StoredRun, ...]:
     """The runs that `Writer.find` asks for."""
     client = connect()
     if request.run_id is not None:
@@ -148,26 +102,7 @@ def find(request: FindRuns) -> tuple[FoundRun, ...]:
     else:
         found = search(client, f"tags.run_key = '{request.run_key}'")
         runs = [run for run in found if run.data.tags.get(FORKED_FROM) == request.fork]
-    return tuple(
-        FoundRun(
-            run_id=run.data.tags.get(ORIGINAL, run.info.run_id),
-            name=run.info.run_name or "",
-            status=run.info.status,
-            start_time=run.info.start_time,
-            run_dir=run.data.tags.get("run_dir"),
-            tags=dict(run.data.tags),
-            params=dict(run.data.params),
-            metrics=dict(run.data.metrics),
-        )
-        for run in runs
-        if run.info.lifecycle_stage == "active"
-    )
-
-
-def set_tags(client: Any, run_id: str, tags: Mapping[str, str]) -> None:
-    from mlflow.entities import RunTag
-
-    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+    return tuple(stored_run(run) for run in runs if run.info.lifecycle_stage == "active")
 
 
 def delete_stale(client: Any, run: Any, tags: Mapping[str, str]) -> None:
@@ -193,10 +128,10 @@ def _read_back(client: Any, run: Any, folder: Path, last_steps: Mapping[str, int
     journal = JournalWriter(folder / JOURNAL_FILE)
     for key in lost:
         steps = set[int]()
-        for point in client.get_metric_history(run.info.run_id, key):
+        for point in stored_points(client, run.info.run_id, key):
             if point.step > last_steps.get(key, -1) and point.step not in steps:
                 steps.add(point.step)
-                value = {LARGEST: float("inf"), -LARGEST: float("-inf")}.get(point.value, point.value)
-                journal.append({"op": "known", "step": point.step, "time": point.timestamp, "values": {key: value}})
+                journal.append({"op": "known", "step": point.step, "time": point.timestamp,
+                                "values": {key: point.value}})  # fmt: skip
     journal.close()
     return True

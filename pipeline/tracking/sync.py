@@ -10,10 +10,10 @@ from pipeline.console import say
 from pipeline.errors import TrainingError, Undelivered, UserError
 from pipeline.journal import JOURNAL_FILE, JournalWriter, read_all
 from pipeline.ownership import Ownership
+from pipeline.tracking.client import connect, find_by_id
 from pipeline.tracking.delivery import Cursor, Delivery
 from pipeline.tracking.inbox import Inbox
 from pipeline.tracking.messages import DeliveryReport, FinishRun, Progress
-from pipeline.tracking.opening import connect, find_by_id
 from pipeline.tracking.store import CLIENT_SETTINGS, is_temporary, probe, refusal, store_key, tracking_uri
 
 PATIENCE_SECONDS = 30.0  # without any progress

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, os_errors
 from pipeline.tasks.mmoe.cells import Cells, Floats, Place, Texts, bad_cell, no_column, number_text
 from pipeline.tasks.mmoe.schema import (
     FIRST_ID,
@@ -81,12 +81,10 @@ class Encoder:
         """
         schema = DataSchema.read(folder)
         file = folder / VOCABULARY_FILE
-        try:
+        with os_errors(file):
             if sha256_of(file) != schema.vocabulary_sha256:
                 raise UserError(f"{file}: not the vocabulary that schema.json was written with; run prepare_ctr again")
             table = pq.ParquetFile(file).read()
-        except OSError as error:
-            raise UserError(f"{file}: {error.strerror or error}") from None
         return cls(schema, {
             feature.name: table.filter(pc.equal(table["feature"], feature.name))["value"].to_pylist()
             for feature in schema.features if feature.kind != "numeric"

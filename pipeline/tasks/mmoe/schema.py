@@ -71,7 +71,8 @@ class FeatureSource(Config):
         return self.weights is not None or self.weight_separator is not None
 
 
-def _short_form(value: Any) -> Any:
+def short_form(value: Any) -> Any:
+    """A feature of which only the kind is written."""
     return {"kind": value} if isinstance(value, str) else value
 
 
@@ -116,7 +117,7 @@ class SourceSchema(Config):
     """CSV without a header: the columns' names in file order; null = the first line names them"""
     csv: CsvSource = CsvSource()
     labels: LabelSource
-    features: dict[str, Annotated[FeatureSource, BeforeValidator(_short_form)]] = Field(min_length=1)
+    features: dict[str, Annotated[FeatureSource, BeforeValidator(short_form)]] = Field(min_length=1)
     """column -> kind, or a mapping with `kind` and its settings"""
     missing_values: tuple[str, ...] = MISSING_TEXT
     """text that means "no value" (exact; in a numeric column any spelling); the default is what pandas reads so"""

@@ -17,6 +17,7 @@ from annotated_types import Ge
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.errors import UserError
+from pipeline.storage.files import replacing
 from pipeline.tasks.visobert.reviews import SENTIMENTS, Reviews, without_polarity
 
 ALPHA_FILE = "alpha.json"
@@ -59,9 +60,8 @@ class Alpha:
             aspect: [sum(counts) / (3 * count) if count else None for count in counts]
             for aspect, counts in zip(self.aspects, self.per_aspect_counts, strict=True)
         }
-        part = file.with_name(f".{file.name}.{os.getpid()}")
-        part.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        part.replace(file)
+        with replacing(file, str(os.getpid())) as work:
+            work.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, file: Path) -> "Alpha":

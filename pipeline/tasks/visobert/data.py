@@ -17,7 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pipeline.errors import UserError
+from pipeline.errors import os_errors
+from pipeline.storage.files import replacing
 from pipeline.task import Rows
 from pipeline.tasks.visobert.reviews import SENTIMENTS
 from pipeline.tasks.visobert.tokenizer import Tokenizer, Tokens
@@ -147,12 +148,8 @@ def tokenise(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int, cache:
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         pass  # not there yet, or not whole: made anew
     tokens = tokenizer.encode(texts, max_tokens)
-    try:
+    with os_errors(f"data.cache {cache}"):
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}.tmp")
-        with partial.open("wb") as stream:
+        with replacing(file, str(os.getpid())) as work, work.open("wb") as stream:
             np.savez(stream, ids=tokens.ids, lengths=tokens.lengths)
-        partial.replace(file)
-    except OSError as error:
-        raise UserError(f"data.cache {cache}: {error.strerror or error}") from None
     return tokens

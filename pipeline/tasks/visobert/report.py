@@ -8,8 +8,8 @@ import pandas as pd
 from pipeline import plots
 from pipeline.task import write_test_rows
 from pipeline.tasks.visobert.answers import MENTIONED_TEXT, Answers
-from pipeline.tasks.visobert.reviews import MENTIONED, NOT_MENTIONED, SENTIMENTS, UNKNOWN, Reviews
-from pipeline.tasks.visobert.scores import aspect_table, confusion, labelled
+from pipeline.tasks.visobert.reviews import MENTIONED, NOT_MENTIONED, SENTIMENTS, UNKNOWN, Reviews, labelled
+from pipeline.tasks.visobert.scores import aspect_table, confusion
 from pipeline.tasks.visobert.statistics import ALL
 
 MOST_CONFIDENT = 200

@@ -128,7 +128,7 @@ def detection_only(training: Reviews, named: Sequence[str]) -> tuple[str, ...]:
         if name not in training.aspects:
             raise UserError(f"data.detection_only: {absent('aspect', name, training.aspects)}")
     mentioned = (training.labels == MENTIONED).any(axis=0)
-    polar = _has_polarity(training.labels).any(axis=0)
+    polar = labelled(training.labels).any(axis=0)
     return tuple(
         aspect
         for aspect, only in zip(training.aspects, mentioned & ~polar, strict=True)
@@ -139,11 +139,12 @@ def detection_only(training: Reviews, named: Sequence[str]) -> tuple[str, ...]:
 def without_polarity(reviews: Reviews, aspects: Sequence[str]) -> Reviews:
     """The same reviews, where a sentiment of these aspects is a mention and no more."""
     chosen = np.isin(reviews.aspects, list(aspects))
-    labels = np.where(chosen & _has_polarity(reviews.labels), np.int8(MENTIONED), reviews.labels)
+    labels = np.where(chosen & labelled(reviews.labels), np.int8(MENTIONED), reviews.labels)
     return replace(reviews, labels=labels)
 
 
-def _has_polarity(labels: Labels) -> npt.NDArray[np.bool_]:
+def labelled(labels: Labels) -> npt.NDArray[np.bool_]:
+    """Cells with a polarity."""
     return (labels >= 0) & (labels < len(SENTIMENTS))
 
 
@@ -258,7 +259,7 @@ def _wide(
         used = (labels != NOT_MENTIONED).any(axis=0)
         notes += [f"{file}: no review mentions {aspects[column]}" for column in np.flatnonzero(~used)]
         if form.aspects is None:
-            polar = _has_polarity(labels).any(axis=0)
+            polar = labelled(labels).any(axis=0)
             _refuse_strangers(file, bad, {aspects[column] for column in np.flatnonzero(polar)})
     labels[labels == _BAD] = UNKNOWN
     return _Labelled(labels, aspects, bad, notes, _explain_cell)

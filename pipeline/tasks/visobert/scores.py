@@ -7,9 +7,8 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
 
-from pipeline.tasks.visobert.reviews import NOT_MENTIONED, SENTIMENTS, UNKNOWN
+from pipeline.tasks.visobert.reviews import NOT_MENTIONED, SENTIMENTS, UNKNOWN, Labels, labelled
 
-Labels = npt.NDArray[np.int8]
 Flags = npt.NDArray[np.bool_]
 CLASSES = tuple(range(len(SENTIMENTS)))
 PRIOR_MENTIONS = 30  # how many mentions outweigh the threshold 0.5
@@ -21,11 +20,6 @@ class Prediction:
 
     sentiment: npt.NDArray[np.int8]  # [N, A], index of SENTIMENTS, whether the aspect is mentioned or not
     mentioned: Flags | None  # [N, A]; None where the model does not detect aspects
-
-
-def labelled(labels: Labels) -> Flags:
-    """Cells with a polarity."""
-    return (labels >= 0) & (labels < len(SENTIMENTS))
 
 
 def score(labels: Labels, prediction: Prediction, names: Sequence[str], polar: Flags) -> dict[str, float]:

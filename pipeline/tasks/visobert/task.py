@@ -37,8 +37,8 @@ from pipeline.tasks.visobert.model import AspectSentimentModel, Output, Pretrain
 from pipeline.tasks.visobert.predict import predict_logits
 from pipeline.tasks.visobert.pretrained import model_folder
 from pipeline.tasks.visobert.report import write_pair_rows, write_report
-from pipeline.tasks.visobert.reviews import NOT_MENTIONED, SENTIMENTS, UNKNOWN
-from pipeline.tasks.visobert.scores import labelled, score, tuned_thresholds
+from pipeline.tasks.visobert.reviews import NOT_MENTIONED, SENTIMENTS, UNKNOWN, labelled
+from pipeline.tasks.visobert.scores import score, tuned_thresholds
 from pipeline.tasks.visobert.splits import Splits, load_splits
 from pipeline.tasks.visobert.tokenizer import Tokenizer, load_tokenizer
 

@@ -1,13 +1,13 @@
 """What a schema YAML with `format: aliccp` says of a folder with the original Ali-CCP files."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.config import Config, Positive
 from pipeline.errors import UserError
-from pipeline.tasks.mmoe.schema import SplitSource
+from pipeline.tasks.mmoe.schema import SplitSource, short_form
 
 MOST_FIELDS, MOST_NAME_BYTES = 1024, 64
 
@@ -35,10 +35,6 @@ class RawSplit(SplitSource):
     """split by the hash of this cell; common_feature_index keeps the rows of a user together"""
 
 
-def _short_form(value: Any) -> Any:
-    return {"kind": value} if isinstance(value, str) else value
-
-
 class RawSource(Config):
     """The original files: what is read, what the fields are, and what is done with rows that do not fit."""
 
@@ -46,7 +42,7 @@ class RawSource(Config):
     train: RawFiles = RawFiles(skeleton="sample_skeleton_train.csv", common_features="common_features_train.csv")
     test: RawFiles | None = None
     """files that are the test split; then split.test is 0. null = none, every split is of the files under train"""
-    features: dict[str, Annotated[RawFeature, BeforeValidator(_short_form)]] = Field(default_factory=dict)
+    features: dict[str, Annotated[RawFeature, BeforeValidator(short_form)]] = Field(default_factory=dict)
     """field -> kind, or a mapping with its settings"""
     other_fields: Literal["auto", "ignore"] = "auto"
     """fields that are not under features"""

@@ -30,6 +30,7 @@ from pipeline.tasks.mmoe.schema import (
     Feature,
     Split,
     sha256_of,
+    sha256_of_parts,
 )
 
 WORK_FORMAT = 1  # of the work folder
@@ -211,7 +212,7 @@ def _group_rows(scan: Scan) -> int:
 
 def _source(scan: Scan) -> str:
     names = ", ".join(item.file.name for item in scan.inputs)
-    return f"{names}, SHA-256 {hashlib.sha256(''.join(scan.digests).encode()).hexdigest()}"
+    return f"{names}, SHA-256 {sha256_of_parts(scan.digests)}"
 
 
 def _link(file: Path, to: Path) -> None:

@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import os
 import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -13,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, os_errors
 from pipeline.interrupts import Interrupted
+from pipeline.storage.files import replacing, sync
 
 FOLDER = ".prepare_ctr"
 _PROGRESS, _LOCK = "progress.npz", "lock"
@@ -61,14 +61,10 @@ class Work:
     def save(self, facts: dict[str, Any], arrays: Arrays) -> None:
         """Keep these. `facts["spills"]`: file name -> bytes that are valid; they are on disk before the progress is."""
         for name in facts["spills"]:
-            with (self.folder / name).open("rb+") as spill:
-                os.fsync(spill.fileno())
-        new = self.folder / f"{_PROGRESS}.new"
-        with new.open("wb") as stream:
-            np.savez(stream, facts=np.frombuffer(json.dumps(facts).encode(), dtype=np.uint8), **arrays)  # type: ignore[arg-type]
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(new, self.folder / _PROGRESS)
+            sync(self.folder / name)
+        text = np.frombuffer(json.dumps(facts).encode(), dtype=np.uint8)
+        with replacing(self.folder / _PROGRESS, durable=True) as work, work.open("wb") as stream:
+            np.savez(stream, facts=text, **arrays)  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -85,11 +81,9 @@ def work_in(output_dir: Path) -> Iterator[Work]:
     made = [path for path in (output_dir, *output_dir.parents) if not path.exists()]
     if folder.exists():
         made = [output_dir]  # by an earlier process
-    try:
+    with os_errors(f"output_dir {output_dir}"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / _LOCK).open("w")
-    except OSError as error:
-        raise UserError(f"output_dir {output_dir}: {error.strerror or error}") from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
