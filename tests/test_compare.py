@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -26,7 +27,7 @@ from pipeline.errors import UserError
 from pipeline.loading import _of_file, _of_store
 from pipeline.names import TEST_ROWS_FILE
 from pipeline.row_intervals import MetricRows
-from pipeline.stats import bootstrap_auc, percentile_interval
+from pipeline.stats import bootstrap_auc, paired, percentile_interval
 from pipeline.tables import _Formats
 from pipeline.tracking.client import Point
 
@@ -752,6 +753,30 @@ def test_text_is_aligned_and_ends_with_the_verdict(comparison: Comparison) -> No
     assert max(map(len, lines)) <= 120
     assert "auc_ctr" in text
     assert any(line.startswith("note: not finished") for line in lines)
+
+
+def test_what_is_written_is_what_was_found(comparison: Comparison) -> None:
+    """Whatever the words: bounds in order, p after Holm (2 x 0.0742 for the arm), signs, stars, and which way is up."""
+    focal, lower = arm(comparison, "l.1 g1"), compare(load_runs(SWEEP), mode="min")
+    for write_out in (to_text, to_markdown):
+        text = write_out(comparison).replace("\N{MINUS SIGN}", "-")
+        bounds = re.findall(r"([-+]?[\d.]+) to ([-+]?[\d.]+)", text)
+        assert len(bounds) > 4
+        assert all(float(low) <= float(high) for low, high in bounds)
+        assert re.search(r"\b0\.148\d?\b", text)
+        assert not re.search(r"\b0\.074\d?\b", text)
+        assert "-0.5052" in text
+        assert "*" not in re.sub(r"\*\*|\*(?=[: ])", "", text)
+        assert re.search("(more|higher) is better", text)
+        assert not re.search("(less|lower) is better", text)
+        assert re.search("(less|lower) is better", write_out(lower))
+        for p, shown in ((0.0051, r"0\.0051?"), (1e-9, r"< 0\.0+1")):
+            side = {"test/auc_ctr": paired([-0.3, -0.2, -0.25])}  # half the interval: 4.30 x 0.05 / sqrt(3) = 0.124
+            one = replace(focal, p_adjusted=p, side=side, rows={0: (0.1, -0.2, 0.3)})
+            text = write_out(replace(comparison, arms=(comparison.arms[0], one))).replace("\N{MINUS SIGN}", "-")
+            assert re.search(rf"{shown}(?!\d)", text)
+            assert "-0.2500*" in text
+            assert re.search(r"\+0\.10+ \(-0\.20+ to \+0\.30+\)", text)
 
 
 def test_no_more_than_six_side_metrics_in_a_terminal_but_all_in_the_frame(store: Store) -> None:

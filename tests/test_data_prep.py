@@ -61,7 +61,9 @@ def test_alpha_by_hand() -> None:
     assert (alpha.mode, alpha.labelled_cells, alpha.detection_only) == ("auto", 8, ("C",))
     assert alpha.per_aspect_counts == ((2, 1, 1), (1, 1, 2), (0, 0, 0))
     assert (alpha.digest, alpha.source) == ("ab12", "train.csv")
-    assert alpha_of(reviews_of(labels), (), "auto").counts == (3, 2, 4)
+    every = alpha_of(reviews_of(labels), (), "auto")
+    assert every.counts == (3, 2, 4)
+    assert every.metrics() == {"alpha/positive": 9 / 9, "alpha/negative": 9 / 6, "alpha/neutral": 9 / 12}
 
 
 @settings(deadline=None)

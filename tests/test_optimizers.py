@@ -144,6 +144,8 @@ def test_coalesced_by_hand() -> None:
     repeated = torch.sparse_coo_tensor(torch.tensor([[6, 1, 6]]), values, (9, 1), check_invariants=True)
     assert coalesced(repeated).indices().tolist() == [[1, 6]]
     assert coalesced(repeated).values().tolist() == [[2.0], [5.0]]
+    side_by_side = torch.sparse_coo_tensor(torch.tensor([[1, 4, 4]]), values, (9, 1), check_invariants=True)
+    assert coalesced(side_by_side).values().tolist() == [[1.0], [6.0]]
 
 
 def embedding_config(**values: str) -> MmoeConfig:

@@ -213,6 +213,20 @@ def test_the_best_weights_are_those_up_to_the_checkpoint(small: Make, tmp_path: 
     assert all(torch.equal(found[name], weights_then[name]) for name in weights_then)
 
 
+def test_patience_and_loss_scale_go_on_from_where_they_were(small: Make, tmp_path: Path) -> None:
+    settings = {"training.amp": "fp16", "evaluation.every_steps": 2, "evaluation.patience": 3}
+    task, run = MmoeTask(small(**settings)), Kept(folder=tmp_path / "run")
+    training = training_of(task, run)
+    training.advance(1)
+    training.scaler.update(512.0)
+    training.keeper.best = float("inf")  # nothing that comes is better
+    training.advance(4)
+    again = training_of(task, Kept(folder=run.folder))
+    restore(again, Checkpoints(run.folder).at(4))
+    assert again.scaler.get_scale() == 512
+    assert again.train().steps == 6  # the third evaluation in vain: the first two were before the checkpoint
+
+
 def test_a_state_of_another_model_is_refused(small: Make, tmp_path: Path) -> None:
     run = Kept(folder=tmp_path / "run")
     training_of(MmoeTask(small()), run).train()

@@ -15,8 +15,10 @@ from pipeline.__main__ import ENTRIES
 from pipeline.__main__ import resolve as named
 from pipeline.config import load
 from pipeline.errors import UserError
+from pipeline.sweep import Sweep
 from pipeline.sweep_config import GridConfig, SweepConfig
 from pipeline.sweep_plan import Plan, resolve
+from pipeline.sweeps.requests import TrainPrefix, TrainRun
 from pipeline.tasks.mmoe.config import MmoeConfig
 
 SWEEP: dict[str, Any] = {
@@ -113,14 +115,33 @@ def test_the_identity_is_of_what_is_run_and_on_what(tmp_path: Path) -> None:
 
 
 def test_what_arms_share_is_the_run_until_the_gate(tmp_path: Path) -> None:
+    late = {"loss.late_pos_weight.ctcvr": 0.1}  # from step 2000
     plan = plan_of(tmp_path, arms=[{"lambda": 0.05}, {"gamma": 2}, {"warmup_steps": 1500}, {"optim.dense.lr": 0.001},
-                                   {"loss.late_pos_weight.ctcvr": 0.1, "aux_focal": False}])  # fmt: skip
+                                   {"aux_focal": False} | late, {"warmup_steps": 1500} | late,
+                                   {"warmup_steps": 2500} | late,
+                                   {"loss.aux_focal.log_components": False}])  # fmt: skip
     trunks = [arm.config.trunk() for arm in plan.arms]
-    assert [step for _, step in trunks] == [None, 2000, 2000, 1500, 2000, 2000]
+    assert [step for _, step in trunks] == [None, 2000, 2000, 1500, 2000, 2000, 1500, 2000, 2000]  # the earlier of two
     prints = [config.fingerprint() for config, _ in trunks]
-    assert len({prints[0], *prints[1:4], prints[5]}) == 1
-    assert prints[4] != prints[0]
+    assert len({prints[0], *prints[1:4], *prints[5:8]}) == 1
+    assert len({prints[0], prints[4], prints[8]}) == 3  # what is logged is shared, too
     assert trunks[0][0].fingerprint() == plan.baseline.config.fingerprint()
+
+
+def test_arms_branch_at_their_own_gates_from_what_logs_as_they_do(tmp_path: Path) -> None:
+    arms = [{"warmup_steps": 300}, {"warmup_steps": 700}, {"warmup_steps": 500, "tracking.log_every": 5}]
+    plan = plan_of(tmp_path, arms=arms, seeds=[0, 1], settings={"output_dir": str(tmp_path)})
+    sweep = Sweep(plan)
+    sweep.digest, sweep.id = "d" * 64, "5eed"
+    requests = [job.request for job in sweep.jobs({})]
+    trained = [request for request in requests if isinstance(request, TrainPrefix)]
+    assert [sorted(request.folders) for request in trained] == [["300", "700"]] * 2  # a prefix a seed
+    assert not set(trained[0].folders.values()) & set(trained[1].folders.values())
+    runs = [request for request in requests if isinstance(request, TrainRun)]
+    for seed, prefix in enumerate(trained):
+        wanted = [prefix.folders["700"], prefix.folders["300"], prefix.folders["700"], None]
+        assert [run.prefix for run in runs[4 * seed : 4 * seed + 4]] == wanted
+    assert [run.tags.get("branch_step") for run in runs] == ["700", "300", "700", None] * 2
 
 
 def test_a_control_adds_lambda_to_the_weight_of_conversions_from_the_gate_on(tmp_path: Path) -> None:
