@@ -260,7 +260,7 @@ def test_ctrl_c_ends_the_run_killed_with_what_it_had(workplace: Path, client: An
     assert trainer.stdout
     assert trainer.stdout.readline().startswith("{")
     trainer.send_signal(signal.SIGINT)
-    errors = trainer.communicate(timeout=60)[1]
+    errors = trainer.communicate(timeout=120)[1]
     assert trainer.returncode == 130
     assert "Traceback" not in errors
     (run,) = client.search_runs(["0"])

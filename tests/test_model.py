@@ -190,13 +190,15 @@ def assert_is_naive(model: Mmoe, features: Sequence[Feature], rows: Sequence[Row
         output = model(batch_of(rows, features))
     assert output.logits.shape == (len(rows), 2)
     assert output.logits.dtype == torch.float32
-    np.testing.assert_allclose(output.logits.numpy(), [logits for logits, _ in expected], rtol=1e-4, atol=1e-5)
+    # some 60 terms of fp32 a logit, which may cancel: 60 roundings of 6e-8, on terms of size 10
+    np.testing.assert_allclose(output.logits.numpy(), [logits for logits, _ in expected], rtol=1e-4, atol=1e-4)
     gates = [gates for _, gates in expected]
     if gates[0] is None:
         assert output.gates is None
     else:
         assert output.gates is not None
-        np.testing.assert_allclose(output.gates.numpy(), gates, rtol=1e-4, atol=1e-6)
+        # an error of a gate's score is a relative one of the share: 18 roundings, on scores up to 30
+        np.testing.assert_allclose(output.gates.numpy(), gates, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["mmoe", "shared_bottom"])
@@ -242,7 +244,7 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     with torch.no_grad():
         together = model(batch_of(rows, ALL)).logits
         alone = torch.cat([model(batch_of([row], ALL)).logits for row in rows])
-    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)  # another shape may have another kernel
 
 
 def only(part: str, **weights: Any) -> Mmoe:
@@ -271,7 +273,7 @@ def test_factorisation_machine_of_one_feature_is_nothing() -> None:
     model = model_of((TAGS,), heads=HeadsConfig(ctr=head, cvr=head))
     with torch.no_grad():
         found = model(batch_of(random_rows((TAGS,), 5, seed=4), (TAGS,))).logits
-    torch.testing.assert_close(found, model.bias.detach().expand(5, 2), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, model.bias.detach().expand(5, 2), rtol=0, atol=1e-4)  # squares that cancel
 
 
 def test_wide_by_hand() -> None:
@@ -318,7 +320,7 @@ def test_first_logits_are_the_base_rates(kind: str, ctr: float, cvr: float) -> N
         assert near.std(0).min() > 0  # not all the same
         model.embedding.table[:, :8] = 0
         model.embedding.numeric_weight[..., :8] = 0
-        torch.testing.assert_close(model(batch).logits, odds.expand(50, 2), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(model(batch).logits, odds.expand(50, 2), rtol=1e-5, atol=0)
 
 
 def test_base_rates_of_zero_and_one_are_bounded() -> None:
@@ -424,7 +426,7 @@ def test_sparse_and_dense_tables_have_the_same_gradient() -> None:
         assert one.grad is not None
         assert other.grad is not None
         assert other.grad.is_sparse == (name == "embedding.table")
-        torch.testing.assert_close(one.grad, other.grad.to_dense(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(one.grad, other.grad.to_dense(), rtol=1e-4, atol=1e-4)  # sums in another order
     named = {
         offset + one
         for row in rows
@@ -568,7 +570,8 @@ def test_autocast(kind: torch.dtype, heads: HeadsConfig) -> None:
         found.logits.sum().backward()
     exact = model(batch)
     assert found.logits.dtype == found.gates.dtype == torch.float32
-    torch.testing.assert_close(found.logits, exact.logits, rtol=0.05, atol=0.15)
+    # bf16 rounds by 2^-8: the vectors, two layers of experts, their mix, two of towers, the last; logits of size 5
+    torch.testing.assert_close(found.logits, exact.logits, rtol=0, atol=7 * 2**-8 * 5 * 2)
     torch.testing.assert_close(found.gates, exact.gates, rtol=0.1, atol=0.02)
     torch.testing.assert_close(found.gates.sum(-1), torch.ones(30, 2))
     for name, weight in model.named_parameters():

@@ -293,7 +293,7 @@ def test_sample_and_mean_do_not_depend_on_batches(sizes: list[int], kept: int) -
     smallest = sorted(range(rows), key=scalar_splitmix)[:kept]
     for numbers in (whole, cut):
         assert sorted(numbers.sample()[:, 0]) == sorted(values[smallest, 0])
-        assert numbers.means() == pytest.approx(np.nanmean(values, axis=0), rel=1e-12)
+        assert numbers.means() == pytest.approx(np.nanmean(values, axis=0), rel=1e-11)  # 8,000 roundings
     assert whole.means().tolist() == cut.means().tolist()
 
 
@@ -306,7 +306,7 @@ def test_mean_does_not_depend_on_batches_across_blocks() -> None:
             numbers.add(np.arange(start, min(start + size, len(values))), values[start : start + size])
         means |= set(numbers.means().tolist())
     assert len(means) == 1
-    assert means.pop() == pytest.approx(values.mean(), rel=1e-12)
+    assert means.pop() == pytest.approx(values.mean(), rel=1e-10)  # 200,000 roundings of 1e-16
 
 
 # ---------------------------------------------------------------- properties over random frames

@@ -465,7 +465,7 @@ def ui(folder: Path, port: int) -> Iterator[subprocess.Popen[str]]:
         yield process
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait(20)
+        process.wait(120)
 
 
 def listening(port: int) -> set[str]:
@@ -490,7 +490,7 @@ def test_make_ui_serves_this_machine_alone(client: Any, workplace: Path) -> None
     with ui(workplace, port) as process:
         assert process.stdout
         assert process.stdout.readline().startswith(f"http://127.0.0.1:{port}/")
-        assert urlopen(f"http://127.0.0.1:{port}/health", timeout=10).status == 200
+        assert urlopen(f"http://127.0.0.1:{port}/health", timeout=120).status == 200
         assert listening(port) == {"0100007F"}  # 127.0.0.1, least byte first
 
 

@@ -28,7 +28,7 @@ def open_run(writer: Writer, **request: Any) -> MlflowRun:
     return MlflowRun(writer, RunRequest(**{"name": "test"} | request), Path("outputs"))
 
 
-def wait_for(condition: Any, seconds: float = 30) -> None:
+def wait_for(condition: Any, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -276,7 +276,7 @@ for step in range(50):
     run.log_metrics(step, {"loss_total": step})
 run.flush()
 print(run.id, flush=True)
-time.sleep(60)
+time.sleep(600)
 """
     trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=workplace)
     assert trainer.stdout
