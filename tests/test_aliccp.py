@@ -160,15 +160,12 @@ def test_values_as_float32_of_the_double(tmp_path: Path) -> None:
 
 
 def test_a_cut_last_line_is_told_and_left_out(tmp_path: Path) -> None:
-    lines = len(SKELETON_TEXT.splitlines())
-    for cut in range(1, len(SKELETON_TEXT.splitlines()[-1]) + 1):
-        text, out = SKELETON_TEXT[:-cut], tmp_path / str(cut)
-        schema = prepare(tmp_path, write_raw(tmp_path, text, COMMON_TEXT), out)
-        # 1: the line end alone; 2 and 3: the value 1.0 is 1. and 1, which is the same
-        whole = cut <= 3
-        assert schema.counts["cut_lines"] == (0 if whole else 1 if cut < len(SKELETON_TEXT.splitlines()[-1]) + 1 else 0)
-        assert schema.counts["lines"] == lines
-        assert schema.splits["train"].rows == (4 if whole else 3)
+    last = len(SKELETON_TEXT.splitlines()[-1])
+    # 1: the line end alone; 2 and 3: the value 1.0 is 1. and 1, which is the same
+    for cut in (1, 2, 3, 4, 5, 14, 15, 17, 20, last - 1, last):
+        schema = prepare(tmp_path, write_raw(tmp_path, SKELETON_TEXT[:-cut], COMMON_TEXT), tmp_path / str(cut))
+        assert (schema.counts["cut_lines"], schema.splits["train"].rows) == ((0, 4) if cut <= 3 else (1, 3))
+        assert schema.counts["lines"] == len(SKELETON_TEXT.splitlines())
 
 
 def test_a_malformed_line_is_named(tmp_path: Path, call_pipeline: Call) -> None:
@@ -213,6 +210,7 @@ def test_a_malformed_line_is_named(tmp_path: Path, call_pipeline: Call) -> None:
     ({"test": {"skeleton": "a", "common_features": "b"}, "split": {"test": 0.1}}, "allowed: one of both"),
     ({"test": {"skeleton": "a", "common_features": "b"}}, r"no file a \(nor a\.gz\)"),
     ({"conversion_without_click": "keep"}, "one of: drop, no_conversion, click"),
+    ({"features": {"click": "multi"}}, r"features\.click: the prepared files have such a column; allowed"),
     ({"split": {"train": 1e-9, "validation": 1 - 1e-9, "test": 0}}, "4 rows, none of them in the training split"),
 ])  # fmt: skip
 def test_a_schema_that_does_not_fit(tmp_path: Path, keys: dict[str, Any], told: str) -> None:
@@ -238,12 +236,6 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / f"{SKELETON}.gz").write_bytes(gzip.compress(SKELETON_TEXT.encode())[:-30])
     with pytest.raises(UserError, match=r"\.gz: not a whole gzip file"):
         prepare(tmp_path, schema, tmp_path / "out")
-
-
-def test_names_that_the_prepared_files_have(tmp_path: Path) -> None:
-    text = line("1,0,0,x", "click=7")
-    with pytest.raises(UserError, match=r"features\.click: the prepared files have such a column; allowed"):
-        prepare(tmp_path, write_raw(tmp_path, text, ""), tmp_path / "out")
 
 
 # ---------------------------------------------------------------- a slow reader of its own

@@ -239,31 +239,6 @@ def test_a_steps_influence_is_that_of_textbook_losses(small: Make, many: str, op
         assert logged[f"influence/focal_factor_{name}"] == pytest.approx(parts[name].item(), rel=SUMS)
 
 
-def test_the_norm_is_a_slope_by_finite_differences(small: Make, many: str) -> None:
-    """Along its own gradient a loss rises by the gradient's length."""
-    differentiable = {"loss.aux_focal.warmup_steps": 0, "loss.aux_focal.detach_p_for_weight": "false"}
-    task = MmoeTask(small(**{"data.path": many}, **differentiable))
-    torch.manual_seed(0)
-    model, batch = task.model(), task.batch(np.arange(3000))
-    counts = task.counts(batch)
-    losses = task.losses(model, batch, counts, 0)
-    probed = task.probe(model, losses)
-    slopes = task.influence(probed, losses)
-    assert model.experts is not None
-    experts = list(model.experts.parameters())
-    started = [weight.detach().clone() for weight in experts]
-    for name in ("loss_ctr", "loss_ctcvr_bce", "loss_ctcvr_focal", "loss_cvr_aux"):
-        length = slopes[f"influence/grad_norm/{name}"].item()
-        direction = torch.split(probed[name] / length, [weight.numel() for weight in experts])
-        values = []
-        for side in (1, -1):
-            with torch.no_grad():
-                for weight, start, part in zip(experts, started, direction, strict=True):
-                    weight.copy_(start + side * 0.005 * part.view_as(weight))
-                values.append(task.losses(model, batch, counts, 1)[name].double().item())
-        assert (values[0] - values[1]) / 0.01 == pytest.approx(length, rel=0.01), name
-
-
 def test_shares_add_up_whatever_a_micro_batch_holds(small: Make, many: str) -> None:
     """3,000 rows in one piece, and in pieces of which some have no conversion and one no click."""
     task = MmoeTask(small(**{"data.path": many, "loss.aux_focal.warmup_steps": 0}))
@@ -667,29 +642,6 @@ def test_a_sentiment_that_a_step_lacks_has_no_factor_and_stops_nothing(make: Mak
     names = {f"influence/focal_factor/{name}" for name in ("positive", "negative", "neutral")}
     assert any(names - set(values) for values in measured)
     assert any(names & set(values) for values in measured)
-
-
-def test_the_pairs_of_the_file_make_the_logged_f1(make: MakeReviews, tmp_path: Path) -> None:
-    task = make(**{"training.max_steps": 30, "training.num_train_epochs": 3})
-    torch.manual_seed(0)
-    training = Training(task, MemoryRun(), Console(0, quiet=True), "cpu")
-    model = training.train().model
-    task.report(model, tmp_path, "cpu")
-    rows = pd.read_parquet(tmp_path / "evaluation" / "test_rows.parquet")
-    assert list(rows.columns) == ["numerator/pair_f1_micro", "denominator/pair_f1_micro"]
-    hits, pairs = rows.sum()
-    assert 0 < hits < pairs
-    assert hits / pairs == pytest.approx(task.evaluate(model, "test", "cpu")["test/pair_f1_micro"], abs=1e-12)
-    # each review by sets of (aspect, sentiment), from the file and from the predictions that were left
-    said = pd.read_csv(tmp_path / "evaluation" / "test_predictions.csv")
-    truth = pd.read_csv(task.config.data.test or "")
-    assert len(rows) == len(truth) == 35
-    for row in range(len(truth)):
-        judged = [aspect for aspect in ("Pin", "Camera") if truth[aspect][row] != "?"]
-        gold = {(a, truth[a][row].lower()) for a in judged if isinstance(truth[a][row], str)}
-        told = {(a, said[a][row]) for a in judged if isinstance(said[a][row], str)}
-        expected = [2 * len(gold & told), len(gold) + len(told)]
-        assert rows.iloc[row].tolist() == expected, row
 
 
 @pytest.mark.parametrize("seed", range(4))

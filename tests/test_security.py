@@ -23,7 +23,7 @@ import torch
 import yaml
 from conftest import ROOT
 from safetensors import SafetensorError
-from test_report import HOSTILE, comparison, written
+from test_report import EMPTY, HOSTILE, comparison, written
 from test_report import arm as arm_of
 
 from pipeline import __main__ as command_line
@@ -185,25 +185,19 @@ CODE = [
 ]
 
 
-@pytest.mark.parametrize("code", CODE)
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["train_mmoe", "--config", "FILE"],
-        ["train_visobert", "--config", "FILE"],
-        ["data_prep", "--config", "FILE"],
-        ["compare", "--config", "FILE"],
-        ["sweep", "--config", "FILE"],
-        ["prepare_ctr", "--data", "x.csv", "--output_dir", "out", "--schema", "FILE"],
-    ],
-    ids=lambda arguments: arguments[0],
-)
+READS_YAML = [
+    *(f"{entry} --config FILE" for entry in ("train_mmoe", "train_visobert", "data_prep", "compare", "sweep")),
+    "prepare_ctr --data x.csv --output_dir out --schema FILE",
+]
+
+
+@pytest.mark.parametrize(("arguments", "code"), zip(READS_YAML, [*CODE, CODE[0]], strict=True))
 def test_tags_that_would_run_code(
-    code: str, arguments: list[str], tmp_path: Path, sentinel: Path, capsys: pytest.CaptureFixture[str]
+    code: str, arguments: str, tmp_path: Path, sentinel: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "file.yaml"
     file.write_text(f"a: {code.replace('SENTINEL', str(sentinel))}\n")
-    status, line = exit_of(capsys, *(part.replace("FILE", str(file)) for part in arguments))
+    status, line = exit_of(capsys, *(part.replace("FILE", str(file)) for part in arguments.split()))
     assert status == 2
     assert line.startswith(f"error: {file}: line 1 not valid YAML: could not determine a constructor for the tag")
 
@@ -353,17 +347,11 @@ def test_a_comparisons_note_shows_names_as_they_are() -> None:
 def test_a_review_a_feature_and_a_param_in_the_page(tmp_path: Path) -> None:
     params = {f"data.{HOSTILE}": HOSTILE}
     compared = comparison(arm_of(HOSTILE, (0.61, 0.62, 0.63), (0.6, 0.6, 0.6), differing=params), notes=(HOSTILE,))
-    page, source = written(compared, _no_history(), tmp_path)
+    page, source = written(compared, EMPTY, tmp_path)
     assert not page.broken
     assert len(page.find("script")) == 1
     assert source.count("<script") == 1
     assert "&lt;script&gt;" in source
-
-
-def _no_history() -> Any:
-    from test_report import EMPTY
-
-    return EMPTY
 
 
 def test_attributes_cannot_be_closed_from_inside() -> None:
@@ -416,13 +404,9 @@ def dangers(file: Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("file", PACKAGE, ids=lambda file: file.relative_to(ROOT).as_posix())
-def test_nothing_in_the_package_runs_what_it_reads(file: Path) -> None:
-    assert not dangers(file)
-
-
-def test_loaders_of_yaml_are_safe_ones() -> None:
+def test_nothing_in_the_package_runs_what_it_reads() -> None:
     for file in PACKAGE:
+        assert not dangers(file), file
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ClassDef) and "Loader" in node.name:
                 assert [ast.unparse(base) for base in node.bases] == ["yaml.SafeLoader"]
@@ -522,7 +506,7 @@ def test_a_uri_is_told_without_its_secrets(uri: str, monkeypatch: pytest.MonkeyP
     assert "127.0.0.1" in told
 
 
-@pytest.mark.parametrize("uri", SECRETS[:4])
+@pytest.mark.parametrize("uri", [SECRETS[0], SECRETS[3]])
 def test_a_server_that_is_away_is_told_without_secrets(uri: str, tmp_path: Path) -> None:
     (tmp_path / "reviews.csv").write_text(
         "text,Camera\n" + "".join(f"máy {row},{word}\n" for row, word in enumerate(("Positive", "Negative", "Neutral")))

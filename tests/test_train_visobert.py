@@ -212,15 +212,6 @@ def test_same_seed_same_history_and_weights(tmp_path: Path) -> None:
     assert histories[0] != histories[2]
 
 
-def test_the_test_split_is_judged_by_the_validation_thresholds(tmp_path: Path) -> None:
-    task = small_task(tmp_path, **files(tmp_path), **{"training.num_train_epochs": "2"})
-    _, training = trained(task)
-    before = training.model.thresholds.clone()
-    assert not bool((before == 0.5).all())
-    task.evaluate(training.model, "test", "cpu")
-    assert training.model.thresholds.equal(before)
-
-
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -283,21 +274,6 @@ def test_a_sentiment_without_an_example_says_what_to_do(tmp_path: Path) -> None:
         small_task(tmp_path, **{"data.train": str(tmp_path / "train.csv")})
     task = small_task(tmp_path, **{"data.train": str(tmp_path / "train.csv"), "multi_label.focal_alpha": "null"})
     assert task.alpha.vector == (1.0, 1.0, 1.0)
-
-
-def test_oversampling_leaves_alpha_alone_unless_asked(tmp_path: Path) -> None:
-    given = files(tmp_path) | {"data.oversampling": "capped", "data.oversampling_ratio": "2.5"}
-    plain = small_task(tmp_path, **files(tmp_path))
-    original = small_task(tmp_path, **given)
-    counted = small_task(tmp_path, **given, **{"multi_label.alpha_from": "oversampled"})
-    assert original.alpha.vector == plain.alpha.vector
-    assert counted.alpha.vector != plain.alpha.vector
-    assert sum(map(len, original.plan(0))) > sum(map(len, plain.plan(0))) == len(plain.splits.train)
-    assert original.splits.digest == plain.splits.digest
-    assert (
-        original.evaluate(original.model(), "valid", "cpu").keys()
-        == plain.evaluate(plain.model(), "valid", "cpu").keys()
-    )
 
 
 def test_without_detection_no_score_of_mentions_is_logged(tmp_path: Path) -> None:
