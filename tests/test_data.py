@@ -126,7 +126,7 @@ def every(table: ImpressionTable) -> Impressions:
     return table.batch(np.arange(len(table)))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(tables(), st.booleans())
 def test_impressions_are_the_columns(table: tuple[list[Feature], list[Row]], sliced: bool) -> None:
     """Sliced columns too, whose lists do not start at 0."""
@@ -137,7 +137,7 @@ def test_impressions_are_the_columns(table: tuple[list[Feature], list[Row]], sli
     assert_holds(every(impressions(columns, layout_of(features))), rows, features)
 
 
-@settings(deadline=None, max_examples=250)
+@settings(deadline=None, max_examples=100)
 @given(tables(), st.data())
 def test_batch_is_a_gather_of_rows(table: tuple[list[Feature], list[Row]], data: st.DataObject) -> None:
     """Any rows in any order, repeated, or none."""
@@ -151,7 +151,7 @@ def test_batch_is_a_gather_of_rows(table: tuple[list[Feature], list[Row]], data:
     assert_holds(whole.batch(torch.from_numpy(index)), picked, features)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(tables(), st.integers(1, 10))
 def test_batches_are_all_rows_in_order(table: tuple[list[Feature], list[Row]], size: int) -> None:
     features, rows = table

@@ -344,9 +344,9 @@ def test_without_a_network(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session, tries = type(get_session()), []
     for method in ("request", "send", "get"):
         refuse = getattr(session, method)
-        monkeypatch.setattr(session, method, lambda *_, refuse=refuse, **__: tries.append(1) or refuse())
+        monkeypatch.setattr(session, method, lambda *a, refuse=refuse, **__: tries.append(str(a)) or refuse())
     message = assert_tells_what_to_do(lambda: model_folder("someone/model", None, weights=True))
-    assert len(tries) == 1
+    assert len([one for one in tries if "someone/model" in one]) == 1
     assert "no route to host" in message
     assert "someone/model" in message
 
