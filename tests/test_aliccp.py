@@ -439,6 +439,8 @@ def test_the_same_as_a_slow_reader(
         patch.setattr(aliccp_lines, "BLOCK_BYTES", block)
         patch.setattr(aliccp_scan, "SLOTS", 1 << 23 if block > 1000 else 4)
         patch.setattr(prepare_module, "ROW_GROUP_ROWS", 4)
+        for constant, words in (("CHUNK_WORDS", 30), ("GAP_WORDS", 2)):  # so that a few rows are several chunks
+            patch.setattr(aliccp_columns, constant, words)
         folder = Path(name)
         schema_file = write_raw(folder, skeleton, common, **rules)
         if compressed:
@@ -464,47 +466,6 @@ def test_the_same_as_a_slow_reader(
             assert schema.counts[kind] == counts[kind], kind
         assert schema.counts["cut_lines"] == counts["cut"]
         _frames_mean_the_same(folder / "out", splits["train"], known, source)
-
-
-def longer_files(seed: int) -> tuple[str, str]:
-    """Hundreds of lines of both, from few choices."""
-    generator = np.random.default_rng(seed)
-
-    def chosen(options: tuple[str, ...]) -> str:
-        return options[generator.integers(len(options))]
-
-    def list_of(fields: tuple[str, ...], most: int) -> str:
-        parts = [f"{chosen(fields)}\x02{generator.integers(40) ** 13}\x03{chosen(VALUES)}"
-                 for _ in range(generator.integers(most))]  # fmt: skip
-        return f"{len(parts)}," + "\x01".join(parts) + "\n"
-
-    common = "".join(f"user {number}," + list_of(COMMON_FIELDS, 30) for number in range(300))
-    skeleton = "".join(
-        f"{number},{number % 2},{number % 4 // 3},user {generator.integers(320)}," + list_of(SKELETON_FIELDS, 8)
-        for number in range(600)
-    )
-    return skeleton, common
-
-
-@pytest.mark.parametrize("rules", [
-    {"min_count": 2, "hash_buckets": 3},
-    {"min_count": 60, "split": {"by": "common_feature_index", "seed": 5, "train": 0.5, "validation": 0.3, "test": 0.2}},
-    {"conversion_without_click": "click", "without_common_features": "drop", "hash_buckets": 1, "min_count": 80},
-])  # fmt: skip
-def test_the_same_as_a_slow_reader_on_longer_files(rules: dict[str, Any]) -> None:
-    skeleton, common = longer_files(len(rules))
-    rules = {"split": ALL_TRAINING} | rules
-    splits, known, _ = slowly(skeleton, common, RawSource.model_validate({"format": "aliccp"} | rules))
-    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(aliccp_lines, "BLOCK_BYTES", 5000)
-        patch.setattr(aliccp_scan, "SLOTS", 16)
-        patch.setattr(prepare_module, "ROW_GROUP_ROWS", 100)
-        for constant, words in (("CHUNK_WORDS", 300), ("GAP_WORDS", 20)):
-            patch.setattr(aliccp_columns, constant, words)
-        prepare(Path(name), write_raw(Path(name), skeleton, common, **rules), Path(name) / "out")
-        source = RawSource.model_validate({"format": "aliccp"} | rules)
-        for split, rows in splits.items():
-            assert columns(Path(name) / "out", split) == slow_columns(rows, known, source)
 
 
 def _frames_mean_the_same(folder: Path, rows: list[Row], known: dict[str, Any], source: RawSource) -> None:

@@ -102,7 +102,9 @@ def test_help_lists_every_key_with_type_default_and_meaning(name: str) -> None:
     options = {
         text.split(" VALUE ")[0].split(", --")[-1]: text for text in " ".join(result.output.split()).split(" --")
     }
+    assert len({key.path for key in keys(model)}) == len(list(keys(model)))
     for key in keys(model):
+        assert key.field.description, key.path
         if key.path == "config":  # --config names the file that holds this key
             continue
         text = options[f"{key.path}"] if key.path in options else options[f"training.{key.path}"]
