@@ -80,14 +80,6 @@ def test_labels_and_probabilities(rows: Columns) -> None:
         assert rows[name].std() > 0.01
 
 
-def test_mean_truth(rows: Columns) -> None:
-    """The same of the probabilities, which vary less: of p_ctr plainly, of p_cvr where clicks are expected."""
-    for p, weight, rate in ((rows["p_ctr"], np.ones(ROWS), 0.04), (rows["p_cvr"], rows["p_ctr"], 0.03)):
-        error = math.sqrt(np.square(weight * (p - rate)).sum()) / weight.sum() * math.sqrt(1 + ROWS / CALIBRATED_ON)
-        assert error < 0.01 * rate
-        assert abs(np.average(p, weights=weight) - rate) < 4 * error
-
-
 def standard_scores(
     p: npt.NDArray[Any], events: npt.NDArray[Any], group: npt.NDArray[Any], least: float
 ) -> npt.NDArray[Any]:
@@ -313,7 +305,7 @@ def test_the_seed_decides(tmp_path: Path) -> None:
         assert np.mean(one == other) < 0.1
 
 
-@pytest.mark.parametrize("chunk", [300, 1600, 1999, 2000, 100_000])
+@pytest.mark.parametrize("chunk", [300, 1999, 100_000])
 def test_rows_that_are_no_multiple_of_the_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     """Every row is there once, chunk by chunk, and no chunk is another's copy."""
     monkeypatch.setattr(embedded, "CHUNK_ROWS", chunk)

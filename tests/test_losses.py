@@ -375,12 +375,6 @@ def test_clicked_cross_entropy(label: float) -> None:
     assert_close(values, expected, LINE.tolist())
 
 
-def test_click_cross_entropy_by_hand() -> None:
-    """sigmoid(log 3) = 3/4."""
-    found = binary_cross_entropy(log_probability(torch.full((2,), math.log(3))), torch.tensor([1.0, 0.0]), 10.0)
-    assert found.tolist() == pytest.approx([10 * math.log(4 / 3), math.log(4)], rel=ROUNDINGS)
-
-
 def test_clicked_cross_entropy_is_nothing_without_a_click() -> None:
     """Value and gradient exactly 0, at any logit, whatever the conversion column says."""
     logits = torch.tensor(GRID, requires_grad=True)

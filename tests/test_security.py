@@ -29,7 +29,7 @@ from test_report import arm as arm_of
 from pipeline import __main__ as command_line
 from pipeline.checkpoint import Damaged, read, write
 from pipeline.compare import NOTE_LENGTH, to_markdown
-from pipeline.config import load, read_yaml, to_yaml
+from pipeline.config import load, to_yaml
 from pipeline.errors import UserError
 from pipeline.page.markup import tag
 from pipeline.tasks.mmoe.config import MmoeConfig
@@ -227,31 +227,6 @@ def test_a_few_lines_that_stand_for_billions(tmp_path: Path, capsys: pytest.Capt
         2, f"error: {file}: found over 1 MiB, allowed: a YAML file of settings"
     )  # fmt: skip
     assert exit_of(capsys, "train_mmoe", "--config", "/dev/zero")[0] == 2
-
-
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        ("run_name: 2001-13-45", "month must be in 1..12"),
-        ("seed: !!int ''", "a value that is none"),
-        ("seed: !!bool x", "a value that is none"),
-        ("seed: 0b_", "a value that is none"),
-        ("seed: " + "9" * 5000, "a value that is none"),
-        ("seed: 0x" + "f" * 5000, "seed: found a whole number of 20000 bits"),
-        ('output_dir: "a\\0b"', "output_dir: found a zero character"),
-        ('output_dir: "\\ud800"', "output_dir: found half a character"),
-        ('training: {"\\0": 1}', "training: found a zero character"),
-        ("? [a]\n: b", "unhashable"),
-        ("? {a: 1}\n: b", "unhashable"),
-    ],
-)
-def test_values_that_yaml_itself_stumbles_over(text: str, told: str, tmp_path: Path) -> None:
-    file = tmp_path / "file.yaml"
-    file.write_text(text)
-    with pytest.raises(UserError) as caught:
-        read_yaml(file)
-    assert str(caught.value).startswith(f"{file}:")
-    assert told in str(caught.value)
 
 
 # ---------------------------------------------------------------- names that become files
