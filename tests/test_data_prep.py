@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import Call, mlflow_run, run_pipeline
+from conftest import Call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -359,9 +359,9 @@ def test_data_prep_leaves_alpha_everywhere(workplace: Path, client: Any, prep: C
     assert last == f"next: train_visobert with data.train={file}, data_prep_run={run.info.run_id}"
 
 
-def test_embedded_reviews_through_mlproject(project: Path, client: Any) -> None:
-    overrides = {"data.embedded.rows": "500", "data.detection_only": "[Others]"}
-    result = mlflow_run("data_prep", project, **overrides)
+def test_embedded_reviews_by_the_shipped_config(project: Path, client: Any, prep: Call) -> None:
+    result = prep("--config", "configs/data_prep.yaml", "--data.embedded.rows", "500",
+                  "--data.detection_only", "[Others]")  # fmt: skip
     assert result.returncode == 0, result.stderr
     (run,) = client.search_runs(["0"])
     assert run.info.status == "FINISHED"
@@ -424,10 +424,11 @@ def test_an_oversampled_file_is_told_with_both_alphas(workplace: Path, client: A
     assert told["train"]["oversampled"] is True
 
 
-def test_untracked_leaves_files_alone(tmp_path: Path) -> None:
+def test_untracked_leaves_files_alone(tmp_path: Path, prep: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "some.csv").write_text(SOME, encoding="utf-8")
     arguments = ["--data", "some.csv", "--tracking.enabled", "false", "--output_dir", "out"]
-    result = run_pipeline("data_prep", *arguments, cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    result = prep(*arguments)
     assert result.returncode == 0, result.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"some.csv", "out"}
     assert result.stderr.strip().splitlines()[-1] == "next: train_visobert with data.train=some.csv"

@@ -800,9 +800,11 @@ def test_rows_are_counted_within_a_file_whatever_the_batches(tmp_path: Path) -> 
     folder.mkdir()
     (folder / "a.csv").write_text(GOOD, encoding="utf-8")
     (folder / "b.csv").write_text(GOOD + "1,0,a,x\n", encoding="utf-8")
+    schema = write_schema(tmp_path, PLAIN)
     for batch_rows in (1, 2, 3, 100):
         with pytest.raises(UserError, match=r"b\.csv: row 4, column price: found 'x'"):
-            prepare(folder, write_schema(tmp_path, PLAIN), tmp_path / "out", batch_rows=batch_rows)
+            prepare(folder, schema, tmp_path / "out", batch_rows=batch_rows)
+    schema.unlink()
     (folder / "b.csv").write_text(GOOD.replace("price", "prize"), encoding="utf-8")
     assert f"{folder / 'b.csv'}: no column price; did you mean prize?" in refusal(tmp_path, folder)
 
