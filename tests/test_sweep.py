@@ -393,6 +393,8 @@ def test_arms_on_different_data_are_refused(workplace: Path, impressions: Path, 
     assert "a sweep is on one data set" in result.stderr.splitlines()[-1]
 
 
+@pytest.mark.faults
+@pytest.mark.skipif(os.environ.get("FAULTS") != "full", reason="FAULTS=full: the launcher of a search is killed")
 def test_a_search_whose_launcher_is_killed_goes_on_with_the_trials_that_it_was_at(
     workplace: Path, client: Any, impressions: Path, run_sweep: Call, tmp_path: Path
 ) -> None:
