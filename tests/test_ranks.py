@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import ranked
 import torch
+from conftest import Call
 
 from pipeline import ranks
 from pipeline.config import load
@@ -262,11 +263,11 @@ def test_a_killed_rank_ends_the_job_and_any_number_goes_on(
     assert "is finished already" in told
 
 
-def test_other_entry_points_are_for_one_process() -> None:
-    environment = os.environ | {"WORLD_SIZE": "2", "RANK": "1"}
-    for entry in ("sweep", "compare"):
-        done = subprocess.run([sys.executable, "-m", "pipeline", entry], env=environment, cwd=ROOT, text=True,
-                              capture_output=True, check=False)  # fmt: skip
+def test_other_entry_points_are_for_one_process(monkeypatch: pytest.MonkeyPatch, call_pipeline: Call) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    for entry in ("main", "sweep", "data_prep", "compare"):
+        done = call_pipeline(entry)
         assert done.returncode == 2
         assert done.stderr == (f"error: rank 1: {entry}: found WORLD_SIZE 2, allowed: 1 (torchrun is for train_mmoe "
                                "and train_visobert)\n")  # fmt: skip
