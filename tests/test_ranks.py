@@ -97,7 +97,7 @@ def test_gradients_from_the_same_states_are_those_of_one_process(tmp_path: Path,
     points = range(0, 60, 3)
     trained(tmp_path, 1, settings, steps=60, states=list(points))
     one = trained(tmp_path / "one", 1, settings, compared=str(tmp_path))
-    for size in (2, 3):
+    for size in (2, 3) if FULL else (2,):
         many = trained(tmp_path / str(size), size, settings, compared=str(tmp_path))
         assert sorted(map(int, many)) == list(points)
         for step, found in one.items():
