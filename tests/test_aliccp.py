@@ -160,15 +160,12 @@ def test_values_as_float32_of_the_double(tmp_path: Path) -> None:
 
 
 def test_a_cut_last_line_is_told_and_left_out(tmp_path: Path) -> None:
-    lines = len(SKELETON_TEXT.splitlines())
-    for cut in range(1, len(SKELETON_TEXT.splitlines()[-1]) + 1):
-        text, out = SKELETON_TEXT[:-cut], tmp_path / str(cut)
-        schema = prepare(tmp_path, write_raw(tmp_path, text, COMMON_TEXT), out)
-        # 1: the line end alone; 2 and 3: the value 1.0 is 1. and 1, which is the same
-        whole = cut <= 3
-        assert schema.counts["cut_lines"] == (0 if whole else 1 if cut < len(SKELETON_TEXT.splitlines()[-1]) + 1 else 0)
-        assert schema.counts["lines"] == lines
-        assert schema.splits["train"].rows == (4 if whole else 3)
+    last = len(SKELETON_TEXT.splitlines()[-1])
+    # 1: the line end alone; 2 and 3: the value 1.0 is 1. and 1, which is the same
+    for cut in (1, 2, 3, 4, 5, 14, 15, 17, 20, last - 1, last):
+        schema = prepare(tmp_path, write_raw(tmp_path, SKELETON_TEXT[:-cut], COMMON_TEXT), tmp_path / str(cut))
+        assert (schema.counts["cut_lines"], schema.splits["train"].rows) == ((0, 4) if cut <= 3 else (1, 3))
+        assert schema.counts["lines"] == len(SKELETON_TEXT.splitlines())
 
 
 def test_a_malformed_line_is_named(tmp_path: Path, call_pipeline: Call) -> None:
@@ -213,12 +210,15 @@ def test_a_malformed_line_is_named(tmp_path: Path, call_pipeline: Call) -> None:
     ({"test": {"skeleton": "a", "common_features": "b"}, "split": {"test": 0.1}}, "allowed: one of both"),
     ({"test": {"skeleton": "a", "common_features": "b"}}, r"no file a \(nor a\.gz\)"),
     ({"conversion_without_click": "keep"}, "one of: drop, no_conversion, click"),
+    ({}, r"features\.click: the prepared files have such a column; allowed"),
     ({"split": {"train": 1e-9, "validation": 1 - 1e-9, "test": 0}}, "4 rows, none of them in the training split"),
 ])  # fmt: skip
 def test_a_schema_that_does_not_fit(tmp_path: Path, keys: dict[str, Any], told: str) -> None:
     common = COMMON_TEXT + line("ffffffffffffffff", "207=1")
     skeleton = SKELETON_TEXT + line("6,1,1,bacff91692951881", "207=1")
     skeleton = skeleton if "207" in keys.get("features", {}) else SKELETON_TEXT
+    if not keys:
+        skeleton += line("6,0,0,x", "click=7")
     with pytest.raises(UserError, match=told):
         prepare(tmp_path, write_raw(tmp_path, skeleton, common, **keys), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -238,12 +238,6 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / f"{SKELETON}.gz").write_bytes(gzip.compress(SKELETON_TEXT.encode())[:-30])
     with pytest.raises(UserError, match=r"\.gz: not a whole gzip file"):
         prepare(tmp_path, schema, tmp_path / "out")
-
-
-def test_names_that_the_prepared_files_have(tmp_path: Path) -> None:
-    text = line("1,0,0,x", "click=7")
-    with pytest.raises(UserError, match=r"features\.click: the prepared files have such a column; allowed"):
-        prepare(tmp_path, write_raw(tmp_path, text, ""), tmp_path / "out")
 
 
 # ---------------------------------------------------------------- a slow reader of its own
@@ -447,6 +441,8 @@ def test_the_same_as_a_slow_reader(
         patch.setattr(aliccp_lines, "BLOCK_BYTES", block)
         patch.setattr(aliccp_scan, "SLOTS", 1 << 23 if block > 1000 else 4)
         patch.setattr(prepare_module, "ROW_GROUP_ROWS", 4)
+        for constant, words in (("CHUNK_WORDS", 30), ("GAP_WORDS", 2)):  # so that a few rows are several chunks
+            patch.setattr(aliccp_columns, constant, words)
         folder = Path(name)
         schema_file = write_raw(folder, skeleton, common, **rules)
         if compressed:
@@ -472,47 +468,6 @@ def test_the_same_as_a_slow_reader(
             assert schema.counts[kind] == counts[kind], kind
         assert schema.counts["cut_lines"] == counts["cut"]
         _frames_mean_the_same(folder / "out", splits["train"], known, source)
-
-
-def longer_files(seed: int) -> tuple[str, str]:
-    """Hundreds of lines of both, from few choices."""
-    generator = np.random.default_rng(seed)
-
-    def chosen(options: tuple[str, ...]) -> str:
-        return options[generator.integers(len(options))]
-
-    def list_of(fields: tuple[str, ...], most: int) -> str:
-        parts = [f"{chosen(fields)}\x02{generator.integers(40) ** 13}\x03{chosen(VALUES)}"
-                 for _ in range(generator.integers(most))]  # fmt: skip
-        return f"{len(parts)}," + "\x01".join(parts) + "\n"
-
-    common = "".join(f"user {number}," + list_of(COMMON_FIELDS, 30) for number in range(300))
-    skeleton = "".join(
-        f"{number},{number % 2},{number % 4 // 3},user {generator.integers(320)}," + list_of(SKELETON_FIELDS, 8)
-        for number in range(600)
-    )
-    return skeleton, common
-
-
-@pytest.mark.parametrize("rules", [
-    {"min_count": 2, "hash_buckets": 3},
-    {"min_count": 60, "split": {"by": "common_feature_index", "seed": 5, "train": 0.5, "validation": 0.3, "test": 0.2}},
-    {"conversion_without_click": "click", "without_common_features": "drop", "hash_buckets": 1, "min_count": 80},
-])  # fmt: skip
-def test_the_same_as_a_slow_reader_on_longer_files(rules: dict[str, Any]) -> None:
-    skeleton, common = longer_files(len(rules))
-    rules = {"split": ALL_TRAINING} | rules
-    splits, known, _ = slowly(skeleton, common, RawSource.model_validate({"format": "aliccp"} | rules))
-    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(aliccp_lines, "BLOCK_BYTES", 5000)
-        patch.setattr(aliccp_scan, "SLOTS", 16)
-        patch.setattr(prepare_module, "ROW_GROUP_ROWS", 100)
-        for constant, words in (("CHUNK_WORDS", 300), ("GAP_WORDS", 20)):
-            patch.setattr(aliccp_columns, constant, words)
-        prepare(Path(name), write_raw(Path(name), skeleton, common, **rules), Path(name) / "out")
-        source = RawSource.model_validate({"format": "aliccp"} | rules)
-        for split, rows in splits.items():
-            assert columns(Path(name) / "out", split) == slow_columns(rows, known, source)
 
 
 def _frames_mean_the_same(folder: Path, rows: list[Row], known: dict[str, Any], source: RawSource) -> None:

@@ -39,8 +39,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
                                  "training.batch_size": 1300, "training.num_train_epochs": 3},
     "stopped early, before and after": {"evaluation.every_steps": 2, "evaluation.patience": 2,
                                         "evaluation.metric": "valid/calibration_ctr"},
-    "evaluated at the gate": {"evaluation.every_steps": 5},
-    "sparse log": {"tracking.log_every": 3, "tracking.influence_every": 3},
+    "evaluated at the gate, sparse log": {"evaluation.every_steps": 5, "tracking.log_every": 3,
+                                          "tracking.influence_every": 3},
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from conftest import Call
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import canonical, flatten, keys, load, to_yaml
+from pipeline.config import canonical, flatten, load, to_yaml
 from pipeline.errors import UserError
 from pipeline.tasks.mmoe.config import MmoeConfig
 
@@ -146,6 +146,15 @@ PLAIN = "allowed: text, numbers, true, false, null, dates, lists and mappings"
         ("{2001-01-01: 2}", "experiment: found key 2001-01-01, allowed: text; write it in quotes"),
         ("2001-01-01", "experiment: found 2001-01-01, allowed: text or null"),
         ("!!timestamp x", "not valid YAML: a value that is none"),
+        ("2001-13-45", "not valid YAML: a value that is none (month must be in 1..12)"),
+        ("!!int ''", "not valid YAML: a value that is none"),
+        ("!!bool x", "not valid YAML: a value that is none"),
+        ("0b_", "not valid YAML: a value that is none"),
+        ("9" * 5000, "not valid YAML: a value that is none"),
+        ('"a\\0b"', "experiment: found a zero character"),
+        ('{"\\0": 1}', "experiment: found a zero character"),
+        ("{[a]: b}", "line 1 not valid YAML: found unhashable key"),
+        ("{{a: 1}: b}", "line 1 not valid YAML: found unhashable key"),
         ("!!python/name:os.abort", "line 1 not valid YAML: could not determine a constructor"),
         ('"\\ud800"', "experiment: found half a character, allowed: UTF-8 text"),
         ('{"\\ud800": 1}', "experiment: found half a character, allowed: UTF-8 text"),
@@ -164,13 +173,10 @@ BINARY = {
 }
 
 
-@pytest.mark.parametrize("value", ["!!binary gIGC", "!!binary aGVsbG8="])
 @pytest.mark.parametrize("entry", BINARY)
-def test_binary_data_in_each_kind_of_file_is_one_line(
-    entry: str, value: str, workplace: Path, call_pipeline: Call
-) -> None:
+def test_binary_data_in_each_kind_of_file_is_one_line(entry: str, workplace: Path, call_pipeline: Call) -> None:
     text, key = BINARY[entry]
-    file = text_of(workplace, text.replace("NAME", value))
+    file = text_of(workplace, text.replace("NAME", "!!binary gIGC"))
     result = call_pipeline(entry, "--config", str(file))
     assert result.returncode == 2
     assert result.stderr == f"error: {file}: {key}: found binary data, {PLAIN}\n"
@@ -223,12 +229,6 @@ def test_canonical_numbers_read_back_exactly(value: float) -> None:
     assert float(canonical(value)) == value
 
 
-def test_every_key_has_a_meaning() -> None:
-    listed = list(keys(MmoeConfig))
-    assert len({key.path for key in listed}) == len(listed) > 50
-    assert [key.path for key in listed if not key.field.description] == []
-
-
 def test_warnings() -> None:
     def warnings(**overrides: str) -> list[str]:
         texts = {key.replace("__", "."): value for key, value in overrides.items()}
@@ -246,13 +246,6 @@ def test_warnings() -> None:
     assert "use_alpha is false" in warnings(**calm, loss__aux_focal__alpha="0.3")[0]
     assert "shared_bottom" in warnings(**calm, model__kind="shared_bottom", model__gate__noise="1")[0]
     assert "data.path" in warnings(**calm, data__path="x", data__embedded__rows="5000")[0]
-
-
-def test_names_are_short_and_tell_the_arm() -> None:
-    assert load(MmoeConfig, SHIPPED).name() == "mmoe l.1 g1 w2000 s0"
-    assert load(MmoeConfig, SHIPPED, {"loss.aux_focal.lambda": "0.05", "seed": "3"}).name() == "mmoe l.05 g1 w2000 s3"
-    assert load(MmoeConfig, SHIPPED, {"loss.aux_focal.enabled": "false"}).name() == "mmoe baseline s0"
-    assert load(MmoeConfig, SHIPPED, {"run_name": "mine"}).name() == "mine"
 
 
 def test_a_bare_no_of_yaml_is_no(tmp_path: Path) -> None:

@@ -54,44 +54,30 @@ def rows(table: pa.Table) -> Columns:
 # Labels and their truth
 
 
-def test_rates(rows: Columns) -> None:
+def assert_rates(schema: DataSchema, rows: int) -> None:
     """4% clicks and 3% conversions per click, within four standard errors of the sample and of the calibration."""
-    clicks, conversions = rows["click"].sum(), rows["conversion"].sum()
-    error = math.sqrt(0.04 * 0.96 * (1 / ROWS + 1 / CALIBRATED_ON))
-    assert abs(clicks / ROWS - 0.04) < 4 * error
-    error = math.sqrt(0.03 * 0.97 * (1 / clicks + 1 / (0.04 * CALIBRATED_ON)))
-    assert abs(conversions / clicks - 0.03) < 4 * error
-
-
-def test_mean_truth(rows: Columns) -> None:
-    """The same of the probabilities, which vary less: of p_ctr plainly, of p_cvr where clicks are expected."""
-    for p, weight, rate in ((rows["p_ctr"], np.ones(ROWS), 0.04), (rows["p_cvr"], rows["p_ctr"], 0.03)):
-        error = math.sqrt(np.square(weight * (p - rate)).sum()) / weight.sum() * math.sqrt(1 + ROWS / CALIBRATED_ON)
-        assert error < 0.01 * rate
-        assert abs(np.average(p, weights=weight) - rate) < 4 * error
-
-
-@pytest.mark.parametrize("seed", [1, 2**40])
-def test_rates_of_other_worlds(tmp_path: Path, seed: int) -> None:
-    schema = generate(tmp_path, 100_000, seed)
     clicks = sum(split.clicks for split in schema.splits.values())
     conversions = sum(split.conversions for split in schema.splits.values())
-    assert abs(clicks / 100_000 - 0.04) < 4 * math.sqrt(0.04 * 0.96 * (1 / 100_000 + 1 / CALIBRATED_ON))
+    assert abs(clicks / rows - 0.04) < 4 * math.sqrt(0.04 * 0.96 * (1 / rows + 1 / CALIBRATED_ON))
     assert abs(conversions / clicks - 0.03) < 4 * math.sqrt(0.03 * 0.97 * (1 / clicks + 1 / (0.04 * CALIBRATED_ON)))
 
 
-def test_labels_are_zero_and_one_and_conversions_are_clicks(rows: Columns) -> None:
+def test_rates(prepared: tuple[Path, DataSchema], tmp_path: Path) -> None:
+    """Of this world and of others."""
+    assert_rates(prepared[1], ROWS)
+    for seed in (1, 2**40):
+        assert_rates(generate(tmp_path, 100_000, seed), 100_000)
+
+
+def test_labels_and_probabilities(rows: Columns) -> None:
+    """Labels are 0 and 1, conversions are clicks; probabilities lie between, and vary enough to be worth learning."""
     assert set(np.unique(rows["click"])) == set(np.unique(rows["conversion"])) == {0, 1}
     assert not (rows["conversion"] & ~rows["click"] & 1).any()
     assert rows["conversion"].sum() < rows["click"].sum()
-
-
-def test_probabilities_are_probabilities(rows: Columns) -> None:
     for name in ("p_ctr", "p_cvr"):
         assert rows[name].dtype == np.float64
-        assert rows[name].min() > 0
-        assert rows[name].max() < 1
-        assert rows[name].std() > 0.01  # worth learning
+        assert 0 < rows[name].min() < rows[name].max() < 1
+        assert rows[name].std() > 0.01
 
 
 def standard_scores(
@@ -303,21 +289,23 @@ def test_split_sizes(tmp_path: Path, count: int) -> None:
 
 
 def test_the_seed_decides(tmp_path: Path) -> None:
-    """Byte by byte, and through the digest."""
+    """Byte by byte, and through the digest; chunk by chunk, no seed draws what another one does."""
     schemas = {}
-    for name, count, seed in (("one", 2000, 5), ("again", 2000, 5), ("other", 2000, 6), ("more", 2001, 5)):
+    worlds = {"one": (2000, 5), "again": (2000, 5), "other": (2000, 6), "large": (2000, 5 + 2**32), "more": (2001, 5)}
+    for name, (count, seed) in worlds.items():
         (tmp_path / name).mkdir()
         np.random.seed(len(schemas))  # no global generator takes part
         schemas[name] = generate(tmp_path / name, count, seed)
     for file in sorted((tmp_path / "one").iterdir()):
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
     assert schemas["one"].digest == schemas["again"].digest
-    assert len({schema.digest for schema in schemas.values()}) == 3
-    one, other = (read(tmp_path / name) for name in ("one", "other"))
-    assert np.mean(one["user"].to_numpy() == other["user"].to_numpy()) < 0.1
+    assert len({schema.digest for schema in schemas.values()}) == 4
+    one, *others = (read(tmp_path / name)["user"].to_numpy() for name in ("one", "other", "large"))
+    for other in others:
+        assert np.mean(one == other) < 0.1
 
 
-@pytest.mark.parametrize("chunk", [300, 1600, 1999, 2000, 100_000])
+@pytest.mark.parametrize("chunk", [300, 1999, 100_000])
 def test_rows_that_are_no_multiple_of_the_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     """Every row is there once, chunk by chunk, and no chunk is another's copy."""
     monkeypatch.setattr(embedded, "CHUNK_ROWS", chunk)
@@ -333,30 +321,6 @@ def test_rows_that_are_no_multiple_of_the_chunk(tmp_path: Path, monkeypatch: pyt
     keys = list(zip(content["user"].to_pylist(), content["item"].to_pylist(), content["hour"].to_pylist(), strict=True))
     assert len(set(keys)) > 1950  # some users come to an item twice in an hour, chunks never again
     assert keys[:50] != keys[1600:1650]
-
-
-def test_random_streams_do_not_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The world, its calibration and every chunk draw from generators that start in states of their own.
-
-    NumPy pads the words of a seed with zeros: [seed, 1] and [seed, 1, 0] are the same generator.
-    """
-    states, original = [], np.random.PCG64
-
-    def recorded(seed: Any) -> np.random.PCG64:
-        generator = original(seed)
-        states.append((seed, generator.state["state"]["state"]))
-        return generator
-
-    monkeypatch.setattr(embedded, "CHUNK_ROWS", 400)
-    monkeypatch.setattr(np.random, "PCG64", recorded)
-    for seed in (0, 1, 2):
-        (tmp_path / str(seed)).mkdir()
-        generate(tmp_path / str(seed), 1000, seed)
-    assert len(states) == 3 * (1 + 1 + 4)  # a world, its calibration, chunks of 400, 400, 100 and 100 rows
-    seeds_by_state = defaultdict(list)
-    for seed, state in states:
-        seeds_by_state[state].append(seed)
-    assert [seeds for seeds in seeds_by_state.values() if len(seeds) > 1] == []
 
 
 # The cache
@@ -386,7 +350,7 @@ def test_another_size_or_seed_is_another_folder(tmp_path: Path) -> None:
 
 def test_generating_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All have written their copy before the first puts it in place: one folder, whole, and no leavings."""
-    together = threading.Barrier(4, timeout=60)
+    together = threading.Barrier(4, timeout=120)
 
     def at_once(folder: Path, rows: int, seed: int) -> DataSchema:
         schema = generate(folder, rows, seed)
@@ -442,12 +406,8 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_damaged_folder_in_the_cache(tmp_path: Path) -> None:
-    """Without its schema it is made again, or refused in one line."""
+def test_a_damaged_folder_is_made_again(tmp_path: Path) -> None:
     folder = embedded_data(config(tmp_path))
     (folder / "schema.json").unlink()
-    try:
-        again = embedded_data(config(tmp_path))
-    except UserError:
-        return
+    again = embedded_data(config(tmp_path))
     assert DataSchema.read(again).splits["train"].rows == 800

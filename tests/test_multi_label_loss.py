@@ -68,9 +68,9 @@ def test_by_hand() -> None:
     """Shares 1/2, 1/4, 1/4. gamma 2: a positive costs (1/2)^2 log 2, a neutral (3/4)^2 log 4, twice that by alpha."""
     logits = torch.tensor([[[math.log(2), 0.0, 0.0]] * 3])
     found = multi_label_focal(logits, torch.tensor([[0, 2, -1]], dtype=torch.int8), 2.0)
-    assert found.tolist()[0] == pytest.approx([0.25 * math.log(2), 0.5625 * math.log(4), 0.0], rel=1e-6)
+    assert found.tolist()[0] == pytest.approx([0.25 * math.log(2), 0.5625 * math.log(4), 0.0], rel=1e-5)
     weighted = multi_label_focal(logits, torch.tensor([[0, 2, -1]], dtype=torch.int8), 2.0, (1.0, 5.0, 2.0))
-    assert weighted.tolist()[0] == pytest.approx([0.25 * math.log(2), 1.125 * math.log(4), 0.0], rel=1e-6)
+    assert weighted.tolist()[0] == pytest.approx([0.25 * math.log(2), 1.125 * math.log(4), 0.0], rel=1e-5)
 
 
 @pytest.mark.parametrize("gamma", GAMMAS)
@@ -95,8 +95,9 @@ def test_without_focus_it_is_the_masked_cross_entropy(
     target = torch.where((label >= 0) & (label < classes), label.long(), -100)
     expected = cross_entropy(leaf.flatten(0, 1), target.flatten(), ignore_index=-100, reduction="none")
     expected.sum().backward()
-    torch.testing.assert_close(found.flatten(), expected.detach(), rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(gradient, leaf.grad, rtol=1e-6, atol=1e-7)
+    # in fp32 a share near 1 is rounded by 1e-7, and a difference of logits up to 100 by 1e-5
+    torch.testing.assert_close(found.flatten(), expected.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient, leaf.grad, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found, multi_label_focal(logits, label), rtol=0, atol=0)
 
 

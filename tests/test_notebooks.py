@@ -134,7 +134,7 @@ def execute(folder: Path, name: str, expression: str = "None", **environment: st
     book = nbformat.read(folder / "notebooks" / f"{name}.ipynb", as_version=4)
     book.cells.append(new_code_cell(f"import json; print(json.dumps({expression}))"))
     resources = {"metadata": {"path": str(folder / "notebooks")}}
-    NotebookClient(book, timeout=200, resources=resources).execute(env={**os.environ, **environment})
+    NotebookClient(book, timeout=300, resources=resources).execute(env={**os.environ, **environment})
     outputs = [output for cell in book.cells if cell.cell_type == "code" for output in cell.outputs]
     assert not [output for output in outputs if output.get("name") == "stderr"]
     *printed, last = [output["text"] for output in outputs if output.get("name") == "stdout"]

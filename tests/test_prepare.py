@@ -109,10 +109,6 @@ def test_a_small_shop_by_hand(tmp_path: Path) -> None:
     assert (train.rows, train.clicks, train.conversions) == (5, 4, 1)
     assert schema.base_rates.model_dump() == {"ctr": 4 / 5, "cvr": 1 / 4}
     assert schema.splits["test"].rows == 0
-
-
-def test_types_of_the_columns(tmp_path: Path) -> None:
-    prepare_text(tmp_path, SHOP, SHOP_FEATURES)
     for split in ("train", "test"):
         table = pq.read_schema(tmp_path / "out" / f"{split}.parquet")
         assert {field.name: str(field.type).replace("element", "item") for field in table} == {
@@ -139,29 +135,25 @@ def test_weights_in_a_column_of_their_own(tmp_path: Path) -> None:
     assert column(tmp_path, "tags.weights") == [[0.5, 2.0], [], [3.0], [1.0, 2.0]]
 
 
-def test_labels_as_conditions(tmp_path: Path) -> None:
-    text = "status,income,x\nNever,-,1\nMarried,50000+.,1\nWidowed,-,1\nNever,50000+.,1\n"
-    labels = {"click": 'status != "Never"', "conversion": 'click and income == "50000+."'}
+STATUS = "status,income,x\nNever,-,1\nMarried,50000+.,1\nWidowed,-,1\nNever,50000+.,1\n"
+
+
+@pytest.mark.parametrize(("text", "labels", "click", "conversion"), [
+    (STATUS, {"click": 'status != "Never"', "conversion": 'click and income == "50000+."'}, [0, 1, 1, 0], [0, 1, 0, 0]),
+    # `click` in a conversion is the label, not a column of that name
+    ("click,views,x\n1,0,1\n0,5,1\n", {"click": "views > 1", "conversion": "click"}, [0, 1], [0, 1]),
+    # a column is preferred to a condition
+    ("not clicked,bought,x\n1,0,1\n0,0,1\n", LABELS | {"click": "not clicked"}, [1, 0], [0, 0]),
+])  # fmt: skip
+def test_labels_by_conditions(
+    tmp_path: Path, text: str, labels: dict[str, str], click: list[int], conversion: list[int]
+) -> None:
     prepare_text(tmp_path, text, {"x": "numeric"}, labels=labels)
-    assert column(tmp_path, "click") == [0, 1, 1, 0]
-    assert column(tmp_path, "conversion") == [0, 1, 0, 0]
-
-
-def test_click_in_the_conversion_is_the_label_not_a_column_of_that_name(tmp_path: Path) -> None:
-    text = "click,views,x\n1,0,1\n0,5,1\n"
-    labels = {"click": "views > 1", "conversion": "click"}
-    prepare_text(tmp_path, text, {"x": "numeric"}, labels=labels)
-    assert column(tmp_path, "conversion") == [0, 1]
-
-
-def test_a_column_is_preferred_to_a_condition(tmp_path: Path) -> None:
-    text = "not clicked,bought,x\n1,0,1\n0,0,1\n"
-    prepare_text(tmp_path, text, {"x": "numeric"}, labels=LABELS | {"click": "not clicked"})
-    assert column(tmp_path, "click") == [1, 0]
+    assert (column(tmp_path, "click"), column(tmp_path, "conversion")) == (click, conversion)
 
 
 def test_headerless_gzip_quotes_and_line_ends(tmp_path: Path) -> None:
-    rows = '\ufeff1;0;"a;b"\r\n\r\n0;0;"say ""x""\r\n"\r\n1;1;c'
+    rows = '\ufeff1;0;"a;b"\r\n\r\n0;0;"say ""x""\r\n"\r\n1;1;c'  # a quoted line end is no open quote
     data = tmp_path / "data.csv.gz"
     data.write_bytes(gzip.compress(rows[:9].encode()) + gzip.compress(rows[9:].encode()))  # of two members
     schema = write_schema(
@@ -238,14 +230,6 @@ def test_split_by_a_column_keeps_its_values_together(tmp_path: Path) -> None:
     assert alone.to_dict() == pytest.approx({"train": 0.6, "validation": 0.2, "test": 0.2}, abs=0.05)
 
 
-def test_a_share_of_zero_is_empty(tmp_path: Path) -> None:
-    text = "click,bought,row\n" + "".join(f"0,0,{row}\n" for row in range(3000))
-    shares = {"train": 0.9, "validation": 0.1, "test": 0.0}
-    schema = prepare_text(tmp_path, text, {"row": "numeric"}, split=shares)
-    assert schema.splits["test"].rows == 0
-    assert schema.splits["validation"].rows > 200
-
-
 # ---------------------------------------------------------------- edges and samples
 
 
@@ -293,20 +277,8 @@ def test_sample_and_mean_do_not_depend_on_batches(sizes: list[int], kept: int) -
     smallest = sorted(range(rows), key=scalar_splitmix)[:kept]
     for numbers in (whole, cut):
         assert sorted(numbers.sample()[:, 0]) == sorted(values[smallest, 0])
-        assert numbers.means() == pytest.approx(np.nanmean(values, axis=0), rel=1e-12)
+        assert numbers.means() == pytest.approx(np.nanmean(values, axis=0), rel=1e-11)  # 8,000 roundings
     assert whole.means().tolist() == cut.means().tolist()
-
-
-def test_mean_does_not_depend_on_batches_across_blocks() -> None:
-    values = np.random.default_rng(0).lognormal(size=(200_000, 1))
-    means = set()
-    for size in (200_000, 65_536, 9_999):
-        numbers = Numbers(1)
-        for start in range(0, len(values), size):
-            numbers.add(np.arange(start, min(start + size, len(values))), values[start : start + size])
-        means |= set(numbers.means().tolist())
-    assert len(means) == 1
-    assert means.pop() == pytest.approx(values.mean(), rel=1e-12)
 
 
 # ---------------------------------------------------------------- properties over random frames
@@ -704,11 +676,6 @@ def test_bad_csv(tmp_path: Path, text: str, told: str) -> None:
     assert str(data) in message or "schema.yaml" in message
 
 
-def test_a_quoted_line_end_in_the_last_cell_is_no_open_quote(tmp_path: Path) -> None:
-    schema = prepare_text(tmp_path, 'click,bought,price,city\n1,0,1,"a\n"\n', PLAIN)
-    assert schema.splits["train"].rows == 1
-
-
 @pytest.mark.parametrize(
     ("features", "keys", "told"),
     [
@@ -768,18 +735,24 @@ def test_bad_schema(tmp_path: Path, features: dict[str, Any], keys: dict[str, An
     assert told in refusal(tmp_path, data, features, **keys)
 
 
-def test_mean_of_nothing(tmp_path: Path) -> None:
-    data = tmp_path / "data.csv"
-    data.write_text("click,bought,price\n1,0,\n", encoding="utf-8")
-    message = refusal(tmp_path, data, {"price": {"kind": "numeric", "missing": "mean"}})
-    assert "features.price.missing: found mean, but no training row has a value" in message
-
-
-def test_columns_that_would_take_the_same_name(tmp_path: Path) -> None:
-    data = tmp_path / "data.csv"
-    data.write_text("click,bought,a,a.weights,w\n1,0,x,1,1\n", encoding="utf-8")
-    features = {"a": {"kind": "multi", "weights": "w"}, "a.weights": "numeric"}
-    assert "features.a.weights: the prepared files have a column a.weights already" in refusal(tmp_path, data, features)
+@pytest.mark.parametrize(
+    ("text", "features", "told"),
+    [
+        (
+            "click,bought,price\n1,0,\n",
+            {"price": {"kind": "numeric", "missing": "mean"}},
+            "features.price.missing: found mean, but no training row has a value",
+        ),
+        (
+            "click,bought,a,a.weights,w\n1,0,x,1,1\n",
+            {"a": {"kind": "multi", "weights": "w"}, "a.weights": "numeric"},
+            "features.a.weights: the prepared files have a column a.weights already",
+        ),
+    ],
+)
+def test_features_that_the_data_cannot_have(tmp_path: Path, text: str, features: dict[str, Any], told: str) -> None:
+    (tmp_path / "data.csv").write_text(text, encoding="utf-8")
+    assert told in refusal(tmp_path, tmp_path / "data.csv", features)
 
 
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
@@ -822,21 +795,16 @@ def test_parquet_has_its_own_columns(tmp_path: Path) -> None:
     assert f"{parquet}: row 2, column click: found 2, allowed: 0 or 1" in refusal(tmp_path, parquet)
 
 
-def test_a_row_is_named_whatever_the_batches(tmp_path: Path) -> None:
-    data = tmp_path / "data.csv"
-    data.write_text(GOOD + "1,0,a,4\n1,0,a,x\n", encoding="utf-8")
-    schema = write_schema(tmp_path, PLAIN)
-    for batch_rows in (1, 2, 3, 100):
-        with pytest.raises(UserError, match="row 5, column price: found 'x'"):
-            prepare(data, schema, tmp_path / "out", batch_rows=batch_rows)
-
-
-def test_rows_are_counted_within_a_file(tmp_path: Path) -> None:
+def test_rows_are_counted_within_a_file_whatever_the_batches(tmp_path: Path) -> None:
     folder = tmp_path / "parts"
     folder.mkdir()
     (folder / "a.csv").write_text(GOOD, encoding="utf-8")
     (folder / "b.csv").write_text(GOOD + "1,0,a,x\n", encoding="utf-8")
-    assert f"{folder / 'b.csv'}: row 4, column price: found 'x'" in refusal(tmp_path, folder)
+    schema = write_schema(tmp_path, PLAIN)
+    for batch_rows in (1, 2, 3, 100):
+        with pytest.raises(UserError, match=r"b\.csv: row 4, column price: found 'x'"):
+            prepare(folder, schema, tmp_path / "out", batch_rows=batch_rows)
+    schema.unlink()
     (folder / "b.csv").write_text(GOOD.replace("price", "prize"), encoding="utf-8")
     assert f"{folder / 'b.csv'}: no column price; did you mean prize?" in refusal(tmp_path, folder)
 
@@ -902,7 +870,9 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def test_a_failure_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_leaves_what_was_there_and_success_replaces_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prepare_text(tmp_path, GOOD, PLAIN)
     out = tmp_path / "out"
     (out / "notes.txt").write_text("mine")
@@ -920,6 +890,10 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.Mon
         with pytest.raises(UserError, match=r"output_dir .*out: No space left on device"):
             prepare_text(tmp_path, GOOD + "1,0,z,9\n", PLAIN)
     assert content(out) == before
+    schema = prepare_text(tmp_path, GOOD + "1,1,c,4\n", PLAIN)
+    assert set(content(out)) == FILES | {"notes.txt"}
+    assert schema.splits["train"].rows == 4
+    assert DataSchema.read(out) == schema
 
 
 @pytest.mark.parametrize("there_before", [True, False])
@@ -942,15 +916,6 @@ def test_a_failed_move_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(UserError, match=r"output_dir .*out: Input/output error"):
         prepare_text(tmp_path, GOOD + "1,0,z,9\n", PLAIN)
     assert content(out) == before
-
-
-def test_success_replaces_what_was_there(tmp_path: Path) -> None:
-    prepare_text(tmp_path, GOOD, PLAIN)
-    (tmp_path / "out" / "notes.txt").write_text("mine")
-    schema = prepare_text(tmp_path, GOOD + "1,1,c,4\n", PLAIN)
-    assert set(content(tmp_path / "out")) == FILES | {"notes.txt"}
-    assert schema.splits["train"].rows == 4
-    assert DataSchema.read(tmp_path / "out") == schema
 
 
 def test_the_data_itself_is_never_written_over(tmp_path: Path) -> None:

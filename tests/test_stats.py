@@ -256,14 +256,6 @@ def test_minimum_detectable_effect_of_the_textbook() -> None:
     assert needed[1] < 0.5 < needed[0]
 
 
-@pytest.mark.parametrize(("n", "arms"), [(2, 20), (3, 4), (5, 1)])
-def test_minimum_detectable_effect_by_simulation(n: int, arms: int) -> None:
-    effect = minimum_detectable_effect(2.0, n, arms)
-    differences = np.random.default_rng(7).normal(effect, 2.0, (n, 400_000))
-    t = differences.mean(0) / (differences.std(0, ddof=1) / math.sqrt(n))
-    assert np.mean(np.abs(t) > student.isf(0.025 / arms, n - 1)) == pytest.approx(0.8, abs=0.003)
-
-
 @given(st.floats(1e-9, 1e9), st.integers(2, 40), st.integers(1, 50))
 @settings(max_examples=50, deadline=None)
 def test_minimum_detectable_effect_is_in_the_unit_of_sd_and_falls_with_seeds(sd: float, n: int, arms: int) -> None:

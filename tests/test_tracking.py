@@ -21,14 +21,14 @@ from server import MlflowServer
 from pipeline.errors import TrainingError, UserError
 from pipeline.journal import JournalReader, JournalWriter, read_all
 from pipeline.run import MlflowRun, RunRequest, Writer
-from pipeline.tracking.store import is_random, tracking_uri
+from pipeline.tracking.store import is_random
 
 
 def open_run(writer: Writer, **request: Any) -> MlflowRun:
     return MlflowRun(writer, RunRequest(**{"name": "test"} | request), Path("outputs"))
 
 
-def wait_for(condition: Any, seconds: float = 30) -> None:
+def wait_for(condition: Any, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -276,7 +276,7 @@ for step in range(50):
     run.log_metrics(step, {"loss_total": step})
 run.flush()
 print(run.id, flush=True)
-time.sleep(60)
+time.sleep(600)
 """
     trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=workplace)
     assert trainer.stdout
@@ -364,13 +364,6 @@ def test_the_environments_experiment_is_mlflows_choice(
         run = open_run(writer)
         run.finish("FINISHED")
     assert client.get_experiment(client.get_run(run.id).info.experiment_id).name == "from the shell"
-
-
-def test_no_password_in_a_shown_uri(monkeypatch: pytest.MonkeyPatch) -> None:
-    import mlflow
-
-    monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: "postgresql://user:secret@host/base")
-    assert tracking_uri() == "postgresql://host/base"
 
 
 def test_a_database_without_tables_is_made_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

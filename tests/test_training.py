@@ -64,7 +64,7 @@ def test_the_logged_parts_make_the_logged_total(small: Make) -> None:
         assert values["aux_focal_on"] == on
         assert ("loss_ctcvr_focal" in values) == on
         ctcvr = values["loss_ctcvr_bce"] + (0.2 * values["loss_ctcvr_focal"] if on else 0)
-        assert values["loss_ctcvr"] == pytest.approx(ctcvr, rel=1e-6)
+        assert values["loss_ctcvr"] == pytest.approx(ctcvr, rel=1e-6)  # at most 16 roundings of fp32; all terms > 0
         parts = (0.7 * values["loss_ctr"], values["loss_ctcvr"], 0.1 * values["loss_cvr_aux"])
         total = sum(parts) + values["loss_gate_entropy"] + values["loss_gate_balance"]
         assert values["loss_total"] == pytest.approx(total, rel=1e-6)
@@ -134,10 +134,11 @@ def test_accumulating_is_one_large_batch(small: Make, table: str) -> None:
     parts, _ = train(small(**common, **{"training.batch_size": 16, "training.accumulation_steps": 4}))
     for one, other in zip(steps(whole)[:4], steps(parts)[:4], strict=True):
         for name in one:
-            assert other[name] == pytest.approx(one[name], rel=2e-4, abs=1e-7), name
+            assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-6), name
     first, other_first = steps(whole)[0], steps(parts)[0]
     for name in ("loss_total", "loss_cvr_aux", "grad_norm/dense", "grad_norm/embedding"):
-        assert other_first[name] == pytest.approx(first[name], rel=1e-5)
+        # 64 rows and 80 inputs in another order: 144 roundings of 6e-8. A mean of means would be off by 1e-2
+        assert other_first[name] == pytest.approx(first[name], rel=1e-4)
 
 
 def test_every_row_is_seen_once_an_epoch(small: Make) -> None:
@@ -159,7 +160,7 @@ def test_mixed_precision_stays_near_full_precision(small: Make, amp: str, fp32: 
                               "loss.aux_focal.warmup_steps": 0}))  # fmt: skip
     for name in ("loss_ctr", "loss_ctcvr_bce", "loss_ctcvr_focal"):
         near, exact = steps(mixed)[0][name], steps(full)[0][name]
-        assert near == pytest.approx(exact, rel=0.03)
+        assert near == pytest.approx(exact, rel=0.05)  # bf16 rounds by 2^-8, some ten times from ids to loss
         assert near != exact
     assert all(math.isfinite(value) for values in steps(mixed) for value in values.values())
 

@@ -72,7 +72,7 @@ class Child:
                                     log=folder / "log", own_session=own_session)  # fmt: skip
 
     def next(self) -> Say | Ended:
-        process, message = self.inbox.get(timeout=60)
+        process, message = self.inbox.get(timeout=120)
         assert process is self.process
         return message
 
@@ -137,7 +137,7 @@ os.kill(os.getpid(), signal.SIGKILL)
         [sys.executable, "-c", parent], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     pid = int(result.stdout)
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while Path(f"/proc/{pid}").exists() and _state(pid) != "Z":
         assert time.monotonic() < end, "the child outlives its parent"
         time.sleep(0.05)
