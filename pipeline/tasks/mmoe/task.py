@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
 from pipeline import plots, ranks
+from pipeline.checkpoint import save_weights
 from pipeline.compute.optimizers import RowAdagrad, SparseAdam
 from pipeline.config import to_yaml
 from pipeline.errors import UserError
@@ -358,11 +358,7 @@ class MmoeTask:
     def export(self, model: nn.Module, folder: Path) -> ModelExport:
         from pipeline.tasks.mmoe.predict import raw_example  # imports pandas
 
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {name: weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()},
-            folder / "model.safetensors",
-        )
+        save_weights(model.state_dict(), folder / "model.safetensors")
         (folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
         for name in (SCHEMA_FILE, VOCABULARY_FILE):
             shutil.copyfile(self.folder / name, folder / name)

@@ -9,12 +9,12 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from pipeline import ranks
 from pipeline.blocks import AdamConfig
+from pipeline.checkpoint import save_weights
 from pipeline.config import to_yaml
 from pipeline.errors import UserError
 from pipeline.importing import uncollected
@@ -326,11 +326,7 @@ class VisobertTask:
 
     def export(self, model: nn.Module, folder: Path) -> ModelExport:
         assert isinstance(model, AspectSentimentModel)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {name: weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()},
-            folder / "model.safetensors",
-        )
+        save_weights(model.state_dict(), folder / "model.safetensors")
         (folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
         self.tokenizer.save(folder / TOKENIZER_FOLDER)
         if isinstance(model.encoder, PretrainedEncoder):
