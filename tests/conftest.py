@@ -6,15 +6,19 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import forked
 import pytest
 from filelock import FileLock
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from pipeline.run import Writer
 
 settings.register_profile("project", max_examples=25, deadline=None)
 settings.load_profile("project")
@@ -25,12 +29,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; two test proces
 for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
     del os.environ[name]
 
-
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background of a script
     signal.signal(signal.SIGINT, signal.default_int_handler)
-if os.environ.get("FAULTS") != "full":
-    forked.use()
-
 
 # They start processes and take longest: last, they would leave one of two test processes idle.
 SLOW = ("test_sweep", "test_kills", "test_exits", "test_outage", "test_deployment", "test_notebooks", "test_browser",
@@ -84,6 +84,54 @@ def store_in(folder: Path, empty_store: Path) -> None:
     with closing(sqlite3.connect(folder / "mlflow.db")) as base:
         base.execute("update experiments set artifact_location = ?", (str(folder / "mlruns" / "0"),))
         base.commit()
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder with a tracking store, and a writer process that serves all runs of it."""
+
+    folder: Path
+    client: Any  # MLflow's
+    writer: "Writer"
+
+
+one_writer = pytest.mark.xdist_group("one writer")  # tests of the shared place run in one process
+
+
+@pytest.fixture(scope="session")
+def shared_place(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[Place]:
+    from mlflow import MlflowClient
+
+    from pipeline.run import Writer
+
+    folder = tmp_path_factory.mktemp("place")
+    store_in(folder, empty_store)
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("MLFLOW_TRACKING_URI", uri)
+        writer = Writer()
+    with writer:
+        yield Place(folder, MlflowClient(uri), writer)
+
+
+@pytest.fixture
+def place(shared_place: Place, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """A tracking store that is not empty, with a running writer: a writer of its own takes a test seconds."""
+    monkeypatch.chdir(shared_place.folder)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{shared_place.folder / 'mlflow.db'}")
+    if shared_place.writer.process.poll() is not None:  # a test has ended it
+        shared_place.writer.start()
+    return shared_place
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 300) -> Any:
+    """Poll until the condition holds; returns what it returned. The bound only guards against hanging."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+    return value
 
 
 @pytest.fixture

