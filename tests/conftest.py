@@ -32,11 +32,11 @@ for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background of a script
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# They start processes and take longest: last, they would leave one of two test processes idle.
+# They start processes and take longest: last, they would leave other test processes idle.
 SLOW = ("test_sweep", "test_kills", "test_exits", "test_outage", "test_deployment", "test_notebooks", "test_browser",
-        "test_entry_points", "test_train_visobert", "test_delivery", "test_sync", "test_first_start", "test_ownership",
-        "test_tracking", "test_security", "test_checkpoint", "test_resume", "test_ranks", "test_kubernetes",
-        "test_ray_data", "test_ray_sweep")  # fmt: skip
+        "test_entry_points", "test_train_visobert", "test_delivery", "test_sync", "test_tracking", "test_doctor",
+        "test_first_start", "test_security", "test_resume", "test_ranks", "test_kubernetes", "test_ray_data",
+        "test_ray_sweep")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -203,6 +203,14 @@ def call_pipeline(capfd: pytest.CaptureFixture[str]) -> Call:
         return subprocess.CompletedProcess(arguments, int(ended.value.code or 0), shown.out, shown.err)
 
     return call
+
+
+@pytest.fixture
+def opened(client: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The id of a run that was opened as `mlflow run` opens one for what it starts, which is called next."""
+    run_id = str(client.create_run("0", run_name="legendary-gnat-695").info.run_id)
+    monkeypatch.setenv("MLFLOW_RUN_ID", run_id)
+    return run_id
 
 
 @pytest.fixture

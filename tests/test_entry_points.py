@@ -98,14 +98,15 @@ def test_main_through_mlproject(project: Path, client: Any) -> None:
     assert f"{runs['mmoe baseline s0'].data.metrics['test/auc_ctr']:.4f}" in result.stderr
 
 
-def test_prepare_ctr_through_mlproject_then_training_and_predicting(
-    project: Path, client: Any, call_pipeline: Call
+def test_prepare_ctr_then_training_and_predicting(
+    project: Path, client: Any, opened: str, call_pipeline: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw = raw_file(project)
-    prepared = mlflow_run("prepare_ctr", project, data=str(raw), schema="schema.yaml", output_dir="prepared")
+    prepared = call_pipeline("prepare_ctr", "--data", str(raw), "--schema", "schema.yaml", "--output_dir", "prepared")
     assert prepared.returncode == 0, prepared.stderr
+    monkeypatch.delenv("MLFLOW_RUN_ID")
     (run,) = client.search_runs(["0"])
-    assert run.info.status == "FINISHED"
+    assert (run.info.run_id, run.info.status) == (opened, "FINISHED")
     frame = pd.read_csv(raw)
     metrics = run.data.metrics
     assert sum(metrics[f"rows/{split}"] for split in ("train", "validation", "test")) == 2000

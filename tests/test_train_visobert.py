@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, Call, mlflow_run, run_pipeline
+from conftest import ROOT, Call, run_pipeline
 from sklearn.metrics import f1_score
 
 from pipeline.config import load
@@ -71,12 +71,12 @@ def trained(task: VisobertTask) -> tuple[MemoryRun, Training]:
     return run, training
 
 
-def test_embedded_reviews_through_mlproject(project: Path, client: Any) -> None:
+def test_embedded_reviews(project: Path, client: Any, opened: str, call_pipeline: Call) -> None:
     switched = {"epochs": "2", "alpha": "auto", "tracking.log_model": "false"}
-    result = mlflow_run("train_visobert", project, **EMBEDDED, **TINY, **switched)
+    result = call_pipeline("train_visobert", *options(EMBEDDED | TINY | switched))
     assert result.returncode == 0, result.stderr
     (run,) = client.search_runs(["0"])
-    assert run.info.status == "FINISHED"
+    assert (run.info.run_id, run.info.status) == (opened, "FINISHED")
     assert run.info.run_name == "small auto g2 s0"
     assert "Using epochs from command line: 2 (overrides config)" in result.stderr
     params, metrics = run.data.params, run.data.metrics
