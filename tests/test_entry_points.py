@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -126,9 +127,10 @@ def test_prepare_ctr_then_training_and_predicting(
         "raw = pd.read_csv('raw.csv')\n"
         "model.predict(raw[['color', 'size']]).to_json(sys.argv[2], orient='records', double_precision=15)\n"
     )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     subprocess.run(
         [sys.executable, "-c", code, run.info.run_id, str(answer), str(ROOT)], cwd=project, check=True,
-        capture_output=True, timeout=300,
+        capture_output=True, timeout=300, env=environment,
     )  # fmt: skip
     predicted = pd.read_json(answer, orient="records")
     assert list(predicted.columns) == ["p_ctr", "p_cvr", "p_ctcvr"]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, Call, run_pipeline
+from conftest import ROOT, Call
 from sklearn.metrics import f1_score
 
 from pipeline.config import load
@@ -222,15 +222,16 @@ def test_the_test_split_is_judged_by_the_validation_thresholds(tmp_path: Path) -
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # what the variables of the environment set at its import
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
 @pytest.mark.usefixtures("offline")
-def test_offline_without_the_model_is_one_line_that_helps(workplace: Path) -> None:
+def test_offline_without_the_model_is_one_line_that_helps(workplace: Path, call_pipeline: Call) -> None:
     given = files(workplace)
-    result = run_pipeline("train_visobert", "--config", str(ROOT / "configs/config_multi.yaml"),
-                          *options(given), cwd=workplace)  # fmt: skip
+    result = call_pipeline("train_visobert", "--config", str(ROOT / "configs/config_multi.yaml"), *options(given))
     assert result.returncode == 2
     (line,) = result.stderr.strip().splitlines()
     for part in (
