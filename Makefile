@@ -23,7 +23,7 @@ notebook: setup
 	$(PIP) --editable '.[notebooks]'
 	$(VENV)/bin/jupyter lab notebooks
 
-# Three, on two cores too: many a test waits for a clock.
+# Three processes on two cores: many tests wait for processes that they have started.
 test: setup
 	$(RUN) -m pytest --numprocesses 3 --dist loadgroup
 

@@ -6,15 +6,19 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import forked
 import pytest
 from filelock import FileLock
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from pipeline.run import Writer
 
 settings.register_profile("project", max_examples=25, deadline=None)
 settings.load_profile("project")
@@ -25,18 +29,14 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; two test proces
 for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
     del os.environ[name]
 
-
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background of a script
     signal.signal(signal.SIGINT, signal.default_int_handler)
-if os.environ.get("FAULTS") != "full":
-    forked.use()
 
-
-# They start processes and take longest: last, they would leave one of two test processes idle.
+# They start processes and take longest: last, they would leave other test processes idle.
 SLOW = ("test_sweep", "test_kills", "test_exits", "test_outage", "test_deployment", "test_notebooks", "test_browser",
-        "test_entry_points", "test_train_visobert", "test_delivery", "test_sync", "test_first_start", "test_ownership",
-        "test_tracking", "test_security", "test_checkpoint", "test_resume", "test_ranks", "test_kubernetes",
-        "test_ray_data", "test_ray_sweep")  # fmt: skip
+        "test_entry_points", "test_train_visobert", "test_delivery", "test_sync", "test_tracking", "test_doctor",
+        "test_first_start", "test_security", "test_resume", "test_ranks", "test_kubernetes", "test_ray_data",
+        "test_ray_sweep")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -84,6 +84,54 @@ def store_in(folder: Path, empty_store: Path) -> None:
     with closing(sqlite3.connect(folder / "mlflow.db")) as base:
         base.execute("update experiments set artifact_location = ?", (str(folder / "mlruns" / "0"),))
         base.commit()
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder with a tracking store, and a writer process that serves all runs of it."""
+
+    folder: Path
+    client: Any  # MLflow's
+    writer: "Writer"
+
+
+one_writer = pytest.mark.xdist_group("one writer")  # tests of the shared place run in one process
+
+
+@pytest.fixture(scope="session")
+def shared_place(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[Place]:
+    from mlflow import MlflowClient
+
+    from pipeline.run import Writer
+
+    folder = tmp_path_factory.mktemp("place")
+    store_in(folder, empty_store)
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("MLFLOW_TRACKING_URI", uri)
+        writer = Writer()
+    with writer:
+        yield Place(folder, MlflowClient(uri), writer)
+
+
+@pytest.fixture
+def place(shared_place: Place, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """A tracking store that is not empty, with a running writer: a writer of its own takes a test seconds."""
+    monkeypatch.chdir(shared_place.folder)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{shared_place.folder / 'mlflow.db'}")
+    if shared_place.writer.process.poll() is not None:  # a test has ended it
+        shared_place.writer.start()
+    return shared_place
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 300) -> Any:
+    """Poll until the condition holds; returns what it returned. The bound only guards against hanging."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+    return value
 
 
 @pytest.fixture
@@ -155,6 +203,14 @@ def call_pipeline(capfd: pytest.CaptureFixture[str]) -> Call:
         return subprocess.CompletedProcess(arguments, int(ended.value.code or 0), shown.out, shown.err)
 
     return call
+
+
+@pytest.fixture
+def opened(client: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The id of a run that was opened as `mlflow run` opens one for what it starts, which is called next."""
+    run_id = str(client.create_run("0", run_name="legendary-gnat-695").info.run_id)
+    monkeypatch.setenv("MLFLOW_RUN_ID", run_id)
+    return run_id
 
 
 @pytest.fixture

@@ -179,7 +179,7 @@ class Postgres:
 
     def _run(self, program: str, *arguments: str) -> None:
         done = subprocess.run(
-            [str(self.programs / program), *arguments], user=self.user, cwd=self.folder, timeout=120,
+            [str(self.programs / program), *arguments], user=self.user, cwd=self.folder, timeout=300,
             env=os.environ | self.environment, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

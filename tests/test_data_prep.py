@@ -361,12 +361,11 @@ def test_data_prep_leaves_alpha_everywhere(workplace: Path, client: Any, prep: C
     assert last == f"next: train_visobert with data.train={file}, data_prep_run={run.info.run_id}"
 
 
-def test_embedded_reviews_by_the_shipped_config(project: Path, client: Any, prep: Call) -> None:
-    result = prep("--config", "configs/data_prep.yaml", "--data.embedded.rows", "500",
-                  "--data.detection_only", "[Others]")  # fmt: skip
+def test_embedded_reviews(project: Path, client: Any, opened: str, prep: Call) -> None:
+    result = prep("--data.embedded.rows", "500", "--data.detection_only", "[Others]")
     assert result.returncode == 0, result.stderr
     (run,) = client.search_runs(["0"])
-    assert run.info.status == "FINISHED"
+    assert (run.info.run_id, run.info.status) == (opened, "FINISHED")
     assert run.data.tags["mlflow.runName"] == "data_prep embedded"
     assert [run.data.metrics[f"rows/{split}"] for split in ("train", "validation", "test")] == [400, 50, 50]
     folder = project / "outputs" / "data_prep"
@@ -407,29 +406,31 @@ def test_dropped_cells_are_counted_and_listed(workplace: Path, client: Any, prep
     metrics = client.search_runs(["0"])[0].data.metrics
     assert (metrics["dropped"], metrics["reviews"], metrics["count/positive"]) == (2, 4, 2)
     assert metrics["duplicates/exact_groups_across_splits"] == 3
+    assert metrics["alpha_of_distinct/neutral"] == metrics["alpha/neutral"]
+    assert metrics["duplicates/share_of_copies"] == 0
 
 
-def test_an_oversampled_file_is_told_with_both_alphas(workplace: Path, client: Any, prep: Call) -> None:
+def test_an_oversampled_file_is_told_with_both_alphas(
+    tmp_path: Path, prep: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     rare = "bình thường thôi,Neutral,Neutral\n"
-    (workplace / "over.csv").write_text(SOME + rare * 6, encoding="utf-8")
-    result = prep("--data", "over.csv")
+    (tmp_path / "over.csv").write_text(SOME + rare * 6, encoding="utf-8")
+    result = prep("--data", "over.csv", "--tracking.enabled", "false")
     assert result.returncode == 0, result.stderr
     assert "warning: 6 of 9 training reviews are exact copies of others" in result.stderr
     lines = {line[:30].strip(): line[30:].split() for line in result.stderr.splitlines()}
     assert lines["alpha of the file"] == ["5.3333", "5.3333", "0.3810"]  # 1, 1, 14 of 16
     assert lines["alpha of the distinct reviews"] == ["1.3333", "1.3333", "0.6667"]  # 1, 1, 2 of 4
-    metrics = client.search_runs(["0"])[0].data.metrics
-    assert metrics["alpha/neutral"] == 16 / 42
-    assert metrics["alpha_of_distinct/neutral"] == 4 / 6
-    assert metrics["duplicates/share_of_copies"] == 6 / 9
-    told = json.loads((workplace / "outputs/data_prep/duplicates.json").read_text())
+    assert Alpha.read(tmp_path / "outputs/data_prep" / ALPHA_FILE).vector[2] == 16 / 42
+    told = json.loads((tmp_path / "outputs/data_prep/duplicates.json").read_text())
     assert told["train"]["oversampled"] is True
 
 
 def test_untracked_leaves_files_alone(tmp_path: Path, prep: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "some.csv").write_text(SOME, encoding="utf-8")
     arguments = ["--data", "some.csv", "--tracking.enabled", "false", "--output_dir", "out"]
-    monkeypatch.chdir(tmp_path)
     result = prep(*arguments)
     assert result.returncode == 0, result.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"some.csv", "out"}

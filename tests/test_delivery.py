@@ -3,21 +3,18 @@
 import errno
 import json
 import os
-import shutil
 import signal
 import socket
-import sqlite3
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+from conftest import Place, one_writer, wait_for
 from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,13 +28,13 @@ from pipeline.ownership import Ownership, alive_owner
 from pipeline.run import MemoryRun, MlflowRun, RunRequest, Writer
 from pipeline.runtime import processes
 from pipeline.runtime.protocol import encode
-from pipeline.tracking.delivery import DELIVERED_FILE, LOCK_FILE, NO_WORD
+from pipeline.tracking import delivery, inbox
+from pipeline.tracking.delivery import DELIVERED_FILE, LOCK_FILE, NO_WORD, wait_for_turn
 from pipeline.tracking.inbox import Inbox
 from pipeline.tracking.messages import FinishRun
 from pipeline.tracking.store import is_temporary, one_line, probe, shown_uri, without_secrets
 
-FULL = os.environ.get("FAULTS") == "full"
-METRICS = ("loss_total", "loss_ctr", "loss_ctcvr")
+pytestmark = one_writer
 
 
 def open_run(writer: Writer, offline: bool = False, **request: Any) -> MlflowRun:
@@ -48,15 +45,11 @@ def resume(writer: Writer, run_id: str, **request: Any) -> MlflowRun:
     return open_run(writer, run_id=run_id, resume=True, **request)
 
 
-def log_steps(run: MlflowRun, steps: range, keys: tuple[str, ...] = ("loss_total",)) -> float:
-    """Log and flush each step; the longest that one of them took, in seconds."""
-    longest = 0.0
+def log_steps(run: MlflowRun, steps: range) -> None:
+    """Log and flush each step."""
     for step in steps:
-        started = time.perf_counter()
-        run.log_metrics(step, dict.fromkeys(keys, step / 3), 1000 + step)
+        run.log_metrics(step, {"loss_total": step / 3}, 1000 + step)
         run.flush()
-        longest = max(longest, time.perf_counter() - started)
-    return longest
 
 
 def points(client: Any, run_id: str, key: str = "loss_total") -> list[tuple[int, float, int]]:
@@ -67,17 +60,25 @@ def expected(steps: range) -> list[tuple[int, float, int]]:
     return [(step, step / 3, 1000 + step) for step in steps]
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
-
-
 def delivered_bytes(run: MlflowRun) -> int:
     file = run.folder / DELIVERED_FILE
     (entry,) = json.loads(file.read_text()).values() if file.exists() else ({"offset": 0},)
     return int(entry["offset"])
+
+
+@pytest.fixture
+def client(place: Place) -> Any:
+    return place.client
+
+
+@pytest.fixture
+def writer(place: Place) -> Writer:
+    return place.writer
+
+
+@pytest.fixture
+def here(place: Place) -> Path:
+    return place.folder
 
 
 @pytest.fixture(scope="module")
@@ -94,197 +95,148 @@ def server(started: MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     return started
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Path:
-    """A folder with a store for all tests of this file: a writer takes seconds to start, so they share one."""
-    folder = tmp_path_factory.mktemp("place")
-    shutil.copyfile(empty_store, folder / "mlflow.db")
-    with closing(sqlite3.connect(folder / "mlflow.db")) as base:
-        base.execute("update experiments set artifact_location = ?", (str(folder / "mlruns" / "0"),))
-        base.commit()
-    return folder
-
-
-@pytest.fixture
-def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(place)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place / 'mlflow.db'}")
-    return place
-
-
-@pytest.fixture
-def client(here: Path) -> Any:
-    import mlflow
-
-    return mlflow.MlflowClient(f"sqlite:///{here / 'mlflow.db'}")
-
-
-@pytest.fixture(scope="module")
-def writers() -> Iterator[dict[str, Writer]]:
-    """By the store they write to, for all tests of this file."""
-    made: dict[str, Writer] = {}
-    yield made
-    for writer in made.values():
-        writer.close()
-
-
-@pytest.fixture
-def writer(request: pytest.FixtureRequest, writers: dict[str, Writer]) -> Writer:
-    request.getfixturevalue("server" if "server" in request.fixturenames else "here")
-    uri = os.environ["MLFLOW_TRACKING_URI"]
-    if uri not in writers:
-        writers[uri] = Writer()
-    if writers[uri].process.poll() is not None:
-        writers[uri].start()
-    return writers[uri]
-
-
-def client_of(server: MlflowServer) -> Any:
-    import mlflow
-
-    return mlflow.MlflowClient(server.uri)
-
-
 # --- the store goes away ---------------------------------------------------------------------------------------------
 
 
-def test_a_server_that_is_killed_and_comes_back_has_every_point_once(
-    server: MlflowServer, capfd: pytest.CaptureFixture[str]
-) -> None:
-    with Writer() as writer:  # with the errors that this test reads
-        run = open_run(writer)
-        log_steps(run, range(100))
-        wait_for(lambda: len(points(client_of(server), run.id)) == 100)
+def test_an_outage_of_the_server_loses_nothing(server: MlflowServer, capfd: pytest.CaptureFixture[str]) -> None:
+    """A run that it interrupts, one that ends in it, one that begins in it, and one that goes on after it."""
+    import mlflow
+
+    client = mlflow.MlflowClient(server.uri)
+    lines: list[str] = []
+
+    def says(text: str) -> int:
+        lines.extend(capfd.readouterr().err.splitlines())
+        return sum(text in line for line in lines)
+
+    with Writer() as writer:
+        first, process = open_run(writer), writer.process
+        note = first.folder / "note.txt"
+        note.write_text("read me")
+        first.log_artifact(note, "notes")
+        log_steps(first, range(100))
+        wait_for(lambda: len(points(client, first.id)) == 100)
+
         server.kill()
-        longest = log_steps(run, range(100, 1500))
-        run.set_tags({"during": "the outage"})
-        run.flush()
-        wait_for(lambda: "takes nothing" in capfd.readouterr().err)
-        time.sleep(2)
-        server.start()
-        longest = max(longest, log_steps(run, range(1500, 1600)))
-        wait_for(lambda: len(points(client_of(server), run.id)) == 1600)
-        run.finish("FINISHED")
-    told = capfd.readouterr().err
-    assert "is back" in told
-    assert "takes nothing" not in told  # once
-    assert longest < 2  # one call to a store that is away takes longer
-    client = client_of(server)
-    assert points(client, run.id) == expected(range(1600))
-    assert client.get_run(run.id).info.status == "FINISHED"
-    assert client.get_run(run.id).data.tags["during"] == "the outage"
-    assert alive_owner(run.folder) is None
-
-
-def test_a_server_that_hangs_delays_the_end_by_no_more_than_the_patience(server: MlflowServer, writer: Writer) -> None:
-    run = open_run(writer)
-    log_steps(run, range(3))
-    wait_for(lambda: len(points(client_of(server), run.id)) == 3)
-    server.pause()
-    try:
-        longest = log_steps(run, range(3, 50))
-        time.sleep(1)  # the writer is in a call that does not return
-        started = time.monotonic()
-        with pytest.raises(Undelivered) as caught:
-            run.finish("FINISHED", patience=2)
-        assert time.monotonic() - started < 6
-        assert longest < 2  # one call to a store that is away takes longer
+        log_steps(first, range(100, 1500))
+        first.set_tags({"failure": "stopped", "branched_from": "prefix 1"})
+        first.flush()
+        wait_for(lambda: says("takes nothing"))
+        with pytest.raises(Undelivered, match="1,402 records wait") as caught:  # steps, tags, and the end
+            first.finish("KILLED", patience=0.5)
         assert caught.value.exit_code == 3
-        assert str(caught.value).endswith(f"deliver it with `python -m pipeline sync {run.folder}`")
-        assert alive_owner(run.folder) is None
-    finally:
-        server.resume()
-    another = open_run(writer)  # a sweep's worker goes on with the same writer
-    another.finish("FINISHED")
-    assert client_of(server).get_run(another.id).info.status == "FINISHED"
+        assert says("takes nothing") == 1
+        assert writer.process is process  # it serves the next one
+        assert process.poll() is None
+        second = open_run(writer, offline=True, name="second", experiment="later", tags={"arm": "a"})
+        assert (second.folder / JOURNAL_FILE).is_file()
+        log_steps(second, range(10))
+        wait_for(lambda: says("takes nothing") == 2)
 
-
-def test_a_server_that_refuses_connections_leaves_a_writer_that_serves_the_next(
-    server: MlflowServer, writer: Writer
-) -> None:
-    run = open_run(writer)
-    wait_for(lambda: delivered_bytes(run))
-    server.kill()
-    log_steps(run, range(5))
-    process = writer.process
-    started = time.monotonic()
-    with pytest.raises(Undelivered, match="6 records wait"):  # 5 steps, and the end
-        run.finish("FINISHED", patience=1)
-    assert time.monotonic() - started < 5
-    server.start()
-    assert writer.process is process
-    assert process.poll() is None
-    open_run(writer).finish("FINISHED")
-
-
-@pytest.mark.parametrize("hangs", [False, True], ids=["refused", "hanging"])
-def test_a_store_that_does_not_answer_is_told_in_one_line(
-    server: MlflowServer, hangs: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if hangs:
-        server.pause()
-    else:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
-    started = time.monotonic()
-    try:
-        with Writer() as writer, pytest.raises(UserError, match=r"tracking store .*does not answer") as caught:
-            open_run(writer)
-    finally:
-        server.resume()
-    assert time.monotonic() - started < 15
-    assert "\n" not in str(caught.value)
-
-
-def test_a_run_that_begins_without_the_store_is_made_there_when_it_is_back(
-    server: MlflowServer, writer: Writer
-) -> None:
-    server.kill()
-    try:
-        run = open_run(writer, offline=True, experiment="later", tags={"arm": "a"})
-        assert (run.folder / JOURNAL_FILE).is_file()
-        log_steps(run, range(10))
-    finally:
         server.start()
-    run.finish("FINISHED")
-    (found,) = writer.find(run_id=run.id)
-    client = client_of(server)
+        wait_for(lambda: says("is back"))
+        second.finish("FINISHED")
+        (found,) = writer.find(run_id=second.id)
+        assert (found.first_id, found.status) == (second.id, "FINISHED")
+        third = resume(writer, first.id)
+        log_steps(third, range(1490, 1600))
+        third.finish("FINISHED")
+        (found,) = writer.find(run_id=first.id)
+
+    assert says("is back") == 1
+    assert points(client, first.id) == expected(range(1600))
+    assert (found.status, found.start_time) == ("FINISHED", client.get_run(first.id).info.start_time)
+    assert "failure" not in found.tags  # what the earlier start said of its end reached the store after the next began
+    assert found.tags.items() >= {"branched_from": "prefix 1", "host": socket.gethostname()}.items()
+    assert Path(client.download_artifacts(first.id, "notes/note.txt")).read_text() == "read me"
+    assert len(pd.read_parquet(client.download_artifacts(first.id, "history.parquet"))) == 1600
+    assert alive_owner(first.folder) is None
     (made,) = client.search_runs([client.get_experiment_by_name("later").experiment_id])
-    assert made.data.tags.items() >= {"original_run_id": run.id, "arm": "a"}.items()
-    assert made.info.status == "FINISHED"
-    assert made.info.run_name == run.name == "test"
+    assert made.data.tags.items() >= {"original_run_id": second.id, "arm": "a"}.items()
+    assert (made.info.status, made.info.run_name) == ("FINISHED", "second")
     assert points(client, made.info.run_id) == expected(range(10))
-    assert (found.first_id, found.status) == (run.id, "FINISHED")
+
+
+def test_a_server_that_hangs_is_waited_for_no_longer_than_the_patience(server: MlflowServer) -> None:
+    import mlflow
+
+    client = mlflow.MlflowClient(server.uri)
+    with Writer() as writer:
+        run = open_run(writer)
+        log_steps(run, range(3))
+        wait_for(lambda: len(points(client, run.id)) == 3)
+        server.pause()
+        try:
+            log_steps(run, range(3, 50))
+            with pytest.raises(Undelivered) as caught:
+                run.finish("FINISHED", patience=1)
+            assert str(caught.value).endswith(f"deliver it with `python -m pipeline sync {run.folder}`")
+            assert alive_owner(run.folder) is None
+            assert writer.process.poll() == -signal.SIGKILL  # in a call that does not return
+            with pytest.raises(UserError, match=r"^tracking store .*does not answer.*$"):  # one line
+                open_run(writer)
+        finally:
+            server.resume()
+        another = open_run(writer)  # a sweep's worker goes on with the same writer
+        wait_for(lambda: delivered_bytes(another))
+        server.pause()
+        try:
+            log_steps(another, range(3))
+            writer.process.end_input()  # its trainer is gone
+            writer.process.wait()
+        finally:
+            server.resume()
+            another.owner.release()
+    assert client.get_run(another.id).info.status == "RUNNING"
+    assert delivered_bytes(another) < another.journal.size
+
+
+def test_a_call_that_does_not_return_ends_with_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the trainer is gone and the store takes nothing."""
+    monkeypatch.setattr(inbox, "GONE_SECONDS", 0.01)
+    monkeypatch.setattr(inbox, "HANGING_SECONDS", 0.01)
+    ended = threading.Event()
+    monkeypatch.setattr(inbox.os, "_exit", lambda _: ended.set())
+    read, write = os.pipe()
+    watching = Inbox(os.fdopen(read))
+    os.close(write)
+    assert ended.wait(120)
+    assert watching.leaving
+
+
+def test_a_store_that_refuses_connections_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    with Writer() as writer, pytest.raises(UserError, match=r"^tracking store .*does not answer.*$"):
+        open_run(writer)
 
 
 # --- a process dies --------------------------------------------------------------------------------------------------
 
 
-def test_a_writer_that_is_killed_is_replaced_and_nothing_is_lost(client: Any, writer: Writer, here: Path) -> None:
-    run = open_run(writer)
-    for stretch in range(4):
-        log_steps(run, range(50 * stretch, 50 * stretch + 50))
-        wait_for(lambda seen=50 * stretch: len(points(client, run.id)) > seen)  # type: ignore[misc]
-        writer.process.kill()
-        writer.process.wait()
+def test_a_writer_that_dies_is_replaced_and_nothing_is_lost(client: Any, writer: Writer, here: Path) -> None:
+    """In the middle of a run, and while the rest is delivered."""
+    run, first = open_run(writer), writer.process
+    log_steps(run, range(50))
+    wait_for(lambda: points(client, run.id))
+    assert client.get_run(run.id).info.status == "RUNNING"
+    first.kill()
+    log_steps(run, range(50, 100))
+    second = writer.process
+    assert second is not first
+    wait_for(lambda: len(points(client, run.id)) == 100)
+    os.kill(second.pid, signal.SIGSTOP)
+    log_steps(run, range(100, 150))
+    threading.Timer(0.5, second.kill).start()
     run.finish("FINISHED")
-    assert points(client, run.id) == expected(range(200))
+    assert writer.process is not second
+    assert points(client, run.id) == expected(range(150))
     assert client.get_run(run.id).info.status == "FINISHED"
-
-
-def test_a_writer_that_dies_at_the_end_is_replaced(client: Any, writer: Writer, here: Path) -> None:
-    run = open_run(writer)
-    for step in range(30_000):
-        run.log_metrics(step, {"loss_total": step / 3, "other": 1.0}, 1000 + step)
-    first = writer.process
-    threading.Timer(1.0, first.kill).start()
-    run.finish("FINISHED")
-    assert writer.process is not first
-    assert points(client, run.id) == expected(range(30_000))
 
 
 def test_a_killed_trainer_leaves_a_failed_run_and_no_lock(client: Any, writer: Writer, here: Path) -> None:
     code = """
-import time
+import signal
 from pathlib import Path
 from pipeline.run import MlflowRun, RunRequest, Writer
 run = MlflowRun(writer := Writer(), RunRequest("doomed"), Path("outputs"))
@@ -293,18 +245,18 @@ for step in range(50):
 run.flush()
 run.log_metrics(50, {"loss_total": 0.0})
 print(run.id, writer.process.pid, flush=True)
-time.sleep(60)
+signal.pause()
 """
-    trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=here)
-    assert trainer.stdout
-    run_id, pid = trainer.stdout.readline().split()
-    folder = here / "outputs" / run_id
-    assert alive_owner(folder)
-    os.kill(trainer.pid, signal.SIGKILL)
-    trainer.wait()
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=here) as trainer:
+        assert trainer.stdout
+        run_id, pid = trainer.stdout.readline().split()
+        folder = here / "outputs" / run_id
+        assert alive_owner(folder)
+        trainer.kill()
     wait_for(lambda: client.get_run(run_id).info.status == "FAILED")
     assert client.get_run(run_id).data.tags["failure"] == NO_WORD
-    wait_for(lambda: not Path(f"/proc/{pid}").exists(), 10)
+    assert points(client, run_id) == expected(range(50))
+    wait_for(lambda: not Path(f"/proc/{pid}").exists())
     assert alive_owner(folder) is None
     run = resume(writer, run_id)
     run.go_on(0)
@@ -317,32 +269,7 @@ time.sleep(60)
     assert len(pd.read_parquet(client.download_artifacts(run_id, "history.parquet"))) == 60
 
 
-def test_a_writer_without_trainer_and_store_ends_by_itself(server: MlflowServer, tmp_path: Path) -> None:
-    code = """
-import time
-from pathlib import Path
-from pipeline.run import MlflowRun, RunRequest, Writer
-run = MlflowRun(writer := Writer(), RunRequest("doomed"), Path("outputs"))
-run.log_metrics(0, {"loss_total": 0.0})
-run.flush()
-print(run.id, writer.process.pid, flush=True)
-time.sleep(60)
-"""
-    trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert trainer.stdout
-    run_id, pid = trainer.stdout.readline().split()
-    wait_for(lambda: points(client_of(server), run_id))
-    server.pause()
-    try:
-        trainer.kill()
-        trainer.wait()
-        wait_for(lambda: not Path(f"/proc/{pid}").exists(), 9)  # a call to the store would hang for 10
-    finally:
-        server.resume()
-
-
-@pytest.mark.parametrize("large", [False, True], ids=["at a flush", "at a full buffer"])
-def test_an_earlier_owner_and_its_writer_stop_at_once(client: Any, writer: Writer, here: Path, large: bool) -> None:
+def test_an_earlier_owner_and_its_writer_stop_at_once(client: Any, writer: Writer, here: Path) -> None:
     run = open_run(writer)
     log_steps(run, range(5))
     wait_for(lambda: len(points(client, run.id)) == 5)
@@ -354,11 +281,11 @@ def test_an_earlier_owner_and_its_writer_stop_at_once(client: Any, writer: Write
     with run.journal.file.open("ab") as stream:
         stream.write(theirs)
     whole = run.journal.file.read_bytes()
+    with FileLock(run.folder / LOCK_FILE, 300):  # the writer has given its turn up
+        assert len(points(client, run.id)) == 5
     assert not run.lost
-    time.sleep(1.5)
-    assert len(points(client, run.id)) == 5
     with pytest.raises(TrainingError, match="taken over"):
-        run.set_tags({"long": "x" * 70_000}) if large else run.flush()
+        run.flush()
     assert run.lost
     run.set_tags({"failure": "x" * 70_000})  # as what ends a run says why; nobody takes it
     with pytest.raises(TrainingError, match="taken over") as caught:
@@ -370,20 +297,24 @@ def test_an_earlier_owner_and_its_writer_stop_at_once(client: Any, writer: Write
     assert "failure" not in found.data.tags
 
 
+def test_a_full_buffer_asks_for_the_owner_too(tmp_path: Path) -> None:
+    def taken() -> None:
+        raise TrainingError("taken over")
+
+    journal = JournalWriter(tmp_path / JOURNAL_FILE, taken)
+    with pytest.raises(TrainingError, match="taken over"):
+        journal.append({"op": "tags", "values": {"long": "x" * 70_000}})
+    assert journal.file.read_bytes() == b""
+    os.close(journal.descriptor)
+
+
 def test_an_interrupt_while_the_rest_is_delivered_ends_the_wait(
-    server: MlflowServer, writer: Writer, capsys: pytest.CaptureFixture[str]
+    client: Any, writer: Writer, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = open_run(writer)
-    server.pause()
-    try:
-        log_steps(run, range(3))
-        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-        started = time.monotonic()
-        with pytest.raises(KeyboardInterrupt):
-            run.finish("FINISHED")
-        assert time.monotonic() - started < 5
-    finally:
-        server.resume()
+    monkeypatch.setattr(writer.inbox, "get", lambda **_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        run.finish("FINISHED")
     assert f"deliver it with `python -m pipeline sync {run.folder}`" in capsys.readouterr().err
     assert writer.process.poll() is not None
     assert alive_owner(run.folder) is None
@@ -392,14 +323,12 @@ def test_an_interrupt_while_the_rest_is_delivered_ends_the_wait(
 
 def test_a_writer_is_not_waited_for_after_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
     def start(*_: object) -> "subprocess.Popen[str]":
-        return subprocess.Popen(["sleep", "60"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen(["sleep", "600"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     monkeypatch.setattr(processes, "start", start)
     monkeypatch.setattr("pipeline.run.STOPPED_SECONDS", 0.2)
-    started = time.monotonic()
     with pytest.raises(KeyboardInterrupt), Writer() as writer:
         raise KeyboardInterrupt
-    assert time.monotonic() - started < 5
     assert writer.process.poll() == -signal.SIGKILL
 
 
@@ -415,10 +344,8 @@ def test_a_writer_outlives_what_a_scheduler_sends_to_all(client: Any, writer: Wr
 
 def test_a_run_that_is_alive_cannot_be_resumed(client: Any, writer: Writer, here: Path) -> None:
     run = open_run(writer)
-    started = time.monotonic()
     with pytest.raises(UserError, match=f"run {run.id} is alive: process {os.getpid()} on"):
         resume(writer, run.id)
-    assert time.monotonic() - started < 5
     run.finish("FINISHED")
 
 
@@ -432,32 +359,31 @@ def interrupted(writer: Writer, steps: range) -> MlflowRun:
     return run
 
 
-def test_what_waited_of_an_earlier_start_does_not_stay_said(server: MlflowServer, writer: Writer) -> None:
-    """Why the earlier start failed reaches the store after the next one has begun."""
-    before = open_run(writer)
-    wait_for(lambda: delivered_bytes(before))
-    server.kill()
-    before.set_tags({"failure": "stopped", "branched_from": "trunk 1"})
-    with pytest.raises(Undelivered):
-        before.finish("KILLED", patience=0.2)
-    server.start()
-    resume(writer, before.id).finish("FINISHED")
-    (found,) = writer.find(run_id=before.id)
-    assert found.status == "FINISHED"
-    assert "failure" not in found.tags
-    assert found.tags.items() >= {"branched_from": "trunk 1", "host": socket.gethostname()}.items()
-    assert found.start_time == client_of(server).get_run(before.id).info.start_time
-
-
 def test_a_run_goes_on_once_the_last_writer_has_left_its_call(client: Any, writer: Writer, here: Path) -> None:
     before = interrupted(writer, range(2))
     lock = FileLock(before.folder / LOCK_FILE, thread_local=False)
     lock.acquire()
-    threading.Timer(1.0, lock.release).start()
-    started = time.monotonic()
+    statuses = []
+
+    def leave() -> None:
+        statuses.append(client.get_run(before.id).info.status)
+        lock.release()
+
+    threading.Timer(0.5, leave).start()
     run = resume(writer, before.id)
-    assert time.monotonic() - started > 0.9
+    assert statuses == ["KILLED"]
     run.finish("FINISHED")
+
+
+def test_a_writer_that_hangs_is_not_waited_for_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delivery, "LOCK_SECONDS", 0.3)
+    asked = []
+    with FileLock(tmp_path / LOCK_FILE, is_singleton=False):
+        assert not wait_for_turn(tmp_path, lambda: asked.append(1)).is_locked
+    assert asked  # the caller can give up meanwhile
+    lock = wait_for_turn(tmp_path)
+    assert lock.is_locked
+    lock.release()
 
 
 def test_what_was_logged_before_is_compared_and_not_logged_again(client: Any, writer: Writer, here: Path) -> None:
@@ -550,8 +476,8 @@ def test_runs_are_found_by_key_and_fork(client: Any, writer: Writer, here: Path)
     plain = open_run(writer, tags={"run_key": "k1"})
     plain.log_metrics(0, {"loss_total": 0.5})
     plain.finish("FINISHED")
-    forked = open_run(writer, tags={"run_key": "k1", "forked_from": "x@3"})
-    forked.finish("KILLED")
+    fork = open_run(writer, tags={"run_key": "k1", "forked_from": "x@3"})
+    fork.finish("KILLED")
     (found,) = writer.find(run_key="k1")
     assert (found.run_id, found.name, found.status, found.metrics) == (
         plain.id,
@@ -560,7 +486,7 @@ def test_runs_are_found_by_key_and_fork(client: Any, writer: Writer, here: Path)
         {"loss_total": 0.5},
     )
     assert found.tags["run_dir"] == str(plain.folder.resolve())
-    assert [run.run_id for run in writer.find(run_key="k1", fork="x@3")] == [forked.id]
+    assert [run.run_id for run in writer.find(run_key="k1", fork="x@3")] == [fork.id]
     assert writer.find(run_key="k2") == []
     assert writer.find(run_id="0" * 32) == []
     assert writer.find(run_id=plain.id)[0].tags["run_key"] == "k1"
@@ -642,14 +568,14 @@ def test_a_folder_that_was_moved_still_has_its_files(client: Any, writer: Writer
     assert relative(tmp_path / "other.txt", run.folder) == str(tmp_path / "other.txt")
 
 
-@pytest.mark.parametrize("folder", ["../outside", "/outside", "a/../../outside", "a\\..\\..\\b"])
-def test_an_artifact_cannot_leave_its_folder(client: Any, writer: Writer, here: Path, folder: str) -> None:
+def test_an_artifact_cannot_leave_its_folder(client: Any, writer: Writer, here: Path) -> None:
     note = here / "note.txt"
     note.write_text("read me")
     run = open_run(writer)
-    with pytest.raises(UserError, match=r"artifact note\.txt: found folder .*allowed"):
-        run.log_artifact(note, folder)
-    run.journal.append({"op": "artifact", "file": str(note), "folder": folder})  # a journal from who knows where
+    for folder in ("../outside", "/outside", "a/../../outside", "a\\..\\..\\b"):
+        with pytest.raises(UserError, match=r"artifact note\.txt: found folder .*allowed"):
+            run.log_artifact(note, folder)
+        run.journal.append({"op": "artifact", "file": str(note), "folder": folder})  # a journal from who knows where
     run.journal.append({"op": "artifact", "file": "../../note.txt", "folder": ""})
     with pytest.raises(TrainingError, match="not delivered"):
         run.finish("FINISHED")
@@ -739,95 +665,27 @@ def test_a_run_whose_journal_cannot_begin_is_ended(
     assert alive_owner(run.folder) is None
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------
-
-
-def peak(pid: int) -> int:
-    """The most memory that the process ever had, in bytes."""
-    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM")]
-    return 1024 * int(line.split()[1])
-
-
-def test_memory_stays_bounded_while_the_store_is_away(server: MlflowServer) -> None:
-    code = """
-import sys
-from pathlib import Path
-from pipeline.run import MlflowRun, RunRequest, Writer
-with Writer() as writer:
-    run = MlflowRun(writer, RunRequest("long"), Path("outputs"))
-    for line in sys.stdin:
-        for step in range(*map(int, line.split())):
-            run.log_metrics(step, {key: step / 3 for key in %r}, 1000 + step)
-            if step %% 50 == 49:
-                run.flush()
-        print(run.id, writer.process.pid, flush=True)
-    run.finish("FINISHED")
-"""
-    steps = 200_000 if FULL else 12_000
-    with subprocess.Popen(
-        [sys.executable, "-c", code % (METRICS,)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as trainer:
-        assert trainer.stdin
-        assert trainer.stdout
-
-        def log(first: int, last: int) -> tuple[str, int]:
-            assert trainer.stdin
-            assert trainer.stdout
-            trainer.stdin.write(f"{first} {last}\n")
-            trainer.stdin.flush()
-            run_id, pid = trainer.stdout.readline().split()
-            return run_id, int(pid)
-
-        run_id, writer = log(0, 1000)
-        client = client_of(server)
-        wait_for(lambda: client.get_run(run_id).data.metrics.get("loss_total") == 333.0)
-        before = peak(trainer.pid) + peak(writer)
-        log(1000, steps // 4)
-        server.kill()
-        log(steps // 4, 3 * steps // 4)
-        server.start()
-        log(3 * steps // 4, steps)
-        trainer.stdin.close()
-        after = before
-        while trainer.poll() is None:
-            if Path(f"/proc/{writer}/status").exists():
-                after = max(after, _peak_of_both(trainer.pid, writer))
-            time.sleep(0.2)
-        assert trainer.returncode == 0
-    assert client.get_run(run_id).info.status == "FINISHED"
-    assert client.get_run(run_id).data.metrics == dict.fromkeys(METRICS, (steps - 1) / 3)
-    print(f"peak of trainer and writer together: {before >> 20} MB, then {after >> 20} MB")
-    assert after - before < (200 if FULL else 60) << 20
-
-
-def _peak_of_both(*pids: int) -> int:
-    try:
-        return sum(peak(pid) for pid in pids)
-    except (OSError, ValueError):  # it ended just now
-        return 0
-
-
 # --- small parts -----------------------------------------------------------------------------------------------------
 
 
-def test_a_finish_in_a_pause_is_noticed_at_once() -> None:
+def test_a_finish_interrupts_a_pause() -> None:
     read, write = os.pipe()
-    inbox = Inbox(os.fdopen(read))
+    waiting = Inbox(os.fdopen(read))
+    pause = threading.Thread(target=waiting.wait, args=(3600,), daemon=True)
+    pause.start()
     with os.fdopen(write, "w") as requests:
-        line = encode(FinishRun("FINISHED", patience=60))
-        threading.Timer(0.2, lambda: (requests.write(line), requests.flush())).start()
-        started = time.monotonic()
-        inbox.wait(30)
-        assert time.monotonic() - started < 5
-        assert inbox.leaving
-        assert not inbox.impatient
-        inbox.finish = FinishRun("FINISHED", patience=0)
-        time.sleep(0.01)
-        assert inbox.impatient
-        inbox.progress()
-        inbox.finish = FinishRun("FINISHED", patience=1)
-        assert not inbox.impatient
-        inbox.moved = float("inf")  # or it would end this process once the stream is closed
+        requests.write(encode(FinishRun("FINISHED", patience=3600)))
+        requests.flush()
+        pause.join(300)
+        assert not pause.is_alive()
+        assert waiting.leaving
+        assert not waiting.impatient
+        waiting.finish = FinishRun("FINISHED", patience=0)
+        wait_for(lambda: waiting.impatient)
+        waiting.finish = FinishRun("FINISHED", patience=3600)
+        waiting.progress()
+        assert not waiting.impatient
+        waiting.moved = float("inf")  # or it would end this process once the stream is closed
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,7 @@ def test_the_credentials_file_is_enough(served: Variables, place: Path) -> None:
     asked = subprocess.run(
         [sys.executable, "-c", "import mlflow; print(mlflow.MlflowClient().get_experiment('0').name)"],
         env={**os.environ, "HOME": str(place / "home"), "MLFLOW_TRACKING_URI": served["MLFLOW_TRACKING_URI"]},
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert asked.stdout == "Default\n", asked.stderr
 

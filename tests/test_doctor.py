@@ -3,37 +3,44 @@
 import json
 import shutil
 import sqlite3
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from conftest import Place, one_writer
 
 from pipeline import checkpoint
 from pipeline.checkpoint import Checkpoints
 from pipeline.errors import TrainingError, UserError
 from pipeline.journal import JOURNAL_FILE
-from pipeline.run import MlflowRun, RunRequest, Writer
+from pipeline.run import MlflowRun, RunRequest
 from pipeline.tracking.doctor import doctor
 from pipeline.tracking.sync import sync
 
+pytestmark = one_writer
+
 
 @pytest.fixture
-def run(client: Any, workplace: Path) -> Path:
+def workplace(place: Place) -> Path:
+    return place.folder
+
+
+@pytest.fixture
+def run(place: Place) -> Path:
     """The folder of a finished run of 20 steps with a checkpoint, an artifact and a param that `mlflow run` wrote."""
-    opened = client.create_run("0", run_name="legendary-gnat-695")
-    client.log_param(opened.info.run_id, "lambda", "1e-1")
-    note = workplace / "note.txt"
+    opened = place.client.create_run("0", run_name="legendary-gnat-695")
+    place.client.log_param(opened.info.run_id, "lambda", "1e-1")
+    note = place.folder / "note.txt"
     note.write_text("read me")
-    with Writer() as writer:
-        tracked = MlflowRun(writer, RunRequest("mine", run_id=opened.info.run_id), Path("outputs"))
-        tracked.log_params({"lambda": "0.1", "loss.aux_focal.lambda": "0.1"})
-        tracked.log_artifact(note, "notes")
-        for step in range(20):
-            tracked.log_metrics(step, {"loss_total": 1 / (step + 1), "odd": [float("nan"), float("inf")][step % 2]})
-        for step in (10, 20):
-            Checkpoints(tracked.folder).save(step, {"weight": torch.ones(9)}, {}, {}, None)
-        tracked.finish("FINISHED")
+    tracked = MlflowRun(place.writer, RunRequest("mine", run_id=opened.info.run_id), Path("outputs"))
+    tracked.log_params({"lambda": "0.1", "loss.aux_focal.lambda": "0.1"})
+    tracked.log_artifact(note, "notes")
+    for step in range(20):
+        tracked.log_metrics(step, {"loss_total": 1 / (step + 1), "odd": [float("nan"), float("inf")][step % 2]})
+    for step in (10, 20):
+        Checkpoints(tracked.folder).save(step, {"weight": torch.ones(9)}, {}, {}, None)
+    tracked.finish("FINISHED")
     return tracked.folder.resolve()
 
 
@@ -44,11 +51,11 @@ def told(run: str, capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(capsys.readouterr().err.split())
 
 
-def base(workplace: Path, statement: str) -> None:
-    store = sqlite3.connect(workplace / "mlflow.db")
-    store.execute(statement)
-    store.commit()
-    store.close()
+def base(run: Path, workplace: Path, statement: str) -> None:
+    """Change the store's rows of the run: `:run` stands for its id."""
+    with closing(sqlite3.connect(workplace / "mlflow.db")) as store:
+        store.execute(statement, {"run": run.name})
+        store.commit()
 
 
 def test_a_run_that_is_whole(run: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,8 +73,8 @@ def test_what_the_store_lost_is_named_and_sent_again(
     run: Path, workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As after a restore from an old backup: the delivery's notes say all is there, and it is not."""
-    base(workplace, "delete from metrics where step >= 15 and key = 'loss_total'")
-    base(workplace, "delete from params where key = 'loss.aux_focal.lambda'")
+    base(run, workplace, "delete from metrics where step >= 15 and key = 'loss_total' and run_uuid = :run")
+    base(run, workplace, "delete from params where key = 'loss.aux_focal.lambda' and run_uuid = :run")
     shutil.rmtree(workplace / "mlruns" / "0" / run.name / "artifacts" / "notes")
     found = told(run.name, capsys)
     assert "store: 35 of 40 points 5 are missing, of loss_total: python -m pipeline sync" in found
@@ -78,11 +85,11 @@ def test_what_the_store_lost_is_named_and_sent_again(
 
 
 def test_what_the_store_has_beside(run: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    columns = "insert into metrics (key, value, timestamp, run_uuid, step, is_nan) values "
-    base(workplace, f"{columns} ('loss_total', 9.0, 7, '{run.name}', 3, 0)")
-    base(workplace, f"{columns} ('loss_total', 9.0, 7, '{run.name}', 99, 0)")
-    base(workplace, "update metrics set value = 5 where step = 4 and key = 'loss_total'")
-    base(workplace, "update runs set status = 'RUNNING'")
+    columns = "insert into metrics (key, value, timestamp, run_uuid, step, is_nan)"
+    for step in (3, 99):
+        base(run, workplace, f"{columns} values ('loss_total', 9.0, 7, :run, {step}, 0)")
+    base(run, workplace, "update metrics set value = 5 where step = 4 and key = 'loss_total' and run_uuid = :run")
+    base(run, workplace, "update runs set status = 'RUNNING' where run_uuid = :run")
     found = told(run.name, capsys)
     assert "1 points are there more than once, of loss_total" in found
     assert "1 points have another value than in the journal, of loss_total" in found
@@ -125,13 +132,10 @@ def test_a_store_that_dies_midway_is_told_in_one_line(run: Path, monkeypatch: py
 def test_a_store_that_never_had_it_and_no_run_at_all(
     run: Path, tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import mlflow
-
     with pytest.raises(UserError, match="nothing: found no run"):
         doctor("nothing")
     other = tmp_path / "other.db"
     shutil.copyfile(empty_store, other)
-    mlflow.set_tracking_uri(f"sqlite:///{other}")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{other}")
     found = told(str(run), capsys)
     assert f"has no such run python -m pipeline sync {run} makes it there" in found

@@ -350,7 +350,7 @@ def test_another_size_or_seed_is_another_folder(tmp_path: Path) -> None:
 
 def test_generating_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All have written their copy before the first puts it in place: one folder, whole, and no leavings."""
-    together = threading.Barrier(4, timeout=120)
+    together = threading.Barrier(4, timeout=300)
 
     def at_once(folder: Path, rows: int, seed: int) -> DataSchema:
         schema = generate(folder, rows, seed)

@@ -41,7 +41,7 @@ def test_loading_runs_ahead_in_another_thread() -> None:
     stream = prefetched(range(100), load, 2)
     next(stream)
     for _ in range(3):
-        assert loaded.acquire(timeout=120)
+        assert loaded.acquire(timeout=300)
     assert threading.current_thread() not in threads.values()
     stream.close()
     assert len(threads) == 3

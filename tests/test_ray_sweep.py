@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 from conftest import Call, store_in
-from test_sweep import UNBLOCKED, assert_same_results, by_arm, by_arm_summary, sweep_file, sweep_id_of, table_of
+from test_sweep import assert_same_results, by_arm, by_arm_summary, sweep_file, sweep_id_of, table_of
 
 from pipeline.errors import UserError
 from pipeline.ray_crew import refuse_local_store
@@ -100,8 +100,9 @@ class Sweep:
         command = [sys.executable, "-m", "pipeline", "sweep", "--config", str(self.file), *self.engine]
         self.log = self.folder / "stderr.txt"
         with self.log.open("w") as log:
-            self.process = subprocess.Popen([sys.executable, "-c", UNBLOCKED, *command], cwd=self.folder, stderr=log,
-                                            stdout=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+            self.process = subprocess.Popen(
+                command, cwd=self.folder, stderr=log, stdout=subprocess.DEVNULL, start_new_session=True
+            )
         return self
 
     def __exit__(self, *_: object) -> None:

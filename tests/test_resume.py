@@ -402,13 +402,16 @@ def test_a_signal_waits_for_the_end_of_a_held_block() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
 def test_the_first_signal_counts_and_handlers_come_back(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
-    with interruptible():
-        with pytest.raises(Interrupted):
-            signal.raise_signal(number)  # to this thread: one to the process may be heard in another, later
-        signal.raise_signal(number)  # while the run is being ended: nothing
-        signal.raise_signal(signal.SIGTERM)
-    assert signal.getsignal(number) is before
+    inherited = signal.signal(number, signal.SIG_DFL)  # nohup starts these tests with SIGHUP ignored
+    try:
+        with interruptible():
+            with pytest.raises(Interrupted):
+                signal.raise_signal(number)  # to this thread: one to the process may be heard in another, later
+            signal.raise_signal(number)  # while the run is being ended: nothing
+            signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, inherited)
 
 
 def test_an_ignored_signal_stays_ignored() -> None:

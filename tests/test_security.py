@@ -424,7 +424,7 @@ def ui(folder: Path, port: int) -> Iterator[subprocess.Popen[str]]:
         yield process
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait(120)
+        process.wait(300)
 
 
 def listening(port: int) -> set[str]:
@@ -449,7 +449,7 @@ def test_make_ui_serves_this_machine_alone(client: Any, workplace: Path) -> None
     with ui(workplace, port) as process:
         assert process.stdout
         assert process.stdout.readline().startswith(f"http://127.0.0.1:{port}/")
-        assert urlopen(f"http://127.0.0.1:{port}/health", timeout=120).status == 200
+        assert urlopen(f"http://127.0.0.1:{port}/health", timeout=300).status == 200
         assert listening(port) == {"0100007F"}  # 127.0.0.1, least byte first
 
 
@@ -488,7 +488,7 @@ def test_a_server_that_is_away_is_told_without_secrets(uri: str, tmp_path: Path)
     )
     done = subprocess.run(
         [sys.executable, "-m", "pipeline", "data_prep", "--data", "reviews.csv"], cwd=tmp_path, capture_output=True,
-        text=True, timeout=120, check=False, env={**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": uri},
+        text=True, timeout=300, check=False, env={**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": uri},
     )  # fmt: skip
     assert done.returncode == 2
     texts = [done.stdout, done.stderr]

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +17,8 @@ import optuna
 import pandas as pd
 import pytest
 import yaml
-from conftest import ROOT, SHRUNK, Call, mlflow_run, project_in, store_in
+from conftest import ROOT, SHRUNK, Call, mlflow_run, project_in, store_in, wait_for
+from filelock import FileLock
 from safetensors.numpy import load_file
 from scipy import stats
 
@@ -26,6 +26,7 @@ from pipeline.sweep import Crew, Job
 from pipeline.sweeps.requests import DigestData, JobDone, LoadModules
 from pipeline.tasks.mmoe.schema import DataSchema
 
+FULL = os.environ.get("FAULTS") == "full"
 SETTINGS: dict[str, Any] = {key: yaml.safe_load(value) for key, value in SHRUNK.items()}
 MEASURED = ("throughput/", "time/", "checkpoint/")
 
@@ -208,6 +209,8 @@ def test_again_it_finds_all_finished(shop: Shop, run_sweep: Call, monkeypatch: p
 
 
 @one_process
+@pytest.mark.faults
+@pytest.mark.skipif(not FULL, reason="FAULTS=full: the trainings of test_branching in a sweep's words")
 def test_runs_alone_have_the_same_points_and_weights(shop: Shop, run_sweep: Call) -> None:
     arguments = ["--share_prefix", "false", "--seeds", "[1]", "--jobs", "1", "--experiment", "apart"]
     apart = run_sweep(str(shop.file), *arguments)
@@ -235,7 +238,7 @@ def test_killed_it_goes_on_to_the_same_table(
     command = [sys.executable, "-m", "pipeline", "sweep", "--config", str(file)]
     with (workplace / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=workplace, stdout=log, stderr=log, start_new_session=True)
-        _wait_until(lambda: process.poll() is not None or _begun(workplace) > 2)
+        wait_for(lambda: process.poll() is not None or _begun(workplace) > 2)
         assert process.poll() is None, "it ended before it was killed"
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -269,55 +272,39 @@ def _newest_sweep(client: Any) -> str:
     return str(found[0].data.tags["sweep_id"]) if found else "none"
 
 
-def _wait_until(condition: Any, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
-
-
 def test_an_arm_that_fails_leaves_the_others(workplace: Path, client: Any, impressions: Path, run_sweep: Call) -> None:
-    arms = [{"lambda": 5.0}, {"name": "wild", "aux_focal": False, "optim.dense.lr": 1e30}]
-    file = sweep_file(workplace, impressions, arms=arms, seeds=[3])
+    wild = {"name": "wild", "aux_focal": False, "optim.dense.lr": 1e30}
+    file = sweep_file(workplace, impressions, arms=[wild], seeds=[3])
     result = run_sweep(str(file))
     assert result.returncode == 1
     assert re.search(r"failed:\n- wild s3: loss_\w+ is (nan|inf) at step \d+", result.stderr)
-    assert "1 of 3 runs failed" in result.stderr.splitlines()[-1]
+    assert "1 of 2 runs failed" in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
     assert "one seed: no verdict" in result.stderr
     runs = by_arm(client, sweep_id_of(result.stderr))
-    assert {arm: run.info.status for (arm, _), run in runs.items()} == {
-        "baseline": "FINISHED", "l5 g1 w5": "FINISHED", "wild": "FAILED"
-    }  # fmt: skip
-    wild = runs["wild", 3]
-    assert len(client.get_metric_history(wild.info.run_id, "loss_total")) >= 1  # its first step is there
+    assert {arm: run.info.status for (arm, _), run in runs.items()} == {"baseline": "FINISHED", "wild": "FAILED"}
+    failed = runs["wild", 3]
+    assert len(client.get_metric_history(failed.info.run_id, "loss_total")) >= 1  # its first step is there
     (summary,) = by_arm_summary(client, sweep_id_of(result.stderr))
     assert summary.info.status == "FAILED"
     assert "wild s3" in summary.data.tags["mlflow.note.content"]
 
     again = run_sweep(str(file))  # tries what failed, in the same run
     assert again.returncode == 1
-    assert again.stderr.count("finished before") == 2
-    assert by_arm(client, sweep_id_of(result.stderr))["wild", 3].info.run_id == wild.info.run_id
-
-
-# tests that run in the background have Ctrl-C ignored, and what they start inherits that
-UNBLOCKED = "import os, signal, sys; signal.signal(2, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    assert again.stderr.count("finished before") == 1
+    assert by_arm(client, sweep_id_of(result.stderr))["wild", 3].info.run_id == failed.info.run_id
 
 
 def test_ctrl_c_ends_every_process_and_leaves_no_run_running(workplace: Path, client: Any, impressions: Path) -> None:
-    file = sweep_file(workplace, impressions, jobs=2, settings={"training.max_steps": None, "epochs": 4000})
+    file = sweep_file(workplace, impressions, settings={"training.max_steps": None, "epochs": 4000})
     command = [sys.executable, "-m", "pipeline", "sweep", "--config", str(file), "--share_prefix", "false"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", UNBLOCKED, *command], cwd=workplace, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-    )  # fmt: skip
+    process = subprocess.Popen(command, cwd=workplace, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        _wait_until(lambda: _begun(workplace) == 2)
-        time.sleep(1)
+        journals = (workplace / "outputs").glob
+        wait_for(lambda: any('"global_step"' in file.read_text() for file in journals("*/journal.jsonl")))
         os.killpg(process.pid, signal.SIGINT)
         process.send_signal(signal.SIGTERM)  # as `mlflow run` does on Ctrl-C
-        _, stderr = process.communicate(timeout=120)
+        _, stderr = process.communicate(timeout=300)
     except BaseException:
         os.killpg(process.pid, signal.SIGKILL)
         raise
@@ -330,19 +317,13 @@ def test_ctrl_c_ends_every_process_and_leaves_no_run_running(workplace: Path, cl
     assert "summary" in roles
 
 
-def test_a_sweep_does_not_run_beside_itself(workplace: Path, impressions: Path, run_sweep: Call) -> None:
-    file = sweep_file(workplace, impressions, settings={"epochs": 4000, "training.max_steps": None})
-    command = [sys.executable, "-m", "pipeline", "sweep", "--config", str(file)]
-    process = subprocess.Popen(command, cwd=workplace, stderr=subprocess.DEVNULL, start_new_session=True)
-    try:
-        _wait_until(lambda: list((workplace / "outputs").glob("sweeps/*.lock")))
-        time.sleep(0.5)
-        result = run_sweep(str(file))
-        assert result.returncode == 2
-        assert "already running" in result.stderr.splitlines()[-1]
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+@one_process
+def test_a_sweep_does_not_run_beside_itself(shop: Shop, run_sweep: Call) -> None:
+    (folder,) = (file.parent for file in (shop.folder / "outputs/sweeps").glob("*/comparison.csv"))
+    with FileLock(f"{folder}.lock"):  # as a sweep at work holds it
+        result = run_sweep(str(shop.file))
+    assert result.returncode == 2
+    assert "already running" in result.stderr.splitlines()[-1]
 
 
 def test_a_search_finds_an_arm_and_confirms_it_on_other_seeds(
@@ -375,13 +356,6 @@ def test_a_search_finds_an_arm_and_confirms_it_on_other_seeds(
     assert arm in table_of(result.stderr)
     assert "trial" not in table_of(result.stderr)
 
-    again = run_sweep(str(file))
-    assert again.returncode == 0, again.stderr
-    assert table_of(again.stderr) == table_of(result.stderr)
-    assert {key: run.info.run_id for key, run in by_arm(client, sweep_id, ("trial",)).items()} == {
-        key: run.info.run_id for key, run in trials.items()
-    }
-
 
 def test_arms_on_different_data_are_refused(workplace: Path, impressions: Path, run_sweep: Call) -> None:
     cache = {"data.embedded.cache": str(workplace / "cache"), "data": None}
@@ -398,19 +372,20 @@ def test_arms_on_different_data_are_refused(workplace: Path, impressions: Path, 
 def test_a_search_whose_launcher_is_killed_goes_on_with_the_trials_that_it_was_at(
     workplace: Path, client: Any, impressions: Path, run_sweep: Call, tmp_path: Path
 ) -> None:
-    search = {"trials": 3, "startup_trials": 3, "settings": {"aux_focal": True},
+    trials, steps = (3, 1000) if FULL else (2, 600)
+    search = {"trials": trials, "startup_trials": trials, "settings": {"aux_focal": True},
               "space": {"lambda": {"low": 0.01, "high": 10, "log": True}, "gamma": {"choices": [1, 2]}}}  # fmt: skip
-    long = {"epochs": 20, "training.max_steps": 1000, "evaluation.every_steps": 250, "checkpoint.every_steps": 50}
+    long = {"epochs": 20, "training.max_steps": steps, "evaluation.every_steps": 200, "checkpoint.every_steps": 50}
     file = sweep_file(workplace, impressions, arms=None, search=search, settings=long, seeds=[0])
     command = [sys.executable, "-m", "pipeline", "sweep", "--config", str(file)]
     with (workplace / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=workplace, stdout=log, stderr=log, start_new_session=True)
     try:
-        _wait_until(lambda: process.poll() is not None or _is_trained(workplace, trial=1), 300)
+        wait_for(lambda: process.poll() is not None or _is_trained(workplace, trial=1))
         assert process.poll() is None, (workplace / "log").read_text()
         os.kill(process.pid, signal.SIGKILL)  # the launcher alone: the worker ends its run, and itself
         process.wait()
-        _wait_until(lambda: _session(process.pid) == [], 300)
+        wait_for(lambda: _session(process.pid) == [])
         begun = {run.data.tags["trial"]: run for run in by_arm(client, _newest_sweep(client), ("trial",)).values()}
         assert {number: run.info.status for number, run in begun.items()} == {"0": "FINISHED", "1": "KILLED"}
     finally:
@@ -419,16 +394,18 @@ def test_a_search_whose_launcher_is_killed_goes_on_with_the_trials_that_it_was_a
 
     result = run_sweep(str(file))
     assert result.returncode == 0, result.stderr
-    trials = {run.data.tags["trial"]: run for run in by_arm(client, sweep_id_of(result.stderr), ("trial",)).values()}
-    assert {number: run.info.status for number, run in trials.items()} == dict.fromkeys("012", "FINISHED")
-    assert {number: trials[number].info.run_id for number in begun} == {
+    ended = {run.data.tags["trial"]: run for run in by_arm(client, sweep_id_of(result.stderr), ("trial",)).values()}
+    assert {number: run.info.status for number, run in ended.items()} == dict.fromkeys("012"[:trials], "FINISHED")
+    assert {number: ended[number].info.run_id for number in begun} == {
         number: run.info.run_id for number, run in begun.items()
     }
-    assert "resumed_at" in trials["1"].data.tags
+    assert "resumed_at" in ended["1"].data.tags
     assert "ignored" not in result.stderr  # what Optuna says of an evaluation that is reported twice
     (study,) = (workplace / "outputs" / "sweeps").glob("*/search.db")
-    assert [trial.state.name for trial in trials_of(study)] == ["COMPLETE"] * 3
+    assert [trial.state.name for trial in trials_of(study)] == ["COMPLETE"] * trials
 
+    if not FULL:
+        return
     # the draws are those of a search that nothing happened to
     output = tmp_path / "undisturbed"
     other = run_sweep(str(file), "--output_dir", str(output), "--experiment", "undisturbed")

@@ -6,32 +6,50 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from server import MlflowServer, free_port
+from conftest import Place, one_writer, store_in
+from server import free_port
 
 from pipeline.errors import TrainingError, Undelivered, UserError
 from pipeline.journal import JOURNAL_FILE
 from pipeline.ownership import Ownership, alive_owner
-from pipeline.run import MlflowRun, RunRequest, Writer
+from pipeline.run import MlflowRun, RunRequest
 from pipeline.tracking.delivery import NO_WORD, Delivery, GaveUpError
 from pipeline.tracking.inbox import Inbox
-from pipeline.tracking.messages import FinishRun
+from pipeline.tracking.messages import FinishRun, OpenedRun, OpenRun
+from pipeline.tracking.opening import open_without_store
 from pipeline.tracking.sync import sync
 
+pytestmark = one_writer
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
-    with MlflowServer(tmp_path_factory.mktemp("server")) as server:
-        yield server
+
+class Unserved:
+    """Stands where nobody writes: a run begins without a store, and its journal waits for `sync`."""
+
+    def ask(self, request: OpenRun, _: type[OpenedRun]) -> OpenedRun:
+        return open_without_store(request.run, "nobody serves it")
+
+    def send(self, _: object) -> None:
+        """Nobody listens."""
+
+
+def waiting_run(name: str, status: str, log: Callable[[MlflowRun], None], **request: Any) -> MlflowRun:
+    """A run that ended while no store was there."""
+    run = MlflowRun(Unserved(), RunRequest(name, **request), Path("outputs"), offline=True)  # type: ignore[arg-type]
+    log(run)
+    run.journal.append({"op": "finish", "status": status, "time": 0})
+    run.journal.close()
+    run.owner.release()
+    return run
 
 
 @pytest.fixture
-def away(server: MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A store that nobody serves."""
     monkeypatch.chdir(tmp_path)
     uri = f"http://127.0.0.1:{free_port()}"
@@ -39,11 +57,18 @@ def away(server: MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     return uri
 
 
+@pytest.fixture
+def other(tmp_path: Path, empty_store: Path) -> str:
+    """Another store that is there."""
+    (tmp_path / "other").mkdir()
+    store_in(tmp_path / "other", empty_store)
+    return f"sqlite:///{tmp_path / 'other' / 'mlflow.db'}"
+
+
 def use(uri: str, patch: pytest.MonkeyPatch) -> Any:
-    """Let `sync` and MLflow's client in this process go there."""
+    """Let `sync` in this process go there, and MLflow's client."""
     import mlflow
 
-    mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # the fixture `client` has set it
     patch.setenv("MLFLOW_TRACKING_URI", uri)
     return mlflow.MlflowClient(uri)
 
@@ -84,23 +109,18 @@ def export(impressions: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return asdict(task.export(task.model(), tmp_path_factory.mktemp("export") / "model"))
 
 
-def test_all_of_a_run_that_no_server_took_comes_to_a_new_one(
-    server: MlflowServer,
+def test_all_of_a_run_that_no_store_took_comes_to_a_new_one(
+    other: str,
     away: str,
     export: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with Writer() as writer:
-        request = RunRequest("lonely", experiment="synced", tags={"arm": "a"})
-        run = MlflowRun(writer, request, Path("outputs"), offline=True)
-        log_all(run, export)
-        with pytest.raises(Undelivered) as caught:
-            run.finish("FINISHED", patience=0.5)
-    assert caught.value.exit_code == 3
+    run = waiting_run("lonely", "FINISHED", lambda run: log_all(run, export), experiment="synced", tags={"arm": "a"})
     with pytest.raises(Undelivered, match=r"does not answer.*; everything stays in") as caught:
         sync(run.folder)
-    client = use(server.uri, monkeypatch)
+    assert caught.value.exit_code == 3
+    client = use(other, monkeypatch)
     sync(run.folder)
     assert "records delivered to" in capsys.readouterr().err
     (made,) = client.search_runs([client.get_experiment_by_name("synced").experiment_id])
@@ -123,7 +143,6 @@ def test_all_of_a_run_that_no_server_took_comes_to_a_new_one(
     assert len(client.search_runs([made.info.experiment_id])) == 1
     assert len(points(client, made.info.run_id, "loss_total")) == 700
     assert [found.model_id for found in models(client, made)] == [model.model_id]
-    client.delete_run(made.info.run_id)
 
 
 def models(client: Any, run: Any) -> list[Any]:
@@ -131,16 +150,14 @@ def models(client: Any, run: Any) -> list[Any]:
     return [model for model in found if model.status == "READY"]
 
 
-def test_a_run_of_one_store_is_made_in_another(
-    client: Any, workplace: Path, server: MlflowServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_of_one_store_is_made_in_another(place: Place, other: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first store stays as it is; points are compared through MLflow."""
-    with Writer() as writer:
-        run = MlflowRun(writer, RunRequest("twice", experiment="shared"), Path("outputs"))
-        log_all(run, {})
-        run.finish("FINISHED")
+    client = place.client
+    run = MlflowRun(place.writer, RunRequest("twice", experiment="shared"), Path("outputs"))
+    log_all(run, {})
+    run.finish("FINISHED")
     first = client.get_run(run.id)
-    second = use(server.uri, monkeypatch)
+    second = use(other, monkeypatch)
     sync(run.folder)
     (made,) = second.search_runs([second.get_experiment_by_name("shared").experiment_id])
     assert made.data.tags["original_run_id"] == run.id
@@ -149,7 +166,7 @@ def test_a_run_of_one_store_is_made_in_another(
     for key in ("loss_total", "valid/auc"):
         before, after = points(client, run.id, key), points(second, made.info.run_id, key)
         assert repr(before) == repr(after)  # NaN as NaN
-    use(f"sqlite:///{workplace / 'mlflow.db'}", monkeypatch)
+    use(f"sqlite:///{place.folder / 'mlflow.db'}", monkeypatch)
     sync(run.folder)  # the first still knows that it has all of it
     assert client.get_run(run.id).info.end_time == first.info.end_time
 
@@ -162,13 +179,11 @@ def test_a_run_of_one_store_is_made_in_another(
     assert alive_owner(run.folder) is None
 
 
-def test_in_a_hurry_the_end_comes_before_the_history(
-    client: Any, workplace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with Writer() as writer:
-        run = MlflowRun(writer, RunRequest("hurried"), Path("outputs"))
-        run.log_metrics(0, {"loss_total": 1.0})
-        run.finish("KILLED")
+def test_in_a_hurry_the_end_comes_before_the_history(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = place.client
+    run = MlflowRun(place.writer, RunRequest("hurried"), Path("outputs"))
+    run.log_metrics(0, {"loss_total": 1.0})
+    run.finish("KILLED")
     client.update_run(run.id, status="RUNNING")
     (run.folder / "delivered.json").unlink()
     seen = []
@@ -184,16 +199,16 @@ def test_in_a_hurry_the_end_comes_before_the_history(
     assert report.waiting == 1  # the end, with its history
 
 
-def test_a_data_set_that_another_run_makes_at_the_same_moment(client: Any, workplace: Path) -> None:
+def test_a_data_set_that_another_run_makes_at_the_same_moment(place: Place) -> None:
     """Between MLflow's look for the data set and its own row comes that of another run; the store's real refusal."""
     from mlflow.store.tracking.dbmodels.models import SqlDataset
     from sqlalchemy import event
 
-    with Writer() as writer:
-        run = MlflowRun(writer, RunRequest("second"), Path("outputs"))
-        run.log_input("data", "ab" * 32, "a file", {"rows": 3})
-        run.finish("FINISHED")
-    with closing(sqlite3.connect(workplace / "mlflow.db")) as base:  # as if nothing had been delivered
+    client = place.client
+    run = MlflowRun(place.writer, RunRequest("second"), Path("outputs"))
+    run.log_input("data", "ab" * 32, "a file", {"rows": 3})
+    run.finish("FINISHED")
+    with closing(sqlite3.connect(place.folder / "mlflow.db")) as base:  # as if nothing had been delivered
         base.executescript("delete from input_tags; delete from inputs; delete from datasets;")
     client.update_run(run.id, status="RUNNING")
     (run.folder / "delivered.json").unlink()
@@ -202,7 +217,7 @@ def test_a_data_set_that_another_run_makes_at_the_same_moment(client: Any, workp
     def make_it_too(_mapper: Any, _connection: Any, row: Any) -> None:
         if not others:
             others.append("c" * 32)
-            with closing(sqlite3.connect(workplace / "mlflow.db")) as base:
+            with closing(sqlite3.connect(place.folder / "mlflow.db")) as base:
                 base.execute("insert into datasets values (?, ?, ?, ?, 'local', '{}', null, null)",
                              (others[0], row.experiment_id, row.name, row.digest))  # fmt: skip
                 base.commit()
@@ -220,52 +235,44 @@ def test_a_data_set_that_another_run_makes_at_the_same_moment(client: Any, workp
     assert (found.dataset.name, found.dataset.digest) == ("data", "ab" * 16)
 
 
-def test_a_killed_run_is_ended_as_failed(client: Any, workplace: Path) -> None:
+def test_a_killed_run_is_ended_as_failed(place: Place) -> None:
     """Trainer and writer are killed together: nobody was left to say so."""
     code = """
-import time
+import os, signal
 from pathlib import Path
 from pipeline.run import MlflowRun, RunRequest, Writer
 run = MlflowRun(writer := Writer(), RunRequest("doomed"), Path("outputs"))
-print(run.id, writer.process.pid, flush=True)
-writer.process.kill()
-writer.process.wait()
 for step in range(50):
     run.log_metrics(step, {"loss_total": step / 3}, 1000 + step)
+os.kill(writer.process.pid, signal.SIGSTOP)
 run.journal.flush()
-print(flush=True)
-time.sleep(60)
+print(run.id, writer.process.pid, flush=True)
+signal.pause()
 """
-    trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=workplace)
-    assert trainer.stdout
-    run_id = trainer.stdout.readline().split()[0]
-    folder = workplace / "outputs" / run_id
-    trainer.stdout.readline()
-    with pytest.raises(UserError, match=f"run {run_id} is alive: process {trainer.pid}"):
-        sync(folder)
-    os.kill(trainer.pid, signal.SIGKILL)
-    trainer.wait()
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=place.folder) as trainer:
+        assert trainer.stdout
+        run_id, writer = trainer.stdout.readline().split()
+        folder = place.folder / "outputs" / run_id
+        with pytest.raises(UserError, match=f"run {run_id} is alive: process {trainer.pid}"):
+            sync(folder)
+        os.kill(int(writer), signal.SIGKILL)
+        trainer.kill()
     with (folder / JOURNAL_FILE).open("ab") as stream:
         stream.write(b'{"op":"met')  # and cut off in mid-record
-    sync(folder.parent)
-    found = client.get_run(run_id)
+    sync(folder)
+    found = place.client.get_run(run_id)
     assert found.info.status == "FAILED"
     assert found.data.tags["failure"] == NO_WORD
-    assert points(client, run_id, "loss_total") == [(step, step / 3, 1000 + step) for step in range(50)]
+    assert points(place.client, run_id, "loss_total") == [(step, step / 3, 1000 + step) for step in range(50)]
 
 
 def test_a_folder_of_runs_is_delivered_but_for_the_one_that_is_alive(
-    away: str, server: MlflowServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    away: str, other: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    runs = []
-    with Writer() as writer:
-        for name in ("one", "two"):
-            run = MlflowRun(writer, RunRequest(name, experiment="several"), Path("outputs"), offline=True)
-            run.log_metrics(0, {"loss_total": 1.0})
-            with pytest.raises(Undelivered):
-                run.finish("KILLED", patience=0.1)
-            runs.append(run)
-    client = use(server.uri, monkeypatch)
+    runs = [waiting_run(name, "KILLED", lambda run: run.log_metrics(0, {"loss_total": 1.0}), experiment="several")
+            for name in ("one", "two")]  # fmt: skip
+    client = use(other, monkeypatch)
     owner = Ownership(runs[0].folder)
     with pytest.raises(UserError, match="1 of 2 runs of outputs are not whole"):
         sync(Path("outputs"))
@@ -276,20 +283,19 @@ def test_a_folder_of_runs_is_delivered_but_for_the_one_that_is_alive(
     assert {run.info.run_name: run.info.status for run in made} == {"one": "KILLED", "two": "KILLED"}
 
 
-def test_what_was_refused_is_tried_again(client: Any, workplace: Path) -> None:
-    note = workplace / "note.txt"
-    with Writer() as writer:
-        run = MlflowRun(writer, RunRequest("refused"), Path("outputs"))
-        run.log_artifact(note)  # is not there yet
-        with pytest.raises(TrainingError, match="not delivered"):
-            run.finish("FINISHED")
+def test_what_was_refused_is_tried_again(place: Place) -> None:
+    note, client = place.folder / "late note.txt", place.client
+    run = MlflowRun(place.writer, RunRequest("refused"), Path("outputs"))
+    run.log_artifact(note)  # is not there yet
+    with pytest.raises(TrainingError, match="not delivered"):
+        run.finish("FINISHED")
     assert client.get_run(run.id).info.status == "FAILED"
     with pytest.raises(TrainingError, match="not delivered"):
         sync(run.folder)
     note.write_text("read me")
     sync(run.folder)
     assert client.get_run(run.id).info.status == "FINISHED"
-    assert Path(client.download_artifacts(run.id, "note.txt")).read_text() == "read me"
+    assert Path(client.download_artifacts(run.id, "late note.txt")).read_text() == "read me"
 
 
 def no_journal(folder: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, Call, run_pipeline
+from conftest import ROOT, Call
 from sklearn.metrics import f1_score
 
 from pipeline.config import load
@@ -71,12 +71,12 @@ def trained(task: VisobertTask) -> tuple[MemoryRun, Training]:
     return run, training
 
 
-def test_embedded_reviews_by_the_shipped_config(project: Path, client: Any, call_pipeline: Call) -> None:
+def test_embedded_reviews(project: Path, client: Any, opened: str, call_pipeline: Call) -> None:
     switched = {"epochs": "2", "alpha": "auto", "tracking.log_model": "false"}
     result = call_pipeline("train_visobert", *options(EMBEDDED | TINY | switched))
     assert result.returncode == 0, result.stderr
     (run,) = client.search_runs(["0"])
-    assert run.info.status == "FINISHED"
+    assert (run.info.run_id, run.info.status) == (opened, "FINISHED")
     assert run.info.run_name == "small auto g2 s0"
     assert "Using epochs from command line: 2 (overrides config)" in result.stderr
     params, metrics = run.data.params, run.data.metrics
@@ -214,15 +214,16 @@ def test_same_seed_same_history_and_weights(tmp_path: Path) -> None:
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # what the variables of the environment set at its import
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
 @pytest.mark.usefixtures("offline")
-def test_offline_without_the_model_is_one_line_that_helps(workplace: Path) -> None:
+def test_offline_without_the_model_is_one_line_that_helps(workplace: Path, call_pipeline: Call) -> None:
     given = files(workplace)
-    result = run_pipeline("train_visobert", "--config", str(ROOT / "configs/config_multi.yaml"),
-                          *options(given), cwd=workplace)  # fmt: skip
+    result = call_pipeline("train_visobert", "--config", str(ROOT / "configs/config_multi.yaml"), *options(given))
     assert result.returncode == 2
     (line,) = result.stderr.strip().splitlines()
     for part in (

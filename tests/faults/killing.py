@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import forked
-
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["pipeline.launch", "pipeline.tasks.mmoe.task", "pipeline.tasks.visobert.entry",
                                 "pipeline.tasks.visobert.task", "pipeline.tasks.mmoe.predict", "pandas"])  # fmt: skip
@@ -37,8 +35,6 @@ def start(arguments: Sequence[str], folder: Path, kill: Kill | None = None, **en
     """`python -m pipeline ...` in the folder; its exit code (negative: a signal) and what it said on standard error."""
     told = folder / "stderr.txt"
     environment = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")} | environment
-    if os.environ.get("FAULTS") != "full":
-        environment[forked.WRITERS] = forked.server(forked.WRITER)
     process = CONTEXT.Process(target=_run, args=(list(arguments), str(folder), kill, dict(environment), str(told)))
     process.start()
     process.join(300)
@@ -60,8 +56,6 @@ def _run(arguments: list[str], folder: str, kill: Kill | None, environment: dict
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     sys.stdout = os.fdopen(1, "w")
     sys.stderr = os.fdopen(2, "w")
-    if forked.WRITERS in environment:
-        forked.use(environment[forked.WRITERS])
     if kill:
         _arm(kill)
     from pipeline.__main__ import main

@@ -28,7 +28,7 @@ from pipeline.config import flatten, keys, to_yaml
 
 ROOT = Path(__file__).parent.parent.parent
 FULL = os.environ.get("FAULTS") == "full"
-PATIENCE = 20  # seconds for one case; most take a hundredth of one
+PATIENCE = 120  # seconds for one case, which only guard against hanging; most take a hundredth of one
 CASES = Counter[str]()
 CODES = Counter[int]()
 

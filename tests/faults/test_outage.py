@@ -25,7 +25,7 @@ FULL = os.environ.get("FAULTS") == "full"
 STEPS = 5000 if FULL else 400
 KILLED_AT = 1000 if FULL else 100  # logged steps, more or less
 BACK_AT = 2500  # until then the server is away
-HELD_AT = 3000 if FULL else 200  # where the training waits, so that it does not end before the server is back, or away
+HELD_AT = 3000 if FULL else 200  # where the training waits until the server is back, or away
 BLOCK_STEPS = 50
 MEASURED = ("throughput/", "time/", "checkpoint/")  # of these only the number of points can be expected
 Points = dict[tuple[str, int], str]  # (metric, step) -> value, bit for bit
@@ -44,7 +44,7 @@ CONFIG = SHRUNK | {
 }
 
 
-# In the trainer, which waits for a file: what the server does happens in mid-run on a machine of any speed.
+# In the trainer, which waits for files: what the server does happens in mid-run on a machine of any speed.
 HELD = f"""
 import time
 from pathlib import Path
@@ -53,8 +53,9 @@ from pipeline.training import Training
 step = Training._step
 
 def held(self, *given):
-    while self.result.steps == {HELD_AT} and not Path("go").exists():
-        time.sleep(0.05)
+    for steps, file in (({KILLED_AT + BLOCK_STEPS}, "killed"), ({HELD_AT}, "go")):
+        while self.result.steps == steps and not Path(file).exists():
+            time.sleep(0.05)
     step(self, *given)
 
 Training._step = held
@@ -107,7 +108,7 @@ class Trainer:
 
     def wait_for(self, steps: int, process: "subprocess.Popen[str]") -> None:
         """Until so many steps are in the journal."""
-        end = time.monotonic() + 240
+        end = time.monotonic() + 600
         while time.monotonic() < end and process.poll() is None:
             journals = list(self.folder.glob("outputs/*/journal.jsonl"))
             if journals and journals[0].read_bytes().count(b'"loss_total"') >= steps:
@@ -188,6 +189,7 @@ def test_a_server_that_comes_back_gets_every_point_once(
         trainer.wait_for(KILLED_AT, process)
         server.kill()
         killed = time.time() * 1000
+        (trainer.folder / "killed").touch()
         trainer.wait_for(BACK_AT, process)  # fails where every step waits for the server
         restarted = time.time() * 1000
         server.start()
@@ -223,7 +225,8 @@ def test_a_server_that_never_comes_back_costs_nothing(
         trainer = Trainer(tmp_path / "run", impressions, server.uri)
         process = trainer.start(HELD if FULL else HELD + SHORT_PATIENCE)
         trainer.wait_for(KILLED_AT, process)
-    (trainer.folder / "go").touch()
+    for file in ("killed", "go"):
+        (trainer.folder / file).touch()
     assert process.wait(600) == 3, trainer.stderr
     assert f"python -m pipeline sync {trainer.folder / 'outputs'}" in trainer.stderr.splitlines()[-1]
     run_id = trainer.run_dir.name
