@@ -6,7 +6,8 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,8 +153,9 @@ def refused(folder: Path, name: str, **environment: str) -> str:
     return str(caught.value.evalue)
 
 
-def refused_here(folder: Path, name: str, **environment: str) -> str:
-    """The same of the notebook's cells in this process: a kernel would import for seconds."""
+@contextmanager
+def here(folder: Path, **environment: str) -> Iterator[None]:
+    """A notebook's cells run in this process: a kernel would import for seconds."""
     import matplotlib.pyplot as plt
 
     with pytest.MonkeyPatch.context() as patch, plt.rc_context(), warnings.catch_warnings():
@@ -161,6 +163,13 @@ def refused_here(folder: Path, name: str, **environment: str) -> str:
         patch.setattr(UserError, "_render_traceback_", None, raising=False)
         for key, value in environment.items():
             patch.setenv(key, value)
+        yield
+        plt.close("all")
+
+
+def refused_here(folder: Path, name: str, **environment: str) -> str:
+    """The line that `refused` gives."""
+    with here(folder, **environment):
         with pytest.raises(UserError) as caught:
             exec("\n".join(code_of(name)), {})  # noqa: S102
         assert UserError._render_traceback_(caught.value) == [str(caught.value)]  # type: ignore[attr-defined]
@@ -262,9 +271,11 @@ def test_compare_runs_from_sweep_to_verdict(laboratory: Laboratory) -> None:
 
 
 def test_compare_runs_takes_the_newest_sweep(laboratory: Laboratory) -> None:
-    found = execute(laboratory.folder, "compare_runs", '{"sweep": SWEEP_ID, "curves": curves}')
-    assert found.values["sweep"] == laboratory.sweep("visobert") != laboratory.sweep("mmoe")
-    assert found.values["curves"] == ["loss_sentiment", "loss_aspect", "valid/sentiment_f1_macro"]
+    found: dict[str, Any] = {}
+    with here(laboratory.folder, MLFLOW_TRACKING_URI=f"sqlite:///{laboratory.folder / 'mlflow.db'}"):
+        exec("\n".join(code_of("compare_runs")), found)  # noqa: S102
+    assert found["SWEEP_ID"] == laboratory.sweep("visobert") != laboratory.sweep("mmoe")
+    assert found["curves"] == ["loss_sentiment", "loss_aspect", "valid/sentiment_f1_macro"]
 
 
 def test_loss_components_turns_one_run_inside_out(laboratory: Laboratory) -> None:

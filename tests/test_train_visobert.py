@@ -179,7 +179,10 @@ def test_files_data_prep_run_and_the_logged_model(project: Path, client: Any, ca
 
 
 def test_learns_what_a_word_decides(tmp_path: Path) -> None:
-    """Masking, heads, thresholds and the best weights together: separable data are learned."""
+    """Masking, heads, thresholds and the best weights together: separable data are learned.
+
+    To scores of 1.0 here; nine tenths leave room for a training that rounds otherwise, where chance has a half.
+    """
     run, training = trained(
         small_task(tmp_path, **files(tmp_path), baselines="false", **{
             "training.num_train_epochs": "25", "model.embedded.width": "32", "model.embedded.token_dropout": "0",
@@ -187,10 +190,9 @@ def test_learns_what_a_word_decides(tmp_path: Path) -> None:
         })
     )  # fmt: skip
     scores = training.result.metrics
-    assert scores["test/sentiment_f1_macro"] > 0.9  # XX here
+    assert scores["test/sentiment_f1_macro"] > 0.9
     assert scores["test/aspect_f1_macro"] > 0.9
     assert scores["test/pair_f1_micro"] > 0.9
-    print("SCORES", scores)
     losses = [values["loss_total"] for _, values in run.points if "loss_total" in values]
     assert np.mean(losses[-5:]) < 0.25 * np.mean(losses[:5])
 
