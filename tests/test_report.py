@@ -225,6 +225,8 @@ def test_forest_positions_by_hand(tmp_path: Path) -> None:
 def test_where_less_is_better_the_left_is_better(tmp_path: Path) -> None:
     page, _ = written(comparison(arm("l.1", BASE, BASE), mode="min"), EMPTY, tmp_path)
     assert page.find("div", "directions")[0]["text"] == "← betterworse →"
+    assert re.search(r"\b(less|lower) is better", page.find("body")[0]["text"])
+    assert not re.search(r"\b(more|higher) is better", page.find("body")[0]["text"])
 
 
 def effect(mean: float, half: float, reach: float | None) -> Effect:
