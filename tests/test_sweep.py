@@ -273,16 +273,18 @@ def _newest_sweep(client: Any) -> str:
 
 
 def test_an_arm_that_fails_leaves_the_others(workplace: Path, client: Any, impressions: Path, run_sweep: Call) -> None:
-    wild = {"name": "wild", "aux_focal": False, "optim.dense.lr": 1e30}
-    file = sweep_file(workplace, impressions, arms=[wild], seeds=[3])
+    arms = [{"lambda": 5.0}, {"name": "wild", "aux_focal": False, "optim.dense.lr": 1e30}]
+    file = sweep_file(workplace, impressions, arms=arms, seeds=[3])
     result = run_sweep(str(file))
     assert result.returncode == 1
     assert re.search(r"failed:\n- wild s3: loss_\w+ is (nan|inf) at step \d+", result.stderr)
-    assert "1 of 2 runs failed" in result.stderr.splitlines()[-1]
+    assert "1 of 3 runs failed" in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
     assert "one seed: no verdict" in result.stderr
     runs = by_arm(client, sweep_id_of(result.stderr))
-    assert {arm: run.info.status for (arm, _), run in runs.items()} == {"baseline": "FINISHED", "wild": "FAILED"}
+    assert {arm: run.info.status for (arm, _), run in runs.items()} == {
+        "baseline": "FINISHED", "l5 g1 w5": "FINISHED", "wild": "FAILED"
+    }  # fmt: skip
     failed = runs["wild", 3]
     assert len(client.get_metric_history(failed.info.run_id, "loss_total")) >= 1  # its first step is there
     (summary,) = by_arm_summary(client, sweep_id_of(result.stderr))
@@ -291,7 +293,7 @@ def test_an_arm_that_fails_leaves_the_others(workplace: Path, client: Any, impre
 
     again = run_sweep(str(file))  # tries what failed, in the same run
     assert again.returncode == 1
-    assert again.stderr.count("finished before") == 1
+    assert again.stderr.count("finished before") == 2
     assert by_arm(client, sweep_id_of(result.stderr))["wild", 3].info.run_id == failed.info.run_id
 
 
