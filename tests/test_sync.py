@@ -130,6 +130,7 @@ def test_all_of_a_run_that_no_store_took_comes_to_a_new_one(
     tags = {"arm": "a", "data_digest": "ab" * 32, "original_run_id": run.id, "run_dir": str(run.folder.resolve())}
     assert made.data.tags.items() >= tags.items()
     assert points(client, made.info.run_id, "loss_total") == [(step, step / 3, 1000 + step) for step in range(700)]
+    assert [step for step, *_ in points(client, made.info.run_id, "valid/auc")] == list(range(700))
     assert [value != value for _, value, _ in points(client, made.info.run_id, "valid/auc")].index(True) == 5  # noqa: PLR0124
     assert made.inputs.dataset_inputs[0].dataset.digest == "ab" * 16
     assert Path(client.download_artifacts(made.info.run_id, "notes/note.txt")).read_text() == "read me"
