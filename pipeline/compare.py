@@ -8,13 +8,16 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from pipeline.compare_config import CompareConfig, check_source
+from pipeline.comparison import wording
+from pipeline.comparison.page.view import write_page
+from pipeline.comparison.results import Arm, Comparison
+from pipeline.comparison.tables import to_frame, to_markdown, to_text
 from pipeline.console import say
 from pipeline.errors import UserError
 from pipeline.loading import load_history, load_runs
@@ -37,8 +40,7 @@ from pipeline.selection import (
     usable_runs,
     with_arms,
 )
-from pipeline.stats import Paired, holm, minimum_detectable_effect, paired, verdict
-from pipeline.tables import to_frame, to_markdown, to_text
+from pipeline.stats import Paired, holm, minimum_detectable_difference, paired
 from pipeline.tracking.messages import RunRequest
 from pipeline.tracking.store import tracking_uri
 
@@ -46,52 +48,6 @@ __all__ = ["Arm", "Comparison", "compare", "load_history", "load_runs", "to_fram
 
 CURVES = re.compile(r"loss_.*|valid/.*|alpha/.*|influence/.*|aux_focal_on")  # what the page draws
 NOTE_LENGTH = 8000  # characters of one of MLflow's tags
-
-
-@dataclass(frozen=True)
-class Arm:
-    """The runs of one setting, a seed each, and what sets them apart from the baseline's."""
-
-    name: str
-    role: str  # baseline, arm or control
-    control_of: str | None  # of a control: the arm, or several that share it, joined by CONTROLLED
-    color: str
-    runs: Mapping[int, str]  # seed -> run id
-    values: Mapping[int, float]  # seed -> primary metric
-    mean: float
-    spread: float | None  # standard deviation over seeds; None with one seed
-    best: float | None  # mean over seeds of the best value on the validation split
-    best_spread: float | None
-    difference: Paired | None  # arm - baseline over the seeds that both have; None for the baseline
-    p_adjusted: float | None  # None for the baseline, controls and fewer than two seeds; so is the next
-    minimum_detectable: float | None
-    rows: Mapping[int, tuple[float, float, float]]  # seed -> (difference, low, high) over test rows within the seed
-    verdict: str  # "" for the baseline, "control" for a control
-    against_control: Paired | None  # arm - its control
-    side: Mapping[str, Paired]  # side metric -> arm - baseline
-    differing: Mapping[str, str]  # dotted key -> value, of the keys that differ between arms
-
-    def controls(self, arm: str) -> bool:
-        """It is the control of this arm."""
-        return self.control_of is not None and arm in self.control_of.split(CONTROLLED)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Arms side by side, the baseline first, each followed by its control."""
-
-    title: str
-    task: str
-    metric: str
-    mode: str  # max or min
-    data_digest: str
-    tracking_uri: str
-    baseline: str
-    seeds: tuple[int, ...]
-    arms: tuple[Arm, ...]
-    side_metrics: tuple[str, ...]
-    runs: pd.DataFrame  # of load_runs: the runs that are compared
-    notes: tuple[str, ...]
 
 
 def compare(  # noqa: PLR0917 (what a notebook gives by position is one or two)
@@ -152,9 +108,9 @@ def compare(  # noqa: PLR0917 (what a notebook gives by position is one or two)
             best_spread=_spread(best_of),
             difference=None if is_baseline else found,
             p_adjusted=adjusted.get(arm),
-            minimum_detectable=minimum_detectable_effect(found.sd, found.n, len(tested)) if arm in tested else None,
+            minimum_detectable=minimum_detectable_difference(found.sd, found.n, len(tested)) if arm in tested else None,
             rows=rows.get(arm, {}),
-            verdict=_verdict(roles[arm], found, adjusted.get(arm), mode),
+            verdict=wording.verdict(roles[arm], found, adjusted.get(arm), mode),
             against_control=paired(_differences(values[arm], values[against])) if against else None,
             side={} if is_baseline else _side(group, groups[name], sides),
             differing=settings[arm],
@@ -188,8 +144,6 @@ def write(comparison: Comparison, folder: Path, history: pd.DataFrame | None = N
     Raises:
         UserError: the folder cannot be written, or the runs cannot be read.
     """
-    from pipeline.report import write_page
-
     files = [folder / f"comparison.{kind}" for kind in ("csv", "md", "html")]
     if history is None:
         logged = [str(name).removeprefix("metrics.") for name in comparison.runs.filter(like="metrics.")]
@@ -255,14 +209,6 @@ def _role(group: pd.DataFrame) -> str:
 def _side(group: pd.DataFrame, base: pd.DataFrame, metrics: Sequence[str]) -> dict[str, Paired]:
     found = {metric: paired(_differences(by_seed(group, metric), by_seed(base, metric))) for metric in metrics}
     return {metric: difference for metric, difference in found.items() if difference.n}
-
-
-def _verdict(role: str, difference: Paired, p_adjusted: float | None, mode: str) -> str:
-    if role != "arm":
-        return "control" if role == "control" else ""
-    if difference.n == 0:
-        return "no shared seed: no verdict"
-    return verdict(difference.mean, p_adjusted, higher_is_better=mode == "max")
 
 
 def _colors(groups: Mapping[str, pd.DataFrame]) -> dict[str, str]:

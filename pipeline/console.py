@@ -7,7 +7,7 @@ import json
 import os
 import select
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 from tqdm import tqdm
 
@@ -80,9 +80,24 @@ def table(rows: Iterable[tuple[str, Mapping[str, float | None]]]) -> str:
     for label, values in listed:
         numbers = [values.get(name) for name in names]
         cells.append([label, *("-" if number is None else f"{number:.4f}" for number in numbers)])
-    widths = [max(len(row[column]) for row in cells) for column in range(len(names) + 1)]
+    return aligned(cells)
+
+
+def aligned(rows: Sequence[Sequence[str]], left: Container[int] = (0,)) -> str:
+    """Columns of text, those in `left` to the left, the others to the right.
+
+    A cell may have several lines; shorter ones of its row stand at the bottom.
+    """
+    lines = list[tuple[str, ...]]()
+    for row in rows:
+        cells = [cell.split("\n") for cell in row]
+        height = max(map(len, cells))
+        lines += zip(*([""] * (height - len(cell)) + cell for cell in cells), strict=True)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
-        "  ".join(cell.ljust(width) if not column else cell.rjust(width)
-                  for column, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
-        for row in cells
-    )  # fmt: skip
+        "  ".join(
+            cell.ljust(width) if at in left else cell.rjust(width)
+            for at, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )

@@ -62,7 +62,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return adjusted
 
 
-def minimum_detectable_effect(
+def minimum_detectable_difference(
     sd: float | None, n: int, arms: int, level: float = 0.05, power: float = 0.8
 ) -> float | None:
     """The smallest true |mean difference| that n seeds reveal with this power, in the unit of `sd`.

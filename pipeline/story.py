@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pipeline.comparison import wording
 from pipeline.config import keys, load
 from pipeline.console import say, table, warn
 from pipeline.errors import UserError
@@ -39,7 +40,7 @@ def main(config: MmoeConfig, given: frozenset[str]) -> None:
              if (value := ranking[0].metrics.get(f"{name}_bayes")) is not None}  # fmt: skip
     if bayes:
         say("no model can beat " + ", ".join(f"{name} {value:.4f}" for name, value in bayes.items()))
-    say("One seed cannot tell a better setting from luck.\n")
+    say(f"{wording.ONE_SEED}\n")
     rows = {reviews.name: "", "TF-IDF, logistic regression": "_tfidf", "majority": "_majority"}
     say(table((row, {f"test/{name}": reviews.metrics.get(f"test/{name}{suffix}") for name in REVIEW_METRICS})
               for row, suffix in rows.items()))  # fmt: skip

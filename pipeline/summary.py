@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.compare import NOTE_LENGTH, compare, load_runs, to_markdown, to_text, write
+from pipeline.comparison.tables import plain
 from pipeline.console import say
 from pipeline.errors import TrainingError, UserError
 from pipeline.run import MlflowRun, Writer, end_early
 from pipeline.sweep_plan import Plan, to_yaml
-from pipeline.tables import plain
 from pipeline.tracking.messages import RunRequest, StoredRun
 from pipeline.tracking.reading import end_run, runs_of_ids, runs_of_sweep, runs_of_tag, store_exists, tag_run
 

@@ -20,7 +20,7 @@ from pipeline.stats import (
     bootstrap_auc,
     bootstrap_ratio,
     holm,
-    minimum_detectable_effect,
+    minimum_detectable_difference,
     paired,
     percentile_interval,
     verdict,
@@ -219,7 +219,7 @@ def test_verdict_at_another_level() -> None:
     assert verdict(0.1, 0.08, True, level=0.1) == "better"
 
 
-# minimum detectable effect
+# minimum detectable difference
 
 
 def power_of_t_test(effect: float, sd: float, n: int, level: float) -> float:
@@ -242,15 +242,15 @@ def power_of_t_test(effect: float, sd: float, n: int, level: float) -> float:
         (5, 20, 0.05, 0.95), (30, 8, 0.05, 0.8), (4, 1, 0.5, 0.6), (6, 2, 0.9, 0.5), (5, 200, 0.01, 0.99),
     ],
 )  # fmt: skip
-def test_minimum_detectable_effect_has_its_power(n: int, arms: int, level: float, power: float) -> None:
-    effect = minimum_detectable_effect(0.013, n, arms, level, power)
+def test_minimum_detectable_difference_has_its_power(n: int, arms: int, level: float, power: float) -> None:
+    effect = minimum_detectable_difference(0.013, n, arms, level, power)
     assert effect is not None
     assert power_of_t_test(effect, 0.013, n, level / arms) == pytest.approx(power, abs=1e-9)
 
 
-def test_minimum_detectable_effect_of_the_textbook() -> None:
+def test_minimum_detectable_difference_of_the_textbook() -> None:
     """Half a standard deviation needs 34 pairs for 80% power at 5% two-sided (Cohen 1988; G*Power)."""
-    needed = [minimum_detectable_effect(1.0, n, 1) for n in (33, 34)]
+    needed = [minimum_detectable_difference(1.0, n, 1) for n in (33, 34)]
     assert needed[0] is not None
     assert needed[1] is not None
     assert needed[1] < 0.5 < needed[0]
@@ -258,9 +258,10 @@ def test_minimum_detectable_effect_of_the_textbook() -> None:
 
 @given(st.floats(1e-9, 1e9), st.integers(2, 40), st.integers(1, 50))
 @settings(max_examples=50, deadline=None)
-def test_minimum_detectable_effect_is_in_the_unit_of_sd_and_falls_with_seeds(sd: float, n: int, arms: int) -> None:
-    one, unit = minimum_detectable_effect(sd, n, arms), minimum_detectable_effect(1.0, n, arms)
-    more_seeds, more_arms = minimum_detectable_effect(sd, n + 1, arms), minimum_detectable_effect(sd, n, arms + 1)
+def test_minimum_detectable_difference_is_in_the_unit_of_sd_and_falls_with_seeds(sd: float, n: int, arms: int) -> None:
+    one, unit = minimum_detectable_difference(sd, n, arms), minimum_detectable_difference(1.0, n, arms)
+    more_seeds = minimum_detectable_difference(sd, n + 1, arms)
+    more_arms = minimum_detectable_difference(sd, n, arms + 1)
     assert one is not None
     assert unit is not None
     assert more_seeds is not None
@@ -269,12 +270,12 @@ def test_minimum_detectable_effect_is_in_the_unit_of_sd_and_falls_with_seeds(sd:
     assert more_seeds < one < more_arms
 
 
-def test_minimum_detectable_effect_without_a_test() -> None:
-    assert minimum_detectable_effect(None, 1, 4) is None
-    assert minimum_detectable_effect(1.0, 1, 4) is None
-    assert minimum_detectable_effect(None, 3, 4) is None
-    assert minimum_detectable_effect(1.0, 3, 0) is None
-    assert minimum_detectable_effect(0.0, 3, 4) == 0.0
+def test_minimum_detectable_difference_without_a_test() -> None:
+    assert minimum_detectable_difference(None, 1, 4) is None
+    assert minimum_detectable_difference(1.0, 1, 4) is None
+    assert minimum_detectable_difference(None, 3, 4) is None
+    assert minimum_detectable_difference(1.0, 3, 0) is None
+    assert minimum_detectable_difference(0.0, 3, 4) == 0.0
 
 
 # whole sweeps
@@ -303,10 +304,10 @@ def test_sweeps_without_an_effect_rarely_claim_one(seeds: int) -> None:
 
 @pytest.mark.parametrize("seeds", [3, 5])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_an_effect_of_the_minimum_detectable_size_is_found_in_80_percent(seeds: int, sign: int) -> None:
+def test_a_minimum_detectable_difference_is_found_in_80_percent(seeds: int, sign: int) -> None:
     """One of four arms has it; a run scatters by 0.004 about a seed's luck, a difference by sqrt(2) times that."""
     random = np.random.default_rng(seeds)
-    effect = minimum_detectable_effect(0.004 * math.sqrt(2), seeds, 4)
+    effect = minimum_detectable_difference(0.004 * math.sqrt(2), seeds, 4)
     assert effect is not None
     sweeps = random.normal(0.75, 0.02, (3000, 1, seeds)) + random.normal(0, 0.004, (3000, 5, seeds))
     sweeps[:, 2] += sign * effect

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 LIGHT, DARK = "#ffffff", "#14171b"  # the page's two backgrounds
 SPARE = ("#555555", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7b4ab5")
@@ -42,3 +43,25 @@ def readable(color: str, background: str, least: float = 3.0) -> str:
         if contrast(mixed, background) >= least:
             break
     return mixed
+
+
+class LineStyle(NamedTuple):
+    """How an arm's lines look: colours on the two backgrounds, dashes in pixels and in tenths of them."""
+
+    light: str
+    dark: str
+    dash: str
+    fine_dash: str
+
+
+def line_styles(colors: Sequence[str]) -> list[LineStyle]:
+    """One for each arm."""
+    return [
+        LineStyle(readable(color, LIGHT), readable(color, DARK), _dash(index, 1), _dash(index, 10))
+        for index, color in enumerate(settle(colors))
+    ]
+
+
+def _dash(index: int, unit: int) -> str:
+    lengths = DASHES[index % len(DASHES)].split()
+    return " ".join(f"{float(length) * unit:g}" for length in lengths) or "none"

@@ -1,0 +1,1 @@
+"""Arms side by side: results, their wording, tables and the page."""

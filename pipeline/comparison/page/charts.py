@@ -1,0 +1,246 @@
+"""What the charts show and where: scales, ticks, paths. `charts.html` draws them as inline SVG."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.comparison.page.curves import Curve
+from pipeline.comparison.results import Arm
+from pipeline.comparison.wording import MINUS, short
+
+Floats = npt.NDArray[np.float64]
+
+WIDTH, HEIGHT = 360, 216  # of a panel, in pixels
+LEFT, RIGHT, TOP, BOTTOM = 58, 10, 8, 24  # margins around a panel's plot
+FINE = 10  # a curve's coordinates are whole tenths of pixels: half the size of decimals
+FITTED_FROM = 0.1  # of the steps: the fall of the first tenth would flatten what sets arms apart later
+FEWEST_FITTED = 10  # points of the longest curve; of fewer none is left outside
+LOG_ABOVE = 50  # a panel whose values span more than this factor is drawn by their logarithm
+FOREST_MARGIN = 9  # per cent of the forest plot's width on either side, for the labels of its axis
+LONGEST_MDD = 3  # times everything else on the forest plot's axis: what is longer would squeeze it
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Values onto positions: `low` lies at `start`, `high` at `end`; with `log` by their logarithms."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def at(self, value: float) -> float:
+        return float(self.all(np.array([value]))[0])
+
+    def all(self, values: npt.NDArray[np.generic]) -> Floats:
+        """Positions [N] of values [N]."""
+        numbers, low, high = values.astype(np.float64), self.low, self.high
+        if self.log:  # what is not positive lies far below
+            numbers, low, high = np.log(np.maximum(numbers, low / 1e6)), math.log(low), math.log(high)
+        positions: Floats = self.start + (numbers - low) / (high - low) * (self.end - self.start)
+        return positions
+
+
+def ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """At most `most` + 1 round numbers from low to high, evenly spaced by 1, 2 or 5 times a power of ten."""
+    rough = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(times * power for times in (1, 2, 5, 10) if times * power >= rough * (1 - 1e-9))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [index * step for index in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """Powers of ten from low to high, every so many that at most `most` + 1 are left."""
+    powers = list(range(math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9) + 1))
+    return [10.0**power for power in powers[:: max(1, math.ceil(len(powers) / (most + 1)))]]
+
+
+def tick_text(value: float, step: float, sign: bool = False) -> str:
+    """A tick's label with the decimals that its axis' step needs; 20000 is 20k."""
+    plus = "+" if sign and value > step / 2 else ""
+    if abs(value) < step / 2:
+        return "0"
+    if step < 1e-5 or abs(value) >= 1e7:
+        written = f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e")
+    elif step >= 1000 or (step >= 100 and abs(value) >= 1e4):
+        written = f"{value / 1000:g}k"
+    else:
+        written = f"{value:.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
+    return plus + written.replace("-", MINUS)
+
+
+def value_range(curves: Sequence[Curve], since: float) -> tuple[float, float, bool]:
+    """(low, high, by logarithm) of a panel: from step `since` on, without the utmost 1% where there are many points."""
+    kept = [values[curve.steps >= since] for curve in curves for values in (curve.low, curve.high)]
+    if max(map(len, kept)) < FEWEST_FITTED:
+        kept = [values for curve in curves for values in (curve.low, curve.high)]
+    drawn = np.concatenate(kept)
+    beyond = 0.005 if max(len(curve.steps) for curve in curves) > 100 else 0.0
+    low, high = (float(value) for value in np.quantile(drawn, [beyond, 1 - beyond]))
+    # where a curve ends is always shown
+    ends = np.array([[curve.low[-1], curve.high[-1]] for curve in curves])
+    low, high = min(low, float(ends.min())), max(high, float(ends.max()))
+    if low > 0 and high / low > LOG_ABOVE:
+        room = (high / low) ** 0.04
+        return low / room, high * room, True
+    room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - room, high + room, False
+
+
+def line_path(x: Floats, y: Floats) -> str:
+    """A path through points [N] in pixels, in whole tenths, each relative to the one before."""
+    points = np.rint(FINE * np.stack([x, y], 1)).astype(np.int64)
+    moves = "".join(f"{dx if dx < 0 or not i else f' {dx}'}{dy if dy < 0 else f' {dy}'}"
+                    for i, (dx, dy) in enumerate(np.diff(points, axis=0).tolist()))  # fmt: skip
+    first_x, first_y = points[0].tolist()
+    return f"M{first_x} {first_y}" + (f"l{moves}" if moves else "h0")  # a line of no length is a dot
+
+
+class Tick(NamedTuple):
+    """A mark of an axis: where it is and what stands at it."""
+
+    at: float
+    label: str
+    anchor: str = "middle"
+
+
+class Gate(NamedTuple):
+    """A dashed line where an arm's gate opens."""
+
+    arm: int
+    step: int
+    name: str
+    at: float
+    gap: int  # arms that share the step take turns of dashes, so that each is seen
+    offset: int
+
+
+class Line(NamedTuple):
+    """An arm's curve as paths: the mean and, of several seeds, a band from the lowest to the highest."""
+
+    arm: int
+    mean: str
+    band: str
+    dot: bool  # a single point
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A metric's curves over the global step."""
+
+    metric: str
+    steps: tuple[float, float]  # of the axis
+    values: tuple[float, float]
+    log: bool
+    x: Sequence[Tick]
+    y: Sequence[Tick]
+    gates: Sequence[Gate]
+    lines: Sequence[Line]
+    last: str  # values in words
+
+
+def panel(
+    name: str, curves: Mapping[int, Curve], gates: Mapping[int, int], steps: tuple[int, int], names: Sequence[str]
+) -> Panel:
+    """Lay out a metric's curves.
+
+    curves, gates: index of an arm -> its curve, the step at which its gate opens. steps: first and last of the axis.
+    names: of the arms.
+    """
+    low, high, log = value_range(list(curves.values()), steps[0] + FITTED_FROM * (steps[1] - steps[0]))
+    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+    x = Scale(steps[0], max(steps[1], steps[0] + 1), LEFT, right)
+    inner_x, inner_y = Scale(x.low, x.high, 0, right - LEFT), Scale(low, high, bottom - TOP, 0, log)
+    return Panel(
+        name,
+        (x.low, x.high),
+        (low, high),
+        log,
+        _x_axis(x),
+        _y_axis(Scale(low, high, bottom, TOP, log)),
+        [_gate(index, gates, x, names) for index in curves if index in gates],
+        [_line(index, curve, inner_x, inner_y) for index, curve in curves.items()],
+        ", ".join(f"{names[index]} {short(float(curve.mean[-1]))}" for index, curve in curves.items()),
+    )
+
+
+def _spacing(marks: Sequence[float]) -> float:
+    return marks[1] - marks[0] if len(marks) > 1 else 1
+
+
+def _x_axis(x: Scale) -> list[Tick]:
+    marks = ticks(x.low, x.high)
+    step = _spacing(marks)
+    return [Tick(x.at(m), tick_text(m, step), "end" if x.at(m) > WIDTH - 20 else "middle") for m in marks]
+
+
+def _y_axis(y: Scale) -> list[Tick]:
+    marks = log_ticks(y.low, y.high) if y.log else ticks(y.low, y.high, 6)
+    if y.log and len(marks) < 2:
+        few = [10.0 ** math.floor(math.log10(y.low)) * times for times in (1, 2, 5, 10, 20, 50)]
+        marks = [mark for mark in few if y.low <= mark <= y.high]
+    step = _spacing(marks)
+    return [Tick(y.at(m), f"{m:g}" if y.log else tick_text(m, step), "end") for m in marks]
+
+
+def _gate(index: int, gates: Mapping[int, int], x: Scale, names: Sequence[str]) -> Gate:
+    step = gates[index]
+    sharing = [other for other, its in gates.items() if its == step]
+    return Gate(index, step, names[index], x.at(step), 5 * len(sharing) - 2, -5 * sharing.index(index))
+
+
+def _line(index: int, curve: Curve, x: Scale, y: Scale) -> Line:
+    across = x.all(curve.steps)
+    height = y.start  # what lies outside is cut off: no need to write how far
+    mean, low, high = (np.clip(y.all(part), -height, 2 * height) for part in (curve.mean, curve.low, curve.high))
+    band = ""
+    if curve.seeds > 1 and len(across) > 1:
+        band = line_path(np.concatenate([across, across[::-1]]), np.concatenate([high, low[::-1]])) + "z"
+    return Line(index, line_path(across, mean), band, dot=len(across) == 1)
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A row of the forest plot: differences to the baseline."""
+
+    index: int
+    arm: Arm
+    mean: float
+    low: float | None
+    high: float | None
+    seeds: Mapping[int, float]  # seed -> difference
+    minimum_detectable: float | None
+
+
+def forest_scale(effects: Sequence[Effect]) -> Scale:
+    """Differences onto per cent of the width: zero, every interval and seed; minimum differences within reason."""
+    shown = [0.0] + [v for e in effects for v in (e.mean, e.low, e.high, *e.seeds.values()) if v is not None]
+    low, high = min(shown), max(shown)
+    reach = LONGEST_MDD * max(high, -low)
+    wide = [e.minimum_detectable for e in effects if e.minimum_detectable and e.minimum_detectable <= reach]
+    low, high = min([low, *(-w for w in wide)]), max([high, *wide])
+    if low == high:
+        low, high = -1.0, 1.0
+    return Scale(low, high, FOREST_MARGIN, 100 - FOREST_MARGIN)
+
+
+def forest_ticks(x: Scale) -> list[Tick]:
+    """The marks of the forest plot's axis."""
+    marks = ticks(x.low, x.high, 6)
+    step = _spacing(marks)
+    return [Tick(x.at(m), tick_text(m, step, sign=True)) for m in marks]
+
+
+def pixels(value: float) -> str:
+    """At most two decimals."""
+    return f"{value:.2f}".rstrip("0").rstrip(".")
+
+
+def per_cent(position: float) -> str:
+    return f"{position:.2f}%"

@@ -1,0 +1,167 @@
+"""A comparison as tables: a frame, Markdown, and text for a terminal."""
+
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from pipeline.comparison import wording
+from pipeline.comparison.results import Arm, Comparison
+from pipeline.comparison.wording import NOTHING
+from pipeline.console import aligned
+from pipeline.stats import Paired
+
+# In a terminal: columns of side metrics, of settings, of seeds; characters of an arm's name.
+SIDE_SHOWN, SETTINGS_SHOWN, SEEDS_SHOWN, LABEL_LENGTH = 6, 8, 3, 30
+IN_TEXT = (wording.MEAN, wording.DIFFERENCE, wording.INTERVAL, wording.P, wording.DETECTABLE, wording.VERDICT)
+CUT = "\n\nThe whole table lies in comparison.md.\n"
+
+
+def to_frame(comparison: Comparison) -> pd.DataFrame:
+    """One row an arm, numbers as they are.
+
+    Columns: arm, role, control_of, verdict, seeds; mean, spread, best_valid, best_valid_spread of the primary metric;
+    difference, low, high (95% over seeds, unadjusted), p, p_adjusted, minimum_detectable; the same difference to the
+    control under `control.`; over test rows under `rows.s<seed>`; of side metrics under `side.<metric>`; the settings
+    that differ under `params.<key>`.
+    """
+    return pd.DataFrame([_record(arm, comparison) for arm in comparison.arms])
+
+
+def to_markdown(comparison: Comparison, longest: int = sys.maxsize) -> str:
+    """The comparison as Markdown, at most `longest` characters: first the settings go, then the tables."""
+    facts = [plain(fact) for fact in wording.facts(comparison)]
+    verdicts = [f"- **{plain(arm.name)}**: {plain(wording.sentence(arm, comparison))}" for arm in comparison.arms]
+    columns = wording.columns(comparison)
+    table = [[heading.replace("\n", " ") for heading in columns], *zip(*columns.values(), strict=True)]
+    settings = _markdown_table(_setting_cells(comparison))
+    brief = [
+        f"## {plain(comparison.title)}",
+        ", ".join(facts),
+        f"{wording.tally(comparison)}.",
+        "\n".join(verdicts),
+    ]
+    whole = [
+        *brief,
+        _markdown_table(table),
+        "\n".join(f"- {plain(note)}" for note in comparison.notes),
+        *(plain(line) for line in wording.legend(comparison).split("\n")),
+    ]
+    for parts in ([*whole, f"### Settings that differ\n\n{settings}" if settings else ""], whole):
+        text = "\n\n".join(part for part in parts if part) + "\n"
+        if len(text) <= longest:
+            return text
+    text, room = "\n\n".join(brief), longest - len(CUT)
+    return (text if len(text) <= room else text[:room].rsplit("\n", 1)[0]) + CUT
+
+
+def to_text(comparison: Comparison) -> str:
+    """Aligned text for a terminal, the verdict at the end of an arm's line."""
+    columns, facts = wording.columns(comparison), ", ".join(wording.facts(comparison))
+    rows = [[wording.ARM, *IN_TEXT]]
+    for at, arm in enumerate(comparison.arms):
+        rows.append([_label(arm), *(columns[heading][at].split("\n")[0] for heading in IN_TEXT)])
+        if arm.against_control and arm.against_control.n:
+            against = columns[wording.CONTROL][at].split("\n")
+            rows.append(["  against its control", "", *against, *[""] * (len(IN_TEXT) - 1 - len(against))])
+    parts = [
+        f"{comparison.title}\n{facts}\n{wording.tally(comparison)}",
+        aligned(rows, left=(0, len(IN_TEXT))),
+        wording.method(comparison),
+    ]
+    if any(arm.rows for arm in comparison.arms):
+        parts.append(f"{aligned(_row_cells(comparison))}\n{wording.BOOTSTRAP}")
+    sides = [metric for metric in comparison.side_metrics if any(metric in arm.side for arm in comparison.arms)]
+    if sides:
+        cells = [["", *(metric.removeprefix("test/") for metric in sides[:SIDE_SHOWN])]]
+        for at, arm in enumerate(comparison.arms[1:], start=1):
+            shown = (columns[wording.side_heading(metric)][at].split("\n")[0] for metric in sides[:SIDE_SHOWN])
+            cells.append([_label(arm), *shown])
+        parts.append(f"{aligned(cells)}\n{wording.SIDES}")
+    settings = _setting_cells(comparison, short=True)
+    if settings:
+        parts.append("settings that differ\n" + aligned(settings, left=range(len(settings[0]))))
+    if comparison.notes:
+        parts.append("\n".join(f"note: {note}" for note in comparison.notes))
+    return "\n\n".join(parts)
+
+
+def _record(arm: Arm, comparison: Comparison) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "arm": arm.name,
+        "role": arm.role,
+        "control_of": arm.control_of,
+        "verdict": arm.verdict or None,
+        "seeds": len(arm.values),
+        "metric": comparison.metric,
+        "mean": arm.mean,
+        "spread": arm.spread,
+        "best_valid": arm.best,
+        "best_valid_spread": arm.best_spread,
+        **_paired("", arm.difference),
+        "p_adjusted": arm.p_adjusted,
+        "minimum_detectable": arm.minimum_detectable,
+    }
+    if any(other.against_control for other in comparison.arms):
+        record |= _paired("control.", arm.against_control)
+    for seed in sorted({seed for other in comparison.arms for seed in other.rows}):
+        names = [f"rows.s{seed}.{name}" for name in ("difference", "low", "high")]
+        record |= dict(zip(names, arm.rows.get(seed, (None, None, None)), strict=True))
+    for metric in comparison.side_metrics:
+        record |= _paired(f"side.{metric}.", arm.side.get(metric))
+    return record | {f"params.{key}": value for key, value in arm.differing.items()}
+
+
+def _paired(prefix: str, found: Paired | None) -> dict[str, float | int | None]:
+    names = {"difference": "mean", "low": "low", "high": "high", "p": "p", "seeds_shared": "n"}
+    return {prefix + name: getattr(found, of) if found else None for name, of in names.items()}
+
+
+def _label(arm: Arm) -> str:
+    name = " ".join(arm.name.split())
+    name = name if len(name) <= LABEL_LENGTH else name[: LABEL_LENGTH - 1] + "…"
+    return f"  {name}" if arm.role == "control" else name
+
+
+def _row_cells(comparison: Comparison) -> list[list[str]]:
+    numbers = wording.metric_format(comparison)
+    seeds = sorted({seed for arm in comparison.arms for seed in arm.rows})[:SEEDS_SHOWN]
+    rows = [[wording.ROWS, *(f"seed {seed}" for seed in seeds)]]
+    return rows + [
+        [_label(arm), *(numbers.estimate(*arm.rows[seed]) if seed in arm.rows else NOTHING for seed in seeds)]
+        for arm in comparison.arms[1:]
+    ]
+
+
+def _setting_cells(comparison: Comparison, short: bool = False) -> list[list[str]]:
+    """A row an arm, a column a dotted key; `short`: its last part where that is unique, and no more than fit."""
+    head = keys = list(comparison.arms[0].differing)
+    if not keys:
+        return []
+    if short:
+        leaves = [key.rsplit(".", 1)[-1] for key in keys]
+        head = [leaf if leaves.count(leaf) == 1 else key for leaf, key in zip(leaves, keys, strict=True)]
+        keys, head = keys[:SETTINGS_SHOWN], head[:SETTINGS_SHOWN]
+        more = len(leaves) - len(keys)
+        head += [f"and {more} more"] if more else []
+    rows = [[_label(arm) if short else arm.name, *(arm.differing[key] for key in keys)] for arm in comparison.arms]
+    return [["", *head], *([*row, *[""] * (len(head) - len(keys))] for row in rows)]
+
+
+def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return ""
+    lines = ["| " + " | ".join(_markdown_cell(cell) for cell in row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def _markdown_cell(cell: str) -> str:
+    return "; ".join(plain(line).replace("|", "\\|") for line in cell.split("\n"))
+
+
+def plain(text: str) -> str:
+    """Names as they are, not as Markdown or HTML; a `<` before a space is neither."""
+    escaped = "".join(f"\\{letter}" if letter in "\\`*_[]" else letter for letter in text)
+    return " ".join(re.sub("<(?! )", "&lt;", escaped.replace("&", "&amp;")).split())

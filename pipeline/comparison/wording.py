@@ -1,0 +1,219 @@
+"""The words and numbers of a comparison: the same in a terminal, in Markdown, on the page and in MLflow's note."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+from pipeline import stats
+from pipeline.comparison.results import Arm, Comparison
+from pipeline.stats import Paired
+
+MINUS = "\N{MINUS SIGN}"
+NOTHING = "\N{EN DASH}"
+SEEDS_SHOWN = 8
+
+# Column headings; a terminal and the page keep the line breaks.
+ARM = "arm"
+MEAN = "mean ± sd"
+BEST = "best on\nvalidation"
+DIFFERENCE = "difference"
+INTERVAL = "95% interval\n(unadjusted)"
+P = "p (Holm)"
+DETECTABLE = "minimum\ndetectable\ndifference"
+VERDICT = "verdict"
+CONTROL = "against its control,\n95% interval (unadjusted)"
+ROWS = "over test rows,\n95% bootstrap interval"
+
+# Legends
+METHOD = """Verdict: paired t test over seeds on {metric}, p adjusted by Holm for {arms}.
+95% intervals are over seeds, of each arm for itself: not adjusted for the number of arms.
+Minimum detectable difference: the smallest true difference that this test would find with 80% probability."""
+ONE_SEED = "One seed cannot tell a better setting from luck."
+BOOTSTRAP = "Over test rows: one trained model against another; it says nothing about other seeds and makes no verdict."
+SIDES = "Side effects: untested differences to the baseline; *: the 95% interval over seeds excludes 0."
+
+
+class MetricFormat:
+    """Formats one metric's numbers, all with as many decimals as its differences need."""
+
+    def __init__(self, differences: Sequence[Paired | None]) -> None:
+        numbers = [number for found in differences if found for number in (found.mean, found.sd or 0.0)]
+        sizes = sorted(abs(number) for number in numbers if number and math.isfinite(number))
+        typical = sizes[len(sizes) // 2] if sizes else 1.0
+        self.decimals = min(8, max(4, 1 - math.floor(math.log10(typical))))
+
+    def number(self, value: float | None) -> str:
+        if value is None or math.isnan(value):
+            return NOTHING
+        return f"{value:.{self.decimals}f}".replace("-", MINUS)
+
+    def signed(self, value: float | None) -> str:
+        """A difference; one of exactly 0 has neither sign nor decimals."""
+        if not value:
+            return NOTHING if value is None else "0"
+        return ("+" if value > 0 else "") + self.number(value)
+
+    def spread(self, mean: float | None, sd: float | None) -> str:
+        return self.number(mean) + ("" if sd is None else f" ± {self.number(sd)}")
+
+    def interval(self, low: float | None, high: float | None) -> str:
+        return NOTHING if low is None or high is None else f"{self.signed(low)} to {self.signed(high)}"
+
+    def estimate(self, mean: float, low: float | None, high: float | None) -> str:
+        """A difference with its interval in parentheses."""
+        return f"{self.signed(mean)} ({'one seed' if low is None else self.interval(low, high)})"
+
+
+def metric_format(comparison: Comparison, side: str | None = None) -> MetricFormat:
+    """The format of the primary metric, or of a side metric."""
+    return MetricFormat([arm.side.get(side) if side else arm.difference for arm in comparison.arms])
+
+
+def probability(p: float | None) -> str:
+    if p is None:
+        return NOTHING
+    return "< 0.0001" if p < 0.0001 else f"{p:.4f}"
+
+
+def short(value: float) -> str:
+    """A number that stands alone, with four significant digits."""
+    return f"{value:.4g}".replace("-", MINUS)
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def verdict(role: str, difference: Paired, p_adjusted: float | None, mode: str) -> str:
+    """The verdict on an arm; "" for the baseline."""
+    if role != "arm":
+        return "control" if role == "control" else ""
+    if difference.n == 0:
+        return "no shared seed: no verdict"
+    return stats.verdict(difference.mean, p_adjusted, higher_is_better=mode == "max")
+
+
+def shown_verdict(arm: Arm) -> str:
+    return arm.verdict or "baseline"
+
+
+def direction(comparison: Comparison) -> str:
+    return f"{'higher' if comparison.mode == 'max' else 'lower'} is better"
+
+
+def facts(comparison: Comparison) -> list[str]:
+    """What was compared, and on what."""
+    seeds = comparison.seeds
+    listed = ", ".join(map(str, seeds[:SEEDS_SHOWN])) + (", ..." if len(seeds) > SEEDS_SHOWN else "")
+    found = [
+        comparison.task,
+        f"{comparison.metric} ({direction(comparison)})",
+        f"{count(len(seeds), 'seed')} ({listed})",
+        f"against {comparison.baseline}",
+        f"data {comparison.data_digest[:12]}" if comparison.data_digest else "",
+    ]
+    return [fact for fact in found if fact]
+
+
+def tally(comparison: Comparison) -> str:
+    """How many arms got which verdict."""
+    verdicts = Counter(
+        "without a verdict" if arm.verdict.endswith("no verdict") else arm.verdict
+        for arm in comparison.arms if arm.role == "arm"
+    )  # fmt: skip
+    order = ("better", "worse", "not distinguishable", "without a verdict")
+    listed = ", ".join(f"{verdicts[verdict]} {verdict}" for verdict in order if verdict in verdicts)
+    return f"{count(verdicts.total(), 'arm')}: {listed}" if listed else "no arm beside the baseline"
+
+
+def method(comparison: Comparison) -> str:
+    """How verdict and intervals were made, a sentence a line."""
+    arms = count(sum(arm.role == "arm" for arm in comparison.arms), "arm")
+    lines = METHOD.format(metric=comparison.metric, arms=arms)
+    alone = any(arm.difference and arm.difference.n == 1 for arm in comparison.arms)
+    return f"{lines}\n{ONE_SEED}" if alone else lines
+
+
+def legend(comparison: Comparison) -> str:
+    """The method, and what else the whole table shows."""
+    lines = [method(comparison)]
+    lines += [BOOTSTRAP] if any(arm.rows for arm in comparison.arms) else []
+    lines += [SIDES] if comparison.side_metrics else []
+    return "\n".join(lines)
+
+
+def sentence(arm: Arm, comparison: Comparison) -> str:
+    """An arm's verdict with everything that it rests on; it begins with `shown_verdict`."""
+    numbers, found = metric_format(comparison), arm.difference
+    words = shown_verdict(arm) + (f" of {arm.control_of}" if arm.role == "control" and arm.control_of else "")
+    seeds = found.n if found else len(arm.values)
+    parts = [f"{words}, {seeds} seeds" if seeds > 1 else words, f"mean {numbers.spread(arm.mean, arm.spread)}"]
+    if found and found.n:
+        parts.append(_difference(found, numbers))
+    if arm.p_adjusted is not None:
+        parts.append(f"p {probability(arm.p_adjusted)} (Holm)")
+    if arm.minimum_detectable is not None:
+        parts.append(f"minimum detectable difference {numbers.number(arm.minimum_detectable)}")
+    if arm.against_control and arm.against_control.n:
+        control = next((f" {other.name}" for other in comparison.arms if other.controls(arm.name)), "")
+        parts.append(f"against its control{control}: {_difference(arm.against_control, numbers)}")
+    return "; ".join(parts)
+
+
+def _difference(found: Paired, numbers: MetricFormat) -> str:
+    interval = "" if found.low is None else f", 95% interval {numbers.interval(found.low, found.high)} (unadjusted)"
+    return f"difference {numbers.signed(found.mean)}{interval}"
+
+
+def columns(comparison: Comparison) -> dict[str, list[str]]:
+    """Heading -> an arm's cell each; a cell's lines after the first are details."""
+    numbers, arms = metric_format(comparison), comparison.arms
+    differences = [arm.difference if arm.difference and arm.difference.n else None for arm in arms]
+    found = {
+        ARM: [" ".join(arm.name.split()) for arm in arms],
+        MEAN: [f"{numbers.spread(arm.mean, arm.spread)}\n{count(len(arm.values), 'seed')}" for arm in arms],
+        BEST: [numbers.spread(arm.best, arm.best_spread) for arm in arms],
+        DIFFERENCE: [numbers.signed(of.mean if of else None) for of in differences],
+        INTERVAL: [numbers.interval(of.low, of.high) if of else NOTHING for of in differences],
+        P: [probability(arm.p_adjusted) for arm in arms],
+        DETECTABLE: [numbers.number(arm.minimum_detectable) for arm in arms],
+        VERDICT: [shown_verdict(arm) for arm in arms],
+        CONTROL: [_with_interval(arm.against_control, numbers) for arm in arms],
+        ROWS: [_over_rows(arm, numbers) for arm in arms],
+    }
+    optional = (BEST, CONTROL, ROWS)
+    shown = {heading: cells for heading, cells in found.items() if heading not in optional or set(cells) != {NOTHING}}
+    return shown | {side_heading(metric): _side(comparison, metric) for metric in comparison.side_metrics}
+
+
+def side_heading(metric: str) -> str:
+    return f"{metric}\n(difference)"
+
+
+def _with_interval(found: Paired | None, numbers: MetricFormat, mark: str = "") -> str:
+    if found is None or not found.n:
+        return NOTHING
+    interval = "one seed" if found.low is None else numbers.interval(found.low, found.high)
+    return f"{numbers.signed(found.mean)}{mark}\n{interval}"
+
+
+def _over_rows(arm: Arm, numbers: MetricFormat) -> str:
+    return "\n".join(f"seed {seed}: {numbers.estimate(*found)}" for seed, found in arm.rows.items()) or NOTHING
+
+
+def _side(comparison: Comparison, metric: str) -> list[str]:
+    """Differences, with a star where the interval excludes 0; of the baseline its own value."""
+    numbers, runs = metric_format(comparison, metric), comparison.runs
+    cells = []
+    for arm in comparison.arms:
+        found, column = arm.side.get(metric), f"metrics.{metric}"
+        if arm.name == comparison.baseline and column in runs:
+            values = runs.loc[runs["run_id"].isin(list(arm.runs.values())), column].astype(float)
+            cells.append(f"{numbers.number(float(values.mean()))}\nown value")
+        else:
+            cells.append(_with_interval(found, numbers, "*" if found and _excludes_zero(found) else ""))
+    return cells
+
+
+def _excludes_zero(found: Paired) -> bool:
+    return found.low is not None and found.high is not None and (found.low > 0 or found.high < 0)

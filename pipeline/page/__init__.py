@@ -1,1 +1,0 @@
-"""Pieces of the report's page: markup, curves made of histories, drawings, style. Pure functions."""
