@@ -36,8 +36,8 @@ from pipeline.selection import (
     side_metrics,
     some,
     text_of,
-    twin_of,
     usable_runs,
+    validation_metric,
     with_arms,
 )
 from pipeline.stats import Paired, holm, minimum_detectable_difference, paired
@@ -259,7 +259,7 @@ def _spread(values: Sequence[float]) -> float | None:
 
 def _best(runs: pd.DataFrame, metric: str, mode: str) -> dict[str, float]:
     """Run id -> the best value of the metric on the validation split, over its evaluations."""
-    twin = twin_of(metric)
+    twin = validation_metric(metric)
     if not twin.startswith("valid/") or f"metrics.{twin}" not in runs:
         return {}
     history = load_history(runs, [twin])

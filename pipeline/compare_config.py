@@ -25,7 +25,7 @@ class CompareConfig(Config):
     metric: str | None = Field(None, min_length=1)
     """what the verdict is about; null = the sweep's, or what the runs were evaluated by, on the test split"""
     mode: Literal["max", "min"] | None = None
-    """whether more or less of the metric is better; null = as the runs say, else min for losses and errors"""
+    """whether higher or lower is better; null = as the runs say, else min for losses and errors"""
     baseline: str | None = Field(None, min_length=1)
     """the arm, by name or by the id of one of its runs, that others are compared with; null = role baseline"""
     bootstrap: bool = True

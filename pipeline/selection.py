@@ -99,7 +99,7 @@ def aim(runs: pd.DataFrame, attrs: Mapping[Any, Any], metric: str | None, mode: 
     if mode is None and attrs.get("metric") == metric:
         mode = attrs.get("mode") or None
     if mode is None:
-        modes = {how for name, how in evaluated if name == twin_of(metric) and how}
+        modes = {how for name, how in evaluated if name == validation_metric(metric) and how}
         mode = modes.pop() if len(modes) == 1 else "min" if LOWER_IS_BETTER.search(metric) else "max"
     if mode not in ("max", "min"):
         raise UserError(f"mode: found {mode}, allowed: max, min")
@@ -187,7 +187,7 @@ def _is_plain(name: str) -> bool:
     return name.count("/") == 1 and not REFERENCE.search(name)
 
 
-def twin_of(metric: str) -> str:
+def validation_metric(metric: str) -> str:
     """The same metric on the validation split."""
     return metric.replace("test/", "valid/", 1) if metric.startswith("test/") else metric
 

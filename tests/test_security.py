@@ -23,8 +23,8 @@ import torch
 import yaml
 from conftest import ROOT
 from safetensors import SafetensorError
-from test_report import EMPTY, HOSTILE, comparison, written
 from test_report import arm as arm_of
+from test_report import comparison
 
 from pipeline import __main__ as command_line
 from pipeline.checkpoint import Damaged, read, write
@@ -316,22 +316,6 @@ def test_a_comparisons_note_shows_names_as_they_are() -> None:
         assert not re.search(r"(?<!\\)\]\(", text), "a link"
     control = replace(bad, role="control")
     escaped(to_markdown(comparison(bad, control, baseline=name)))
-
-
-def test_a_review_a_feature_and_a_param_in_the_page(tmp_path: Path) -> None:
-    params = {f"data.{HOSTILE}": HOSTILE}
-    compared = comparison(arm_of(HOSTILE, (0.61, 0.62, 0.63), (0.6, 0.6, 0.6), differing=params), notes=(HOSTILE,))
-    page, source = written(compared, EMPTY, tmp_path)
-    assert not page.broken
-    assert len(page.find("script")) == 1
-    assert source.count("<script") == 1
-    assert "&lt;script&gt;" in source
-
-
-def _no_history() -> Any:
-    from test_report import EMPTY
-
-    return EMPTY
 
 
 # ---------------------------------------------------------------- the source

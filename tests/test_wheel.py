@@ -28,27 +28,17 @@ def test_a_wheel_renders_the_page(tmp_path: Path) -> None:
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, source)
     options = ("--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--disable-pip-version-check")
-    build = [sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", str(tmp_path), str(source)]
-    made = subprocess.run(build, capture_output=True, text=True, check=False)
-    assert made.returncode == 0, made.stderr
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", tmp_path, source], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     with ZipFile(wheel) as archive:
         archive.extractall(installed)
-    page = Path("pipeline/comparison/page")
-    files = {file.name for file in (ROOT / page).iterdir() if file.suffix in (".html", ".css", ".js")}
-    assert {"page.html", "style.css", "script.js"} <= files
-    assert files <= {file.name for file in (installed / page).iterdir()}
+    folder = Path("pipeline/comparison/page")
+    files = {file.name for file in (ROOT / folder).iterdir() if file.suffix in (".html", ".css", ".js")}
+    assert {"page.html", "style.css", "script.js"} <= files <= {file.name for file in (installed / folder).iterdir()}
 
-    rendered = subprocess.run(
-        [sys.executable, "-c", RENDER],
-        cwd=elsewhere,
-        env=os.environ | {"PYTHONPATH": str(installed)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert rendered.returncode == 0, rendered.stderr
-    place, source_of_page = rendered.stdout.split("\n", 1)
-    assert Path(place).is_relative_to(installed)
+    environment = os.environ | {"PYTHONPATH": str(installed)}
+    output = subprocess.check_output([sys.executable, "-c", RENDER], cwd=elsewhere, env=environment, text=True)
+    module, page = output.split("\n", 1)
+    assert Path(module).is_relative_to(installed)
     for name in ("style.css", "script.js"):  # inlined as they are
-        assert (ROOT / page / name).read_text(encoding="utf-8") in source_of_page
+        assert (ROOT / folder / name).read_text(encoding="utf-8") in page

@@ -146,6 +146,7 @@ def test_all_five_say_the_same(
     assert of_page(page) == numbers
     in_page = dict(item["text"].split(": ", 1) for item in page.find("li")[: len(VALUES)])
     assert of_sentences(in_page) == numbers
+    assert "; against its control reweighted: difference +0.0066, 95% interval " in in_page["higher"]
     for text in (markdown, note, to_markdown(comparison, len(markdown) - 1)):
         assert dict(re.findall(r"^- \*\*(.+?)\*\*: (.+)$", text, re.M)) == in_page
     shared = (wording.tally(comparison), *wording.method(comparison).splitlines(), *comparison.notes)

@@ -37,7 +37,7 @@ class MetricFormat:
     """Formats one metric's numbers, all with as many decimals as its differences need."""
 
     def __init__(self, differences: Sequence[Paired | None]) -> None:
-        numbers = [number for found in differences if found for number in (found.mean, found.sd or 0.0)]
+        numbers = [number for paired in differences if paired for number in (paired.mean, paired.sd or 0.0)]
         sizes = sorted(abs(number) for number in numbers if number and math.isfinite(number))
         typical = sizes[len(sizes) // 2] if sizes else 1.0
         self.decimals = min(8, max(4, 1 - math.floor(math.log10(typical))))
@@ -105,14 +105,14 @@ def facts(comparison: Comparison) -> list[str]:
     """What was compared, and on what."""
     seeds = comparison.seeds
     listed = ", ".join(map(str, seeds[:SEEDS_SHOWN])) + (", ..." if len(seeds) > SEEDS_SHOWN else "")
-    found = [
+    parts = [
         comparison.task,
         f"{comparison.metric} ({direction(comparison)})",
         f"{count(len(seeds), 'seed')} ({listed})",
         f"against {comparison.baseline}",
         f"data {comparison.data_digest[:12]}" if comparison.data_digest else "",
     ]
-    return [fact for fact in found if fact]
+    return [part for part in parts if part]
 
 
 def tally(comparison: Comparison) -> str:
@@ -144,12 +144,12 @@ def legend(comparison: Comparison) -> str:
 
 def sentence(arm: Arm, comparison: Comparison) -> str:
     """An arm's verdict with everything that it rests on; it begins with `shown_verdict`."""
-    numbers, found = metric_format(comparison), arm.difference
+    numbers, difference = metric_format(comparison), arm.difference
     words = shown_verdict(arm) + (f" of {arm.control_of}" if arm.role == "control" and arm.control_of else "")
-    seeds = found.n if found else len(arm.values)
+    seeds = difference.n if difference else len(arm.values)
     parts = [f"{words}, {seeds} seeds" if seeds > 1 else words, f"mean {numbers.spread(arm.mean, arm.spread)}"]
-    if found and found.n:
-        parts.append(_difference(found, numbers))
+    if difference and difference.n:
+        parts.append(_difference(difference, numbers))
     if arm.p_adjusted is not None:
         parts.append(f"p {probability(arm.p_adjusted)} (Holm)")
     if arm.minimum_detectable is not None:
@@ -160,16 +160,16 @@ def sentence(arm: Arm, comparison: Comparison) -> str:
     return "; ".join(parts)
 
 
-def _difference(found: Paired, numbers: MetricFormat) -> str:
-    interval = "" if found.low is None else f", 95% interval {numbers.interval(found.low, found.high)} (unadjusted)"
-    return f"difference {numbers.signed(found.mean)}{interval}"
+def _difference(paired: Paired, numbers: MetricFormat) -> str:
+    interval = "" if paired.low is None else f", 95% interval {numbers.interval(paired.low, paired.high)} (unadjusted)"
+    return f"difference {numbers.signed(paired.mean)}{interval}"
 
 
 def columns(comparison: Comparison) -> dict[str, list[str]]:
     """Heading -> an arm's cell each; a cell's lines after the first are details."""
     numbers, arms = metric_format(comparison), comparison.arms
     differences = [arm.difference if arm.difference and arm.difference.n else None for arm in arms]
-    found = {
+    table = {
         ARM: [" ".join(arm.name.split()) for arm in arms],
         MEAN: [f"{numbers.spread(arm.mean, arm.spread)}\n{count(len(arm.values), 'seed')}" for arm in arms],
         BEST: [numbers.spread(arm.best, arm.best_spread) for arm in arms],
@@ -182,7 +182,7 @@ def columns(comparison: Comparison) -> dict[str, list[str]]:
         ROWS: [_over_rows(arm, numbers) for arm in arms],
     }
     optional = (BEST, CONTROL, ROWS)
-    shown = {heading: cells for heading, cells in found.items() if heading not in optional or set(cells) != {NOTHING}}
+    shown = {heading: cells for heading, cells in table.items() if heading not in optional or set(cells) != {NOTHING}}
     return shown | {side_heading(metric): _side(comparison, metric) for metric in comparison.side_metrics}
 
 
@@ -190,15 +190,15 @@ def side_heading(metric: str) -> str:
     return f"{metric}\n(difference)"
 
 
-def _with_interval(found: Paired | None, numbers: MetricFormat, mark: str = "") -> str:
-    if found is None or not found.n:
+def _with_interval(paired: Paired | None, numbers: MetricFormat, mark: str = "") -> str:
+    if paired is None or not paired.n:
         return NOTHING
-    interval = "one seed" if found.low is None else numbers.interval(found.low, found.high)
-    return f"{numbers.signed(found.mean)}{mark}\n{interval}"
+    interval = "one seed" if paired.low is None else numbers.interval(paired.low, paired.high)
+    return f"{numbers.signed(paired.mean)}{mark}\n{interval}"
 
 
 def _over_rows(arm: Arm, numbers: MetricFormat) -> str:
-    return "\n".join(f"seed {seed}: {numbers.estimate(*found)}" for seed, found in arm.rows.items()) or NOTHING
+    return "\n".join(f"seed {seed}: {numbers.estimate(*row)}" for seed, row in arm.rows.items()) or NOTHING
 
 
 def _side(comparison: Comparison, metric: str) -> list[str]:
@@ -206,14 +206,14 @@ def _side(comparison: Comparison, metric: str) -> list[str]:
     numbers, runs = metric_format(comparison, metric), comparison.runs
     cells = []
     for arm in comparison.arms:
-        found, column = arm.side.get(metric), f"metrics.{metric}"
+        paired, column = arm.side.get(metric), f"metrics.{metric}"
         if arm.name == comparison.baseline and column in runs:
             values = runs.loc[runs["run_id"].isin(list(arm.runs.values())), column].astype(float)
             cells.append(f"{numbers.number(float(values.mean()))}\nown value")
         else:
-            cells.append(_with_interval(found, numbers, "*" if found and _excludes_zero(found) else ""))
+            cells.append(_with_interval(paired, numbers, "*" if paired and _excludes_zero(paired) else ""))
     return cells
 
 
-def _excludes_zero(found: Paired) -> bool:
-    return found.low is not None and found.high is not None and (found.low > 0 or found.high < 0)
+def _excludes_zero(paired: Paired) -> bool:
+    return paired.low is not None and paired.high is not None and (paired.low > 0 or paired.high < 0)

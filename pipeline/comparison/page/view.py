@@ -12,7 +12,7 @@ from pipeline.comparison import wording
 from pipeline.comparison.page import charts, colors, curves
 from pipeline.comparison.page.charts import Effect, Panel
 from pipeline.comparison.results import Arm, Comparison
-from pipeline.selection import twin_of
+from pipeline.selection import validation_metric
 
 REFERENCES = ("_bayes", "_majority", "_tfidf")  # scores of yardsticks, not of the arms
 SENTIMENTS = ("positive", "negative", "neutral")
@@ -60,20 +60,20 @@ def page(comparison: Comparison, history: pd.DataFrame) -> str:
 def effects(comparison: Comparison) -> list[Effect]:
     """The rows of the forest plot: every arm that shares a seed with the baseline."""
     base = next((arm.values for arm in comparison.arms if arm.name == comparison.baseline), {})
-    found = []
+    rows = []
     for index, arm in enumerate(comparison.arms):
         paired = arm.difference
         if arm.name == comparison.baseline or paired is None or paired.n == 0:
             continue
         seeds = {seed: arm.values[seed] - base[seed] for seed in arm.values if seed in base}
-        found.append(Effect(index, arm, paired.mean, paired.low, paired.high, seeds, arm.minimum_detectable))
-    return found
+        rows.append(Effect(index, arm, paired.mean, paired.low, paired.high, seeds, arm.minimum_detectable))
+    return rows
 
 
 def panel_metrics(comparison: Comparison, names: Sequence[str]) -> dict[str, list[str]]:
     """Heading -> metrics that have a panel, in order. names: every metric of the history."""
-    primary = twin_of(comparison.metric)
-    sides = {twin_of(metric) for metric in comparison.side_metrics}
+    primary = validation_metric(comparison.metric)
+    sides = {validation_metric(metric) for metric in comparison.side_metrics}
     own = [name for name in names if not name.endswith(REFERENCES)]
     valid = [name for name in own if name.startswith(("valid/auc_", "valid/loss_")) or name in {primary, *sides}]
     losses = [name for name in own if name.startswith("loss_")]
@@ -93,9 +93,9 @@ def _drawn(comparison: Comparison, history: pd.DataFrame) -> Mapping[str, object
     drawn = curves.curves(history, wanted, runs) if wanted else {}
     index = {name: position for position, name in enumerate(runs)}
     opened = {index[name]: step for name, step in curves.gates(history, runs).items()} if drawn else {}
-    found = [curve for of_arms in drawn.values() for curve in of_arms.values()]
-    steps = (min((int(curve.steps[0]) for curve in found), default=0),
-             max((int(curve.steps[-1]) for curve in found), default=0))  # fmt: skip
+    every = [curve for of_arms in drawn.values() for curve in of_arms.values()]
+    steps = (min((int(curve.steps[0]) for curve in every), default=0),
+             max((int(curve.steps[-1]) for curve in every), default=0))  # fmt: skip
 
     def panel(metric: str) -> Panel:
         of_arms = {index[name]: curve for name, curve in drawn[metric].items()}
@@ -124,12 +124,12 @@ def _last_values(comparison: Comparison, arm: Arm, history: pd.DataFrame, prefix
     runs = list(arm.runs.values())
     values = comparison.runs[comparison.runs["run_id"].isin(runs)] if "run_id" in comparison.runs else comparison.runs
     columns = [column for column in values if str(column).startswith(f"metrics.{prefix}")]
-    found = {str(column).removeprefix("metrics."): float(values[column].astype(float).mean()) for column in columns}
+    last = {str(column).removeprefix("metrics."): float(values[column].astype(float).mean()) for column in columns}
     if len(history):
         own = history[history["run"].isin(runs) & history["metric"].astype(str).str.startswith(prefix)]
-        last = own.sort_values("step", kind="stable").groupby(["metric", "run"], observed=True)["value"].last()
-        found |= {str(name): float(value) for name, value in last.groupby("metric", observed=True).mean().items()}
-    return {name.removeprefix(prefix): value for name, value in found.items() if np.isfinite(value)}
+        of_runs = own.sort_values("step", kind="stable").groupby(["metric", "run"], observed=True)["value"].last()
+        last |= {str(name): float(value) for name, value in of_runs.groupby("metric", observed=True).mean().items()}
+    return {name.removeprefix(prefix): value for name, value in last.items() if np.isfinite(value)}
 
 
 class _Run(NamedTuple):
@@ -145,10 +145,10 @@ class _Run(NamedTuple):
 def _runs(comparison: Comparison) -> list[_Run]:
     position = {arm.name: index for index, arm in enumerate(comparison.arms)}
     numbers = wording.metric_format(comparison)
-    found = []
+    rows = []
     for _, run in comparison.runs.iterrows():
         arm, value, seed = str(run.get("arm", "")), run.get(f"metrics.{comparison.metric}"), run.get("seed")
-        found.append(_Run(
+        rows.append(_Run(
             position.get(arm),
             arm,
             wording.NOTHING if pd.isna(seed) else str(seed),
@@ -157,4 +157,4 @@ def _runs(comparison: Comparison) -> list[_Run]:
             str(run.get("run_id", "")),
             str(run.get("name", "")),
         ))  # fmt: skip
-    return found
+    return rows
