@@ -34,6 +34,9 @@ import mlflow.store.tracking.sqlalchemy_store
 from pipeline.tracking.messages import RunRequest
 from pipeline.tracking.opening import open_run
 
+def tell(**values):
+    os.write(1, json.dumps(values).encode() + b"\\n")  # a line in one piece, whoever else tells something
+
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -42,7 +45,7 @@ def start(ours=True):
         run_id = open_run(RunRequest("first"), Path("outputs").resolve(), {}).run_id
     client = mlflow.MlflowClient()  # nothing is configured
     run = client.get_run(run_id) if ours else client.create_run("0")
-    print(json.dumps({"run_id": run.info.run_id, "artifacts": run.info.artifact_uri}), flush=True)
+    tell(run_id=run.info.run_id, artifacts=run.info.artifact_uri)
 
 def forked(function, *arguments):
     child = os.fork()
@@ -51,7 +54,7 @@ def forked(function, *arguments):
     try:
         function(*arguments)
     except BaseException as error:
-        print(json.dumps({"error": str(error)}), flush=True)
+        tell(error=str(error))
         os._exit(1)
     os._exit(0)
 
@@ -92,7 +95,7 @@ for number, moment in enumerate(moments):
     found["bytes"] = os.path.getsize("mlflow.db") if found["there"] else 0
     if who == "ours" and found["there"]:
         os.system("cp mlflow.db seen.db")  # judged by the test
-    print(json.dumps(found), flush=True)
+    tell(**found)
     report(forked(start))
     os.chdir("..")
 """

@@ -254,7 +254,7 @@ def test_a_killed_rank_ends_the_job_and_any_number_goes_on(
     assert "resume=auto goes on" in told
     assert [status for _, status in points_of(here)["runs"]] in (["KILLED"], ["FAILED"])
 
-    for size in (1, 2, 3) if FULL else (3,):
+    for size in (1, 2, 3) if FULL else (1,):  # as many as before, fewer or more
         folder = tmp_path / str(size)
         shutil.copytree(here, folder)
         job = torchrun(size, folder, *arguments)
@@ -262,10 +262,11 @@ def test_a_killed_rank_ends_the_job_and_any_number_goes_on(
         assert job.returncode == 0, told
         assert "goes on after step" in told
         assert_same_run(points_of(folder), expected)
-    job = torchrun(1, reference, *arguments)
-    _, told = job.communicate(timeout=300)
-    assert job.returncode == 0, told
-    assert "is finished already" in told
+    if FULL:
+        job = torchrun(2, tmp_path / "2", *arguments)
+        _, told = job.communicate(timeout=300)
+        assert job.returncode == 0, told
+        assert "is finished already" in told
 
 
 def test_other_entry_points_are_for_one_process(monkeypatch: pytest.MonkeyPatch, call_pipeline: Call) -> None:
