@@ -117,8 +117,8 @@ def compare(  # noqa: PLR0917 (what a notebook gives by position is one or two)
         )
 
     arms = tuple(arm_of(arm, group) for arm, group in groups.items())
-    _tell_of_seeds(arms, notes)
-    _tell_of_twins(arms, usable, metric, notes)
+    _note_unshared_seeds(arms, notes)
+    _note_equal_seeds(arms, usable, metric, notes)
     sweeps = [sweep for sweep in usable["sweep_id"].unique() if isinstance(sweep, str)]
     return Comparison(
         title=title or (f"sweep {sweeps[0]}" if len(sweeps) == 1 else f"{len(arms)} arms, {len(usable)} runs"),
@@ -223,7 +223,7 @@ def _colors(groups: Mapping[str, pd.DataFrame]) -> dict[str, str]:
     return {arm: found.get(arm) or free[without.index(arm) % len(free)] for arm in groups}
 
 
-def _tell_of_seeds(arms: Sequence[Arm], notes: list[str]) -> None:
+def _note_unshared_seeds(arms: Sequence[Arm], notes: list[str]) -> None:
     base = arms[0]
     few = [arm.name for arm in arms[1:] if arm.difference and arm.difference.n < 2]
     if few:
@@ -236,7 +236,7 @@ def _tell_of_seeds(arms: Sequence[Arm], notes: list[str]) -> None:
             notes.append(f"{arm.name}: {' and '.join(parts)}; differences are over the shared seeds")
 
 
-def _tell_of_twins(arms: Sequence[Arm], runs: pd.DataFrame, metric: str, notes: list[str]) -> None:
+def _note_equal_seeds(arms: Sequence[Arm], runs: pd.DataFrame, metric: str, notes: list[str]) -> None:
     """Seeds at which nothing sets the arms apart: most often their best weights are from before the gate."""
     for seed in sorted({seed for arm in arms for seed in arm.values}):
         found = {arm.values[seed] for arm in arms if seed in arm.values}
@@ -259,10 +259,10 @@ def _spread(values: Sequence[float]) -> float | None:
 
 def _best(runs: pd.DataFrame, metric: str, mode: str) -> dict[str, float]:
     """Run id -> the best value of the metric on the validation split, over its evaluations."""
-    twin = validation_metric(metric)
-    if not twin.startswith("valid/") or f"metrics.{twin}" not in runs:
+    on_validation = validation_metric(metric)
+    if not on_validation.startswith("valid/") or f"metrics.{on_validation}" not in runs:
         return {}
-    history = load_history(runs, [twin])
+    history = load_history(runs, [on_validation])
     history = history[np.isfinite(history["value"])]
     grouped = history.groupby("run", observed=True)["value"]
     found = grouped.max() if mode == "max" else grouped.min()

@@ -90,9 +90,9 @@ def aim(runs: pd.DataFrame, attrs: Mapping[Any, Any], metric: str | None, mode: 
         if len(chosen) != 1:
             raise UserError(f"the runs were evaluated by {some(sorted(chosen)) or 'nothing they tell'}; "
                             "name the metric to compare by metric=")  # fmt: skip
-        twin = chosen.pop()
-        metric = twin.replace("valid/", "test/", 1)
-        metric = metric if metric in logged else twin
+        on_validation = chosen.pop()
+        on_test = on_validation.replace("valid/", "test/", 1)
+        metric = on_test if on_test in logged else on_validation
     if metric not in logged:
         plain = [name for name in logged if name.startswith("test/") and _is_plain(name)] or logged
         raise UserError(f"metric {metric}: in none of {len(runs)} runs{nearest(metric, plain[:12])}")

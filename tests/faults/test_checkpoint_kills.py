@@ -25,8 +25,8 @@ from pipeline.checkpoint import Checkpoints
 def state(step):
     return {"step": step, "weight": torch.full((SIZE,), float(step))}
 
-def saves(folder, told, at_event):
-    \"\"\"Save step after step and tell each; die at the n-th change of the file system.\"\"\"
+def saves(folder, pipe, at_event):
+    \"\"\"Save step after step, each step's number into the pipe; die at the n-th change of the file system.\"\"\"
     events = 0
 
     def count(event, arguments):
@@ -43,29 +43,29 @@ def saves(folder, told, at_event):
     checkpoints = Checkpoints(folder, last=1)
     for step in range(1, 3 if at_event else 10_000):
         checkpoints.save(step, state(step), {}, {"linked": folder / "linked"}, None)
-        os.write(told, step.to_bytes(4, "big"))
+        os.write(pipe, step.to_bytes(4, "big"))
 
 def child(folder, at_event=0):
-    \"\"\"A process that saves; its id, and where it tells.\"\"\"
+    \"\"\"A process that saves; its id, and the pipe with the steps that it has saved.\"\"\"
     Path(folder, "linked").parent.mkdir()
     Path(folder, "linked").write_bytes(bytes(10))
-    out, told = os.pipe()
+    out, pipe = os.pipe()
     process = os.fork()
     if not process:
         try:
-            saves(folder, told, at_event)
+            saves(folder, pipe, at_event)
         except BaseException:
             sys.excepthook(*sys.exc_info())
             os._exit(1)
         os._exit(0)
-    os.close(told)
+    os.close(pipe)
     return process, out
 
-def outcome(process, out, told=b""):
+def outcome(process, out, saved=b""):
     _, status = os.waitpid(process, 0)
-    told += b"".join(iter(lambda: os.read(out, 1 << 16), b""))
+    saved += b"".join(iter(lambda: os.read(out, 1 << 16), b""))
     os.close(out)
-    return os.waitstatus_to_exitcode(status), int.from_bytes(told[-4:], "big")
+    return os.waitstatus_to_exitcode(status), int.from_bytes(saved[-4:], "big")
 
 torch.set_num_threads(1)
 base, moments, stride = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
@@ -107,13 +107,13 @@ def test_a_kill_at_any_moment_leaves_a_whole_generation(
     assert len(found) - moments > 20 / stride
     monkeypatch.setattr(os, "fsync", lambda _: None)
     cut_short = 0
-    for name, _, told in found:
+    for name, _, saved in found:
         checkpoints = Checkpoints(tmp_path / name)
         cut_short += bool(hidden(checkpoints)) if checkpoints.folder.exists() else 0
         latest = checkpoints.latest()
-        if told == 0 and latest is None:
+        if saved == 0 and latest is None:
             continue  # killed in the first save
-        assert_whole(latest, told if latest.step == told else told + 1)  # one interval at most
+        assert_whole(latest, saved if latest.step == saved else saved + 1)  # one interval at most
         assert (latest.folder / "linked").read_bytes() == bytes(10)
         next_step = latest.step + 1
         save(checkpoints, next_step)
