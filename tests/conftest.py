@@ -24,6 +24,8 @@ settings.register_profile("project", max_examples=25, deadline=None)
 settings.load_profile("project")
 
 ROOT = Path(__file__).parent.parent
+FULL = os.environ.get("FAULTS") == "full"  # `make faults`
+only_full = pytest.mark.skipif(not FULL, reason="`make faults` alone: FAULTS=full")
 PROJECT_FILES = ("MLproject", "conda.yaml", "configs")
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; two test processes share two cores
 for name in [name for name in os.environ if name.startswith("MLFLOW_")]:

@@ -1,9 +1,9 @@
 """A training in this process, one of several or alone, that writes what tests compare.
 
-`main` is given a file of JSON: what to train (`task`, `config`, `overrides`), `steps`, `states` = at which of them the
-whole state is kept beside the file, `compared` = a folder of such states whose gradients are to be computed here. Rank
-0 writes FILE.out beside it: the losses of every step, metrics of the evaluation at the end, weights. It needs RANK and
-the like in its environment, as torchrun gives them.
+`main` is given a file of JSON: what to train (`task`, `config`, `overrides`), `steps` (all, without), `states` = at
+which of them the whole state is kept beside the file, `compared` = a folder of such states whose gradients are to be
+computed here. Rank 0 writes FILE.out beside it: the losses of every step, metrics of the evaluation at the end,
+weights. It needs RANK and the like in its environment, as torchrun gives them.
 """
 
 import json
@@ -49,6 +49,9 @@ def main(file: Path) -> None:
             found = gradients(training, int(kept.stem))
             if ranks.leads():
                 out[kept.stem] = found
+    elif "steps" not in asked:
+        training.train()
+        out = {"points": run.points}
     else:
         training.model.train()
         for step in range(asked["steps"]):

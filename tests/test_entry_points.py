@@ -67,7 +67,7 @@ def test_train_mmoe_through_mlproject(project: Path, client: Any, call_pipeline:
 
     # the run's own config.yaml runs again to the same numbers
     config = client.download_artifacts(run.info.run_id, "config.yaml")
-    assert call_pipeline("train_mmoe", "--config", config).returncode == 0
+    assert call_pipeline("train_mmoe", "--config", config, "--tracking.log_report", "false").returncode == 0
     again = client.search_runs(["0"])[0]
     assert again.info.run_id != run.info.run_id
     histories = [
@@ -85,7 +85,7 @@ def test_main_in_the_run_that_mlflow_opens(
     launched = client.create_run("0", run_name="legendary-gnat-695")  # as `mlflow run` does
     monkeypatch.setenv("MLFLOW_RUN_ID", launched.info.run_id)
     monkeypatch.setattr(story, "REVIEW_EPOCHS", "1")
-    result = call_pipeline("main", *TYPED, "--tracking.log_model", "false")
+    result = call_pipeline("main", *TYPED, "--tracking.log_model", "false", "--tracking.log_report", "false")
     assert result.returncode == 0, result.stderr
     runs = {run.info.run_name: run for run in client.search_runs(["0"])}
     assert runs["mmoe baseline s0"].data.tags["role"] == "baseline"
@@ -121,7 +121,8 @@ def test_prepare_ctr_then_training_and_predicting(
     assert sum(metrics[f"rows/{split}"] for split in ("train", "validation", "test")) == 2000
     assert sum(metrics[f"conversions/{split}"] for split in ("train", "validation", "test")) == frame["bought"].sum()
 
-    trained = call_pipeline("train_mmoe", *TYPED, "--data", "prepared", "--experiment", "shop")
+    quick = ("--tracking.log_report", "false")
+    trained = call_pipeline("train_mmoe", *TYPED, *quick, "--data", "prepared", "--experiment", "shop")
     assert trained.returncode == 0, trained.stderr
     (run,) = client.search_runs([client.get_experiment_by_name("shop").experiment_id])
     assert run.data.params["data.path"] == "prepared"

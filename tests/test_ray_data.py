@@ -1,6 +1,7 @@
 """Prepared folders that something else than `prepare_ctr` wrote: Ray Data, whole and in parts, and what verifies them.
 
-FAULTS=full: 5 million rows instead of 20,000. What needs Ray skips without it, and fails instead where CI_RAY=1.
+`make faults`: 5 million rows instead of 20,000, in parts and damaged, too. What needs Ray skips without it, and fails
+instead where CI_RAY=1.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import ROOT, SHRUNK, Call
+from conftest import FULL, ROOT, SHRUNK, Call, only_full
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,7 +36,6 @@ from pipeline.tasks.mmoe.prepare import prepare
 from pipeline.tasks.mmoe.reading import Source
 from pipeline.tasks.mmoe.schema import DataSchema
 
-FULL = os.environ.get("FAULTS") == "full"
 ROWS = 5_000_000 if FULL else 20_000
 one_process = pytest.mark.xdist_group("ray_data")  # runs the job once
 CHUNK_ROWS = 100_000 if FULL else 1_500  # of a row group
@@ -122,7 +122,7 @@ def by_ray(raw: Path) -> list[tuple[str, str]]:
         [str(raw / "parquet"), str(raw / "by_row.yaml"), str(raw / "whole"), *size],
         [str(raw / "csv"), str(raw / "by_user.yaml"), str(raw / "parts"), "--parts"],
         [str(raw / "damaged"), str(raw / "by_user.yaml"), str(raw / "nothing")],
-    ]
+    ][: 3 if FULL else 1]
     temporary = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     settings = {
         "RAY_TMPDIR": temporary, "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0",
@@ -156,6 +156,7 @@ def test_every_file_is_that_of_prepare_ctr(raw: Path, by_ray: list[tuple[str, st
 
 
 @one_process
+@only_full
 def test_parts_hold_the_same_rows(raw: Path, by_ray: list[tuple[str, str]]) -> None:
     schema, alone = DataSchema.read(raw / "parts"), DataSchema.read(raw / "alone_by_user")
     for name, split in schema.splits.items():
@@ -170,6 +171,7 @@ def test_parts_hold_the_same_rows(raw: Path, by_ray: list[tuple[str, str]]) -> N
 
 
 @one_process
+@only_full
 def test_a_bad_cell_is_told_as_prepare_ctr_tells_it(raw: Path, by_ray: list[tuple[str, str]]) -> None:
     with pytest.raises(UserError) as alone:
         prepare(raw / "damaged", raw / "by_user.yaml", raw / "nothing")
@@ -198,6 +200,7 @@ def test_training_reads_what_ray_wrote(
 
 
 @one_process
+@only_full
 def test_training_on_parts_is_training_on_the_file(
     raw: Path, by_ray: list[tuple[str, str]], workplace: Path, call_pipeline: Call
 ) -> None:

@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Call, store_in
+from conftest import FULL, Call, only_full, store_in
 from test_sweep import assert_same_results, by_arm, by_arm_summary, sweep_file, sweep_id_of, table_of
 
 from pipeline.errors import UserError
 from pipeline.ray_crew import refuse_local_store
 
-FULL = os.environ.get("FAULTS") == "full"
 ARMS: list[dict[str, Any]] = [{"lambda": 5.0}]
 if FULL:
     ARMS += [{"lambda": 0.0}, {"lambda": 1.0}, {"lambda": 5.0, "gamma": 2.0}, {"lambda": 1.0, "gamma": 2.0}]
@@ -186,7 +185,7 @@ def assert_as_undisturbed(told: str, client: Any, undisturbed: tuple[str, Any]) 
 
 @one_process
 @pytest.mark.faults
-@pytest.mark.skipif(not FULL, reason="FAULTS=full: a node and a process of two sweeps are lost")
+@only_full
 def test_a_node_and_a_process_are_lost_in_the_middle_of_arms(
     cluster: TwoNodes, workplace: Path, client: Any, impressions: Path, undisturbed: tuple[str, Any]
 ) -> None:
@@ -209,7 +208,7 @@ def test_a_node_and_a_process_are_lost_in_the_middle_of_arms(
 
 @one_process
 @pytest.mark.faults
-@pytest.mark.skipif(not FULL, reason="FAULTS=full: SIGTERM to a task, Ctrl-C to the sweep")
+@only_full
 def test_cancelled_on_ray_and_finished_by_processes(
     cluster: TwoNodes, workplace: Path, client: Any, impressions: Path, undisturbed: tuple[str, Any]
 ) -> None:
@@ -235,7 +234,7 @@ def test_cancelled_on_ray_and_finished_by_processes(
 
 @one_process
 @pytest.mark.faults
-@pytest.mark.skipif(not FULL, reason="FAULTS=full: the sweep above in other words, undisturbed")
+@only_full
 def test_on_two_nodes_the_table_is_that_of_processes(
     cluster: TwoNodes, workplace: Path, client: Any, impressions: Path, undisturbed: tuple[str, Any]
 ) -> None:

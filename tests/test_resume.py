@@ -182,6 +182,7 @@ def test_cut_off_without_a_word_it_goes_on_from_the_last_checkpoint(small: Make,
 
 def test_reviews_go_on_to_the_same_bits(tmp_path: Path) -> None:
     overrides = {"data.embedded.rows": "150", "data.cache": str(tmp_path / "cache"), "baselines": "false",
+                 "model.embedded.width": "16",
                  "training.num_train_epochs": "3", "training.batch_size": "32", "evaluation.every_steps": "5",
                  "data.oversampling": "capped", "training.accumulation_steps": "2"}  # fmt: skip
     task = VisobertTask(load(VisobertConfig, ROOT / "configs/config_multi_embedded.yaml", overrides))

@@ -17,7 +17,7 @@ import optuna
 import pandas as pd
 import pytest
 import yaml
-from conftest import ROOT, SHRUNK, Call, mlflow_run, project_in, store_in, wait_for
+from conftest import FULL, ROOT, SHRUNK, Call, mlflow_run, only_full, project_in, store_in, wait_for
 from filelock import FileLock
 from safetensors.numpy import load_file
 from scipy import stats
@@ -26,7 +26,6 @@ from pipeline.sweep import Crew, Job
 from pipeline.sweeps.requests import DigestData, JobDone, LoadModules
 from pipeline.tasks.mmoe.schema import DataSchema
 
-FULL = os.environ.get("FAULTS") == "full"
 SETTINGS: dict[str, Any] = {key: yaml.safe_load(value) for key, value in SHRUNK.items()}
 MEASURED = ("throughput/", "time/", "checkpoint/")
 
@@ -210,7 +209,7 @@ def test_again_it_finds_all_finished(shop: Shop, run_sweep: Call, monkeypatch: p
 
 @one_process
 @pytest.mark.faults
-@pytest.mark.skipif(not FULL, reason="FAULTS=full: the trainings of test_branching in a sweep's words")
+@only_full
 def test_runs_alone_have_the_same_points_and_weights(shop: Shop, run_sweep: Call) -> None:
     arguments = ["--share_prefix", "false", "--seeds", "[1]", "--jobs", "1", "--experiment", "apart"]
     apart = run_sweep(str(shop.file), *arguments)
@@ -230,6 +229,8 @@ def by_arm_summary(client: Any, sweep_id: str) -> list[Any]:
 
 
 @one_process
+@pytest.mark.faults
+@only_full
 def test_killed_it_goes_on_to_the_same_table(
     finished_sweep: Shop, workplace: Path, client: Any, impressions: Path, run_sweep: Call
 ) -> None:
@@ -291,6 +292,8 @@ def test_an_arm_that_fails_leaves_the_others(workplace: Path, client: Any, impre
     assert summary.info.status == "FAILED"
     assert "wild s3" in summary.data.tags["mlflow.note.content"]
 
+    if not FULL:
+        return
     again = run_sweep(str(file))  # tries what failed, in the same run
     assert again.returncode == 1
     assert again.stderr.count("finished before") == 2
@@ -370,11 +373,11 @@ def test_arms_on_different_data_are_refused(workplace: Path, impressions: Path, 
 
 
 @pytest.mark.faults
-@pytest.mark.skipif(os.environ.get("FAULTS") != "full", reason="FAULTS=full: the launcher of a search is killed")
+@only_full
 def test_a_search_whose_launcher_is_killed_goes_on_with_the_trials_that_it_was_at(
     workplace: Path, client: Any, impressions: Path, run_sweep: Call, tmp_path: Path
 ) -> None:
-    trials, steps = (3, 1000) if FULL else (2, 600)
+    trials, steps = 3, 1000
     search = {"trials": trials, "startup_trials": trials, "settings": {"aux_focal": True},
               "space": {"lambda": {"low": 0.01, "high": 10, "log": True}, "gamma": {"choices": [1, 2]}}}  # fmt: skip
     long = {"epochs": 20, "training.max_steps": steps, "evaluation.every_steps": 200, "checkpoint.every_steps": 50}
@@ -406,8 +409,6 @@ def test_a_search_whose_launcher_is_killed_goes_on_with_the_trials_that_it_was_a
     (study,) = (workplace / "outputs" / "sweeps").glob("*/search.db")
     assert [trial.state.name for trial in trials_of(study)] == ["COMPLETE"] * trials
 
-    if not FULL:
-        return
     # the draws are those of a search that nothing happened to
     output = tmp_path / "undisturbed"
     other = run_sweep(str(file), "--output_dir", str(output), "--experiment", "undisturbed")
@@ -418,6 +419,8 @@ def test_a_search_whose_launcher_is_killed_goes_on_with_the_trials_that_it_was_a
         assert one.intermediate_values == same.intermediate_values
 
 
+@pytest.mark.faults
+@only_full
 def test_a_search_trains_a_setting_once_and_gives_up_one_that_fails(
     workplace: Path, client: Any, impressions: Path, run_sweep: Call
 ) -> None:

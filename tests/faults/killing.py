@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
+# the last of them is what an optimizer imports
 CONTEXT.set_forkserver_preload(["pipeline.launch", "pipeline.tasks.mmoe.task", "pipeline.tasks.visobert.entry",
-                                "pipeline.tasks.visobert.task", "pipeline.tasks.mmoe.predict", "pandas"])  # fmt: skip
+                                "pipeline.tasks.visobert.task", "pipeline.tasks.mmoe.predict", "pandas",
+                                "torch._dynamo"])  # fmt: skip
 WHO = ("trainer", "group", "all")
 
 

@@ -12,14 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT_FILES, ROOT, SHRUNK, wait_for
+from conftest import FULL, PROJECT_FILES, ROOT, SHRUNK, only_full, wait_for
 from killing import Kill, start
 from server import MlflowServer
 from test_kills import Job, points, runs, weights
 
 from pipeline import run, worker
 
-FULL = os.environ.get("FAULTS") == "full"
 LONG = 100_000  # steps: longer than any test waits
 END_SECONDS = 10  # that a run may take to end, on a machine with nothing else to do
 
@@ -122,7 +121,7 @@ def test_a_run_that_is_alive_is_refused_and_a_signal_saves_and_ends_it(
     with started(python(alive, "--resume", "auto"), folder) as process:
         wait_for_step(process, 250)
         ((run_id, _),) = runs(folder).items()
-        for resume in ("auto", run_id):
+        for resume in ("auto", run_id) if FULL else ("auto",):
             code, told = start([*alive.arguments, "--resume", resume], folder)
             assert code == 2
             assert told.strip().splitlines()[-1].startswith(f"error: run {run_id} is alive: process {process.pid} on ")
@@ -141,7 +140,8 @@ def test_a_run_that_is_alive_is_refused_and_a_signal_saves_and_ends_it(
     assert (folder / "mlruns" / "0" / run_id / "artifacts" / "history.parquet").is_file()
 
 
-@pytest.mark.parametrize("kind", ["hanging", "dead"] if FULL else ["hanging"])
+@only_full
+@pytest.mark.parametrize("kind", ["hanging", "dead"])
 def test_a_signal_ends_the_run_without_the_server(
     kind: str, tmp_path: Path, empty_store: Path, impressions: Path
 ) -> None:
@@ -159,7 +159,8 @@ def test_a_signal_ends_the_run_without_the_server(
         assert "Traceback" not in told
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL] if FULL else [signal.SIGKILL])
+@only_full
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_the_trainer_ends_with_mlflow_run(number: signal.Signals, folder: Path, impressions: Path) -> None:
     """`mlflow run` passes no signal on: the trainer sees that its parent is gone."""
     for name in PROJECT_FILES:
@@ -177,6 +178,7 @@ def test_the_trainer_ends_with_mlflow_run(number: signal.Signals, folder: Path, 
     assert "stopped by SIGTERM" in (folder / "stderr.txt").read_text()
 
 
+@only_full
 def test_of_starts_at_one_moment_one_begins_the_run(folder: Path, impressions: Path) -> None:
     command = python(job(impressions), "--resume", "auto")
     with started(command, folder) as one, started(command, folder) as other:
@@ -185,6 +187,7 @@ def test_of_starts_at_one_moment_one_begins_the_run(folder: Path, impressions: P
         assert len(runs(folder)) == 1
 
 
+@only_full
 def test_through_mlflow_run_the_new_run_is_only_the_launcher(folder: Path, impressions: Path) -> None:
     """`mlflow run` opens a run for each start; all but the first only start the one that goes on."""
     import mlflow

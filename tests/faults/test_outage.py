@@ -1,7 +1,7 @@
 """A tracking server that is killed in mid-run: training goes on, and everything arrives, each point once.
 
-In full, PostgreSQL is under the server and it stays away for thousands of steps, whose pace is printed; MLflow's own
-client is the judge.
+PostgreSQL is under the server, and it stays away for thousands of steps, whose pace is printed; MLflow's own client is
+the judge. test_delivery and test_sync have the short forms.
 """
 
 import os
@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -18,19 +17,18 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, SHRUNK, run_pipeline
-from server import MlflowServer, Postgres, need_postgres, postgres_programs
+from conftest import ROOT, SHRUNK, only_full, run_pipeline
+from server import MlflowServer, Postgres, need_postgres
 
-FULL = os.environ.get("FAULTS") == "full"
-STEPS = 5000 if FULL else 400
-KILLED_AT = 1000 if FULL else 100  # logged steps, more or less
+STEPS = 5000
+KILLED_AT = 1000  # logged steps, more or less
 BACK_AT = 2500  # until then the server is away
-HELD_AT = 3000 if FULL else 200  # where the training waits until the server is back, or away
+HELD_AT = 3000  # where the training waits until the server is back, or away
 BLOCK_STEPS = 50
 MEASURED = ("throughput/", "time/", "checkpoint/")  # of these only the number of points can be expected
 Points = dict[tuple[str, int], str]  # (metric, step) -> value, bit for bit
 
-pytestmark = [pytest.mark.faults, pytest.mark.xdist_group("outage")]
+pytestmark = [pytest.mark.faults, only_full]
 
 CONFIG = SHRUNK | {
     "training.max_steps": str(STEPS),
@@ -39,7 +37,7 @@ CONFIG = SHRUNK | {
     "evaluation.every_steps": str(STEPS // 2),
     "evaluation.patience": "null",
     "tracking.influence_every": "0",
-    "tracking.log_model": str(FULL).lower(),
+    "tracking.log_model": "true",
     "tracking.log_report": "false",
 }
 
@@ -60,17 +58,14 @@ def held(self, *given):
 
 Training._step = held
 """
-SHORT_PATIENCE = "\nfrom pipeline.run import MlflowRun; MlflowRun.finish.__defaults__ = (3.0, False)"
 
 
 @pytest.fixture(scope="module")
-def backend() -> Iterator[Callable[[str, Path], str]]:
-    """`backend(name, folder)`: the URI of an empty database for a server."""
-    if FULL:
-        need_postgres()
-    with ExitStack() as stack:
-        postgres = stack.enter_context(Postgres()) if postgres_programs() else None
-        yield lambda name, folder: postgres.database(name) if postgres else f"sqlite:///{folder / f'{name}.db'}"
+def backend() -> Iterator[Callable[[str], str]]:
+    """`backend(name)`: the URI of an empty database for a server."""
+    need_postgres()
+    with Postgres() as postgres:
+        yield postgres.database
 
 
 @dataclass
@@ -174,13 +169,12 @@ def steps_per_second(run_dir: Path, start_ms: float, end_ms: float) -> float:
     return median(1000 * BLOCK_STEPS / max(1, last - first) for first, last in blocks)
 
 
-@pytest.mark.skipif(not FULL, reason="the short form is in test_delivery: FAULTS=full")
 def test_a_server_that_comes_back_gets_every_point_once(
-    tmp_path: Path, impressions: Path, backend: Callable[[str, Path], str], reference: tuple[Points, Any]
+    tmp_path: Path, impressions: Path, backend: Callable[[str], str], reference: tuple[Points, Any]
 ) -> None:
     from mlflow import MlflowClient
 
-    database = backend("returns", tmp_path)
+    database = backend("returns")
     with MlflowServer(tmp_path / "server", database) as server:
         trainer = Trainer(tmp_path / "run", impressions, server.uri)
         process = trainer.start(HELD)
@@ -217,13 +211,13 @@ def test_a_server_that_comes_back_gets_every_point_once(
 
 
 def test_a_server_that_never_comes_back_costs_nothing(
-    tmp_path: Path, impressions: Path, backend: Callable[[str, Path], str], reference: tuple[Points, Any]
+    tmp_path: Path, impressions: Path, backend: Callable[[str], str], reference: tuple[Points, Any]
 ) -> None:
     from mlflow import MlflowClient
 
-    with MlflowServer(tmp_path / "server", backend("lost", tmp_path)) as server:
+    with MlflowServer(tmp_path / "server", backend("lost")) as server:
         trainer = Trainer(tmp_path / "run", impressions, server.uri)
-        process = trainer.start(HELD if FULL else HELD + SHORT_PATIENCE)
+        process = trainer.start(HELD)
         trainer.wait_for(KILLED_AT, process)
     for file in ("killed", "go"):
         (trainer.folder / file).touch()
@@ -231,7 +225,7 @@ def test_a_server_that_never_comes_back_costs_nothing(
     assert f"python -m pipeline sync {trainer.folder / 'outputs'}" in trainer.stderr.splitlines()[-1]
     run_id = trainer.run_dir.name
 
-    database = backend("other", tmp_path)
+    database = backend("other")
     with MlflowServer(tmp_path / "other", database) as other:
         synced = run_pipeline("sync", str(trainer.run_dir), cwd=tmp_path, MLFLOW_TRACKING_URI=other.uri)
         assert synced.returncode == 0, synced.stderr
@@ -322,13 +316,12 @@ def peak_of(steps: int, folder: Path, server: MlflowServer, away: bool) -> float
     return peak.megabytes
 
 
-@pytest.mark.skipif(not FULL, reason="200,000 steps take minutes: FAULTS=full")
 def test_two_hundred_thousand_steps_take_no_more_memory_than_a_thousand(
-    tmp_path: Path, backend: Callable[[str, Path], str]
+    tmp_path: Path, backend: Callable[[str], str]
 ) -> None:
     from mlflow import MlflowClient
 
-    database = backend("memory", tmp_path)
+    database = backend("memory")
     with MlflowServer(tmp_path / "server", database) as server:
         short = peak_of(1000, tmp_path / "short", server, away=False)
         long = peak_of(200_000, tmp_path / "long", server, away=True)
