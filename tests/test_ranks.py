@@ -181,8 +181,7 @@ def test_shares_cover_each_row_once(monkeypatch: pytest.MonkeyPatch, rows: int, 
 
 
 def torchrun(size: int, here: Path, *arguments: str) -> subprocess.Popen[str]:
-    """One process is started without it."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}"] if size > 1 else []
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}"]
     command = [sys.executable, *launcher, "-m", "pipeline", "train_mmoe", *arguments]
     environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{here}/mlflow.db", "PYTHONPATH": str(ROOT),
                                 "OMP_NUM_THREADS": "1"}  # fmt: skip
@@ -226,7 +225,7 @@ def assert_same_run(found: Mapping[str, Any], reference: Mapping[tuple[str, int]
 
 
 def test_a_killed_rank_ends_the_job_and_any_number_goes_on(
-    tmp_path: Path, impressions: Path, empty_store: Path
+    tmp_path: Path, impressions: Path, empty_store: Path, call_pipeline: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import shutil
 
@@ -252,7 +251,14 @@ def test_a_killed_rank_ends_the_job_and_any_number_goes_on(
     assert "resume=auto goes on" in told
     assert [status for _, status in points_of(here)["runs"]] in (["KILLED"], ["FAILED"])
 
-    for size in (1, 2, 3) if FULL else (1,):  # as many as before, fewer or more
+    alone = Path(shutil.copytree(here, tmp_path / "alone"))
+    monkeypatch.chdir(alone)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{alone}/mlflow.db")
+    done = call_pipeline("train_mmoe", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "goes on after step" in done.stderr
+    assert_same_run(points_of(alone), expected)
+    for size in (2, 3) if FULL else ():  # as many as before, and more
         folder = tmp_path / str(size)
         shutil.copytree(here, folder)
         job = torchrun(size, folder, *arguments)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -22,8 +23,13 @@ from filelock import FileLock
 from safetensors.numpy import load_file
 from scipy import stats
 
-from pipeline.sweep import Crew, Job
+from pipeline.config import load
+from pipeline.errors import UserError
+from pipeline.sweep import Crew, Job, Sweep
+from pipeline.sweep_config import SweepConfig
+from pipeline.sweep_plan import resolve
 from pipeline.sweeps.requests import DigestData, JobDone, LoadModules
+from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.schema import DataSchema
 
 SETTINGS: dict[str, Any] = {key: yaml.safe_load(value) for key, value in SHRUNK.items()}
@@ -300,6 +306,8 @@ def test_an_arm_that_fails_leaves_the_others(workplace: Path, client: Any, impre
     assert by_arm(client, sweep_id_of(result.stderr))["wild", 3].info.run_id == failed.info.run_id
 
 
+@pytest.mark.faults
+@only_full
 def test_ctrl_c_ends_every_process_and_leaves_no_run_running(workplace: Path, client: Any, impressions: Path) -> None:
     file = sweep_file(workplace, impressions, settings={"training.max_steps": None, "epochs": 4000})
     command = [sys.executable, "-m", "pipeline", "sweep", "--config", str(file), "--share_prefix", "false"]
@@ -362,14 +370,29 @@ def test_a_search_finds_an_arm_and_confirms_it_on_other_seeds(
     assert "trial" not in table_of(result.stderr)
 
 
-def test_arms_on_different_data_are_refused(workplace: Path, impressions: Path, run_sweep: Call) -> None:
-    cache = {"data.embedded.cache": str(workplace / "cache"), "data": None}
-    arms = [{"data.embedded.rows": 1000}, {"data.embedded.rows": 1200}]
-    file = sweep_file(workplace, impressions, arms=arms, baseline={"data.embedded.rows": 1000, "aux_focal": False},
-                      settings=cache)  # fmt: skip
-    result = run_sweep(str(file))
-    assert result.returncode == 2
-    assert "a sweep is on one data set" in result.stderr.splitlines()[-1]
+crew_tests = pytest.mark.xdist_group("crew")  # starts its worker once
+
+
+@pytest.fixture(scope="module")
+def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
+    """One worker."""
+    crew = Crew(1, tmp_path_factory.mktemp("workers"))
+    yield crew
+    crew.close()
+    assert [worker.poll() for worker in crew.workers] == [0]  # it saw the end of its input
+
+
+@crew_tests
+def test_arms_on_different_data_are_refused(tmp_path: Path, impressions: Path, crew: Crew) -> None:
+    settings = {"data.embedded.cache": str(tmp_path / "cache"), "output_dir": str(tmp_path / "outputs"), "data": None}
+    rows = [{"data.embedded.rows": 1000}, {"data.embedded.rows": 1200}]
+    file = sweep_file(tmp_path, impressions, baseline=rows[0] | {"aux_focal": False}, arms=rows, settings=settings)
+    sweep = Sweep(resolve(load(SweepConfig, file), file, MmoeConfig, [ROOT]))
+    sweep.crew = crew
+    with pytest.raises(
+        UserError, match=r"baseline has data \w{12}\.\.\., .* has \w{12}\.\.\.: a sweep is on one data set"
+    ):
+        sweep._data_digest()
 
 
 @pytest.mark.faults
@@ -469,19 +492,15 @@ def _session(leader: int) -> list[int]:
     return found
 
 
-def test_a_worker_that_dies_is_replaced_and_its_job_alone_fails(workplace: Path) -> None:
-    crew = Crew(1, workplace / "workers")
-    try:
-        (first,) = crew.workers
-        os.kill(first.pid, signal.SIGSTOP)  # it takes a job and does nothing
-        threading.Timer(0.5, os.kill, (first.pid, signal.SIGKILL)).start()
-        jobs = [Job("lost", LoadModules()), Job("fine", LoadModules()), Job("wrong", DigestData("train_mmoe", "x: 1"))]
-        crew.work(jobs)
-        lost, fine, wrong = jobs
-        assert lost.failed == f"its process ended with code -9; see {workplace / 'workers' / 'worker-0.log'}"
-        assert type(fine.reply) is JobDone
-        assert wrong.failed == "config: unknown key x; --help lists the keys"
-        assert list(crew.workers) != [first]
-    finally:
-        crew.close()
-    assert [worker.poll() for worker in crew.workers] == [0]  # it saw the end of its input
+@crew_tests
+def test_a_worker_that_dies_is_replaced_and_its_job_alone_fails(crew: Crew) -> None:
+    (first,) = crew.workers
+    os.kill(first.pid, signal.SIGSTOP)  # it takes a job and does nothing
+    threading.Timer(0.5, os.kill, (first.pid, signal.SIGKILL)).start()
+    jobs = [Job("lost", LoadModules()), Job("fine", LoadModules()), Job("wrong", DigestData("train_mmoe", "x: 1"))]
+    crew.work(jobs)
+    lost, fine, wrong = jobs
+    assert lost.failed == f"its process ended with code -9; see {crew.folder / 'worker-0.log'}"
+    assert type(fine.reply) is JobDone
+    assert wrong.failed == "config: unknown key x; --help lists the keys"
+    assert list(crew.workers) != [first]

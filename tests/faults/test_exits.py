@@ -22,7 +22,7 @@ from pipeline import run, worker
 LONG = 100_000  # steps: longer than any test waits
 END_SECONDS = 10  # that a run may take to end, on a machine with nothing else to do
 
-pytestmark = [pytest.mark.faults, pytest.mark.xdist_group("kills")]
+pytestmark = pytest.mark.faults
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FULL, ROOT, SHRUNK, only_full
+from conftest import ROOT, SHRUNK, only_full
 from killing import WHO, Kill, start
 from safetensors.torch import load_file
 
@@ -20,7 +20,7 @@ ALWAYS = ("<Training._step", ">Training._backward", ">Training._step")
 EVALUATING = ("<BestKeeper.consider", ">BestKeeper.consider")  # every 4 steps
 SAVING = ("<Saver.save", ">Saver.save", "<Checkpoints._prune")  # every 5 steps
 
-pytestmark = [pytest.mark.faults, pytest.mark.xdist_group("kills")]
+pytestmark = [pytest.mark.faults, only_full]
 
 
 @dataclass(frozen=True)
@@ -160,22 +160,21 @@ def places(tmp_path: Path, empty_store: Path) -> Callable[[str], Path]:
 
 # dropout, accumulation, prefetch
 VARIANTS = [(0.3, 1, 2), (0.0, 4, 0), (0.3, 4, 2), (0.0, 1, 0), (0.3, 1, 0), (0.3, 4, 0)]
-SHORT = [Kill(2 * EPOCH, ">BestKeeper.consider", "all")]
 
 
-@pytest.mark.parametrize("task", ["mmoe", pytest.param("visobert", marks=only_full)])
+@pytest.mark.parametrize("task", ["mmoe", "visobert"])
 def test_killed_anywhere_it_is_the_run_that_nobody_killed(
     task: str, impressions: Path, tmp_path_factory: Any, places: Callable[[str], Path]
 ) -> None:
-    """60 kills a task in the full form: ten in a row in each of six variants; one in the short form."""
+    """60 kills a task: ten in a row in each of six variants."""
     generator = random.Random(7)
     cache = tmp_path_factory.getbasetemp() / "reviews"
     died = 0
-    for number, variant in enumerate(VARIANTS if FULL else VARIANTS[2:3]):
+    for number, variant in enumerate(VARIANTS):
         job = mmoe(impressions, *variant) if task == "mmoe" else visobert(cache, *variant)
         reference = Reference.of(job, places(f"whole{number}"))
-        kills = moments(reference.steps, 10, generator) if FULL else SHORT
+        kills = moments(reference.steps, 10, generator)
         died += killed_again_and_again(reference, kills, places(f"killed{number}"))
         print(f"{task} dropout {variant[0]}, accumulation {variant[1]}, prefetch {variant[2]}: {len(kills)} kills")
     print(f"{task}: {died} kills, every run equal to the one that was not killed")
-    assert died == (60 if FULL else len(SHORT))
+    assert died == 60
