@@ -1,7 +1,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
-PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+# Modules are compiled when they are first imported: all of them at once would take another minute or two.
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
 PORT ?= 5000
 
 .PHONY: setup demo ui notebook test faults lint bench clean
