@@ -305,8 +305,7 @@ def test_sweeps_without_an_effect_rarely_claim_one(seeds: int) -> None:
     assert 0.25 < claims["better"] / claims.total() < 0.75
 
 
-@pytest.mark.parametrize("seeds", [3, 5])
-@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("seeds", "sign"), [(3, 1), (5, -1)])
 def test_a_minimum_detectable_difference_is_found_in_80_percent(seeds: int, sign: int) -> None:
     """One of four arms has it; a run scatters by 0.004 about a seed's luck, a difference by sqrt(2) times that."""
     random = np.random.default_rng(seeds)
