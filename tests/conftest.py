@@ -18,6 +18,8 @@ from filelock import FileLock
 from hypothesis import settings
 
 if TYPE_CHECKING:
+    from laboratory import Laboratory
+
     from pipeline.run import Writer
 
 settings.register_profile("project", max_examples=25, deadline=None)
@@ -125,6 +127,39 @@ def place(shared_place: Place, monkeypatch: pytest.MonkeyPatch) -> Place:
     if shared_place.writer.process.poll() is not None:  # a test has ended it
         shared_place.writer.start()
     return shared_place
+
+
+@pytest.fixture
+def lent(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """The place, whose writer serves what is called by `call_pipeline` too, in a working folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pipeline.run.Writer", lending(place.writer))
+    return place
+
+
+def lending(writer: "Writer") -> type["Writer"]:
+    """A class whose writers are all the one that runs already: starting another takes seconds."""
+    from pipeline.run import Writer
+
+    class Lent(Writer):
+        def __init__(self) -> None:
+            self.__dict__ = writer.__dict__
+
+        def close(self, seconds: float | None = None) -> None:
+            """Its owner does that."""
+
+    return Lent
+
+
+in_laboratory = pytest.mark.xdist_group("laboratory")  # one process makes the runs that these tests look at
+
+
+@pytest.fixture(scope="session")
+def laboratory(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> "Laboratory":
+    """Small real sweeps to look at."""
+    from laboratory import make
+
+    return make(tmp_path_factory.mktemp("laboratory"), empty_store)
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 300) -> Any:

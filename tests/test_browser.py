@@ -18,13 +18,13 @@ from typing import Any
 from urllib.parse import parse_qs
 
 import pytest
-import yaml
-from conftest import ROOT, SHRUNK, Call
+from conftest import in_laboratory
+from laboratory import ARMS, Laboratory
 
 from pipeline.errors import UserError
-from pipeline.tracking.ui import HOST, VIEW_TAG, check_free, has_desktop, link, newest_sweep, show, wait_until_up
+from pipeline.tracking.ui import HOST, VIEW_TAG, check_free, has_desktop, link, newest_sweep, show, ui, wait_until_up
 
-CHARTS = ("valid/auc_ctcvr", "loss_ctcvr_bce", "loss_ctcvr_focal")
+CHARTS = ("valid/logloss_ctcvr", "loss_ctcvr_bce", "loss_ctcvr_focal")
 CARD = "[data-testid=experiment-view-compare-runs-card]"
 # Of each chart that is drawn: metric -> run id -> what its line is made of
 DRAWN = """() => {
@@ -98,54 +98,55 @@ def served(folder: Path) -> Iterator[str]:
         process.wait(timeout=60)
 
 
-def small_sweep(folder: Path, impressions: Path, call_pipeline: Call) -> None:
-    """Three arms with two seeds."""
-    settings = {key: yaml.safe_load(value) for key, value in SHRUNK.items()} | {"data": str(impressions)}
-    tree = {
-        "task": "train_mmoe",
-        "config": str(ROOT / "configs/mtl_mmoe.yaml"),
-        "settings": settings,
-        "baseline": {"aux_focal": False},
-        "arms": [{"aux_focal": True, "lambda": 0.2}, {"aux_focal": True, "gamma": 2.0}],
-        "seeds": [0, 1],
-        "jobs": 1,
-    }
-    file = folder / "sweep.yaml"
-    file.write_text(yaml.safe_dump(tree))
-    result = call_pipeline("sweep", "--config", str(file))
-    assert result.returncode == 0, result.stderr
+@in_laboratory
+def test_the_ui_shows_the_newest_sweep(
+    page: Any,
+    laboratory: Laboratory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from mlflow import MlflowClient
 
-
-def test_the_ui_shows_a_sweep(page: Any, workplace: Path, client: Any, impressions: Path, call_pipeline: Call) -> None:
-    small_sweep(workplace, impressions, call_pipeline)
-    arms = ("baseline", "l.2 g1 w5", "l.1 g2 w5")
-    names = [f"{arm} s{seed}" for arm in arms for seed in (0, 1)] + more_seeds(client)
-    runs = {run.info.run_name: run for run in client.search_runs(["0"], "tags.role != 'summary'")}
+    shutil.copyfile(laboratory.folder / "mlflow.db", tmp_path / "mlflow.db")  # the laboratory's own is for reading
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    client, sweep = MlflowClient(uri), f"tags.sweep_id = '{laboratory.sweep('mmoe')}' and tags.role != 'summary'"
+    names = [f"{arm} s{seed}" for arm in ARMS for seed in (0, 1)] + more_seeds(client, sweep)
+    runs = {run.info.run_name: run for run in client.search_runs(["0"], sweep)}
     assert sorted(runs) == sorted(names)
     client.create_run("0", run_name="of no sweep", tags={"role": "arm"})
 
-    with served(workplace) as address:
+    with served(tmp_path) as address:
         page.goto(address)
         page.get_by_role("button", name="Close", exact=True).click()  # the assistant takes a quarter of the width
         charts_overlay_the_arms(page, client, runs)
         page.locator("label:has(input[name=runs-view-mode][value=TABLE])").click()
         list_is_flat(page, runs)
-        compare_lists_what_differs(page, [runs["baseline s0"], runs["l.2 g1 w5 s0"], runs["l.1 g2 w5 s1"]])
+        compare_lists_what_differs(page, [runs["baseline s0"], runs["l5 g1 w3 s0"], runs["l.2 g2 w3 s1"]])
 
         # a store that is a server needs no other: the same link, at once
-        process = start_ui(workplace, MLFLOW_TRACKING_URI=address.split("/#/")[0])
-        assert process.communicate(timeout=60)[0].strip() == address
-        assert process.returncode == 0
+        call_ui(address.split("/#/")[0], monkeypatch)
+        assert capsys.readouterr().out.strip() == address
 
 
-def more_seeds(client: Any) -> list[str]:
-    """Runs of the baseline with six more seeds: MLflow would draw ten runs and hide the others."""
-    (model,) = client.search_runs(["0"], "tags.role = 'baseline' and tags.seed = '0'")
-    names = [f"baseline s{seed}" for seed in range(2, 8)]
+def call_ui(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make ui` on the store, with no desktop, in this process."""
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # it would set it for this process too
+    ui.main([], standalone_mode=False)
+
+
+def more_seeds(client: Any, sweep: str) -> list[str]:
+    """Runs of the baseline with two more seeds: MLflow would draw ten runs and hide the others."""
+    (model,) = client.search_runs(["0"], f"{sweep} and tags.role = 'baseline' and tags.seed = '0'")
+    names = [f"baseline s{seed}" for seed in (2, 3)]
     for name in names:
         run = client.create_run("0", run_name=name, tags=model.data.tags | {"mlflow.runName": name})
         for step in (6, 12):
-            client.log_metric(run.info.run_id, "valid/auc_ctcvr", 0.5 + step / 100, step=step)
+            client.log_metric(run.info.run_id, CHARTS[0], 0.5 + step / 100, step=step)
         client.set_terminated(run.info.run_id)
     return names
 
@@ -158,12 +159,12 @@ def charts_overlay_the_arms(page: Any, client: Any, runs: dict[str, Any]) -> Non
     drawn = page.evaluate(DRAWN)
     for metric in CHARTS:
         logged = {run.info.run_id: run for run in runs.values() if metric in run.data.metrics}
-        # the baseline has no focal loss, its runs with more seeds have no loss at all
-        assert len(logged) == {"valid/auc_ctcvr": 12, "loss_ctcvr_bce": 6, "loss_ctcvr_focal": 4}[metric]
+        # the baseline and the controls have no focal loss, the runs with more seeds have no loss at all
+        assert len(logged) == {CHARTS[0]: 12, "loss_ctcvr_bce": 10, "loss_ctcvr_focal": 4}[metric]
         assert drawn[metric].keys() == logged.keys()
         for run_id, run in logged.items():
             points = sorted((point.step, point.value) for point in client.get_metric_history(run_id, metric))
-            assert len(points) == {"valid/auc_ctcvr": 2, "loss_ctcvr_bce": 12, "loss_ctcvr_focal": 7}[metric]
+            assert len(points) == {CHARTS[0]: 2, "loss_ctcvr_bce": 12, "loss_ctcvr_focal": 9}[metric]
             lines = drawn[metric][run_id]
             assert {line["name"] for line in lines} == {run.info.run_name}
             assert {line["color"][:7] for line in lines} == {run.data.tags["mlflow.runColor"]}  # one is faint
@@ -172,7 +173,7 @@ def charts_overlay_the_arms(page: Any, client: Any, runs: dict[str, Any]) -> Non
 
 def list_is_flat(page: Any, runs: dict[str, Any]) -> None:
     """A row for each run of the sweep and no other: a run below another one would be folded away."""
-    page.locator(".ag-header-cell", has_text="test/auc_ctcvr").wait_for()
+    page.locator(".ag-header-cell", has_text="test/logloss_ctcvr").wait_for()
     page.wait_for_function(f"document.querySelectorAll('.ag-row[row-id] a').length >= {len(runs)}")
     shown = page.evaluate("""[...document.querySelectorAll('.ag-row[row-id]')].filter(row => row.querySelector('a'))
         .map(row => [row.getAttribute('row-id'), row.querySelector('a').innerText])""")
@@ -186,7 +187,7 @@ def compare_lists_what_differs(page: Any, runs: list[Any]) -> None:
     page.get_by_test_id("runs-compare-button").click()
     names = {name for run in runs for name in run.data.params}
     differing = {name for name in names if len({run.data.params.get(name) for run in runs}) > 1}
-    focal = {f"loss.aux_focal.{key}" for key in ("enabled", "lambda", "gamma")}
+    focal = {f"loss.aux_focal.{key}" for key in ("enabled", "lambda", "gamma", "warmup_steps")}
     assert {name for name in differing if "." in name} == focal  # what the three arms were given, and no more
     table = page.locator("table").filter(has=page.get_by_role("rowheader", name="loss.aux_focal.lambda", exact=True))
     headers = table.get_by_role("rowheader")
@@ -281,12 +282,12 @@ def test_a_browser_is_opened_where_there_is_a_desktop(
     assert capsys.readouterr().out == "http://host:1/\n"
 
 
-def test_a_port_in_use_is_one_line(workplace: Path) -> None:
+def test_a_port_in_use_is_one_line(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind((HOST, 0))
         taken.listen()
         port = taken.getsockname()[1]
-        process = start_ui(workplace, "--port", str(port))
+        process = start_ui(tmp_path, "--port", str(port))
         shown, complaint = process.communicate(timeout=60)
     assert (process.returncode, shown) == (2, "")
     reason = "Address already in use" if sys.platform == "linux" else ""
@@ -295,13 +296,14 @@ def test_a_port_in_use_is_one_line(workplace: Path) -> None:
     assert complaint.count("\n") == 1
 
 
-def test_a_server_that_is_away_is_one_line(workplace: Path) -> None:
+def test_a_server_that_is_away_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     uri = f"http://{HOST}:{free_port()}"
-    process = start_ui(workplace, MLFLOW_TRACKING_URI=uri)
-    shown, complaint = process.communicate(timeout=120)
-    assert (process.returncode, shown) == (2, "")
-    assert complaint.startswith(f"error: tracking store {uri}: ")
-    assert complaint.count("\n") == 1
+    with pytest.raises(UserError) as caught:
+        call_ui(uri, monkeypatch)
+    assert str(caught.value).startswith(f"tracking store {uri}: ")
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+    assert capsys.readouterr().out == ""
 
 
 def test_a_server_that_ends_at_once_is_told() -> None:

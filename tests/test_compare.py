@@ -14,7 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, run_pipeline
+from conftest import ROOT, lending
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -27,6 +27,7 @@ from pipeline.errors import UserError
 from pipeline.loading import _of_file, _of_store
 from pipeline.names import TEST_ROWS_FILE
 from pipeline.row_intervals import MetricRows
+from pipeline.run import Writer
 from pipeline.stats import bootstrap_auc, paired, percentile_interval
 from pipeline.tracking.client import Point
 
@@ -863,27 +864,34 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert said in line
 
 
-def test_as_a_user_runs_it(store: Store, tmp_path: Path) -> None:
-    result = run_pipeline("compare", "--sweep_id", LONELY, cwd=tmp_path, MLFLOW_TRACKING_URI=store.uri)
-    assert result.returncode == 0, result.stderr
-    assert "one seed: no verdict" in result.stderr
+def test_without_a_folder_it_is_the_working_one(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_entry("--sweep_id", LONELY) == 0
+    assert "one seed: no verdict" in capsys.readouterr().err
     assert (tmp_path / "comparisons" / LONELY / "comparison.md").is_file()
 
 
-def test_in_a_run_of_mlflow_run_it_is_left_there(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_in_a_run_of_mlflow_run_it_is_left_there(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Writer() as writer:  # one for both runs
+        monkeypatch.setattr("pipeline.compare.Writer", lending(writer))
+        leave_runs(store, tmp_path, monkeypatch)
+
+
+def leave_runs(store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that compares, and one that cannot."""
     before = len(load_runs(experiment="sweeps", finished=False))
     runs = [store.client.create_run(store.experiments["sweeps"]).info.run_id for _ in range(2)]
     monkeypatch.setenv("MLFLOW_RUN_ID", runs[0])
-    assert run_entry("--sweep_id", SWEEP, "--output_dir", str(tmp_path)) == 0
+    assert run_entry("--sweep_id", SWEEP, "--output_dir", str(folder)) == 0
     run = store.client.get_run(runs[0])
     assert (run.info.status, run.data.tags["role"]) == ("FINISHED", "comparison")
     assert run.data.tags["mlflow.note.content"] == to_markdown(compare(load_runs(SWEEP)), 8000)
     artifacts = {file.path for file in store.client.list_artifacts(runs[0])}
     assert {"comparison.csv", "comparison.md", "comparison.html"} <= artifacts
     monkeypatch.setenv("MLFLOW_RUN_ID", runs[1])
-    assert run_entry("--sweep_id", SWITCHED, "--output_dir", str(tmp_path)) == 2
+    assert run_entry("--sweep_id", SWITCHED, "--output_dir", str(folder)) == 2
     run = store.client.get_run(runs[1])
     assert run.info.status == "FAILED"
     assert "no baseline" in run.data.tags["failure"]

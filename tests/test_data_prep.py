@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import Call
+from conftest import Call, Place, one_writer, project_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -209,16 +209,15 @@ def shingles(text: str) -> set[str]:
     return {text[start : start + 5] for start in range(max(1, len(text) - 4))}
 
 
-def jaccard(one: str, other: str) -> float:
-    first, second = shingles(one), shingles(other)
+def jaccard(first: set[str], second: set[str]) -> float:
     return len(first & second) / len(first | second)
 
 
 def by_brute_force(texts: list[str]) -> list[int]:
     """The first text that each is joined to, by comparing all with all."""
-    joined = list(range(len(texts)))
+    joined, pieces = list(range(len(texts))), [shingles(text) for text in texts]
     for one, other in itertools.combinations(range(len(texts)), 2):
-        if jaccard(texts[one], texts[other]) >= 0.8 - 1e-9:
+        if jaccard(pieces[one], pieces[other]) >= 0.8 - 1e-9:
             low, high = sorted((joined[one], joined[other]))
             joined = [low if value == high else value for value in joined]
     return joined
@@ -326,12 +325,23 @@ def prep(call_pipeline: Call) -> Call:
     return partial(call_pipeline, "data_prep")
 
 
-def test_data_prep_leaves_alpha_everywhere(workplace: Path, client: Any, prep: Call) -> None:
-    file = balanced_file(workplace)
+def run_ids(place: Place) -> set[str]:
+    return {run.info.run_id for run in place.client.search_runs(["0"])}
+
+
+def new_run(place: Place, before: set[str]) -> Any:
+    """The one run that was made since."""
+    (run_id,) = run_ids(place) - before
+    return place.client.get_run(run_id)
+
+
+@one_writer
+def test_data_prep_leaves_alpha_everywhere(lent: Place, tmp_path: Path, prep: Call) -> None:
+    file, client, before = balanced_file(tmp_path), lent.client, run_ids(lent)
     result = prep("--data", str(file), "--output_dir", "prep")
     assert result.returncode == 0, result.stderr
     assert "warning" not in result.stderr
-    (run,) = client.search_runs(["0"])
+    run = new_run(lent, before)
     assert run.info.status == "FINISHED"
     expected = 2904 / (3 * np.array(FEWER))
     metrics, names = run.data.metrics, ("positive", "negative", "neutral")
@@ -347,24 +357,28 @@ def test_data_prep_leaves_alpha_everywhere(workplace: Path, client: Any, prep: C
     assert run.data.params["alpha_vector"] == FEWER_TEXT
     assert run.data.params["alpha_mode"] == "auto"
     assert run.data.params["data.path"] == str(file)
-    digest = json.loads((workplace / "prep" / ALPHA_FILE).read_text())["digest"]
+    digest = json.loads((tmp_path / "prep" / ALPHA_FILE).read_text())["digest"]
     assert run.data.tags["data_digest"] == digest
     assert run.inputs.dataset_inputs[0].dataset.digest == digest[:32]
     files = {"alpha.json", "duplicates.csv", "duplicates.json", "sentiment_distribution.csv",
              "sentiment_distribution.json", "sentiment_distribution.png", "token_lengths.json"}  # fmt: skip
-    assert {path.name for path in (workplace / "prep").iterdir()} == files
+    assert {path.name for path in (tmp_path / "prep").iterdir()} == files
     assert {item.path for item in client.list_artifacts(run.info.run_id)} >= files
     alpha = Alpha.read(Path(client.download_artifacts(run.info.run_id, ALPHA_FILE)))
     assert (alpha.counts, alpha.text, alpha.aspects) == (FEWER, FEWER_TEXT, ("SER&ACC", "Camera"))
-    assert (workplace / "prep" / "sentiment_distribution.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "prep" / "sentiment_distribution.png").read_bytes().startswith(b"\x89PNG")
     last = result.stderr.strip().splitlines()[-1]
     assert last == f"next: train_visobert with data.train={file}, data_prep_run={run.info.run_id}"
 
 
-def test_embedded_reviews(project: Path, client: Any, opened: str, prep: Call) -> None:
+@one_writer
+def test_embedded_reviews(lent: Place, tmp_path: Path, prep: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    project, before = project_in(tmp_path), run_ids(lent)
+    opened = lent.client.create_run("0", run_name="legendary-gnat-695").info.run_id  # as `mlflow run` does
+    monkeypatch.setenv("MLFLOW_RUN_ID", opened)
     result = prep("--data.embedded.rows", "500", "--data.detection_only", "[Others]")
     assert result.returncode == 0, result.stderr
-    (run,) = client.search_runs(["0"])
+    run = new_run(lent, before)
     assert (run.info.run_id, run.info.status) == (opened, "FINISHED")
     assert run.data.tags["mlflow.runName"] == "data_prep embedded"
     assert [run.data.metrics[f"rows/{split}"] for split in ("train", "validation", "test")] == [400, 50, 50]
@@ -389,9 +403,11 @@ def test_embedded_reviews(project: Path, client: Any, opened: str, prep: Call) -
 SOME = 'data,A,B\n"máy\nđẹp",Positive,\npin kém,,Negative\nbình thường thôi,Neutral,Neutral\n'
 
 
-def test_dropped_cells_are_counted_and_listed(workplace: Path, client: Any, prep: Call) -> None:
-    (workplace / "some.csv").write_text(SOME + "giao nhanh,Posititve,Positive\n ,Positive,\n", encoding="utf-8")
-    (workplace / "valid.csv").write_text(SOME, encoding="utf-8")
+@one_writer
+def test_dropped_cells_are_counted_and_listed(lent: Place, tmp_path: Path, prep: Call) -> None:
+    before = run_ids(lent)
+    (tmp_path / "some.csv").write_text(SOME + "giao nhanh,Posititve,Positive\n ,Positive,\n", encoding="utf-8")
+    (tmp_path / "valid.csv").write_text(SOME, encoding="utf-8")
     arguments = ["--data", "some.csv", "--data.on_bad_label", "drop", "--data.validation", "valid.csv"]
     result = prep(*arguments)
     assert result.returncode == 0, result.stderr
@@ -399,11 +415,11 @@ def test_dropped_cells_are_counted_and_listed(workplace: Path, client: Any, prep
     assert "  row 5, column data: ''\n" in result.stderr
     assert "warning: 3 of 3 validation reviews have exact copies in train" in result.stderr
     assert "data.on_bad_label=drop, data.train=some.csv, data.validation=valid.csv" in result.stderr
-    told = json.loads((workplace / "outputs/data_prep/sentiment_distribution.json").read_text())
+    told = json.loads((tmp_path / "outputs/data_prep/sentiment_distribution.json").read_text())
     assert told["dropped"]["train"] == [
         {"row": 4, "column": "A", "value": "Posititve"}, {"row": 5, "column": "data", "value": ""}
     ]  # fmt: skip
-    metrics = client.search_runs(["0"])[0].data.metrics
+    metrics = new_run(lent, before).data.metrics
     assert (metrics["dropped"], metrics["reviews"], metrics["count/positive"]) == (2, 4, 2)
     assert metrics["duplicates/exact_groups_across_splits"] == 3
     assert metrics["alpha_of_distinct/neutral"] == metrics["alpha/neutral"]
@@ -437,6 +453,7 @@ def test_untracked_leaves_files_alone(tmp_path: Path, prep: Call, monkeypatch: p
     assert result.stderr.strip().splitlines()[-1] == "next: train_visobert with data.train=some.csv"
 
 
+@one_writer
 @pytest.mark.parametrize(
     ("text", "arguments", "parts"),
     [
@@ -455,25 +472,29 @@ def test_untracked_leaves_files_alone(tmp_path: Path, prep: Call, monkeypatch: p
     ids=lambda value: None if isinstance(value, list) else "",
 )
 def test_bad_input_is_one_line_and_leaves_nothing(
-    workplace: Path, client: Any, prep: Call, *, text: str, arguments: list[str], parts: list[str]
+    lent: Place, tmp_path: Path, prep: Call, *, text: str, arguments: list[str], parts: list[str]
 ) -> None:
-    (workplace / "data.csv").write_text(text, encoding="utf-8")
-    (workplace / "outputs" / "data_prep").mkdir(parents=True)
-    (workplace / "outputs" / "data_prep" / ALPHA_FILE).write_text("of an earlier run")
+    before = run_ids(lent)
+    (tmp_path / "data.csv").write_text(text, encoding="utf-8")
+    (tmp_path / "outputs" / "data_prep").mkdir(parents=True)
+    (tmp_path / "outputs" / "data_prep" / ALPHA_FILE).write_text("of an earlier run")
     result = prep("--data", "data.csv", *arguments)
     lines = result.stderr.splitlines()
     assert result.returncode == 2, result.stderr
     assert len(lines) == 1, result.stderr
     for part in parts:
         assert part in lines[0]
-    assert [file.name for file in (workplace / "outputs" / "data_prep").iterdir()] == [ALPHA_FILE]
-    assert (workplace / "outputs" / "data_prep" / ALPHA_FILE).read_text() == "of an earlier run"
-    assert client.search_runs(["0"]) == []
+    assert [file.name for file in (tmp_path / "outputs" / "data_prep").iterdir()] == [ALPHA_FILE]
+    assert (tmp_path / "outputs" / "data_prep" / ALPHA_FILE).read_text() == "of an earlier run"
+    assert run_ids(lent) == before
 
 
-def test_a_name_that_metrics_cannot_tell_apart(workplace: Path, prep: Call) -> None:
-    (workplace / "data.csv").write_text(SOME.replace("A,B", "A&B,A/B"), encoding="utf-8")
+@one_writer
+def test_a_name_that_metrics_cannot_tell_apart(lent: Place, tmp_path: Path, prep: Call) -> None:
+    before = run_ids(lent)
+    (tmp_path / "data.csv").write_text(SOME.replace("A,B", "A&B,A/B"), encoding="utf-8")
     result = prep("--data", "data.csv")
     assert result.returncode == 2
     assert result.stderr == "error: A&B and A/B would both be metric A_B; rename one of them\n"
-    assert not (workplace / "outputs").exists()
+    assert not (tmp_path / "outputs").exists()
+    assert run_ids(lent) == before

@@ -5,6 +5,7 @@ import math
 import threading
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -124,9 +125,10 @@ def test_the_truth_holds_for_every_value(rows: Columns, name: str) -> None:
 
 def test_the_truth_is_a_function_of_the_row(rows: Columns) -> None:
     """Equal users, items, hours, devices and slots have equal probabilities."""
-    names = ("user", "item", "hour", "device", "slot")
-    _, group = np.unique(np.stack([rows[name] for name in names]), axis=1, return_inverse=True)
-    group = group.ravel()
+    key = np.zeros(ROWS, dtype=np.int64)
+    for name in ("user", "item", "hour", "device", "slot"):
+        key = key * (int(rows[name].max()) + 1) + rows[name]
+    _, group = np.unique(key, return_inverse=True)
     assert group.max() + 1 < 0.99 * ROWS  # enough rows come again
     first = np.zeros(group.max() + 1, dtype=np.int64)
     first[group[::-1]] = np.arange(ROWS)[::-1]
@@ -178,6 +180,7 @@ def test_no_feature_alone_ranks_like_the_truth(rows: Columns, table: pa.Table) -
         offsets, ids = lists.offsets.to_numpy(), lists.values.to_numpy()
         features[name] = np.where(np.diff(offsets) > 0, ids[np.minimum(offsets[:-1], len(ids) - 1)], -1)
     assert len(features) == 12
+    coded = {name: np.unique(values, return_inverse=True)[1] for name, values in features.items()}
     clicked = rows["click"] == 1
     for p, events, chosen, margin in (
         (rows["p_ctr"], rows["click"], np.ones(ROWS, dtype=bool), 0.1),
@@ -186,14 +189,22 @@ def test_no_feature_alone_ranks_like_the_truth(rows: Columns, table: pa.Table) -
         half = np.cumsum(chosen) <= chosen.sum() / 2
         first, second = chosen & half, chosen & ~half
         bayes = roc_auc_score(events[second], p[second])
-        for name, values in features.items():
-            _, codes = np.unique(values, return_inverse=True)
+        for name, codes in coded.items():
             seen = np.bincount(codes[first], minlength=codes.max() + 1)
             rate = (np.bincount(codes[first], weights=events[first], minlength=codes.max() + 1) + 0.04) / (seen + 1)
             assert roc_auc_score(events[second], rate[codes[second]]) < bayes - margin, name
 
 
 # Files
+
+
+drawn_once = cache(embedded.World)
+
+
+@pytest.fixture
+def one_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A seed's world is drawn once: what these tests look at is what is written of it."""
+    monkeypatch.setattr(embedded, "World", drawn_once)
 
 
 def test_schema_tells_the_truth(prepared: tuple[Path, DataSchema]) -> None:
@@ -276,6 +287,7 @@ def test_edges_cover_the_numbers(prepared: tuple[Path, DataSchema], rows: Column
             assert np.histogram(rows[feature.name], edges)[0].min() > 0
 
 
+@pytest.mark.usefixtures("one_world")
 @pytest.mark.parametrize("count", [1000, 1001, 1999, 2345])
 def test_split_sizes(tmp_path: Path, count: int) -> None:
     """80, 10 and 10 percent, to the row that rounding costs, and none lost."""
@@ -305,6 +317,7 @@ def test_the_seed_decides(tmp_path: Path) -> None:
         assert np.mean(one == other) < 0.1
 
 
+@pytest.mark.usefixtures("one_world")
 @pytest.mark.parametrize("chunk", [300, 1999, 100_000])
 def test_rows_that_are_no_multiple_of_the_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     """Every row is there once, chunk by chunk, and no chunk is another's copy."""
@@ -334,6 +347,7 @@ def fail(*_: Any) -> None:
     raise AssertionError("generated again")
 
 
+@pytest.mark.usefixtures("one_world")
 def test_generated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = embedded_data(config(tmp_path / "new" / "cache"))
     assert DataSchema.read(folder).splits["train"].rows == 800
@@ -341,6 +355,7 @@ def test_generated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert embedded_data(config(tmp_path / "new" / "cache")) == folder
 
 
+@pytest.mark.usefixtures("one_world")
 def test_another_size_or_seed_is_another_folder(tmp_path: Path) -> None:
     folders = [embedded_data(config(tmp_path, *key)) for key in ((1000, 0), (1001, 0), (1000, 1))]
     assert len(set(folders)) == 3
@@ -348,6 +363,7 @@ def test_another_size_or_seed_is_another_folder(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == sorted(folders)  # and nothing else stays
 
 
+@pytest.mark.usefixtures("one_world")
 def test_generating_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All have written their copy before the first puts it in place: one folder, whole, and no leavings."""
     together = threading.Barrier(4, timeout=300)
@@ -367,6 +383,7 @@ def test_generating_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert sha256_of(folders[0] / split.file) == split.sha256
 
 
+@pytest.mark.usefixtures("one_world")
 def test_an_interrupted_generation_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(folder: Path, rows: int, seed: int) -> None:
         (folder / "train.parquet").write_bytes(b"half")
@@ -395,6 +412,7 @@ def test_a_cache_that_is_a_file(tmp_path: Path) -> None:
     assert "data.embedded.cache" in refused(tmp_path / "cache" / "inside")
 
 
+@pytest.mark.usefixtures("one_world")
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line, and what was written is taken away."""
 
@@ -406,6 +424,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("one_world")
 def test_a_damaged_folder_is_made_again(tmp_path: Path) -> None:
     folder = embedded_data(config(tmp_path))
     (folder / "schema.json").unlink()

@@ -9,6 +9,7 @@ import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,7 @@ def has(pattern: str) -> Callable[[str], bool]:
     return lambda text: bool(re.search(pattern, text))
 
 
+@cache
 def is_toneless(text: str) -> bool:
     """As if typed on a keyboard without Vietnamese: no marks over or under letters, and no đ."""
     marks = [one for one in unicodedata.normalize("NFD", text) if unicodedata.category(one) == "Mn" and one != "\ufe0f"]
@@ -233,11 +235,14 @@ def test_phrases_are_many_and_well_formed() -> None:
 
 
 def test_a_linear_baseline_learns_most_of_it(splits: dict[str, pd.DataFrame]) -> None:
-    """Pair micro F1 of TF-IDF with logistic regressions; it reaches 0.81, and 3,200 reviews of
+    """Pair micro F1 of TF-IDF with logistic regressions; it reaches 0.82, and 3,200 reviews of
     integer counts leave little to rounding; majority far less."""
     train, test = splits["train"], splits["test"]
     vectoriser = TfidfVectorizer(
-        preprocessor=lambda text: unicodedata.normalize("NFC", text).lower(), ngram_range=(1, 2), sublinear_tf=True
+        preprocessor=lambda text: unicodedata.normalize("NFC", text).lower(),
+        ngram_range=(1, 2),
+        min_df=2,
+        sublinear_tf=True,
     )
     features, unseen = vectoriser.fit_transform(train["data"]), vectoriser.transform(test["data"])
     right = guessed = labelled = 0

@@ -297,14 +297,14 @@ NOISE = {"model.experts.dropout": 0.2, "model.towers.dropout": 0.1, "model.embed
 @pytest.mark.parametrize(
     "options",
     [
-        NOISE | {"training.accumulation_steps": 3, "training.batch_size": 40, "training.clip_norm": 0.5},
-        NOISE | {"optim.embedding.name": "adam", "model.gate.entropy_weight": 0.1},
+        NOISE | {"training.accumulation_steps": 3, "training.batch_size": 40, "training.clip_norm": 0.5,
+                 "optim.embedding.name": "adam", "model.gate.entropy_weight": 0.1},
         NOISE | {"training.amp": "bf16"},
         NOISE | {"training.amp": "bf16", "loss.aux_focal.compute_fp32": "false", "model.kind": "shared_bottom"},
         {"training.amp": "fp16"},
     ],
     ids=" ".join,
-)
+)  # fmt: skip
 def test_measuring_changes_no_bit(small: Make, options: dict[str, Any]) -> None:
     every = "tracking.influence_every"
     none, each, fifth = (train(MmoeTask(small(**options, **{every: count}))) for count in (0, 1, 5))
@@ -523,6 +523,7 @@ def test_the_aucs_of_the_file_are_the_logged_ones(small: Make, many: str, tmp_pa
     assert pq.ParquetFile(file).metadata.row_group(0).column(0).compression == "ZSTD"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_no_rows_unless_they_are_wanted_and_there(small: Make, many: str, tmp_path: Path) -> None:
     task = MmoeTask(small(**{"data.path": many, "tracking.log_rows": "false"}))
     task.report(task.model(), tmp_path / "off", "cpu")
@@ -572,6 +573,13 @@ def make(review_files: dict[str, str]) -> MakeReviews:
         return VisobertTask(load(VisobertConfig, None, review_files | still | texts))
 
     return task
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are empty files: drawing one takes a second, and nobody looks at it here."""
+    for name in ("calibration", "confusion"):
+        monkeypatch.setattr(f"pipeline.plots.{name}", lambda *drawn: drawn[-1].touch())
 
 
 def mentions(labels: Tensor) -> Tensor:
@@ -646,6 +654,7 @@ def test_a_sentiment_that_a_step_lacks_has_no_factor_and_stops_nothing(make: Mak
     assert any(names & set(values) for values in measured)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_pairs_of_the_file_make_the_logged_f1(make: MakeReviews, tmp_path: Path) -> None:
     task = make(**{"training.max_steps": 30, "training.num_train_epochs": 3})
     torch.manual_seed(0)
@@ -694,6 +703,7 @@ def test_the_pairs_of_any_answers_by_sets(tmp_path: Path, seed: int) -> None:
     assert numerator / denominator == pytest.approx(logged, abs=1e-12)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_no_pairs_without_detection_test_or_the_switch(
     make: MakeReviews, review_files: dict[str, str], tmp_path: Path
 ) -> None:

@@ -4,7 +4,6 @@ import ast
 import json
 import os
 import re
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,141 +15,92 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
-from conftest import ROOT, store_in
+from conftest import ROOT, in_laboratory
+from laboratory import ARMS, METRIC, Laboratory, project_in
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell
 from scipy.stats import ttest_rel
 
-from pipeline.__main__ import main
 from pipeline.errors import UserError
 
-pytestmark = pytest.mark.xdist_group("notebooks")  # one process makes their runs
+pytestmark = in_laboratory
 
 BOOKS = ("alpha", "compare_runs", "loss_components")
 SENTIMENTS = ("positive", "negative", "neutral")
-METRIC = "test/logloss_ctcvr"
-MMOE = {
-    "task": "train_mmoe",
-    "config": "configs/mtl_mmoe.yaml",
-    "settings": {
-        "data.embedded.rows": 10_000,
-        "batch_size": 256,
-        "max_steps": 12,
-        "evaluation.every_steps": 6,
-        "tracking.log_every": 1,
-        "tracking.influence_every": 2,
-        "model.experts.hidden": [16],
-        "model.towers.hidden": [8],
-    },
-    "baseline": {"aux_focal": False},
-    "arms": [
-        {"aux_focal": True, "lambda": 5.0, "gamma": 1.0, "warmup_steps": 3},
-        {"aux_focal": True, "lambda": 0.2, "gamma": 2.0, "warmup_steps": 3},
-    ],
-    "controls": "reweight",
-    "seeds": [0, 1],
-    "jobs": 1,
-    "metric": METRIC,
-}
-ALPHA = {
-    "task": "train_visobert",
-    "config": "configs/config_multi_embedded.yaml",
-    "settings": {"data.embedded.rows": 300, "model.embedded.width": 16, "batch_size": 32, "max_steps": 6,
-                 "baselines": False},
-    "baseline": {"alpha": None, "gamma": 0},
-    "arms": [{"alpha": "auto", "gamma": 0}, {"alpha": [1.0, 1.2, 1.5], "gamma": 2}],
-    "seeds": [0, 1],
-    "jobs": 1,
-    "metric": "test/sentiment_f1_macro",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Laboratory:
-    """A project's folder with two sweeps and a data_prep run in its mlflow.db."""
-
-    folder: Path
-    client: Any  # MLflow's
-
-    def runs(self, condition: str) -> list[Any]:
-        found: list[Any] = self.client.search_runs(["0"], condition, order_by=["attributes.start_time ASC"])
-        return found
-
-    def sweep(self, task: str) -> str:
-        (summary,) = self.runs(f"tags.role = 'summary' AND tags.task = '{task}'")
-        return str(summary.data.tags["sweep_id"])
-
-    def by_arm(self, task: str, metric: str) -> dict[str, dict[int, float]]:
-        """Arm -> seed -> last value."""
-        found: dict[str, dict[int, float]] = {}
-        for run in self.runs(f"tags.sweep_id = '{self.sweep(task)}' AND tags.role != 'summary'"):
-            found.setdefault(run.data.tags["arm"], {})[int(run.data.tags["seed"])] = run.data.metrics[metric]
-        return found
-
-    def points(self, run_id: str, metric: str) -> dict[int, float]:
-        """Step -> value."""
-        return {point.step: point.value for point in self.client.get_metric_history(run_id, metric)}
-
-
-def project_in(folder: Path) -> Path:
-    for name in ("MLproject", "configs", "notebooks"):
-        source = ROOT / name
-        (shutil.copytree if source.is_dir() else shutil.copyfile)(source, folder / name)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def laboratory(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Laboratory:
-    """Made in this process, which has imported what that takes; the sweeps' workers are processes of their own."""
-    from mlflow import MlflowClient
-
-    folder = project_in(tmp_path_factory.mktemp("laboratory"))
-    store_in(folder, empty_store)
-    for name, sweep in {"mmoe": MMOE, "alpha": ALPHA}.items():
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(sweep))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-        for arguments in ("sweep --config mmoe.yaml", "data_prep --data.embedded.rows 300",
-                          "sweep --config alpha.yaml"):  # fmt: skip
-            with pytest.raises(SystemExit) as ended:
-                main(arguments.split())
-            assert ended.value.code == 0, arguments
-    return Laboratory(folder, MlflowClient(f"sqlite:///{folder / 'mlflow.db'}"))
 
 
 @dataclass(frozen=True)
 class Executed:
     """A notebook that ran to its end."""
 
-    values: Any  # of the expression that was asked for
+    values: Any  # of its expression
     printed: str
     figures: int
+    refused: list[str]  # what was told where its parameter was a wrong one
 
 
-def execute(folder: Path, name: str, expression: str = "None", **environment: str) -> Executed:
-    """Run a notebook as Jupyter does, in its own folder, then the expression in the same kernel."""
-    book = nbformat.read(folder / "notebooks" / f"{name}.ipynb", as_version=4)
-    book.cells.append(new_code_cell(f"import json; print(json.dumps({expression}))"))
-    resources = {"metadata": {"path": str(folder / "notebooks")}}
-    NotebookClient(book, timeout=300, resources=resources).execute(env={**os.environ, **environment})
-    outputs = [output for cell in book.cells if cell.cell_type == "code" for output in cell.outputs]
+# What is asked of each notebook's variables once it has run to its end
+ASKED = {
+    "compare_runs": """{
+        "sweep": SWEEP_ID, "arms": [arm.name for arm in arms],
+        "table": json.loads(table.to_json(orient="index", double_precision=15)),
+        "differences": json.loads(differences.to_json(double_precision=15)),
+        "gates": [int(gate) for gate in gates],
+        "curve": {arm.name: (smooth[arm.name] - smooth["baseline"]).mean(axis=1).to_dict() for arm in arms},
+        "curves": curves}""",
+    "loss_components": """{
+        "run": run["run_id"], "gate": int(gate), "error": error.to_dict(), "holds": bool((units < 8).all()),
+        "after": after.mean().to_dict(), "shares": shares.loc[11].to_dict(), "added": added.to_dict(),
+        "added_to_bce": added_to_bce, "ratio": ratio, "against": arm.against_control.mean, "steps": len(steps)}""",
+    "alpha": """{
+        "counts": counts.to_dict(), "alpha": weights["alpha"].to_dict(), "logged": weights["logged"].to_dict(),
+        "by_aspect": by_aspect.T.to_dict(), "of_arms": alpha.T.to_dict(), "f1": mean.T.to_dict(),
+        "spread": spread.T.to_dict(), "differences": differences.T.to_dict()}""",
+}
+
+
+@pytest.fixture(scope="module")
+def executed(laboratory: Laboratory) -> dict[str, Executed]:
+    """Each notebook from top to bottom as Jupyter runs it, in its own folder.
+
+    One kernel runs them one after the other, each without the names of the one before: a kernel imports for seconds.
+    Then the notebook's expression is asked for, and its first two cells after the imports are run with a wrong
+    parameter.
+    """
+    folder = laboratory.folder / "notebooks"
+    wrong = {"loss_components": f"RUN_ID={baseline_of(laboratory)}"}
+    book = nbformat.v4.new_notebook()
+    parts: dict[str, list[Any]] = {}
+    for name, expression in ASKED.items():
+        code = [cell for cell in nbformat.read(folder / f"{name}.ipynb", as_version=4).cells
+                if cell.cell_type == "code"]  # fmt: skip
+        again = "\n".join(cell.source for cell in code[1:3])
+        parts[name] = [new_code_cell("%reset -f"), new_code_cell(f"__import__('os').chdir({str(folder)!r})"), *code,
+                       new_code_cell(f"import json; print(json.dumps({expression}))")]  # fmt: skip
+        if name in wrong:
+            key, value = wrong[name].split("=")
+            cell = new_code_cell(f"os.environ[{key!r}] = {value!r}\n{again}")
+            cell.metadata.tags = ["raises-exception"]
+            parts[name].append(cell)
+        book.cells += parts[name]
+    NotebookClient(book, timeout=300, resources={"metadata": {"path": str(folder)}}).execute(env=dict(os.environ))
+    return {name: found_in(cells) for name, cells in parts.items()}
+
+
+def found_in(cells: list[Any]) -> Executed:
+    outputs = [output for cell in cells for output in cell.outputs]
+    errors = [output for output in outputs if output.output_type == "error"]
+    assert all(error.ename == "UserError" and error.traceback == [error.evalue] for error in errors)
     assert not [output for output in outputs if output.get("name") == "stderr"]
     *printed, last = [output["text"] for output in outputs if output.get("name") == "stdout"]
     figures = sum("image/png" in output.get("data", {}) for output in outputs)
-    return Executed(json.loads(last.splitlines()[-1]), "".join([*printed, last]), figures)
+    return Executed(json.loads(last.splitlines()[-1]), "".join([*printed, last]), figures,
+                    [error.evalue for error in errors])  # fmt: skip
 
 
-def refused(folder: Path, name: str, **environment: str) -> str:
-    """The one line that a notebook ends with."""
-    with pytest.raises(CellExecutionError) as caught:
-        execute(folder, name, **environment)
-    assert caught.value.ename == "UserError"
-    shown = str(caught.value).rsplit("------------------\n", maxsplit=1)[1]  # nbclient shows the cell first
-    assert shown.strip() == caught.value.evalue
-    return str(caught.value.evalue)
+def baseline_of(laboratory: Laboratory) -> str:
+    """A run without a focal loss."""
+    return str(laboratory.runs("tags.role = 'baseline' AND tags.task = 'mmoe'")[0].info.run_id)
 
 
 @contextmanager
@@ -168,7 +118,7 @@ def here(folder: Path, **environment: str) -> Iterator[None]:
 
 
 def refused_here(folder: Path, name: str, **environment: str) -> str:
-    """The line that `refused` gives."""
+    """The one line that a notebook ends with."""
     with here(folder, **environment):
         with pytest.raises(UserError) as caught:
             exec("\n".join(code_of(name)), {})  # noqa: S102
@@ -218,21 +168,15 @@ def test_notebooks_read_by_the_two_functions_alone(name: str) -> None:
 # ---------------------------------------------------------------- executed
 
 
-def test_compare_runs_from_sweep_to_verdict(laboratory: Laboratory) -> None:
-    sweep = laboratory.sweep("mmoe")
-    expression = """{
-        "sweep": SWEEP_ID, "arms": [arm.name for arm in arms],
-        "table": json.loads(table.to_json(orient="index", double_precision=15)),
-        "differences": json.loads(differences.to_json(double_precision=15)),
-        "gates": [int(gate) for gate in gates],
-        "curve": {arm.name: (smooth[arm.name] - smooth["baseline"]).mean(axis=1).to_dict() for arm in arms},
-        "curves": curves}"""
-    found = execute(laboratory.folder, "compare_runs", expression, SWEEP_ID=sweep)
+def test_compare_runs_from_the_newest_sweep_to_the_verdict(
+    laboratory: Laboratory, executed: dict[str, Executed]
+) -> None:
+    sweep, found = laboratory.sweep("mmoe"), executed["compare_runs"]
     values = laboratory.by_arm("mmoe", METRIC)
     tested = ["l5 g1 w3", "l.2 g2 w3"]
-    assert found.values["sweep"] == sweep
-    assert found.values["arms"] == ["baseline", "l5 g1 w3", "w+5 w3", "l.2 g2 w3", "w+.2 w3"]
-    assert set(values) == set(found.values["arms"])
+    assert found.values["sweep"] == sweep != laboratory.sweep("visobert")
+    assert found.values["arms"] == list(ARMS)
+    assert set(values) == set(ARMS)
 
     base = np.array([values["baseline"][seed] for seed in (0, 1)])
     p = {arm: float(ttest_rel([values[arm][seed] for seed in (0, 1)], base).pvalue) for arm in tested}
@@ -270,20 +214,17 @@ def test_compare_runs_from_sweep_to_verdict(laboratory: Laboratory) -> None:
     assert found.figures == 2
 
 
-def test_compare_runs_takes_the_newest_sweep(laboratory: Laboratory) -> None:
+def test_compare_runs_takes_another_sweep_where_it_is_named(laboratory: Laboratory) -> None:
     found: dict[str, Any] = {}
-    with here(laboratory.folder, MLFLOW_TRACKING_URI=f"sqlite:///{laboratory.folder / 'mlflow.db'}"):
+    sweep = laboratory.sweep("visobert")
+    with here(laboratory.folder, SWEEP_ID=sweep, MLFLOW_TRACKING_URI=f"sqlite:///{laboratory.folder / 'mlflow.db'}"):
         exec("\n".join(code_of("compare_runs")), found)  # noqa: S102
-    assert found["SWEEP_ID"] == laboratory.sweep("visobert") != laboratory.sweep("mmoe")
+    assert found["SWEEP_ID"] == found["runs"]["sweep_id"].unique().item() == sweep
     assert found["curves"] == ["loss_sentiment", "loss_aspect", "valid/sentiment_f1_macro"]
 
 
-def test_loss_components_turns_one_run_inside_out(laboratory: Laboratory) -> None:
-    expression = """{
-        "run": run["run_id"], "gate": int(gate), "error": error.to_dict(), "holds": bool((units < 8).all()),
-        "after": after.mean().to_dict(), "shares": shares.loc[11].to_dict(), "added": added.to_dict(),
-        "added_to_bce": added_to_bce, "ratio": ratio, "against": arm.against_control.mean, "steps": len(steps)}"""
-    found = execute(laboratory.folder, "loss_components", expression)
+def test_loss_components_turns_one_run_inside_out(laboratory: Laboratory, executed: dict[str, Executed]) -> None:
+    found = executed["loss_components"]
     newest = laboratory.runs("tags.role = 'arm' AND tags.task = 'mmoe'")[-1]
     assert found.values["run"] == newest.info.run_id
     arm, weight = newest.data.tags["arm"], float(newest.data.params["loss.aux_focal.lambda"])
@@ -325,12 +266,8 @@ def test_loss_components_turns_one_run_inside_out(laboratory: Laboratory) -> Non
     assert found.figures == 2
 
 
-def test_alpha_from_distribution_to_effect(laboratory: Laboratory) -> None:
-    expression = """{
-        "counts": counts.to_dict(), "alpha": weights["alpha"].to_dict(), "logged": weights["logged"].to_dict(),
-        "by_aspect": by_aspect.T.to_dict(), "of_arms": alpha.T.to_dict(), "f1": mean.T.to_dict(),
-        "spread": spread.T.to_dict(), "differences": differences.T.to_dict()}"""
-    found = execute(laboratory.folder, "alpha", expression)
+def test_alpha_from_distribution_to_effect(laboratory: Laboratory, executed: dict[str, Executed]) -> None:
+    found = executed["alpha"]
 
     (folder,) = (laboratory.folder / "data_cache").glob("reviews-300-*")
     labels = pd.read_csv(folder / "train.csv", encoding="utf-8-sig").drop(columns="data")
@@ -381,11 +318,13 @@ def test_an_empty_store_is_told_in_one_line(tmp_path: Path, name: str) -> None:
     assert not (tmp_path / "mlflow.db").exists()
 
 
-def test_a_run_or_sweep_of_another_kind_is_told_in_one_line(laboratory: Laboratory) -> None:
-    baseline = laboratory.runs("tags.role = 'baseline' AND tags.task = 'mmoe'")[0].info.run_id
+def test_a_run_or_sweep_of_another_kind_is_told_in_one_line(
+    laboratory: Laboratory, executed: dict[str, Executed]
+) -> None:
+    (run,) = executed["loss_components"].refused
+    told = f"run {baseline_of(laboratory)} logged no loss_ctcvr_focal; allowed as RUN_ID: one that did, or none"
+    assert run == told
     sweep = laboratory.sweep("mmoe")
-    run = refused(laboratory.folder, "loss_components", RUN_ID=baseline)
-    assert run == f"run {baseline} logged no loss_ctcvr_focal; allowed as RUN_ID: one that did, or none"
     store = f"sqlite:///{laboratory.folder / 'mlflow.db'}"
     line = refused_here(laboratory.folder, "alpha", SWEEP_ID=sweep, MLFLOW_TRACKING_URI=store)
     assert line.startswith(f"sweep {sweep} is not one of train_visobert; a sweep over alpha is made by: mlflow run")
