@@ -96,11 +96,32 @@ def server(started: MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     return started
 
 
+@pytest.fixture(scope="module")
+def door(started: MlflowServer) -> Iterator[Door]:
+    with Door(started) as door:
+        yield door
+
+
+@pytest.fixture(scope="module")
+def shared_writer() -> Iterator[Writer]:
+    """It starts again when it is asked for something: in the first test that does, to whose output it writes."""
+    with Writer() as writer:
+        writer.process.kill()
+        yield writer
+
+
+@pytest.fixture
+def its_writer(server: MlflowServer, door: Door, shared_writer: Writer, monkeypatch: pytest.MonkeyPatch) -> Writer:
+    """A writer whose way to the server is the door."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", door.uri)
+    return shared_writer
+
+
 # --- the store goes away ---------------------------------------------------------------------------------------------
 
 
 def test_an_outage_of_the_server_loses_nothing(
-    server: MlflowServer, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    server: MlflowServer, door: Door, its_writer: Writer, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A run that it interrupts, one that ends in it, one that begins in it, and one that goes on after it.
 
@@ -115,41 +136,39 @@ def test_an_outage_of_the_server_loses_nothing(
         lines.extend(capfd.readouterr().err.splitlines())
         return sum(text in line for line in lines)
 
-    door = Door(server)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", door.uri)
-    with door, Writer() as writer:
-        first, process = open_run(writer), writer.process
-        note = first.folder / "note.txt"
-        note.write_text("read me")
-        first.log_artifact(note, "notes")
-        log_steps(first, range(100))
-        wait_for(lambda: len(points(client, first.id)) == 100)
+    writer = its_writer
+    first, process = open_run(writer), writer.process
+    note = first.folder / "note.txt"
+    note.write_text("read me")
+    first.log_artifact(note, "notes")
+    log_steps(first, range(100))
+    wait_for(lambda: len(points(client, first.id)) == 100)
 
-        door.shut()
-        log_steps(first, range(100, 1500))
-        first.set_tags({"failure": "stopped", "branched_from": "prefix 1"})
-        first.flush()
-        wait_for(lambda: says("takes nothing"))
-        with pytest.raises(Undelivered, match="1,402 records wait") as caught:  # steps, tags, and the end
-            first.finish("KILLED", patience=0.5)
-        assert caught.value.exit_code == 3
-        assert says("takes nothing") == 1
-        assert writer.process is process  # it serves the next one
-        assert process.poll() is None
-        second = open_run(writer, offline=True, name="second", experiment="later", tags={"arm": "a"})
-        assert (second.folder / JOURNAL_FILE).is_file()
-        log_steps(second, range(10))
-        wait_for(lambda: says("takes nothing") == 2)
+    door.shut()
+    log_steps(first, range(100, 1500))
+    first.set_tags({"failure": "stopped", "branched_from": "prefix 1"})
+    first.flush()
+    wait_for(lambda: says("takes nothing"))
+    with pytest.raises(Undelivered, match="1,402 records wait") as caught:  # steps, tags, and the end
+        first.finish("KILLED", patience=0.5)
+    assert caught.value.exit_code == 3
+    assert says("takes nothing") == 1
+    assert writer.process is process  # it serves the next one
+    assert process.poll() is None
+    second = open_run(writer, offline=True, name="second", experiment="later", tags={"arm": "a"})
+    assert (second.folder / JOURNAL_FILE).is_file()
+    log_steps(second, range(10))
+    wait_for(lambda: says("takes nothing") == 2)
 
-        door.open()
-        wait_for(lambda: says("is back"))
-        second.finish("FINISHED")
-        (found,) = writer.find(run_id=second.id)
-        assert (found.first_id, found.status) == (second.id, "FINISHED")
-        third = resume(writer, first.id)
-        log_steps(third, range(1490, 1600))
-        third.finish("FINISHED")
-        (found,) = writer.find(run_id=first.id)
+    door.open()
+    wait_for(lambda: says("is back"))
+    second.finish("FINISHED")
+    (found,) = writer.find(run_id=second.id)
+    assert (found.first_id, found.status) == (second.id, "FINISHED")
+    third = resume(writer, first.id)
+    log_steps(third, range(1490, 1600))
+    third.finish("FINISHED")
+    (found,) = writer.find(run_id=first.id)
 
     assert says("is back") == 1
     assert points(client, first.id) == expected(range(1600))
@@ -165,26 +184,28 @@ def test_an_outage_of_the_server_loses_nothing(
     assert points(client, made.info.run_id) == expected(range(10))
 
 
-def test_a_server_that_hangs_is_waited_for_no_longer_than_the_patience(server: MlflowServer) -> None:
+def test_a_server_that_hangs_is_waited_for_no_longer_than_the_patience(
+    server: MlflowServer, its_writer: Writer
+) -> None:
     import mlflow
 
     client = mlflow.MlflowClient(server.uri)
-    with Writer() as writer:
-        run = open_run(writer)
-        log_steps(run, range(3))
-        wait_for(lambda: len(points(client, run.id)) == 3)
-        server.pause()
-        try:
-            log_steps(run, range(3, 50))
-            with pytest.raises(Undelivered) as caught:
-                run.finish("FINISHED", patience=1)
-            assert str(caught.value).endswith(f"deliver it with `python -m pipeline sync {run.folder}`")
-            assert alive_owner(run.folder) is None
-            assert writer.process.poll() == -signal.SIGKILL  # in a call that does not return
-            with pytest.raises(UserError, match=r"^tracking store .*does not answer.*$"):  # one line
-                open_run(writer)
-        finally:
-            server.resume()
+    writer = its_writer
+    run = open_run(writer)
+    log_steps(run, range(3))
+    wait_for(lambda: len(points(client, run.id)) == 3)
+    server.pause()
+    try:
+        log_steps(run, range(3, 50))
+        with pytest.raises(Undelivered) as caught:
+            run.finish("FINISHED", patience=1)
+        assert str(caught.value).endswith(f"deliver it with `python -m pipeline sync {run.folder}`")
+        assert alive_owner(run.folder) is None
+        assert writer.process.poll() == -signal.SIGKILL  # in a call that does not return
+        with pytest.raises(UserError, match=r"^tracking store .*does not answer.*$"):  # one line
+            open_run(writer)
+    finally:
+        server.resume()
 
 
 @pytest.mark.faults
@@ -290,7 +311,9 @@ signal.pause()
     assert len(pd.read_parquet(client.download_artifacts(run_id, "history.parquet"))) == 60
 
 
-def test_an_earlier_owner_and_its_writer_stop_at_once(client: Any, writer: Writer, here: Path) -> None:
+def test_an_earlier_owner_and_its_writer_stop_at_once(
+    client: Any, writer: Writer, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = open_run(writer)
     log_steps(run, range(5))
     wait_for(lambda: len(points(client, run.id)) == 5)
@@ -309,8 +332,14 @@ def test_an_earlier_owner_and_its_writer_stop_at_once(client: Any, writer: Write
         run.flush()
     assert run.lost
     run.set_tags({"failure": "x" * 70_000})  # as what ends a run says why; nobody takes it
-    with pytest.raises(TrainingError, match="taken over") as caught:
-        run.finish("FAILED", patience=1)
+    killed = []
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.process, "kill", lambda: killed.append(writer.process))  # the tests' writer stays
+        with pytest.raises(TrainingError, match="taken over") as caught:
+            run.finish("FAILED", patience=1)
+    assert killed == [writer.process]
+    writer.send(FinishRun("FAILED", patience=1))  # even then it leaves the run alone
+    wait_for(lambda: isinstance(writer.inbox.get(timeout=300)[1], DeliveryReport))
     assert not isinstance(caught.value, Undelivered)
     assert run.journal.file.read_bytes() == whole
     found = client.get_run(run.id)
