@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -139,6 +140,64 @@ class MlflowServer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.kill()
+
+
+class Door:
+    """A port before a server. Shut, it cuts its connections and refuses others, as while the server is gone.
+
+    To start a server again takes seconds of a core.
+    """
+
+    def __init__(self, server: MlflowServer) -> None:
+        self.server, self.port = server, free_port()
+        self.uri = f"http://{HOST}:{self.port}"
+        self.is_open = False
+
+    def open(self) -> None:
+        """Let connections through."""
+        self.listener = socket.create_server((HOST, self.port))
+        self.listener.settimeout(0.1)
+        self.ends, self.is_open = list[socket.socket](), True
+        self.accepting = threading.Thread(target=self._accept, daemon=True)
+        self.accepting.start()
+
+    def shut(self) -> None:
+        """From now on nobody is behind the port."""
+        self.is_open = False
+        self.accepting.join()
+        self.listener.close()
+        for end in self.ends:
+            _cut(end)
+
+    def _accept(self) -> None:
+        while self.is_open:
+            with suppress(TimeoutError):
+                inside, _ = self.listener.accept()
+                outside = socket.create_connection((HOST, self.server.port))
+                self.ends += [inside, outside]
+                for way in ((inside, outside), (outside, inside)):
+                    threading.Thread(target=_carry, args=way, daemon=True).start()
+
+    def __enter__(self) -> Self:
+        self.open()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.shut()
+
+
+def _carry(source: socket.socket, target: socket.socket) -> None:
+    """Send on what comes, until one of the two ends."""
+    with suppress(OSError):
+        while data := source.recv(1 << 16):
+            target.sendall(data)
+    _cut(source)
+    _cut(target)
+
+
+def _cut(end: socket.socket) -> None:
+    with suppress(OSError):
+        end.shutdown(socket.SHUT_RDWR)
 
 
 class Postgres:

@@ -1,6 +1,6 @@
 """The first start on nothing: many at once, killed at any moment, and what is told of a store MLflow left half made.
 
-`FAULTS=full` takes more processes, and kills at twenty moments.
+`FAULTS=full` (`make faults`) takes more processes, and kills at twenty moments.
 """
 
 import json
@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,22 @@ from pipeline.tracking.creation import ensure_store
 FULL = os.environ.get("FAULTS") == "full"
 STATEMENTS = 1500  # of the 1,700 that make a store, before the schema is whole
 
-# Imports mlflow once and forks the processes that start, since the import takes longer than the start.
-# `together N`: N of them at once. `killed WHO MOMENT...`: at each moment, in a folder of its own, a start that is
-# killed (`ours`, as the writer process opens a run, or `mlflow` alone), then one that is not.
+# Imports mlflow once and forks the processes that start, since the import takes longer than the start. Each argument is
+# a folder, and what happens there: `together N MOMENT...`: N of them at once, of which some are killed.
+# `ours MOMENT...`, `mlflow MOMENT...`: at each moment, in a folder of its own, a start that is killed (as the writer
+# process opens a run, or MLflow's alone), then one that is not.
 STARTS = """
 import json, os, signal, sys, time
 from pathlib import Path
 import mlflow, sqlalchemy
 import mlflow.store.tracking.sqlalchemy_store
+from pipeline.tracking import creation
 from pipeline.tracking.messages import RunRequest
 from pipeline.tracking.opening import open_run
 
 def tell(**values):
-    os.write(1, json.dumps(values).encode() + b"\\n")  # a line in one piece, whoever else tells something
+    line = json.dumps({"folder": folder, **values})
+    os.write(1, line.encode() + b"\\n")  # in one piece, whoever else tells something
 
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -77,39 +81,80 @@ def killed(who, moment):
 def report(child):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
-if sys.argv[1] == "together":
-    moments = sys.argv[3:]
+def together(count, *moments):
     children = [forked(killed, "ours", moment) for moment in moments]
-    children += [forked(start) for _ in range(int(sys.argv[2]) - len(moments))]
-    sys.exit(max(abs(code) for child in children if (code := report(child)) != -signal.SIGKILL))
-who, *moments = sys.argv[2:]
-for number, moment in enumerate(moments):
-    os.makedirs(f"{number}")
-    os.chdir(f"{number}")
-    child = forked(killed, who, moment)
-    if moment.startswith("milliseconds"):
-        time.sleep(int(moment.partition(":")[2]) / 1000)
-        os.kill(child, signal.SIGKILL)
-    code = report(child)
-    found = {"moment": moment, "code": code, "there": os.path.exists("mlflow.db")}
-    found["bytes"] = os.path.getsize("mlflow.db") if found["there"] else 0
-    if who == "ours" and found["there"]:
-        os.system("cp mlflow.db seen.db")  # judged by the test
-    tell(**found)
-    report(forked(start))
+    children += [forked(start) for _ in range(int(count) - len(moments))]
+    if any([code for child in children if (code := report(child)) != -signal.SIGKILL]):
+        sys.exit("a start failed")
+
+def one_by_one(who, *moments):
+    for number, moment in enumerate(moments):
+        os.makedirs(f"{number}")
+        os.chdir(f"{number}")
+        child = forked(killed, who, moment)
+        if moment.startswith("milliseconds"):
+            time.sleep(int(moment.partition(":")[2]) / 1000)
+            os.kill(child, signal.SIGKILL)
+        code = report(child)
+        found = {"moment": moment, "code": code, "there": os.path.exists("mlflow.db")}
+        found["bytes"] = os.path.getsize("mlflow.db") if found["there"] else 0
+        if who == "ours" and found["there"]:
+            os.system("cp mlflow.db seen.db")  # judged by the test
+        tell(**found)
+        report(forked(start))
+        os.chdir("..")
+
+creation.QUIET_SECONDS = 1  # nobody is making a store of which a part was left
+for asked in sys.argv[1:]:
+    folder, what, *rest = asked.split()
+    os.makedirs(folder)
+    os.chdir(folder)
+    together(*rest) if what == "together" else one_by_one(what, *rest)
     os.chdir("..")
 """
+DEADLY = (f"statement:{STATEMENTS // 2}", "link", "statement:0", f"statement:{STATEMENTS}")[: 4 if FULL else 1]
+STARTERS = 8 if FULL else 3  # at once, beside those that are killed
 
 
-def starts(folder: Path, *arguments: str) -> list[dict[str, Any]]:
-    """What the starts print, a JSON object a line."""
+def moments(statements: int) -> list[str]:
+    """When a start is killed: before a statement, or after some time."""
+    spread = [f"statement:{statements * part // 10}" for part in range(10)]
+    timed = [f"milliseconds:{150 * part}" for part in range(1, 9)]
+    return spread + timed
+
+
+OURS = [*moments(STATEMENTS), "link", "linked"] if FULL else ["linked"]
+MLFLOWS = moments(STATEMENTS) if FULL else ["statement:350"]
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the starts in a folder printed, a JSON object a line."""
+
+    folder: Path
+    lines: list[dict[str, Any]]
+
+
+started_once = pytest.mark.xdist_group("first start")  # tests of what is told run in one process
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Told]:
+    """Every start of this file that is a real one, by folder: one process imports mlflow for all of them."""
+    place = tmp_path_factory.mktemp("starts")
+    asked = {
+        "together": ["together", str(len(DEADLY) + STARTERS), *DEADLY],
+        "ours": ["ours", *OURS],
+        "mlflow": ["mlflow", *MLFLOWS],
+    }
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
     done = subprocess.run(
-        [sys.executable, "-c", STARTS, *arguments],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False,
+        [sys.executable, "-c", STARTS, *(" ".join([folder, *words]) for folder, words in asked.items())],
+        cwd=place, env=environment, capture_output=True, text=True, timeout=1800, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    return {folder: Told(place / folder, [line for line in lines if line["folder"] == folder]) for folder in asked}
 
 
 def query(file: Path, statement: str) -> list[Any]:
@@ -133,40 +178,34 @@ def files(folder: Path) -> set[str]:
     return {entry.name for entry in folder.iterdir()}
 
 
-def test_starts_at_the_same_moment_share_one_store(tmp_path: Path, empty_store: Path) -> None:
+@started_once
+@pytest.mark.faults
+def test_starts_at_the_same_moment_share_one_store(told: dict[str, Told], empty_store: Path) -> None:
     """Some are killed while they make the store, some while they wait for it."""
-    deadly = (f"statement:{STATEMENTS // 2}", "link", "statement:0", f"statement:{STATEMENTS}")[: 4 if FULL else 1]
-    told = starts(tmp_path, "together", str(len(deadly) + (8 if FULL else 3)), *deadly)
-    assert len({start["run_id"] for start in told}) == len(told) >= (8 if FULL else 3), told
-    ours, theirs = tmp_path / "mlflow.db", empty_store
-    assert query(ours, "select count(*) from runs")[0][0] >= len(told)
-    assert files(tmp_path) == MADE
+    folder, starts = told["together"].folder, told["together"].lines
+    assert len({start["run_id"] for start in starts}) == len(starts) >= STARTERS, starts
+    ours, theirs = folder / "mlflow.db", empty_store
+    assert query(ours, "select count(*) from runs")[0][0] >= len(starts)
+    assert files(folder) == MADE
     # and it is the one that MLflow makes
     assert schema(ours) == schema(theirs)
     default = "select experiment_id, name, lifecycle_stage, workspace from experiments"
     assert query(ours, default) == query(theirs, default)
     [(where,)] = query(theirs, "select artifact_location from experiments")
     assert Path(where).parts[-2:] == ("mlruns", "0")  # below the folder it was made in
-    assert query(ours, "select artifact_location from experiments") == [(str(tmp_path / "mlruns" / "0"),)]
-    assert {Path(start["artifacts"]).parent.parent for start in told} == {tmp_path / "mlruns" / "0"}
+    assert query(ours, "select artifact_location from experiments") == [(str(folder / "mlruns" / "0"),)]
+    assert {Path(start["artifacts"]).parent.parent for start in starts} == {folder / "mlruns" / "0"}
     assert (ROOT / ".gitignore").read_text().count("mlflow.db") == 1
 
 
-def moments(statements: int) -> list[str]:
-    """When a start is killed: before a statement, or after some time."""
-    spread = [f"statement:{statements * part // 10}" for part in range(10)]
-    timed = [f"milliseconds:{150 * part}" for part in range(1, 9)]
-    return spread + timed
-
-
-def test_start_that_was_killed_leaves_no_store_or_a_whole_one(tmp_path: Path, empty_store: Path) -> None:
-    chosen = [*moments(STATEMENTS), "link", "linked"] if FULL else ["linked"]
-    told = starts(tmp_path, "killed", "ours", *chosen)
-    kills, following = told[0::2], told[1::2]
-    assert len(kills) == len(following) == len(chosen)
+@started_once
+@pytest.mark.faults
+def test_start_that_was_killed_leaves_no_store_or_a_whole_one(told: dict[str, Told], empty_store: Path) -> None:
+    kills, following = told["ours"].lines[0::2], told["ours"].lines[1::2]
+    assert len(kills) == len(following) == len(OURS)
     assert all("run_id" in start for start in following), following
     for number, kill in enumerate(kills):
-        folder = tmp_path / f"{number}"
+        folder = told["ours"].folder / f"{number}"
         assert kill["code"] == -9 or kill["moment"].startswith("milliseconds"), kill
         assert kill["there"] == (kill["moment"] == "linked") or kill["moment"].startswith("milliseconds"), kill
         if kill["there"]:
@@ -176,12 +215,13 @@ def test_start_that_was_killed_leaves_no_store_or_a_whole_one(tmp_path: Path, em
         assert files(folder) - {"seen.db"} == MADE
 
 
-def test_what_a_killed_mlflow_left_is_one_line_naming_the_file(tmp_path: Path, empty_store: Path) -> None:
-    chosen = moments(STATEMENTS) if FULL else ["statement:350"]
-    told = starts(tmp_path, "killed", "mlflow", *chosen)
-    kills, following = told[0::2], told[1::2]
+@started_once
+@pytest.mark.faults
+def test_what_a_killed_mlflow_left_is_one_line_naming_the_file(told: dict[str, Told], empty_store: Path) -> None:
+    kills, following = told["mlflow"].lines[0::2], told["mlflow"].lines[1::2]
+    assert len(kills) == len(following) == len(MLFLOWS)
     for number, (kill, start) in enumerate(zip(kills, following, strict=True)):
-        file = tmp_path / f"{number}" / "mlflow.db"
+        file = told["mlflow"].folder / f"{number}" / "mlflow.db"
         if kill["moment"].startswith("statement"):
             assert kill["code"] == -9
         if "error" in start:
@@ -448,7 +488,8 @@ with Writer() as writer:
 """
 
 
-@pytest.mark.skipif(not FULL, reason="FAULTS=full")
+@pytest.mark.faults
+@pytest.mark.skipif(not FULL, reason="FAULTS=full: 300 steps of each")
 def test_eight_trainers_log_every_step_to_one_new_store(tmp_path: Path) -> None:
     steps, metrics = 300, 12
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}

@@ -255,7 +255,8 @@ def test_an_evicted_pod_saves_and_is_followed_by_another(
     import mlflow.projects
 
     settings = SHRUNK | {"data.path": str(impressions), "training.max_steps": "100000", "run_name": "it's a run",
-                         "training.num_train_epochs": "100000", "evaluation.every_steps": "100000"}  # fmt: skip
+                         "training.num_train_epochs": "100000", "evaluation.every_steps": "100000",
+                         "tracking.log_report": "false"}  # fmt: skip
     mlflow.projects.run(str(derived), "train_mmoe", parameters=settings, experiment_id="0", backend="kubernetes",
                         backend_config="docs/kubernetes/backend.json", synchronous=False)  # fmt: skip
     (job,), (opened,) = jobs, client.search_runs(["0"])

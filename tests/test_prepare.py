@@ -31,6 +31,7 @@ from pipeline.tasks.mmoe.prepare import prepare
 from pipeline.tasks.mmoe.schema import MISSING_TEXT, DataSchema
 from pipeline.tasks.mmoe.statistics import Numbers, bin_edges
 
+EXAMPLES = 200 if os.environ.get("FAULTS") == "full" else 20  # of whole files: each is prepared up to three times
 REPOSITORY = Path(__file__).parent.parent
 LABELS = {"click": "click", "conversion": "bought"}
 ALL_TRAINING = {"train": 1.0, "validation": 0.0, "test": 0.0}
@@ -354,7 +355,8 @@ def canonical(value: Any) -> str | None:
     return None if text in MISSING_TEXT else text
 
 
-@settings(deadline=None, max_examples=60)
+@pytest.mark.faults
+@settings(deadline=None, max_examples=EXAMPLES)
 @given(raw_rows)
 def test_ids_decode_back_to_the_raw_values(rows: list[dict[str, Any]]) -> None:
     frame = frame_of(rows)
@@ -395,7 +397,8 @@ def test_ids_decode_back_to_the_raw_values(rows: list[dict[str, Any]]) -> None:
             assert table["price"].tolist() == prices.astype("float32").tolist()
 
 
-@settings(deadline=None, max_examples=40)
+@pytest.mark.faults
+@settings(deadline=None, max_examples=EXAMPLES)
 @given(raw_rows, st.integers(1, 50), st.integers(1, 3), st.sampled_from(["key", None]))
 def test_batches_files_and_formats_do_not_matter(
     rows: list[dict[str, Any]], batch_rows: int, files: int, by: str | None
@@ -438,7 +441,8 @@ def test_row_groups_do_not_follow_the_batches(tmp_path: Path, monkeypatch: pytes
     assert column(tmp_path, "x") == list(range(45))
 
 
-@settings(deadline=None, max_examples=60)
+@pytest.mark.faults
+@settings(deadline=None, max_examples=EXAMPLES)
 @given(raw_rows)
 def test_a_frame_is_encoded_as_its_file_was(rows: list[dict[str, Any]]) -> None:
     frame = frame_of(rows)

@@ -150,7 +150,7 @@ def f1_of_sets(wanted: set[Any], given_: set[Any]) -> float:
     return 2 * hits / (len(wanted) + len(given_)) if wanted or given_ else 0.0
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(judged())
 def test_pairs_are_the_arithmetic_of_sets(case: tuple[Labels, Prediction, npt.NDArray[np.bool_]]) -> None:
     labels, said, polar = case
@@ -181,7 +181,7 @@ def test_pairs_are_the_arithmetic_of_sets(case: tuple[Labels, Prediction, npt.ND
     assert found["pair_f1_macro"] == pytest.approx(np.mean(each))
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=30)
 @given(judged())
 def test_sentiments_and_mentions_are_those_of_scikit_learn(
     case: tuple[Labels, Prediction, npt.NDArray[np.bool_]],
@@ -244,7 +244,7 @@ def best_cut(truth: Sequence[bool], value: Sequence[float]) -> float:
     return cuts[int(np.argmax(np.array(scores) > max(scores) - 1e-12))]
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=50)
 @given(
     st.lists(st.tuples(codes, st.integers(1, 20)), min_size=1, max_size=15),
     st.integers(0, 2**31),

@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from conftest import SHRUNK
 
 from pipeline.importing import uncollected
 
+full = pytest.mark.skipif(os.environ.get("FAULTS") != "full", reason="FAULTS=full: with a writer process")
 OF_IMPORT = re.compile(r"^import time: +\d+ \| +\d+ \| +(\S+)$", re.MULTILINE)
 
 
@@ -32,9 +34,13 @@ def test_help_needs_neither_torch_nor_pandas(arguments: list[str]) -> None:
     assert not roots & {"torch", "numpy", "pandas", "pyarrow", "mlflow", "numba", "sklearn", "scipy", "matplotlib"}
 
 
-def test_a_training_does_not_import_mlflow(impressions: Path, workplace: Path) -> None:
-    """A whole run of two steps: MLflow is the writer process' to import, beside the trainer."""
-    shrunk = SHRUNK | {"training.max_steps": "2", "tracking.log_report": "false"}
+@pytest.mark.parametrize("tracked", ["false", pytest.param("true", marks=[pytest.mark.faults, full])])
+def test_a_training_does_not_import_mlflow(impressions: Path, workplace: Path, tracked: str) -> None:
+    """A whole run of two steps: MLflow is the writer process' to import, beside the trainer.
+
+    That a trainer with a writer does not import it, test_delivery sees of one that it kills.
+    """
+    shrunk = SHRUNK | {"training.max_steps": "2", "tracking.log_report": "false", "tracking.enabled": tracked}
     options = [part for name, value in shrunk.items() for part in (f"--{name}", value)]
     modules, shown = imported_by("train_mmoe", "--data", str(impressions), *options)
     assert shown.startswith("{")

@@ -260,7 +260,7 @@ def test_minimum_detectable_difference_of_the_textbook() -> None:
 
 
 @given(st.floats(1e-9, 1e9), st.integers(2, 40), st.integers(1, 50))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_minimum_detectable_difference_is_in_the_unit_of_sd_and_falls_with_seeds(sd: float, n: int, arms: int) -> None:
     one, unit = minimum_detectable_difference(sd, n, arms), minimum_detectable_difference(1.0, n, arms)
     more_seeds = minimum_detectable_difference(sd, n + 1, arms)
@@ -291,30 +291,36 @@ def verdicts(metric: Array, higher_is_better: bool = True) -> list[str]:
     return [verdict(arm.mean, p, higher_is_better) for arm, p in zip(found, adjusted, strict=True)]
 
 
-@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("seeds", [2, 5])
 def test_sweeps_without_an_effect_rarely_claim_one(seeds: int) -> None:
-    """Four arms that share the baseline's noise and a seed's luck: any claim in at most 5% of 1,000 sweeps."""
+    """Four arms that share the baseline's noise and a seed's luck: any claim in at most 5% of sweeps, so in 25 of 500.
+
+    Of 500 draws at 5% the standard deviation is 4.9; without Holm's step, 60 and more would claim something.
+    """
     random = np.random.default_rng(seeds)
-    luck = random.normal(0.75, 0.02, (1000, 1, seeds))
-    sweeps = luck + random.normal(0, 0.004, (1000, 5, seeds))
+    luck = random.normal(0.75, 0.02, (500, 1, seeds))
+    sweeps = luck + random.normal(0, 0.004, (500, 5, seeds))
     found = [verdicts(sweep) for sweep in sweeps]
     false = sum(set(words) != {"not distinguishable"} for words in found)
     claims = Counter(word for words in found for word in words if word != "not distinguishable")
-    assert 20 <= false <= 65  # nor is the test so timid that it never speaks
+    assert 8 <= false <= 37  # nor is the test so timid that it never speaks
     assert set(claims) == {"better", "worse"}
     assert 0.25 < claims["better"] / claims.total() < 0.75
 
 
 @pytest.mark.parametrize(("seeds", "sign"), [(3, 1), (5, -1)])
 def test_a_minimum_detectable_difference_is_found_in_80_percent(seeds: int, sign: int) -> None:
-    """One of four arms has it; a run scatters by 0.004 about a seed's luck, a difference by sqrt(2) times that."""
+    """One of four arms has it; a run scatters by 0.004 about a seed's luck, a difference by sqrt(2) times that.
+
+    The share found in 600 draws has a standard deviation of sqrt(0.8 x 0.2 / 600) = 0.016: the bound is three of them.
+    """
     random = np.random.default_rng(seeds)
     effect = minimum_detectable_difference(0.004 * math.sqrt(2), seeds, 4)
     assert effect is not None
-    sweeps = random.normal(0.75, 0.02, (3000, 1, seeds)) + random.normal(0, 0.004, (3000, 5, seeds))
+    sweeps = random.normal(0.75, 0.02, (600, 1, seeds)) + random.normal(0, 0.004, (600, 5, seeds))
     sweeps[:, 2] += sign * effect
     found = Counter(verdicts(sweep)[1] for sweep in sweeps)
-    assert found["better" if sign > 0 else "worse"] / 3000 == pytest.approx(0.8, abs=0.03)
+    assert found["better" if sign > 0 else "worse"] / 600 == pytest.approx(0.8, abs=0.05)
     assert found["worse" if sign > 0 else "better"] == 0
 
 
