@@ -141,6 +141,7 @@ def by_ray(raw: Path) -> list[tuple[str, str]]:
 
 
 @one_process
+@pytest.mark.faults
 def test_every_file_is_that_of_prepare_ctr(raw: Path, by_ray: list[tuple[str, str]]) -> None:
     schema = DataSchema.read(raw / "alone")
     assert sum(split.rows for split in schema.splits.values()) == ROWS
@@ -156,6 +157,7 @@ def test_every_file_is_that_of_prepare_ctr(raw: Path, by_ray: list[tuple[str, st
 
 
 @one_process
+@pytest.mark.faults
 @only_full
 def test_parts_hold_the_same_rows(raw: Path, by_ray: list[tuple[str, str]]) -> None:
     schema, alone = DataSchema.read(raw / "parts"), DataSchema.read(raw / "alone_by_user")
@@ -171,6 +173,7 @@ def test_parts_hold_the_same_rows(raw: Path, by_ray: list[tuple[str, str]]) -> N
 
 
 @one_process
+@pytest.mark.faults
 @only_full
 def test_a_bad_cell_is_told_as_prepare_ctr_tells_it(raw: Path, by_ray: list[tuple[str, str]]) -> None:
     with pytest.raises(UserError) as alone:
@@ -200,6 +203,7 @@ def test_training_reads_what_ray_wrote(
 
 
 @one_process
+@pytest.mark.faults
 @only_full
 def test_training_on_parts_is_training_on_the_file(
     raw: Path, by_ray: list[tuple[str, str]], workplace: Path, call_pipeline: Call
