@@ -18,7 +18,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import SHRUNK, Call
+from conftest import FULL, SHRUNK, Call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -37,7 +37,6 @@ from pipeline.tasks.mmoe.entry import Bars, figures
 from pipeline.tasks.mmoe.prepare import prepare
 from pipeline.tasks.mmoe.schema import MISSING_TEXT, DataSchema
 
-FULL = os.environ.get("FAULTS") == "full"
 EXAMPLES = 200 if FULL else 20  # of whole files
 REPOSITORY = Path(__file__).parent.parent
 SHIPPED = REPOSITORY / "configs" / "data" / "aliccp.yaml"

@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from conftest import Place, one_writer, wait_for
+from conftest import FULL, Place, one_writer, only_full, wait_for
 from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,7 +34,6 @@ from pipeline.tracking.inbox import Inbox
 from pipeline.tracking.messages import DeliveryReport, FinishRun
 from pipeline.tracking.store import is_temporary, one_line, probe, shown_uri, without_secrets
 
-FULL = os.environ.get("FAULTS") == "full"
 pytestmark = one_writer
 
 
@@ -209,7 +208,7 @@ def test_a_server_that_hangs_is_waited_for_no_longer_than_the_patience(
 
 
 @pytest.mark.faults
-@pytest.mark.skipif(not FULL, reason="FAULTS=full: the watch below, in a writer of its own")
+@only_full
 def test_a_writer_whose_trainer_is_gone_leaves_a_server_that_hangs(server: MlflowServer) -> None:
     import mlflow
 

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, SHRUNK, Call
+from conftest import FULL, ROOT, SHRUNK, Call
 from server import Postgres, free_port, need_postgres
 
-FULL = os.environ.get("FAULTS") == "full"
 PAGE = (ROOT / "docs/deployment.md").read_text(encoding="utf-8")
 SET_UP = ("2. Settings", "3. Database")
 SERVE = ("4. Start", "5. Accounts", "Training against it")

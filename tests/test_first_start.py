@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Call
+from conftest import FULL, ROOT, Call, only_full
 
 from pipeline.errors import UserError
 from pipeline.tracking import creation
 from pipeline.tracking.creation import ensure_store
 
-FULL = os.environ.get("FAULTS") == "full"
 STATEMENTS = 1500  # of the 1,700 that make a store, before the schema is whole
 
 # Imports mlflow once and forks the processes that start, since the import takes longer than the start. Each argument is
@@ -489,7 +488,7 @@ with Writer() as writer:
 
 
 @pytest.mark.faults
-@pytest.mark.skipif(not FULL, reason="FAULTS=full: 300 steps of each")
+@only_full
 def test_eight_trainers_log_every_step_to_one_new_store(tmp_path: Path) -> None:
     steps, metrics = 300, 12
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, Call
+from conftest import ROOT, Call, only_full
 from safetensors import SafetensorError
 from server import free_port
 from test_report import arm as arm_of
@@ -39,8 +39,6 @@ from pipeline.tasks.visobert.data import tokenise
 from pipeline.tasks.visobert.model import build_model
 from pipeline.tasks.visobert.tokenizer import EmbeddedTokenizer, load_tokenizer
 
-FULL = os.environ.get("FAULTS") == "full"
-full = pytest.mark.skipif(not FULL, reason="FAULTS=full: a server of another kind")
 PACKAGE = sorted((ROOT / "pipeline").rglob("*.py"))
 
 
@@ -466,7 +464,7 @@ def listening(port: int) -> set[str]:
 
 
 @pytest.mark.faults
-@pytest.mark.skipif(not FULL, reason="FAULTS=full: the server above, started")
+@only_full
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs Linux' table of sockets")
 def test_what_make_ui_starts_listens_on_this_machine_alone(sweep: None, workplace: Path) -> None:
     port = free_port()
@@ -510,7 +508,7 @@ def test_a_uri_is_told_without_its_secrets(uri: str, monkeypatch: pytest.MonkeyP
     assert "127.0.0.1" in told
 
 
-@pytest.mark.parametrize("uri", [SECRETS[3], pytest.param(SECRETS[0], marks=[pytest.mark.faults, full])])
+@pytest.mark.parametrize("uri", [SECRETS[3], pytest.param(SECRETS[0], marks=[pytest.mark.faults, only_full])])
 def test_a_server_that_is_away_is_told_without_secrets(
     uri: str, tmp_path: Path, call_pipeline: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,11 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import FULL
 from test_checkpoint import assert_whole, hidden, save
 
 from pipeline.checkpoint import Checkpoints
-
-FULL = os.environ.get("FAULTS") == "full"
 
 pytestmark = pytest.mark.faults
 

@@ -7,7 +7,6 @@ import contextlib
 import faulthandler
 import io
 import json
-import os
 import signal
 import sys
 from collections import Counter
@@ -19,6 +18,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import FULL
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -27,7 +27,6 @@ from pipeline import sweep_plan
 from pipeline.config import flatten, keys, to_yaml
 
 ROOT = Path(__file__).parent.parent.parent
-FULL = os.environ.get("FAULTS") == "full"
 PATIENCE = 120  # seconds for one case, which only guard against hanging; most take a hundredth of one
 CASES = Counter[str]()
 CODES = Counter[int]()
