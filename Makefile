@@ -1,8 +1,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
-# Modules are compiled when they are first imported: all of them at once would take another minute or two.
-PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 PORT ?= 5000
 
 .PHONY: setup demo ui notebook test faults lint bench clean
