@@ -1,21 +1,15 @@
 """Two small sweeps and a run of data_prep in one store, made once for all tests that look at what sweeps leave."""
 
 import shutil
-import threading
-from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT, lending, store_in
+from conftest import ROOT, store_in
 
 from pipeline.__main__ import main
-from pipeline.run import Writer
-from pipeline.sweep import Job
-from pipeline.worker import Work
 
 METRIC = "test/logloss_ctcvr"
 MMOE = {
@@ -83,22 +77,6 @@ class Laboratory:
         return {point.step: point.value for point in self.client.get_metric_history(run_id, metric)}
 
 
-class CrewHere:
-    """A sweep's crew that trains in this process: one of its own would import torch for seconds."""
-
-    def __init__(self, writer: Writer, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.worker = Work(writer, lambda _: None, threading.Event())
-
-    def work(self, jobs: list[Job]) -> None:
-        for job in jobs:
-            job.reply = self.worker.do(job.request)
-            job.finished(job)
-
-    def close(self) -> None:
-        """Nothing is left to end."""
-
-
 def project_in(folder: Path) -> Path:
     for name in ("MLproject", "configs", "notebooks"):
         source = ROOT / name
@@ -106,24 +84,17 @@ def project_in(folder: Path) -> Path:
     return folder
 
 
-def crew_with(writer: Writer) -> Callable[[int, Path], CrewHere]:
-    return lambda size, folder: CrewHere(writer, folder)  # noqa: ARG005
-
-
 def make(folder: Path, empty_store: Path) -> Laboratory:
-    """By the entry points, in this process; two writers serve them all, because a sweep's own run is open meanwhile."""
+    """By the entry points, in this process; what trains and writes are processes of their own."""
     from mlflow import MlflowClient
 
     project_in(folder)
     store_in(folder, empty_store)
     for name, sweep in {"mmoe": MMOE, "alpha": ALPHA}.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(sweep))
-    with pytest.MonkeyPatch.context() as patch, ExitStack() as writers:
+    with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-        own, of_runs = (writers.enter_context(Writer()) for _ in range(2))
-        patch.setattr("pipeline.run.Writer", lending(own))
-        patch.setattr("pipeline.sweep.Crew", crew_with(of_runs))
         for arguments in COMMANDS:
             with pytest.raises(SystemExit) as ended:
                 main(arguments.split())
