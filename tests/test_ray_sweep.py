@@ -245,6 +245,29 @@ def test_on_two_nodes_the_table_is_that_of_processes(
 
 
 @one_process
+def test_an_arm_that_changes_nothing_is_the_baseline(
+    cluster: TwoNodes, workplace: Path, client: Any, impressions: Path
+) -> None:
+    """lambda 0, to the last bit, by two processes of the cluster."""
+    file = sweep_file(workplace, impressions, arms=[{"lambda": 0.0}, {"lambda": 5.0}], seeds=[0], jobs=2,
+                      metric="test/logloss_ctcvr")  # fmt: skip
+    with Sweep(workplace, file, ("--engine", "ray", "--ray_address", cluster.address)) as sweep:
+        assert sweep.end() == 0, sweep.told()
+    found = client.search_runs(["0"], f"tags.sweep_id = '{sweep_id_of(sweep.told())}'")
+    assert {run.info.status for run in found} == {"FINISHED"}
+    runs = {run.data.tags["arm"]: run for run in found if run.data.tags["role"] != "summary"}
+    assert set(runs) == {"baseline", "l0 g1 w5", "l5 g1 w5"}
+    for run in runs.values():
+        points = client.get_metric_history(run.info.run_id, "global_step")
+        assert sorted((point.step, point.value) for point in points) == [(step, step) for step in range(12)]
+    zero, base, five = (runs[arm].data.metrics["test/logloss_ctcvr"] for arm in ("l0 g1 w5", "baseline", "l5 g1 w5"))
+    assert zero == base != five
+    assert f"{base:.4f}" in sweep.told()
+
+
+@one_process
+@pytest.mark.faults
+@only_full
 def test_a_search_on_ray_hears_evaluations_and_stops_trials(
     cluster: TwoNodes, workplace: Path, client: Any, impressions: Path
 ) -> None:
