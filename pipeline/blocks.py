@@ -62,7 +62,7 @@ class EvaluationConfig(Config):
     metric: str = Field(pattern=r"^valid/.+")
     """the validation metric that chooses the best weights"""
     mode: Literal["max", "min"] = "max"
-    """whether more or less of evaluation.metric is better"""
+    """whether a higher or a lower evaluation.metric is better"""
     patience: Positive | None = None
     """stop after this many evaluations without a better evaluation.metric; null = never"""
     batch_size: Positive = 8192

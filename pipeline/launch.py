@@ -17,7 +17,7 @@ from pipeline.checkpoint import Checkpoints, Generation
 from pipeline.config import flatten, to_yaml
 from pipeline.console import Console, say, warn
 from pipeline.errors import TrainingError, UserError
-from pipeline.names import FORKED_FROM, THREADS
+from pipeline.names import FORKED_FROM, LAUNCHED, THREADS
 from pipeline.resume import (
     Begun,
     begin_again,
@@ -262,7 +262,7 @@ def _end_of(begun: Begun, launcher: str | None) -> Trained:
     from pipeline.tracking.sync import sync
 
     if launcher and launcher != begun.run_id:
-        tag_run(launcher, {"role": "launcher", "launches": begun.run_id})
+        tag_run(launcher, {"role": "launcher", LAUNCHED: begun.run_id})
     if begun.finished:
         say(f"{begun.name}: run {begun.run_id} is finished already; nothing is trained (without resume a new run is)")
     else:

@@ -87,7 +87,7 @@ class SearchConfig(Config):
     metric: str | None = Field(None, pattern=r"^valid/.+")
     """what is optimised; null = evaluation.metric of the task. Never a test metric: it would be used up"""
     mode: Literal["max", "min"] | None = None
-    """whether more or less of search.metric is better; null = evaluation.mode of the task"""
+    """whether a higher or a lower search.metric is better; null = evaluation.mode of the task"""
     startup_trials: int = Field(5, ge=0)
     """trials before the median prunes, and before TPE proposes (until then at random)"""
 
@@ -114,7 +114,7 @@ class SweepConfig(Config):
     metric: str | None = Field(None, pattern=r"^(valid|test)/.+")
     """the primary metric of the verdict; null = evaluation.metric of the task, on test"""
     mode: Literal["max", "min"] | None = None
-    """whether more or less of the metric is better; null = by its name"""
+    """whether a higher or a lower metric is better; null = by its name"""
     jobs: Positive = 2
     """processes that train at once, with one thread each unless settings has training.threads"""
     engine: Literal["local", "ray"] = "local"

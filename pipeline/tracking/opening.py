@@ -9,13 +9,12 @@ from typing import Any
 
 from pipeline.errors import TrainingError
 from pipeline.journal import JOURNAL_FILE, JournalWriter, Record
-from pipeline.names import FORKED_FROM, ORIGINAL
+from pipeline.names import FORKED_FROM, LAUNCHED, ORIGINAL
 from pipeline.tracking.client import connect, find_by_id, search, set_tags, stored_points, stored_run
 from pipeline.tracking.messages import FindRuns, OpenedRun, RunRequest, StoredRun
 from pipeline.tracking.store import check_artifacts, context_tags, is_random, tracking_uri
 
 STALE_TAGS = {"failure", "pruned"}  # of an earlier start: gone when a run goes on
-LAUNCHED = "launches"  # tag of a run that only started another one
 
 
 def open_run(request: RunRequest, output_dir: Path, last_steps: Mapping[str, int]) -> OpenedRun:
