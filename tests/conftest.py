@@ -28,8 +28,8 @@ settings.load_profile("project")
 ROOT = Path(__file__).parent.parent
 FULL = os.environ.get("FAULTS") == "full"  # `make faults`
 only_full = pytest.mark.skipif(not FULL, reason="`make faults` alone: FAULTS=full")
-PROJECT_FILES = ("MLproject", "conda.yaml", "configs")
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; two test processes share two cores
+PROJECT_FILES = ("MLproject", "conda.yaml", "configs", "notebooks")
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; several test processes share the cores
 for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
     del os.environ[name]
 

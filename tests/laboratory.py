@@ -1,13 +1,12 @@
 """Two small sweeps and a run of data_prep in one store, made once for all tests that look at what sweeps leave."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT, store_in
+from conftest import project_in, store_in
 
 from pipeline.__main__ import main
 
@@ -75,13 +74,6 @@ class Laboratory:
     def points(self, run_id: str, metric: str) -> dict[int, float]:
         """Step -> value."""
         return {point.step: point.value for point in self.client.get_metric_history(run_id, metric)}
-
-
-def project_in(folder: Path) -> Path:
-    for name in ("MLproject", "configs", "notebooks"):
-        source = ROOT / name
-        (shutil.copytree if source.is_dir() else shutil.copyfile)(source, folder / name)
-    return folder
 
 
 def make(folder: Path, empty_store: Path) -> Laboratory:

@@ -1,13 +1,12 @@
 """A branch of a trunk is, bit for bit, the run that it would be alone."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, only_full
 from safetensors.torch import load_file
 
 from pipeline.branching import branch, grow
@@ -21,7 +20,6 @@ from pipeline.tasks.visobert.config import VisobertConfig
 from pipeline.tasks.visobert.task import VisobertTask
 from pipeline.training import Training
 
-full = pytest.mark.skipif(os.environ.get("FAULTS") != "full", reason="FAULTS=full: every other case is more")
 Make = Callable[..., MmoeConfig]
 MEASURED = ("throughput/", "time/")
 ARMS: dict[str, dict[str, Any]] = {
@@ -77,7 +75,7 @@ def weights(run: MemoryRun) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     "settings",
-    [pytest.param(settings, id=name, marks=[] if settings else [pytest.mark.faults, full])
+    [pytest.param(settings, id=name, marks=[] if settings else [pytest.mark.faults, only_full])
      for name, settings in SETTINGS.items()],
 )  # fmt: skip
 def test_every_arm_branches_to_the_bits_it_has_alone(small: Make, tmp_path: Path, settings: dict[str, Any]) -> None:

@@ -15,8 +15,8 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, in_laboratory
-from laboratory import ARMS, METRIC, Laboratory, project_in
+from conftest import ROOT, in_laboratory, project_in
+from laboratory import ARMS, METRIC, Laboratory
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell
 from scipy.stats import ttest_rel

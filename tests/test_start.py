@@ -2,18 +2,16 @@
 
 import gc
 import importlib
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import SHRUNK
+from conftest import SHRUNK, only_full
 
 from pipeline.importing import uncollected
 
-full = pytest.mark.skipif(os.environ.get("FAULTS") != "full", reason="FAULTS=full: with a writer process")
 OF_IMPORT = re.compile(r"^import time: +\d+ \| +\d+ \| +(\S+)$", re.MULTILINE)
 
 
@@ -34,7 +32,7 @@ def test_help_needs_neither_torch_nor_pandas(arguments: list[str]) -> None:
     assert not roots & {"torch", "numpy", "pandas", "pyarrow", "mlflow", "numba", "sklearn", "scipy", "matplotlib"}
 
 
-@pytest.mark.parametrize("tracked", ["false", pytest.param("true", marks=[pytest.mark.faults, full])])
+@pytest.mark.parametrize("tracked", ["false", pytest.param("true", marks=[pytest.mark.faults, only_full])])
 def test_a_training_does_not_import_mlflow(impressions: Path, workplace: Path, tracked: str) -> None:
     """A whole run of two steps: MLflow is the writer process' to import, beside the trainer.
 
