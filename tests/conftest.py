@@ -216,7 +216,7 @@ def run_pipeline(*arguments: str, cwd: Path | None = None, **environment: str) -
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
 
@@ -268,5 +268,5 @@ def mlflow_run(entry: str, project: Path, **overrides: str) -> subprocess.Comple
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # the entry's command says `python`
     return subprocess.run(
         [sys.executable, "-m", "mlflow", "run", str(project), "-e", entry, "--env-manager=local", *arguments],
-        cwd=project, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=300, check=False,
+        cwd=project, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip

@@ -42,12 +42,26 @@ def raw_file(folder: Path, rows: int = 2000) -> Path:
     return file
 
 
-def test_train_mmoe_through_mlproject(project: Path, client: Any, call_pipeline: Call) -> None:
-    result = mlflow_run("train_mmoe", project, **TINY, **{"lambda": "1e-1", "tracking.log_model": "false"})
-    assert result.returncode == 0, result.stderr
+def test_prepare_ctr_then_training_through_mlproject_and_predicting(
+    project: Path, client: Any, opened: str, call_pipeline: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = raw_file(project)
+    prepared = call_pipeline("prepare_ctr", "--data", str(raw), "--schema", "schema.yaml", "--output_dir", "prepared")
+    assert prepared.returncode == 0, prepared.stderr
+    monkeypatch.delenv("MLFLOW_RUN_ID")
     (run,) = client.search_runs(["0"])
+    assert (run.info.run_id, run.info.status) == (opened, "FINISHED")
+    frame = pd.read_csv(raw)
+    metrics = run.data.metrics
+    assert sum(metrics[f"rows/{split}"] for split in ("train", "validation", "test")) == 2000
+    assert sum(metrics[f"conversions/{split}"] for split in ("train", "validation", "test")) == frame["bought"].sum()
+
+    result = mlflow_run("train_mmoe", project, **TINY, **{"data": "prepared", "lambda": "1e-1"})
+    assert result.returncode == 0, result.stderr
+    run = client.search_runs(["0"])[0]
     assert run.info.status == "FINISHED"
     assert run.info.run_name == "mmoe l.1 g1 w4 s0"
+    assert run.data.params["data.path"] == "prepared"
     assert run.data.params["lambda"] == "1e-1"  # as typed
     assert run.data.params["loss.aux_focal.lambda"] == "0.1"
     assert run.data.params["gamma"] == "1.0"
@@ -64,10 +78,16 @@ def test_train_mmoe_through_mlproject(project: Path, client: Any, call_pipeline:
         points = {point.step: point.value for point in client.get_metric_history(run.info.run_id, key)}
         assert points == {line["global_step"]: float(line[key]) for line in lines if key in line}, key
     assert {item.path for item in client.list_artifacts(run.info.run_id)} >= {"config.yaml", "history.parquet", "plots"}
+    predicts_from_raw_values(project, run, frame)
 
     # the run's own config.yaml runs again to the same numbers
     config = client.download_artifacts(run.info.run_id, "config.yaml")
-    assert call_pipeline("train_mmoe", "--config", config, "--tracking.log_report", "false").returncode == 0
+    assert (
+        call_pipeline(
+            "train_mmoe", "--config", config, "--tracking.log_report", "false", "--tracking.log_model", "false"
+        ).returncode
+        == 0
+    )
     again = client.search_runs(["0"])[0]
     assert again.info.run_id != run.info.run_id
     histories = [
@@ -77,6 +97,28 @@ def test_train_mmoe_through_mlproject(project: Path, client: Any, call_pipeline:
         for which in (run, again)
     ]  # fmt: skip
     pd.testing.assert_frame_equal(*histories)
+
+
+def predicts_from_raw_values(project: Path, run: Any, frame: pd.DataFrame) -> None:
+    """In a process that takes this project's code from the model."""
+    answer = project / "predictions.json"
+    code = (
+        "import sys, pandas as pd, mlflow\n"
+        "model = mlflow.pyfunc.load_model(f'runs:/{sys.argv[1]}/model')\n"
+        "import pipeline\n"
+        "assert not pipeline.__file__.startswith(sys.argv[3])\n"
+        "raw = pd.read_csv('raw.csv')\n"
+        "model.predict(raw[['color', 'size']]).to_json(sys.argv[2], orient='records', double_precision=15)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run(
+        [sys.executable, "-c", code, run.info.run_id, str(answer), str(ROOT)], cwd=project, check=True,
+        capture_output=True, timeout=300, env=environment,
+    )  # fmt: skip
+    predicted = pd.read_json(answer, orient="records")
+    assert list(predicted.columns) == ["p_ctr", "p_cvr", "p_ctcvr"]
+    np.testing.assert_allclose(predicted.p_ctcvr, predicted.p_ctr * predicted.p_cvr, rtol=1e-9)
+    assert_predicts_like_the_evaluation(predicted, frame, project, run)
 
 
 def test_main_in_the_run_that_mlflow_opens(
@@ -105,47 +147,6 @@ def test_main_in_the_run_that_mlflow_opens(
     assert runs["mmoe l.1 g1 w4 s0"].data.metrics["aux_focal_on"] == 1
     assert "make ui" in result.stderr
     assert f"{runs['mmoe baseline s0'].data.metrics['test/auc_ctr']:.4f}" in result.stderr
-
-
-def test_prepare_ctr_then_training_and_predicting(
-    project: Path, client: Any, opened: str, call_pipeline: Call, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    raw = raw_file(project)
-    prepared = call_pipeline("prepare_ctr", "--data", str(raw), "--schema", "schema.yaml", "--output_dir", "prepared")
-    assert prepared.returncode == 0, prepared.stderr
-    monkeypatch.delenv("MLFLOW_RUN_ID")
-    (run,) = client.search_runs(["0"])
-    assert (run.info.run_id, run.info.status) == (opened, "FINISHED")
-    frame = pd.read_csv(raw)
-    metrics = run.data.metrics
-    assert sum(metrics[f"rows/{split}"] for split in ("train", "validation", "test")) == 2000
-    assert sum(metrics[f"conversions/{split}"] for split in ("train", "validation", "test")) == frame["bought"].sum()
-
-    quick = ("--tracking.log_report", "false")
-    trained = call_pipeline("train_mmoe", *TYPED, *quick, "--data", "prepared", "--experiment", "shop")
-    assert trained.returncode == 0, trained.stderr
-    (run,) = client.search_runs([client.get_experiment_by_name("shop").experiment_id])
-    assert run.data.params["data.path"] == "prepared"
-
-    # the model predicts from raw values, in a process that takes this project's code from the model
-    answer = project / "predictions.json"
-    code = (
-        "import sys, pandas as pd, mlflow\n"
-        "model = mlflow.pyfunc.load_model(f'runs:/{sys.argv[1]}/model')\n"
-        "import pipeline\n"
-        "assert not pipeline.__file__.startswith(sys.argv[3])\n"
-        "raw = pd.read_csv('raw.csv')\n"
-        "model.predict(raw[['color', 'size']]).to_json(sys.argv[2], orient='records', double_precision=15)\n"
-    )
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    subprocess.run(
-        [sys.executable, "-c", code, run.info.run_id, str(answer), str(ROOT)], cwd=project, check=True,
-        capture_output=True, timeout=300, env=environment,
-    )  # fmt: skip
-    predicted = pd.read_json(answer, orient="records")
-    assert list(predicted.columns) == ["p_ctr", "p_cvr", "p_ctcvr"]
-    np.testing.assert_allclose(predicted.p_ctcvr, predicted.p_ctr * predicted.p_cvr, rtol=1e-9)
-    assert_predicts_like_the_evaluation(predicted, frame, project, run)
 
 
 def assert_predicts_like_the_evaluation(predicted: pd.DataFrame, frame: pd.DataFrame, project: Path, run: Any) -> None:

@@ -8,7 +8,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,9 @@ import optuna
 import pandas as pd
 import pytest
 import yaml
-from conftest import FULL, ROOT, SHRUNK, Call, mlflow_run, only_full, project_in, store_in, wait_for
+from conftest import ROOT, SHRUNK, Call, in_laboratory, only_full, wait_for
 from filelock import FileLock
+from laboratory import ARMS, METRIC, MMOE, Laboratory
 from safetensors.numpy import load_file
 from scipy import stats
 
@@ -90,67 +90,42 @@ def table_of(stderr: str) -> str:
     return stderr[stderr.index("mean ± sd") : stderr.index("\nreport: ")]
 
 
-@dataclass(frozen=True)
-class Shop:
-    """A project with a finished sweep in its store: two arms, a control and the baseline, two seeds."""
-
-    folder: Path
-    client: Any  # MLflow's
-    file: Path
-    stderr: str
-
-    @property
-    def sweep_id(self) -> str:
-        return sweep_id_of(self.stderr)
-
-    @property
-    def runs(self) -> dict[Any, Any]:
-        return by_arm(self.client, self.sweep_id)
-
-
-one_process = pytest.mark.xdist_group("shop")  # makes the sweep once
-
-
-@pytest.fixture(scope="module")
-def finished_sweep(tmp_path_factory: pytest.TempPathFactory, empty_store: Path, impressions: Path) -> Shop:
-    from mlflow import MlflowClient
-
-    folder = project_in(tmp_path_factory.mktemp("shop"))
-    store_in(folder, empty_store)
-    # among 500 test rows with 0.6 conversions, an AUC has too few values to tell arms apart
-    file = sweep_file(folder, impressions, controls="reweight", jobs=2, metric="test/logloss_ctcvr")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-        result = mlflow_run("sweep", folder, config=str(file))
-    assert result.returncode == 0, result.stderr
-    return Shop(folder, MlflowClient(f"sqlite:///{folder / 'mlflow.db'}"), file, result.stderr)
-
-
 @pytest.fixture
-def shop(finished_sweep: Shop, monkeypatch: pytest.MonkeyPatch) -> Shop:
-    """What is started now is started there."""
-    monkeypatch.chdir(finished_sweep.folder)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{finished_sweep.folder / 'mlflow.db'}")
-    return finished_sweep
+def finished(laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch) -> Laboratory:
+    """A finished sweep, MMOE: two arms, a control and the baseline, two seeds. What is started now is started there."""
+    monkeypatch.chdir(laboratory.folder)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{laboratory.folder / 'mlflow.db'}")
+    return laboratory
 
 
-@one_process
-def test_a_sweep_through_mlproject(shop: Shop, impressions: Path) -> None:
-    client, runs = shop.client, shop.runs
-    assert set(runs) == {(arm, seed) for arm in ("baseline", "l5 g1 w5", "l0 g1 w5", "w+5 w5") for seed in (0, 1)}
+def runs_of(finished: Laboratory) -> dict[Any, Any]:
+    return by_arm(finished.client, sweep_id_of(finished.printed))
+
+
+def comparison_of(finished: Laboratory) -> Path:
+    """The folder of the finished sweep's comparison, which is named at its end."""
+    (page,) = re.findall(r"^report: file://(.+)$", finished.printed, re.MULTILINE)
+    return Path(page).parent
+
+
+@in_laboratory
+def test_a_sweep_through_mlproject(finished: Laboratory) -> None:
+    client, runs = finished.client, runs_of(finished)
+    (data,) = (finished.folder / "data_cache").glob("*/schema.json")
+    assert set(runs) == {(arm, seed) for arm in ARMS for seed in (0, 1)}
     for (arm, seed), run in runs.items():
         tags, params = run.data.tags, run.data.params
         assert run.info.status == "FINISHED"
         assert run.info.run_name == f"{arm} s{seed}"
         assert "mlflow.parentRunId" not in tags
         assert params["seed"] == str(seed)
-        assert tags["role"] == {"baseline": "baseline", "w+5 w5": "control"}.get(arm, "arm")
-        assert tags["branch_step"] == "5"
-        assert tags["data_digest"] == DataSchema.read(impressions).digest
+        assert tags["role"] == {"baseline": "baseline", "w+5 w3": "control"}.get(arm, "arm")
+        assert tags["branch_step"] == "3"
+        assert tags["data_digest"] == DataSchema.read(data.parent).digest
         assert tags["tracking.log_model"] == "false"
         logged = {point.step: point.value for point in client.get_metric_history(run.info.run_id, "global_step")}
         assert logged == {step: step for step in range(12)}
-        # what MLflow has is what the run's history has, the trunk's points among it
+        # what MLflow has is what the run's history has, the prefix's points among it
         for metric in ("loss_ctcvr_bce", "valid/auc_ctcvr", "aux_focal_lambda"):
             points = sorted((p.step, p.value) for p in client.get_metric_history(run.info.run_id, metric))
             rows = history(run).query("metric == @metric")
@@ -165,68 +140,65 @@ def test_a_sweep_through_mlproject(shop: Shop, impressions: Path) -> None:
 
     # lambda 0 is the baseline to the last bit; lambda 5 is not
     for seed in (0, 1):
-        zero, base, five = (runs[arm, seed].data.metrics for arm in ("l0 g1 w5", "baseline", "l5 g1 w5"))
+        zero, base, five = (runs[arm, seed].data.metrics for arm in ("l0 g2 w3", "baseline", "l5 g1 w3"))
         assert zero["test/auc_ctcvr"] == base["test/auc_ctcvr"]
         assert five["test/logloss_ctcvr"] != base["test/logloss_ctcvr"]
         assert five["aux_focal_lambda"] == 5
 
     # the table, from MLflow's metrics by scipy
-    value = {key: run.data.metrics["test/logloss_ctcvr"] for key, run in runs.items()}
-    differences = [value["l5 g1 w5", seed] - value["baseline", seed] for seed in (0, 1)]
+    value = {key: run.data.metrics[METRIC] for key, run in runs.items()}
+    differences = [value["l5 g1 w3", seed] - value["baseline", seed] for seed in (0, 1)]
     low, high = stats.t.interval(0.95, 1, np.mean(differences), stats.sem(differences))
-    (summary,) = by_arm_summary(client, shop.sweep_id)
-    (comparison,) = (shop.folder / "outputs/sweeps").glob("*/comparison.csv")
-    table = pd.read_csv(comparison).set_index("arm")
-    assert table.loc["l5 g1 w5", "difference"] == pytest.approx(np.mean(differences), abs=1e-12)
-    assert table.loc["l5 g1 w5", "low"] == pytest.approx(low, rel=1e-6)
-    assert table.loc["l5 g1 w5", "high"] == pytest.approx(high, rel=1e-6)
+    (summary,) = by_arm_summary(client, sweep_id_of(finished.printed))
+    table = pd.read_csv(comparison_of(finished) / "comparison.csv").set_index("arm")
+    assert table.loc["l5 g1 w3", "difference"] == pytest.approx(np.mean(differences), abs=1e-12)
+    assert table.loc["l5 g1 w3", "low"] == pytest.approx(low, rel=1e-6)
+    assert table.loc["l5 g1 w3", "high"] == pytest.approx(high, rel=1e-6)
     p = stats.ttest_1samp(differences, 0).pvalue
-    assert table.loc["l5 g1 w5", "p_adjusted"] == pytest.approx(min(1, 2 * p), rel=1e-6)
-    assert table.loc["l0 g1 w5", "difference"] == 0
-    assert table.loc["l0 g1 w5", "verdict"] == "not distinguishable"
-    control = [value["l5 g1 w5", seed] - value["w+5 w5", seed] for seed in (0, 1)]
-    assert table.loc["l5 g1 w5", "control.difference"] == pytest.approx(np.mean(control), abs=1e-12)
-    assert "trained 66 optimizer steps for runs of 96" in shop.stderr  # 2 trunks of 5, and 8 runs from 5 to 12
+    assert table.loc["l5 g1 w3", "p_adjusted"] == pytest.approx(min(1, 2 * p), rel=1e-6)
+    assert table.loc["l0 g2 w3", "difference"] == 0
+    assert table.loc["l0 g2 w3", "verdict"] == "not distinguishable"
+    control = [value["l5 g1 w3", seed] - value["w+5 w3", seed] for seed in (0, 1)]
+    assert table.loc["l5 g1 w3", "control.difference"] == pytest.approx(np.mean(control), abs=1e-12)
+    assert "trained 78 optimizer steps for runs of 96" in finished.printed  # 2 prefixes of 3, and 8 runs from 3 to 12
     assert summary.info.status == "FINISHED"
     left = {item.path for item in client.list_artifacts(summary.info.run_id)}
     assert left >= {"comparison.html", "comparison.csv", "comparison.md", "sweep.yaml"}
     assert "not distinguishable" in summary.data.tags["mlflow.note.content"]
-    assert table.index.tolist() == ["baseline", "l5 g1 w5", "w+5 w5", "l0 g1 w5"]  # the plan's order, not that of time
-    (page,) = re.findall(r"^report: file://(.+)$", shop.stderr, re.MULTILINE)
-    assert Path(page).is_file()
+    assert table.index.tolist() == list(ARMS)  # the plan's order
+    assert (comparison_of(finished) / "comparison.html").is_file()
 
 
-@one_process
-def test_again_it_finds_all_finished(shop: Shop, run_sweep: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    launcher = shop.client.create_run("0", run_name="legendary-gnat-695").info.run_id  # as `mlflow run` does
+@in_laboratory
+def test_again_it_finds_all_finished(finished: Laboratory, run_sweep: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher = finished.client.create_run("0", run_name="legendary-gnat-695").info.run_id  # as `mlflow run` does
     monkeypatch.setenv("MLFLOW_RUN_ID", launcher)
-    before = {key: run.info.run_id for key, run in shop.runs.items()}
-    again = run_sweep(str(shop.file), "--jobs", "1")
+    before = {run.info.run_id for run in finished.runs("")}
+    again = run_sweep("mmoe.yaml", "--jobs", "2")
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("finished before") == 8
-    assert table_of(again.stderr) == table_of(shop.stderr)
-    assert {key: run.info.run_id for key, run in shop.runs.items()} == before
-    every = shop.client.search_runs(["0"])
-    roles = sorted(run.data.tags["role"] for run in every)
-    assert roles == sorted(["baseline"] * 2 + ["arm"] * 4 + ["control"] * 2 + ["summary", "launcher"])
-    assert shop.client.get_run(launcher).data.tags["role"] == "launcher"
-    assert {run.info.status for run in every if run.info.run_id != launcher} == {"FINISHED"}
+    assert table_of(again.stderr) == table_of(finished.printed)
+    assert {run.info.run_id for run in finished.runs("")} == before
+    roles = sorted(run.data.tags["role"] for run in finished.runs(f"tags.sweep_id = '{sweep_id_of(again.stderr)}'"))
+    assert roles == sorted(["baseline"] * 2 + ["arm"] * 4 + ["control"] * 2 + ["summary"])
+    assert finished.client.get_run(launcher).data.tags["role"] == "launcher"
+    assert {run.info.status for run in finished.runs("tags.role != 'launcher'")} == {"FINISHED"}
 
 
-@one_process
+@in_laboratory
 @pytest.mark.faults
 @only_full
-def test_runs_alone_have_the_same_points_and_weights(shop: Shop, run_sweep: Call) -> None:
+def test_runs_alone_have_the_same_points_and_weights(finished: Laboratory, run_sweep: Call) -> None:
     arguments = ["--share_prefix", "false", "--seeds", "[1]", "--jobs", "1", "--experiment", "apart"]
-    apart = run_sweep(str(shop.file), *arguments)
+    apart = run_sweep("mmoe.yaml", *arguments)
     assert apart.returncode == 0, apart.stderr
     assert "trained 48 optimizer steps for runs of 48" in apart.stderr
-    found = shop.client.search_runs([shop.client.get_experiment_by_name("apart").experiment_id])
+    found = finished.client.search_runs([finished.client.get_experiment_by_name("apart").experiment_id])
     others = {(run.data.tags["arm"], 1): run for run in found if run.data.tags["role"] != "summary"}
     assert len(found) == len(others) + 1
-    assert {run.data.tags["sweep_id"] for run in found}.isdisjoint({shop.sweep_id})
+    assert {run.data.tags["sweep_id"] for run in found}.isdisjoint({sweep_id_of(finished.printed)})
     assert not any("branch_step" in run.data.tags for run in others.values())
-    assert_same_results({key: run for key, run in shop.runs.items() if key[1] == 1}, others)
+    assert_same_results({key: run for key, run in runs_of(finished).items() if key[1] == 1}, others)
 
 
 def by_arm_summary(client: Any, sweep_id: str) -> list[Any]:
@@ -234,14 +206,15 @@ def by_arm_summary(client: Any, sweep_id: str) -> list[Any]:
     return [run for run in found if run.data.tags["role"] == "summary"]
 
 
-@one_process
+@in_laboratory
 @pytest.mark.faults
 @only_full
 def test_killed_it_goes_on_to_the_same_table(
-    finished_sweep: Shop, workplace: Path, client: Any, impressions: Path, run_sweep: Call
+    laboratory: Laboratory, workplace: Path, client: Any, run_sweep: Call
 ) -> None:
     """SIGKILL to the whole process group, of the sweep that was finished elsewhere undisturbed."""
-    file = sweep_file(workplace, impressions, controls="reweight", metric="test/logloss_ctcvr")
+    file = workplace / "sweep.yaml"
+    file.write_text(yaml.safe_dump(MMOE | {"config": str(ROOT / "configs/mtl_mmoe.yaml")}))
     command = [sys.executable, "-m", "pipeline", "sweep", "--config", str(file)]
     with (workplace / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=workplace, stdout=log, stderr=log, start_new_session=True)
@@ -259,8 +232,8 @@ def test_killed_it_goes_on_to_the_same_table(
     assert {key: run.info.run_id for key, run in runs.items()}.items() >= finished.items()
     assert {run.info.status for run in client.search_runs(["0"])} == {"FINISHED"}
     assert len(by_arm_summary(client, _newest_sweep(client))) == 1
-    assert table_of(last.stderr) == table_of(finished_sweep.stderr)
-    assert_same_results(runs, finished_sweep.runs)
+    assert table_of(last.stderr) == table_of(laboratory.printed)
+    assert_same_results(runs, runs_of(laboratory))
     for run in runs.values():  # each point once, though some were written by a start that was killed
         for metric in ("loss_total", "throughput/rows_per_second", "test/auc_ctcvr"):
             points = client.get_metric_history(run.info.run_id, metric)
@@ -298,12 +271,19 @@ def test_an_arm_that_fails_leaves_the_others(workplace: Path, client: Any, impre
     assert summary.info.status == "FAILED"
     assert "wild s3" in summary.data.tags["mlflow.note.content"]
 
-    if not FULL:
-        return
-    again = run_sweep(str(file))  # tries what failed, in the same run
-    assert again.returncode == 1
-    assert again.stderr.count("finished before") == 2
-    assert by_arm(client, sweep_id_of(result.stderr))["wild", 3].info.run_id == failed.info.run_id
+
+@pytest.mark.faults
+@only_full
+def test_what_failed_is_tried_again_in_the_same_run(
+    workplace: Path, client: Any, impressions: Path, run_sweep: Call
+) -> None:
+    arms = [{"name": "wild", "aux_focal": False, "optim.dense.lr": 1e30}]
+    file = sweep_file(workplace, impressions, arms=arms, seeds=[3])
+    first, again = run_sweep(str(file)), run_sweep(str(file))
+    assert (first.returncode, again.returncode) == (1, 1)
+    assert again.stderr.count("finished before") == 1
+    assert {run.info.status for run in client.search_runs(["0"], "tags.arm = 'wild'")} == {"FAILED"}
+    assert by_arm(client, sweep_id_of(again.stderr)).keys() == {("baseline", 3), ("wild", 3)}
 
 
 @pytest.mark.faults
@@ -330,11 +310,10 @@ def test_ctrl_c_ends_every_process_and_leaves_no_run_running(workplace: Path, cl
     assert "summary" in roles
 
 
-@one_process
-def test_a_sweep_does_not_run_beside_itself(shop: Shop, run_sweep: Call) -> None:
-    (folder,) = (file.parent for file in (shop.folder / "outputs/sweeps").glob("*/comparison.csv"))
-    with FileLock(f"{folder}.lock"):  # as a sweep at work holds it
-        result = run_sweep(str(shop.file))
+@in_laboratory
+def test_a_sweep_does_not_run_beside_itself(finished: Laboratory, run_sweep: Call) -> None:
+    with FileLock(f"{comparison_of(finished)}.lock"):  # as a sweep at work holds it
+        result = run_sweep("mmoe.yaml")
     assert result.returncode == 2
     assert "already running" in result.stderr.splitlines()[-1]
 
