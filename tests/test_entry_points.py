@@ -56,7 +56,7 @@ def test_prepare_ctr_then_training_through_mlproject_and_predicting(
     assert sum(metrics[f"rows/{split}"] for split in ("train", "validation", "test")) == 2000
     assert sum(metrics[f"conversions/{split}"] for split in ("train", "validation", "test")) == frame["bought"].sum()
 
-    result = mlflow_run("train_mmoe", project, **TINY, **{"data": "prepared", "lambda": "1e-1"})
+    result = mlflow_run("train_mmoe", project, **TINY, **{"data": "prepared", "epochs": "2", "lambda": "1e-1"})
     assert result.returncode == 0, result.stderr
     run = client.search_runs(["0"])[0]
     assert run.info.status == "FINISHED"

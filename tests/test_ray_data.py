@@ -131,7 +131,7 @@ def by_ray(raw: Path) -> list[tuple[str, str]]:
     try:
         done = subprocess.run(
             [sys.executable, "-c", SESSION, json.dumps([str(JOB), *calls])], cwd=raw,
-            env={**os.environ, **settings}, capture_output=True, text=True, timeout=1200 if FULL else 300, check=False,
+            env={**os.environ, **settings}, capture_output=True, text=True, timeout=1200, check=False,
         )  # fmt: skip
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,6 +1,7 @@
-"""Sweeps on a Ray cluster of two nodes on this machine: the table of `engine=local`, whatever is lost on the way.
+"""Sweeps on Ray: a cluster that the sweep starts for itself; by `make faults`, one of two nodes on this machine.
 
-FAULTS=full: five arms. What needs Ray skips without it, and fails instead where CI_RAY=1 says that it has to be there.
+There, it is the table of `engine=local`, whatever is lost on the way. What needs Ray skips without it, and fails instead
+where CI_RAY=1 says that it has to be there.
 """
 
 import importlib.util
@@ -19,18 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FULL, Call, only_full, store_in
+from conftest import Call, only_full, store_in
 from test_sweep import assert_same_results, by_arm, by_arm_summary, sweep_file, sweep_id_of, table_of
 
 from pipeline.errors import UserError
 from pipeline.ray_crew import refuse_local_store
 
-ARMS: list[dict[str, Any]] = [{"lambda": 5.0}]
-if FULL:
-    ARMS += [{"lambda": 0.0}, {"lambda": 1.0}, {"lambda": 5.0, "gamma": 2.0}, {"lambda": 1.0, "gamma": 2.0}]
+ARMS: list[dict[str, Any]] = [{"lambda": 5.0}, {"lambda": 0.0}, {"lambda": 1.0}, {"lambda": 5.0, "gamma": 2.0},
+                              {"lambda": 1.0, "gamma": 2.0}]  # fmt: skip
 SETTINGS = {"epochs": 5, "training.max_steps": 300, "loss.aux_focal.warmup_steps": 10, "evaluation.every_steps": 100,
             "checkpoint.every_steps": 20}  # fmt: skip
-SECONDS = 900 if FULL else 240  # that a sweep may take on a busy machine
+SECONDS = 900  # after which a sweep hangs, on the busiest machine
 one_process = pytest.mark.xdist_group("ray")  # makes the cluster and the undisturbed sweep once
 
 
@@ -39,7 +39,6 @@ class TwoNodes:
     """A cluster of two nodes with one CPU each; the second one can be lost."""
 
     cluster: Any
-    folder: Path
     second: Any = None
 
     @property
@@ -61,28 +60,33 @@ class TwoNodes:
 
 
 @pytest.fixture(scope="module")
-def nodes() -> Iterator[TwoNodes]:
+def ray_folder() -> Iterator[Path]:
+    """Where Ray keeps its files, and `auto` looks for a cluster."""
     if importlib.util.find_spec("ray") is None:
         (pytest.fail if os.environ.get("CI_RAY") == "1" else pytest.skip)("Ray is not installed")
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # a socket's path is 107 characters at most
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_TMPDIR", str(folder))  # where `auto` would look for a cluster, too
+        patch.setenv("RAY_TMPDIR", str(folder))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        from ray.cluster_utils import Cluster
+        yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
-        cluster = Cluster()
-        try:
-            cluster.add_node(num_cpus=1, include_dashboard=False)
-            yield TwoNodes(cluster, folder)
-        finally:
-            cluster.shutdown()
-            shutil.rmtree(folder, ignore_errors=True)
+
+@pytest.fixture(scope="module")
+def nodes(ray_folder: Path) -> Iterator[TwoNodes]:
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster()
+    try:
+        cluster.add_node(num_cpus=1, include_dashboard=False)
+        yield TwoNodes(cluster)
+    finally:
+        cluster.shutdown()
 
 
 @pytest.fixture
-def cluster(nodes: TwoNodes, monkeypatch: pytest.MonkeyPatch) -> TwoNodes:
+def cluster(nodes: TwoNodes) -> TwoNodes:
     nodes.complete()
-    monkeypatch.setenv("RAY_TMPDIR", str(nodes.folder))
     return nodes
 
 
@@ -246,12 +250,12 @@ def test_on_two_nodes_the_table_is_that_of_processes(
 
 @one_process
 def test_an_arm_that_changes_nothing_is_the_baseline(
-    cluster: TwoNodes, workplace: Path, client: Any, impressions: Path
+    ray_folder: Path, workplace: Path, client: Any, impressions: Path
 ) -> None:
-    """lambda 0, to the last bit, by two processes of the cluster."""
+    """lambda 0, to the last bit, on a cluster that the sweep starts for itself and ends."""
     file = sweep_file(workplace, impressions, arms=[{"lambda": 0.0}, {"lambda": 5.0}], seeds=[0], jobs=2,
                       metric="test/logloss_ctcvr")  # fmt: skip
-    with Sweep(workplace, file, ("--engine", "ray", "--ray_address", cluster.address)) as sweep:
+    with Sweep(workplace, file, ("--engine", "ray")) as sweep:
         assert sweep.end() == 0, sweep.told()
     found = client.search_runs(["0"], f"tags.sweep_id = '{sweep_id_of(sweep.told())}'")
     assert {run.info.status for run in found} == {"FINISHED"}
@@ -319,30 +323,43 @@ def test_what_ray_cannot_do_is_one_line(
     assert re.search(r"Ray is not installed.*\.\[ray\].*engine local", refused("--engine", "ray"))
 
 
-@one_process
-def test_a_cluster_that_is_not_there_or_of_another_version(
-    cluster: TwoNodes, workplace: Path, impressions: Path, call_pipeline: Call, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import ray
-
+@pytest.fixture
+def refused(workplace: Path, impressions: Path, call_pipeline: Call) -> Callable[..., str]:
+    """`refused(*arguments)`: the one line that says why a sweep on Ray does not begin."""
     file = sweep_file(workplace, impressions)
-    arguments = ("sweep", "--config", str(file), "--engine", "ray")
 
-    def refused(*others: str) -> str:
-        result = call_pipeline(*arguments, *others)
+    def call(*arguments: str) -> str:
+        result = call_pipeline("sweep", "--config", str(file), "--engine", "ray", *arguments)
         assert result.returncode == 2
         *warnings, line = result.stderr.splitlines()
         assert all(text.startswith("warning: ") for text in warnings), result.stderr
+        assert not list((workplace / "outputs").glob("*/journal.jsonl"))
         return line
 
+    return call
+
+
+@one_process
+def test_a_cluster_that_is_not_there(
+    ray_folder: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     nobody = refused("--ray_address", "127.0.0.1:1")
     assert re.fullmatch("error: ray_address 127.0.0.1:1: the cluster does not answer: .*refused", nobody)
     monkeypatch.setenv("RAY_ADDRESS", "ray://127.0.0.1:10001")
     assert refused().startswith("error: RAY_ADDRESS ray://127.0.0.1:10001: allowed: host:port")
+
+
+@one_process
+@pytest.mark.faults
+@only_full
+def test_a_cluster_of_another_version(
+    cluster: TwoNodes, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     monkeypatch.setattr(ray, "__version__", "2.0.0")
     assert re.search(r"^error: RAY_ADDRESS .*[Vv]ersion mismatch.*2\.0\.0", refused())
-    assert not list((workplace / "outputs").glob("*/journal.jsonl"))
 
 
 ONE = {"NodeManagerHostname": "head", "NodeManagerAddress": "10.0.0.1"}

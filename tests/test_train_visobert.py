@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, Call
+from conftest import ROOT, Call, Place, one_writer, project_in
 from sklearn.metrics import f1_score
 
 from pipeline.config import load
@@ -136,13 +136,15 @@ def test_embedded_reviews(project: Path, client: Any, opened: str, call_pipeline
     }  # fmt: skip
 
 
-def test_files_data_prep_run_and_the_logged_model(project: Path, client: Any, call_pipeline: Call) -> None:
+@one_writer
+def test_files_data_prep_run_and_the_logged_model(lent: Place, tmp_path: Path, call_pipeline: Call) -> None:
     import mlflow
 
+    project, client = project_in(tmp_path), lent.client
     given = files(project)
     prepared = call_pipeline("data_prep", "--data", given["data.train"])
     assert prepared.returncode == 0, prepared.stderr
-    (alpha_run,) = client.search_runs(["0"])
+    alpha_run = client.search_runs(["0"])[0]
     shared = options(EMBEDDED | {"data_prep_run": alpha_run.info.run_id})
     quick = TINY | {"epochs": "1", "tracking.log_report": "false"}
     result = call_pipeline("train_visobert", *shared, *options(quick | given))
