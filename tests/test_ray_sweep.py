@@ -1,7 +1,7 @@
 """Sweeps on Ray: a cluster that the sweep starts for itself; by `make faults`, one of two nodes on this machine.
 
-There, it is the table of `engine=local`, whatever is lost on the way. What needs Ray skips without it, and fails instead
-where CI_RAY=1 says that it has to be there.
+There, it is the table of `engine=local`, whatever is lost on the way. What needs Ray skips without it, and fails
+instead where CI_RAY=1 says that it has to be there.
 """
 
 import importlib.util
