@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, Call, mlflow_run, run_pipeline
+from conftest import ROOT, Call, Place, mlflow_run, one_writer, run_pipeline
 
 from pipeline import story
 
@@ -251,14 +251,15 @@ def test_nan_without_a_rule_a_cut_gzip_and_a_cut_parquet(workplace: Path, call_p
     assert_one_line(call_pipeline("train_mmoe", "--data", "prepared"), "train.parquet", "Parquet")
 
 
-def test_a_loss_that_explodes_ends_the_run_failed(workplace: Path, client: Any, call_pipeline: Call) -> None:
+@one_writer
+def test_a_loss_that_explodes_ends_the_run_failed(lent: Place, call_pipeline: Call) -> None:
     result = call_pipeline("train_mmoe", *TYPED, "--optim.dense.lr", "1e30", "--optim.embedding.lr", "1e30")
     assert result.returncode == 1
     assert result.stderr.strip().splitlines()[-1].startswith("error: loss_ctr is ")
-    (run,) = client.search_runs(["0"])
+    run = lent.client.search_runs(["0"])[0]
     assert run.info.status == "FAILED"
     assert "at step 1" in run.data.tags["failure"]
-    assert [point.step for point in client.get_metric_history(run.info.run_id, "loss_total")] == [0]
+    assert [point.step for point in lent.client.get_metric_history(run.info.run_id, "loss_total")] == [0]
     assert len(result.stdout.splitlines()) == 1
 
 

@@ -1,6 +1,6 @@
-"""The first start on nothing: many at once, killed at any moment, and what is told of a store MLflow left half made.
+"""The first start on nothing: what is told of a store that MLflow left half made.
 
-`FAULTS=full` (`make faults`) takes more processes, and kills at twenty moments.
+By `make faults`: many starts at once, and kills at twenty moments.
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FULL, ROOT, Call, only_full
+from conftest import ROOT, Call, only_full
 
 from pipeline.errors import UserError
 from pipeline.tracking import creation
@@ -111,8 +111,8 @@ for asked in sys.argv[1:]:
     together(*rest) if what == "together" else one_by_one(what, *rest)
     os.chdir("..")
 """
-DEADLY = (f"statement:{STATEMENTS // 2}", "link", "statement:0", f"statement:{STATEMENTS}")[: 4 if FULL else 1]
-STARTERS = 8 if FULL else 3  # at once, beside those that are killed
+DEADLY = (f"statement:{STATEMENTS // 2}", "link", "statement:0", f"statement:{STATEMENTS}")
+STARTERS = 8  # at once, beside those that are killed
 
 
 def moments(statements: int) -> list[str]:
@@ -122,8 +122,8 @@ def moments(statements: int) -> list[str]:
     return spread + timed
 
 
-OURS = [*moments(STATEMENTS), "link", "linked"] if FULL else ["linked"]
-MLFLOWS = moments(STATEMENTS) if FULL else ["statement:350"]
+OURS = [*moments(STATEMENTS), "link", "linked"]
+MLFLOWS = moments(STATEMENTS)
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,7 @@ def files(folder: Path) -> set[str]:
 
 @started_once
 @pytest.mark.faults
+@only_full
 def test_starts_at_the_same_moment_share_one_store(told: dict[str, Told], empty_store: Path) -> None:
     """Some are killed while they make the store, some while they wait for it."""
     folder, starts = told["together"].folder, told["together"].lines
@@ -199,6 +200,7 @@ def test_starts_at_the_same_moment_share_one_store(told: dict[str, Told], empty_
 
 @started_once
 @pytest.mark.faults
+@only_full
 def test_start_that_was_killed_leaves_no_store_or_a_whole_one(told: dict[str, Told], empty_store: Path) -> None:
     kills, following = told["ours"].lines[0::2], told["ours"].lines[1::2]
     assert len(kills) == len(following) == len(OURS)
@@ -216,6 +218,7 @@ def test_start_that_was_killed_leaves_no_store_or_a_whole_one(told: dict[str, To
 
 @started_once
 @pytest.mark.faults
+@only_full
 def test_what_a_killed_mlflow_left_is_one_line_naming_the_file(told: dict[str, Told], empty_store: Path) -> None:
     kills, following = told["mlflow"].lines[0::2], told["mlflow"].lines[1::2]
     assert len(kills) == len(following) == len(MLFLOWS)

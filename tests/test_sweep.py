@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import optuna
 import pandas as pd
 import pytest
 import yaml
-from conftest import ROOT, SHRUNK, Call, in_laboratory, only_full, wait_for
+from conftest import ROOT, SHRUNK, Call, in_laboratory, only_full, store_in, wait_for
 from filelock import FileLock
 from laboratory import ARMS, METRIC, MMOE, Laboratory
 from safetensors.numpy import load_file
@@ -252,9 +253,57 @@ def _newest_sweep(client: Any) -> str:
     return str(found[0].data.tags["sweep_id"]) if found else "none"
 
 
-def test_an_arm_that_fails_leaves_the_others(workplace: Path, client: Any, impressions: Path, run_sweep: Call) -> None:
+crew_tests = pytest.mark.xdist_group("crew")  # starts its worker once
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """A folder with a tracking store, and one worker that serves all sweeps there: to start one takes seconds."""
+
+    folder: Path
+    client: Any  # MLflow's
+    crew: Crew
+
+
+@pytest.fixture(scope="module")
+def started_workshop(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[Workshop]:
+    from mlflow import MlflowClient
+
+    folder = tmp_path_factory.mktemp("workshop")
+    store_in(folder, empty_store)
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("MLFLOW_TRACKING_URI", uri)
+        crew = Crew(1, folder / "workers")
+    yield Workshop(folder, MlflowClient(uri), crew)
+    crew.close()
+    assert [worker.poll() for worker in crew.workers] == [0]  # it saw the end of its input
+
+
+@pytest.fixture
+def workshop(started_workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Workshop:
+    """Sweeps that are started in this process have its worker."""
+
+    class Lent(Crew):
+        def __init__(self, size: int, folder: Path) -> None:  # noqa: ARG002
+            folder.mkdir(parents=True)
+            self.__dict__ = started_workshop.crew.__dict__
+
+        def close(self) -> None:
+            """Its owner does that."""
+
+    monkeypatch.setattr("pipeline.sweep.Crew", Lent)
+    monkeypatch.chdir(started_workshop.folder)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{started_workshop.folder / 'mlflow.db'}")
+    return started_workshop
+
+
+@crew_tests
+def test_an_arm_that_fails_leaves_the_others(workshop: Workshop, impressions: Path, run_sweep: Call) -> None:
+    client = workshop.client
     arms = [{"lambda": 5.0}, {"name": "wild", "aux_focal": False, "optim.dense.lr": 1e30}]
-    file = sweep_file(workplace, impressions, arms=arms, seeds=[3])
+    file = sweep_file(workshop.folder, impressions, arms=arms, seeds=[3])
     result = run_sweep(str(file))
     assert result.returncode == 1
     assert re.search(r"failed:\n- wild s3: loss_\w+ is (nan|inf) at step \d+", result.stderr)
@@ -318,14 +367,16 @@ def test_a_sweep_does_not_run_beside_itself(finished: Laboratory, run_sweep: Cal
     assert "already running" in result.stderr.splitlines()[-1]
 
 
+@crew_tests
 def test_a_search_finds_an_arm_and_confirms_it_on_other_seeds(
-    workplace: Path, client: Any, impressions: Path, run_sweep: Call
+    workshop: Workshop, impressions: Path, run_sweep: Call
 ) -> None:
+    client = workshop.client
     search = {
         "trials": 3, "startup_trials": 1, "settings": {"aux_focal": True},
         "space": {"lambda": {"low": 0.01, "high": 10, "log": True}, "gamma": {"choices": [1, 2]}},
     }  # fmt: skip
-    file = sweep_file(workplace, impressions, arms=None, search=search)
+    file = sweep_file(workshop.folder, impressions, arms=None, search=search)
     result = run_sweep(str(file))
     assert result.returncode == 0, result.stderr
     sweep_id = sweep_id_of(result.stderr)
@@ -349,25 +400,13 @@ def test_a_search_finds_an_arm_and_confirms_it_on_other_seeds(
     assert "trial" not in table_of(result.stderr)
 
 
-crew_tests = pytest.mark.xdist_group("crew")  # starts its worker once
-
-
-@pytest.fixture(scope="module")
-def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
-    """One worker."""
-    crew = Crew(1, tmp_path_factory.mktemp("workers"))
-    yield crew
-    crew.close()
-    assert [worker.poll() for worker in crew.workers] == [0]  # it saw the end of its input
-
-
 @crew_tests
-def test_arms_on_different_data_are_refused(tmp_path: Path, impressions: Path, crew: Crew) -> None:
+def test_arms_on_different_data_are_refused(tmp_path: Path, impressions: Path, workshop: Workshop) -> None:
     settings = {"data.embedded.cache": str(tmp_path / "cache"), "output_dir": str(tmp_path / "outputs"), "data": None}
     rows = [{"data.embedded.rows": 1000}, {"data.embedded.rows": 1200}]
     file = sweep_file(tmp_path, impressions, baseline=rows[0] | {"aux_focal": False}, arms=rows, settings=settings)
     sweep = Sweep(resolve(load(SweepConfig, file), file, MmoeConfig, [ROOT]))
-    sweep.crew = crew
+    sweep.crew = workshop.crew
     with pytest.raises(
         UserError, match=r"baseline has data \w{12}\.\.\., .* has \w{12}\.\.\.: a sweep is on one data set"
     ):
@@ -472,7 +511,8 @@ def _session(leader: int) -> list[int]:
 
 
 @crew_tests
-def test_a_worker_that_dies_is_replaced_and_its_job_alone_fails(crew: Crew) -> None:
+def test_a_worker_that_dies_is_replaced_and_its_job_alone_fails(workshop: Workshop) -> None:
+    crew = workshop.crew
     (first,) = crew.workers
     os.kill(first.pid, signal.SIGSTOP)  # it takes a job and does nothing
     threading.Timer(0.5, os.kill, (first.pid, signal.SIGKILL)).start()

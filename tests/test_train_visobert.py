@@ -71,12 +71,17 @@ def trained(task: VisobertTask) -> tuple[MemoryRun, Training]:
     return run, training
 
 
-def test_embedded_reviews(project: Path, client: Any, opened: str, call_pipeline: Call) -> None:
+@one_writer
+def test_embedded_reviews(lent: Place, tmp_path: Path, call_pipeline: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    project, client = project_in(tmp_path), lent.client
+    opened = client.create_run("0", run_name="legendary-gnat-695").info.run_id  # as `mlflow run` does
+    monkeypatch.setenv("MLFLOW_RUN_ID", opened)
     switched = {"epochs": "2", "alpha": "auto", "tracking.log_model": "false"}
     result = call_pipeline("train_visobert", *options(EMBEDDED | TINY | switched))
     assert result.returncode == 0, result.stderr
-    (run,) = client.search_runs(["0"])
-    assert (run.info.run_id, run.info.status) == (opened, "FINISHED")
+    run = client.get_run(opened)
+    assert client.search_runs(["0"])[0].info.run_id == opened  # none was begun after it
+    assert run.info.status == "FINISHED"
     assert run.info.run_name == "small auto g2 s0"
     assert "Using epochs from command line: 2 (overrides config)" in result.stderr
     params, metrics = run.data.params, run.data.metrics
