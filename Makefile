@@ -23,10 +23,10 @@ notebook: setup
 	$(PIP) --editable '.[notebooks]'
 	$(VENV)/bin/jupyter lab notebooks
 
-# Four processes on two cores: many tests wait for processes that they have started, which compile modules once.
+# Six processes on two cores: many tests wait for processes that they have started, which compile modules once.
 test: export PYTHONDONTWRITEBYTECODE =
 test: setup
-	$(RUN) -m pytest --numprocesses 4 --dist loadgroup
+	$(RUN) -m pytest --numprocesses 6 --dist loadgroup
 
 # One process: what they measure is not for sharing the cores.
 faults: setup

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, Call, Place, mlflow_run, one_writer, run_pipeline
+from conftest import ROOT, Call, Place, mlflow_run, one_writer, project_in, run_pipeline
 
 from pipeline import story
 
@@ -42,14 +42,18 @@ def raw_file(folder: Path, rows: int = 2000) -> Path:
     return file
 
 
+@one_writer
 def test_prepare_ctr_then_training_through_mlproject_and_predicting(
-    project: Path, client: Any, opened: str, call_pipeline: Call, monkeypatch: pytest.MonkeyPatch
+    lent: Place, tmp_path: Path, call_pipeline: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    project, client = project_in(tmp_path), lent.client
+    opened = client.create_run("0", run_name="legendary-gnat-695").info.run_id  # as `mlflow run` does
+    monkeypatch.setenv("MLFLOW_RUN_ID", opened)
     raw = raw_file(project)
     prepared = call_pipeline("prepare_ctr", "--data", str(raw), "--schema", "schema.yaml", "--output_dir", "prepared")
     assert prepared.returncode == 0, prepared.stderr
     monkeypatch.delenv("MLFLOW_RUN_ID")
-    (run,) = client.search_runs(["0"])
+    run = client.search_runs(["0"])[0]
     assert (run.info.run_id, run.info.status) == (opened, "FINISHED")
     frame = pd.read_csv(raw)
     metrics = run.data.metrics
@@ -121,15 +125,19 @@ def predicts_from_raw_values(project: Path, run: Any, frame: pd.DataFrame) -> No
     assert_predicts_like_the_evaluation(predicted, frame, project, run)
 
 
+@one_writer
 def test_main_in_the_run_that_mlflow_opens(
-    project: Path, client: Any, call_pipeline: Call, monkeypatch: pytest.MonkeyPatch
+    lent: Place, tmp_path: Path, call_pipeline: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    project_in(tmp_path)
+    client = lent.client
+    before = {run.info.run_id for run in client.search_runs(["0"])}
     launched = client.create_run("0", run_name="legendary-gnat-695")  # as `mlflow run` does
     monkeypatch.setenv("MLFLOW_RUN_ID", launched.info.run_id)
     monkeypatch.setattr(story, "REVIEW_EPOCHS", "1")
     result = call_pipeline("main", *TYPED, "--tracking.log_model", "false", "--tracking.log_report", "false")
     assert result.returncode == 0, result.stderr
-    runs = {run.info.run_name: run for run in client.search_runs(["0"])}
+    runs = {run.info.run_name: run for run in client.search_runs(["0"]) if run.info.run_id not in before}
     assert runs["mmoe baseline s0"].data.tags["role"] == "baseline"
     assert runs["mmoe l.1 g1 w4 s0"].data.tags["role"] == "arm"
     launcher = next(run for run in runs.values() if run.data.tags.get("role") == "launcher")
