@@ -12,10 +12,11 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from pipeline.errors import TrainingError, os_errors
+from pipeline.storage.files import check_file
 
 JOURNAL_FILE = "journal.jsonl"
 CHUNK_BYTES = 1 << 20  # of the journal in memory at a time
@@ -39,7 +40,9 @@ class JournalWriter:
         check: called before anything is written; raises where the journal is another process' by now.
         """
         self.file, self.check = file, check
-        self.descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        if os.path.lexists(file):  # it is cut where its last line ends: nothing else may be
+            check_file(file)
+        self.descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         self.size = _whole(self.descriptor)
         os.ftruncate(self.descriptor, self.size)
         self.waiting, self.refused = bytearray(), False
@@ -103,6 +106,7 @@ class JournalReader:
     """Reads whole records from where the last read ended."""
 
     def __init__(self, file: Path, start: int = 0) -> None:
+        check_file(file)
         self.stream = file.open("rb")
         self.stream.seek(start)
         self.damaged = 0  # whole lines that are no record: a power cut can leave such
@@ -153,18 +157,6 @@ def read_all(file: Path, start: int = 0) -> Iterator[Record]:
 def points(file: Path) -> Iterator[Record]:
     """The records of a journal that hold points: those that were logged, and those read back from the store."""
     return (record for record in read_all(file) if record["op"] in ("metrics", "known"))
-
-
-def relative(file: Path, folder: Path) -> str:
-    """A file's path for the journal: relative where it lies in the run's folder, which may be moved."""
-    file, folder = file.resolve(), folder.resolve()
-    return file.relative_to(folder).as_posix() if file.is_relative_to(folder) else str(file)
-
-
-def leaves(folder: str) -> bool:
-    """An artifact's folder that is not below the run's own."""
-    place = PurePosixPath(folder)
-    return place.is_absolute() or ".." in place.parts or "\\" in folder
 
 
 def is_measured(metric: str) -> bool:

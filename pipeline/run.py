@@ -27,14 +27,13 @@ from pipeline.journal import (
     JournalWriter,
     Known,
     is_measured,
-    leaves,
     points,
-    relative,
     same_value,
 )
 from pipeline.ownership import Ownership, boot_id
 from pipeline.ranks import leads
 from pipeline.runtime.processes import ChildProcess, Ended
+from pipeline.storage.run_files import LOGGED, leaves, take_in
 from pipeline.tracking.messages import (
     WRITER_REPLIES,
     AbandonRun,
@@ -393,20 +392,27 @@ class MlflowRun:
         return {key: value for key, value in metrics.items() if key not in there}
 
     def log_artifact(self, file: Path, folder: str = "") -> None:
-        """Keep a file among the run's artifacts.
+        """Keep a file among the run's artifacts; one from elsewhere is copied into the run's folder first.
 
         Raises:
             UserError: the artifact's folder would lie outside.
+            TrainingError: the file cannot be copied.
         """
         if leaves(folder):
             raise UserError(f"artifact {file.name}: found folder {folder!r}, allowed: one below the run's artifacts")
-        self._append("artifact", file=relative(file, self.folder), folder=folder)
+        if not self.lost:
+            self._append("artifact", file=self._take_in(file, f"{LOGGED}/{folder}/{file.name}"), folder=folder)
 
     def log_input(self, name: str, digest: str, source: str, profile: Mapping[str, Any]) -> None:
         self._append("input", name=name, digest=digest, source=source, profile=profile)
 
     def log_model(self, export: Mapping[str, Any]) -> None:
-        self._append("model", **{**export, "folder": relative(Path(export["folder"]), self.folder)})
+        if not self.lost:
+            self._append("model", **{**export, "folder": self._take_in(Path(export["folder"]), f"{LOGGED}/model")})
+
+    def _take_in(self, path: Path, place: str) -> str:
+        with os_errors(f"artifact {path}", TrainingError):
+            return take_in(path, self.folder, place)
 
     def flush(self) -> None:
         self.journal.flush()

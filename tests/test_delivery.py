@@ -23,7 +23,7 @@ from server import Door, MlflowServer, free_port
 from pipeline import journal as journals
 from pipeline.errors import TrainingError, Undelivered, UserError
 from pipeline.interrupts import SIGNALS
-from pipeline.journal import JOURNAL_FILE, JournalReader, JournalWriter, Known, read_all, relative, same_value
+from pipeline.journal import JOURNAL_FILE, JournalReader, JournalWriter, Known, read_all, same_value
 from pipeline.ownership import Ownership, alive_owner
 from pipeline.run import MemoryRun, MlflowRun, RunRequest, Writer
 from pipeline.runtime import processes
@@ -616,23 +616,55 @@ def test_a_folder_that_was_moved_still_has_its_files(client: Any, writer: Writer
     moved.finish("FINISHED")
     assert client.get_run(run.id).data.tags["run_dir"] == str((tmp_path / "moved").resolve())
     assert Path(client.download_artifacts(run.id, "note.txt")).read_text() == "read me"
-    assert relative(inside, run.folder) == "notes/note.txt"
-    assert relative(tmp_path / "other.txt", run.folder) == str(tmp_path / "other.txt")
 
 
-def test_an_artifact_cannot_leave_its_folder(client: Any, writer: Writer, here: Path) -> None:
-    note = here / "note.txt"
-    note.write_text("read me")
+def test_what_is_logged_from_elsewhere_is_copied_when_it_is_logged(client: Any, writer: Writer, here: Path) -> None:
+    report, gone = here / "report.txt", here / "gone.txt"
+    report.write_text("as it was")
+    run = open_run(writer)
+    run.log_artifact(report, "tables")
+    report.write_text("changed later")
+    with pytest.raises(TrainingError, match=r"artifact .*gone\.txt: No such file or directory"):
+        run.log_artifact(gone)
+    run.finish("FINISHED")
+    assert Path(client.download_artifacts(run.id, "tables/report.txt")).read_text() == "as it was"
+
+
+def test_a_journal_names_files_of_its_run_alone(client: Any, writer: Writer, here: Path) -> None:
+    """It may come from who knows where: what it names elsewhere is refused by name, and the rest is delivered."""
+    secret = here / "home" / "secret.txt"
+    secret.parent.mkdir()
+    secret.write_text("hunter2")
     run = open_run(writer)
     for folder in ("../outside", "/outside", "a/../../outside", "a\\..\\..\\b"):
-        with pytest.raises(UserError, match=r"artifact note\.txt: found folder .*allowed"):
-            run.log_artifact(note, folder)
-        run.journal.append({"op": "artifact", "file": str(note), "folder": folder})  # a journal from who knows where
-    run.journal.append({"op": "artifact", "file": "../../note.txt", "folder": ""})
-    with pytest.raises(TrainingError, match="not delivered"):
+        with pytest.raises(UserError, match=r"artifact secret\.txt: found folder .*allowed"):
+            run.log_artifact(secret, folder)
+    os.mkfifo(run.folder / "pipe")
+    (run.folder / "link.txt").symlink_to(secret)
+    (run.folder / "linked").symlink_to(secret.parent)
+    (run.folder / "weights").mkdir()
+    (run.folder / "weights" / "part").symlink_to(secret)
+    (run.folder / "good.txt").write_text("read me")
+    files = [str(secret), "../../home/secret.txt", "link.txt", "linked/secret.txt", "pipe", "weights", "", "a\0b"]
+    for file in files:
+        run.journal.append({"op": "artifact", "file": file, "folder": ""})
+    run.journal.append({"op": "artifact", "file": "good.txt", "folder": "../outside"})
+    models = [str(secret.parent), "../../home", "linked", "weights", "good.txt", "."]
+    model = {"task": "mmoe", "inputs": ["a"], "example": {"a": [1]}, "outputs": {"p": "double"}}
+    for folder in models:
+        run.journal.append({"op": "model", "folder": folder} | model)
+    run.log_artifact(run.folder / "good.txt")
+    with pytest.raises(TrainingError, match="not delivered") as refused:
         run.finish("FINISHED")
-    assert [found.path for found in client.list_artifacts(run.id)] == ["history.parquet"]
-    assert not list(here.rglob("outside"))
+    told = str(refused.value)
+    for text in (f"{secret}: its path leaves the run's folder", "link.txt: link.txt is a symbolic link",
+                 "linked/secret.txt: linked is a symbolic link", "pipe: not a file", "weights/part: part is a symbolic "
+                 "link", f"model not delivered: {secret.parent}: its path leaves the run's folder"):  # fmt: skip
+        assert text in told
+    assert told.count("not delivered") == len(files) + 1 + len(models)
+    assert [found.path for found in client.list_artifacts(run.id)] == ["good.txt", "history.parquet"]
+    assert not client.search_logged_models(["0"], f"source_run_id = '{run.id}'")
+    assert os.listdir(secret.parent) == ["secret.txt"]
 
 
 # --- the disk is full ------------------------------------------------------------------------------------------------

@@ -285,8 +285,8 @@ def test_a_folder_of_runs_is_delivered_but_for_the_one_that_is_alive(
 
 
 def test_what_was_refused_is_tried_again(place: Place) -> None:
-    note, client = place.folder / "late note.txt", place.client
-    run = MlflowRun(place.writer, RunRequest("refused"), Path("outputs"))
+    run, client = MlflowRun(place.writer, RunRequest("refused"), Path("outputs")), place.client
+    note = run.folder / "late note.txt"
     run.log_artifact(note)  # is not there yet
     with pytest.raises(TrainingError, match="not delivered"):
         run.finish("FINISHED")

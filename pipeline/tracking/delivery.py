@@ -15,10 +15,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from pipeline.console import say
-from pipeline.journal import JOURNAL_FILE, JournalReader, Record, leaves
+from pipeline.journal import JOURNAL_FILE, JournalReader, Record
 from pipeline.names import CANONICAL, DELIVERED_FILE
 from pipeline.ownership import owner_number
 from pipeline.storage.files import replacing
+from pipeline.storage.run_files import leaves, own_file, own_folder
 from pipeline.tracking.client import connect, find_by_id, set_tags
 from pipeline.tracking.history import write_history
 from pipeline.tracking.inbox import Inbox
@@ -284,20 +285,17 @@ class Delivery:
         self.params |= {param.key: param.value for param in new}
 
     def _log_artifact(self, record: Record) -> None:
-        file = self._file(record["file"])
-        if file is None or leaves(record["folder"]):
-            self._problem(record["file"], ValueError("its path leaves the run's folder"))
+        name, place = record["file"], record["folder"]
+        try:
+            if leaves(place):
+                raise ValueError(f"{name}: its folder {place} leaves the run's artifacts")
+            file = own_file(self.folder, name)
+        except (OSError, ValueError) as error:
+            self._problem("artifact", error)
             return
         if _size(file) > LARGE_BYTES:
             self._long()
-        self._require(record["file"], self.client.log_artifact, self.run_id, str(file), record["folder"] or None)
-
-    def _file(self, name: str) -> Path | None:
-        """A file of the journal: where it was, or in the run's folder, wherever that is now. None: not in there."""
-        if Path(name).is_absolute():
-            return Path(name)
-        file = (self.folder / name).resolve()
-        return file if file.is_relative_to(self.folder.resolve()) else None
+        self._require(name, self.client.log_artifact, self.run_id, str(file), place or None)
 
     def _log_input(self, record: Record) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -329,9 +327,7 @@ class Delivery:
             if found.status == "READY":
                 return
             self.client.delete_logged_model(found.model_id)
-        folder = self._file(record["folder"])
-        if folder is None:
-            raise ValueError(f"model {record['folder']} would leave the run's folder")
+        folder = own_folder(self.folder, record["folder"])
         mlflow.start_run(self.run_id)  # models are logged to the active run
         try:
             serving.log_model(record | {"folder": str(folder)})
