@@ -21,6 +21,7 @@ from pipeline.storage.files import check_file
 JOURNAL_FILE = "journal.jsonl"
 CHUNK_BYTES = 1 << 20  # of the journal in memory at a time
 BUFFER_BYTES = 1 << 16  # what waits for a flush at most
+LARGEST = 2**63 - 1  # of a step, a time in milliseconds, or a whole number among the values
 MEASURED = ("throughput/", "time/", "checkpoint/")  # metrics that no second run repeats
 
 Record = dict[str, Any]
@@ -109,7 +110,7 @@ class JournalReader:
         check_file(file)
         self.stream = file.open("rb")
         self.stream.seek(start)
-        self.damaged = 0  # whole lines that are no record: a power cut can leave such
+        self.damaged = 0  # whole lines that are no record: a power cut can leave such, or another program
 
     def read(self, limit_bytes: int = CHUNK_BYTES) -> list[tuple[int, Record]]:
         """The next records, each with where it ends in the file; empty when there are no more for now."""
@@ -124,7 +125,7 @@ class JournalReader:
                     self.stream.seek(position)
                     return found
                 position += len(line)
-                record = _parsed(line)
+                record = parsed(line)
                 if record is None:
                     self.damaged += 1
                 else:
@@ -135,12 +136,73 @@ class JournalReader:
         self.stream.close()
 
 
-def _parsed(line: bytes) -> Record | None:
+def parsed(line: bytes) -> Record | None:
+    """The record in a line of a journal; None where it is none."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and "op" in record else None
+    return record if is_record(record) else None
+
+
+def is_record(value: object) -> bool:
+    """Whether it is a record with the fields of its `op`, each of its type; of an `op` of a later version, any are."""
+    if not isinstance(value, dict) or not isinstance(op := value.get("op"), str):
+        return False
+    return all(name in value and fits(value[name]) for name, fits in FIELDS.get(op, {}).items())
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_text_or_none(value: object) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_mapping(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
+def _is_list_of_texts_or_none(value: object) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(text, str) for text in value))
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and -LARGEST - 1 <= value <= LARGEST
+
+
+def _is_points(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(number, float) or (isinstance(number, int) and abs(number) <= LARGEST) for number in value.values()
+    )
+
+
+def _is_status(value: object) -> bool:
+    return value in ("FINISHED", "FAILED", "KILLED")
+
+
+_POINTS: dict[str, Callable[[object], bool]] = {"step": _is_whole, "time": _is_whole, "values": _is_points}
+FIELDS: dict[str, dict[str, Callable[[object], bool]]] = {
+    "open": {"id": _is_text, "time": _is_whole, "name": _is_text, "experiment": _is_text_or_none, "tags": _is_texts,
+             "online": _is_flag, "host": _is_text},
+    "params": {"values": _is_texts},
+    "tags": {"values": _is_texts},
+    "metrics": _POINTS,
+    "known": _POINTS,
+    "artifact": {"file": _is_text, "folder": _is_text},
+    "input": {"name": _is_text, "digest": _is_text, "source": _is_text, "profile": _is_mapping},
+    "model": {"folder": _is_text, "task": _is_text, "inputs": _is_list_of_texts_or_none, "outputs": _is_texts},
+    "finish": {"status": _is_status, "time": _is_whole},
+}  # fmt: skip
 
 
 def read_all(file: Path, start: int = 0) -> Iterator[Record]:

@@ -210,7 +210,7 @@ def _read(folder: Path) -> Lease | None:
         check_file(folder / LEASE_FILE)
         values = json.loads((folder / LEASE_FILE).read_bytes())
         lease = Lease(**values)
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
     kinds = {"host": str, "boot": str, "pid": int, "number": int, "beat": int, "released": bool}
     return lease if all(type(getattr(lease, name)) is kind for name, kind in kinds.items()) else None

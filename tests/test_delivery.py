@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import signal
 import socket
@@ -23,12 +24,12 @@ from server import Door, MlflowServer, free_port
 from pipeline import journal as journals
 from pipeline.errors import TrainingError, Undelivered, UserError
 from pipeline.interrupts import SIGNALS
-from pipeline.journal import JOURNAL_FILE, JournalReader, JournalWriter, Known, read_all, same_value
+from pipeline.journal import JOURNAL_FILE, JournalReader, JournalWriter, Known, parsed, read_all, same_value
 from pipeline.ownership import Ownership, alive_owner
 from pipeline.run import MemoryRun, MlflowRun, RunRequest, Writer
 from pipeline.runtime import processes
 from pipeline.runtime.protocol import encode
-from pipeline.tracking import delivery, inbox
+from pipeline.tracking import delivery, doctor, inbox
 from pipeline.tracking.delivery import DELIVERED_FILE, LOCK_FILE, NO_WORD, wait_for_turn
 from pipeline.tracking.inbox import Inbox
 from pipeline.tracking.messages import DeliveryReport, FinishRun
@@ -600,6 +601,62 @@ def test_a_line_of_rubbish_costs_no_other_line(tmp_path: Path) -> None:
     file = tmp_path / JOURNAL_FILE
     file.write_bytes(b'{"op":"one"}\n\0\0\0\0\n[1]\n{"op":"two"}\n')
     assert [record["op"] for record in read_all(file)] == ["one", "two"]
+
+
+RECORDS = [
+    {"op": "open", "id": "a", "time": 1, "name": "n", "experiment": None, "tags": {"k": "v"}, "online": True,
+     "host": "h"},
+    {"op": "params", "values": {"a": "1"}},
+    {"op": "metrics", "step": 3, "time": 5, "values": {"loss": 0.5, "count": 2, "nan": float("nan")}},
+    {"op": "known", "step": 3, "time": 5, "values": {}},
+    {"op": "artifact", "file": "a.txt", "folder": ""},
+    {"op": "input", "name": "d", "digest": "ab", "source": "s", "profile": {"rows": 3}},
+    {"op": "model", "folder": "model", "task": "mmoe", "inputs": None, "example": ["a"], "outputs": {"p": "double"}},
+    {"op": "finish", "status": "KILLED", "time": 1},
+]  # fmt: skip
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@given(record=st.sampled_from(RECORDS), data=st.data())
+def test_what_is_read_of_a_journal_can_be_delivered(record: dict[str, Any], data: st.DataObject) -> None:
+    """A record that lacks a field, or has something else there, is no record; nothing that reads one stumbles."""
+    assert parsed(json.dumps(record).encode())
+    field = data.draw(st.sampled_from([name for name in record if name not in ("op", "example")]))
+    rest = {name: value for name, value in record.items() if name != field}
+    assert parsed(json.dumps(rest).encode()) is None
+    odd = parsed(json.dumps(rest | {field: data.draw(JSON)}).encode())
+    if odd is not None:
+        Known()._take(odd)
+        doctor._take(doctor.Journal(Path(), {}, 0, 0, 0, {}, {}, [], None), odd)
+        assert all(map(math.isfinite, (odd.get("step", 0), odd.get("time", 0))))
+    if field in ("values", "tags", "outputs", "profile"):
+        assert parsed(json.dumps(rest | {field: ["a"]}).encode()) is None
+
+
+@given(text=st.text(max_size=30) | st.sampled_from(["[" * 100_000, '{"op":["metrics"]}', '{"op":"new"}', "1e999"]))
+def test_no_line_of_a_journal_is_an_error(text: str) -> None:
+    record = parsed(text.encode())
+    assert record is None or isinstance(record["op"], str)
+
+
+WHOLE = {"run_id": "a", "offset": 7, "ended": None, "problems": ["x"]}
+
+
+@given(saved=JSON, field=st.sampled_from(sorted(WHOLE)))
+def test_what_another_program_says_was_delivered_counts_for_nothing(saved: Any, field: str) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for found in (saved, {"store": saved}, {"store": WHOLE | {field: saved}, "other": WHOLE}):
+            (folder / DELIVERED_FILE).write_text(json.dumps(found))
+            cursor = delivery.Cursor(folder, "store")
+            assert cursor.offset == 0  # there is no journal, of which anything could have been delivered
+            assert all(isinstance(saved["run_id"], str | None) for saved in cursor.stores.values())
 
 
 def test_a_folder_that_was_moved_still_has_its_files(client: Any, writer: Writer, here: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from pipeline.errors import TrainingError, Undelivered, UserError
 from pipeline.journal import JOURNAL_FILE
 from pipeline.ownership import Ownership, alive_owner
 from pipeline.run import MlflowRun, RunRequest
+from pipeline.tracking import sync as syncing
 from pipeline.tracking.delivery import NO_WORD, Delivery, GaveUpError
 from pipeline.tracking.inbox import Inbox
 from pipeline.tracking.messages import FinishRun, OpenedRun, OpenRun
@@ -282,6 +283,39 @@ def test_a_folder_of_runs_is_delivered_but_for_the_one_that_is_alive(
     sync(Path("outputs"))
     made = client.search_runs([client.get_experiment_by_name("several").experiment_id])
     assert {run.info.run_name: run.info.status for run in made} == {"one": "KILLED", "two": "KILLED"}
+
+
+def test_a_damaged_folder_leaves_the_others(
+    away: str, other: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another program's `delivered.json`, records without their fields, no beginning, and what nobody foresaw."""
+    names = ("foreign", "lacking", "headless", "unforeseen", "whole")
+    runs = {name: waiting_run(name, "KILLED", lambda run: run.log_metrics(0, {"loss_total": 1.0}), experiment="damage")
+            for name in names}  # fmt: skip
+    (runs["foreign"].folder / "delivered.json").write_text('{"sqlite:///x.db": {}}')
+    for name, text in (("lacking", '{"op":"metrics"}\n{"op":"finish"}\n'), ("headless", '{"op":"open"}\n')):
+        lines = runs[name].journal.file.read_text().splitlines(keepends=True)
+        runs[name].journal.file.write_text(text + "".join(lines if name == "lacking" else lines[1:]))
+    client, deliver = use(other, monkeypatch), syncing._deliver
+
+    def stumbles(folder: Path, *arguments: Any) -> Any:
+        if folder.name == runs["unforeseen"].id:
+            raise KeyError("offset")
+        return deliver(folder, *arguments)
+
+    monkeypatch.setattr(syncing, "_deliver", stumbles)
+    with pytest.raises(TrainingError, match="2 of 5 runs of outputs are not whole"):
+        sync(Path("outputs"))
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert sorted(line.partition(": found")[0].partition(": KeyError")[0] for line in errors) == sorted(
+        [f"error: {runs['headless'].journal.file.resolve()}", f"error: run folder {runs['unforeseen'].folder}"]
+    )
+    made = client.search_runs([client.get_experiment_by_name("damage").experiment_id])
+    assert {run.info.run_name: run.info.status for run in made} == dict.fromkeys(
+        ("foreign", "lacking", "whole"), "KILLED"
+    )
+    with pytest.raises(TrainingError, match="KeyError"):
+        sync(runs["unforeseen"].folder)
 
 
 def test_what_was_refused_is_tried_again(place: Place) -> None:

@@ -3,11 +3,14 @@
 A journal may come from elsewhere, and whoever delivers it may read what its author may not.
 """
 
+import json
 import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
+from typing import Any
 
+from pipeline.names import DELIVERED_FILE
 from pipeline.storage.files import check_file, copy_contents, replacing
 
 LOGGED = "logged"  # below the run's folder: what was logged from elsewhere
@@ -70,6 +73,32 @@ def _own(folder: Path, name: str, is_kind: Callable[[int], bool], otherwise: str
     if not is_kind(mode):
         raise ValueError(f"{name}: {otherwise}")
     return path
+
+
+def read_delivered(folder: Path) -> dict[str, dict[str, Any]]:
+    """How far the journal came, by store: `run_id`, `offset` in bytes, `ended`, `problems`.
+
+    What is damaged, or another program's, is left out: then all is delivered again.
+    """
+    try:
+        check_file(folder / DELIVERED_FILE)
+        found = json.loads((folder / DELIVERED_FILE).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return {name: saved for name, saved in found.items() if _is_cursor(saved)} if isinstance(found, dict) else {}
+
+
+def _is_cursor(saved: object) -> bool:
+    if not isinstance(saved, dict) or saved.keys() != {"run_id", "offset", "ended", "problems"}:
+        return False
+    run_id, offset, ended, problems = saved["run_id"], saved["offset"], saved["ended"], saved["problems"]
+    return (
+        type(offset) is int
+        and offset >= 0
+        and all(value is None or isinstance(value, str) for value in (run_id, ended))
+        and isinstance(problems, list)
+        and all(isinstance(problem, str) for problem in problems)
+    )
 
 
 def leaves(folder: str) -> bool:

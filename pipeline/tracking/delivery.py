@@ -19,7 +19,7 @@ from pipeline.journal import JOURNAL_FILE, JournalReader, Record
 from pipeline.names import CANONICAL, DELIVERED_FILE
 from pipeline.ownership import owner_number
 from pipeline.storage.files import replacing
-from pipeline.storage.run_files import leaves, own_file, own_folder
+from pipeline.storage.run_files import leaves, own_file, own_folder, read_delivered
 from pipeline.tracking.client import connect, find_by_id, set_tags
 from pipeline.tracking.history import write_history
 from pipeline.tracking.inbox import Inbox
@@ -52,7 +52,7 @@ class Cursor:
         self.file, self.store = folder / DELIVERED_FILE, store
         size = _size(folder / JOURNAL_FILE)
         # of a journal that was lost, or its tail, all is delivered again
-        self.stores = {name: saved for name, saved in _read_json(self.file).items() if saved["offset"] <= size}
+        self.stores = {name: saved for name, saved in read_delivered(folder).items() if saved["offset"] <= size}
         saved = self.stores.get(store, {})
         self.run_id: str | None = saved.get("run_id")
         self.offset, self.ended = int(saved.get("offset", 0)), saved.get("ended")
@@ -71,14 +71,6 @@ class Cursor:
                 work.write_text(json.dumps(self.stores, indent=1), encoding="utf-8")
         except OSError as error:
             say(f"warning: {self.file}: {error.strerror or error}; what was delivered may be delivered once more")
-
-
-def _read_json(file: Path) -> dict[str, dict[str, Any]]:
-    try:
-        found = json.loads(file.read_bytes())
-    except (OSError, ValueError):  # a power cut may have left it empty: then all is delivered again
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _size(file: Path) -> int:

@@ -14,7 +14,7 @@ from pipeline.tracking.client import connect, find_by_id
 from pipeline.tracking.delivery import Cursor, Delivery
 from pipeline.tracking.inbox import Inbox
 from pipeline.tracking.messages import DeliveryReport, FinishRun, Progress
-from pipeline.tracking.store import CLIENT_SETTINGS, is_temporary, probe, refusal, store_key, tracking_uri
+from pipeline.tracking.store import CLIENT_SETTINGS, is_temporary, one_line, probe, refusal, store_key, tracking_uri
 
 PATIENCE_SECONDS = 30.0  # without any progress
 
@@ -40,11 +40,16 @@ def sync(folder: Path, again: bool = False) -> None:
     for each in folders:
         try:
             say(f"run {each.name}: {_sync_run(each, again)}")
+            continue
         except UserError as error:
-            if single:
-                raise
-            say(f"error: {error}")
-            failed.append(error)
+            refused = error
+        except Exception as error:  # whatever is wrong with one folder must not keep the others from the store
+            refused = TrainingError(f"run folder {each}: {type(error).__name__}: {one_line(error)}")
+            refused.__cause__ = error
+        if single:
+            raise refused
+        say(f"error: {refused}")
+        failed.append(refused)
     if failed:
         worst = max(failed, key=lambda error: error.exit_code)
         raise type(worst)(f"{len(failed)} of {len(folders)} runs of {folder} are not whole in {tracking_uri()}")
