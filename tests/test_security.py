@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from hashlib import sha256
@@ -17,10 +18,13 @@ from typing import Any
 from urllib.request import urlopen
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
 from conftest import ROOT, Call, only_full
+from hypothesis import given as examples
+from hypothesis import strategies as st
 from safetensors import SafetensorError
 from server import free_port
 from test_report import arm as arm_of
@@ -28,9 +32,12 @@ from test_report import comparison
 
 from pipeline import __main__ as command_line
 from pipeline.checkpoint import Damaged, read, write
-from pipeline.compare import NOTE_LENGTH, to_markdown
+from pipeline.compare import NOTE_LENGTH, to_markdown, to_text
 from pipeline.config import load, to_yaml
+from pipeline.console import aligned, say
 from pipeline.errors import UserError
+from pipeline.runtime.text import visible
+from pipeline.storage.csv_table import cell, write_csv
 from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.data import read_split
 from pipeline.tasks.mmoe.schema import DataSchema
@@ -316,6 +323,68 @@ def test_a_comparisons_note_shows_names_as_they_are() -> None:
         assert not re.search(r"(?<!\\)\]\(", text), "a link"
     control = replace(bad, role="control")
     escaped(to_markdown(comparison(bad, control, baseline=name)))
+
+
+# ---------------------------------------------------------------- terminals and spreadsheets
+
+CLEARS = "\x1b]0;title\x07\x1b[2Jname\x9b\r\x7f"
+
+
+def controls(text: str) -> list[str]:
+    """Control characters but for those that tables and lines are made of."""
+    return [letter for letter in text if unicodedata.category(letter) == "Cc" and letter not in "\n\t"]
+
+
+@examples(text=st.text(st.characters(categories=["Cc", "L", "P"]), max_size=20))
+def test_control_characters_are_shown_escaped(text: str) -> None:
+    shown = visible(text)
+    assert not controls(shown.replace("\r\n", "\n"))
+    assert visible(shown) == shown
+    if not controls(text):
+        assert shown == text
+
+
+def test_names_cannot_speak_to_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    say(f"run {CLEARS}\n\tin two lines")
+    assert capsys.readouterr().err == "run \\x1b]0;title\\x07\\x1b[2Jname\\x9b\\x0d\\x7f\n\tin two lines\n"
+    status, line = exit_of(capsys, "verify", f"{CLEARS}/d")
+    assert status == 2
+    assert line.startswith("error: \\x1b]0;title\\x07\\x1b[2Jname\\x9b \\x7f/d: no such folder; allowed:")
+    assert not controls(exit_of(capsys, "train_mmoe", f"--{CLEARS}", "1")[1])
+    bad = arm_of(CLEARS, (0.61, 0.62, 0.63), (0.6, 0.6, 0.6), differing={CLEARS: CLEARS}, control_of=CLEARS)
+    compared = comparison(bad, title=CLEARS, notes=(CLEARS,), task=CLEARS)
+    for text in (to_text(compared), to_markdown(compared), to_markdown(compared, 700)):
+        assert not controls(text)
+        assert "\\x1b" in text
+    first, second = aligned([[CLEARS, "1"], ["a", "2"]]).split("\n")
+    assert len(first) == len(second)
+
+
+FORMULAS = ("=1+1", "+1+1", "-1+1", "@SUM(1)", "\t=1", "\r=1", '=HYPERLINK("http://x")')
+
+
+@examples(text=st.sampled_from(FORMULAS) | st.text(st.sampled_from("=+-@\t\r\n1ea\x1b'\""), max_size=6))
+def test_no_cell_of_a_table_is_a_formula(text: str) -> None:
+    found = cell(text)
+    assert isinstance(found, str)
+    is_number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text)
+    assert len(found) < 2 or found[0] not in "=+-@\t\r" or is_number
+    assert found in (visible(text), "'" + visible(text))
+
+
+def test_the_tables_of_names_that_are_formulas(tmp_path: Path) -> None:
+    """Numbers stay numbers, and what reads a table finds its columns; two of them may have one name."""
+    frame = pd.DataFrame({"arm": [*FORMULAS[:3], None], "params.a": ["-1e-4", "-", "=a", "b"], "x": [-1.5, 2, 0, 1]})
+    frame = pd.concat([frame, pd.DataFrame({"=cmd": ["", "a", "\x1b", "b\r\nc"], "arm": [1, 2, 3, 4]})], axis=1)
+    write_csv(frame, tmp_path / "table.csv")
+    lines = (tmp_path / "table.csv").read_bytes().decode().split("\n", 1)
+    assert lines[0] == "arm,params.a,x,'=cmd,arm"
+    found = pd.read_csv(tmp_path / "table.csv", keep_default_na=False)
+    assert found["x"].tolist() == [-1.5, 2, 0, 1]
+    assert found["arm"].tolist() == ["'=1+1", "'+1+1", "'-1+1", ""]
+    assert found["params.a"].tolist() == ["-1e-4", "-", "'=a", "b"]
+    assert found["'=cmd"].tolist() == ["", "a", "\\x1b", "b\r\nc"]
+    assert all(found[name].tolist() == [1, 2, 3, 4] for name in found if name.startswith("arm."))
 
 
 # ---------------------------------------------------------------- the source

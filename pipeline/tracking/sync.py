@@ -10,6 +10,7 @@ from pipeline.console import say
 from pipeline.errors import TrainingError, Undelivered, UserError
 from pipeline.journal import JOURNAL_FILE, JournalWriter, read_all
 from pipeline.ownership import Ownership
+from pipeline.runtime.text import visible
 from pipeline.tracking.client import connect, find_by_id
 from pipeline.tracking.delivery import Cursor, Delivery
 from pipeline.tracking.inbox import Inbox
@@ -101,7 +102,7 @@ def _deliver(folder: Path, number: int, again: bool) -> tuple[DeliveryReport, in
         cursor.rewind()  # what was refused before may be taken now
         cursor.save()
     inbox = Inbox(None, FinishRun(None, patience=PATIENCE_SECONDS))
-    with tqdm(unit=" records", desc=folder.name, leave=False) as bar:
+    with tqdm(unit=" records", desc=visible(folder.name), leave=False) as bar:
 
         def tell(progress: Progress) -> None:
             bar.total = progress.of

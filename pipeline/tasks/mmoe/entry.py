@@ -10,6 +10,7 @@ from pipeline.config import flatten
 from pipeline.console import say, warn
 from pipeline.names import metric_names
 from pipeline.run import MlflowRun, Writer, writer_for
+from pipeline.runtime.text import visible
 from pipeline.tasks.mmoe.config import PrepareCtrConfig
 from pipeline.tasks.mmoe.prepare import prepare
 from pipeline.tasks.mmoe.schema import SCHEMA_FILE, DataSchema
@@ -75,7 +76,7 @@ class Bars:
                 self._bar.close()
             self._what = what
             # what an earlier process did is no speed of this one
-            self._bar = tqdm(desc=what or None, initial=rows, unit=" rows", unit_scale=True, disable=None)
+            self._bar = tqdm(desc=visible(what) or None, initial=rows, unit=" rows", unit_scale=True, disable=None)
         return self._bar
 
 
