@@ -53,7 +53,7 @@ from pipeline.tracking.messages import (
     WriterReply,
     WriterRequest,
 )
-from pipeline.tracking.store import CLIENT_SETTINGS
+from pipeline.tracking.store import CLIENT_SETTINGS, check_uri
 
 PATIENCE_SECONDS = 30.0  # how long the end of a run waits for a store that takes nothing
 STOPPED_SECONDS = 4.0  # in all, that the store gets when a run is stopped by a signal
@@ -181,7 +181,12 @@ class Writer:
         self.start()
 
     def start(self) -> None:
-        """Start the process, in place of one that has ended."""
+        """Start the process, in place of one that has ended.
+
+        Raises:
+            UserError: MLFLOW_TRACKING_URI is no URI.
+        """
+        check_uri()
         environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_RUN_ID"}
         environment |= CLIENT_SETTINGS | {"OMP_NUM_THREADS": "1"}
         self.inbox = queue.Queue[tuple[ChildProcess[WriterReply], WriterReply | Ended]]()

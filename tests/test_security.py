@@ -33,7 +33,7 @@ from test_report import comparison
 from pipeline import __main__ as command_line
 from pipeline.checkpoint import Damaged, read, write
 from pipeline.compare import NOTE_LENGTH, to_markdown, to_text
-from pipeline.config import load, to_yaml
+from pipeline.config import load, to_yaml, validate
 from pipeline.console import aligned, say
 from pipeline.errors import UserError
 from pipeline.runtime.text import visible
@@ -252,6 +252,27 @@ def test_a_prepared_folder_cannot_name_files_elsewhere(impressions: Path, tmp_pa
         (tmp_path / "schema.json").write_text(json.dumps(told))
         with pytest.raises(UserError, match=r"splits\.train\.file"):
             read_split(tmp_path, DataSchema.read(tmp_path), "train")
+
+
+@examples(size=st.integers(2**31), field=st.sampled_from(["size", "hash_buckets"]))
+def test_a_prepared_folder_cannot_have_more_ids_than_there_are(impressions: Path, size: int, field: str) -> None:
+    told = json.loads((impressions / "schema.json").read_text())
+    told["features"][1][field] = size
+    place, most = f"schema\\.json: features\\.1\\.{field}: found {size}", "allowed: integer >= 0 and <= 2147483647"
+    with pytest.raises(UserError, match=f"{place}, {most}$"):
+        validate(DataSchema, told, Path("schema.json"))
+    for feature, most in zip(told["features"], (2**31 - 2, 2), strict=False):
+        feature |= {field: 0, "size": most}
+    with pytest.raises(UserError, match=r"schema\.json: features: found sizes that sum to \d+, allowed: 2147483647"):
+        validate(DataSchema, told, Path("schema.json"))
+    for change, text in (
+        ({"sise": 3}, "unknown key features.1.sise; did you mean size"),
+        ({"name": 3}, "features.1.name: found 3, allowed: text"),
+        ({"edges": ["a"]}, "features.1.edges.0: found 'a', "),
+    ):
+        odd: dict[str, Any] = {**told["features"][1], **change}  # type: ignore[dict-item]
+        with pytest.raises(UserError, match=re.escape(text)):
+            validate(DataSchema, told | {"features": [told["features"][0], odd]}, Path("schema.json"))
 
 
 def test_columns_and_aspects_are_no_paths(

@@ -15,6 +15,7 @@ from pipeline.tasks.mmoe.config import PrepareCtrConfig
 from pipeline.tasks.mmoe.prepare import prepare
 from pipeline.tasks.mmoe.schema import SCHEMA_FILE, DataSchema
 from pipeline.tracking.messages import RunRequest
+from pipeline.tracking.store import check_uri
 
 OUT_OF_VOCABULARY_WARNING = 0.2
 # what raw Ali-CCP files had that is worth a word
@@ -32,6 +33,8 @@ MET = {
 
 def prepare_ctr(config: PrepareCtrConfig, given: frozenset[str]) -> None:  # noqa: ARG001 (every key acts)
     """Prepare, say what was found, and leave schema and figures in MLflow."""
+    if config.tracking.enabled:
+        check_uri()  # not once all is prepared
     output = Path(config.output_dir)
     with Bars() as bars:
         data, schema_file = Path(config.data), Path(config.schema_)

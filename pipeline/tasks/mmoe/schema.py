@@ -21,6 +21,7 @@ from pipeline.config import Config, Positive, validate
 from pipeline.errors import UserError
 
 OUT_OF_VOCABULARY, MISSING, FIRST_ID = 0, 1, 2
+MOST_IDS = 2**31 - 1  # of all features together: an id is a row of one table, in 32 bits
 LABELS = ("click", "conversion")
 SPLITS = ("train", "validation", "test")
 SCHEMA_FILE = "schema.json"
@@ -129,9 +130,9 @@ class Feature(Config):
 
     name: str
     kind: Literal["categorical", "multi", "numeric"]
-    size: int = Field(0, ge=0)
+    size: int = Field(0, ge=0, le=MOST_IDS)
     """categorical, multi: number of ids, 0 (out of vocabulary), 1 (missing) and hashed ones included"""
-    hash_buckets: int = Field(0, ge=0)
+    hash_buckets: int = Field(0, ge=0, le=MOST_IDS)
     """categorical, multi: how many ids, the last ones, rare and unseen values share by their hash"""
     weighted: bool = False
     """multi: a column `<name>.weights` stands beside it"""
@@ -187,6 +188,13 @@ class DataSchema(Config):
     """file name and SHA-256 of what it was made from, or the generator's settings"""
     counts: dict[str, int] = Field(default_factory=dict)
     """raw Ali-CCP files: what was met while they were read"""
+
+    @model_validator(mode="after")
+    def _ids_fit(self) -> "DataSchema":
+        ids = sum(feature.size for feature in self.features)
+        if ids > MOST_IDS:
+            raise ValueError(f"features: found sizes that sum to {ids}, allowed: {MOST_IDS} at most")
+        return self
 
     @property
     def digest(self) -> str:
