@@ -39,8 +39,11 @@ from pipeline.errors import UserError
 from pipeline.runtime.text import visible
 from pipeline.storage.csv_table import cell, write_csv
 from pipeline.tasks.mmoe.config import MmoeConfig
+from pipeline.tasks.mmoe.contract import verify
 from pipeline.tasks.mmoe.data import read_split
 from pipeline.tasks.mmoe.schema import DataSchema
+from pipeline.tasks.mmoe.task import MmoeTask
+from pipeline.tasks.visobert.columns import read_columns
 from pipeline.tasks.visobert.config import ModelConfig
 from pipeline.tasks.visobert.data import tokenise
 from pipeline.tasks.visobert.model import build_model
@@ -252,6 +255,44 @@ def test_a_prepared_folder_cannot_name_files_elsewhere(impressions: Path, tmp_pa
         (tmp_path / "schema.json").write_text(json.dumps(told))
         with pytest.raises(UserError, match=r"splits\.train\.file"):
             read_split(tmp_path, DataSchema.read(tmp_path), "train")
+
+
+def a_folder(place: Path) -> None:
+    place.mkdir()
+
+
+def a_device(place: Path) -> None:
+    place.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("odd", [os.mkfifo, a_folder, a_device])
+def test_what_is_no_file_in_a_prepared_folder_is_told_before_it_is_opened(
+    odd: Callable[[Path], None], impressions: Path, tmp_path: Path, small: Callable[..., Any]
+) -> None:
+    """Opening a pipe would wait for its other end."""
+    splits = [f"{split}.parquet" for split in ("train", "validation", "test")]
+    names = [*splits, "schema.json", "vocabulary.parquet"]
+    for name in names:
+        folder = tmp_path / name
+        folder.mkdir()
+        for other in names:
+            if other != name:
+                (folder / other).symlink_to(impressions / other)
+        odd(folder / name)
+        for read in (verify, lambda folder: MmoeTask(small(data__path=folder))):
+            with pytest.raises(UserError, match=rf"{name}/{name}: not a file"):
+                read(folder)
+    reviews = tmp_path / "reviews.jsonl"
+    odd(reviews)
+    with pytest.raises(UserError, match=r"reviews\.jsonl: (not a file|found a folder, allowed: a file)"):
+        read_columns(reviews)
+
+
+def test_a_pipe_where_the_stream_of_a_split_would_be(impressions: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(impressions, tmp_path / "data", ignore=shutil.ignore_patterns("*.arrow"))
+    os.mkfifo(folder / "test.arrow")
+    schema = DataSchema.read(folder)
+    assert len(read_split(folder, schema, "test")) == schema.splits["test"].rows
 
 
 @examples(size=st.integers(2**31), field=st.sampled_from(["size", "hash_buckets"]))

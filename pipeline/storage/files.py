@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 
+class NotAFileError(OSError):
+    """A path leads to a folder, a pipe or a device."""
+
+
 class Entry(NamedTuple):
     """Size in bytes and SHA-256 (hex) of a file."""
 
@@ -94,10 +98,11 @@ def check_file(file: Path) -> None:
     """See that a path leads to a file, before it is opened: a pipe would wait for its other end, for good.
 
     Raises:
-        OSError: it is a folder, a pipe or a device, or there is nothing.
+        NotAFileError: it is a folder, a pipe or a device.
+        OSError: there is nothing, or it cannot be asked about.
     """
     if not stat.S_ISREG(file.stat().st_mode):
-        raise OSError(errno.EINVAL, "not a file", str(file))
+        raise NotAFileError(errno.EINVAL, "not a file", str(file))
 
 
 def copy_contents(source: Path, target: Path, skip: Container[str] = ()) -> None:

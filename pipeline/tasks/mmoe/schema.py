@@ -19,6 +19,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.config import Config, Positive, validate
 from pipeline.errors import UserError
+from pipeline.storage.files import check_file
 
 OUT_OF_VOCABULARY, MISSING, FIRST_ID = 0, 1, 2
 MOST_IDS = 2**31 - 1  # of all features together: an id is a row of one table, in 32 bits
@@ -216,6 +217,7 @@ class DataSchema(Config):
         """
         file = folder / SCHEMA_FILE
         try:
+            check_file(file)
             tree = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(
@@ -245,5 +247,14 @@ def sha256_of_parts(digests: Sequence[str]) -> str:
 
 
 def parts(split: Path) -> list[Path]:
-    """The Parquet files of a split, in their order: the file itself, or those of a folder, by name."""
-    return sorted(file for file in split.glob("*.parquet") if file.name[0] not in "._") if split.is_dir() else [split]
+    """The Parquet files of a split, in their order: the file itself, or those of a folder, by name.
+
+    Raises:
+        OSError: one of them is not a file, or is not there.
+    """
+    found = [split]
+    if split.is_dir():
+        found = sorted(file for file in split.glob("*.parquet") if file.name[0] not in "._") or found
+    for file in found:
+        check_file(file)
+    return found
