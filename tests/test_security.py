@@ -257,6 +257,13 @@ def test_a_prepared_folder_cannot_name_files_elsewhere(impressions: Path, tmp_pa
             read_split(tmp_path, DataSchema.read(tmp_path), "train")
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, "[1]", "null", "1e999", '{"features": {}}'])
+def test_a_schema_that_is_none_is_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text(text)
+    with pytest.raises(UserError, match=r"schema\.json: "):
+        DataSchema.read(tmp_path)
+
+
 def a_folder(place: Path) -> None:
     place.mkdir()
 
@@ -279,9 +286,9 @@ def test_what_is_no_file_in_a_prepared_folder_is_told_before_it_is_opened(
             if other != name:
                 (folder / other).symlink_to(impressions / other)
         odd(folder / name)
-        for read in (verify, lambda folder: MmoeTask(small(data__path=folder))):
+        for use in (verify, lambda folder: MmoeTask(small(data__path=folder))):
             with pytest.raises(UserError, match=rf"{name}/{name}: not a file"):
-                read(folder)
+                use(folder)
     reviews = tmp_path / "reviews.jsonl"
     odd(reviews)
     with pytest.raises(UserError, match=r"reviews\.jsonl: (not a file|found a folder, allowed: a file)"):

@@ -226,8 +226,10 @@ class DataSchema(Config):
             ) from None  # fmt: skip
         except OSError as error:
             raise UserError(f"{file}: {error.strerror or error}") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{file}: not valid JSON: {error}") from None
+        if not isinstance(tree, dict):
+            raise UserError(f"{file}: found a {type(tree).__name__}, allowed: an object of keys")
         return validate(cls, tree, file)
 
     def write(self, folder: Path) -> None:
