@@ -113,7 +113,8 @@ def _named(run_id: str, config: RunConfig, output_dir: Path, writer: Writer) -> 
         return _of_store(found[0], output_dir)
     if not (folder / JOURNAL_FILE).exists():
         raise UserError(f"resume {run_id}: there is no such run; allowed: auto, or the id of a run")
-    opened = _beginning(folder / JOURNAL_FILE)
+    with os_errors(f"journal {folder / JOURNAL_FILE}"):
+        opened = _beginning(folder / JOURNAL_FILE)
     if opened is None:
         raise UserError(f"{folder / JOURNAL_FILE}: found no record of the run's beginning; it cannot go on")
     return _of_folder(folder, opened)

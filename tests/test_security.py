@@ -309,8 +309,8 @@ def test_a_prepared_folder_cannot_have_more_ids_than_there_are(impressions: Path
     place, most = f"schema\\.json: features\\.1\\.{field}: found {size}", "allowed: integer >= 0 and <= 2147483647"
     with pytest.raises(UserError, match=f"{place}, {most}$"):
         validate(DataSchema, told, Path("schema.json"))
-    for feature, most in zip(told["features"], (2**31 - 2, 2), strict=False):
-        feature |= {field: 0, "size": most}
+    for feature, ids in zip(told["features"], (2**31 - 2, 2), strict=False):
+        feature |= {field: 0, "size": ids}
     with pytest.raises(UserError, match=r"schema\.json: features: found sizes that sum to \d+, allowed: 2147483647"):
         validate(DataSchema, told, Path("schema.json"))
     for change, text in (

@@ -337,7 +337,7 @@ def test_a_damaged_folder_leaves_the_others(
         return deliver(folder, *arguments)
 
     monkeypatch.setattr(syncing, "_deliver", stumbles)
-    with pytest.raises(TrainingError, match="2 of 5 runs of outputs are not whole"):
+    with pytest.raises(UserError, match="2 of 5 runs of outputs are not whole"):
         sync(Path("outputs"))
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert sorted(line.partition(": found")[0].partition(": KeyError")[0] for line in errors) == sorted(

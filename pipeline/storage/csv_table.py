@@ -9,7 +9,7 @@ from pandas.api.types import is_numeric_dtype
 from pipeline.runtime.text import visible
 
 FORMULA = re.compile(r"[=+\-@\t\r].", re.DOTALL)
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 def cell(value: object) -> object:
