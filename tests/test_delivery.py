@@ -801,7 +801,7 @@ def test_a_run_whose_journal_cannot_begin_is_ended(
     assert client.get_run(run.id).info.status == "FINISHED"
     run.journal.file.unlink()
     run.journal.file.mkdir()
-    with pytest.raises(TrainingError, match=f"run folder .*{run.id}: Is a directory"):
+    with pytest.raises(TrainingError, match=f"run folder .*{run.id}: not a file"):
         resume(writer, run.id)
     assert alive_owner(run.folder) is None
 

@@ -420,7 +420,8 @@ def test_names_cannot_speak_to_the_terminal(capsys: pytest.CaptureFixture[str]) 
     assert status == 2
     assert line.startswith("error: \\x1b]0;title\\x07\\x1b[2Jname\\x9b \\x7f/d: no such folder; allowed:")
     assert not controls(exit_of(capsys, "train_mmoe", f"--{CLEARS}", "1")[1])
-    bad = arm_of(CLEARS, (0.61, 0.62, 0.63), (0.6, 0.6, 0.6), differing={CLEARS: CLEARS}, control_of=CLEARS)
+    bad = arm_of(CLEARS, (0.61, 0.62, 0.63), (0.6, 0.6, 0.6), differing={"loss.aux_focal.lambda": CLEARS},
+                 control_of=CLEARS)  # fmt: skip
     compared = comparison(bad, title=CLEARS, notes=(CLEARS,), task=CLEARS)
     for text in (to_text(compared), to_markdown(compared), to_markdown(compared, 700)):
         assert not controls(text)

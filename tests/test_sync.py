@@ -177,7 +177,9 @@ def test_the_code_of_a_read_only_package_can_be_written_where_it_is_copied(
     monkeypatch.setattr(serving, "PACKAGE", package)
     monkeypatch.setattr(mlflow.pyfunc, "log_model", looks)
     try:
-        serving.log_model({"folder": str(model), "task": "mmoe", "inputs": None, "example": ["a"], "outputs": {}})
+        serving.log_model(
+            {"folder": str(model), "task": "mmoe", "inputs": None, "example": ["a"], "outputs": {"p": "double"}}
+        )
     finally:
         for path in (package, *package.rglob("*")):
             path.chmod(0o755)
