@@ -1,5 +1,6 @@
 """`sync` brings what waits in a journal to a store, the same or another one, whenever that is."""
 
+import importlib
 import os
 import shutil
 import signal
@@ -156,8 +157,6 @@ def test_the_code_of_a_read_only_package_can_be_written_where_it_is_copied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """MLflow copies with the modes, and removes its copy: a closed one it could not."""
-    import mlflow
-
     from pipeline import serving
 
     package, model, seen = tmp_path / "image" / "pipeline", tmp_path / "model", dict[str, int]()
@@ -175,7 +174,7 @@ def test_the_code_of_a_read_only_package_can_be_written_where_it_is_copied(
         )
 
     monkeypatch.setattr(serving, "PACKAGE", package)
-    monkeypatch.setattr(mlflow.pyfunc, "log_model", looks)
+    monkeypatch.setattr(importlib.import_module("mlflow.pyfunc"), "log_model", looks)
     try:
         serving.log_model(
             {"folder": str(model), "task": "mmoe", "inputs": None, "example": ["a"], "outputs": {"p": "double"}}
@@ -329,8 +328,8 @@ def test_a_damaged_folder_leaves_the_others(
             for name in names}  # fmt: skip
     (runs["foreign"].folder / "delivered.json").write_text('{"sqlite:///x.db": {}}')
     for name, text in (("lacking", '{"op":"metrics"}\n{"op":"finish"}\n'), ("headless", '{"op":"open"}\n')):
-        lines = runs[name].journal.file.read_text().splitlines(keepends=True)
-        runs[name].journal.file.write_text(text + "".join(lines if name == "lacking" else lines[1:]))
+        records = runs[name].journal.file.read_text().splitlines(keepends=True)
+        runs[name].journal.file.write_text(text + "".join(records if name == "lacking" else records[1:]))
     client, deliver = use(other, monkeypatch), syncing._deliver
 
     def stumbles(folder: Path, *arguments: Any) -> Any:
@@ -341,7 +340,10 @@ def test_a_damaged_folder_leaves_the_others(
     monkeypatch.setattr(syncing, "_deliver", stumbles)
     with pytest.raises(UserError, match="2 of 5 runs of outputs are not whole"):
         sync(Path("outputs"))
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    lines = capsys.readouterr().err.splitlines()
+    damaged = runs["lacking"].journal.file.resolve()
+    assert f"warning: {damaged}: damaged lines, which were passed over: 2" in lines
+    errors = [line for line in lines if line.startswith("error: ")]
     assert sorted(line.partition(": found")[0].partition(": KeyError")[0] for line in errors) == sorted(
         [f"error: {runs['headless'].journal.file.resolve()}", f"error: run folder {runs['unforeseen'].folder}"]
     )

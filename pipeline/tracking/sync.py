@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pipeline.console import say
+from pipeline.console import say, warn
 from pipeline.errors import TrainingError, Undelivered, UserError
 from pipeline.journal import JOURNAL_FILE, JournalWriter, read_all
 from pipeline.ownership import Ownership
@@ -113,6 +113,8 @@ def _deliver(folder: Path, number: int, again: bool) -> tuple[DeliveryReport, in
             delivery.reader.close()
             return replace(delivery.report(), run_id=cursor.run_id or ""), 0
         report = delivery.follow()
+    if delivery.reader.damaged:
+        warn(f"{delivery.journal}: damaged lines, which were passed over: {delivery.reader.damaged:,}")
     return report, max(1, delivery.delivered)
 
 
