@@ -13,6 +13,7 @@ from pipeline.config import Config, keys, load, nearest
 from pipeline.errors import UserError
 from pipeline.importing import uncollected
 from pipeline.interrupts import Interrupted, interruptible
+from pipeline.runtime.text import visible
 
 ROOT = Path(__file__).parent.parent
 LONGEST_LINE = 3000  # characters of an error
@@ -129,8 +130,8 @@ def doctor_command(run: str, output_dir: Path) -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 def verify_command(folder: Path) -> None:
     schema = resolve("pipeline.tasks.mmoe.contract:verify")(folder)
-    click.echo(f"{folder}: as its schema.json says, {sum(split.rows for split in schema.splits.values())} rows, "
-               f"digest {schema.digest}")  # fmt: skip
+    rows = sum(split.rows for split in schema.splits.values())
+    click.echo(visible(f"{folder}: as its schema.json says, {rows} rows, digest {schema.digest}"))
 
 
 TOOLS = {str(tool.name): tool for tool in (sync_command, doctor_command, verify_command)}
@@ -206,7 +207,7 @@ def _identifier(path: str) -> str:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    line = " ".join(message.split())  # click's own messages hold what was typed as it was typed
+    line = visible(" ".join(message.split()))  # click's own messages hold what was typed as it was typed
     whose = f"rank {ranks.number()}: " if ranks.size() > 1 and not line.startswith("rank ") else ""
     print(f"error: {whose}{line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + ' ...'}", file=sys.stderr)
     sys.exit(code)

@@ -41,6 +41,7 @@ from pipeline.selection import (
     with_arms,
 )
 from pipeline.stats import Paired, holm, minimum_detectable_difference, paired
+from pipeline.storage.csv_table import write_csv
 from pipeline.tracking.messages import RunRequest
 from pipeline.tracking.store import tracking_uri
 
@@ -150,7 +151,7 @@ def write(comparison: Comparison, folder: Path, history: pd.DataFrame | None = N
         history = load_history(comparison.runs, [name for name in logged if CURVES.fullmatch(name)])
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        to_frame(comparison).to_csv(files[0], index=False)
+        write_csv(to_frame(comparison), files[0])
         files[1].write_text(to_markdown(comparison), encoding="utf-8")
         write_page(comparison, history, files[2])
     except OSError as error:

@@ -323,6 +323,8 @@ def _explain(error: ValidationError, known: dict[str, Key], file: Path | None, g
             whole, own = ".".join(parts), [f"{path}.{key.path}" for key in keys(block)]
             unknown = f"unknown key {_cut(whole)}{nearest(whole[:LONGEST_KEY], own)}"
             line = f"{where}: {unknown if finding['type'] == 'extra_forbidden' else f'{_cut(whole)} is required'}"
+        elif inner and (listed := _listed_block(known[path].field.annotation)):
+            line = f"{where}: {_of_item('.'.join(parts), parts[path.count('.') + 2 :], listed, finding)}"
         elif inner and get_origin(known[path].field.annotation) is dict:
             reason = finding["ctx"]["error"] if finding["type"] == "value_error" else finding["msg"]
             line = f"{where}: {_cut('.'.join(parts))}: found {_shown(finding['input'])}, {reason}"
@@ -343,6 +345,18 @@ def _explain(error: ValidationError, known: dict[str, Key], file: Path | None, g
             told.append(line)
     more = [f"and {len(told) - MOST_TOLD} more"] if len(told) > MOST_TOLD else []
     return "; ".join(told[:MOST_TOLD] + more)
+
+
+def _of_item(whole: str, parts: list[str], block: type[Config], finding: Any) -> str:
+    """What is wrong within one of a list of blocks. whole: where it stands; parts: its place in the block."""
+    own, name = {key.path: key for key in keys(block)}, ".".join(parts)
+    if finding["type"] == "missing":
+        return f"{_cut(whole)} is required"
+    if finding["type"] == "extra_forbidden":
+        return f"unknown key {_cut(whole)}{nearest(name[:LONGEST_KEY], [*own])}"
+    reason = finding["ctx"]["error"] if finding["type"] == "value_error" else finding["msg"]
+    allowed = f"allowed: {own[name].allowed}" if name in own else reason
+    return f"{_cut(whole)}: found {_shown(finding['input'])}, {allowed}"
 
 
 def _findings(error: ValidationError, known: dict[str, Key]) -> list[tuple[str, list[str], Any]]:
@@ -387,6 +401,11 @@ def _optional(annotation: Any) -> tuple[bool, Any]:
 def _scalar(annotation: Any) -> Any:
     plain = _optional(annotation)[1]
     return get_args(plain)[0] if get_origin(plain) is Annotated else plain
+
+
+def _listed_block(annotation: Any) -> type[Config] | None:
+    """The block that a list holds."""
+    return _block(get_args(annotation)[0]) if get_origin(annotation) is tuple else None
 
 
 def _block(annotation: Any) -> type[Config] | None:

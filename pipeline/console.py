@@ -12,6 +12,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from tqdm import tqdm
 
 from pipeline.ranks import leads
+from pipeline.runtime.text import visible
 
 CLOSE_SECONDS = 1.0  # that the last lines may wait for a reader, when the training ends early
 
@@ -19,7 +20,7 @@ CLOSE_SECONDS = 1.0  # that the last lines may wait for a reader, when the train
 def say(message: str) -> None:
     """A line on standard error; of several processes that train together, the first one's."""
     if leads():
-        tqdm.write(message, file=sys.stderr)
+        tqdm.write(visible(message), file=sys.stderr)
 
 
 def warn(message: str) -> None:
@@ -90,7 +91,7 @@ def aligned(rows: Sequence[Sequence[str]], left: Container[int] = (0,)) -> str:
     """
     lines = list[tuple[str, ...]]()
     for row in rows:
-        cells = [cell.split("\n") for cell in row]
+        cells = [visible(cell).split("\n") for cell in row]
         height = max(map(len, cells))
         lines += zip(*([""] * (height - len(cell)) + cell for cell in cells), strict=True)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -12,14 +12,16 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from pipeline.errors import TrainingError, os_errors
+from pipeline.storage.files import check_file
 
 JOURNAL_FILE = "journal.jsonl"
 CHUNK_BYTES = 1 << 20  # of the journal in memory at a time
 BUFFER_BYTES = 1 << 16  # what waits for a flush at most
+LARGEST = 2**63 - 1  # of a step, a time in milliseconds, or a whole number among the values
 MEASURED = ("throughput/", "time/", "checkpoint/")  # metrics that no second run repeats
 
 Record = dict[str, Any]
@@ -39,7 +41,9 @@ class JournalWriter:
         check: called before anything is written; raises where the journal is another process' by now.
         """
         self.file, self.check = file, check
-        self.descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        if os.path.lexists(file):  # it is cut where its last line ends: nothing else may be
+            check_file(file)
+        self.descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         self.size = _whole(self.descriptor)
         os.ftruncate(self.descriptor, self.size)
         self.waiting, self.refused = bytearray(), False
@@ -103,9 +107,10 @@ class JournalReader:
     """Reads whole records from where the last read ended."""
 
     def __init__(self, file: Path, start: int = 0) -> None:
+        check_file(file)
         self.stream = file.open("rb")
         self.stream.seek(start)
-        self.damaged = 0  # whole lines that are no record: a power cut can leave such
+        self.damaged = 0  # whole lines that are no record: a power cut can leave such, or another program
 
     def read(self, limit_bytes: int = CHUNK_BYTES) -> list[tuple[int, Record]]:
         """The next records, each with where it ends in the file; empty when there are no more for now."""
@@ -120,7 +125,7 @@ class JournalReader:
                     self.stream.seek(position)
                     return found
                 position += len(line)
-                record = _parsed(line)
+                record = parsed(line)
                 if record is None:
                     self.damaged += 1
                 else:
@@ -131,12 +136,73 @@ class JournalReader:
         self.stream.close()
 
 
-def _parsed(line: bytes) -> Record | None:
+def parsed(line: bytes) -> Record | None:
+    """The record in a line of a journal; None where it is none."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and "op" in record else None
+    return record if is_record(record) else None
+
+
+def is_record(value: object) -> bool:
+    """Whether it is a record with the fields of its `op`, each of its type; of an `op` of a later version, any are."""
+    if not isinstance(value, dict) or not isinstance(op := value.get("op"), str):
+        return False
+    return all(name in value and fits(value[name]) for name, fits in FIELDS.get(op, {}).items())
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_text_or_none(value: object) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_mapping(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
+def _is_list_of_texts_or_none(value: object) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(text, str) for text in value))
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and -LARGEST - 1 <= value <= LARGEST
+
+
+def _is_points(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(number, float) or (isinstance(number, int) and abs(number) <= LARGEST) for number in value.values()
+    )
+
+
+def _is_status(value: object) -> bool:
+    return value in ("FINISHED", "FAILED", "KILLED")
+
+
+_POINTS: dict[str, Callable[[object], bool]] = {"step": _is_whole, "time": _is_whole, "values": _is_points}
+FIELDS: dict[str, dict[str, Callable[[object], bool]]] = {
+    "open": {"id": _is_text, "time": _is_whole, "name": _is_text, "experiment": _is_text_or_none, "tags": _is_texts,
+             "online": _is_flag, "host": _is_text},
+    "params": {"values": _is_texts},
+    "tags": {"values": _is_texts},
+    "metrics": _POINTS,
+    "known": _POINTS,
+    "artifact": {"file": _is_text, "folder": _is_text},
+    "input": {"name": _is_text, "digest": _is_text, "source": _is_text, "profile": _is_mapping},
+    "model": {"folder": _is_text, "task": _is_text, "inputs": _is_list_of_texts_or_none, "outputs": _is_texts},
+    "finish": {"status": _is_status, "time": _is_whole},
+}  # fmt: skip
 
 
 def read_all(file: Path, start: int = 0) -> Iterator[Record]:
@@ -153,18 +219,6 @@ def read_all(file: Path, start: int = 0) -> Iterator[Record]:
 def points(file: Path) -> Iterator[Record]:
     """The records of a journal that hold points: those that were logged, and those read back from the store."""
     return (record for record in read_all(file) if record["op"] in ("metrics", "known"))
-
-
-def relative(file: Path, folder: Path) -> str:
-    """A file's path for the journal: relative where it lies in the run's folder, which may be moved."""
-    file, folder = file.resolve(), folder.resolve()
-    return file.relative_to(folder).as_posix() if file.is_relative_to(folder) else str(file)
-
-
-def leaves(folder: str) -> bool:
-    """An artifact's folder that is not below the run's own."""
-    place = PurePosixPath(folder)
-    return place.is_absolute() or ".." in place.parts or "\\" in folder
 
 
 def is_measured(metric: str) -> bool:

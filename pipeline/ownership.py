@@ -18,7 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout, lock_descriptor, unlock_descriptor
 
 from pipeline.errors import TrainingError, UserError
-from pipeline.storage.files import replacing
+from pipeline.storage.files import check_file, replacing
 
 LOCK_FILE = "owner.lock"
 NUMBER_FILE = "owner.number"
@@ -207,9 +207,10 @@ def boot_id() -> str:
 def _read(folder: Path) -> Lease | None:
     """The lease that is there; None where there is none, or something else."""
     try:
+        check_file(folder / LEASE_FILE)
         values = json.loads((folder / LEASE_FILE).read_bytes())
         lease = Lease(**values)
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
     kinds = {"host": str, "boot": str, "pid": int, "number": int, "beat": int, "released": bool}
     return lease if all(type(getattr(lease, name)) is kind for name, kind in kinds.items()) else None
@@ -227,6 +228,7 @@ def _replace(folder: Path, name: str, text: str, sync: bool) -> None:
 
 def _number(folder: Path) -> int:
     try:
+        check_file(folder / NUMBER_FILE)
         return int((folder / NUMBER_FILE).read_bytes())
     except (OSError, ValueError):
         return 0

@@ -1,6 +1,5 @@
 """Which run a start goes on with: `resume` brings one to its end, `fork` starts a new one from an old state."""
 
-import json
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,10 +15,12 @@ from pipeline.checkpoint import Checkpoints, Generation
 from pipeline.config import flatten, read_yaml, validate
 from pipeline.console import say, warn
 from pipeline.errors import UserError, os_errors
-from pipeline.journal import JOURNAL_FILE, Record, points, read_all
-from pipeline.names import DELIVERED_FILE, FORKED_FROM, THREADS
+from pipeline.journal import JOURNAL_FILE, Record, parsed, points, read_all
+from pipeline.names import FORKED_FROM, THREADS
 from pipeline.ownership import alive_owner
 from pipeline.run import MlflowRun, Writer
+from pipeline.storage.files import check_file
+from pipeline.storage.run_files import read_delivered
 from pipeline.tracking.messages import StoredRun
 from pipeline.training import Training
 
@@ -84,26 +85,22 @@ def find_begun(
 
 def _matching(config: RunConfig, key: str, output_dir: Path, writer: Writer) -> Begun | None:
     """The newest run of this config and data."""
-    local = [folder for folder, opened in _local_runs(output_dir)
+    local = [(folder, opened) for folder, opened in _local_runs(output_dir)
              if opened["tags"].get("run_key") == key and opened["tags"].get(FORKED_FROM) == config.fork]  # fmt: skip
-    for folder in local:  # before the store is asked: who starts a run twice shall hear of it at once
+    for folder, _ in local:  # before the store is asked: who starts a run twice shall hear of it at once
         _refuse_alive(folder)
     found = _asked(config, writer, run_key=key, fork=config.fork)
     if found is None:
-        return _of_folder(local[-1]) if local else None
-    waiting = [folder for folder in local if not _was_delivered(folder)]  # begun while the store was away
+        return _of_folder(*local[-1]) if local else None
+    waiting = [run for run in local if not _was_delivered(run[0])]  # begun while the store was away
     begun = [(run.start_time, _of_store(run, output_dir)) for run in found if "pruned" not in run.tags]
-    begun += [(next(read_all(folder / JOURNAL_FILE))["time"], _of_folder(folder)) for folder in waiting]
+    begun += [(opened["time"], _of_folder(folder, opened)) for folder, opened in waiting]
     return max(begun, key=lambda run: run[0])[1] if begun else None
 
 
 def _was_delivered(folder: Path) -> bool:
     """A store has the run, under its id or another."""
-    try:
-        stores = json.loads((folder / DELIVERED_FILE).read_bytes())
-    except (OSError, ValueError):
-        return False
-    return any(store.get("run_id") for store in stores.values())
+    return any(saved["run_id"] for saved in read_delivered(folder).values())
 
 
 def _named(run_id: str, config: RunConfig, output_dir: Path, writer: Writer) -> Begun:
@@ -116,7 +113,11 @@ def _named(run_id: str, config: RunConfig, output_dir: Path, writer: Writer) -> 
         return _of_store(found[0], output_dir)
     if not (folder / JOURNAL_FILE).exists():
         raise UserError(f"resume {run_id}: there is no such run; allowed: auto, or the id of a run")
-    return _of_folder(folder)
+    with os_errors(f"journal {folder / JOURNAL_FILE}"):
+        opened = _beginning(folder / JOURNAL_FILE)
+    if opened is None:
+        raise UserError(f"{folder / JOURNAL_FILE}: found no record of the run's beginning; it cannot go on")
+    return _of_folder(folder, opened)
 
 
 def _asked(config: RunConfig, writer: Writer, **what: str | None) -> list[StoredRun] | None:
@@ -134,9 +135,13 @@ def _local_runs(output_dir: Path) -> list[tuple[Path, Record]]:
     """Folders of runs with the first record of their journals, oldest first."""
     found = []
     for file in output_dir.glob(f"*/{JOURNAL_FILE}"):
-        first = next(read_all(file), None)
-        if first and first["op"] == "open":
-            found.append((file.parent, first))
+        try:
+            opened = _beginning(file)
+        except OSError as error:
+            warn(f"{file}: {error.strerror or error}; the run is passed over")
+            continue
+        if opened:
+            found.append((file.parent, opened))
     return sorted(found, key=lambda run: run[1]["time"])
 
 
@@ -156,21 +161,26 @@ def _folder_of(run: StoredRun, output_dir: Path) -> Path:
     return here if (here / JOURNAL_FILE).exists() or not there else Path(there)
 
 
-def _of_folder(folder: Path) -> Begun:
-    first = next(read_all(folder / JOURNAL_FILE))
-    return Begun(folder.name, first["name"], folder, False, _ended_as(folder / JOURNAL_FILE), first["tags"], {})
+def _of_folder(folder: Path, opened: Record) -> Begun:
+    return Begun(folder.name, opened["name"], folder, False, _ended_as(folder / JOURNAL_FILE), opened["tags"], {})
+
+
+def _beginning(journal: Path) -> Record | None:
+    """The record with which a journal begins, where it is whole."""
+    first = next(read_all(journal), None)
+    return first if first and first["op"] == "open" else None
 
 
 def _ended_as(journal: Path) -> str | None:
     """The status with which a journal ends; None where it ends without one."""
     try:
+        check_file(journal)
         with journal.open("rb") as stream:
             stream.seek(max(0, stream.seek(0, 2) - TAIL_BYTES))
-            last = stream.read().rstrip(b"\n").rpartition(b"\n")[2]
-        record = json.loads(last)
-    except (OSError, ValueError):
+            last = parsed(stream.read().rstrip(b"\n").rpartition(b"\n")[2])
+    except OSError:
         return None
-    return record.get("status") if isinstance(record, dict) and record.get("op") == "finish" else None
+    return last["status"] if last and last["op"] == "finish" else None
 
 
 def _refuse_alive(folder: Path) -> None:
@@ -250,8 +260,8 @@ def origin_of(config: RunConfig, writer: Writer) -> Generation | None:
 
 def begin_again(run: MlflowRun) -> None:
     """Take the threads that the run began with: it has no checkpoint, but points that were made with them."""
-    first = next(read_all(run.folder / JOURNAL_FILE))
-    _take_threads(int(first["tags"].get(THREADS, torch.get_num_threads())))
+    opened = _beginning(run.folder / JOURNAL_FILE) or {"tags": {}}
+    _take_threads(int(opened["tags"].get(THREADS, torch.get_num_threads())))
 
 
 def _take_threads(number: int) -> None:

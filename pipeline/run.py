@@ -27,14 +27,13 @@ from pipeline.journal import (
     JournalWriter,
     Known,
     is_measured,
-    leaves,
     points,
-    relative,
     same_value,
 )
 from pipeline.ownership import Ownership, boot_id
 from pipeline.ranks import leads
 from pipeline.runtime.processes import ChildProcess, Ended
+from pipeline.storage.run_files import LOGGED, leaves, take_in
 from pipeline.tracking.messages import (
     WRITER_REPLIES,
     AbandonRun,
@@ -54,7 +53,7 @@ from pipeline.tracking.messages import (
     WriterReply,
     WriterRequest,
 )
-from pipeline.tracking.store import CLIENT_SETTINGS
+from pipeline.tracking.store import CLIENT_SETTINGS, check_uri
 
 PATIENCE_SECONDS = 30.0  # how long the end of a run waits for a store that takes nothing
 STOPPED_SECONDS = 4.0  # in all, that the store gets when a run is stopped by a signal
@@ -182,7 +181,12 @@ class Writer:
         self.start()
 
     def start(self) -> None:
-        """Start the process, in place of one that has ended."""
+        """Start the process, in place of one that has ended.
+
+        Raises:
+            UserError: MLFLOW_TRACKING_URI is no URI.
+        """
+        check_uri()
         environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_RUN_ID"}
         environment |= CLIENT_SETTINGS | {"OMP_NUM_THREADS": "1"}
         self.inbox = queue.Queue[tuple[ChildProcess[WriterReply], WriterReply | Ended]]()
@@ -393,20 +397,27 @@ class MlflowRun:
         return {key: value for key, value in metrics.items() if key not in there}
 
     def log_artifact(self, file: Path, folder: str = "") -> None:
-        """Keep a file among the run's artifacts.
+        """Keep a file among the run's artifacts; one from elsewhere is copied into the run's folder first.
 
         Raises:
             UserError: the artifact's folder would lie outside.
+            TrainingError: the file cannot be copied.
         """
         if leaves(folder):
             raise UserError(f"artifact {file.name}: found folder {folder!r}, allowed: one below the run's artifacts")
-        self._append("artifact", file=relative(file, self.folder), folder=folder)
+        if not self.lost:
+            self._append("artifact", file=self._take_in(file, f"{LOGGED}/{folder}/{file.name}"), folder=folder)
 
     def log_input(self, name: str, digest: str, source: str, profile: Mapping[str, Any]) -> None:
         self._append("input", name=name, digest=digest, source=source, profile=profile)
 
     def log_model(self, export: Mapping[str, Any]) -> None:
-        self._append("model", **{**export, "folder": relative(Path(export["folder"]), self.folder)})
+        if not self.lost:
+            self._append("model", **{**export, "folder": self._take_in(Path(export["folder"]), f"{LOGGED}/model")})
+
+    def _take_in(self, path: Path, place: str) -> str:
+        with os_errors(f"artifact {path}", TrainingError):
+            return take_in(path, self.folder, place)
 
     def flush(self) -> None:
         self.journal.flush()

@@ -7,6 +7,7 @@ is pickled.
 import importlib
 import json
 import re
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import mlflow
 import pandas as pd
 from mlflow.models import ModelSignature
 from mlflow.types.schema import AnyType, ColSpec, DataType, Schema, TensorSpec
+
+from pipeline.storage.files import copy_contents
 
 MODEL_NAME = "model"
 SERVING_FILE = "serving.json"
@@ -50,15 +53,18 @@ def log_model(export: Mapping[str, Any]) -> None:
     if inputs is not None:  # Any: a column is an integer, a float or text, as pandas happened to read it
         columns = [ColSpec(AnyType(), name) for name in inputs]  # type: ignore[no-untyped-call]
     outputs: list[ColSpec | TensorSpec] = [ColSpec(DataType[kind], name) for name, kind in export["outputs"].items()]
-    mlflow.pyfunc.log_model(
-        name=MODEL_NAME,
-        loader_module="pipeline.serving",
-        data_path=str(folder),
-        code_paths=[str(PACKAGE)],
-        signature=ModelSignature(inputs=Schema(columns), outputs=Schema(outputs)),
-        input_example=example if inputs is None else pd.DataFrame(example),
-        pip_requirements=_requirements(),
-    )
+    with tempfile.TemporaryDirectory() as work:
+        code = Path(work) / PACKAGE.name
+        copy_contents(PACKAGE, code, skip={"__pycache__"})  # MLflow keeps modes, and an installed package may be closed
+        mlflow.pyfunc.log_model(
+            name=MODEL_NAME,
+            loader_module="pipeline.serving",
+            data_path=str(folder),
+            code_paths=[str(code)],
+            signature=ModelSignature(inputs=Schema(columns), outputs=Schema(outputs)),
+            input_example=example if inputs is None else pd.DataFrame(example),
+            pip_requirements=_requirements(),
+        )
 
 
 def _requirements() -> list[str]:

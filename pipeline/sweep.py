@@ -43,6 +43,7 @@ from pipeline.sweeps.requests import (
     TrainRun,
     WorkerReply,
 )
+from pipeline.tracking.store import check_uri
 from pipeline.worker import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
@@ -160,6 +161,7 @@ def sweep(config: SweepConfig, file: Path, typed: Mapping[str, str]) -> None:
     from pipeline.__main__ import ENTRIES, ROOT
     from pipeline.__main__ import resolve as named
 
+    check_uri()
     plan = resolve(config, file, named(ENTRIES[config.task].config), [Path(), file.parent, ROOT], typed)
     for note in _warnings(plan):
         warn(note)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import signal
 import socket
@@ -23,12 +24,12 @@ from server import Door, MlflowServer, free_port
 from pipeline import journal as journals
 from pipeline.errors import TrainingError, Undelivered, UserError
 from pipeline.interrupts import SIGNALS
-from pipeline.journal import JOURNAL_FILE, JournalReader, JournalWriter, Known, read_all, relative, same_value
+from pipeline.journal import JOURNAL_FILE, JournalReader, JournalWriter, Known, parsed, read_all, same_value
 from pipeline.ownership import Ownership, alive_owner
 from pipeline.run import MemoryRun, MlflowRun, RunRequest, Writer
 from pipeline.runtime import processes
 from pipeline.runtime.protocol import encode
-from pipeline.tracking import delivery, inbox
+from pipeline.tracking import delivery, doctor, inbox
 from pipeline.tracking.delivery import DELIVERED_FILE, LOCK_FILE, NO_WORD, wait_for_turn
 from pipeline.tracking.inbox import Inbox
 from pipeline.tracking.messages import DeliveryReport, FinishRun
@@ -602,6 +603,62 @@ def test_a_line_of_rubbish_costs_no_other_line(tmp_path: Path) -> None:
     assert [record["op"] for record in read_all(file)] == ["one", "two"]
 
 
+RECORDS = [
+    {"op": "open", "id": "a", "time": 1, "name": "n", "experiment": None, "tags": {"k": "v"}, "online": True,
+     "host": "h"},
+    {"op": "params", "values": {"a": "1"}},
+    {"op": "metrics", "step": 3, "time": 5, "values": {"loss": 0.5, "count": 2, "nan": float("nan")}},
+    {"op": "known", "step": 3, "time": 5, "values": {}},
+    {"op": "artifact", "file": "a.txt", "folder": ""},
+    {"op": "input", "name": "d", "digest": "ab", "source": "s", "profile": {"rows": 3}},
+    {"op": "model", "folder": "model", "task": "mmoe", "inputs": None, "example": ["a"], "outputs": {"p": "double"}},
+    {"op": "finish", "status": "KILLED", "time": 1},
+]  # fmt: skip
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@given(record=st.sampled_from(RECORDS), data=st.data())
+def test_what_is_read_of_a_journal_can_be_delivered(record: dict[str, Any], data: st.DataObject) -> None:
+    """A record that lacks a field, or has something else there, is no record; nothing that reads one stumbles."""
+    assert parsed(json.dumps(record).encode())
+    field = data.draw(st.sampled_from([name for name in record if name not in ("op", "example")]))
+    rest = {name: value for name, value in record.items() if name != field}
+    assert parsed(json.dumps(rest).encode()) is None
+    odd = parsed(json.dumps(rest | {field: data.draw(JSON)}).encode())
+    if odd is not None:
+        Known()._take(odd)
+        doctor._take(doctor.Journal(Path(), {}, 0, 0, 0, {}, {}, [], None), odd)
+        assert all(map(math.isfinite, (odd.get("step", 0), odd.get("time", 0))))
+    if field in ("values", "tags", "outputs", "profile"):
+        assert parsed(json.dumps(rest | {field: ["a"]}).encode()) is None
+
+
+@given(text=st.text(max_size=30) | st.sampled_from(["[" * 100_000, '{"op":["metrics"]}', '{"op":"new"}', "1e999"]))
+def test_no_line_of_a_journal_is_an_error(text: str) -> None:
+    record = parsed(text.encode())
+    assert record is None or isinstance(record["op"], str)
+
+
+WHOLE = {"run_id": "a", "offset": 7, "ended": None, "problems": ["x"]}
+
+
+@given(saved=JSON, field=st.sampled_from(sorted(WHOLE)))
+def test_what_another_program_says_was_delivered_counts_for_nothing(saved: Any, field: str) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for found in (saved, {"store": saved}, {"store": WHOLE | {field: saved}, "other": WHOLE}):
+            (folder / DELIVERED_FILE).write_text(json.dumps(found))
+            cursor = delivery.Cursor(folder, "store")
+            assert cursor.offset == 0  # there is no journal, of which anything could have been delivered
+            assert all(isinstance(saved["run_id"], str | None) for saved in cursor.stores.values())
+
+
 def test_a_folder_that_was_moved_still_has_its_files(client: Any, writer: Writer, here: Path, tmp_path: Path) -> None:
     run = open_run(writer)
     inside = run.folder / "notes" / "note.txt"
@@ -616,23 +673,55 @@ def test_a_folder_that_was_moved_still_has_its_files(client: Any, writer: Writer
     moved.finish("FINISHED")
     assert client.get_run(run.id).data.tags["run_dir"] == str((tmp_path / "moved").resolve())
     assert Path(client.download_artifacts(run.id, "note.txt")).read_text() == "read me"
-    assert relative(inside, run.folder) == "notes/note.txt"
-    assert relative(tmp_path / "other.txt", run.folder) == str(tmp_path / "other.txt")
 
 
-def test_an_artifact_cannot_leave_its_folder(client: Any, writer: Writer, here: Path) -> None:
-    note = here / "note.txt"
-    note.write_text("read me")
+def test_what_is_logged_from_elsewhere_is_copied_when_it_is_logged(client: Any, writer: Writer, here: Path) -> None:
+    report, gone = here / "report.txt", here / "gone.txt"
+    report.write_text("as it was")
+    run = open_run(writer)
+    run.log_artifact(report, "tables")
+    report.write_text("changed later")
+    with pytest.raises(TrainingError, match=r"artifact .*gone\.txt: No such file or directory"):
+        run.log_artifact(gone)
+    run.finish("FINISHED")
+    assert Path(client.download_artifacts(run.id, "tables/report.txt")).read_text() == "as it was"
+
+
+def test_a_journal_names_files_of_its_run_alone(client: Any, writer: Writer, here: Path) -> None:
+    """It may come from who knows where: what it names elsewhere is refused by name, and the rest is delivered."""
+    secret = here / "home" / "secret.txt"
+    secret.parent.mkdir()
+    secret.write_text("hunter2")
     run = open_run(writer)
     for folder in ("../outside", "/outside", "a/../../outside", "a\\..\\..\\b"):
-        with pytest.raises(UserError, match=r"artifact note\.txt: found folder .*allowed"):
-            run.log_artifact(note, folder)
-        run.journal.append({"op": "artifact", "file": str(note), "folder": folder})  # a journal from who knows where
-    run.journal.append({"op": "artifact", "file": "../../note.txt", "folder": ""})
-    with pytest.raises(TrainingError, match="not delivered"):
+        with pytest.raises(UserError, match=r"artifact secret\.txt: found folder .*allowed"):
+            run.log_artifact(secret, folder)
+    os.mkfifo(run.folder / "pipe")
+    (run.folder / "link.txt").symlink_to(secret)
+    (run.folder / "linked").symlink_to(secret.parent)
+    (run.folder / "weights").mkdir()
+    (run.folder / "weights" / "part").symlink_to(secret)
+    (run.folder / "good.txt").write_text("read me")
+    files = [str(secret), "../../home/secret.txt", "link.txt", "linked/secret.txt", "pipe", "weights", "", "a\0b"]
+    for file in files:
+        run.journal.append({"op": "artifact", "file": file, "folder": ""})
+    run.journal.append({"op": "artifact", "file": "good.txt", "folder": "../outside"})
+    models = [str(secret.parent), "../../home", "linked", "weights", "good.txt", "."]
+    model = {"task": "mmoe", "inputs": ["a"], "example": {"a": [1]}, "outputs": {"p": "double"}}
+    for folder in models:
+        run.journal.append({"op": "model", "folder": folder} | model)
+    run.log_artifact(run.folder / "good.txt")
+    with pytest.raises(TrainingError, match="not delivered") as refused:
         run.finish("FINISHED")
-    assert [found.path for found in client.list_artifacts(run.id)] == ["history.parquet"]
-    assert not list(here.rglob("outside"))
+    told = str(refused.value)
+    for text in (f"{secret}: its path leaves the run's folder", "link.txt: link.txt is a symbolic link",
+                 "linked/secret.txt: linked is a symbolic link", "pipe: not a file", "weights/part: part is a symbolic "
+                 "link", f"model not delivered: {secret.parent}: its path leaves the run's folder"):  # fmt: skip
+        assert text in told
+    assert told.count("not delivered") == len(files) + 1 + len(models)
+    assert [found.path for found in client.list_artifacts(run.id)] == ["good.txt", "history.parquet"]
+    assert not client.search_logged_models(["0"], f"source_run_id = '{run.id}'")
+    assert os.listdir(secret.parent) == ["secret.txt"]
 
 
 # --- the disk is full ------------------------------------------------------------------------------------------------
@@ -712,7 +801,7 @@ def test_a_run_whose_journal_cannot_begin_is_ended(
     assert client.get_run(run.id).info.status == "FINISHED"
     run.journal.file.unlink()
     run.journal.file.mkdir()
-    with pytest.raises(TrainingError, match=f"run folder .*{run.id}: Is a directory"):
+    with pytest.raises(TrainingError, match=f"run folder .*{run.id}: not a file"):
         resume(writer, run.id)
     assert alive_owner(run.folder) is None
 

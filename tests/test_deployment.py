@@ -148,6 +148,7 @@ def only_run(found: Any) -> Any:
 def test_the_page_has_the_commands_that_are_run_here() -> None:
     assert list(blocks("bash")) == [*SET_UP, *SERVE, "Backup"]
     assert list(blocks("bash restore")) == ["Backup"]
+    assert blocks("bash")["Backup"].startswith("umask 077\n")  # before the first file of it is there
 
 
 def test_a_training_arrives_with_its_artifacts(
@@ -250,6 +251,7 @@ def test_a_backup_brings_runs_accounts_and_artifacts_back(
     backup = str(place / "backup")
     with shell(commands("Backup"), place / "saving", BACKUP=backup, **{name: served[name] for name in names}):
         pass
+    assert {file.stat().st_mode & 0o077 for file in (place / "backup").iterdir()} == {0}
     with client(served, monkeypatch) as found:
         before = only_run(found)
     script = commands(*SET_UP) + blocks("bash restore")["Backup"] + (commands("4. Start") if FULL else "")

@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from click.testing import CliRunner
 from conftest import ROOT, Call, Place, mlflow_run, one_writer, project_in, run_pipeline
 
 from pipeline import story
+from pipeline.errors import UserError
+from pipeline.tracking.ui import ui
 
 TINY = {"max_steps": "8", "warmup_steps": "4", "batch_size": "256", "data.embedded.rows": "4000",
         "evaluation.every_steps": "4", "training.threads": "1"}  # fmt: skip
@@ -211,6 +214,30 @@ def test_bad_input_in_a_process_of_its_own(workplace: Path) -> None:
     told = ["loss.aux_focal.lambda", "found -1", "number >= 0"]
     assert_one_line(run_pipeline("train_mmoe", "--lambda", "-1", cwd=workplace), *told)
     assert_one_line(run_pipeline("trainmmoe", cwd=workplace), "did you mean train_mmoe?")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["train_mmoe", "train_visobert", "data_prep", "prepare_ctr --data x.csv --schema x.yaml --output_dir out", "sweep",
+     "compare --sweep_id a", "sync run", "doctor run"],
+)  # fmt: skip
+def test_a_tracking_uri_that_is_none_is_one_line(
+    arguments: str, tmp_path: Path, call_pipeline: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "journal.jsonl").touch()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hunter2@[::1")
+    told = call_pipeline(*arguments.split())
+    assert_one_line(told, "error: MLFLOW_TRACKING_URI: found 'http://[::1', allowed: the URI of a tracking store")
+    assert "hunter2" not in told.stderr
+
+
+def test_the_page_of_a_tracking_uri_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://[::1")
+    told = CliRunner().invoke(ui, []).exception
+    assert isinstance(told, UserError)
+    assert str(told).startswith("MLFLOW_TRACKING_URI: found 'http://[::1', allowed: the URI of a tracking store")
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from hashlib import sha256
@@ -17,10 +18,13 @@ from typing import Any
 from urllib.request import urlopen
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
 from conftest import ROOT, Call, only_full
+from hypothesis import given as examples
+from hypothesis import strategies as st
 from safetensors import SafetensorError
 from server import free_port
 from test_report import arm as arm_of
@@ -28,12 +32,18 @@ from test_report import comparison
 
 from pipeline import __main__ as command_line
 from pipeline.checkpoint import Damaged, read, write
-from pipeline.compare import NOTE_LENGTH, to_markdown
-from pipeline.config import load, to_yaml
+from pipeline.compare import NOTE_LENGTH, to_markdown, to_text
+from pipeline.config import load, to_yaml, validate
+from pipeline.console import aligned, say
 from pipeline.errors import UserError
+from pipeline.runtime.text import visible
+from pipeline.storage.csv_table import cell, write_csv
 from pipeline.tasks.mmoe.config import MmoeConfig
+from pipeline.tasks.mmoe.contract import verify
 from pipeline.tasks.mmoe.data import read_split
 from pipeline.tasks.mmoe.schema import DataSchema
+from pipeline.tasks.mmoe.task import MmoeTask
+from pipeline.tasks.visobert.columns import read_columns
 from pipeline.tasks.visobert.config import ModelConfig
 from pipeline.tasks.visobert.data import tokenise
 from pipeline.tasks.visobert.model import build_model
@@ -247,6 +257,72 @@ def test_a_prepared_folder_cannot_name_files_elsewhere(impressions: Path, tmp_pa
             read_split(tmp_path, DataSchema.read(tmp_path), "train")
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, "[1]", "null", "1e999", '{"features": {}}'])
+def test_a_schema_that_is_none_is_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text(text)
+    with pytest.raises(UserError, match=r"schema\.json: "):
+        DataSchema.read(tmp_path)
+
+
+def a_folder(place: Path) -> None:
+    place.mkdir()
+
+
+def a_device(place: Path) -> None:
+    place.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("odd", [os.mkfifo, a_folder, a_device])
+def test_what_is_no_file_in_a_prepared_folder_is_told_before_it_is_opened(
+    odd: Callable[[Path], None], impressions: Path, tmp_path: Path, small: Callable[..., Any]
+) -> None:
+    """Opening a pipe would wait for its other end."""
+    splits = [f"{split}.parquet" for split in ("train", "validation", "test")]
+    names = [*splits, "schema.json", "vocabulary.parquet"]
+    for name in names:
+        folder = tmp_path / name
+        folder.mkdir()
+        for other in names:
+            if other != name:
+                (folder / other).symlink_to(impressions / other)
+        odd(folder / name)
+        for use in (verify, lambda folder: MmoeTask(small(data__path=folder))):
+            with pytest.raises(UserError, match=rf"{name}/{name}: not a file"):
+                use(folder)
+    reviews = tmp_path / "reviews.jsonl"
+    odd(reviews)
+    with pytest.raises(UserError, match=r"reviews\.jsonl: (not a file|found a folder, allowed: a file)"):
+        read_columns(reviews)
+
+
+def test_a_pipe_where_the_stream_of_a_split_would_be(impressions: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(impressions, tmp_path / "data", ignore=shutil.ignore_patterns("*.arrow"))
+    os.mkfifo(folder / "test.arrow")
+    schema = DataSchema.read(folder)
+    assert len(read_split(folder, schema, "test")) == schema.splits["test"].rows
+
+
+@examples(size=st.integers(2**31), field=st.sampled_from(["size", "hash_buckets"]))
+def test_a_prepared_folder_cannot_have_more_ids_than_there_are(impressions: Path, size: int, field: str) -> None:
+    told = json.loads((impressions / "schema.json").read_text())
+    told["features"][1][field] = size
+    place, most = f"schema\\.json: features\\.1\\.{field}: found {size}", "allowed: integer >= 0 and <= 2147483647"
+    with pytest.raises(UserError, match=f"{place}, {most}$"):
+        validate(DataSchema, told, Path("schema.json"))
+    for feature, ids in zip(told["features"], (2**31 - 2, 2), strict=False):
+        feature |= {field: 0, "size": ids}
+    with pytest.raises(UserError, match=r"schema\.json: features: found sizes that sum to \d+, allowed: 2147483647"):
+        validate(DataSchema, told, Path("schema.json"))
+    for change, text in (
+        ({"sise": 3}, "unknown key features.1.sise; did you mean size"),
+        ({"name": 3}, "features.1.name: found 3, allowed: text"),
+        ({"edges": ["a"]}, "features.1.edges.0: found 'a', "),
+    ):
+        odd: dict[str, Any] = {**told["features"][1], **change}  # type: ignore[dict-item]
+        with pytest.raises(UserError, match=re.escape(text)):
+            validate(DataSchema, told | {"features": [told["features"][0], odd]}, Path("schema.json"))
+
+
 def test_columns_and_aspects_are_no_paths(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,6 +392,69 @@ def test_a_comparisons_note_shows_names_as_they_are() -> None:
         assert not re.search(r"(?<!\\)\]\(", text), "a link"
     control = replace(bad, role="control")
     escaped(to_markdown(comparison(bad, control, baseline=name)))
+
+
+# ---------------------------------------------------------------- terminals and spreadsheets
+
+CLEARS = "\x1b]0;title\x07\x1b[2Jname\x9b\r\x7f"
+
+
+def controls(text: str) -> list[str]:
+    """Control characters but for those that tables and lines are made of."""
+    return [letter for letter in text if unicodedata.category(letter) == "Cc" and letter not in "\n\t"]
+
+
+@examples(text=st.text(st.characters(categories=["Cc", "L", "P"]), max_size=20))
+def test_control_characters_are_shown_escaped(text: str) -> None:
+    shown = visible(text)
+    assert not controls(shown.replace("\r\n", "\n"))
+    assert visible(shown) == shown
+    if not controls(text):
+        assert shown == text
+
+
+def test_names_cannot_speak_to_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    say(f"run {CLEARS}\n\tin two lines")
+    assert capsys.readouterr().err == "run \\x1b]0;title\\x07\\x1b[2Jname\\x9b\\x0d\\x7f\n\tin two lines\n"
+    status, line = exit_of(capsys, "verify", f"{CLEARS}/d")
+    assert status == 2
+    assert line.startswith("error: \\x1b]0;title\\x07\\x1b[2Jname\\x9b \\x7f/d: no such folder; allowed:")
+    assert not controls(exit_of(capsys, "train_mmoe", f"--{CLEARS}", "1")[1])
+    bad = arm_of(CLEARS, (0.61, 0.62, 0.63), (0.6, 0.6, 0.6), differing={"loss.aux_focal.lambda": CLEARS},
+                 control_of=CLEARS)  # fmt: skip
+    compared = comparison(bad, title=CLEARS, notes=(CLEARS,), task=CLEARS)
+    for text in (to_text(compared), to_markdown(compared), to_markdown(compared, 700)):
+        assert not controls(text)
+        assert "\\x1b" in text
+    first, second = aligned([[CLEARS, "1"], ["a", "2"]]).split("\n")
+    assert len(first) == len(second)
+
+
+FORMULAS = ("=1+1", "+1+1", "-1+1", "@SUM(1)", "\t=1", "\r=1", '=HYPERLINK("http://x")')
+
+
+@examples(text=st.sampled_from(FORMULAS) | st.text(st.sampled_from("=+-@\t\r\n1ea\x1b'\""), max_size=6))
+def test_no_cell_of_a_table_is_a_formula(text: str) -> None:
+    found = cell(text)
+    assert isinstance(found, str)
+    is_number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text)
+    assert len(found) < 2 or found[0] not in "=+-@\t\r" or is_number
+    assert found in (visible(text), "'" + visible(text))
+
+
+def test_the_tables_of_names_that_are_formulas(tmp_path: Path) -> None:
+    """Numbers stay numbers, and what reads a table finds its columns; two of them may have one name."""
+    frame = pd.DataFrame({"arm": [*FORMULAS[:3], None], "params.a": ["-1e-4", "-", "=a", "b"], "x": [-1.5, 2, 0, 1]})
+    frame = pd.concat([frame, pd.DataFrame({"=cmd": ["", "a", "\x1b", "b\r\nc"], "arm": [1, 2, 3, 4]})], axis=1)
+    write_csv(frame, tmp_path / "table.csv")
+    lines = (tmp_path / "table.csv").read_bytes().decode().split("\n", 1)
+    assert lines[0] == "arm,params.a,x,'=cmd,arm"
+    found = pd.read_csv(tmp_path / "table.csv", keep_default_na=False)
+    assert found["x"].tolist() == [-1.5, 2, 0, 1]
+    assert found["arm"].tolist() == ["'=1+1", "'+1+1", "'-1+1", ""]
+    assert found["params.a"].tolist() == ["-1e-4", "-", "'=a", "b"]
+    assert found["'=cmd"].tolist() == ["", "a", "\\x1b", "b\r\nc"]
+    assert all(found[name].tolist() == [1, 2, 3, 4] for name in found if name.startswith("arm."))
 
 
 # ---------------------------------------------------------------- the source

@@ -1,5 +1,6 @@
 """`sync` brings what waits in a journal to a store, the same or another one, whenever that is."""
 
+import importlib
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ from pipeline.errors import TrainingError, Undelivered, UserError
 from pipeline.journal import JOURNAL_FILE
 from pipeline.ownership import Ownership, alive_owner
 from pipeline.run import MlflowRun, RunRequest
+from pipeline.tracking import sync as syncing
 from pipeline.tracking.delivery import NO_WORD, Delivery, GaveUpError
 from pipeline.tracking.inbox import Inbox
 from pipeline.tracking.messages import FinishRun, OpenedRun, OpenRun
@@ -149,6 +151,39 @@ def test_all_of_a_run_that_no_store_took_comes_to_a_new_one(
 def models(client: Any, run: Any) -> list[Any]:
     found = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
     return [model for model in found if model.status == "READY"]
+
+
+def test_the_code_of_a_read_only_package_can_be_written_where_it_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow copies with the modes, and removes its copy: a closed one it could not."""
+    from pipeline import serving
+
+    package, model, seen = tmp_path / "image" / "pipeline", tmp_path / "model", dict[str, int]()
+    for file in (package / "__init__.py", package / "tasks" / "page.html", package / "__pycache__" / "a.pyc"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    for path in (*package.rglob("*"), package):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    model.mkdir()
+
+    def looks(code_paths: list[str], **_: Any) -> None:
+        (code,) = map(Path, code_paths)
+        seen.update(
+            {path.relative_to(code.parent).as_posix(): path.stat().st_mode for path in (code, *code.rglob("*"))}
+        )
+
+    monkeypatch.setattr(serving, "PACKAGE", package)
+    monkeypatch.setattr(importlib.import_module("mlflow.pyfunc"), "log_model", looks)
+    try:
+        serving.log_model(
+            {"folder": str(model), "task": "mmoe", "inputs": None, "example": ["a"], "outputs": {"p": "double"}}
+        )
+    finally:
+        for path in (package, *package.rglob("*")):
+            path.chmod(0o755)
+    assert set(seen) == {"pipeline", "pipeline/__init__.py", "pipeline/tasks", "pipeline/tasks/page.html"}
+    assert all(mode & 0o200 for mode in seen.values())
 
 
 def test_a_run_of_one_store_is_made_in_another(place: Place, other: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,9 +319,45 @@ def test_a_folder_of_runs_is_delivered_but_for_the_one_that_is_alive(
     assert {run.info.run_name: run.info.status for run in made} == {"one": "KILLED", "two": "KILLED"}
 
 
+def test_a_damaged_folder_leaves_the_others(
+    away: str, other: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another program's `delivered.json`, records without their fields, no beginning, and what nobody foresaw."""
+    names = ("foreign", "lacking", "headless", "unforeseen", "whole")
+    runs = {name: waiting_run(name, "KILLED", lambda run: run.log_metrics(0, {"loss_total": 1.0}), experiment="damage")
+            for name in names}  # fmt: skip
+    (runs["foreign"].folder / "delivered.json").write_text('{"sqlite:///x.db": {}}')
+    for name, text in (("lacking", '{"op":"metrics"}\n{"op":"finish"}\n'), ("headless", '{"op":"open"}\n')):
+        records = runs[name].journal.file.read_text().splitlines(keepends=True)
+        runs[name].journal.file.write_text(text + "".join(records if name == "lacking" else records[1:]))
+    client, deliver = use(other, monkeypatch), syncing._deliver
+
+    def stumbles(folder: Path, *arguments: Any) -> Any:
+        if folder.name == runs["unforeseen"].id:
+            raise KeyError("offset")
+        return deliver(folder, *arguments)
+
+    monkeypatch.setattr(syncing, "_deliver", stumbles)
+    with pytest.raises(UserError, match="2 of 5 runs of outputs are not whole"):
+        sync(Path("outputs"))
+    lines = capsys.readouterr().err.splitlines()
+    damaged = runs["lacking"].journal.file.resolve()
+    assert f"warning: {damaged}: damaged lines, which were passed over: 2" in lines
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert sorted(line.partition(": found")[0].partition(": KeyError")[0] for line in errors) == sorted(
+        [f"error: {runs['headless'].journal.file.resolve()}", f"error: run folder {runs['unforeseen'].folder}"]
+    )
+    made = client.search_runs([client.get_experiment_by_name("damage").experiment_id])
+    assert {run.info.run_name: run.info.status for run in made} == dict.fromkeys(
+        ("foreign", "lacking", "whole"), "KILLED"
+    )
+    with pytest.raises(TrainingError, match="KeyError"):
+        sync(runs["unforeseen"].folder)
+
+
 def test_what_was_refused_is_tried_again(place: Place) -> None:
-    note, client = place.folder / "late note.txt", place.client
-    run = MlflowRun(place.writer, RunRequest("refused"), Path("outputs"))
+    run, client = MlflowRun(place.writer, RunRequest("refused"), Path("outputs")), place.client
+    note = run.folder / "late note.txt"
     run.log_artifact(note)  # is not there yet
     with pytest.raises(TrainingError, match="not delivered"):
         run.finish("FINISHED")

@@ -11,6 +11,7 @@ from pipeline.comparison import wording
 from pipeline.comparison.results import Arm, Comparison
 from pipeline.comparison.wording import NOTHING
 from pipeline.console import aligned
+from pipeline.runtime.text import visible
 from pipeline.stats import Paired
 
 # In a terminal: columns of side metrics, of settings, of seeds; characters of an arm's name.
@@ -85,7 +86,7 @@ def to_text(comparison: Comparison) -> str:
         parts.append("settings that differ\n" + aligned(settings, left=range(len(settings[0]))))
     if comparison.notes:
         parts.append("\n".join(f"note: {note}" for note in comparison.notes))
-    return "\n\n".join(parts)
+    return visible("\n\n".join(parts))
 
 
 def _record(arm: Arm, comparison: Comparison) -> dict[str, Any]:
@@ -120,7 +121,7 @@ def _paired(prefix: str, found: Paired | None) -> dict[str, float | int | None]:
 
 
 def _label(arm: Arm) -> str:
-    name = " ".join(arm.name.split())
+    name = visible(" ".join(arm.name.split()))
     name = name if len(name) <= LABEL_LENGTH else name[: LABEL_LENGTH - 1] + "…"
     return f"  {name}" if arm.role == "control" else name
 
@@ -164,4 +165,4 @@ def _markdown_cell(cell: str) -> str:
 def plain(text: str) -> str:
     """Names as they are, not as Markdown or HTML; a `<` before a space is neither."""
     escaped = "".join(f"\\{letter}" if letter in "\\`*_[]" else letter for letter in text)
-    return " ".join(re.sub("<(?! )", "&lt;", escaped.replace("&", "&amp;")).split())
+    return visible(" ".join(re.sub("<(?! )", "&lt;", escaped.replace("&", "&amp;")).split()))

@@ -1,11 +1,18 @@
 """Files that are whole: replaced at once, hashed while they are written, on the disk when they are done."""
 
+import errno
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+import shutil
+import stat
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple
+
+
+class NotAFileError(OSError):
+    """A path leads to a folder, a pipe or a device."""
 
 
 class Entry(NamedTuple):
@@ -67,6 +74,7 @@ def replacing(file: Path, own: str = "", *, durable: bool = False) -> Iterator[P
     """
     work = file.with_name(f".{file.name}.{own}" if own else f".{file.name}")
     try:
+        work.unlink(missing_ok=True)  # a link there would lead the writer elsewhere
         yield work
         if durable:
             sync(work)
@@ -84,3 +92,32 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_file(file: Path) -> None:
+    """See that a path leads to a file, before it is opened: a pipe would wait for its other end, for good.
+
+    Raises:
+        NotAFileError: it is a folder, a pipe or a device.
+        OSError: there is nothing, or it cannot be asked about.
+    """
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise NotAFileError(errno.EINVAL, "not a file", str(file))
+
+
+def copy_contents(source: Path, target: Path, skip: Container[str] = ()) -> None:
+    """Copy the files below a folder, without their modes: what is copied can be written and removed.
+
+    skip: names of folders that are left out.
+
+    Raises:
+        OSError: something cannot be copied, or is no file.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if path.is_dir():
+            if path.name not in skip:
+                copy_contents(path, target / path.name, skip)
+        else:
+            check_file(path)
+            shutil.copyfile(path, target / path.name)

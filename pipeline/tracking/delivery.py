@@ -15,10 +15,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from pipeline.console import say
-from pipeline.journal import JOURNAL_FILE, JournalReader, Record, leaves
+from pipeline.journal import JOURNAL_FILE, JournalReader, Record
 from pipeline.names import CANONICAL, DELIVERED_FILE
 from pipeline.ownership import owner_number
 from pipeline.storage.files import replacing
+from pipeline.storage.run_files import leaves, own_file, own_folder, read_delivered
 from pipeline.tracking.client import connect, find_by_id, set_tags
 from pipeline.tracking.history import write_history
 from pipeline.tracking.inbox import Inbox
@@ -51,7 +52,7 @@ class Cursor:
         self.file, self.store = folder / DELIVERED_FILE, store
         size = _size(folder / JOURNAL_FILE)
         # of a journal that was lost, or its tail, all is delivered again
-        self.stores = {name: saved for name, saved in _read_json(self.file).items() if saved["offset"] <= size}
+        self.stores = {name: saved for name, saved in read_delivered(folder).items() if saved["offset"] <= size}
         saved = self.stores.get(store, {})
         self.run_id: str | None = saved.get("run_id")
         self.offset, self.ended = int(saved.get("offset", 0)), saved.get("ended")
@@ -70,14 +71,6 @@ class Cursor:
                 work.write_text(json.dumps(self.stores, indent=1), encoding="utf-8")
         except OSError as error:
             say(f"warning: {self.file}: {error.strerror or error}; what was delivered may be delivered once more")
-
-
-def _read_json(file: Path) -> dict[str, dict[str, Any]]:
-    try:
-        found = json.loads(file.read_bytes())
-    except (OSError, ValueError):  # a power cut may have left it empty: then all is delivered again
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _size(file: Path) -> int:
@@ -284,20 +277,17 @@ class Delivery:
         self.params |= {param.key: param.value for param in new}
 
     def _log_artifact(self, record: Record) -> None:
-        file = self._file(record["file"])
-        if file is None or leaves(record["folder"]):
-            self._problem(record["file"], ValueError("its path leaves the run's folder"))
+        name, place = record["file"], record["folder"]
+        try:
+            if leaves(place):
+                raise ValueError(f"{name}: its folder {place} leaves the run's artifacts")
+            file = own_file(self.folder, name)
+        except (OSError, ValueError) as error:
+            self._problem("artifact", error)
             return
         if _size(file) > LARGE_BYTES:
             self._long()
-        self._require(record["file"], self.client.log_artifact, self.run_id, str(file), record["folder"] or None)
-
-    def _file(self, name: str) -> Path | None:
-        """A file of the journal: where it was, or in the run's folder, wherever that is now. None: not in there."""
-        if Path(name).is_absolute():
-            return Path(name)
-        file = (self.folder / name).resolve()
-        return file if file.is_relative_to(self.folder.resolve()) else None
+        self._require(name, self.client.log_artifact, self.run_id, str(file), place or None)
 
     def _log_input(self, record: Record) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -329,9 +319,7 @@ class Delivery:
             if found.status == "READY":
                 return
             self.client.delete_logged_model(found.model_id)
-        folder = self._file(record["folder"])
-        if folder is None:
-            raise ValueError(f"model {record['folder']} would leave the run's folder")
+        folder = own_folder(self.folder, record["folder"])
         mlflow.start_run(self.run_id)  # models are logged to the active run
         try:
             serving.log_model(record | {"folder": str(folder)})

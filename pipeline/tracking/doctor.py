@@ -12,7 +12,7 @@ from pipeline.journal import JOURNAL_FILE, JournalReader, same_value
 from pipeline.ownership import alive_owner
 from pipeline.tracking.client import connect, find_by_id, stored_points, stored_run
 from pipeline.tracking.delivery import Cursor
-from pipeline.tracking.store import probe, refusal, store_key, tracking_uri
+from pipeline.tracking.store import check_uri, probe, refusal, store_key, tracking_uri
 
 SHOWN = 3  # metrics that are named
 Points = dict[str, dict[int, list[float]]]  # metric -> step -> values
@@ -45,9 +45,10 @@ def doctor(run: str, output_dir: Path = Path("outputs")) -> None:
     """Look a run over and say what is found. `run`: its id, or its folder.
 
     Raises:
-        UserError: there is no such run here.
+        UserError: there is no such run here, or MLFLOW_TRACKING_URI is no URI.
         TrainingError: something differs; every line says what mends it.
     """
+    check_uri()
     folder = _folder_of(run, output_dir)
     journal = read_journal(folder)
     say(f"run {journal.opened['id']} ({journal.opened['name']}) in {folder}")

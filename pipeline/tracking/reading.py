@@ -95,9 +95,8 @@ def _one_line_errors() -> Iterator[Any]:
     if not store_exists():  # MLflow would make an empty one
         raise UserError(f"tracking store {tracking_uri()}: there is no such file; "
                         "name the store by MLFLOW_TRACKING_URI")  # fmt: skip
-    client = connect()
     try:
-        yield client
+        yield connect()
     except UserError:
         raise
     except Exception as error:

@@ -111,6 +111,20 @@ def shown_uri(uri: str) -> str:
     return f"{scheme}://{rest.partition('?')[0].rpartition('@')[2]}"
 
 
+def check_uri(uri: str | None = None) -> None:
+    """See that a tracking URI is one, before anything is started on it; None = that of the environment.
+
+    Raises:
+        UserError: it cannot be taken apart.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "") if uri is None else uri
+    try:
+        urlsplit(uri)
+    except ValueError as error:
+        raise UserError(f"MLFLOW_TRACKING_URI: found {shown_uri(uri)!r}, allowed: the URI of a tracking store "
+                        f"({without_secrets(str(error))})") from None  # fmt: skip
+
+
 def store_key() -> str:
     """Names the store: as it is shown, a database file by its whole path."""
     shown = tracking_uri()
@@ -123,8 +137,10 @@ def probe() -> None:
 
     Raises:
         ConnectionError: nobody does; one line without secrets.
+        UserError: it is no URI.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    check_uri(uri)
     parts = urlsplit(uri)
     scheme = parts.scheme.partition("+")[0]
     if scheme not in DEFAULT_PORTS or not parts.hostname:
@@ -172,7 +188,11 @@ def is_random(name: str) -> bool:
 
 
 def settle() -> None:
-    """MLflow neither prints nor insists: what fails is told by us, in one line and within seconds."""
+    """MLflow neither prints nor insists: what fails is told by us, in one line and within seconds.
+
+    Raises:
+        UserError: the tracking URI is none.
+    """
     import logging
 
     import mlflow
@@ -180,7 +200,9 @@ def settle() -> None:
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    scheme = urlsplit(str(mlflow.get_tracking_uri())).scheme.partition("+")[0]
+    uri = str(mlflow.get_tracking_uri())
+    check_uri(uri)
+    scheme = urlsplit(uri).scheme.partition("+")[0]
     if scheme in DATABASE_ENGINES:  # a server needs none of it
         import mlflow.store.tracking.sqlalchemy_store
 

@@ -6,15 +6,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pipeline.console import say
+from pipeline.console import say, warn
 from pipeline.errors import TrainingError, Undelivered, UserError
 from pipeline.journal import JOURNAL_FILE, JournalWriter, read_all
 from pipeline.ownership import Ownership
+from pipeline.runtime.text import visible
 from pipeline.tracking.client import connect, find_by_id
 from pipeline.tracking.delivery import Cursor, Delivery
 from pipeline.tracking.inbox import Inbox
 from pipeline.tracking.messages import DeliveryReport, FinishRun, Progress
-from pipeline.tracking.store import CLIENT_SETTINGS, is_temporary, probe, refusal, store_key, tracking_uri
+from pipeline.tracking.store import CLIENT_SETTINGS, is_temporary, one_line, probe, refusal, store_key, tracking_uri
 
 PATIENCE_SECONDS = 30.0  # without any progress
 
@@ -40,11 +41,16 @@ def sync(folder: Path, again: bool = False) -> None:
     for each in folders:
         try:
             say(f"run {each.name}: {_sync_run(each, again)}")
+            continue
         except UserError as error:
-            if single:
-                raise
-            say(f"error: {error}")
-            failed.append(error)
+            refused = error
+        except Exception as error:  # whatever is wrong with one folder must not keep the others from the store
+            refused = TrainingError(f"run folder {each}: {type(error).__name__}: {one_line(error)}")
+            refused.__cause__ = error
+        if single:
+            raise refused
+        say(f"error: {refused}")
+        failed.append(refused)
     if failed:
         worst = max(failed, key=lambda error: error.exit_code)
         raise type(worst)(f"{len(failed)} of {len(folders)} runs of {folder} are not whole in {tracking_uri()}")
@@ -96,7 +102,7 @@ def _deliver(folder: Path, number: int, again: bool) -> tuple[DeliveryReport, in
         cursor.rewind()  # what was refused before may be taken now
         cursor.save()
     inbox = Inbox(None, FinishRun(None, patience=PATIENCE_SECONDS))
-    with tqdm(unit=" records", desc=folder.name, leave=False) as bar:
+    with tqdm(unit=" records", desc=visible(folder.name), leave=False) as bar:
 
         def tell(progress: Progress) -> None:
             bar.total = progress.of
@@ -107,6 +113,8 @@ def _deliver(folder: Path, number: int, again: bool) -> tuple[DeliveryReport, in
             delivery.reader.close()
             return replace(delivery.report(), run_id=cursor.run_id or ""), 0
         report = delivery.follow()
+    if delivery.reader.damaged:
+        warn(f"{delivery.journal}: damaged lines, which were passed over: {delivery.reader.damaged:,}")
     return report, max(1, delivery.delivered)
 
 

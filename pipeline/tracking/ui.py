@@ -26,6 +26,7 @@ import click
 
 from pipeline.console import say
 from pipeline.errors import UserError
+from pipeline.runtime.text import visible
 from pipeline.tracking.creation import ensure_store
 from pipeline.tracking.reading import runs_of_sweep, runs_of_tag, store_exists
 from pipeline.tracking.store import one_line, settle, tracking_uri
@@ -112,7 +113,7 @@ def link(base: str, sweep: SweepView | None) -> str:
     except MlflowException as error:  # a store that we may only read: its runs are shown all the same
         say(f"warning: no view of the sweep could be saved: {one_line(error)}")
         return f"{page}searchFilter={quote(sweep.filter, safe='')}&compareRunsMode=CHART"
-    return f"{page}viewStateShareKey={sweep.sweep_id}&compareRunsMode=CHART"
+    return f"{page}viewStateShareKey={quote(sweep.sweep_id, safe='')}&compareRunsMode=CHART"
 
 
 def has_desktop() -> bool:
@@ -220,5 +221,5 @@ if __name__ == "__main__":
     try:
         ui()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)

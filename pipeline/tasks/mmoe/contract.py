@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
-from pipeline.tasks.mmoe.data import record_batches, told
+from pipeline.tasks.mmoe.data import check_files, record_batches, told
 from pipeline.tasks.mmoe.schema import (
     FIRST_ID,
     LABELS,
@@ -58,6 +58,7 @@ def verify(folder: Path) -> DataSchema:
         UserError: one is not; names it, what was found and what is allowed.
     """
     schema = DataSchema.read(folder)
+    check_files(folder, schema)
     for name, split in schema.splits.items():
         _equal(folder / split.file, f"splits.{name}", _split(folder, split.file), split)
     _equal(folder / VOCABULARY_FILE, "vocabulary_sha256", _digest(folder / VOCABULARY_FILE), schema.vocabulary_sha256)
@@ -92,7 +93,8 @@ def _base_rates(train: Split) -> BaseRates:
 
 def _digest(file: Path) -> str:
     with told(file):
-        return sha256_of_parts([sha256_of(part) for part in parts(file)]) if file.is_dir() else sha256_of(file)
+        digests = [sha256_of(part) for part in parts(file)]
+        return sha256_of_parts(digests) if file.is_dir() else digests[0]
 
 
 def _check(folder: Path, schema: DataSchema) -> None:
@@ -130,7 +132,9 @@ def _check(folder: Path, schema: DataSchema) -> None:
 
 def _tables(file: Path, columns: Sequence[str]) -> Iterator[tuple[Path, pa.Table]]:
     """The columns of a split, by part, some rows at a time."""
-    for part in parts(file):
+    with told(file):
+        found = parts(file)
+    for part in found:
         with told(part):
             reader = pq.ParquetFile(part, pre_buffer=False)
             for column in columns:

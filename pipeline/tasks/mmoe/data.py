@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
+from pipeline.storage.files import NotAFileError, check_file
 from pipeline.task import Rows
 from pipeline.tasks.mmoe.embedding import Groups, grouped
 from pipeline.tasks.mmoe.reading import Recut
-from pipeline.tasks.mmoe.schema import LABELS, DataSchema, Feature, parts
+from pipeline.tasks.mmoe.schema import LABELS, VOCABULARY_FILE, DataSchema, Feature, parts
 from pipeline.tasks.mmoe.streams import BATCH_ROWS, Streams, in_memory, mapped, record_batch
 
 
@@ -139,6 +140,21 @@ class Shuffle(Sequence[Rows]):
         return self.order[index * self.batch_size : (index + 1) * self.batch_size]
 
 
+def check_files(folder: Path, schema: DataSchema) -> None:
+    """See that the files of a prepared folder are files, also those that are read late.
+
+    Raises:
+        UserError: one is something else, or is not there.
+    """
+    for split in schema.splits.values():
+        with told(folder / split.file):
+            parts(folder / split.file)
+    vocabulary = folder / VOCABULARY_FILE
+    if vocabulary.exists():  # training alone can do without
+        with told(vocabulary):
+            check_file(vocabulary)
+
+
 def read_split(folder: Path, schema: DataSchema, split: str) -> ImpressionTable:
     """A split of a prepared folder; the first time, its streams are made of the Parquet.
 
@@ -178,7 +194,9 @@ def record_batches(file: Path, schema: DataSchema, split: str) -> Iterator[pa.Re
     for feature in schema.features:
         wanted += [feature.name] + ([f"{feature.name}.weights"] if feature.weighted else [])
     rows = 0
-    for part in parts(file):
+    with told(file):
+        found = parts(file)
+    for part in found:
         with told(part):
             footer = pq.read_metadata(part)
         there = footer.schema.to_arrow_schema().names
@@ -221,6 +239,8 @@ def told(file: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; run prepare_ctr again") from None
+    except NotAFileError as error:
+        raise UserError(f"{error.filename}: {error.strerror}; run prepare_ctr again") from None
     except pa.ArrowInvalid as error:
         raise UserError(f"{file}: not a whole Parquet file: {error}") from None
     except OSError as error:

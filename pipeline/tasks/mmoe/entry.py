@@ -10,10 +10,12 @@ from pipeline.config import flatten
 from pipeline.console import say, warn
 from pipeline.names import metric_names
 from pipeline.run import MlflowRun, Writer, writer_for
+from pipeline.runtime.text import visible
 from pipeline.tasks.mmoe.config import PrepareCtrConfig
 from pipeline.tasks.mmoe.prepare import prepare
 from pipeline.tasks.mmoe.schema import SCHEMA_FILE, DataSchema
 from pipeline.tracking.messages import RunRequest
+from pipeline.tracking.store import check_uri
 
 OUT_OF_VOCABULARY_WARNING = 0.2
 # what raw Ali-CCP files had that is worth a word
@@ -31,6 +33,8 @@ MET = {
 
 def prepare_ctr(config: PrepareCtrConfig, given: frozenset[str]) -> None:  # noqa: ARG001 (every key acts)
     """Prepare, say what was found, and leave schema and figures in MLflow."""
+    if config.tracking.enabled:
+        check_uri()  # not once all is prepared
     output = Path(config.output_dir)
     with Bars() as bars:
         data, schema_file = Path(config.data), Path(config.schema_)
@@ -75,7 +79,7 @@ class Bars:
                 self._bar.close()
             self._what = what
             # what an earlier process did is no speed of this one
-            self._bar = tqdm(desc=what or None, initial=rows, unit=" rows", unit_scale=True, disable=None)
+            self._bar = tqdm(desc=visible(what) or None, initial=rows, unit=" rows", unit_scale=True, disable=None)
         return self._bar
 
 

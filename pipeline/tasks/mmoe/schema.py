@@ -19,8 +19,10 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.config import Config, Positive, validate
 from pipeline.errors import UserError
+from pipeline.storage.files import check_file
 
 OUT_OF_VOCABULARY, MISSING, FIRST_ID = 0, 1, 2
+MOST_IDS = 2**31 - 1  # of all features together: an id is a row of one table, in 32 bits
 LABELS = ("click", "conversion")
 SPLITS = ("train", "validation", "test")
 SCHEMA_FILE = "schema.json"
@@ -129,9 +131,9 @@ class Feature(Config):
 
     name: str
     kind: Literal["categorical", "multi", "numeric"]
-    size: int = Field(0, ge=0)
+    size: int = Field(0, ge=0, le=MOST_IDS)
     """categorical, multi: number of ids, 0 (out of vocabulary), 1 (missing) and hashed ones included"""
-    hash_buckets: int = Field(0, ge=0)
+    hash_buckets: int = Field(0, ge=0, le=MOST_IDS)
     """categorical, multi: how many ids, the last ones, rare and unseen values share by their hash"""
     weighted: bool = False
     """multi: a column `<name>.weights` stands beside it"""
@@ -188,6 +190,13 @@ class DataSchema(Config):
     counts: dict[str, int] = Field(default_factory=dict)
     """raw Ali-CCP files: what was met while they were read"""
 
+    @model_validator(mode="after")
+    def _ids_fit(self) -> "DataSchema":
+        ids = sum(feature.size for feature in self.features)
+        if ids > MOST_IDS:
+            raise ValueError(f"features: found sizes that sum to {ids}, allowed: {MOST_IDS} at most")
+        return self
+
     @property
     def digest(self) -> str:
         """SHA-256 (hex) of the data: of the splits' and the vocabulary's digests and the features."""
@@ -208,6 +217,7 @@ class DataSchema(Config):
         """
         file = folder / SCHEMA_FILE
         try:
+            check_file(file)
             tree = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(
@@ -216,8 +226,10 @@ class DataSchema(Config):
             ) from None  # fmt: skip
         except OSError as error:
             raise UserError(f"{file}: {error.strerror or error}") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{file}: not valid JSON: {error}") from None
+        if not isinstance(tree, dict):
+            raise UserError(f"{file}: found a {type(tree).__name__}, allowed: an object of keys")
         return validate(cls, tree, file)
 
     def write(self, folder: Path) -> None:
@@ -237,5 +249,14 @@ def sha256_of_parts(digests: Sequence[str]) -> str:
 
 
 def parts(split: Path) -> list[Path]:
-    """The Parquet files of a split, in their order: the file itself, or those of a folder, by name."""
-    return sorted(file for file in split.glob("*.parquet") if file.name[0] not in "._") if split.is_dir() else [split]
+    """The Parquet files of a split, in their order: the file itself, or those of a folder, by name.
+
+    Raises:
+        OSError: one of them is not a file, or is not there.
+    """
+    found = [split]
+    if split.is_dir():
+        found = sorted(file for file in split.glob("*.parquet") if file.name[0] not in "._") or found
+    for file in found:
+        check_file(file)
+    return found

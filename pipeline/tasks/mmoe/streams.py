@@ -20,6 +20,7 @@ import pyarrow.ipc
 
 from pipeline.compute.compiled import compiled
 from pipeline.errors import UserError
+from pipeline.storage.files import check_file
 from pipeline.tasks.mmoe.schema import LABELS, Feature
 
 BATCH_ROWS = 65_536
@@ -134,6 +135,7 @@ def mapped(batches: Iterator[pa.RecordBatch], file: Path, made_of: str) -> pa.Bu
     """
     schema = SCHEMA.with_metadata({"made_of": made_of})
     with suppress(OSError, pa.ArrowInvalid):
+        check_file(file)
         buffer = pa.memory_map(str(file)).read_buffer()
         if pa.ipc.open_file(pa.BufferReader(buffer)).schema.equals(schema, check_metadata=True):
             return buffer

@@ -35,7 +35,7 @@ from pipeline.metrics import Array, binary_metrics, calibration_bins
 from pipeline.schedules import gate_is_open
 from pipeline.task import TOTAL, Dataset, ModelExport, Rows, write_test_rows
 from pipeline.tasks.mmoe.config import TASKS, MmoeConfig
-from pipeline.tasks.mmoe.data import Impressions, ImpressionTable, Layout, Shuffle, read_split
+from pipeline.tasks.mmoe.data import Impressions, ImpressionTable, Layout, Shuffle, check_files, read_split
 from pipeline.tasks.mmoe.embedded import embedded_data
 from pipeline.tasks.mmoe.model import Mmoe, Output
 from pipeline.tasks.mmoe.schema import SCHEMA_FILE, VOCABULARY_FILE, DataSchema
@@ -69,6 +69,7 @@ class MmoeTask:
             return
         self.folder = Path(config.data.path) if config.data.path else embedded_data(config.data.embedded)
         self.schema = DataSchema.read(self.folder)
+        check_files(self.folder, self.schema)
         for split in ("train", "validation"):
             if split not in self.schema.splits or not self.schema.splits[split].rows:
                 raise UserError(f"{self.folder}: the {split} split is empty; allowed: at least one row")

@@ -78,7 +78,7 @@ class Alpha:
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"]) or "the whole"
             raise UserError(f"{file}: not an alpha.json of data_prep ({key}: {first['msg']})") from None
-        except ValueError as error:  # neither UTF-8 nor JSON
+        except (ValueError, RecursionError) as error:  # neither UTF-8 nor JSON
             raise UserError(f"{file}: not an alpha.json of data_prep ({error})") from None
         sums = np.sum(alpha.per_aspect_counts, axis=0, dtype=np.int64).tolist() if alpha.aspects else [0, 0, 0]
         if (

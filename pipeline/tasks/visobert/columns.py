@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config import nearest
 from pipeline.errors import UserError
+from pipeline.storage.files import check_file
 
 Columns = Mapping[str, Sequence[object]]  # cells are text or None; of JSONL and Parquet also what else they hold
 
@@ -69,6 +70,7 @@ def _content(file: Path) -> bytes:
     try:
         if file.is_dir():
             raise UserError(f"{file}: found a folder, allowed: a file ({allowed})")
+        check_file(file)
         content = file.read_bytes()
     except OSError as error:
         raise UserError(f"{file}: {error.strerror or error}") from None

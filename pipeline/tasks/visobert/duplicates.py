@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.storage.csv_table import cell
 from pipeline.tasks.visobert.reviews import UNKNOWN, Reviews
 
 SHINGLE = 5  # characters
@@ -255,6 +256,7 @@ def write_duplicates(
             for split, position in group.members:
                 reviews = splits[split]
                 row, text = int(reviews.rows[position]), reviews.texts[position]
-                writer.writerow([number, group.kind, split, row, text, reviews.labels_text(position), conflict])
+                labels = reviews.labels_text(position)
+                writer.writerow([number, group.kind, split, row, cell(text), cell(labels), conflict])
     text = json.dumps(told, indent=2, ensure_ascii=False)
     (folder / "duplicates.json").write_text(text + "\n", encoding="utf-8")

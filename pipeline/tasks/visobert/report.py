@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline import plots
+from pipeline.storage.csv_table import write_csv
 from pipeline.task import write_test_rows
 from pipeline.tasks.visobert.answers import MENTIONED_TEXT, Answers
 from pipeline.tasks.visobert.reviews import MENTIONED, NOT_MENTIONED, SENTIMENTS, UNKNOWN, Reviews, labelled
@@ -22,21 +23,21 @@ def write_report(folder: Path, split: str, reviews: Reviews, answers: Answers) -
     for part in (tables, pictures):
         part.mkdir(parents=True, exist_ok=True)
     rows = aspect_table(reviews.labels, answers.prediction, reviews.aspects, answers.polar)
-    pd.DataFrame(rows).to_csv(tables / f"{split}_aspects.csv", index=False)
+    write_csv(pd.DataFrame(rows), tables / f"{split}_aspects.csv")
     said = answers.prediction.sentiment
     matrices = {ALL: confusion(reviews.labels, said)}
     for column in np.flatnonzero(answers.polar).tolist():
         matrices[reviews.aspects[column]] = confusion(reviews.labels[:, column], said[:, column])
     named = {aspect: pd.DataFrame(counts, index=pd.Index(SENTIMENTS, name="truth"), columns=list(SENTIMENTS))
              for aspect, counts in matrices.items()}  # fmt: skip
-    pd.concat(named, names=["aspect"]).to_csv(tables / f"{split}_confusion.csv")
+    write_csv(pd.concat(named, names=["aspect"]).reset_index(), tables / f"{split}_confusion.csv")
     shown = sorted(matrices, key=lambda aspect: -int(matrices[aspect].sum()))[:PICTURED]
     pictured = {aspect.replace("$", r"\$"): counts  # else two of them would open a formula
                 for aspect, counts in matrices.items() if aspect in shown}  # fmt: skip
     plots.confusion(pictured, SENTIMENTS, pictures / f"{split}_confusion.png")
     given = {"text": list(reviews.texts), "labels": [reviews.labels_text(row) for row in range(len(reviews))]}
-    pd.concat([pd.DataFrame(given), answers.frame()], axis=1).to_csv(tables / f"{split}_predictions.csv", index=False)
-    confident_errors(reviews, answers).to_csv(tables / f"{split}_errors.csv", index=False)
+    write_csv(pd.concat([pd.DataFrame(given), answers.frame()], axis=1), tables / f"{split}_predictions.csv")
+    write_csv(confident_errors(reviews, answers), tables / f"{split}_errors.csv")
 
 
 def write_pair_rows(folder: Path, reviews: Reviews, answers: Answers) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.storage.csv_table import cell
 from pipeline.tasks.visobert.alpha import count_sentiments
 from pipeline.tasks.visobert.reviews import MENTIONED, SENTIMENTS, UNKNOWN, Reviews
 
@@ -59,7 +60,7 @@ def write_distribution(
         for split, found in splits.items():
             for aspect, row in [(ALL, found["overall"]), *found["aspects"].items()]:
                 values = [*row["counts"].values(), *row["shares"].values(), *(row[name] for name in others)]
-                writer.writerow([split, aspect, *values])
+                writer.writerow([split, cell(aspect), *values])
 
 
 def token_lengths(lengths: npt.NDArray[np.int64]) -> dict[str, float]:
