@@ -10,6 +10,7 @@ import click
 
 from pipeline import ranks
 from pipeline.config import Config, keys, load, nearest
+from pipeline.console import open_standard_streams
 from pipeline.errors import UserError
 from pipeline.importing import uncollected
 from pipeline.interrupts import Interrupted, interruptible
@@ -168,6 +169,7 @@ def _train(config: Any, target: str, given: frozenset[str]) -> None:
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run an entry point; errors of the user's become one line and exit code 2."""
+    open_standard_streams()
     group = Entries("pipeline", help="Tune focal losses, with every loss component of every run in MLflow.")
     try:
         with interruptible():

@@ -3,74 +3,132 @@
 In a terminal a step is a progress bar; elsewhere it is one JSON object a line, for programs to read.
 """
 
+import contextlib
 import json
 import os
 import select
 import sys
 from collections.abc import Container, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TextIO
 
 from tqdm import tqdm
 
 from pipeline.ranks import leads
 from pipeline.runtime.text import visible
 
-CLOSE_SECONDS = 1.0  # that the last lines may wait for a reader, when the training ends early
+CLOSE_SECONDS = 1.0  # that the last lines may wait for a reader
+SAY_SECONDS = 1.0  # that a message may
+KEPT_BYTES = 1 << 20  # of steps that nobody reads
 
 
 def say(message: str) -> None:
-    """A line on standard error; of several processes that train together, the first one's."""
-    if leads():
-        tqdm.write(visible(message), file=sys.stderr)
+    """A line on standard error; of several processes that train together, the first one's.
+
+    Where it is closed, full or not read for a second, the line is lost.
+    """
+    if leads() and _takes(sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            tqdm.write(visible(message), file=sys.stderr)
 
 
 def warn(message: str) -> None:
     say(f"warning: {message}")
 
 
+def _takes(stream: TextIO) -> bool:
+    try:
+        return bool(select.select([], [stream.fileno()], [], SAY_SECONDS)[1])
+    except (OSError, ValueError, AttributeError):  # a notebook's, or a test's
+        return True
+
+
 class Console:
-    """Shows logged steps; `total` optimizer steps make a full bar. `quiet` shows none."""
+    """Shows logged steps; `total` optimizer steps make a full bar. `quiet` shows none.
+
+    Standard output that is closed, full or read by nobody costs no training: what is logged is in the run's journal.
+    """
 
     def __init__(self, total: int, quiet: bool = False) -> None:
-        self.quiet, self.bar, self.lines = quiet, None, list[str]()
-        if sys.stdout.isatty() and not quiet:
-            self.bar = tqdm(total=total, unit="step", file=sys.stdout, dynamic_ncols=True)
+        self.quiet, self.bar, self.waiting, self.left_out = quiet, None, bytearray(), 0
+        if quiet:
+            return
+        try:
+            if sys.stdout.isatty():
+                self.bar = tqdm(total=total, unit="step", file=sys.stdout, dynamic_ncols=True)
+        except (OSError, ValueError) as error:
+            self._give_up(error)
 
     def step(self, metrics: Mapping[str, float | bool]) -> None:
         if self.quiet:
             return
         if self.bar is None:
-            self.lines.append(json.dumps(metrics))
+            if len(self.waiting) < KEPT_BYTES:
+                self.waiting += json.dumps(metrics).encode() + b"\n"
+            else:
+                self.left_out += 1
             return
-        self.bar.update(int(metrics["global_step"]) + 1 - self.bar.n)
         shown = {name.removeprefix("loss_"): f"{value:.4g}" for name, value in metrics.items()
                  if name.startswith("loss_")}  # fmt: skip
         self.bar.set_postfix({"rows/s": f"{metrics['throughput/rows_per_second']:,.0f}"} | shown, refresh=False)
+        try:
+            self.bar.update(int(metrics["global_step"]) + 1 - self.bar.n)
+        except (OSError, ValueError) as error:
+            self._give_up(error)
 
-    def flush(self, seconds: float | None = None) -> None:
-        """Write what waits. Where nobody reads (a paused pager) this waits, too: None = until somebody does."""
-        if self.lines:
-            text = "\n".join(self.lines) + "\n"
-            self.lines.clear()
-            _write(text, seconds)
+    def flush(self, seconds: float = 0.0) -> None:
+        """Write as much of what waits as somebody takes, within `seconds` from one piece to the next."""
+        if not self.waiting:
+            return
+        try:
+            del self.waiting[: _write(self.waiting, seconds)]
+        except (OSError, ValueError) as error:
+            self._give_up(error)
 
     def close(self) -> None:
         self.flush(CLOSE_SECONDS)
+        unread = self.left_out + self.waiting.count(b"\n")
+        if unread:
+            warn(f"standard output: nobody read the last {unread} steps there; they are logged")
         if self.bar is not None:
             self.bar.close()
 
+    def _give_up(self, error: Exception) -> None:
+        """Show nothing more; told once."""
+        self.quiet, self.bar, self.left_out = True, None, 0
+        self.waiting.clear()
+        warn(f"standard output: {getattr(error, 'strerror', None) or error}; the training goes on, and logs as before")
 
-def _write(text: str, seconds: float | None) -> None:
-    """To standard output, past Python's buffer: what a signal leaves there is waited for when the process ends."""
+
+def _write(data: bytearray, seconds: float) -> int:
+    """To standard output, past Python's buffer, which would wait for a reader; returns how many bytes it took.
+
+    Raises:
+        OSError, ValueError: it is closed, full, or its reader is gone.
+    """
     try:
         descriptor = sys.stdout.fileno()
     except (OSError, AttributeError):  # a notebook's, or a test's
-        sys.stdout.write(text)
+        sys.stdout.write(data.decode())
         sys.stdout.flush()
-        return
+        return len(data)
     sys.stdout.flush()
-    left = memoryview(text.encode())
-    while left and select.select([], [descriptor], [], seconds)[1]:
-        left = left[os.write(descriptor, left[: select.PIPE_BUF]) :]
+    taken = 0
+    while taken < len(data) and select.select([], [descriptor], [], seconds)[1]:
+        taken += os.write(descriptor, data[taken : taken + select.PIPE_BUF])
+    return taken
+
+
+def open_standard_streams() -> None:
+    """Let a standard stream that the parent has closed lead nowhere: a file that is opened would take its place."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest that is free
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
 
 
 def table(rows: Iterable[tuple[str, Mapping[str, float | None]]]) -> str:

@@ -216,6 +216,16 @@ def read_all(file: Path, start: int = 0) -> Iterator[Record]:
         reader.close()
 
 
+def beginning(file: Path) -> Record | None:
+    """The first record `open` of a journal; None where there is none, or no journal.
+
+    Points that were read back from the store may stand before it, where a run's folder was lost.
+    """
+    if not file.exists():
+        return None
+    return next((record for record in read_all(file) if record["op"] == "open"), None)
+
+
 def points(file: Path) -> Iterator[Record]:
     """The records of a journal that hold points: those that were logged, and those read back from the store."""
     return (record for record in read_all(file) if record["op"] in ("metrics", "known"))

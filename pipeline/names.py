@@ -11,6 +11,7 @@ ORIGINAL = "original_run_id"  # tag of a run that was made on this server for on
 CANONICAL = "canonical."  # before a param's key: tag with the canonical text of one that was typed in another spelling
 FORKED_FROM = "forked_from"  # tag of a run that started from another's state: <run id>@<step>
 LAUNCHED = "launches"  # tag of a run that only started another one: its id
+OWNER = "owner"  # tag: who writes the run: its process and a random number
 THREADS = "threads"  # tag: the CPU threads that a run began with
 TEST_ROWS_FILE = "evaluation/test_rows.parquet"  # artifact: what metrics of the test split are made of
 DELIVERED_FILE = "delivered.json"  # in a run's folder: how far its journal came, in which store

@@ -1,6 +1,5 @@
 """Which run a start goes on with: `resume` brings one to its end, `fork` starts a new one from an old state."""
 
-import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,12 +14,11 @@ from pipeline.checkpoint import Checkpoints, Generation
 from pipeline.config import flatten, read_yaml, validate
 from pipeline.console import say, warn
 from pipeline.errors import UserError, os_errors
-from pipeline.journal import JOURNAL_FILE, Record, parsed, points, read_all
+from pipeline.journal import JOURNAL_FILE, Record, beginning, parsed, points
 from pipeline.names import FORKED_FROM, THREADS
 from pipeline.ownership import alive_owner
 from pipeline.run import MlflowRun, Writer
 from pipeline.storage.files import check_file
-from pipeline.storage.run_files import read_delivered
 from pipeline.tracking.messages import StoredRun
 from pipeline.training import Training
 
@@ -40,6 +38,7 @@ class Begun:
     ended_as: str | None  # by its own word; None = it was cut off without one
     tags: Mapping[str, str]
     metrics: Mapping[str, float]  # last values, as far as the store has them
+    params: Mapping[str, str]  # as the store has them
 
 
 @contextmanager
@@ -69,7 +68,7 @@ def find_begun(
     """
     output_dir = Path(config.output_dir)
     wanted = config.resume
-    if wanted is None and opened and (output_dir / opened / JOURNAL_FILE).exists():
+    if wanted is None and opened and _was_begun(opened, config, writer):
         wanted = opened
     if wanted is None:
         return None
@@ -83,24 +82,37 @@ def find_begun(
     return begun
 
 
+def _was_begun(run_id: str, config: RunConfig, writer: Writer) -> bool:
+    """An earlier start has written to the run: its folder is here, or the store knows its key."""
+    if (Path(config.output_dir) / run_id / JOURNAL_FILE).exists():
+        return True
+    found = _asked(config, writer, run_id=run_id)
+    return bool(found and "run_key" in found[0].tags)
+
+
 def _matching(config: RunConfig, key: str, output_dir: Path, writer: Writer) -> Begun | None:
     """The newest run of this config and data."""
-    local = [(folder, opened) for folder, opened in _local_runs(output_dir)
-             if opened["tags"].get("run_key") == key and opened["tags"].get(FORKED_FROM) == config.fork]  # fmt: skip
-    for folder, _ in local:  # before the store is asked: who starts a run twice shall hear of it at once
+    local = {folder: opened for folder, opened in _local_runs(output_dir)
+             if opened["tags"].get("run_key") == key and opened["tags"].get(FORKED_FROM) == config.fork}  # fmt: skip
+    for folder in local:  # before the store is asked: who starts a run twice shall hear of it at once
         _refuse_alive(folder)
     found = _asked(config, writer, run_key=key, fork=config.fork)
     if found is None:
-        return _of_folder(*local[-1]) if local else None
-    waiting = [run for run in local if not _was_delivered(run[0])]  # begun while the store was away
-    begun = [(run.start_time, _of_store(run, output_dir)) for run in found if "pruned" not in run.tags]
-    begun += [(opened["time"], _of_folder(folder, opened)) for folder, opened in waiting]
+        return _of_folder(*list(local.items())[-1]) if local else None
+    there = {run.first_id for run in found}
+    waiting = [folder for folder in local if folder.name not in there and _is_missing(folder, config, writer)]
+    begun = [(run.start_time, _of_store(run, output_dir)) for run in found
+             if "pruned" not in run.tags and not run.deleted]  # fmt: skip
+    begun += [(local[folder]["time"], _of_folder(folder, local[folder])) for folder in waiting]
     return max(begun, key=lambda run: run[0])[1] if begun else None
 
 
-def _was_delivered(folder: Path) -> bool:
-    """A store has the run, under its id or another."""
-    return any(saved["run_id"] for saved in read_delivered(folder).values())
+def _is_missing(folder: Path, config: RunConfig, writer: Writer) -> bool:
+    """The store has no run of the folder: it was away when that began, it lost it, or it is another store.
+
+    One that somebody deleted there is not missing.
+    """
+    return not _asked(config, writer, run_id=folder.name)
 
 
 def _named(run_id: str, config: RunConfig, output_dir: Path, writer: Writer) -> Begun:
@@ -109,12 +121,14 @@ def _named(run_id: str, config: RunConfig, output_dir: Path, writer: Writer) -> 
     if folder.is_dir():
         _refuse_alive(folder)
     found = _asked(config, writer, run_id=run_id)
+    if found and found[0].deleted:
+        raise UserError(f"resume {run_id}: the run was deleted in the tracking store; restore it there, or start anew")
     if found:
         return _of_store(found[0], output_dir)
     if not (folder / JOURNAL_FILE).exists():
         raise UserError(f"resume {run_id}: there is no such run; allowed: auto, or the id of a run")
     with os_errors(f"journal {folder / JOURNAL_FILE}"):
-        opened = _beginning(folder / JOURNAL_FILE)
+        opened = beginning(folder / JOURNAL_FILE)
     if opened is None:
         raise UserError(f"{folder / JOURNAL_FILE}: found no record of the run's beginning; it cannot go on")
     return _of_folder(folder, opened)
@@ -136,7 +150,7 @@ def _local_runs(output_dir: Path) -> list[tuple[Path, Record]]:
     found = []
     for file in output_dir.glob(f"*/{JOURNAL_FILE}"):
         try:
-            opened = _beginning(file)
+            opened = beginning(file)
         except OSError as error:
             warn(f"{file}: {error.strerror or error}; the run is passed over")
             continue
@@ -147,12 +161,9 @@ def _local_runs(output_dir: Path) -> list[tuple[Path, Record]]:
 
 def _of_store(run: StoredRun, output_dir: Path) -> Begun:
     folder = _folder_of(run, output_dir)
-    host = run.tags.get("host", "")
-    if not (folder / JOURNAL_FILE).exists() and run.status == "RUNNING" and host not in ("", socket.gethostname()):
-        raise UserError(f"run {run.first_id} is RUNNING on {host}, and its folder is not here: wait for it, or share "
-                        "output_dir with that host")  # fmt: skip
     ended = _ended_as(folder / JOURNAL_FILE)
-    return Begun(run.first_id, run.name, folder, run.status == "FINISHED", ended, run.tags, run.metrics)
+    return Begun(run.first_id, run.name, folder, run.status == "FINISHED", ended, run.tags, run.metrics,
+                 run.canonical_params)  # fmt: skip
 
 
 def _folder_of(run: StoredRun, output_dir: Path) -> Path:
@@ -162,13 +173,7 @@ def _folder_of(run: StoredRun, output_dir: Path) -> Path:
 
 
 def _of_folder(folder: Path, opened: Record) -> Begun:
-    return Begun(folder.name, opened["name"], folder, False, _ended_as(folder / JOURNAL_FILE), opened["tags"], {})
-
-
-def _beginning(journal: Path) -> Record | None:
-    """The record with which a journal begins, where it is whole."""
-    first = next(read_all(journal), None)
-    return first if first and first["op"] == "open" else None
+    return Begun(folder.name, opened["name"], folder, False, _ended_as(folder / JOURNAL_FILE), opened["tags"], {}, {})
 
 
 def _ended_as(journal: Path) -> str | None:
@@ -194,7 +199,7 @@ def _refuse_another(config: RunConfig, known_by: Mapping[str, str], begun: Begun
     if begun.tags.get("task") == known_by["task"]:
         if begun.tags.get("run_key") == known_by["run_key"]:
             return
-        found = _differences(config, begun.folder / CONFIG_FILE)
+        found = _differences(config, begun)
         if begun.tags.get("data_digest") != known_by["data_digest"]:
             found.append(f"data has SHA-256 {begun.tags.get('data_digest', '')[:12]}..., now "
                          f"{known_by['data_digest'][:12]}...")  # fmt: skip
@@ -203,12 +208,15 @@ def _refuse_another(config: RunConfig, known_by: Mapping[str, str], begun: Begun
                     "same config and data (fork=<run id>@<step> starts a new run from its state)")  # fmt: skip
 
 
-def _differences(config: RunConfig, file: Path) -> list[str]:
-    """What decides the result and is not as in the run's own config."""
-    try:
-        before, now = flatten(validate(type(config), read_yaml(file), file)), flatten(config)
-    except UserError as error:
-        return [str(error)]
+def _differences(config: RunConfig, begun: Begun) -> list[str]:
+    """What decides the result and is not as in the run's own config; by its params where its folder is not here."""
+    file = begun.folder / CONFIG_FILE
+    before, now = dict[str, Any](begun.params), dict[str, Any](config.decisive())
+    if file.exists() or not before:
+        try:
+            before, now = flatten(validate(type(config), read_yaml(file), file)), flatten(config)
+        except UserError as error:
+            return [str(error)]
     return [f"{key} was {before.get(key)}, now {now[key]}" for key in now
             if before.get(key) != now[key] and not is_operational(key)]  # fmt: skip
 
@@ -260,7 +268,7 @@ def origin_of(config: RunConfig, writer: Writer) -> Generation | None:
 
 def begin_again(run: MlflowRun) -> None:
     """Take the threads that the run began with: it has no checkpoint, but points that were made with them."""
-    opened = _beginning(run.folder / JOURNAL_FILE) or {"tags": {}}
+    opened = beginning(run.folder / JOURNAL_FILE) or {"tags": {}}
     _take_threads(int(opened["tags"].get(THREADS, torch.get_num_threads())))
 
 

@@ -30,13 +30,15 @@ from pipeline.journal import (
     points,
     same_value,
 )
-from pipeline.ownership import Ownership, boot_id
+from pipeline.names import OWNER
+from pipeline.ownership import Ownership
 from pipeline.ranks import leads
 from pipeline.runtime.processes import ChildProcess, Ended
 from pipeline.storage.run_files import LOGGED, leaves, take_in
 from pipeline.tracking.messages import (
     WRITER_REPLIES,
     AbandonRun,
+    Away,
     DeliveryReport,
     FetchArtifact,
     FetchedArtifact,
@@ -50,6 +52,7 @@ from pipeline.tracking.messages import (
     Refused,
     RunRequest,
     StoredRun,
+    TakenOver,
     WriterReply,
     WriterRequest,
 )
@@ -299,6 +302,7 @@ class MlflowRun:
                 self.owner = Ownership(self.folder)
                 undo.callback(self.owner.release)
                 self.found_bytes = 0
+            self.owner.take()
             self._begin(opened)
             undo.pop_all()
         self._follow()
@@ -314,14 +318,23 @@ class MlflowRun:
     def _begin(self, opened: OpenedRun) -> None:
         """Tell of what the writer has opened, and begin the journal with it."""
         self.id, self.name, self.tracking_uri = opened.run_id, opened.name, opened.tracking_uri
+        self.claim = opened.tags[OWNER]
         if opened.ahead:
             warn(f"run {self.id}: its journal had lost points; those that the store has were read back")
         if opened.reason:
-            warn(f"tracking store {self.tracking_uri}: {opened.reason}; the run begins without it")
+            warn(f"tracking store {self.tracking_uri}: {opened.reason}")
         self.journal = JournalWriter(self.folder / JOURNAL_FILE, self._check)
-        self._append("open", id=self.id, time=now_ms(), name=opened.name, experiment=opened.experiment,
-                     tags=dict(opened.tags), online=opened.online, host=socket.gethostname(), pid=os.getpid(),
-                     boot=boot_id())  # fmt: skip
+        self._append(
+            "open",
+            id=self.id,
+            time=now_ms(),
+            name=opened.name,
+            experiment=opened.experiment,
+            tags=dict(opened.tags),
+            online=opened.online,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+        )
         try:
             self.journal.sync()
         except BaseException:
@@ -346,17 +359,17 @@ class MlflowRun:
     def _open_again(self, asked: OpenRun) -> OpenedRun:
         """Open a run that was begun before, with what its journal holds; points that only the store has come first."""
         file = self.folder / JOURNAL_FILE
-        JournalWriter(file).close()  # without what a kill left of its last record
         self.known = Known()
-        self.found_bytes = self.known.read(file)
+        self.found_bytes = self.known.read(file) if file.exists() else 0
         run = replace(asked.run, folder=str(self.folder.resolve()))
         opened = self.writer.ask(replace(asked, run=run, last_steps=self.known.last_steps()), OpenedRun)
-        self.known.read(file, self.found_bytes)
+        if opened.ahead:
+            self.known.read(file, self.found_bytes)
         return opened
 
     def _follow(self) -> None:
         """Let the writer deliver the journal from now on."""
-        self.writer.send(FollowRun(str(self.folder.resolve()), self.owner.number))
+        self.writer.send(FollowRun(str(self.folder.resolve()), self.owner.number, self.claim))
 
     def _revive(self) -> None:
         """Start the writer again if it died by itself: it goes on where the delivery ended."""
@@ -420,8 +433,18 @@ class MlflowRun:
             return take_in(path, self.folder, place)
 
     def flush(self) -> None:
+        self._listen()
         self.journal.flush()
         self._revive()
+
+    def _listen(self) -> None:
+        """What the writer says by itself: that the store names another owner."""
+        with contextlib.suppress(queue.Empty):
+            _, news = self.writer.inbox.get_nowait()
+            if isinstance(news, TakenOver):
+                self._taken = TrainingError(
+                    f"run {self.id} was taken over by {news.by}; process {os.getpid()} ends here"
+                )
 
     def position(self) -> int:
         return self.journal.sync()
@@ -468,30 +491,36 @@ class MlflowRun:
             raise TrainingError(f"run {self.id}: {'; '.join(report.problems)}; all of it lies in {self.journal.file}")
 
     def _deliver_rest(self, request: FinishRun) -> DeliveryReport | None:
-        """Wait while the writer makes progress. None: it made none, and is ended."""
+        """Wait while the writer makes progress. Where it makes none it is ended: what it said last, None if nothing."""
         self._revive()
         self.writer.send(request)
         started = told = time.monotonic()
-        revived, allowed = 0, request.patience + 1
+        revived, end, away = 0, started + request.patience + 1, None
         while True:
             if request.hurry:
-                allowed = max(0.0, started + request.patience + HURRY_SECONDS - time.monotonic())
+                end = started + request.patience + HURRY_SECONDS
             try:
-                _, reply = self.writer.inbox.get(timeout=allowed)
+                _, reply = self.writer.inbox.get(timeout=max(0.0, end - time.monotonic()))
             except queue.Empty:
                 self.writer.process.kill()
-                return None
+                return away
             if isinstance(reply, Ended):
                 revived += 1
                 if revived > 2:
-                    return None
+                    return away
                 self._revive()
                 self.writer.send(request)
+                end = time.monotonic() + request.patience + 1
                 continue
             if isinstance(reply, DeliveryReport):
                 return reply
+            if isinstance(reply, TakenOver):
+                continue  # the report says it
+            if isinstance(reply, Away):
+                away = DeliveryReport((), max(1, reply.waiting), reply.reason, self.id, 0.0)
+                continue
             assert isinstance(reply, Progress)
-            allowed = max(request.patience + 1, reply.busy)
+            end, away = time.monotonic() + max(request.patience + 1, reply.busy), None
             if time.monotonic() - told > TELL_SECONDS:
                 told = time.monotonic()
                 say(f"delivered {reply.delivered:,} of {reply.of:,} records ({told - started:.0f} s)")

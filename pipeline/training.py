@@ -149,7 +149,7 @@ class Training:
                 self._evaluate()
             if self.saver.is_due(self.result.steps, self.keeper.step):
                 self.saver.save(self)
-            self.console.flush()  # here, where a signal may end the wait for somebody to read
+            self.console.flush()
 
     def _loaded(self, windows: Iterator[Window]) -> Iterator[tuple[Window, list[Any]]]:
         """The windows with their batches."""

@@ -25,15 +25,15 @@ from pipeline import journal as journals
 from pipeline.errors import TrainingError, Undelivered, UserError
 from pipeline.interrupts import SIGNALS
 from pipeline.journal import JOURNAL_FILE, JournalReader, JournalWriter, Known, parsed, read_all, same_value
-from pipeline.ownership import Ownership, alive_owner
+from pipeline.ownership import alive_owner
 from pipeline.run import MemoryRun, MlflowRun, RunRequest, Writer
 from pipeline.runtime import processes
 from pipeline.runtime.protocol import encode
 from pipeline.tracking import delivery, doctor, inbox
-from pipeline.tracking.delivery import DELIVERED_FILE, LOCK_FILE, NO_WORD, wait_for_turn
+from pipeline.tracking.delivery import DELIVERED_FILE, LOCK_FILE, NO_WORD, Delivery, wait_for_turn
 from pipeline.tracking.inbox import Inbox
 from pipeline.tracking.messages import DeliveryReport, FinishRun
-from pipeline.tracking.store import is_temporary, one_line, probe, shown_uri, without_secrets
+from pipeline.tracking.store import Answer, answer_of, one_line, probe, shown_uri, without_secrets
 
 pytestmark = one_writer
 
@@ -317,10 +317,8 @@ def test_an_earlier_owner_and_its_writer_stop_at_once(
     run = open_run(writer)
     log_steps(run, range(5))
     wait_for(lambda: len(points(client, run.id)) == 5)
-    lease = run.folder / "lease.json"
-    taken = json.loads(lease.read_text())
-    taken |= {"number": taken["number"] + 1, "host": "elsewhere", "pid": 1}
-    lease.write_text(json.dumps(taken))  # as another host takes the folder over
+    taken = {"number": run.owner.number + 1, "host": "elsewhere", "pid": 1}
+    (run.folder / "owner.json").write_text(json.dumps(taken))  # as another host takes the folder over
     theirs = b'{"op":"metrics","step":5,"time":1,"values":{"loss_total":1.0}}\n'
     with run.journal.file.open("ab") as stream:
         stream.write(theirs)
@@ -856,6 +854,7 @@ def test_a_secret_of_the_environment_is_in_no_message(monkeypatch: pytest.Monkey
 
 
 def test_what_may_be_taken_later_is_tried_again() -> None:
+    """Stores that are no servers."""
     import requests
     from mlflow.exceptions import MlflowException
     from mlflow.protos import databricks_pb2 as codes
@@ -863,16 +862,87 @@ def test_what_may_be_taken_later_is_tried_again() -> None:
     again = [
         requests.exceptions.ConnectionError("x"), requests.exceptions.ReadTimeout("x"), TimeoutError(),
         OSError(errno.ENOSPC, "full"), MlflowException("x"), MlflowException("x", codes.TEMPORARILY_UNAVAILABLE),
-        MlflowException("x", codes.PERMISSION_DENIED), MlflowException("x", codes.UNAUTHENTICATED),
         MlflowException("connection already closed", codes.BAD_REQUEST), RuntimeError("botocore's, say"),
     ]  # fmt: skip
     never = [
         MlflowException("x", codes.INVALID_PARAMETER_VALUE), MlflowException("x", codes.RESOURCE_DOES_NOT_EXIST),
         MlflowException("(psycopg.errors.DataError) x", codes.BAD_REQUEST), FileNotFoundError(2, "x"),
-        PermissionError(13, "x"), ValueError("x"), KeyError("x"),
+        PermissionError(13, "x"), ValueError("x"), KeyError("x"), UserError("x"),
     ]  # fmt: skip
-    assert [is_temporary(error) for error in again] == [True] * len(again)
-    assert [is_temporary(error) for error in never] == [False] * len(never)
+    assert [answer_of(error) for error in again] == [Answer.AWAY] * len(again)
+    assert [answer_of(error) for error in never] == [Answer.REFUSED] * len(never)
+
+
+# docs/resume.md
+ANSWERS = {
+    400: Answer.REFUSED, 401: Answer.NOT_ALLOWED, 403: Answer.REFUSED, 404: Answer.REFUSED, 408: Answer.AWAY,
+    413: Answer.REFUSED, 422: Answer.REFUSED, 425: Answer.AWAY, 429: Answer.AWAY, 500: Answer.FAILED,
+    502: Answer.AWAY, 503: Answer.AWAY, 504: Answer.AWAY,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("status", ANSWERS)
+def test_an_http_answer_is_what_the_page_says(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As MLflow's client raises it: of its own API, where a proxy answers in HTML, and of artifacts."""
+    import requests
+    from mlflow import MlflowClient
+    from mlflow.utils.rest_utils import augmented_raise_for_status
+
+    answer = requests.Response()
+    answer.status_code, answer._content, answer.url = status, b"<html>no</html>", "http://proxy/"
+    monkeypatch.setattr("mlflow.utils.rest_utils.http_request", lambda *_, **__: answer)
+    with pytest.raises(Exception, match=str(status)) as caught:
+        MlflowClient("http://127.0.0.1:1").get_run("0")
+    assert answer_of(caught.value) is ANSWERS[status]
+    with pytest.raises(requests.HTTPError) as raised:
+        augmented_raise_for_status(answer)
+    assert answer_of(raised.value) is ANSWERS[status]
+
+
+@pytest.mark.parametrize(
+    ("code", "answer"),
+    [("REQUEST_LIMIT_EXCEEDED", Answer.AWAY), ("TEMPORARILY_UNAVAILABLE", Answer.AWAY),
+     ("INTERNAL_ERROR", Answer.FAILED), ("BAD_REQUEST", Answer.FAILED), ("UNAUTHENTICATED", Answer.NOT_ALLOWED),
+     ("PERMISSION_DENIED", Answer.REFUSED), ("INVALID_PARAMETER_VALUE", Answer.REFUSED),
+     ("RESOURCE_DOES_NOT_EXIST", Answer.REFUSED), ("INVALID_STATE", Answer.REFUSED)],
+)  # fmt: skip
+def test_an_answer_of_mlflows_server_is_what_the_page_says(code: str, answer: Answer) -> None:
+    from mlflow.exceptions import RestException
+
+    assert answer_of(RestException({"error_code": code, "message": "x"})) is answer
+
+
+@pytest.mark.parametrize("takes_others", [True, False])
+def test_a_call_that_goes_on_to_fail_is_refused_only_where_others_succeed(
+    place: Place, monkeypatch: pytest.MonkeyPatch, takes_others: bool
+) -> None:
+    """HTTP 500 of one kind of call for good."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import RestException
+
+    run = open_run(place.writer)
+    run.log_metrics(0, {"loss_total": 1.0})
+    run.set_tags({"after": "all"})
+    run.finish("KILLED")
+    (run.folder / DELIVERED_FILE).unlink()
+
+    def fails(*_: Any, **given: Any) -> None:
+        if "metrics" in given or not takes_others:
+            raise RestException({"error_code": "INTERNAL_ERROR", "message": "no"})
+        log_batch(*_, **given)
+
+    log_batch = MlflowClient.log_batch
+    monkeypatch.setattr(MlflowClient, "log_batch", fails)
+    monkeypatch.setattr(delivery, "FAILING_SECONDS", 0.2)
+    monkeypatch.setattr(delivery, "PAUSE_SECONDS", (0.05, 0.05))
+    report = Delivery(run.folder, 1, Inbox(None, FinishRun("KILLED", patience=1)), lambda _: None).follow()
+    if takes_others:
+        assert report.problems == ("1 points of loss_total not delivered: INTERNAL_ERROR: no",)
+        assert report.waiting == 0
+    else:
+        assert report.problems == ()
+        assert report.waiting
+        assert "INTERNAL_ERROR: no" in report.reason
 
 
 def test_the_probe_knows_who_answers(server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -910,9 +980,3 @@ def test_the_position_is_where_the_journal_ends(client: Any, writer: Writer, her
     first = next(read_all(run.journal.file))
     assert first.items() >= {"op": "open", "id": run.id, "name": "test", "pid": os.getpid(), "online": True}.items()
     assert {LOCK_FILE, DELIVERED_FILE, JOURNAL_FILE} <= {file.name for file in run.folder.iterdir()}
-
-
-def test_the_folder_is_free_where_a_resume_is_refused(client: Any, writer: Writer, here: Path) -> None:
-    with pytest.raises(UserError, match="tracking store"):
-        resume(writer, "0" * 32)
-    Ownership(Path("outputs") / ("0" * 32)).release()

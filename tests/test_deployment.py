@@ -202,7 +202,7 @@ def test_a_wrong_password_in_the_uri_is_told_in_one_line(
 ) -> None:
     """As the writer process opens a run, which is called here; what it refuses becomes the trainer's one line."""
     from pipeline.tracking.messages import RunRequest
-    from pipeline.tracking.opening import open_run
+    from pipeline.tracking.opening import Opening
     from pipeline.tracking.store import CLIENT_SETTINGS, refusal
 
     address = served["MLFLOW_TRACKING_URI"].replace("//", "//trainer:n0t-the-one@")
@@ -210,7 +210,7 @@ def test_a_wrong_password_in_the_uri_is_told_in_one_line(
         monkeypatch.setenv(name, value)
     with client({"MLFLOW_TRACKING_URI": address}, monkeypatch):
         with pytest.raises(Exception, match="401") as caught:
-            open_run(RunRequest("refused"), place / "outputs", {})
+            Opening(RunRequest("refused"), place / "outputs", {}).open()
         told = refusal(caught.value)
     assert f"http://127.0.0.1:{served['PORT']}" in told
     assert "\n" not in told

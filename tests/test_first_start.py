@@ -34,7 +34,7 @@ import mlflow, sqlalchemy
 import mlflow.store.tracking.sqlalchemy_store
 from pipeline.tracking import creation
 from pipeline.tracking.messages import RunRequest
-from pipeline.tracking.opening import open_run
+from pipeline.tracking.opening import Opening
 
 def tell(**values):
     line = json.dumps({"folder": folder, **values})
@@ -45,7 +45,7 @@ def die(*_):
 
 def start(ours=True):
     if ours:
-        run_id = open_run(RunRequest("first"), Path("outputs").resolve(), {}).run_id
+        run_id = Opening(RunRequest("first"), Path("outputs").resolve(), {}).open().run_id
     client = mlflow.MlflowClient()  # nothing is configured
     run = client.get_run(run_id) if ours else client.create_run("0")
     tell(run_id=run.info.run_id, artifacts=run.info.artifact_uri)

@@ -136,7 +136,7 @@ class Sweep:
             text = journal.read_text()
             if '"role":"summary"' in text or '"op":"finish"' in text or '"step":60,' not in text:
                 continue
-            pid = int(json.loads((journal.parent / "lease.json").read_text())["pid"])
+            pid = int(json.loads((journal.parent / "owner.json").read_text())["pid"])
             if of(journal.parent.name, pid) and Path(f"/proc/{pid}").exists():
                 return journal.parent.name, pid
         return None

@@ -1,6 +1,7 @@
 """`sync` brings what waits in a journal to a store, the same or another one, whenever that is."""
 
 import importlib
+import json
 import os
 import shutil
 import signal
@@ -17,14 +18,14 @@ from conftest import Place, one_writer, store_in
 from server import free_port
 
 from pipeline.errors import TrainingError, Undelivered, UserError
-from pipeline.journal import JOURNAL_FILE
+from pipeline.journal import JOURNAL_FILE, JournalWriter
 from pipeline.ownership import Ownership, alive_owner
 from pipeline.run import MlflowRun, RunRequest
 from pipeline.tracking import sync as syncing
 from pipeline.tracking.delivery import NO_WORD, Delivery, GaveUpError
 from pipeline.tracking.inbox import Inbox
-from pipeline.tracking.messages import FinishRun, OpenedRun, OpenRun
-from pipeline.tracking.opening import open_without_store
+from pipeline.tracking.messages import FinishRun, OpenedRun, OpenRun, TakenOver
+from pipeline.tracking.opening import Opening
 from pipeline.tracking.sync import sync
 
 pytestmark = one_writer
@@ -34,7 +35,7 @@ class Unserved:
     """Stands where nobody writes: a run begins without a store, and its journal waits for `sync`."""
 
     def ask(self, request: OpenRun, _: type[OpenedRun]) -> OpenedRun:
-        return open_without_store(request.run, "nobody serves it")
+        return Opening(request.run, Path(request.output_dir), {}).without_store("nobody serves it")
 
     def send(self, _: object) -> None:
         """Nobody listens."""
@@ -233,6 +234,61 @@ def test_in_a_hurry_the_end_comes_before_the_history(place: Place, monkeypatch: 
     report = Delivery(run.folder, 1, inbox, lambda _: None).follow()
     assert seen == ["KILLED"]
     assert report.waiting == 1  # the end, with its history
+
+
+def test_the_end_is_when_the_run_ended_however_late_it_is_delivered(place: Place, away: str) -> None:
+    run = waiting_run("late", "FINISHED", lambda run: run.log_metrics(0, {"loss_total": 1.0}, 1000))
+    records = [json.loads(line) for line in (run.folder / JOURNAL_FILE).read_text().splitlines()]
+    records[0]["time"], records[-1]["time"] = 500_000, 700_000
+    (run.folder / JOURNAL_FILE).write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.MonkeyPatch.context() as patch:
+        client = use(f"sqlite:///{place.folder / 'mlflow.db'}", patch)
+        sync(run.folder)
+    (info,) = [found.info for found in client.search_runs(["0"], f"tags.original_run_id = '{run.id}'")]
+    assert (info.start_time, info.end_time) == (500_000, 700_000)
+
+
+def test_who_finds_another_owner_in_the_store_delivers_nothing(place: Place) -> None:
+    run = MlflowRun(place.writer, RunRequest("owned"), Path("outputs"))
+    claim = place.client.get_run(run.id).data.tags["owner"]
+    assert claim.split()[0] == str(os.getpid())
+    run.finish("KILLED")
+    run.journal = JournalWriter(run.folder / JOURNAL_FILE)
+    run.journal.append({"op": "metrics", "step": 0, "time": 1, "values": {"loss_total": 1.0}})
+    run.journal.close()
+    place.client.set_tag(run.id, "owner", "77 ab12cd34")
+    place.client.set_tag(run.id, "host", "elsewhere")
+    told: list[Any] = []
+    delivery = Delivery(run.folder, 1, Inbox(None, FinishRun("KILLED", patience=60)), told.append, claim)
+    report = delivery.follow()
+    assert told == [TakenOver("process 77 on elsewhere")]
+    assert (report.waiting, report.reason) == (1, f"run {run.id} was taken over by process 77 on elsewhere")
+    assert place.client.get_metric_history(run.id, "loss_total") == []
+    theirs = Delivery(run.folder, 1, Inbox(None, FinishRun("KILLED", patience=60)), told.append, "77 ab12cd34")
+    assert theirs.follow().waiting == 0
+    assert len(place.client.get_metric_history(run.id, "loss_total")) == 1
+
+
+def test_a_run_that_was_deleted_is_one_warning(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    run = MlflowRun(place.writer, RunRequest("deleted"), Path("outputs"))
+    run.finish("KILLED")
+    place.client.delete_run(run.id)
+    journal = JournalWriter(run.folder / JOURNAL_FILE)
+    for step in range(3000):
+        journal.append({"op": "metrics", "step": step, "time": 1, "values": {"loss_total": 1.0}})
+    journal.close()
+    before = (run.folder / "delivered.json").read_text()
+    inbox = Inbox(None)
+    capsys.readouterr()
+    report = Delivery(run.folder, 1, inbox, lambda _: None).follow()
+    assert (report.waiting, report.problems) == (3000, ())
+    assert "was deleted in sqlite" in report.reason
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: run {run.id} was deleted in ")
+    assert (run.folder / "delivered.json").read_text() == before
+    place.client.restore_run(run.id)
+    sync(run.folder)
+    assert len(place.client.get_metric_history(run.id, "loss_total")) == 3000
 
 
 def test_a_data_set_that_another_run_makes_at_the_same_moment(place: Place) -> None:

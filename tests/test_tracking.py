@@ -1,7 +1,9 @@
 """From the run to MLflow and back, with MLflow's own client as the judge."""
 
 import json
+import os
 import shutil
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +17,11 @@ from conftest import Place, one_writer
 from pipeline.errors import TrainingError, UserError
 from pipeline.journal import JournalReader, JournalWriter, read_all
 from pipeline.run import MlflowRun, RunRequest, Writer
-from pipeline.tracking.__main__ import _reply
+from pipeline.tracking import opening
+from pipeline.tracking.__main__ import _open
+from pipeline.tracking.inbox import Inbox
 from pipeline.tracking.messages import OpenRun, Refused
-from pipeline.tracking.opening import open_run as open_in_store
+from pipeline.tracking.opening import Opening
 from pipeline.tracking.store import is_random
 
 pytestmark = one_writer
@@ -163,6 +167,100 @@ def test_a_second_start_in_the_same_run_goes_on_with_it(place: Place, small: Any
     assert start().before
 
 
+def test_a_second_start_without_its_folder_goes_on_in_the_same_run(place: Place, small: Any) -> None:
+    """As a pod whose volume was not the same one: what the store has is compared, and not written again."""
+    from pipeline.launch import train_run
+    from pipeline.tasks.mmoe.task import MmoeTask
+
+    opened = place.client.create_run("0").info.run_id
+    config = small(**PLAIN | {"seed": 41})
+
+    def start(**other: Any) -> Any:
+        asked = config.model_copy(update=other)
+        return train_run(asked, MmoeTask, place.writer, RunRequest(run_id=opened), quiet=True)
+
+    with cut_off(7):
+        start()
+    before = logged(place.client, opened)
+    shutil.rmtree(Path(config.output_dir) / opened)
+    with pytest.raises(UserError, match=f"^resume {opened}: that run is another one: seed was 41, now 5; allowed"):
+        start(seed=5)
+    trained = start()
+    assert (trained.id, trained.steps) == (opened, 12)
+    assert [step for step, _ in logged(place.client, opened)] == list(range(12))
+    assert logged(place.client, opened)[:7] == before
+    shutil.rmtree(Path(config.output_dir) / opened)
+    assert start().before
+    assert place.client.get_run(opened).data.tags.get("determinism") is None
+
+
+@pytest.mark.parametrize("resume", ["auto", "id"])
+def test_a_run_that_the_store_lost_goes_on_from_its_checkpoint_in_a_new_one(
+    place: Place, small: Any, capsys: pytest.CaptureFixture[str], resume: str
+) -> None:
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    from pipeline.launch import train_run
+    from pipeline.tasks.mmoe.task import MmoeTask
+
+    seed = 42 + (resume == "id")
+
+    def start(**other: Any) -> Any:
+        return train_run(small(**PLAIN | {"seed": seed} | other), MmoeTask, place.writer, quiet=True)
+
+    with cut_off(7):
+        start()
+    lost = only_run(place.client, seed).info.run_id
+    place.client.delete_run(lost)  # by somebody: not lost
+    if resume == "id":
+        with pytest.raises(UserError, match=f"resume {lost}: the run was deleted in the tracking store"):
+            start(resume=lost)
+    SqlAlchemyStore(f"sqlite:///{place.folder / 'mlflow.db'}", "mlruns")._hard_delete_run(lost)
+    capsys.readouterr()
+    trained = start(resume="auto" if resume == "auto" else lost)
+    told = capsys.readouterr().err
+    assert f"found no run {lost}, whose folder is here; it is made there, with tag original_run_id" in told
+    assert "goes on after step 7 of 12" in told
+    assert (trained.id, trained.steps) == (lost, 12)
+    run = only_run(place.client, seed)
+    assert (run.info.run_id != lost, run.data.tags["original_run_id"], run.info.status) == (True, lost, "FINISHED")
+    assert [step for step, _ in logged(place.client, run.info.run_id)] == list(range(12))
+
+
+def test_a_copy_of_a_folder_whose_run_is_alive_is_refused(place: Place) -> None:
+    run = open_run(place.writer)
+    copy = shutil.copytree(run.folder, place.folder / "copy" / run.id)
+    alive = f"run {run.id} is alive: process {os.getpid()} on {socket.gethostname()} writes it"
+    with pytest.raises(UserError, match=alive):
+        Opening(RunRequest("copy", run_id=run.id, resume=True, folder=str(copy)), Path("outputs"), {}).open()
+    with pytest.raises(UserError, match=alive):  # the same MLFLOW_RUN_ID
+        Opening(RunRequest("again", run_id=run.id), Path("elsewhere"), {}).open()
+    assert place.client.get_run(run.id).info.status == "RUNNING"
+    run.log_metrics(0, {"loss_total": 1.0})
+    run.finish("FINISHED")
+    assert len(logged(place.client, run.id)) == 1
+
+
+def test_a_run_of_another_host_is_refused_as_long_as_it_gets_points(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening, "WATCH_SECONDS", 0.3)
+    monkeypatch.setattr(opening, "PAUSE_SECONDS", 0.1)
+    tags = {"host": "elsewhere", "owner": "77 ab12cd34", "run_dir": "/not/here"}
+    run_id = place.client.create_run("0", tags=tags).info.run_id
+    request = RunRequest("test", run_id=run_id, resume=True, folder=str(place.folder / "outputs" / run_id))
+    with monkeypatch.context() as patch:
+        patch.setattr(opening.time, "sleep", lambda _: place.client.log_metric(run_id, "loss_total", 1.0, step=3))
+        with pytest.raises(UserError, match=f"run {run_id} is alive: process 77 on elsewhere writes it"):
+            Opening(request, Path("outputs"), {"loss_total": 3}).open()
+    assert place.client.get_run(run_id).data.tags["owner"] == "77 ab12cd34"
+    opened = Opening(request, Path("outputs"), {"loss_total": 3})
+    assert opened.open().online
+    assert place.client.get_run(run_id).data.tags["owner"] == opened.claim
+    opened.give_up("enough")
+    assert place.client.get_run(run_id).info.status == "FAILED"
+
+
 def test_another_config_or_other_data_is_refused_by_name(
     place: Place, small: Any, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -290,7 +388,10 @@ def test_a_store_that_cannot_be_written(workplace: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{workplace / 'damaged.db'}")
     warm = threading.Thread()
     warm.start()
-    reply = _reply(OpenRun(RunRequest("test"), "outputs", offline=False), warm)
+    request = OpenRun(RunRequest("test"), "outputs", offline=False)
+    monkeypatch.setattr("pipeline.tracking.__main__.OPEN_SECONDS", 0.0)
+    monkeypatch.setattr("pipeline.tracking.__main__.ABANDON_SECONDS", 0.0)
+    reply = _open(request, Opening(request.run, Path("outputs"), {}), Inbox(None), warm)
     assert isinstance(reply, Refused)
     assert reply.error.startswith(f"tracking store sqlite:///{workplace / 'damaged.db'}: ")
     assert "not a database" in reply.error
@@ -314,7 +415,7 @@ def test_a_deleted_experiment_is_refused(place: Place) -> None:
 
 def test_the_environments_experiment_is_mlflows_choice(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "from the shell")
-    opened = open_in_store(RunRequest("test"), Path("outputs").resolve(), {})
+    opened = Opening(RunRequest("test"), Path("outputs").resolve(), {}).open()
     assert opened.experiment == "from the shell"
     experiment = place.client.get_run(opened.run_id).info.experiment_id
     assert place.client.get_experiment(experiment).name == "from the shell"

@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.names import DELIVERED_FILE
 from pipeline.storage.files import check_file, copy_contents, replacing
 
+CURSOR_KEYS = {"run_id", "offset", "ended", "problems"}
 LOGGED = "logged"  # below the run's folder: what was logged from elsewhere
 
 
@@ -76,7 +77,7 @@ def _own(folder: Path, name: str, is_kind: Callable[[int], bool], otherwise: str
 
 
 def read_delivered(folder: Path) -> dict[str, dict[str, Any]]:
-    """How far the journal came, by store: `run_id`, `offset` in bytes, `ended`, `problems`.
+    """How far the journal came, by store: `run_id`, `offset` in bytes, `ended`, `problems`, `more_problems`.
 
     What is damaged, or another program's, is left out: then all is delivered again.
     """
@@ -89,11 +90,12 @@ def read_delivered(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _is_cursor(saved: object) -> bool:
-    if not isinstance(saved, dict) or saved.keys() != {"run_id", "offset", "ended", "problems"}:
+    if not isinstance(saved, dict) or saved.keys() - {"more_problems"} != CURSOR_KEYS:
         return False
     run_id, offset, ended, problems = saved["run_id"], saved["offset"], saved["ended"], saved["problems"]
     return (
         type(offset) is int
+        and type(saved.get("more_problems", 0)) is int
         and offset >= 0
         and all(value is None or isinstance(value, str) for value in (run_id, ended))
         and isinstance(problems, list)

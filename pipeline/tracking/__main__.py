@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,11 +14,12 @@ from pipeline.console import say
 from pipeline.importing import uncollected
 from pipeline.interrupts import SIGNALS
 from pipeline.runtime.processes import take_standard_output
-from pipeline.tracking.client import connect, download, find_by_id, set_tags
-from pipeline.tracking.delivery import NO_WORD, Cursor, Delivery, wait_for_turn
+from pipeline.tracking.client import connect, download
+from pipeline.tracking.delivery import NO_WORD, PAUSE_SECONDS, Cursor, Delivery, wait_for_turn
 from pipeline.tracking.inbox import Inbox
 from pipeline.tracking.messages import (
     AbandonRun,
+    DeliveryNews,
     DeliveryReport,
     FetchArtifact,
     FetchedArtifact,
@@ -26,14 +28,14 @@ from pipeline.tracking.messages import (
     FoundRuns,
     OpenedRun,
     OpenRun,
-    Progress,
     Refused,
     WriterReply,
 )
-from pipeline.tracking.opening import find, open_run, open_without_store
+from pipeline.tracking.opening import Opening, find
 from pipeline.tracking.store import (
+    Answer,
+    answer_of,
     context_tags,
-    is_temporary,
     one_line,
     probe,
     refusal,
@@ -42,6 +44,9 @@ from pipeline.tracking.store import (
     store_key,
     tracking_uri,
 )
+
+OPEN_SECONDS = 30.0  # that a store may take to open a run, once it has answered at all
+ABANDON_SECONDS = 1.0  # between two tries to end a run that could not be opened
 
 
 def main() -> None:
@@ -52,22 +57,22 @@ def main() -> None:
     inbox = Inbox(sys.stdin)
     warming = threading.Thread(target=_warm, daemon=True)
     warming.start()
-    opened = None  # a run that nobody follows yet
+    opening: Opening | None = None  # of a run that nobody follows yet
     while (request := inbox.next()) is not None:
         match request:
             case AbandonRun(failure):
-                _abandon(opened, failure)
-                opened = None
+                _abandon(opening, failure)
+                opening = None
             case FollowRun():
                 warming.join()  # two threads that import mlflow get half of it
-                opened = None
+                opening = None
                 answer(_follow(request, inbox, answer))
-            case OpenRun() | FindRuns() | FetchArtifact():
-                reply = _reply(request, warming)
-                if isinstance(reply, OpenedRun) and reply.online:
-                    opened = reply.run_id
-                answer(reply)
-    _abandon(opened, NO_WORD)
+            case OpenRun():
+                opening = Opening(request.run, Path(request.output_dir), request.last_steps)
+                answer(_open(request, opening, inbox, warming))
+            case FindRuns() | FetchArtifact():
+                answer(_reply(request, warming))
+    _abandon(opening, NO_WORD)
     sys.stderr.flush()
     os._exit(0)  # without what mlflow would do at its end: it could take long, and end a run of ours
 
@@ -80,11 +85,13 @@ def _warm() -> None:
     gc.freeze()  # what is there now stays: no search for garbage has to look at it again
 
 
-def _follow(request: FollowRun, inbox: Inbox, tell: Callable[[Progress], None]) -> DeliveryReport:
+def _follow(request: FollowRun, inbox: Inbox, tell: Callable[[DeliveryNews], None]) -> DeliveryReport:
     """Deliver a run's journal to its end; returns the report once the trainer asks for it."""
-    report = Delivery(Path(request.folder), request.owner, inbox, tell).follow()
-    while not inbox.leaving:  # it has another owner: its trainer will see it, too
+    delivery = Delivery(Path(request.folder), request.owner, inbox, tell, request.claim)
+    delivery.follow()
+    while not inbox.leaving:  # the run has another owner, as its trainer will see, or was deleted
         inbox.wait(1)
+    report = delivery.report()
     inbox.finish = None
     return report
 
@@ -98,15 +105,16 @@ def _absence() -> str:
     return ""
 
 
-def _reply(request: OpenRun | FindRuns | FetchArtifact, warming: threading.Thread) -> WriterReply:
-    away = "" if isinstance(request, FetchArtifact) else _absence()
-    if away and not (isinstance(request, OpenRun) and request.offline):
-        return Refused(f"tracking store {shown_uri(os.environ['MLFLOW_TRACKING_URI'])}: {away}")
+def _refused(reason: str) -> Refused:
+    return Refused(f"tracking store {shown_uri(os.environ['MLFLOW_TRACKING_URI'])}: {reason}")
+
+
+def _reply(request: FindRuns | FetchArtifact, warming: threading.Thread) -> WriterReply:
+    if isinstance(request, FindRuns) and (away := _absence()):
+        return _refused(away)
     warming.join()
     try:
         match request:
-            case OpenRun():
-                return _open(request, away)
             case FindRuns():
                 return FoundRuns(find(request))
             case FetchArtifact(run_id, file, folder):
@@ -115,21 +123,40 @@ def _reply(request: OpenRun | FindRuns | FetchArtifact, warming: threading.Threa
         return Refused(refusal(error))
 
 
-def _open(request: OpenRun, away: str) -> OpenedRun:
+def _open(request: OpenRun, opening: Opening, inbox: Inbox, warming: threading.Thread) -> WriterReply:
+    """Open the run. A store that answers, but not as it should, is asked again for a while."""
+    away = _absence()
+    if away and not request.offline:
+        return _refused(away)
+    warming.join()
     run = request.run
     with contextlib.ExitStack() as turn:
-        if run.resume:
-            assert run.folder
-            turn.callback(wait_for_turn(Path(run.folder)).release)
-            Cursor(Path(run.folder), store_key()).save()  # before the journal grows: it may have lost its tail
         try:
+            if run.resume:
+                assert run.folder
+                turn.callback(wait_for_turn(Path(run.folder)).release)
+                Cursor(Path(run.folder), store_key()).save()  # before the journal grows: it may have lost its tail
             if away:
                 raise ConnectionError(away)
-            return open_run(run, Path(request.output_dir), request.last_steps)
+            return _opened(opening, inbox)
         except Exception as error:
-            if not request.offline or not is_temporary(error):
+            if not away:
+                _abandon(opening, one_line(error))
+            if request.offline and answer_of(error) is not Answer.REFUSED:
+                return opening.without_store(f"{one_line(error)}; the run begins without it")
+            return Refused(refusal(error))
+
+
+def _opened(opening: Opening, inbox: Inbox) -> OpenedRun:
+    end, (pause, longest) = time.monotonic() + OPEN_SECONDS, PAUSE_SECONDS
+    while True:
+        try:
+            return opening.open()
+        except Exception as error:
+            if answer_of(error) not in (Answer.AWAY, Answer.FAILED) or inbox.gone or time.monotonic() + pause > end:
                 raise
-            return open_without_store(run, one_line(error))
+            time.sleep(pause)
+            pause = min(2 * pause, longest)
 
 
 def _fetch(run_id: str, file: str, folder: str) -> FetchedArtifact | Refused:
@@ -138,17 +165,18 @@ def _fetch(run_id: str, file: str, folder: str) -> FetchedArtifact | Refused:
     return FetchedArtifact(str(path)) if path else Refused(f"run {run_id} in {tracking_uri()} has no artifact {file}")
 
 
-def _abandon(run_id: str | None, failure: str) -> None:
-    """End a run whose trainer failed, or died, between opening the run and beginning its journal."""
-    if run_id is None:
-        return
-    try:
-        client = connect()
-        if run := find_by_id(client, run_id):
-            set_tags(client, run.info.run_id, {"failure": failure})
-            client.set_terminated(run.info.run_id, "FAILED")
-    except Exception as error:  # whatever the store says becomes one line
-        say(f"warning: run {run_id} could not be ended: {one_line(error)}")
+def _abandon(opening: Opening | None, failure: str) -> None:
+    """End a run that could not be opened, or whose trainer ended before its journal was begun."""
+    for last in (False, False, True):
+        try:
+            if opening:
+                opening.give_up(failure)
+            return
+        except Exception as error:  # whatever the store says becomes one line
+            if last:
+                which = (opening and opening.run_id) or "that was asked for"
+                say(f"warning: run {which} could not be ended: {one_line(error)}")
+            time.sleep(ABANDON_SECONDS)
 
 
 if __name__ == "__main__":

@@ -78,6 +78,7 @@ def stored_run(run: Any) -> StoredRun:
         dict(run.data.params),
         {name: _value(value) for name, value in run.data.metrics.items()},
         dict(run.data.tags),
+        run.info.lifecycle_stage != "active",
     )
 
 

@@ -16,16 +16,25 @@ from filelock import FileLock, Timeout
 
 from pipeline.console import say
 from pipeline.journal import JOURNAL_FILE, JournalReader, Record
-from pipeline.names import CANONICAL, DELIVERED_FILE
+from pipeline.names import CANONICAL, DELIVERED_FILE, OWNER
 from pipeline.ownership import owner_number
 from pipeline.storage.files import replacing
 from pipeline.storage.run_files import leaves, own_file, own_folder, read_delivered
 from pipeline.tracking.client import connect, find_by_id, set_tags
 from pipeline.tracking.history import write_history
 from pipeline.tracking.inbox import Inbox
-from pipeline.tracking.messages import DeliveryReport, Progress
+from pipeline.tracking.messages import Away, DeliveryNews, DeliveryReport, Progress, TakenOver
 from pipeline.tracking.opening import delete_stale, make_for
-from pipeline.tracking.store import is_random, is_temporary, one_line, probe, store_key, tracking_uri, was_just_made
+from pipeline.tracking.store import (
+    Answer,
+    answer_of,
+    is_random,
+    one_line,
+    probe,
+    store_key,
+    tracking_uri,
+    was_just_made,
+)
 
 HISTORY_FILE = "history.parquet"
 LOCK_FILE = "writer.lock"
@@ -35,9 +44,12 @@ BATCH_PARAMS = 100
 PAUSE_SECONDS = (0.25, 4.0)  # between two tries: the first, the longest
 LOCK_SECONDS = 10.0  # how long the writer of an earlier owner is waited for; it stops after the call it is at
 PROGRESS_SECONDS = 0.5
+CLAIM_SECONDS = 5.0  # between two looks at who owns the run
 LONG_SECONDS = 600.0  # how long a model or a file may take on its way to a store that has just answered
 LARGE_BYTES = 1 << 20
 TOLD_PROBLEMS = 20
+FAILING_SECONDS = 20.0  # after which a call that the server fails to answer, while it takes others, is refused
+DELETED = "deleted"  # MLflow's lifecycle stage of such a run
 NO_WORD = "the process ended without a word"
 
 
@@ -57,14 +69,24 @@ class Cursor:
         self.run_id: str | None = saved.get("run_id")
         self.offset, self.ended = int(saved.get("offset", 0)), saved.get("ended")
         self.problems: list[str] = list(saved.get("problems", ()))
+        self.more_problems = int(saved.get("more_problems", 0))
 
     def rewind(self) -> None:
         """Deliver all of it again."""
-        self.offset, self.ended, self.problems = 0, None, []
+        self.offset, self.ended, self.problems, self.more_problems = 0, None, [], 0
+
+    def add_problem(self, problem: str) -> bool:
+        """Keep it among the first; returns whether it is one of them."""
+        if len(self.problems) < TOLD_PROBLEMS:
+            self.problems.append(problem)
+            return True
+        self.more_problems += 1
+        return False
 
     def save(self) -> None:
         """Remember; where that cannot be written, an older one stays, and what came after it is delivered again."""
-        saved = {"run_id": self.run_id, "offset": self.offset, "ended": self.ended, "problems": self.problems}
+        saved = {"run_id": self.run_id, "offset": self.offset, "ended": self.ended, "problems": self.problems,
+                 "more_problems": self.more_problems}  # fmt: skip
         self.stores[self.store] = saved
         try:
             with replacing(self.file) as work:
@@ -100,9 +122,15 @@ def wait_for_turn(folder: Path, check: Callable[[], None] = lambda: None) -> Fil
 class Delivery:
     """Brings one run's journal to the tracking store."""
 
-    def __init__(self, folder: Path, owner: int, inbox: Inbox, tell: Callable[[Progress], None]) -> None:
-        """owner: the fencing number that this writer works for. tell: takes the progress once the end was asked for."""
-        self.folder, self.owner, self.inbox, self.tell = folder, owner, inbox, tell
+    def __init__(
+        self, folder: Path, owner: int, inbox: Inbox, tell: Callable[[DeliveryNews], None], claim: str | None = None
+    ) -> None:
+        """owner: the fencing number that this writer works for. tell: takes the progress once the end was asked for.
+
+        claim: the run's tag `owner` as long as it is ours; None = it is not looked at.
+        """
+        self.folder, self.owner, self.inbox, self.tell, self.claim = folder, owner, inbox, tell, claim
+        self.claim_seen = -CLAIM_SECONDS  # when it was looked at
         self.journal = folder / JOURNAL_FILE
         self.cursor = Cursor(folder, store_key())
         self.client: Any = None
@@ -110,7 +138,8 @@ class Delivery:
         self.params: dict[str, str] = {}  # what is there: `mlflow run` writes params as typed, and they cannot change
         self.opened: Record = {}  # the journal's first such record, and where it ends
         self.end_of_opened = 0
-        self.status: str | None = None  # the journal's last word, and where it ends
+        self.status: str | None = None  # the journal's last word, when it was said (ms) and where it ends
+        self.ended_at: int | None = None
         self.end_of_status = 0
         self.reason, self.away, self.superseded, self.is_told = "", False, False, False
         self.delivered = self.total = 0
@@ -118,7 +147,7 @@ class Delivery:
         self.reader = JournalReader(self.journal)
 
     def follow(self) -> DeliveryReport:
-        """Deliver until the run is finished, its trainer is gone, or the store takes nothing any more; the report."""
+        """Deliver until the run is finished, its trainer is gone, or there is nothing to be done; the report."""
         lock = None
         try:
             lock = wait_for_turn(self.folder, self._check)
@@ -146,10 +175,10 @@ class Delivery:
 
     def report(self) -> DeliveryReport:
         used = os.times()
-        problems = self.cursor.problems
-        if len(problems) > TOLD_PROBLEMS:
-            problems = [*problems[:TOLD_PROBLEMS], f"and {len(problems) - TOLD_PROBLEMS} more"]
-        return DeliveryReport(tuple(problems), self.waiting(), self.reason, self.run_id, used.user + used.system)
+        more = [f"and {self.cursor.more_problems} more"] if self.cursor.more_problems else []
+        return DeliveryReport(
+            (*self.cursor.problems, *more), self.waiting(), self.reason, self.run_id, used.user + used.system
+        )
 
     def waiting(self) -> int:
         """Whole records that the store does not have yet; a run that was not ended there counts as one."""
@@ -182,7 +211,7 @@ class Delivery:
         if run is None or run.info.run_id != self.cursor.run_id:
             self.cursor.rewind()
         if run is None:
-            run = make_for(self.client, self.opened, self.folder)
+            run = make_for(self.client, self.opened, self.folder, self.claim)
         self.run_id = self.cursor.run_id = run.info.run_id
         self.params = dict(run.data.params)
         self.cursor.save()
@@ -215,6 +244,7 @@ class Delivery:
             for _, step in steps
             for key, value in step["values"].items()
         ]
+        self._check_claim()
         for start in range(0, len(points), BATCH_POINTS):
             self._log_points(points[start : start + BATCH_POINTS])
         self._passed(steps[-1][0], len(steps))
@@ -232,10 +262,10 @@ class Delivery:
     def _log_other(self, end: int, record: Record) -> None:
         op = record["op"]
         if op == "finish":  # passed once the run is ended in the store, too
-            self.status, self.end_of_status = record["status"], end
+            self.status, self.ended_at, self.end_of_status = record["status"], record["time"], end
             return
         if op == "open":
-            self.status = None
+            self.status = self.ended_at = None
             if end != self.end_of_opened:  # what waited of an earlier start came after this one was opened
                 self._require("tags", self._delete_stale, record)
             if not (record["online"] and self.run_id == record["id"]):  # else it was said when the run was opened
@@ -260,7 +290,8 @@ class Delivery:
         """What is said of a run when it is opened, for one that was opened elsewhere or without the store."""
         name = self.client.get_run(self.run_id).info.run_name or ""
         self.client.update_run(self.run_id, status="RUNNING", name=record["name"] if is_random(name) else None)
-        set_tags(self.client, self.run_id, record["tags"] | {"run_dir": str(self.folder), "host": record["host"]})
+        where = {"run_dir": str(self.folder), "host": record["host"]} | ({OWNER: self.claim} if self.claim else {})
+        set_tags(self.client, self.run_id, record["tags"] | where)
 
     def _log_params(self, values: Mapping[str, str]) -> None:
         from mlflow.entities import Param
@@ -339,7 +370,7 @@ class Delivery:
             self._log_history()
         if self.cursor.problems and status == "FINISHED":
             status = "FAILED"
-        self._require(f"status {status}", self.client.set_terminated, self.run_id, status)
+        self._require(f"status {status}", self.client.set_terminated, self.run_id, status, self.ended_at)
         self.is_told = True
         if hurried:
             self._log_history()
@@ -394,7 +425,10 @@ class Delivery:
             self.told = 0.0  # the next progress is told at once: then the patience is as before
 
     def _problem(self, what: str, error: Exception) -> None:
-        self.cursor.problems.append(f"{what} not delivered: {one_line(error)}")
+        """Something is refused for good. It is told at once: a training may take hours to its end."""
+        problem = f"{what} not delivered: {one_line(error)}"
+        if self.cursor.add_problem(problem) and not self.inbox.leaving:
+            say(f"warning: run {self.run_id}: {problem}")
 
     def _require(self, what: str, call: Callable[..., Any], *arguments: Any, **named: Any) -> None:
         """Call the store; what it refuses is a problem that `report` tells."""
@@ -408,15 +442,22 @@ class Delivery:
         """Call the store, again and again while it is away. Returns its refusal, which counts as away to the patient.
 
         Raises:
-            GaveUpError: nobody waits for it any more.
+            GaveUpError: nobody waits for it any more, or the run was deleted.
         """
         pause, longest = PAUSE_SECONDS
+        failing_since: float | None = None
         while True:
             self._check()
             try:
                 call(*arguments, **named)
             except Exception as error:
-                if not patient and not is_temporary(error):
+                answer = answer_of(error)
+                if answer is Answer.FAILED:
+                    failing_since = failing_since or time.monotonic()
+                    if time.monotonic() - failing_since > FAILING_SECONDS and self._takes_others():
+                        answer = Answer.REFUSED
+                if answer is Answer.REFUSED and not patient:
+                    self._check_deleted()
                     return error
                 self.reason = f"{what}: {one_line(error)}"
                 self._tell_away()
@@ -426,8 +467,28 @@ class Delivery:
                 return None
             if self.inbox.impatient:
                 raise GaveUpError
-            self.inbox.wait(pause)
+            self.inbox.wait(min(pause, self.inbox.seconds_left))
             pause = min(2 * pause, longest)
+
+    def _takes_others(self) -> bool:
+        """Whether the store takes a tag that is there already: then it is the one call that cannot be delivered."""
+        try:
+            set_tags(self.client, self.run_id, {"host": self.opened["host"]})
+        except Exception:  # whatever the store's kind raises
+            return False
+        return True
+
+    def _check_deleted(self) -> None:
+        """Give up where the run itself is gone, as somebody deletes it in MLflow's pages: told once, for all of it."""
+        try:
+            stage = self.client.get_run(self.run_id).info.lifecycle_stage if self.run_id else ""
+        except Exception:  # whatever the store's kind raises: then the refusal stands
+            return
+        if stage == DELETED:
+            self.reason = f"run {self.run_id} was deleted in {tracking_uri()}; restore it there"
+            if not self.inbox.leaving:
+                say(f"warning: {self.reason}; what it logs from now on waits in {self.journal}")
+            raise GaveUpError
 
     def _check(self) -> None:
         if owner_number(self.folder) > self.owner:
@@ -437,8 +498,25 @@ class Delivery:
             self.reason = self.reason or "there was no time for it"
             raise GaveUpError
 
+    def _check_claim(self) -> None:
+        """Stop where another process has taken the run over, seconds ago at the most."""
+        if self.claim is None or time.monotonic() - self.claim_seen < CLAIM_SECONDS:
+            return
+        try:
+            tags = self.client.get_run(self.run_id).data.tags
+        except Exception:  # whatever the store's kind raises: what is delivered next says it
+            return
+        self.claim_seen = time.monotonic()
+        if tags.get(OWNER, self.claim) != self.claim:
+            by = f"process {tags[OWNER].partition(' ')[0]} on {tags.get('host')}"
+            self.superseded, self.reason = True, f"run {self.run_id} was taken over by {by}"
+            self.tell(TakenOver(by))
+            raise GaveUpError
+
     def _tell_away(self) -> None:
-        if not self.away and not self.inbox.leaving:
+        if self.inbox.finish:
+            self.tell(Away(self.waiting(), self.reason))
+        elif not self.away and not self.inbox.leaving:
             say(f"warning: tracking store {tracking_uri()} takes nothing ({self.reason}); the run goes on, and all of "
                 f"it waits in {self.journal}")  # fmt: skip
             self.away = True

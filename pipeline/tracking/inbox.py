@@ -1,5 +1,6 @@
 """What the trainer asks of the writer process, and whether it is still there to ask."""
 
+import math
 import os
 import queue
 import threading
@@ -44,13 +45,18 @@ class Inbox:
         return self.gone or self.finish is not None
 
     @property
-    def impatient(self) -> bool:
-        """The store has taken nothing for so long that the rest is left in the journal."""
+    def seconds_left(self) -> float:
+        """Until the rest is left in the journal, if the store goes on to take nothing; infinite before the end."""
         if not self.leaving:
-            return False
+            return math.inf
         patience = GONE_SECONDS if self.gone or self.finish is None else self.finish.patience
         since = self.asked if self.hurried else max(self.moved, self.asked)
-        return time.monotonic() - since > patience
+        return max(0.0, since + patience - time.monotonic())
+
+    @property
+    def impatient(self) -> bool:
+        """The store has taken nothing for so long that the rest is left in the journal."""
+        return self.seconds_left == 0
 
     @property
     def hurried(self) -> bool:

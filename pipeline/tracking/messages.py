@@ -45,11 +45,12 @@ class FollowRun:
 
     folder: str
     owner: int  # the fencing number of the run's owner
+    claim: str  # its tag `owner`: who has another one has taken the run over
 
 
 @dataclass(frozen=True)
 class FinishRun:
-    """Deliver the rest of the journal. Replies: `Progress` now and then, and the `DeliveryReport`."""
+    """Deliver the rest of the journal. Replies: `Progress` or `Away` now and then, and the `DeliveryReport`."""
 
     status: str | None  # the run's end, where the journal does not hold it
     failure: str = ""
@@ -59,7 +60,10 @@ class FinishRun:
 
 @dataclass(frozen=True)
 class FindRuns:
-    """Find the run with this id, or those with this key that were forked from there (or not). Reply: `FoundRuns`."""
+    """Find the run with this id, a deleted one too, or those with this key that were forked from there (or not).
+
+    Reply: `FoundRuns`.
+    """
 
     run_id: str | None = None
     run_key: str | None = None
@@ -102,6 +106,21 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Away:
+    """The store takes nothing just now, and the end of the run was asked for."""
+
+    waiting: int  # records that it does not have
+    reason: str
+
+
+@dataclass(frozen=True)
+class TakenOver:
+    """The store says that another process writes the run: nothing more is delivered."""
+
+    by: str
+
+
+@dataclass(frozen=True)
 class DeliveryReport:
     """How the delivery of a run ended."""
 
@@ -124,6 +143,7 @@ class StoredRun:
     params: Mapping[str, str]
     metrics: Mapping[str, float]
     tags: Mapping[str, str]
+    deleted: bool = False
 
     @property
     def first_id(self) -> str:
@@ -155,6 +175,7 @@ class Refused:
 
 
 WriterRequest = OpenRun | AbandonRun | FollowRun | FinishRun | FindRuns | FetchArtifact
-WriterReply = OpenedRun | Progress | DeliveryReport | FoundRuns | FetchedArtifact | Refused
+DeliveryNews = Progress | Away | TakenOver
+WriterReply = OpenedRun | DeliveryNews | DeliveryReport | FoundRuns | FetchedArtifact | Refused
 WRITER_REQUESTS: tuple[type[WriterRequest], ...] = get_args(WriterRequest)
 WRITER_REPLIES: tuple[type[WriterReply], ...] = get_args(WriterReply)

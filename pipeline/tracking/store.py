@@ -1,5 +1,6 @@
 """The tracking store: where it is, whether it is there, what it says when it refuses, and how it is made quiet."""
 
+import enum
 import errno
 import os
 import re
@@ -7,6 +8,7 @@ import socket
 import tempfile
 import urllib.request
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import unquote, urlsplit
 
@@ -28,6 +30,9 @@ REFUSALS = {
     "INVALID_STATE",
     "NOT_IMPLEMENTED",
 }
+HTTP_AWAY = {408, 425, 429, 502, 503, 504}
+HTTP_UNAUTHORIZED, HTTP_SERVER_ERROR, HTTP_CLIENT_ERRORS = 401, 500, (400, 500)
+STATUS_TOLD = re.compile(r"failed with error code (\d{3}) ")
 DATA_REFUSED = re.compile("DataError|IntegrityError|StringDataRightTruncation|out of range")
 TWICE = re.compile("UNIQUE constraint|unique constraint|Duplicate entry")  # SQLite, PostgreSQL, MySQL
 FILE_ERRORS = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
@@ -35,13 +40,53 @@ OWN_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ImportError, A
 SECRET_SETTINGS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 
 
-def is_temporary(error: Exception) -> bool:
-    """Asked again, the store may take it: it is away, locked, full, or does not let us in just now."""
+class Answer(enum.Enum):
+    """What an error of the store means for the call that got it; docs/resume.md has the table."""
+
+    AWAY = "away"  # the same call is tried again
+    FAILED = "failed"  # HTTP 500: tried again, but one call that goes on to fail while others succeed is refused
+    NOT_ALLOWED = "not allowed"  # HTTP 401: waits for a login that is right
+    REFUSED = "refused"  # this call, for good
+
+
+def answer_of(error: Exception) -> Answer:
+    """What the store means by an error that MLflow's client has raised."""
     if isinstance(error, UserError):  # our own word on a store that has to be mended first
-        return False
-    code = getattr(error, "error_code", None)
-    if code is not None:
-        return code not in REFUSALS and not (code == "BAD_REQUEST" and DATA_REFUSED.search(str(error)))
+        return Answer.REFUSED
+    code, status = getattr(error, "error_code", None), http_status(error)
+    if code in REFUSALS or DATA_REFUSED.search(str(error)):
+        return Answer.REFUSED
+    if status is None:
+        return Answer.AWAY if _is_temporary(error) else Answer.REFUSED
+    if status == HTTP_UNAUTHORIZED:
+        return Answer.NOT_ALLOWED
+    of_database = code == "BAD_REQUEST" and not STATUS_TOLD.search(str(error))  # MLflow's server cannot reach its own
+    if status == HTTP_SERVER_ERROR or of_database:
+        return Answer.FAILED
+    return Answer.REFUSED if status in range(*HTTP_CLIENT_ERRORS) and status not in HTTP_AWAY else Answer.AWAY
+
+
+def http_status(error: Exception) -> int | None:
+    """The HTTP status that a server answered with; None for an error of another kind, as a database's.
+
+    MLflow keeps it in the text alone where the body is no JSON; else it has its own code for it.
+    """
+    response = getattr(error, "response", None)  # of requests, and of the clients of object stores
+    if isinstance(response, dict):
+        response = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        return int(response) if response else None
+    if response is not None:
+        return int(response.status_code)
+    if told := STATUS_TOLD.search(str(error)):
+        return int(told[1])
+    is_rest = getattr(error, "json", None) is not None  # MLflow's RestException
+    return int(error.get_http_status_code()) if is_rest else None  # type: ignore[attr-defined]
+
+
+def _is_temporary(error: Exception) -> bool:
+    """Asked again, a store that is no server may take it: it is locked, full, or cannot be reached."""
+    if getattr(error, "error_code", None) is not None:
+        return True
     if isinstance(error, OSError):  # the errors of `requests` are such, too
         return not isinstance(error, FILE_ERRORS) and error.errno not in (errno.ENAMETOOLONG, errno.ELOOP)
     return not isinstance(error, OWN_ERRORS)
@@ -52,13 +97,24 @@ def was_just_made(error: Exception) -> bool:
     return bool(TWICE.search(str(error)))
 
 
-def check_artifacts(uri: str) -> None:
-    """Refuse now what would be refused once the training is done: a local artifact folder that is closed to us."""
-    parts = urlsplit(uri)
+def check_artifacts(client: Any, run: Any) -> None:
+    """Refuse now what would be refused once the training is done: an artifact folder that is closed to us, or remote
+    and without the library that reaches it.
+
+    Raises:
+        OSError: the folder cannot be written.
+        UserError: the library is not there.
+    """
+    parts = urlsplit(run.info.artifact_uri)
     if parts.scheme in ("", "file"):
         folder = Path(unquote(parts.path))
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
+        return
+    try:
+        client.list_artifacts(run.info.run_id)
+    except ImportError as error:
+        raise UserError(f"artifact folder {shown_uri(run.info.artifact_uri)}: {error}") from None
 
 
 def one_line(error: Exception) -> str:

@@ -8,14 +8,23 @@ from tqdm import tqdm
 
 from pipeline.console import say, warn
 from pipeline.errors import TrainingError, Undelivered, UserError
-from pipeline.journal import JOURNAL_FILE, JournalWriter, read_all
+from pipeline.journal import JOURNAL_FILE, JournalWriter, beginning
 from pipeline.ownership import Ownership
 from pipeline.runtime.text import visible
 from pipeline.tracking.client import connect, find_by_id
 from pipeline.tracking.delivery import Cursor, Delivery
 from pipeline.tracking.inbox import Inbox
-from pipeline.tracking.messages import DeliveryReport, FinishRun, Progress
-from pipeline.tracking.store import CLIENT_SETTINGS, is_temporary, one_line, probe, refusal, store_key, tracking_uri
+from pipeline.tracking.messages import DeliveryNews, DeliveryReport, FinishRun, Progress
+from pipeline.tracking.store import (
+    CLIENT_SETTINGS,
+    Answer,
+    answer_of,
+    one_line,
+    probe,
+    refusal,
+    store_key,
+    tracking_uri,
+)
 
 PATIENCE_SECONDS = 30.0  # without any progress
 
@@ -66,7 +75,7 @@ def _check_store(folders: list[Path]) -> None:
 
 def _told(error: Exception, stays: Path) -> UserError:
     """What the store says against a delivery."""
-    kind = Undelivered if is_temporary(error) else UserError
+    kind = UserError if answer_of(error) is Answer.REFUSED else Undelivered
     return kind(f"{refusal(error)}; everything stays in {stays}")
 
 
@@ -75,8 +84,9 @@ def _sync_run(folder: Path, again: bool) -> str:
     folder = folder.resolve()
     owner = Ownership(folder)
     try:
+        owner.take()
         JournalWriter(folder / JOURNAL_FILE).close()  # without what a kill left of its last record
-        opened = next((record for record in read_all(folder / JOURNAL_FILE) if record["op"] == "open"), None)
+        opened = beginning(folder / JOURNAL_FILE)
         if opened is None:
             raise UserError(f"{folder / JOURNAL_FILE}: found no record of the run's beginning; it cannot be delivered")
         report, delivered = _deliver(folder, owner.number, again)
@@ -104,9 +114,10 @@ def _deliver(folder: Path, number: int, again: bool) -> tuple[DeliveryReport, in
     inbox = Inbox(None, FinishRun(None, patience=PATIENCE_SECONDS))
     with tqdm(unit=" records", desc=visible(folder.name), leave=False) as bar:
 
-        def tell(progress: Progress) -> None:
-            bar.total = progress.of
-            bar.update(progress.delivered - bar.n)
+        def tell(news: DeliveryNews) -> None:
+            if isinstance(news, Progress):
+                bar.total = news.of
+                bar.update(news.delivered - bar.n)
 
         delivery = Delivery(folder, number, inbox, tell)
         if delivery.is_done and _is_there(delivery):

@@ -117,7 +117,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal
 def test_a_run_that_is_alive_is_refused_and_a_signal_saves_and_ends_it(
     number: signal.Signals, folder: Path, impressions: Path
 ) -> None:
-    """In the end nobody reads its output, as in a pager that stands still: the pipe is full, and the trainer waits."""
+    """In the end nobody reads its output, as in a pager that stands still: the pipe is full, the trainer goes on."""
     alive = job(impressions)
     with started(python(alive, "--resume", "auto"), folder) as process:
         wait_for_step(process, 250)
