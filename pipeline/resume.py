@@ -167,9 +167,9 @@ def _of_store(run: StoredRun, output_dir: Path) -> Begun:
 
 
 def _folder_of(run: StoredRun, output_dir: Path) -> Path:
-    """Below the output folder, which may have been moved; else where the run was last written."""
-    here, there = output_dir / run.first_id, run.tags.get("run_dir")
-    return here if (here / JOURNAL_FILE).exists() or not there else Path(there)
+    """Below the output folder, which may have been moved; else where the run was last written, if that is here."""
+    here, there = output_dir / run.first_id, Path(run.tags.get("run_dir", output_dir / run.first_id))
+    return there if (there / JOURNAL_FILE).exists() and not (here / JOURNAL_FILE).exists() else here
 
 
 def _of_folder(folder: Path, opened: Record) -> Begun:
