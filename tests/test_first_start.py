@@ -213,7 +213,9 @@ def test_start_that_was_killed_leaves_no_store_or_a_whole_one(told: dict[str, To
             assert schema(folder / "seen.db") == schema(empty_store)
         assert query(folder / "mlflow.db", "select count(*) from runs")[0][0] >= 1
         assert schema(folder / "mlflow.db") == schema(empty_store)
-        assert files(folder) - {"seen.db"} == MADE
+        # killed once the store was whole, it leaves its lock, which nobody needs then
+        late = {"mlflow.db.lock"} if kill["there"] and kill["moment"].startswith("milliseconds") else set()
+        assert files(folder) - {"seen.db"} - late == MADE
 
 
 @started_once
