@@ -343,7 +343,7 @@ class Delivery:
         """Once: a whole model of the run is left alone, and one that a kill cut off goes first."""
         import mlflow
 
-        from pipeline import serving
+        from pipeline.tracking.model_export import log_model
 
         experiment = self.client.get_run(self.run_id).info.experiment_id
         for found in self.client.search_logged_models([experiment], f"source_run_id = '{self.run_id}'"):
@@ -353,7 +353,7 @@ class Delivery:
         folder = own_folder(self.folder, record["folder"])
         mlflow.start_run(self.run_id)  # models are logged to the active run
         try:
-            serving.log_model(record | {"folder": str(folder)})
+            log_model(record | {"folder": str(folder)})
         finally:
             mlflow.end_run("RUNNING")  # another run's turn may come before this one's end
 

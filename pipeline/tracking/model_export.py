@@ -1,0 +1,77 @@
+"""Logging a model: its files, its code, and proof that a process without the project can load it."""
+
+import contextlib
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.types.schema import AnyType, ColSpec, DataType, Schema, TensorSpec
+
+from pipeline.errors import UserError
+from pipeline.serving import SERVING_FILE
+from pipeline.tracking.model_package import PROJECT, write_package
+
+MODEL_NAME = "model"
+CAUSE = re.compile(r"^\w[\w.]*(?:Error|Exception): .*$", re.MULTILINE)  # the last line of a traceback
+NOT_HERE = "raise ImportError('a logged model is loaded without the project that trained it')\n"
+
+
+def log_model(export: Mapping[str, Any]) -> None:
+    """Log an exported folder (the fields of `pipeline.task.ModelExport`) to the active run.
+
+    MLflow loads the model in a process of its own, which cannot import the project, asks it for its example, and
+    notes as requirements what was imported.
+
+    Raises:
+        UserError: it cannot be loaded there, or does not answer.
+    """
+    folder = Path(export["folder"])
+    (folder / SERVING_FILE).write_text(json.dumps({"task": export["task"]}) + "\n", encoding="utf-8")
+    inputs, example = export["inputs"], export["example"]
+    columns: list[ColSpec | TensorSpec] = [ColSpec(DataType.string)]  # one unnamed column takes lists and Series too
+    if inputs is not None:  # Any: a column is an integer, a float or text, as pandas happened to read it
+        columns = [ColSpec(AnyType(), name) for name in inputs]  # type: ignore[no-untyped-call]
+    outputs: list[ColSpec | TensorSpec] = [ColSpec(DataType[kind], name) for name, kind in export["outputs"].items()]
+    with tempfile.TemporaryDirectory() as work:
+        package = write_package(export["task"], Path(work))
+        with _alone(Path(work)):
+            try:
+                mlflow.pyfunc.log_model(
+                    name=MODEL_NAME,
+                    loader_module=f"{package}.serving",
+                    data_path=str(folder),
+                    code_paths=[str(Path(work) / package)],
+                    signature=ModelSignature(inputs=Schema(columns), outputs=Schema(outputs)),
+                    input_example=example if inputs is None else pd.DataFrame(example),
+                )
+            except MlflowException as error:
+                if reasons := re.findall(CAUSE, str(error)):
+                    raise UserError(f"the model cannot be loaded and used: {reasons[-1]}") from None
+                raise
+
+
+@contextlib.contextmanager
+def _alone(work: Path) -> Iterator[None]:
+    """The processes that MLflow starts here import the model's code, and fail where that imports the project."""
+    (work / "hidden").mkdir()
+    (work / "hidden" / f"{PROJECT.name}.py").write_text(NOT_HERE, encoding="utf-8")
+    path, setting = list(sys.path), "MLFLOW_REQUIREMENTS_INFERENCE_RAISE_ERRORS"
+    before = os.environ.get(setting)
+    sys.path[:0] = [str(work), str(work / "hidden")]
+    os.environ[setting] = "true"
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+        os.environ.pop(setting)
+        if before is not None:
+            os.environ[setting] = before
