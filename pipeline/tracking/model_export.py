@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -43,20 +44,30 @@ def log_model(export: Mapping[str, Any]) -> None:
     outputs: list[ColSpec | TensorSpec] = [ColSpec(DataType[kind], name) for name, kind in export["outputs"].items()]
     with tempfile.TemporaryDirectory() as work:
         package = write_package(export["task"], Path(work))
+        model: dict[str, Any] = {
+            "loader_module": f"{package}.serving",
+            "data_path": str(folder),
+            "code_paths": [str(Path(work) / package)],
+            "signature": ModelSignature(inputs=Schema(columns), outputs=Schema(outputs)),
+            "input_example": example if inputs is None else pd.DataFrame(example),
+        }
         with _alone(Path(work)):
-            try:
-                mlflow.pyfunc.log_model(
-                    name=MODEL_NAME,
-                    loader_module=f"{package}.serving",
-                    data_path=str(folder),
-                    code_paths=[str(Path(work) / package)],
-                    signature=ModelSignature(inputs=Schema(columns), outputs=Schema(outputs)),
-                    input_example=example if inputs is None else pd.DataFrame(example),
-                )
-            except MlflowException as error:
-                if reasons := re.findall(CAUSE, str(error)):
-                    raise UserError(f"the model cannot be loaded and used: {reasons[-1]}") from None
-                raise
+            mlflow.pyfunc.log_model(name=MODEL_NAME, pip_requirements=_tried(model, Path(work) / "tried"), **model)
+
+
+def _tried(model: Mapping[str, Any], saved: Path) -> list[str]:
+    """The versions of what the model has imported in a process of its own, where it has answered its example."""
+    mlflow.pyfunc.save_model(saved, pip_requirements=[], **model)
+    try:
+        found = mlflow.models.infer_pip_requirements(str(saved), "python_function")  # type: ignore[no-untyped-call]
+    except MlflowException as error:
+        if reasons := CAUSE.findall(str(error)):
+            raise UserError(f"the model cannot be loaded and used: {reasons[-1]}") from None
+        raise
+    finally:
+        shutil.rmtree(saved)
+    plain = {requirement.partition("+")[0] for requirement in found}  # PyPI has no torch==2.13.0+cpu
+    return sorted(plain | {f"mlflow=={mlflow.__version__}"})
 
 
 @contextlib.contextmanager
@@ -64,14 +75,14 @@ def _alone(work: Path) -> Iterator[None]:
     """The processes that MLflow starts here import the model's code, and fail where that imports the project."""
     (work / "hidden").mkdir()
     (work / "hidden" / f"{PROJECT.name}.py").write_text(NOT_HERE, encoding="utf-8")
-    path, setting = list(sys.path), "MLFLOW_REQUIREMENTS_INFERENCE_RAISE_ERRORS"
-    before = os.environ.get(setting)
+    path, before = list(sys.path), dict(os.environ)
     sys.path[:0] = [str(work), str(work / "hidden")]
-    os.environ[setting] = "true"
+    os.environ |= {"MLFLOW_REQUIREMENTS_INFERENCE_RAISE_ERRORS": "true", "MLFLOW_UV_AUTO_DETECT": "false"}
     try:
         yield
     finally:
         sys.path[:] = path
-        os.environ.pop(setting)
-        if before is not None:
-            os.environ[setting] = before
+        for name in ("MLFLOW_REQUIREMENTS_INFERENCE_RAISE_ERRORS", "MLFLOW_UV_AUTO_DETECT"):
+            os.environ.pop(name)
+            if name in before:
+                os.environ[name] = before[name]
