@@ -1,6 +1,7 @@
 """The code that travels with a logged model, and the check that a process without the project can use it."""
 
 import ast
+import importlib
 import json
 import os
 import re
@@ -10,10 +11,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
-from conftest import ROOT, one_writer
+import torch
+from conftest import ROOT, SHRUNK, one_writer
 
+from pipeline.config import load
 from pipeline.errors import UserError
+from pipeline.tasks.mmoe.config import MmoeConfig
+from pipeline.tasks.mmoe.task import MmoeTask
+from pipeline.tasks.visobert.config import VisobertConfig
+from pipeline.tasks.visobert.task import VisobertTask
 from pipeline.tracking import model_package
 from pipeline.tracking.model_package import write_package
 
@@ -49,6 +57,28 @@ def test_package_is_what_predicting_needs(task: str, tmp_path: Path) -> None:
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 imported |= {str(node.module).split(".")[0]}
     assert imported - set(sys.stdlib_module_names) <= LIBRARIES
+
+
+def test_models_of_both_tasks_answer_as_the_project_does(
+    impressions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one process, inside a checkout, whose modules they leave alone."""
+    mmoe = MmoeTask(load(MmoeConfig, ROOT / "configs/mtl_mmoe.yaml", SHRUNK | {"data.path": str(impressions)}))
+    sizes = {"data.embedded.rows": "100", "data.cache": str(tmp_path / "cache"), "model.embedded.layers": "1"}
+    reviews = VisobertTask(load(VisobertConfig, ROOT / "configs/config_multi_embedded.yaml", sizes))
+    tasks: dict[str, Any] = {"mmoe": mmoe, "visobert": reviews}
+    for name, task in tasks.items():
+        torch.manual_seed(1)
+        (tmp_path / name).mkdir()
+        export = task.export(task.model().eval(), tmp_path / name)
+        (export.folder / "serving.json").write_text(json.dumps({"task": export.task}))
+        monkeypatch.syspath_prepend(tmp_path / "code")
+        serving = importlib.import_module(f"{write_package(name, tmp_path / 'code')}.serving")
+        example = export.example if export.inputs is None else pd.DataFrame(export.example)
+        own = importlib.import_module(f"pipeline.tasks.{name}.predict").load(export.folder)
+        pd.testing.assert_frame_equal(serving._load_pyfunc(str(export.folder)).predict(example), own(example))
+        predict = sys.modules[f"{serving.__package__}.tasks.{name}.predict"]
+        assert Path(str(predict.__file__)).is_relative_to(tmp_path / "code")
 
 
 @pytest.fixture
