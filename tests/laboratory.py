@@ -43,7 +43,7 @@ ALPHA = {
     "baseline": {"alpha": None, "gamma": 0},
     "arms": [{"alpha": "auto", "gamma": 0}, {"alpha": [1.0, 1.2, 1.5], "gamma": 2}],
     "seeds": [0, 1],
-    "jobs": 2,
+    "jobs": 1,
     "metric": "test/sentiment_f1_macro",
 }  # fmt: skip
 COMMANDS = ("data_prep --data.embedded.rows 300", "sweep --config alpha.yaml")  # and MMOE by `mlflow run`

@@ -35,6 +35,9 @@ def read(folder: Path) -> pa.Table:
     return pa.concat_tables([pq.ParquetFile(folder / f"{split}.parquet").read() for split in SPLITS])
 
 
+pytestmark = pytest.mark.xdist_group("embedded")  # one process makes the data
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DataSchema]:
     folder = tmp_path_factory.mktemp("generated")

@@ -28,6 +28,9 @@ COLUMNS = "data,Battery,Camera,Performance,Display,Design,Packaging,Price,Shop_S
 SIZES = {"train": 3200, "validation": 400, "test": 400}
 
 
+pytestmark = pytest.mark.xdist_group("embedded reviews")  # one process makes them
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("reviews")

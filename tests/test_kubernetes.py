@@ -16,7 +16,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import yaml
-from conftest import ROOT, SHRUNK
+from conftest import ROOT, SHRUNK, only_full
 
 RECIPE = ROOT / "docs/kubernetes"
 PAGE = (ROOT / "docs/kubernetes.md").read_text(encoding="utf-8")
@@ -248,6 +248,8 @@ def image(tmp_path: Path) -> Path:
     return root
 
 
+@pytest.mark.faults
+@only_full
 def test_an_evicted_pod_saves_and_is_followed_by_another(
     derived: Path, image: Path, impressions: Path, client: Any, jobs: list[Job]
 ) -> None:

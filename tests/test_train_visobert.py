@@ -245,6 +245,7 @@ def test_offline_without_the_model_is_one_line_that_helps(workplace: Path, call_
         assert part in line
 
 
+@pytest.mark.xdist_group("review model")  # of whose process transformers is imported
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [

@@ -12,7 +12,7 @@ from conftest import only_full, run_pipeline, wait_for
 from test_exits import children_in, folder, job, python, started, wait_for_step  # noqa: F401 (folder is a fixture)
 from test_kills import Job, Reference, places, points, runs  # noqa: F401 (places is a fixture)
 
-STEPS = 3000
+STEPS = 1200
 pytestmark = [pytest.mark.faults, only_full]
 
 
@@ -46,8 +46,8 @@ def test_clock_that_jumps_by_days_and_back(folder: Path, long_job: Job, referenc
     if shutil.which("faketime") is None:
         pytest.skip("needs faketime")
     resuming, wall_clock = python(long_job, "--resume", "auto"), {"FAKETIME_DONT_FAKE_MONOTONIC": "1"}
-    killed_at(500, resuming, folder)
-    killed_at(1500, ["faketime", "-f", "+3d", *resuming], folder, **wall_clock)
+    killed_at(300, resuming, folder)
+    killed_at(700, ["faketime", "-f", "+3d", *resuming], folder, **wall_clock)
     ends_well(["faketime", "-f", "-3d", *resuming], folder, **wall_clock)
     ((run_id, (status, _)),) = runs(folder).items()
     assert status == "FINISHED"
@@ -65,12 +65,12 @@ def test_store_restored_from_a_backup(
     store, backup, resuming = folder / "mlflow.db", folder / "backup.db", python(long_job, "--resume", "auto")
     if lost == "run":
         shutil.copyfile(store, backup)
-    killed_at(500, resuming, folder)
+    killed_at(300, resuming, folder)
     ((first, _),) = runs(folder).items()
     if lost == "points":
         with sqlite3.connect(store) as source, sqlite3.connect(backup) as target:
             source.backup(target)
-    killed_at(1500, resuming, folder)
+    killed_at(700, resuming, folder)
     had = len(points(folder, first))
     backup.replace(store)
     assert len(points(folder, first)) < had
@@ -99,7 +99,7 @@ def test_trainer_that_stands_still_is_taken_over_once_its_lock_is_gone(
     """It wakes when another process has trained on, sees it, and ends without a word to the store."""
     resuming = python(long_job, "--resume", "auto")
     module, holder, method, count = {"saving": ("checkpoint", "Checkpoints", "save", 3),
-                                     "stepping": ("training", "Training", "_step", 700)}[place]  # fmt: skip
+                                     "stepping": ("training", "Training", "_step", 500)}[place]  # fmt: skip
     stands = (
         f"import os, signal\nfrom pipeline.{module} import {holder}\n"
         f"method, calls = {holder}.{method}, []\n"
