@@ -325,6 +325,17 @@ signal.pause()
     assert points(place.client, run_id, "loss_total") == [(step, step / 3, 1000 + step) for step in range(50)]
 
 
+def test_a_copied_folder_of_a_run_that_is_alive_is_refused(place: Place) -> None:
+    run = MlflowRun(place.writer, RunRequest("copied"), Path("outputs"))
+    copy = shutil.copytree(run.folder, Path("copies") / run.id)
+    with pytest.raises(UserError, match=f"run {run.id} is alive: process {os.getpid()} on .* writes it"):
+        sync(copy)
+    assert place.client.get_run(run.id).info.status == "RUNNING"
+    run.finish("FINISHED")
+    sync(copy)
+    assert place.client.get_run(run.id).info.status == "FINISHED"
+
+
 def test_a_folder_of_runs_is_delivered_but_for_the_one_that_is_alive(
     away: str, other: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -141,6 +141,7 @@ class Delivery:
         self.status: str | None = None  # the journal's last word, when it was said (ms) and where it ends
         self.ended_at: int | None = None
         self.end_of_status = 0
+        self.ended_there: str | None = None  # how the store says that the run ended
         self.reason, self.away, self.superseded, self.is_told = "", False, False, False
         self.delivered = self.total = 0
         self.told = time.monotonic()
@@ -214,6 +215,7 @@ class Delivery:
             run = make_for(self.client, self.opened, self.folder, self.claim)
         self.run_id = self.cursor.run_id = run.info.run_id
         self.params = dict(run.data.params)
+        self.ended_there = run.info.status if run.info.status != "RUNNING" else None
         self.cursor.save()
 
     def _deliver(self) -> bool:
@@ -360,6 +362,10 @@ class Delivery:
     def _end(self) -> None:
         """Write the whole history beside the run, and end it: in a hurry first, for the history may take too long."""
         told = self.inbox.finish.status if self.inbox.finish else None
+        if self.ended_there and not (self.status or told):  # a copy that was made while the run went on
+            self.cursor.ended = self.ended_there
+            self.cursor.save()
+            return
         status = self.status or told or "FAILED"
         failure = self.inbox.finish.failure if self.inbox.finish else ""
         failure = "" if self.status else failure or ("" if told else NO_WORD)

@@ -15,6 +15,7 @@ from pipeline.tracking.client import connect, find_by_id
 from pipeline.tracking.delivery import Cursor, Delivery
 from pipeline.tracking.inbox import Inbox
 from pipeline.tracking.messages import DeliveryNews, DeliveryReport, FinishRun, Progress
+from pipeline.tracking.opening import refuse_alive
 from pipeline.tracking.store import (
     CLIENT_SETTINGS,
     Answer,
@@ -89,6 +90,7 @@ def _sync_run(folder: Path, again: bool) -> str:
         opened = beginning(folder / JOURNAL_FILE)
         if opened is None:
             raise UserError(f"{folder / JOURNAL_FILE}: found no record of the run's beginning; it cannot be delivered")
+        _refuse_alive(folder, opened["id"])
         report, delivered = _deliver(folder, owner.number, again)
     except OSError as error:
         raise TrainingError(f"run folder {folder}: {error.strerror or error}") from None
@@ -103,6 +105,17 @@ def _sync_run(folder: Path, again: bool) -> str:
         return f"nothing to deliver, all of it is in {tracking_uri()}"
     as_other = "" if report.run_id == opened["id"] else f" as run {report.run_id}"
     return f"{delivered:,} records delivered to {tracking_uri()}{as_other}"
+
+
+def _refuse_alive(folder: Path, run_id: str) -> None:
+    """Raise a UserError where the folder is a copy, and another process still writes the run."""
+    try:
+        client = connect()
+        run = find_by_id(client, run_id)
+    except Exception as error:  # whatever the store says becomes the user's one line
+        raise _told(error, folder) from None
+    if run:
+        refuse_alive(client, run, folder)
 
 
 def _deliver(folder: Path, number: int, again: bool) -> tuple[DeliveryReport, int]:
