@@ -15,12 +15,14 @@ from typing import Any
 import mlflow
 import pandas as pd
 from mlflow.models import ModelSignature
-from mlflow.types.schema import AnyType, ColSpec, DataType, Schema, TensorSpec
+from mlflow.types.schema import AnyType, ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
 from pipeline.storage.files import copy_contents
 
 MODEL_NAME = "model"
 SERVING_FILE = "serving.json"
+RAW = "raw"
+PARAMS = ParamSchema([ParamSpec(RAW, DataType.boolean, False)])  # type: ignore[no-untyped-call]
 PACKAGE = Path(__file__).parent
 SERVED_WITH = ("mlflow", "numpy", "pandas", "pyarrow", "pydantic", "pyyaml", "safetensors", "torch", "transformers")
 
@@ -28,11 +30,12 @@ SERVED_WITH = ("mlflow", "numpy", "pandas", "pyarrow", "pydantic", "pyyaml", "sa
 class Predictor:
     """What `mlflow.pyfunc.load_model` returns holds one of these."""
 
-    def __init__(self, predict: Callable[[Any], pd.DataFrame]) -> None:
+    def __init__(self, predict: Callable[..., pd.DataFrame]) -> None:
         self._predict = predict
 
-    def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> pd.DataFrame:  # noqa: ARG002
-        return self._predict(model_input)
+    def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> pd.DataFrame:
+        """`params`: `raw`, true for probabilities without calibration."""
+        return self._predict(model_input, raw=bool((params or {}).get(RAW, False)))
 
 
 def _load_pyfunc(path: str) -> Predictor:
@@ -61,7 +64,7 @@ def log_model(export: Mapping[str, Any]) -> None:
             loader_module="pipeline.serving",
             data_path=str(folder),
             code_paths=[str(code)],
-            signature=ModelSignature(inputs=Schema(columns), outputs=Schema(outputs)),
+            signature=ModelSignature(Schema(columns), Schema(outputs), PARAMS),
             input_example=example if inputs is None else pd.DataFrame(example),
             pip_requirements=_requirements(),
         )
