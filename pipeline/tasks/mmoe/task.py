@@ -49,6 +49,7 @@ EVENTS = ("ctr", "cvr", "ctcvr")
 COMPONENTS = ("loss_ctr", "loss_ctcvr_bce", "loss_ctcvr_focal", "loss_cvr_aux")
 CTR_TOWER = "influence/focal_grad_ctr_tower"
 DEPEND_ON_CALIBRATION = ("ece", "logloss", "calibration")
+REQUIRED = "a conversion, more clicks than conversions, more rows than clicks"
 EVALUATED_GAMMAS = (1, 2)  # the same for every arm, whatever its own
 
 
@@ -347,8 +348,8 @@ class MmoeTask:
         fitted = fit_funnel(*logits.unbind(1), click, conversion)
         if fitted is None:
             clicks, conversions = int(click.sum()), int(conversion.sum())
-            say(f"probabilities are not calibrated: found {clicks} clicks and {conversions} conversions in {len(table)} "
-                "validation rows; needed: conversions, more clicks than those, and more rows than clicks")  # fmt: skip
+            say(f"probabilities are not calibrated: found {len(table)} validation rows, {clicks} clicks and "
+                f"{conversions} conversions; needed: {REQUIRED}")  # fmt: skip
             return {}
         self.calibration = {head: affine._asdict() for head, affine in zip(TASKS, fitted, strict=True)}
         return self.calibration
