@@ -46,8 +46,8 @@ def fit_funnel(z_ctr: Tensor, z_cvr: Tensor, click: Tensor, conversion: Tensor) 
     Raises:
         ValueError: a logit is NaN or infinite.
     """
-    clicks, conversions = click.sum().item(), conversion.sum().item()
-    if not 0 < conversions < clicks < len(click):
+    rows, clicks, conversions = len(click), click.sum().item(), conversion.sum().item()
+    if not 0 < conversions < clicks < rows:
         return None
     z = _finite(torch.stack([z_ctr, z_cvr]))  # [2, N]
     click, conversion, ones = click.double(), conversion.double(), torch.ones_like(z[0])
@@ -71,7 +71,10 @@ def fit_funnel(z_ctr: Tensor, z_cvr: Tensor, click: Tensor, conversion: Tensor) 
         gradient = (design * slope.repeat_interleave(2, 0)).sum(1)
         return _with_prior(_Point(loss.sum(), gradient, curvature), x, slice(0, None, 2))
 
-    x = _minimise(at, torch.zeros(4, dtype=torch.float64)).tolist()
+    # the mean logit starts at the rate's: where a probability is 1 up to rounding, a loss of a product is flat
+    rates = torch.tensor([clicks / rows, conversions / clicks], dtype=torch.float64)
+    start = torch.stack([torch.zeros(2), torch.logit(rates) - z.mean(1)], 1).flatten()
+    x = _minimise(at, start).tolist()
     return Affine(math.exp(x[0]), x[1]), Affine(math.exp(x[2]), x[3])
 
 

@@ -22,7 +22,7 @@ from pipeline.storage.files import copy_contents
 MODEL_NAME = "model"
 SERVING_FILE = "serving.json"
 RAW = "raw"
-PARAMS = ParamSchema([ParamSpec(RAW, DataType.boolean, False)])  # type: ignore[no-untyped-call]
+PARAMS = ParamSchema([ParamSpec(RAW, DataType.boolean, False)])
 PACKAGE = Path(__file__).parent
 SERVED_WITH = ("mlflow", "numpy", "pandas", "pyarrow", "pydantic", "pyyaml", "safetensors", "torch", "transformers")
 

@@ -62,8 +62,8 @@ def loss_and_gradient(x: Any, parts: list[Tensor]) -> tuple[float, Floats]:
 @pytest.mark.parametrize("shifts", [(0.0, 0.0), (-4.0, -3.0), (1.0, 5.0)])
 def test_the_optimum_is_another_optimizers(count: int, shifts: tuple[float, float]) -> None:
     parts = rows(count, count, (1.3, 0.8), shifts)
-    found = numbers(fit_funnel(*parts))
-    expected = minimize(loss_and_gradient, np.zeros(4), args=(parts,), jac=True, method="BFGS", options={"gtol": 1e-8})
+    found, start = numbers(fit_funnel(*parts)), [math.log(1.3), shifts[0], math.log(0.8), shifts[1]]
+    expected = minimize(loss_and_gradient, start, args=(parts,), jac=True, method="BFGS", options={"gtol": 1e-8})
     np.testing.assert_allclose(found, expected.x, rtol=0, atol=1e-6)
     value, gradient = loss_and_gradient(found, parts)
     assert np.abs(gradient).max() < 1e-6 * value
@@ -108,7 +108,7 @@ def test_logits_that_are_no_numbers_are_refused() -> None:
 def test_the_strength_of_the_prior_by_hand(copies: int, z: float) -> None:
     """Cells of class 1 with logits (0, z): the derivative by t = log T, n z/T sigmoid(-z/T) + t / 0.25^2, is 0."""
     found = fit_temperature(torch.tensor([[0.0, z]] * copies), torch.ones(copies))
-    assert math.log(found) == pytest.approx(-(0.25**2) * copies * z / found * expit(-z / found), rel=1e-9)
+    assert math.log(found) == pytest.approx(-(0.25**2) * copies * z / found * expit(-z / found), abs=1e-8)
     assert (found < 1) == (z > 0)
 
 
@@ -153,7 +153,8 @@ def logged(run: MemoryRun) -> dict[tuple[int, str], float]:
 
 
 def test_a_run_of_the_mmoe(small: Make, many: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    task, run, training = trained(small(data__path=many))
+    options = {"data.path": many, "training.batch_size": 256, "optim.dense.lr": 0.03}
+    task, run, training = trained(small(**options))
     model = training.result.model
     assert {key: float(value) for key, value in run.params.items()} == {
         f"calibration.{head}.{name}": task.calibration[head][name] for head in TASKS for name in ("scale", "shift")
@@ -161,7 +162,7 @@ def test_a_run_of_the_mmoe(small: Make, many: str, tmp_path: Path, capsys: pytes
     assert task.calibrate(model, "cpu") == task.calibration
 
     # the same run without it: the same points, but for the calibrated metrics
-    _, plain, _ = trained(small(data__path=many, model__calibrate="false"))
+    _, plain, _ = trained(small(**options, model__calibrate="false"))
     assert plain.params == {}
     points = logged(run)
     added = {name: value for (_, name), value in points.items() if name.endswith("_calibrated")}
@@ -172,7 +173,7 @@ def test_a_run_of_the_mmoe(small: Make, many: str, tmp_path: Path, capsys: pytes
         for event in ("ctr", "cvr", "ctcvr")
     }
     metrics = training.result.metrics
-    assert metrics["test/calibration_ctcvr"] > 20  # positive weights of 24.7 and 300
+    assert metrics["test/calibration_ctcvr"] > 10  # positive weights of 24.7 and 300
     assert metrics["test/calibration_ctcvr_calibrated"] < 4  # of 4 conversions
     assert metrics["test/calibration_ctr_calibrated"] == pytest.approx(1, abs=0.2)
     for event in ("ctr", "ctcvr"):

@@ -345,7 +345,7 @@ class MmoeTask:
         table = self.held_out("valid")
         logits = self._predict(model, table, device)[0]
         click, conversion = (torch.from_numpy(label.astype(np.float64)) for label in table.labels)
-        fitted = fit_funnel(*logits.unbind(1), click, conversion)
+        fitted = fit_funnel(logits[:, 0], logits[:, 1], click, conversion)
         if fitted is None:
             clicks, conversions = int(click.sum()), int(conversion.sum())
             say(f"probabilities are not calibrated: found {len(table)} validation rows, {clicks} clicks and "
