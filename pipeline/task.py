@@ -181,8 +181,8 @@ class Task(Protocol):
         """Fit the calibration of the finished model's probabilities on the validation split, and keep it.
 
         From then on `evaluate` adds `test/..._calibrated` metrics, and the exported model applies it. Empty where
-        `model.calibrate` is false or the split does not allow it; the latter is told in one line. Training, its
-        metrics and the model itself do not depend on it.
+        `model.calibrate` is false, or where the split does not allow it, which is reported in one line. No other metric
+        and no weight depends on it.
         """
         ...
 
