@@ -123,9 +123,8 @@ def predicts_from_raw_values(project: Path, run: Any, frame: pd.DataFrame) -> No
         [sys.executable, "-c", code, run.info.run_id, str(answer), str(ROOT)], cwd=project, check=True,
         capture_output=True, timeout=300, env=environment,
     )  # fmt: skip
-    predicted, raw = (
-        part.reset_index(drop=True) for part in np.split(pd.read_json(answer, orient="records"), [len(frame)])
-    )
+    both = pd.read_json(answer, orient="records")
+    predicted, raw = both[: len(frame)], both[len(frame) :].reset_index(drop=True)
     assert list(predicted.columns) == ["p_ctr", "p_cvr", "p_ctcvr"]
     np.testing.assert_allclose(predicted.p_ctcvr, predicted.p_ctr * predicted.p_cvr, rtol=1e-9)
     assert not np.allclose(predicted.p_ctr, raw.p_ctr, rtol=1e-3)
