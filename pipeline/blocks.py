@@ -106,11 +106,12 @@ class TrackingConfig(TrackingSwitch):
         return self.influence_every > 0 and step % self.influence_every == 0 and step % self.log_every == 0
 
 
-OPERATIONAL = ("output_dir", "run_name", "experiment", "device", "resume", "fork", "training.prefetch")
+OPERATIONAL = ("output_dir", "run_name", "experiment", "device", "resume", "fork", "training.prefetch",
+               "model.calibrate")  # fmt: skip
 
 
 def is_operational(key: str) -> bool:
-    """The dotted key says where and how a run is made and logged, not what comes out of it."""
+    """The dotted key says where and how a run is made and logged, not what its training comes to."""
     return key in OPERATIONAL or key.startswith(("tracking.", "checkpoint."))
 
 

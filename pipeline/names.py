@@ -8,6 +8,8 @@ from pipeline.errors import UserError
 COLORS = ("#7f7f7f", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7b3fa0", "#8c510a", "#a6192e")
 TRUNK_FILES = ("points.jsonl", "state.pt", "manifest.json")  # history and state of what runs share, the last file last
 ORIGINAL = "original_run_id"  # tag of a run that was made on this server for one that began elsewhere
+CALIBRATION = "calibration."  # before a param's key: what was fitted after the training
+CALIBRATED = "_calibrated"  # at the end of a metric's name: of calibrated probabilities
 CANONICAL = "canonical."  # before a param's key: tag with the canonical text of one that was typed in another spelling
 FORKED_FROM = "forked_from"  # tag of a run that started from another's state: <run id>@<step>
 LAUNCHED = "launches"  # tag of a run that only started another one: its id

@@ -12,6 +12,7 @@ from pipeline.blocks import is_operational
 from pipeline.config import nearest
 from pipeline.errors import UserError
 from pipeline.loading import count_by
+from pipeline.names import CALIBRATED, CALIBRATION
 
 REFERENCE = re.compile(r"_(bayes|majority|tfidf)$")  # scores that are not the model's
 NOT_SET = "not set"
@@ -161,20 +162,28 @@ def settings_of(groups: Mapping[str, pd.DataFrame], notes: list[str]) -> dict[st
 
 def _setting_keys(runs: pd.DataFrame) -> list[str]:
     """The dotted keys of the config that say what was trained."""
-    return sorted(key for key in _names(runs, "params.") if "." in key and not is_operational(key))
+    return sorted(key for key in _names(runs, "params.")
+                  if "." in key and not is_operational(key) and not key.startswith(CALIBRATION))  # fmt: skip
 
 
 def side_metrics(runs: pd.DataFrame, metric: str) -> tuple[str, ...]:
-    """Other test metrics worth a look, by their names; errors and calibration of the primary's event first."""
-    event = metric.rsplit("_", 1)[-1]
+    """Other test metrics worth a look, by their names; errors and calibration of the primary's event first.
 
-    def rank(name: str) -> tuple[int, int, str]:
-        kind = _side_kind(name)
-        return (0 if kind < 2 else 1 if name.rsplit("_", 1)[-1] == event else 2), kind, name
+    Those of calibrated probabilities follow the same ones of the model's own.
+    """
+    event = _event(metric)
+
+    def rank(name: str) -> tuple[int, bool, int, str]:
+        kind, calibrated = _side_kind(name), name.endswith(CALIBRATED)
+        return (0 if kind < 2 and not calibrated else 1 if _event(name) == event else 2), calibrated, kind, name
 
     found = [name for name in _finite_metrics(runs)
              if name.startswith("test/") and _is_plain(name) and _side_kind(name) >= 0 and name != metric]  # fmt: skip
     return tuple(sorted(found, key=rank))
+
+
+def _event(metric: str) -> str:
+    return metric.removesuffix(CALIBRATED).rsplit("_", 1)[-1]
 
 
 def _side_kind(name: str) -> int:

@@ -13,16 +13,18 @@ from typing import Any
 import pandas as pd
 
 SERVING_FILE = "serving.json"
+RAW = "raw"
 
 
 class Predictor:
     """What `mlflow.pyfunc.load_model` returns holds one of these."""
 
-    def __init__(self, predict: Callable[[Any], pd.DataFrame]) -> None:
+    def __init__(self, predict: Callable[..., pd.DataFrame]) -> None:
         self._predict = predict
 
-    def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> pd.DataFrame:  # noqa: ARG002
-        return self._predict(model_input)
+    def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> pd.DataFrame:
+        """`params`: `raw`, true for probabilities without calibration."""
+        return self._predict(model_input, raw=bool((params or {}).get(RAW, False)))
 
 
 def _load_pyfunc(path: str) -> Predictor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pipeline.blocks import RunConfig, ScheduleConfig
+from pipeline.calibration import Fitted
 from pipeline.names import TEST_ROWS_FILE
 
 Rows = npt.NDArray[np.int64]
@@ -174,6 +175,15 @@ class Task(Protocol):
 
     def evaluate(self, model: nn.Module, split: str, device: str) -> Mapping[str, float]:
         """Metrics of a split (`valid` or `test`) under their full names."""
+        ...
+
+    def calibrate(self, model: nn.Module, device: str) -> Fitted:
+        """Fit the calibration of the finished model's probabilities on the validation split, and keep it.
+
+        From then on `evaluate` adds `test/..._calibrated` metrics, and the exported model applies it. Empty where
+        `model.calibrate` is false, or where the split does not allow it, which is reported in one line. No other metric
+        and no weight depends on it.
+        """
         ...
 
     def findings(self, metrics: Mapping[str, float]) -> Sequence[str]:

@@ -23,6 +23,7 @@ from pipeline.errors import RankLost, UserError
 from pipeline.influence import PREFIX
 from pipeline.interrupts import check, held
 from pipeline.memory import keep_freed_memory
+from pipeline.names import CALIBRATION
 from pipeline.recording import Recorder
 from pipeline.run import Run
 from pipeline.saving import Saver
@@ -112,7 +113,7 @@ class Training:
         return self.result
 
     def _finish(self, seconds: float) -> None:
-        """What is logged once, the last weights, and the test split at the best ones."""
+        """What is logged once, the last weights, and calibration and the test split at the best ones."""
         self.saver.check_data()
         self.run.log_metrics(self.result.steps, {"time/train_seconds": seconds})
         if self.keeper.step is not None:
@@ -120,6 +121,9 @@ class Training:
         save_weights(self.model.state_dict(), self.run.folder / FINAL_FILE)
         self.done = True
         self.keeper.restore(self.model)
+        if fitted := self.task.calibrate(self.model, self.device):
+            self.run.log_params({f"{CALIBRATION}{head}.{name}": repr(value)
+                                 for head, values in fitted.items() for name, value in values.items()})  # fmt: skip
         tested = dict(self.task.evaluate(self.model, "test", self.device))
         self.run.log_metrics(self.result.steps, tested)
         self.result.metrics |= tested

@@ -313,6 +313,19 @@ def test_side_effects(comparison: Comparison) -> None:
     assert list(arm(comparison, "bad").side) == ["test/auc_ctr", "test/ece_ctcvr"]  # its log loss is NaN
 
 
+def test_calibrated_metrics_follow_the_models_own_and_fitted_values_are_no_settings(store: Store) -> None:
+    runs = load_runs(SWEEP)
+    more = {f"metrics.test/{kind}_{event}_calibrated": 0.5 for kind in ("auc", "ece") for event in ("ctcvr", "ctr")}
+    fitted = {"params.calibration.ctr.scale": [str(row) for row in range(len(runs))]}
+    found, plain = compare(runs.assign(**more, **fitted)), compare(runs)
+    assert found.side_metrics == (
+        "test/auc_ctr", "test/ece_ctcvr", "test/auc_ctcvr_calibrated", "test/ece_ctcvr_calibrated", "test/logloss_ctr",
+        "test/auc_ctr_calibrated", "test/ece_ctr_calibrated",
+    )  # fmt: skip
+    assert (found.metric, found.notes) == (plain.metric, plain.notes)
+    assert [arm.differing for arm in found.arms] == [arm.differing for arm in plain.arms]
+
+
 def test_only_settings_that_differ_are_told(comparison: Comparison) -> None:
     assert arm(comparison, "baseline").differing == {"loss.aux_focal.enabled": "false", "loss.aux_focal.lambda": "0.1"}
     assert arm(comparison, "l0").differing == {"loss.aux_focal.enabled": "true", "loss.aux_focal.lambda": "0.0"}

@@ -114,17 +114,21 @@ def predicts_from_raw_values(project: Path, run: Any, frame: pd.DataFrame) -> No
         "sys.modules['pipeline'] = None\n"
         "model = mlflow.pyfunc.load_model(f'runs:/{sys.argv[1]}/model')\n"
         "raw = pd.read_csv('raw.csv')\n"
-        "model.predict(raw[['color', 'size']]).to_json(sys.argv[2], orient='records', double_precision=15)\n"
+        "frames = [model.predict(raw[['color', 'size']], params={'raw': flag}) for flag in (False, True)]\n"
+        "pd.concat(frames).to_json(sys.argv[2], orient='records', double_precision=15)\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     subprocess.run(
         [sys.executable, "-c", code, run.info.run_id, str(answer)], cwd=project, check=True,
         capture_output=True, timeout=300, env=environment,
     )  # fmt: skip
-    predicted = pd.read_json(answer, orient="records")
+    both = pd.read_json(answer, orient="records")
+    predicted, raw = both[: len(frame)], both[len(frame) :].reset_index(drop=True)
     assert list(predicted.columns) == ["p_ctr", "p_cvr", "p_ctcvr"]
     np.testing.assert_allclose(predicted.p_ctcvr, predicted.p_ctr * predicted.p_cvr, rtol=1e-9)
-    assert_predicts_like_the_evaluation(predicted, frame, project, run)
+    assert not np.allclose(predicted.p_ctr, raw.p_ctr, rtol=1e-3)
+    assert_predicts_like_the_evaluation(predicted, frame, project, run.data.metrics["test/logloss_ctr_calibrated"])
+    assert_predicts_like_the_evaluation(raw, frame, project, run.data.metrics["test/logloss_ctr"])
 
 
 @one_writer
@@ -159,7 +163,9 @@ def test_main_in_the_run_that_mlflow_opens(
     assert f"{runs['mmoe baseline s0'].data.metrics['test/auc_ctr']:.4f}" in result.stderr
 
 
-def assert_predicts_like_the_evaluation(predicted: pd.DataFrame, frame: pd.DataFrame, project: Path, run: Any) -> None:
+def assert_predicts_like_the_evaluation(
+    predicted: pd.DataFrame, frame: pd.DataFrame, project: Path, logged: float
+) -> None:
     """The test split's log loss, from raw rows through the logged model, is the one that the run logged."""
     test = pd.read_parquet(project / "prepared" / "test.parquet")
     filled = frame["size"].astype("float32")
@@ -170,7 +176,7 @@ def assert_predicts_like_the_evaluation(predicted: pd.DataFrame, frame: pd.DataF
     assert 0.7 * len(test) < sum(chosen) < 1.3 * len(test)
     p, y = predicted["p_ctr"][chosen], frame["clicked"][chosen]
     loss = -np.mean(y * np.log(p) + (1 - y) * np.log(1 - p))
-    assert loss == pytest.approx(run.data.metrics["test/logloss_ctr"], rel=0.05)
+    assert loss == pytest.approx(logged, rel=0.05)
 
 
 def test_a_bad_override_through_mlproject_fails_the_run(project: Path, client: Any) -> None:

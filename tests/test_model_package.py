@@ -37,7 +37,7 @@ from pipeline.sums import total
 
 def load(folder: Path):
     weight = float((folder / "weight.txt").read_text())
-    return lambda frame: pd.DataFrame({"sum": total(frame) * weight})
+    return lambda frame, raw: pd.DataFrame({"sum": total(frame) * weight})
 """
 
 

@@ -868,6 +868,7 @@ def assert_same_answers(found: pd.DataFrame, expected: pd.DataFrame) -> None:
 def test_an_exported_model_answers_as_the_task_does(make: Make, tmp_path: Path, options: dict[str, Any]) -> None:
     task = make(**options)
     model = trained(task)
+    assert set(task.calibrate(model, "cpu")) == {"sentiment", *(["aspect"] if model.detects else [])}
     export = task.export(model, tmp_path / "model")
     table, reviews = task.table("test"), task.splits.test
     assert table is not None
@@ -875,6 +876,10 @@ def test_an_exported_model_answers_as_the_task_does(make: Make, tmp_path: Path, 
     expected = task._answers(model, task._predict(model, table, "cpu")).frame()
     found = predict.load(tmp_path / "model")(list(reviews.texts))
     assert_same_answers(found, expected)
+    task.calibration = {}
+    plain = task._answers(model, task._predict(model, table, "cpu")).frame()
+    assert_same_answers(predict.load(tmp_path / "model")(list(reviews.texts), raw=True), plain)
+    assert (found.filter(like="/") - plain.filter(like="/")).abs().max().max() > 1e-3
     assert list(found.columns) == list(export.outputs)
     assert found.filter(like="/").std().max() > 0.01  # not all the same
     assert (export.task, export.inputs) == ("visobert", None)

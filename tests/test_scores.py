@@ -1,5 +1,6 @@
 """Scores, thresholds, baselines, answers and reports: against scikit-learn, sets in plain Python, and by hand."""
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Sequence
@@ -390,6 +391,16 @@ def test_what_is_answered() -> None:
     np.testing.assert_allclose(frame["pin/positive"], [0.5, 0.1, 0.2], rtol=1e-5)
     np.testing.assert_allclose(frame["pin/neutral"], [0.2, 0.7, 0.2], rtol=1e-5)
     np.testing.assert_allclose(frame["khác/mentioned"], [0.6, 0.4, 0.1], rtol=1e-5)
+
+
+def test_calibration_changes_probabilities_and_no_word() -> None:
+    calibration = {"aspect": {"temperature": 0.5}, "sentiment": {"temperature": 2.0}}
+    frame = dataclasses.replace(SAY, calibration=calibration).frame()
+    pd.testing.assert_frame_equal(frame[list(ASPECTS)], SAY.frame()[list(ASPECTS)])
+    assert frame["giá cả/mentioned"].tolist() == pytest.approx([9 / 58, 0.5, 1 / 82])  # odds squared: 9:49, 1:1, 1:81
+    roots = np.sqrt([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7], [0.2, 0.6, 0.2]])
+    found = frame[[f"pin/{name}" for name in ("positive", "negative", "neutral")]].to_numpy()
+    np.testing.assert_allclose(found, roots / roots.sum(1, keepdims=True), rtol=1e-5)
 
 
 def test_a_probability_at_its_threshold_is_a_mention() -> None:

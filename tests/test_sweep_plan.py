@@ -184,7 +184,8 @@ def test_what_is_typed_goes_to_every_run(tmp_path: Path) -> None:
 
 def test_decisive_settings_and_only_those_make_a_run_another(tmp_path: Path) -> None:
     base = load(MmoeConfig, ROOT / "configs/mtl_mmoe.yaml", {})
-    same = {"output_dir": "x", "run_name": "x", "experiment": "x", "device": "cpu", "tracking.log_every": "5"}
+    same = {"output_dir": "x", "run_name": "x", "experiment": "x", "device": "cpu", "tracking.log_every": "5",
+            "model.calibrate": "false"}  # fmt: skip
     assert load(MmoeConfig, ROOT / "configs/mtl_mmoe.yaml", same).fingerprint("d") == base.fingerprint("d")
     for key, value in {"seed": "1", "training.threads": "2", "loss.aux_focal.lambda": "0.11"}.items():
         assert load(MmoeConfig, ROOT / "configs/mtl_mmoe.yaml", {key: value}).fingerprint("d") != base.fingerprint("d")

@@ -176,6 +176,12 @@ def test_files_data_prep_run_and_the_logged_model(lent: Place, tmp_path: Path, c
     for form in (pd.Series(texts), pd.DataFrame({"any": texts})):
         pd.testing.assert_frame_equal(model.predict(form), answers)
 
+    raw = model.predict(texts, params={"raw": True})
+    pd.testing.assert_frame_equal(raw[sorted(ASPECTS)], answers[sorted(ASPECTS)])
+    ratio = [np.log(frame["Battery/positive"] / frame["Battery/negative"]) for frame in (raw, answers)]
+    temperature = float(run.data.params["calibration.sentiment.temperature"])
+    np.testing.assert_allclose(ratio[0], ratio[1] * temperature, rtol=1e-9)
+
     # alpha of another file is refused
     write_reviews(project / "other.csv", seed=7)
     given["data.train"] = str(project / "other.csv")

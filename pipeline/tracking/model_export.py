@@ -15,13 +15,14 @@ import mlflow
 import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
-from mlflow.types.schema import AnyType, ColSpec, DataType, Schema, TensorSpec
+from mlflow.types.schema import AnyType, ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
 from pipeline.errors import UserError
-from pipeline.serving import SERVING_FILE
+from pipeline.serving import RAW, SERVING_FILE
 from pipeline.tracking.model_package import PROJECT, write_package
 
 MODEL_NAME = "model"
+PARAMS = ParamSchema([ParamSpec(RAW, DataType.boolean, False)])
 CAUSE = re.compile(r"^\w[\w.]*(?:Error|Exception): .*$", re.MULTILINE)  # the last line of a traceback
 NOT_HERE = "raise ImportError('a logged model is loaded without the project that trained it')\n"
 
@@ -48,7 +49,7 @@ def log_model(export: Mapping[str, Any]) -> None:
             "loader_module": f"{package}.serving",
             "data_path": str(folder),
             "code_paths": [str(Path(work) / package)],
-            "signature": ModelSignature(inputs=Schema(columns), outputs=Schema(outputs)),
+            "signature": ModelSignature(Schema(columns), Schema(outputs), PARAMS),
             "input_example": example if inputs is None else pd.DataFrame(example),
         }
         with _alone(Path(work)):

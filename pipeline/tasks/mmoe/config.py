@@ -91,6 +91,8 @@ class ModelConfig(Config):
     gate: GateConfig = GateConfig()
     towers: TowersConfig = TowersConfig()
     heads: HeadsConfig = HeadsConfig()
+    calibrate: bool = True
+    """fit a scale and a shift of each logit on the validation split, for the logged model; changes no training"""
 
 
 class AuxFocalConfig(Config):

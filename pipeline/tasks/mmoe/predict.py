@@ -10,8 +10,10 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file
 
+from pipeline.calibration import rescaled
 from pipeline.config import load as load_config
-from pipeline.tasks.mmoe.config import MmoeConfig
+from pipeline.storage.calibration_file import read_calibration
+from pipeline.tasks.mmoe.config import TASKS, MmoeConfig
 from pipeline.tasks.mmoe.encoding import Encoder
 from pipeline.tasks.mmoe.impressions import Layout, assemble
 from pipeline.tasks.mmoe.model import Mmoe
@@ -20,21 +22,27 @@ from pipeline.tasks.mmoe.schema import FIRST_ID, VOCABULARY_FILE, DataSchema, pa
 BATCH_ROWS = 8192
 
 
-def load(folder: Path) -> Callable[[pd.DataFrame], pd.DataFrame]:
-    """The predictor that `MmoeTask.export` wrote into the folder."""
+def load(folder: Path) -> Callable[..., pd.DataFrame]:
+    """The predictor that `MmoeTask.export` wrote into the folder: predict(frame, raw=False).
+
+    raw: probabilities as trained, without calibration.
+    """
     encoder = Encoder.load(folder)
     layout = Layout.of(encoder.schema)
     model = Mmoe(load_config(MmoeConfig, folder / "config.yaml").model, layout, encoder.schema.base_rates)
     model.load_state_dict(load_file(folder / "model.safetensors"))
     model.eval()
+    calibration = read_calibration(folder)
 
-    def predict(frame: pd.DataFrame) -> pd.DataFrame:
+    def predict(frame: pd.DataFrame, raw: bool = False) -> pd.DataFrame:
         columns = encoder.encode(frame)
         logits = np.empty((len(frame), 2))
         with torch.inference_mode():
             for first in range(0, len(frame), BATCH_ROWS):
                 batch = assemble({name: column.slice(first, BATCH_ROWS) for name, column in columns.items()}, layout)
                 logits[first : first + BATCH_ROWS] = model(batch).logits.double().numpy()
+        if calibration and not raw:
+            logits = rescaled(torch.from_numpy(logits), calibration, TASKS).numpy()
         p_ctr, p_cvr = 1 / (1 + np.exp(-logits.T))
         return pd.DataFrame({"p_ctr": p_ctr, "p_cvr": p_cvr, "p_ctcvr": p_ctr * p_cvr}, index=frame.index)
 

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
 from pipeline import plots, ranks
+from pipeline.calibration import Fitted, fit_funnel, rescaled
 from pipeline.checkpoint import save_weights
 from pipeline.compute.optimizers import RowAdagrad, SparseAdam
 from pipeline.config import to_yaml
+from pipeline.console import say
 from pipeline.errors import UserError
 from pipeline.importing import uncollected
 from pipeline.influence import PREFIX, cosine, flat, gradients, norm
@@ -32,7 +34,9 @@ from pipeline.losses import (
     product_log_probability,
 )
 from pipeline.metrics import Array, binary_metrics, calibration_bins
+from pipeline.names import CALIBRATED
 from pipeline.schedules import gate_is_open
+from pipeline.storage.calibration_file import write_calibration
 from pipeline.task import TOTAL, Dataset, ModelExport, Rows, write_test_rows
 from pipeline.tasks.mmoe.config import TASKS, MmoeConfig
 from pipeline.tasks.mmoe.data import ImpressionTable, Shuffle, check_files, read_split
@@ -45,6 +49,8 @@ SPLIT_FILES = {"valid": "validation", "test": "test"}
 EVENTS = ("ctr", "cvr", "ctcvr")
 COMPONENTS = ("loss_ctr", "loss_ctcvr_bce", "loss_ctcvr_focal", "loss_cvr_aux")
 CTR_TOWER = "influence/focal_grad_ctr_tower"
+DEPEND_ON_CALIBRATION = ("ece", "logloss", "calibration")
+REQUIRED = "a conversion, more clicks than conversions, more rows than clicks"
 EVALUATED_GAMMAS = (1, 2)  # the same for every arm, whatever its own
 
 
@@ -58,6 +64,7 @@ class MmoeTask:
         self.config, self.schedule = config, config.optim.schedule
         focal = config.loss.aux_focal
         self.focal_alpha = focal.alpha if focal.use_alpha else None
+        self.calibration: Fitted = {}  # of `calibrate`
         self.folder: Path
         self.schema: DataSchema
         self.layout: Layout
@@ -261,12 +268,23 @@ class MmoeTask:
             values = binary_metrics(label, *(part.double().numpy() for part in probability))
             found |= {f"{split}/{name}_{event}": value for name, value in values.items()}
         found |= {f"{split}/{name}": value for name, value in self._common_losses(events).items()}
+        if split == "test" and self.calibration:
+            found |= {f"test/{name}{CALIBRATED}": value for name, value in self._calibrated(table, logits).items()}
         found |= self.bayes(split)
         if gate_means is not None and gate_entropy is not None and split == "valid":
             names = [task for task in TASKS if getattr(self.config.model.heads, task).deep]
             for task, shares, entropy in zip(names, gate_means.tolist(), gate_entropy.tolist(), strict=True):
                 found |= {f"gate/{task}/{expert}": share for expert, share in enumerate(shares)}
                 found[f"gate/{task}/entropy"] = entropy
+        return found
+
+    def _calibrated(self, table: ImpressionTable, logits: Tensor) -> dict[str, float]:
+        """Metrics that depend on calibration: not the ranking by one logit, only that by a product."""
+        found: dict[str, float] = {}
+        for event, (label, probability) in _events(table, rescaled(logits, self.calibration, TASKS)).items():
+            names = ("auc", *DEPEND_ON_CALIBRATION) if event == "ctcvr" else DEPEND_ON_CALIBRATION
+            values = binary_metrics(label, *(part.numpy() for part in probability))
+            found |= {f"{name}_{event}": values[name] for name in names if name in values}
         return found
 
     def _common_losses(self, events: Mapping[str, tuple[Array, LogProbability]]) -> dict[str, float]:
@@ -321,6 +339,22 @@ class MmoeTask:
         shares, entropies = (part.sum(0) / len(table) for part in sums)
         return logits, shares, entropies
 
+    def calibrate(self, model: nn.Module, device: str) -> Fitted:
+        self.calibration = {}
+        if not self.config.model.calibrate:
+            return {}
+        table = self.held_out("valid")
+        logits = self._predict(model, table, device)[0]
+        click, conversion = (torch.from_numpy(label.astype(np.float64)) for label in table.labels)
+        fitted = fit_funnel(logits[:, 0], logits[:, 1], click, conversion)
+        if fitted is None:
+            clicks, conversions = int(click.sum()), int(conversion.sum())
+            say(f"probabilities are not calibrated: found {len(table)} validation rows, {clicks} clicks and "
+                f"{conversions} conversions; needed: {REQUIRED}")  # fmt: skip
+            return {}
+        self.calibration = {head: affine._asdict() for head, affine in zip(TASKS, fitted, strict=True)}
+        return self.calibration
+
     def findings(self, metrics: Mapping[str, float]) -> Sequence[str]:
         found = []
         for name, share in metrics.items():
@@ -362,6 +396,7 @@ class MmoeTask:
 
         save_weights(model.state_dict(), folder / "model.safetensors")
         (folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+        write_calibration(folder, self.calibration)
         for name in (SCHEMA_FILE, VOCABULARY_FILE):
             shutil.copyfile(self.folder / name, folder / name)
         return ModelExport(

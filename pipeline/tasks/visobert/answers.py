@@ -1,7 +1,7 @@
 """From logits to what a user reads: aspects with sentiment and probability."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -9,9 +9,11 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
+from pipeline.calibration import Fitted
 from pipeline.tasks.visobert.model import Output
 from pipeline.tasks.visobert.reviews import SENTIMENTS
 
+Floats = npt.NDArray[np.float64]
 MENTIONED_TEXT = "mentioned"
 # of a logged model's folder
 ASPECTS_FILE, TOKENIZER_FOLDER, ENCODER_FOLDER = "aspects.json", "tokenizer", "encoder"
@@ -35,21 +37,27 @@ class Answers:
     thresholds: npt.NDArray[np.float64]  # [A]
     aspects: Sequence[str]
     polar: Flags  # [A], aspects with sentiments
+    calibration: Fitted = field(default_factory=dict)  # of probabilities; predictions do not depend on it
 
     @cached_property
-    def sentiment(self) -> npt.NDArray[np.float64]:
+    def sentiment(self) -> Floats:
         """Probability of each sentiment, given that the aspect is mentioned. [N, A, 3]"""
-        return torch.softmax(self.output.sentiment.double(), -1).numpy()
+        return _sentiment(self.output, self._temperature("sentiment"))
 
     @cached_property
-    def mentioned(self) -> npt.NDArray[np.float64] | None:
+    def mentioned(self) -> Floats | None:
         """Probability that the aspect is mentioned. [N, A]; None without aspect detection."""
-        return None if self.output.aspect is None else torch.sigmoid(self.output.aspect.double()).numpy()
+        return _mentioned(self.output, self._temperature("aspect"))
+
+    def _temperature(self, head: str) -> float:
+        return self.calibration[head]["temperature"] if head in self.calibration else 1.0
 
     @cached_property
     def prediction(self) -> Prediction:
-        mentioned = None if self.mentioned is None else self.mentioned >= self.thresholds
-        return Prediction(self.sentiment.argmax(-1).astype(np.int8), mentioned)
+        """By the probabilities without calibration: those that the thresholds were tuned on."""
+        probability = _mentioned(self.output)
+        mentioned = None if probability is None else probability >= self.thresholds
+        return Prediction(_sentiment(self.output).argmax(-1).astype(np.int8), mentioned)
 
     def frame(self) -> pd.DataFrame:
         """A row a review: a column an aspect (the sentiment, `mentioned`, or None), then the probabilities.
@@ -72,6 +80,14 @@ class Answers:
                 for position, name in enumerate(SENTIMENTS):
                     found[f"{aspect}/{name}"] = self.sentiment[:, index, position]
         return pd.DataFrame(found, columns=list(column_types(self.aspects, self.polar, self.mentioned is not None)))
+
+
+def _sentiment(output: Output, temperature: float = 1.0) -> Floats:
+    return torch.softmax(output.sentiment.double() / temperature, -1).numpy()
+
+
+def _mentioned(output: Output, temperature: float = 1.0) -> Floats | None:
+    return None if output.aspect is None else torch.sigmoid(output.aspect.double() / temperature).numpy()
 
 
 def column_types(aspects: Sequence[str], polar: Flags, detection: bool) -> dict[str, str]:

@@ -123,6 +123,8 @@ class ModelConfig(Config):
     max_tokens: int = Field(256, ge=8)
     """longer texts are cut to this many tokens"""
     embedded: EmbeddedModelConfig = EmbeddedModelConfig()
+    calibrate: bool = True
+    """fit a temperature of each head on the validation split, for the logged model; changes no training"""
 
 
 def _no_flag(value: Any) -> Any:

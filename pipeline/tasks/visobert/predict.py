@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.config import load as load_config
+from pipeline.storage.calibration_file import read_calibration
 from pipeline.tasks.visobert.answers import ASPECTS_FILE, ENCODER_FOLDER, TOKENIZER_FOLDER, Answers
 from pipeline.tasks.visobert.config import EMBEDDED, VisobertConfig
 from pipeline.tasks.visobert.data import LengthBuckets, ReviewTable
@@ -18,8 +19,11 @@ from pipeline.tasks.visobert.model import AspectSentimentModel, Output, build_mo
 from pipeline.tasks.visobert.tokenizer import load_saved
 
 
-def load(folder: Path) -> Callable[[Any], pd.DataFrame]:
-    """The predictor that `VisobertTask.export` wrote into the folder."""
+def load(folder: Path) -> Callable[..., pd.DataFrame]:
+    """The predictor that `VisobertTask.export` wrote into the folder: predict(texts, raw=False).
+
+    raw: probabilities as trained, without calibration.
+    """
     config = load_config(VisobertConfig, folder / "config.yaml")
     told = json.loads((folder / ASPECTS_FILE).read_text(encoding="utf-8"))
     aspects, polar = told["aspects"], ~np.isin(told["aspects"], told["detection_only"])
@@ -30,14 +34,15 @@ def load(folder: Path) -> Callable[[Any], pd.DataFrame]:
     model.load_state_dict(load_file(folder / "model.safetensors"))
     model.eval()
     size, budget = config.evaluation.batch_size, config.training.batch_tokens
+    thresholds, calibration = model.thresholds.double().numpy(), read_calibration(folder)
 
-    def predict(texts: Any) -> pd.DataFrame:
+    def predict(texts: Any, raw: bool = False) -> pd.DataFrame:
         column = texts.iloc[:, 0] if isinstance(texts, pd.DataFrame) else pd.Series(texts, dtype=object)
         listed = ["" if text is None or pd.isna(text) else str(text) for text in column]
         tokens = tokenizer.encode(listed, config.model.max_tokens)
         table = ReviewTable(tokens, np.empty((len(listed), 0), np.int8), tokenizer.pad_id)
         output = predict_logits(model, table, size, budget)
-        answers = Answers(output, model.thresholds.double().numpy(), aspects, polar)
+        answers = Answers(output, thresholds, aspects, polar, {} if raw else calibration)
         return answers.frame().set_index(column.index)
 
     return predict

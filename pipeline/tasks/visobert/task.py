@@ -10,13 +10,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.optim import AdamW, Optimizer
 
 from pipeline import ranks
 from pipeline.blocks import AdamConfig
+from pipeline.calibration import Fitted, fit_temperature
 from pipeline.checkpoint import save_weights
 from pipeline.config import to_yaml
-from pipeline.console import warn
+from pipeline.console import say, warn
 from pipeline.errors import UserError
 from pipeline.importing import uncollected
 from pipeline.influence import PREFIX, cosine, flat, gradients, norm
@@ -27,7 +29,8 @@ from pipeline.losses import (
     multi_label_focal,
     multi_label_focal_factor,
 )
-from pipeline.names import metric_names
+from pipeline.names import CALIBRATED, metric_names
+from pipeline.storage.calibration_file import write_calibration
 from pipeline.task import TOTAL, Dataset, ModelExport, Rows, autocast
 from pipeline.tasks.visobert.alpha import ALPHA_FILE, Alpha, alpha_of
 from pipeline.tasks.visobert.answers import ASPECTS_FILE, ENCODER_FOLDER, TOKENIZER_FOLDER, Answers, column_types
@@ -60,6 +63,7 @@ class VisobertTask:
             UserError: a file, the tokenizer or the model's folder is missing or damaged, or alpha is of other data.
         """
         self.config, self.schedule = config, config.optim.schedule
+        self.calibration: Fitted = {}  # of `calibrate`
         if config.model.name != EMBEDDED:  # a missing file is told before anything is begun
             model_folder(config.model.name, config.model.revision, weights=config.model.init == "pretrained")
         same = like is not None and like.config.data == config.data
@@ -272,7 +276,31 @@ class VisobertTask:
         losses = {name: value.item() for name, value in self._losses(output, labels, counts).items()}
         found = score(reviews.labels, answers.prediction, self.names, self.polar)
         beside = {name: value for name, value in self.baselines(split).items() if name.rpartition("_")[0] in found}
+        if split == "test":
+            losses |= self._log_losses(output, labels)
         return {f"{split}/{name}": value for name, value in (losses | found | beside).items()}
+
+    def _log_losses(self, output: Output, labels: Tensor) -> dict[str, float]:
+        """Cross-entropy of each head without weights, and of its calibrated probabilities."""
+        found = {}
+        for head, (logits, classes) in _cells(output, labels).items():
+            found[f"logloss_{head}"] = cross_entropy(logits, classes).item()
+            if head in self.calibration:
+                calibrated = logits / self.calibration[head]["temperature"]
+                found[f"logloss_{head}{CALIBRATED}"] = cross_entropy(calibrated, classes).item()
+        return found
+
+    def calibrate(self, model: nn.Module, device: str) -> Fitted:
+        self.calibration = {}
+        if not self.config.model.calibrate:
+            return {}
+        assert isinstance(model, AspectSentimentModel)
+        output = self._predict(model, self.table("valid"), device)
+        cells = _cells(output, torch.from_numpy(self.splits.valid.labels))
+        if "sentiment" not in cells:
+            say("sentiments are not calibrated: found no labelled cell in the validation split")
+        self.calibration = {head: {"temperature": fit_temperature(*of_head)} for head, of_head in cells.items()}
+        return self.calibration
 
     def _predict(self, model: AspectSentimentModel, table: ReviewTable, device: str) -> Output:
         """Logits of all rows, on the CPU in fp32."""
@@ -288,7 +316,8 @@ class VisobertTask:
         return Output(*found)
 
     def _answers(self, model: AspectSentimentModel, output: Output) -> Answers:
-        return Answers(output, model.thresholds.cpu().double().numpy(), self.aspects, self.polar)
+        thresholds = model.thresholds.cpu().double().numpy()
+        return Answers(output, thresholds, self.aspects, self.polar, self.calibration)
 
     def _baselines(self, split: str) -> dict[str, float]:
         """What the majority and TF-IDF with logistic regression reach on the same rows."""
@@ -329,6 +358,7 @@ class VisobertTask:
         assert isinstance(model, AspectSentimentModel)
         save_weights(model.state_dict(), folder / "model.safetensors")
         (folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+        write_calibration(folder, self.calibration)
         self.tokenizer.save(folder / TOKENIZER_FOLDER)
         if isinstance(model.encoder, PretrainedEncoder):
             cast(Any, model.encoder.model).config.save_pretrained(str(folder / ENCODER_FOLDER))
@@ -342,6 +372,17 @@ class VisobertTask:
             outputs=outputs,
             example=[text[:EXAMPLE_LETTERS] for text in self.splits.valid.texts[:2]],
         )
+
+
+def _cells(output: Output, labels: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Logits [N, C] and classes [N] of the cells that a head is judged on, in float64; heads without cells left out."""
+    with_sentiment, known = (labels >= 0) & (labels < len(SENTIMENTS)), labels != UNKNOWN
+    found = {"sentiment": (output.sentiment[with_sentiment].double(), labels[with_sentiment].long())}
+    if output.aspect is not None:
+        mentioned = output.aspect[known].double()
+        logits = torch.stack([torch.zeros_like(mentioned), mentioned], -1)  # sigmoid(z) as a softmax
+        found["aspect"] = logits, (labels[known] > NOT_MENTIONED).long()
+    return {head: cells for head, cells in found.items() if len(cells[1])}
 
 
 def _adamw(
