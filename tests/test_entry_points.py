@@ -73,6 +73,9 @@ def test_prepare_ctr_then_training_through_mlproject_and_predicting(
     assert run.data.params["loss.aux_focal.lambda"] == "0.1"
     assert run.data.params["gamma"] == "1.0"
     assert run.data.params["training.batch_size"] == "256"
+    shown = {name for name in run.data.tags if not name.startswith("mlflow.")}
+    assert shown == {"task", "seed", "data_digest", "run_key", "threads", "owner", "run_dir", "host", "precision",
+                     "overrides"}  # fmt: skip
     assert len(run.data.tags["data_digest"]) == 64
     assert run.inputs.dataset_inputs[0].dataset.digest == run.data.tags["data_digest"][:32]
 
@@ -86,6 +89,11 @@ def test_prepare_ctr_then_training_through_mlproject_and_predicting(
         assert points == {line["global_step"]: float(line[key]) for line in lines if key in line}, key
     assert {item.path for item in client.list_artifacts(run.info.run_id)} >= {"config.yaml", "history.parquet", "plots"}
     predicts_from_raw_values(project, run, frame)
+    model = client.get_logged_model(run.outputs.model_outputs[0].model_id)
+    tested = {name: value for name, value in run.data.metrics.items() if name.startswith("test/")}
+    assert {metric.key: metric.value for metric in model.metrics} == tested
+    assert {metric.dataset_digest for metric in model.metrics} == {run.data.tags["data_digest"][:32]}
+    assert {len(client.get_metric_history(run.info.run_id, name)) for name in tested} == {1}
 
     # the run's own config.yaml runs again to the same numbers
     config = client.download_artifacts(run.info.run_id, "config.yaml")

@@ -6,6 +6,7 @@ there. A batch that is delivered twice changes nothing, since every point has it
 
 import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from pipeline.console import say
-from pipeline.journal import JOURNAL_FILE, JournalReader, Record
+from pipeline.journal import JOURNAL_FILE, JournalReader, Record, read_all
 from pipeline.names import CANONICAL, DELIVERED_FILE, OWNER
 from pipeline.ownership import owner_number
 from pipeline.storage.files import replacing
@@ -47,6 +48,7 @@ PROGRESS_SECONDS = 0.5
 CLAIM_SECONDS = 5.0  # between two looks at who owns the run
 LONG_SECONDS = 600.0  # how long a model or a file may take on its way to a store that has just answered
 LARGE_BYTES = 1 << 20
+DIGEST_LENGTH = 32  # of a data set's hash: MLflow takes 36 characters at most; the whole is in a tag
 TOLD_PROBLEMS = 20
 FAILING_SECONDS = 20.0  # after which a call that the server fails to answer, while it takes others, is refused
 DELETED = "deleted"  # MLflow's lifecycle stage of such a run
@@ -281,6 +283,7 @@ class Delivery:
         elif op == "model":
             self._long()
             self._require("model", self._log_model, record)
+            self._require("metrics of the model", self._log_model_metrics)
         self._passed(end)
 
     def _delete_stale(self, record: Record) -> None:
@@ -325,7 +328,7 @@ class Delivery:
 
         dataset = Dataset(
             name=record["name"],
-            digest=record["digest"][:32],  # MLflow takes 36 characters at most; the whole is in a tag
+            digest=record["digest"][:DIGEST_LENGTH],
             source_type="local",
             source=json.dumps({"uri": record["source"]}),
             profile=json.dumps(record["profile"]),
@@ -345,8 +348,7 @@ class Delivery:
 
         from pipeline import serving
 
-        experiment = self.client.get_run(self.run_id).info.experiment_id
-        for found in self.client.search_logged_models([experiment], f"source_run_id = '{self.run_id}'"):
+        for found in self._models():
             if found.status == "READY":
                 return
             self.client.delete_logged_model(found.model_id)
@@ -356,6 +358,32 @@ class Delivery:
             serving.log_model(record | {"folder": str(folder)})
         finally:
             mlflow.end_run("RUNNING")  # another run's turn may come before this one's end
+
+    def _log_model_metrics(self) -> None:
+        """The test metrics once more, as the model's: MLflow then shows them on its page and in the table of models.
+
+        Points that are equal in key, step, time and value are kept once, so the run's own history stays as it is.
+        """
+        from mlflow.entities import Metric
+
+        model = next((found.model_id for found in self._models() if found.status == "READY"), None)
+        data: dict[str, str] = {}
+        metrics = []
+        for record in read_all(self.journal) if model else ():
+            if record["op"] == "input":
+                data = {"dataset_name": record["name"], "dataset_digest": record["digest"][:DIGEST_LENGTH]}
+            elif record["op"] in ("metrics", "known"):
+                metrics += [Metric(key, float(value), record["time"], record["step"], model, **data)
+                            for key, value in record["values"].items()
+                            if key.startswith("test/") and math.isfinite(value)]  # fmt: skip
+        for start in range(0, len(metrics), BATCH_POINTS):
+            self.client.log_batch(self.run_id, metrics=metrics[start : start + BATCH_POINTS])
+
+    def _models(self) -> Sequence[Any]:
+        """The models that were logged to the run, whole or not."""
+        experiment = self.client.get_run(self.run_id).info.experiment_id
+        found: Sequence[Any] = self.client.search_logged_models([experiment], f"source_run_id = '{self.run_id}'")
+        return found
 
     def _end(self) -> None:
         """Write the whole history beside the run, and end it: in a hurry first, for the history may take too long."""
