@@ -168,7 +168,7 @@ class RunConfig(Config):
 
     def operational(self, given: frozenset[str]) -> dict[str, str]:
         """The rest of the flat config, as far as it was set: no defaults but those that were `given`, and no null."""
-        default = flatten(type(self)())
+        default = flatten(type(self).model_validate({}))
         return {key: value for key, value in flatten(self).items()
                 if is_operational(key) and value != "null" and (key in given or value != default[key])}  # fmt: skip
 

@@ -44,8 +44,8 @@ def _load_pyfunc(path: str) -> Predictor:
     return Predictor(importlib.import_module(f"pipeline.tasks.{task}.predict").load(folder))
 
 
-def log_model(export: Mapping[str, Any]) -> None:
-    """Log an exported folder (the fields of `pipeline.task.ModelExport`) to the active run."""
+def log_model(export: Mapping[str, Any], model_id: str) -> None:
+    """Log an exported folder (the fields of `pipeline.task.ModelExport`) as the files of the logged model."""
     folder = Path(export["folder"])
     (folder / SERVING_FILE).write_text(json.dumps({"task": export["task"]}) + "\n", encoding="utf-8")
     inputs, example = export["inputs"], export["example"]
@@ -58,6 +58,7 @@ def log_model(export: Mapping[str, Any]) -> None:
         copy_contents(PACKAGE, code, skip={"__pycache__"})  # MLflow keeps modes, and an installed package may be closed
         mlflow.pyfunc.log_model(
             name=MODEL_NAME,
+            model_id=model_id,
             loader_module="pipeline.serving",
             data_path=str(folder),
             code_paths=[str(code)],

@@ -192,7 +192,8 @@ def test_the_code_of_a_read_only_package_can_be_written_where_it_is_copied(
     monkeypatch.setattr(importlib.import_module("mlflow.pyfunc"), "log_model", looks)
     try:
         serving.log_model(
-            {"folder": str(model), "task": "mmoe", "inputs": None, "example": ["a"], "outputs": {"p": "double"}}
+            {"folder": str(model), "task": "mmoe", "inputs": None, "example": ["a"], "outputs": {"p": "double"}},
+            "m-1",
         )
     finally:
         for path in (package, *package.rglob("*")):

@@ -283,7 +283,6 @@ class Delivery:
         elif op == "model":
             self._long()
             self._require("model", self._log_model, record)
-            self._require("metrics of the model", self._log_model_metrics)
         self._passed(end)
 
     def _delete_stale(self, record: Record) -> None:
@@ -343,47 +342,46 @@ class Delivery:
             self.client.log_inputs(self.run_id, inputs)  # MLflow now finds the data set that another run has made
 
     def _log_model(self, record: Record) -> None:
-        """Once: a whole model of the run is left alone, and one that a kill cut off goes first."""
-        import mlflow
+        """Once: a whole model of the run is left alone, and one that a kill cut off goes first.
 
+        It is made here, since MLflow, logging one to an active run, would read every point of the run.
+        """
         from pipeline import serving
 
-        for found in self._models():
+        run = self.client.get_run(self.run_id)
+        experiment = run.info.experiment_id
+        for found in self.client.search_logged_models([experiment], f"source_run_id = '{self.run_id}'"):
             if found.status == "READY":
+                self._log_model_metrics(run, found.model_id)
                 return
             self.client.delete_logged_model(found.model_id)
         folder = own_folder(self.folder, record["folder"])
-        mlflow.start_run(self.run_id)  # models are logged to the active run
-        try:
-            serving.log_model(record | {"folder": str(folder)})
-        finally:
-            mlflow.end_run("RUNNING")  # another run's turn may come before this one's end
+        model = self.client.create_logged_model(experiment, serving.MODEL_NAME, self.run_id, params=run.data.params)
+        serving.log_model(record | {"folder": str(folder)}, model.model_id)
+        self._log_model_metrics(run, model.model_id)
 
-    def _log_model_metrics(self) -> None:
-        """The test metrics once more, as the model's: MLflow then shows them on its page and in the table of models.
+    def _log_model_metrics(self, run: Any, model_id: str) -> None:
+        """Make it the run's, and the test metrics once more as the model's, for its page and the table of models.
 
         Points that are equal in key, step, time and value are kept once, so the run's own history stays as it is.
         """
-        from mlflow.entities import Metric
+        from mlflow.entities import LoggedModelOutput, Metric
 
-        model = next((found.model_id for found in self._models() if found.status == "READY"), None)
         data: dict[str, str] = {}
         metrics = []
-        for record in read_all(self.journal) if model else ():
+        for record in read_all(self.journal):
             if record["op"] == "input":
                 data = {"dataset_name": record["name"], "dataset_digest": record["digest"][:DIGEST_LENGTH]}
             elif record["op"] in ("metrics", "known"):
-                metrics += [Metric(key, float(value), record["time"], record["step"], model, **data)
+                metrics += [Metric(key, float(value), record["time"], record["step"], model_id, **data)
                             for key, value in record["values"].items()
                             if key.startswith("test/") and math.isfinite(value)]  # fmt: skip
         for start in range(0, len(metrics), BATCH_POINTS):
             self.client.log_batch(self.run_id, metrics=metrics[start : start + BATCH_POINTS])
-
-    def _models(self) -> Sequence[Any]:
-        """The models that were logged to the run, whole or not."""
-        experiment = self.client.get_run(self.run_id).info.experiment_id
-        found: Sequence[Any] = self.client.search_logged_models([experiment], f"source_run_id = '{self.run_id}'")
-        return found
+        outputs = run.outputs.model_outputs if run.outputs else []
+        if model_id not in [output.model_id for output in outputs]:
+            step = max((metric.step for metric in metrics), default=0)
+            self.client.log_outputs(self.run_id, [LoggedModelOutput(model_id, step)])
 
     def _end(self) -> None:
         """Write the whole history beside the run, and end it: in a hurry first, for the history may take too long."""
