@@ -49,6 +49,7 @@ CLAIM_SECONDS = 5.0  # between two looks at who owns the run
 LONG_SECONDS = 600.0  # how long a model or a file may take on its way to a store that has just answered
 LARGE_BYTES = 1 << 20
 DIGEST_LENGTH = 32  # of a data set's hash: MLflow takes 36 characters at most; the whole is in a tag
+ORIGIN_TAGS = ("mlflow.source.", "mlflow.user")  # of a run that its model has too: by whom and from which code
 TOLD_PROBLEMS = 20
 FAILING_SECONDS = 20.0  # after which a call that the server fails to answer, while it takes others, is refused
 DELETED = "deleted"  # MLflow's lifecycle stage of such a run
@@ -356,7 +357,10 @@ class Delivery:
                 return
             self.client.delete_logged_model(found.model_id)
         folder = own_folder(self.folder, record["folder"])
-        model = self.client.create_logged_model(experiment, serving.MODEL_NAME, self.run_id, params=run.data.params)
+        origin = {name: value for name, value in run.data.tags.items() if name.startswith(ORIGIN_TAGS)}
+        model = self.client.create_logged_model(
+            experiment, serving.MODEL_NAME, self.run_id, tags=origin, params=run.data.params
+        )
         serving.log_model(record | {"folder": str(folder)}, model.model_id)
         self._log_model_metrics(run, model.model_id)
 
