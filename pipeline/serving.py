@@ -1,28 +1,18 @@
-"""Logged models: how one is written to MLflow, and the pyfunc wrapper that travels with it.
+"""How MLflow loads a logged model: this module travels with it, beside what the task's predictor imports.
 
-The model is a folder of plain files (safetensors, Parquet, YAML, JSON) and this package's source beside it. Nothing
-is pickled.
+The model is a folder of plain files (safetensors, Parquet, YAML, JSON). Nothing is pickled.
 """
 
 import importlib
 import json
 import re
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import pandas as pd
-from mlflow.models import ModelSignature
-from mlflow.types.schema import AnyType, ColSpec, DataType, Schema, TensorSpec
 
-from pipeline.storage.files import copy_contents
-
-MODEL_NAME = "model"
 SERVING_FILE = "serving.json"
-PACKAGE = Path(__file__).parent
-SERVED_WITH = ("mlflow", "numpy", "pandas", "pyarrow", "pydantic", "pyyaml", "safetensors", "torch", "transformers")
 
 
 class Predictor:
@@ -41,35 +31,4 @@ def _load_pyfunc(path: str) -> Predictor:
     task = json.loads((folder / SERVING_FILE).read_text(encoding="utf-8"))["task"]
     if not re.fullmatch(r"[a-z_]+", task):
         raise ValueError(f"{SERVING_FILE}: task {task!r} is not the name of a task")
-    return Predictor(importlib.import_module(f"pipeline.tasks.{task}.predict").load(folder))
-
-
-def log_model(export: Mapping[str, Any], model_id: str) -> None:
-    """Log an exported folder (the fields of `pipeline.task.ModelExport`) as the files of the logged model."""
-    folder = Path(export["folder"])
-    (folder / SERVING_FILE).write_text(json.dumps({"task": export["task"]}) + "\n", encoding="utf-8")
-    inputs, example = export["inputs"], export["example"]
-    columns: list[ColSpec | TensorSpec] = [ColSpec(DataType.string)]  # one unnamed column takes lists and Series too
-    if inputs is not None:  # Any: a column is an integer, a float or text, as pandas happened to read it
-        columns = [ColSpec(AnyType(), name) for name in inputs]  # type: ignore[no-untyped-call]
-    outputs: list[ColSpec | TensorSpec] = [ColSpec(DataType[kind], name) for name, kind in export["outputs"].items()]
-    with tempfile.TemporaryDirectory() as work:
-        code = Path(work) / PACKAGE.name
-        copy_contents(PACKAGE, code, skip={"__pycache__"})  # MLflow keeps modes, and an installed package may be closed
-        mlflow.pyfunc.log_model(
-            name=MODEL_NAME,
-            model_id=model_id,
-            loader_module="pipeline.serving",
-            data_path=str(folder),
-            code_paths=[str(code)],
-            signature=ModelSignature(inputs=Schema(columns), outputs=Schema(outputs)),
-            input_example=example if inputs is None else pd.DataFrame(example),
-            pip_requirements=_requirements(),
-        )
-
-
-def _requirements() -> list[str]:
-    """The versions this process runs with, of what predicting needs."""
-    from importlib.metadata import version
-
-    return [f"{name}=={version(name)}" for name in SERVED_WITH]
+    return Predictor(importlib.import_module(f".tasks.{task}.predict", __package__).load(folder))

@@ -13,7 +13,7 @@ from bench.impressions import MULTI, SINGLE, read, write
 from bench.workshop import reference_config
 from pipeline.config import flatten, load
 from pipeline.tasks.mmoe.config import MmoeConfig
-from pipeline.tasks.mmoe.data import Layout
+from pipeline.tasks.mmoe.impressions import Layout
 from pipeline.tasks.mmoe.schema import DataSchema
 from pipeline.tasks.mmoe.task import MmoeTask
 

@@ -19,9 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
-from pipeline.tasks.mmoe.data import Impressions, ImpressionTable, Layout, Shuffle, impressions, read_split
+from pipeline.tasks.mmoe.data import ImpressionTable, Shuffle, read_split
 from pipeline.tasks.mmoe.embedded import generate
+from pipeline.tasks.mmoe.impressions import Impressions, Layout, assemble
 from pipeline.tasks.mmoe.schema import BaseRates, DataSchema, Feature, Split
+from pipeline.tasks.mmoe.streams import SCHEMA, Streams, record_batch
 
 torch.set_num_threads(1)
 
@@ -122,6 +124,14 @@ def assert_holds(batch: Impressions, rows: Sequence[Row], features: Sequence[Fea
     assert batch.click.dtype == batch.conversion.dtype == batch.numeric.dtype == torch.float32
 
 
+def impressions(columns: dict[str, pa.Array], layout: Layout) -> ImpressionTable:
+    """The columns as a split of one record batch."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, SCHEMA) as writer:
+        writer.write_batch(record_batch(columns, layout.features, layout.offsets, "input"))
+    return ImpressionTable(Streams(sink.getvalue(), layout.features))
+
+
 def every(table: ImpressionTable) -> Impressions:
     return table.batch(np.arange(len(table)))
 
@@ -135,6 +145,8 @@ def test_impressions_are_the_columns(table: tuple[list[Feature], list[Row]], sli
     if sliced:
         columns = {name: column.slice(1) for name, column in columns.items()}
     assert_holds(every(impressions(columns, layout_of(features))), rows, features)
+    predicted = assemble(columns, layout_of(features))
+    assert_holds(predicted, [row | {"click": 0, "conversion": 0} for row in rows], features)
 
 
 @settings(deadline=None, max_examples=100)
@@ -168,12 +180,6 @@ def test_unweighted_bags_are_means_by_hand() -> None:
     assert found.weights.tolist() == [1.0, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25]
     assert found.ids.tolist() == [4, 1, 2, 0, 0, 3, 1]
     assert found.starts.tolist() == [0, 1, 3, 3, 7]
-
-
-def test_labels_may_be_absent() -> None:
-    found = every(impressions({"colour": pa.array([3, 1], pa.int32())}, layout_of([COLOUR])))
-    assert found.click.tolist() == found.conversion.tolist() == [0.0, 0.0]
-    assert found.ids.tolist() == [3, 1]
 
 
 def test_layout_by_hand() -> None:

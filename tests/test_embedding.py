@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from pipeline.tasks.mmoe.data import Impressions, read_split
+from pipeline.tasks.mmoe.data import read_split
 from pipeline.tasks.mmoe.embedded import generate
 from pipeline.tasks.mmoe.embedding import grouped, lookup
+from pipeline.tasks.mmoe.impressions import Impressions
 from pipeline.tasks.mmoe.schema import DataSchema
 from pipeline.tasks.mmoe.streams import BATCH_ROWS
 

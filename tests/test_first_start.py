@@ -1,4 +1,4 @@
-"""The first start on nothing: what is told of a store that MLflow left half made.
+"""The first start on nothing: the store is made whole, beside other starts.
 
 By `make faults`: many starts at once, and kills at twenty moments.
 """
@@ -25,8 +25,7 @@ STATEMENTS = 1500  # of the 1,700 that make a store, before the schema is whole
 
 # Imports mlflow once and forks the processes that start, since the import takes longer than the start. Each argument is
 # a folder, and what happens there: `together N MOMENT...`: N of them at once, of which some are killed.
-# `ours MOMENT...`, `mlflow MOMENT...`: at each moment, in a folder of its own, a start that is killed (as the writer
-# process opens a run, or MLflow's alone), then one that is not.
+# `killed MOMENT...`: at each moment, in a folder of its own, a start that is killed, then one that is not.
 STARTS = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -43,11 +42,9 @@ def tell(**values):
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
-def start(ours=True):
-    if ours:
-        run_id = Opening(RunRequest("first"), Path("outputs").resolve(), {}).open().run_id
-    client = mlflow.MlflowClient()  # nothing is configured
-    run = client.get_run(run_id) if ours else client.create_run("0")
+def start():
+    run_id = Opening(RunRequest("first"), Path("outputs").resolve(), {}).open().run_id
+    run = mlflow.MlflowClient().get_run(run_id)  # nothing is configured
     tell(run_id=run.info.run_id, artifacts=run.info.artifact_uri)
 
 def forked(function, *arguments):
@@ -61,7 +58,7 @@ def forked(function, *arguments):
         os._exit(1)
     os._exit(0)
 
-def killed(who, moment):
+def killed(moment):
     kind, _, count = moment.partition(":")
     left = int(count or 0)
     def tick(*_):
@@ -75,40 +72,39 @@ def killed(who, moment):
         os.link = die
     elif kind == "linked":
         Path.unlink = lambda path, missing_ok=False: die() if path.name.endswith(".new") and path.exists() else None
-    start(who == "ours")
+    start()
 
 def report(child):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 def together(count, *moments):
-    children = [forked(killed, "ours", moment) for moment in moments]
+    children = [forked(killed, moment) for moment in moments]
     children += [forked(start) for _ in range(int(count) - len(moments))]
     if any([code for child in children if (code := report(child)) != -signal.SIGKILL]):
         sys.exit("a start failed")
 
-def one_by_one(who, *moments):
+def one_by_one(*moments):
     for number, moment in enumerate(moments):
         os.makedirs(f"{number}")
         os.chdir(f"{number}")
-        child = forked(killed, who, moment)
+        child = forked(killed, moment)
         if moment.startswith("milliseconds"):
             time.sleep(int(moment.partition(":")[2]) / 1000)
             os.kill(child, signal.SIGKILL)
         code = report(child)
         found = {"moment": moment, "code": code, "there": os.path.exists("mlflow.db")}
         found["bytes"] = os.path.getsize("mlflow.db") if found["there"] else 0
-        if who == "ours" and found["there"]:
+        if found["there"]:
             os.system("cp mlflow.db seen.db")  # judged by the test
         tell(**found)
         report(forked(start))
         os.chdir("..")
 
-creation.QUIET_SECONDS = 1  # nobody is making a store of which a part was left
 for asked in sys.argv[1:]:
     folder, what, *rest = asked.split()
     os.makedirs(folder)
     os.chdir(folder)
-    together(*rest) if what == "together" else one_by_one(what, *rest)
+    together(*rest) if what == "together" else one_by_one(*rest)
     os.chdir("..")
 """
 DEADLY = (f"statement:{STATEMENTS // 2}", "link", "statement:0", f"statement:{STATEMENTS}")
@@ -122,8 +118,7 @@ def moments(statements: int) -> list[str]:
     return spread + timed
 
 
-OURS = [*moments(STATEMENTS), "link", "linked"]
-MLFLOWS = moments(STATEMENTS)
+KILLS = [*moments(STATEMENTS), "link", "linked"]
 
 
 @dataclass(frozen=True)
@@ -134,17 +129,13 @@ class Told:
     lines: list[dict[str, Any]]
 
 
-started_once = pytest.mark.xdist_group("first start")  # tests of what is told run in one process
-
-
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Told]:
     """Every start of this file that is a real one, by folder: one process imports mlflow for all of them."""
     place = tmp_path_factory.mktemp("starts")
     asked = {
         "together": ["together", str(len(DEADLY) + STARTERS), *DEADLY],
-        "ours": ["ours", *OURS],
-        "mlflow": ["mlflow", *MLFLOWS],
+        "killed": ["killed", *KILLS],
     }
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
     done = subprocess.run(
@@ -177,7 +168,6 @@ def files(folder: Path) -> set[str]:
     return {entry.name for entry in folder.iterdir()}
 
 
-@started_once
 @pytest.mark.faults
 @only_full
 def test_starts_at_the_same_moment_share_one_store(told: dict[str, Told], empty_store: Path) -> None:
@@ -198,15 +188,14 @@ def test_starts_at_the_same_moment_share_one_store(told: dict[str, Told], empty_
     assert (ROOT / ".gitignore").read_text().count("mlflow.db") == 1
 
 
-@started_once
 @pytest.mark.faults
 @only_full
 def test_start_that_was_killed_leaves_no_store_or_a_whole_one(told: dict[str, Told], empty_store: Path) -> None:
-    kills, following = told["ours"].lines[0::2], told["ours"].lines[1::2]
-    assert len(kills) == len(following) == len(OURS)
+    kills, following = told["killed"].lines[0::2], told["killed"].lines[1::2]
+    assert len(kills) == len(following) == len(KILLS)
     assert all("run_id" in start for start in following), following
     for number, kill in enumerate(kills):
-        folder = told["ours"].folder / f"{number}"
+        folder = told["killed"].folder / f"{number}"
         assert kill["code"] == -9 or kill["moment"].startswith("milliseconds"), kill
         assert kill["there"] == (kill["moment"] == "linked") or kill["moment"].startswith("milliseconds"), kill
         if kill["there"]:
@@ -218,41 +207,18 @@ def test_start_that_was_killed_leaves_no_store_or_a_whole_one(told: dict[str, To
         assert files(folder) - {"seen.db"} - late == MADE
 
 
-@started_once
-@pytest.mark.faults
-@only_full
-def test_what_a_killed_mlflow_left_is_one_line_naming_the_file(told: dict[str, Told], empty_store: Path) -> None:
-    kills, following = told["mlflow"].lines[0::2], told["mlflow"].lines[1::2]
-    assert len(kills) == len(following) == len(MLFLOWS)
-    for number, (kill, start) in enumerate(zip(kills, following, strict=True)):
-        file = told["mlflow"].folder / f"{number}" / "mlflow.db"
-        if kill["moment"].startswith("statement"):
-            assert kill["code"] == -9
-        if "error" in start:
-            assert start["error"].startswith(f"tracking store {file}: found a part of a store"), start
-            assert "delete or rename mlflow.db" in start["error"]
-            assert files(file.parent) <= {"mlflow.db", "mlflow.db-journal"}
-        else:  # killed before the file had a byte, or after all was there
-            assert schema(file) == schema(empty_store)
-            assert query(file, "select count(*) from runs") == [(1,)]
-    assert any("error" in start for start in following)
-
-
-# Below, half-made stores are played: cut from a whole one, which takes no time.
-
-
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch, empty_store: Path) -> list[Path]:
-    """Stores that were made, by copying; waiting is short."""
+    """Stores that were made, by copying, which takes no time."""
     calls: list[Path] = []
 
     def copy(uri: str, file: Path) -> None:
         calls.append(file)
-        shutil.copyfile(empty_store, creation._work_file(file))
-        creation._name(creation._work_file(file), file)
+        work = file.with_name("copy")
+        shutil.copyfile(empty_store, work)
+        creation._name(work, file)
 
     monkeypatch.setattr(creation, "_make", copy)
-    monkeypatch.setattr(creation, "QUIET_SECONDS", 0.3)
     return calls
 
 
@@ -265,79 +231,23 @@ def change(file: Path, *statements: str) -> bytes:
 
 
 RUN = "insert into runs (run_uuid, experiment_id, start_time, lifecycle_stage) values ('r1', 0, 1, 'active')"
-NO_VERSION = ("drop table alembic_version",)
-NO_ROW = ("delete from alembic_version",)
-OLD = ("update alembic_version set version_num = '451aebb31d03'",)  # the first migration
-NEW = ("update alembic_version set version_num = 'f00000000000'",)  # of an MLflow to come
-FIRST = (  # before the first migration: the tables that MLflow begins with
-    *(f"create table {name} (experiment_id int)" for name in ("experiments", "runs", "tags", "metrics")),
-)
 
 
-@pytest.mark.parametrize("cut", [OLD, NO_ROW], ids=["old", "no row"])
-def test_half_made_store_is_one_line_and_stays_as_it_is(
-    tmp_path: Path, made: list[Path], empty_store: Path, cut: tuple[str, ...]
+@pytest.mark.parametrize("rows", [(), (RUN,)], ids=["empty", "with a run"])
+def test_store_of_another_version_is_mlflows_line_and_stays_as_it_is(
+    workplace: Path, made: list[Path], empty_store: Path, call_pipeline: Call, rows: tuple[str, ...]
 ) -> None:
-    file = tmp_path / "mlflow.db"
-    if cut is NO_ROW:
-        change(file, *FIRST, "create table alembic_version (version_num text)")
-    else:
-        shutil.copyfile(empty_store, file)
-        change(file, *cut)
-    before = file.read_bytes()
-    with pytest.raises(UserError) as raised:
-        ensure_store(f"sqlite:///{file}")
-    assert str(raised.value) == (
-        f"tracking store {file}: found a part of a store, from which no run can be read (MLflow was stopped while "
-        "making it?); delete or rename mlflow.db, then start again"
-    )
-    assert raised.value.exit_code == 2
-    assert file.read_bytes() == before
-    file.unlink()
-    ensure_store(f"sqlite:///{file}")
-    assert made == [file]
-    assert files(tmp_path) == {"mlflow.db"}
-
-
-def test_command_line_tells_it_in_one_line(workplace: Path, made: list[Path], call_pipeline: Call) -> None:
-    change(workplace / "mlflow.db", *OLD)
+    """What MLflow leaves half made, too, once it has begun with its versions."""
+    file = workplace / "mlflow.db"
+    shutil.copyfile(empty_store, file)
+    before = change(file, *rows, "update alembic_version set version_num = '451aebb31d03'")  # the first migration
     result = call_pipeline("compare", "--sweep_id", "none")
     assert result.returncode == 2
     [line] = result.stderr.splitlines()
-    assert line.startswith(f"error: tracking store {workplace / 'mlflow.db'}: found a part of a store, from which")
-
-
-@pytest.mark.parametrize("cut", [NO_VERSION, NO_ROW, OLD], ids=["no version", "no row", "old"])
-@pytest.mark.parametrize(
-    "content",
-    [RUN, "insert into experiments (experiment_id, name, workspace) values (7, 'mine', 'default')",
-     "insert into registered_models (name, workspace) values ('mine', 'default')"],
-    ids=["run", "experiment", "model"],
-)  # fmt: skip
-def test_store_with_anything_in_it_is_never_touched(
-    tmp_path: Path, made: list[Path], empty_store: Path, cut: tuple[str, ...], content: str
-) -> None:
-    file = tmp_path / "mlflow.db"
-    shutil.copyfile(empty_store, file)
-    before = change(file, content, *cut)
-    ensure_store(f"sqlite:///{file}")
+    assert line.startswith("error: tracking store sqlite:///")
+    assert "out-of-date database schema (found version 451aebb31d03" in line
+    assert "mlflow db upgrade" in line
     assert file.read_bytes() == before
-    assert files(tmp_path) == {"mlflow.db"}
-    assert not made
-
-
-def test_store_of_another_program_or_a_newer_mlflow_is_never_touched(
-    tmp_path: Path, made: list[Path], empty_store: Path
-) -> None:
-    file = tmp_path / "mlflow.db"
-    other = change(file, "create table songs (name text)")
-    ensure_store(f"sqlite:///{file}")
-    assert file.read_bytes() == other
-    shutil.copyfile(empty_store, file)
-    newer = change(file, *NEW)
-    ensure_store(f"sqlite:///{file}")
-    assert file.read_bytes() == newer
-    assert not made
 
 
 @pytest.mark.parametrize("content", [b"#!/bin/sh\n", b"SQLite format 3\0" + b"\xff" * 4096, b"SQLite"])
@@ -349,7 +259,7 @@ def test_what_is_no_database_is_left_alone(tmp_path: Path, made: list[Path], con
     assert not made
 
 
-def test_whole_store_needs_no_lock_and_no_writing(tmp_path: Path, made: list[Path], empty_store: Path) -> None:
+def test_store_needs_no_lock_and_no_writing(tmp_path: Path, made: list[Path], empty_store: Path) -> None:
     file = tmp_path / "mlflow.db"
     shutil.copyfile(empty_store, file)
     change(file, RUN)
@@ -396,51 +306,10 @@ def test_relative_path_folders_and_links_are_as_sqlite_takes_them(
 def test_journal_of_a_deleted_store_is_not_played_into_the_new_one(tmp_path: Path, made: list[Path]) -> None:
     for end in ("-journal", "-wal"):
         (tmp_path / f"mlflow.db{end}").write_bytes(end.encode())
-    with pytest.raises(UserError, match=r"delete or rename mlflow\.db-journal and mlflow\.db-wal, then"):
+    with pytest.raises(UserError, match=r"found none, but mlflow\.db-journal and mlflow\.db-wal of an earlier one"):
         ensure_store(f"sqlite:///{tmp_path / 'mlflow.db'}")
     assert files(tmp_path) == {"mlflow.db-journal", "mlflow.db-wal"}
     assert not made
-
-
-def test_rest_of_a_killed_maker_is_removed(tmp_path: Path, made: list[Path], empty_store: Path) -> None:
-    file = tmp_path / "mlflow.db"
-    shutil.copyfile(empty_store, file)
-    for name in ("mlflow.db.new", "mlflow.db.new-journal", "mlflow.db.lock"):
-        (tmp_path / name).write_bytes(b"half")
-    ensure_store(f"sqlite:///{file}")
-    assert files(tmp_path) == {"mlflow.db"}
-    assert not made
-
-
-# Opens the file as a maker does, writes to it now and then, and gives it its version at the end.
-MAKER = """
-import sqlite3, sys, time
-base = sqlite3.connect(sys.argv[1], isolation_level=None)
-base.execute("select * from sqlite_master").fetchall()
-print("open", flush=True)
-for number in range(8):
-    time.sleep(0.15)
-    base.execute(f"create table if not exists tags{number} (a int)")
-base.execute("update alembic_version set version_num = ?", (sys.argv[2],))
-"""
-
-
-def test_store_that_another_process_is_making_is_waited_for(
-    tmp_path: Path, made: list[Path], empty_store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(creation, "QUIET_SECONDS", 300)  # the maker may have to wait for a core
-    file = tmp_path / "mlflow.db"
-    shutil.copyfile(empty_store, file)
-    [(head,)] = query(file, "select version_num from alembic_version")
-    change(file, *OLD)
-    with subprocess.Popen([sys.executable, "-c", MAKER, str(file), head], stdout=subprocess.PIPE, text=True) as maker:
-        assert maker.stdout
-        assert maker.stdout.readline() == "open\n"
-        ensure_store(f"sqlite:///{file}")
-    assert not made
-    assert files(tmp_path) == {"mlflow.db"}
-    assert query(file, "select version_num from alembic_version") == [(head,)]
-    assert query(file, "select count(*) from sqlite_master where name like 'tags_'") == [(8,)]
 
 
 def test_store_that_mlflow_named_meanwhile_is_kept(

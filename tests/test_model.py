@@ -20,8 +20,8 @@ from pipeline.tasks.mmoe.config import (
     ModelConfig,
     TowersConfig,
 )
-from pipeline.tasks.mmoe.data import Impressions, Layout
 from pipeline.tasks.mmoe.embedding import grouped
+from pipeline.tasks.mmoe.impressions import Impressions, Layout
 from pipeline.tasks.mmoe.model import FeatureEmbedding, GroupedLayers, Mmoe
 from pipeline.tasks.mmoe.schema import BaseRates, Feature
 

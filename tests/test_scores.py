@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
-from pipeline.tasks.visobert.answers import Answers, column_types
+from pipeline.tasks.visobert.answers import Answers, Prediction, column_types
 from pipeline.tasks.visobert.baselines import TfidfBaseline, majority
 from pipeline.tasks.visobert.model import Output
 from pipeline.tasks.visobert.report import MOST_CONFIDENT, confident_errors, write_report
 from pipeline.tasks.visobert.reviews import MENTIONED, NOT_MENTIONED, SENTIMENTS, UNKNOWN, Reviews
-from pipeline.tasks.visobert.scores import Prediction, aspect_table, confusion, score, tuned_thresholds
+from pipeline.tasks.visobert.scores import aspect_table, confusion, score, tuned_thresholds
 from pipeline.tasks.visobert.statistics import ALL
 
 torch.set_num_threads(1)

@@ -1,6 +1,5 @@
 """`sync` brings what waits in a journal to a store, the same or another one, whenever that is."""
 
-import importlib
 import json
 import os
 import shutil
@@ -166,40 +165,6 @@ def of_model(client: Any, model: Any) -> list[tuple[Any, ...]]:
 def models(client: Any, run: Any) -> list[Any]:
     found = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
     return [model for model in found if model.status == "READY"]
-
-
-def test_the_code_of_a_read_only_package_can_be_written_where_it_is_copied(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """MLflow copies with the modes, and removes its copy: a closed one it could not."""
-    from pipeline import serving
-
-    package, model, seen = tmp_path / "image" / "pipeline", tmp_path / "model", dict[str, int]()
-    for file in (package / "__init__.py", package / "tasks" / "page.html", package / "__pycache__" / "a.pyc"):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
-    for path in (*package.rglob("*"), package):
-        path.chmod(0o555 if path.is_dir() else 0o444)
-    model.mkdir()
-
-    def looks(code_paths: list[str], **_: Any) -> None:
-        (code,) = map(Path, code_paths)
-        seen.update(
-            {path.relative_to(code.parent).as_posix(): path.stat().st_mode for path in (code, *code.rglob("*"))}
-        )
-
-    monkeypatch.setattr(serving, "PACKAGE", package)
-    monkeypatch.setattr(importlib.import_module("mlflow.pyfunc"), "log_model", looks)
-    try:
-        serving.log_model(
-            {"folder": str(model), "task": "mmoe", "inputs": None, "example": ["a"], "outputs": {"p": "double"}},
-            "m-1",
-        )
-    finally:
-        for path in (package, *package.rglob("*")):
-            path.chmod(0o755)
-    assert set(seen) == {"pipeline", "pipeline/__init__.py", "pipeline/tasks", "pipeline/tasks/page.html"}
-    assert all(mode & 0o200 for mode in seen.values())
 
 
 def test_a_run_of_one_store_is_made_in_another(place: Place, other: str, monkeypatch: pytest.MonkeyPatch) -> None:

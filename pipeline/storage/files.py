@@ -5,7 +5,7 @@ import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -105,10 +105,8 @@ def check_file(file: Path) -> None:
         raise NotAFileError(errno.EINVAL, "not a file", str(file))
 
 
-def copy_contents(source: Path, target: Path, skip: Container[str] = ()) -> None:
+def copy_contents(source: Path, target: Path) -> None:
     """Copy the files below a folder, without their modes: what is copied can be written and removed.
-
-    skip: names of folders that are left out.
 
     Raises:
         OSError: something cannot be copied, or is no file.
@@ -116,8 +114,7 @@ def copy_contents(source: Path, target: Path, skip: Container[str] = ()) -> None
     target.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
         if path.is_dir():
-            if path.name not in skip:
-                copy_contents(path, target / path.name, skip)
+            copy_contents(path, target / path.name)
         else:
             check_file(path)
             shutil.copyfile(path, target / path.name)

@@ -347,7 +347,7 @@ class Delivery:
 
         It is made here, since MLflow, logging one to an active run, would read every point of the run.
         """
-        from pipeline import serving
+        from pipeline.tracking.model_export import MODEL_NAME, log_model
 
         run = self.client.get_run(self.run_id)
         experiment = run.info.experiment_id
@@ -358,11 +358,13 @@ class Delivery:
             self.client.delete_logged_model(found.model_id)
         folder = own_folder(self.folder, record["folder"])
         origin = {name: value for name, value in run.data.tags.items() if name.startswith(ORIGIN_TAGS)}
-        model = self.client.create_logged_model(
-            experiment, serving.MODEL_NAME, self.run_id, tags=origin, params=run.data.params
-        )
-        serving.log_model(record | {"folder": str(folder)}, model.model_id)
-        self._log_model_metrics(run, model.model_id)
+
+        def make() -> str:
+            made = self.client.create_logged_model(experiment, MODEL_NAME, self.run_id, origin, run.data.params)
+            return str(made.model_id)
+
+        model_id = log_model(record | {"folder": str(folder)}, make)
+        self._log_model_metrics(run, model_id)
 
     def _log_model_metrics(self, run: Any, model_id: str) -> None:
         """Make it the run's, and the test metrics once more as the model's, for its page and the table of models.

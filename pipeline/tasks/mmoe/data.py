@@ -7,9 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -19,66 +17,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.storage.files import NotAFileError, check_file
 from pipeline.task import Rows
-from pipeline.tasks.mmoe.embedding import Groups, grouped
+from pipeline.tasks.mmoe.embedding import grouped
+from pipeline.tasks.mmoe.impressions import Impressions, Layout
 from pipeline.tasks.mmoe.reading import Recut
 from pipeline.tasks.mmoe.schema import LABELS, VOCABULARY_FILE, DataSchema, Feature, parts
-from pipeline.tasks.mmoe.streams import BATCH_ROWS, Streams, in_memory, mapped, record_batch
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where each feature lies in the fused table and in the model's [B, F + M] features."""
-
-    features: tuple[Feature, ...]
-
-    @classmethod
-    def of(cls, schema: DataSchema) -> "Layout":
-        return cls(schema.features)
-
-    @cached_property
-    def id_features(self) -> tuple[Feature, ...]:
-        return tuple(feature for feature in self.features if feature.kind != "numeric")
-
-    @cached_property
-    def numeric_features(self) -> tuple[Feature, ...]:
-        return tuple(feature for feature in self.features if feature.kind == "numeric")
-
-    @cached_property
-    def offsets(self) -> dict[str, int]:
-        """First row of each id feature in the fused table."""
-        ends = accumulate((feature.size for feature in self.id_features), initial=0)
-        return {feature.name: first for feature, first in zip(self.id_features, ends, strict=False)}
-
-    @property
-    def table_rows(self) -> int:
-        return sum(feature.size for feature in self.id_features)
-
-
-@dataclass(frozen=True)
-class Impressions:
-    """A batch. Each (row, id feature) is a bag of ids with weights; its embedding is their weighted sum."""
-
-    click: Tensor  # [B] float32
-    conversion: Tensor  # [B] float32
-    numeric: Tensor  # [B, M] float32
-    ids: Tensor  # [n] int32, rows of the fused table
-    weights: Tensor  # [n] float32
-    starts: Tensor  # [B * F + 1] int32: where each bag begins
-    groups: Groups | None = None  # the ids by table row, for the gradient on the CPU
-
-    def __len__(self) -> int:
-        return len(self.numeric)
-
-    def to(self, device: str) -> "Impressions":
-        if device == "cpu":
-            return self
-        names = ("click", "conversion", "numeric", "ids", "weights", "starts")
-        return Impressions(*(getattr(self, name).to(device, non_blocking=True) for name in names))
+from pipeline.tasks.mmoe.streams import BATCH_ROWS, Streams, mapped, record_batch
 
 
 class ImpressionTable:
@@ -170,21 +117,6 @@ def read_split(folder: Path, schema: DataSchema, split: str) -> ImpressionTable:
         batches = record_batches(file, schema, split)
         buffer = mapped(batches, file.with_suffix(".arrow"), made_of)
     return ImpressionTable(Streams(buffer, schema.features), (lambda: _truth(file)) if schema.truth else None)
-
-
-def impressions(columns: Mapping[str, pa.Array], layout: Layout) -> ImpressionTable:
-    """Encoded columns (as in the Parquet splits) in memory. Labels may be absent (predicting).
-
-    Raises:
-        UserError: an id outside of its feature's table.
-    """
-    rows = len(next(iter(columns.values())))
-    pieces = (
-        record_batch({name: column.slice(first, BATCH_ROWS) for name, column in columns.items()},
-                     layout.features, layout.offsets, "input")
-        for first in range(0, rows, BATCH_ROWS)
-    )  # fmt: skip
-    return ImpressionTable(Streams(in_memory(pieces), layout.features))
 
 
 def record_batches(file: Path, schema: DataSchema, split: str) -> Iterator[pa.RecordBatch]:

@@ -25,6 +25,7 @@ from pipeline.tasks.mmoe.schema import (
 )
 
 Ids = npt.NDArray[np.int32]
+FNV_START, FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
 
 
 class Vocabulary:
@@ -144,15 +145,25 @@ class Encoder:
 
 def text_hashes(texts: pa.Array) -> npt.NDArray[np.uint64]:
     """FNV-1a (64 bits) of the UTF-8 bytes of each text, finished as SplitMix64 is. No text is null."""
-    # numba takes half a second to import, and most schemas hash nothing
-    from pipeline.tasks.mmoe.aliccp import kernels
-
     whole = pa.concat_arrays([texts.cast(pa.string())])  # from its own buffers' beginning
     _, offsets, text = whole.buffers()
-    starts = np.frombuffer(offsets, dtype=np.int32)[whole.offset : whole.offset + len(whole) + 1]
+    starts = np.frombuffer(offsets, dtype=np.int32)[whole.offset : whole.offset + len(whole) + 1].astype(np.int64)
     letters = np.frombuffer(text, dtype=np.uint8) if text is not None else np.zeros(0, dtype=np.uint8)
-    hashes: npt.NDArray[np.uint64] = kernels.text_hashes(letters, starts)
-    return hashes
+    lengths = np.diff(starts)
+    longest_first = np.argsort(-lengths, kind="stable")
+    hashes = np.full(len(lengths), FNV_START, dtype=np.uint64)
+    for position in range(lengths.max(initial=0)):
+        longer = longest_first[: np.searchsorted(-lengths[longest_first], -position)]
+        hashes[longer] = (hashes[longer] ^ letters[starts[longer] + position]) * FNV_PRIME
+    return splitmix64(hashes)
+
+
+def splitmix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """A 64-bit hash that is a permutation (Steele, Lea & Flood 2014, the finaliser of SplitMix)."""
+    mixed = values + np.uint64(0x9E3779B97F4A7C15)  # arrays wrap round silently
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
 
 
 def refuse_missing(values: Floats, column: str, place: Place) -> None:

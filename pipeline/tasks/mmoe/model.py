@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.tasks.mmoe.config import TASKS, HeadConfig, ModelConfig
-from pipeline.tasks.mmoe.data import Impressions, Layout
 from pipeline.tasks.mmoe.embedding import lookup
+from pipeline.tasks.mmoe.impressions import Impressions, Layout
 from pipeline.tasks.mmoe.schema import BaseRates
 
 

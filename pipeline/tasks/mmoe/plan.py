@@ -10,9 +10,9 @@ import pyarrow as pa
 from pipeline.errors import UserError
 from pipeline.tasks.mmoe.cells import Cells, bad_cell, no_column
 from pipeline.tasks.mmoe.conditions import Condition, parse
+from pipeline.tasks.mmoe.encoding import splitmix64
 from pipeline.tasks.mmoe.reading import Batch
 from pipeline.tasks.mmoe.schema import LABELS, SourceSchema
-from pipeline.tasks.mmoe.statistics import splitmix64
 
 CLICK, CONVERSION = LABELS
 _LABEL_VALUES = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}

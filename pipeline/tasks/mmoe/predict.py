@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from pipeline.config import load as load_config
 from pipeline.tasks.mmoe.config import MmoeConfig
-from pipeline.tasks.mmoe.data import Layout, impressions
 from pipeline.tasks.mmoe.encoding import Encoder
+from pipeline.tasks.mmoe.impressions import Layout, assemble
 from pipeline.tasks.mmoe.model import Mmoe
 from pipeline.tasks.mmoe.schema import FIRST_ID, VOCABULARY_FILE, DataSchema, parts
 
@@ -29,11 +29,12 @@ def load(folder: Path) -> Callable[[pd.DataFrame], pd.DataFrame]:
     model.eval()
 
     def predict(frame: pd.DataFrame) -> pd.DataFrame:
-        table = impressions(encoder.encode(frame), layout)
+        columns = encoder.encode(frame)
         logits = np.empty((len(frame), 2))
         with torch.inference_mode():
-            for rows in table.batches(BATCH_ROWS) if len(table) else ():
-                logits[rows] = model(table.batch(rows)).logits.double().numpy()
+            for first in range(0, len(frame), BATCH_ROWS):
+                batch = assemble({name: column.slice(first, BATCH_ROWS) for name, column in columns.items()}, layout)
+                logits[first : first + BATCH_ROWS] = model(batch).logits.double().numpy()
         p_ctr, p_cvr = 1 / (1 + np.exp(-logits.T))
         return pd.DataFrame({"p_ctr": p_ctr, "p_cvr": p_cvr, "p_ctcvr": p_ctr * p_cvr}, index=frame.index)
 

@@ -8,20 +8,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.tasks.mmoe.cells import Floats, Ints, Texts
-
-Hashes = npt.NDArray[np.uint64]
+from pipeline.tasks.mmoe.encoding import splitmix64
 
 SAMPLE_ROWS = 200_000
 BLOCK_ROWS = 65_536
 NO_LIMIT = 2**64 - 1
-
-
-def splitmix64(values: Hashes) -> Hashes:
-    """A 64-bit hash that is a permutation (Steele, Lea & Flood 2014, the finaliser of SplitMix)."""
-    mixed = values + np.uint64(0x9E3779B97F4A7C15)  # arrays wrap round silently
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
 
 
 class Counts:

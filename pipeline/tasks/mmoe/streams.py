@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from pipeline.compute.compiled import compiled
-from pipeline.errors import UserError
 from pipeline.storage.files import check_file
+from pipeline.tasks.mmoe.impressions import float_values, table_ids
 from pipeline.tasks.mmoe.schema import LABELS, Feature
 
 BATCH_ROWS = 65_536
@@ -86,7 +86,7 @@ class Streams:
 def record_batch(
     columns: Mapping[str, pa.Array], features: tuple[Feature, ...], offsets: Mapping[str, int], where: str
 ) -> pa.RecordBatch:
-    """Encoded columns (as in the Parquet splits) of at most `BATCH_ROWS` rows; absent labels (predicting) are 0.
+    """Encoded columns (as in the Parquet splits) of at most `BATCH_ROWS` rows.
 
     offsets: the first row of each id feature in the fused table. where: what an error names.
 
@@ -104,23 +104,22 @@ def record_batch(
     words = np.empty(starts[-1], np.int32)
     first = starts[:-1]
 
-    click, conversion = (
-        columns[label].to_numpy(zero_copy_only=False) if label in columns else np.zeros(count, np.int8)
-        for label in LABELS
-    )  # fmt: skip
+    click, conversion = (columns[label].to_numpy(zero_copy_only=False) for label in LABELS)
     words[first] = (click != 0) + 2 * (conversion != 0)
     for position, feature in enumerate(kinds["numeric"], 1):
-        words[first + position] = _floats(columns[feature.name]).view(np.int32)
+        words[first + position] = float_values(columns[feature.name]).view(np.int32)
     for position, feature in enumerate(kinds["categorical"], 1 + len(kinds["numeric"])):
-        words[first + position] = _ids(columns[feature.name], feature, where) + np.int32(offsets[feature.name])
+        words[first + position] = table_ids(columns[feature.name], feature, where) + np.int32(offsets[feature.name])
     before = np.cumsum(lengths, 1, dtype=np.int64) - lengths  # ids of the features before
     pooled = lengths.sum(1, dtype=np.int64)
     for position, feature in enumerate(kinds["multi"]):
         size, column = np.ascontiguousarray(lengths[:, position]), columns[feature.name]
         words[first + fixed - len(kinds["multi"]) + position] = size
-        weights = _floats(columns[f"{feature.name}.weights"].flatten()) if feature.weighted else np.empty(0, np.float32)
+        weights = (
+            float_values(columns[f"{feature.name}.weights"].flatten()) if feature.weighted else np.empty(0, np.float32)
+        )
         _place(
-            _ids(column.flatten(), feature, where), weights, size, first + fixed + before[:, position], pooled,
+            table_ids(column.flatten(), feature, where), weights, size, first + fixed + before[:, position], pooled,
             offsets[feature.name], feature.weighted, words, words.view(np.float32),
         )  # fmt: skip
     return pa.record_batch(
@@ -155,27 +154,6 @@ def mapped(batches: Iterator[pa.RecordBatch], file: Path, made_of: str) -> pa.Bu
         return buffer
     finally:
         work.unlink(missing_ok=True)  # what is mapped stays until nobody maps it
-
-
-def in_memory(batches: Iterator[pa.RecordBatch]) -> pa.Buffer:
-    """The batches as `Streams` takes them."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, SCHEMA) as writer:
-        for batch in batches:
-            writer.write_batch(batch)
-    return sink.getvalue()
-
-
-def _floats(column: pa.Array) -> Array:
-    values: Array = column.to_numpy(zero_copy_only=False)
-    return values.astype(np.float32, copy=False)
-
-
-def _ids(column: pa.Array, feature: Feature, where: str) -> Array:
-    values: Array = column.to_numpy(zero_copy_only=False)
-    if len(values) and not 0 <= values.min() <= values.max() < feature.size:
-        raise UserError(f"{where}: column {feature.name}: id outside of 0..{feature.size - 1}; run prepare_ctr again")
-    return values.astype(np.int32, copy=False)
 
 
 @compiled

@@ -36,8 +36,9 @@ from pipeline.metrics import Array, binary_metrics, calibration_bins
 from pipeline.schedules import gate_is_open
 from pipeline.task import TOTAL, Dataset, ModelExport, Rows, write_test_rows
 from pipeline.tasks.mmoe.config import TASKS, MmoeConfig
-from pipeline.tasks.mmoe.data import Impressions, ImpressionTable, Layout, Shuffle, check_files, read_split
+from pipeline.tasks.mmoe.data import ImpressionTable, Shuffle, check_files, read_split
 from pipeline.tasks.mmoe.embedded import embedded_data
+from pipeline.tasks.mmoe.impressions import Impressions, Layout
 from pipeline.tasks.mmoe.model import Mmoe, Output
 from pipeline.tasks.mmoe.schema import SCHEMA_FILE, VOCABULARY_FILE, DataSchema
 

@@ -11,11 +11,20 @@ import torch
 
 from pipeline.tasks.visobert.model import Output
 from pipeline.tasks.visobert.reviews import SENTIMENTS
-from pipeline.tasks.visobert.scores import Flags, Prediction
 
 MENTIONED_TEXT = "mentioned"
 # of a logged model's folder
 ASPECTS_FILE, TOKENIZER_FOLDER, ENCODER_FOLDER = "aspects.json", "tokenizer", "encoder"
+
+Flags = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of every cell."""
+
+    sentiment: npt.NDArray[np.int8]  # [N, A], index of SENTIMENTS, whether the aspect is mentioned or not
+    mentioned: Flags | None  # [N, A]; None where the model does not detect aspects
 
 
 @dataclass(frozen=True)

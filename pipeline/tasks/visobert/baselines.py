@@ -10,8 +10,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import FeatureUnion
 
+from pipeline.tasks.visobert.answers import Prediction
 from pipeline.tasks.visobert.reviews import NOT_MENTIONED, SENTIMENTS, UNKNOWN, Labels, labelled
-from pipeline.tasks.visobert.scores import Prediction, tuned_thresholds
+from pipeline.tasks.visobert.scores import tuned_thresholds
 
 INVERSE_REGULARISATION = 4.0
 FEW_REVIEWS = 50  # so few that what occurs once counts too

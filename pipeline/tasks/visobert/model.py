@@ -5,6 +5,7 @@ Shapes: B = reviews, L = tokens of the longest, H = width of the encoder, A = as
 
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -13,7 +14,6 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import softmax
 
-from pipeline.console import warn
 from pipeline.errors import UserError
 from pipeline.tasks.visobert.config import EMBEDDED, ModelConfig
 from pipeline.tasks.visobert.encoder import EmbeddedEncoder, Encoded
@@ -131,7 +131,9 @@ class PretrainedEncoder(nn.Module):
         return Encoded(found.last_hidden_state, getattr(found, "pooler_output", None))
 
 
-def build_model(config: ModelConfig, aspects: int, tokenizer: Tokenizer, *, weights: bool) -> AspectSentimentModel:
+def build_model(
+    config: ModelConfig, aspects: int, tokenizer: Tokenizer, *, weights: bool, warn: Callable[[str], object] = print
+) -> AspectSentimentModel:
     """The model for the tokenizer's ids; with `weights` false an encoder from elsewhere gets new ones in any case.
 
     Raises:
@@ -146,14 +148,14 @@ def build_model(config: ModelConfig, aspects: int, tokenizer: Tokenizer, *, weig
         return AspectSentimentModel(small, aspects, config)
     pretrained = weights and config.init == "pretrained"
     folder = model_folder(config.name, config.revision, weights=pretrained)
-    encoder = PretrainedEncoder(_load(folder, config, pretrained), config.pooling == "pooler")
+    encoder = PretrainedEncoder(_load(folder, config, pretrained, warn), config.pooling == "pooler")
     _check_fit(cast(Any, encoder.model), config, tokenizer.size)
     if config.pooling == "pooler" and getattr(encoder.model, "pooler", None) is None:
         raise UserError(f"model.pooling: found pooler, but {config.name} has none; allowed: cls, aspect_attention")
     return AspectSentimentModel(encoder, aspects, config)
 
 
-def _load(folder: Path, config: ModelConfig, pretrained: bool) -> nn.Module:
+def _load(folder: Path, config: ModelConfig, pretrained: bool, warn: Callable[[str], object]) -> nn.Module:
     """The encoder in a folder, in fp32."""
     from transformers import AutoConfig, AutoModel
     from transformers.utils import logging

@@ -1,25 +1,16 @@
 """Scores of aspect sentiment predictions, as pure functions of arrays. N = reviews, A = aspects."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
 
+from pipeline.tasks.visobert.answers import Flags, Prediction
 from pipeline.tasks.visobert.reviews import NOT_MENTIONED, SENTIMENTS, UNKNOWN, Labels, labelled
 
-Flags = npt.NDArray[np.bool_]
 CLASSES = tuple(range(len(SENTIMENTS)))
 PRIOR_MENTIONS = 30  # how many mentions outweigh the threshold 0.5
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a model says of every cell."""
-
-    sentiment: npt.NDArray[np.int8]  # [N, A], index of SENTIMENTS, whether the aspect is mentioned or not
-    mentioned: Flags | None  # [N, A]; None where the model does not detect aspects
 
 
 def score(labels: Labels, prediction: Prediction, names: Sequence[str], polar: Flags) -> dict[str, float]:

@@ -16,6 +16,7 @@ from pipeline import ranks
 from pipeline.blocks import AdamConfig
 from pipeline.checkpoint import save_weights
 from pipeline.config import to_yaml
+from pipeline.console import warn
 from pipeline.errors import UserError
 from pipeline.importing import uncollected
 from pipeline.influence import PREFIX, cosine, flat, gradients, norm
@@ -166,7 +167,7 @@ class VisobertTask:
         return found
 
     def _build(self, *, weights: bool) -> AspectSentimentModel:
-        return build_model(self.config.model, len(self.aspects), self.tokenizer, weights=weights)
+        return build_model(self.config.model, len(self.aspects), self.tokenizer, weights=weights, warn=warn)
 
     def model(self) -> AspectSentimentModel:
         model = self._build(weights=True)

@@ -125,7 +125,7 @@ class Rules(NamedTuple):
 
 @compiled
 def mixed(value: Any) -> Any:
-    """SplitMix64, as statistics.splitmix64."""
+    """SplitMix64, as encoding.splitmix64."""
     value += _GOLDEN
     value = (value ^ (value >> _U30)) * _MIX_1
     value = (value ^ (value >> _U27)) * _MIX_2

@@ -15,8 +15,8 @@ from pipeline.tasks.mmoe.aliccp import kernels
 from pipeline.tasks.mmoe.aliccp.config import MOST_FIELDS, MOST_NAME_BYTES, RawSource
 from pipeline.tasks.mmoe.aliccp.lines import Block, Lines, Position
 from pipeline.tasks.mmoe.aliccp.work import Kept, Work
+from pipeline.tasks.mmoe.encoding import splitmix64
 from pipeline.tasks.mmoe.schema import MISSING_TEXT, SPLITS
-from pipeline.tasks.mmoe.statistics import splitmix64
 
 SLOTS = 1 << 23  # of the table of ids at the start; memory is taken as it is filled
 KEEP_SECONDS = 30.0  # progress is kept so often
