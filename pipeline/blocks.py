@@ -167,6 +167,12 @@ class RunConfig(Config):
         """Of the flat config, what decides the result: where it runs and what is logged does not."""
         return {key: value for key, value in flatten(self).items() if not is_operational(key)}
 
+    def operational(self, given: frozenset[str]) -> dict[str, str]:
+        """The rest of the flat config, as far as it was set: no defaults but those that were `given`, and no null."""
+        default = flatten(type(self).model_validate({}))
+        return {key: value for key, value in flatten(self).items()
+                if is_operational(key) and value != "null" and (key in given or value != default[key])}  # fmt: skip
+
     def fingerprint(self, data_digest: str = "") -> str:
         """Names the result: the hash of the decisive config and of the data, as hex."""
         text = json.dumps([self.task, self.decisive(), data_digest], sort_keys=True)

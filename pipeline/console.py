@@ -14,6 +14,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from pipeline.names import ROWS_PER_SECOND
 from pipeline.ranks import leads
 from pipeline.runtime.text import visible
 
@@ -70,7 +71,7 @@ class Console:
             return
         shown = {name.removeprefix("loss_"): f"{value:.4g}" for name, value in metrics.items()
                  if name.startswith("loss_")}  # fmt: skip
-        self.bar.set_postfix({"rows/s": f"{metrics['throughput/rows_per_second']:,.0f}"} | shown, refresh=False)
+        self.bar.set_postfix({"rows/s": f"{metrics[ROWS_PER_SECOND]:,.0f}"} | shown, refresh=False)
         try:
             self.bar.update(int(metrics["global_step"]) + 1 - self.bar.n)
         except (OSError, ValueError) as error:

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import TrainingError, os_errors
+from pipeline.names import MEASURED
 from pipeline.storage.files import check_file
 
 JOURNAL_FILE = "journal.jsonl"
 CHUNK_BYTES = 1 << 20  # of the journal in memory at a time
 BUFFER_BYTES = 1 << 16  # what waits for a flush at most
 LARGEST = 2**63 - 1  # of a step, a time in milliseconds, or a whole number among the values
-MEASURED = ("throughput/", "time/", "checkpoint/")  # metrics that no second run repeats
 
 Record = dict[str, Any]
 

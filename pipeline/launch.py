@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from pipeline import plots, ranks
-from pipeline.blocks import RunConfig, is_operational
+from pipeline.blocks import RunConfig
 from pipeline.branching import branch
 from pipeline.checkpoint import Checkpoints, Generation
-from pipeline.config import flatten, to_yaml
+from pipeline.config import to_yaml
 from pipeline.console import Console, say, warn
 from pipeline.errors import TrainingError, UserError
 from pipeline.names import FORKED_FROM, LAUNCHED, THREADS
@@ -125,8 +125,7 @@ def train_run(
     finished = False
     try:
         state = newest_state(run) if resumed and isinstance(run, MlflowRun) else None
-        run.set_tags({key: value for key, value in flatten(config).items() if is_operational(key)}
-                     | {"precision": precision(config.training.amp, device)})  # fmt: skip
+        run.set_tags(config.operational(given) | {"precision": precision(config.training.amp, device)})
         if resumed and state is None and isinstance(run, MlflowRun):
             begin_again(run)
         if state is None:
@@ -310,7 +309,8 @@ def _describe(run: Run, task: Task, given: frozenset[str]) -> None:
     flat = config.decisive()
     short = {name: flat[path] for name, path in config.short.items() if path in flat}
     run.log_params(flat | short | dict(task.summary()))
-    run.set_tags({"overrides": ", ".join(sorted(given))})
+    if given:
+        run.set_tags({"overrides": ", ".join(sorted(given))})
     run.log_input(dataset.name, dataset.digest, dataset.source, dataset.profile)
     file = run.folder / "config.yaml"
     file.write_text(to_yaml(config), encoding="utf-8")

@@ -18,6 +18,12 @@ THREADS = "threads"  # tag: the CPU threads that a run began with
 TEST_ROWS_FILE = "evaluation/test_rows.parquet"  # artifact: what metrics of the test split are made of
 DELIVERED_FILE = "delivered.json"  # in a run's folder: how far its journal came, in which store
 CONTROLLED = " | "  # between the names of arms that share a control, in its tag control_of
+ROWS_PER_SECOND = "system/rows_per_second"  # MLflow shows what begins with system/ in a tab of its own
+TRAIN_SECONDS = "system/train_seconds"
+CHECKPOINT_SECONDS = "system/checkpoint_seconds"
+CHECKPOINT_MEGABYTES = "system/checkpoint_megabytes"
+# Of measurements of the machine, which no second run repeats; all but the first are in runs of earlier versions.
+MEASURED = ("system/", "throughput/", "time/", "checkpoint/")
 LONGEST = 200  # of MLflow's 250 characters; the rest is for what stands before a name
 
 

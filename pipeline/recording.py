@@ -15,6 +15,7 @@ from torch import Tensor
 from pipeline.console import Console
 from pipeline.errors import TrainingError
 from pipeline.interrupts import held
+from pipeline.names import ROWS_PER_SECOND
 from pipeline.run import Run, now_ms
 
 DRAIN_STEPS, DRAIN_SECONDS = 64, 0.5
@@ -106,7 +107,7 @@ class Recorder:
         norms = [name for name in entry.norms if math.isfinite(found[name])]
         metrics: dict[str, float | bool] = {name: found[name] for name in (*self.logged(entry.losses), *norms)}
         metrics |= entry.settings
-        metrics["throughput/rows_per_second"] = self.rows_since_log / max(1e-9, entry.clock - self.last_log)
+        metrics[ROWS_PER_SECOND] = self.rows_since_log / max(1e-9, entry.clock - self.last_log)
         metrics["global_step"] = entry.step
         self.rows_since_log, self.last_log = 0, entry.clock
         self.run.log_metrics(entry.step, metrics, entry.time_ms)

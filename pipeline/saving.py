@@ -11,6 +11,7 @@ from pipeline.blocks import CheckpointConfig
 from pipeline.checkpoint import Checkpoints
 from pipeline.errors import TrainingError
 from pipeline.interrupts import held
+from pipeline.names import CHECKPOINT_MEGABYTES, CHECKPOINT_SECONDS
 from pipeline.run import MlflowRun
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Saver:
             facts = self.facts | {"position": self.run.position(), "threads": torch.get_num_threads()}
             saved = self.checkpoints.save(step, state, facts, training.files(), best)
             self.saved_at, self.seconds, self.last = step, saved.seconds, time.monotonic()
-            measured = {"checkpoint/seconds": saved.seconds, "checkpoint/megabytes": saved.bytes / 1e6}
+            measured = {CHECKPOINT_SECONDS: saved.seconds, CHECKPOINT_MEGABYTES: saved.bytes / 1e6}
             self.run.log_metrics(step, measured)
             training.recorder.last_log += saved.seconds  # of the throughput's time it is no part
 

@@ -23,7 +23,7 @@ from pipeline.errors import RankLost, UserError
 from pipeline.influence import PREFIX
 from pipeline.interrupts import check, held
 from pipeline.memory import keep_freed_memory
-from pipeline.names import CALIBRATION
+from pipeline.names import CALIBRATION, TRAIN_SECONDS
 from pipeline.recording import Recorder
 from pipeline.run import Run
 from pipeline.saving import Saver
@@ -115,7 +115,7 @@ class Training:
     def _finish(self, seconds: float) -> None:
         """What is logged once, the last weights, and calibration and the test split at the best ones."""
         self.saver.check_data()
-        self.run.log_metrics(self.result.steps, {"time/train_seconds": seconds})
+        self.run.log_metrics(self.result.steps, {TRAIN_SECONDS: seconds})
         if self.keeper.step is not None:
             self.run.log_metrics(self.result.steps, {"best_step": self.keeper.step})
         save_weights(self.model.state_dict(), self.run.folder / FINAL_FILE)

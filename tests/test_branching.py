@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from pipeline.branching import branch, grow
 from pipeline.config import load
 from pipeline.console import Console
+from pipeline.names import MEASURED
 from pipeline.recording import NonFiniteError
 from pipeline.run import MemoryRun
 from pipeline.tasks.mmoe.config import MmoeConfig
@@ -21,7 +22,6 @@ from pipeline.tasks.visobert.task import VisobertTask
 from pipeline.training import Training
 
 Make = Callable[..., MmoeConfig]
-MEASURED = ("throughput/", "time/")
 ARMS: dict[str, dict[str, Any]] = {
     "off": {"loss.aux_focal.enabled": "false"},
     "lambda": {"loss.aux_focal.lambda": 0.5},

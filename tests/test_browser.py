@@ -226,7 +226,8 @@ def test_the_newest_sweep_is_shared_as_a_view(client: Any) -> None:
     assert (sweep.sweep_id, sweep.experiment_id) == ("b" * 16, elsewhere)
     assert sweep.charts == ("valid/pair_f1_micro", "loss_sentiment")
     address = link("http://host:1", sweep)
-    assert address == f"http://host:1/#/experiments/{elsewhere}/runs?viewStateShareKey={'b' * 16}&compareRunsMode=CHART"
+    page = f"http://host:1/#/experiments/{elsewhere}/runs?workflowType=machine_learning"
+    assert address == f"{page}&viewStateShareKey={'b' * 16}&compareRunsMode=CHART"
     state = json.loads(client.get_experiment(elsewhere).tags[VIEW_TAG + "b" * 16])
     assert [chart["metricKey"] for chart in state["compareRunCharts"]] == list(sweep.charts)
     assert state["searchFilter"] == sweep.filter
@@ -255,10 +256,12 @@ def test_a_store_that_refuses_the_view_gets_a_link_with_the_filter(
     assert {run.info.run_id for run in client.search_runs(["0"], given["searchFilter"][0])} == wanted
 
 
-def test_without_a_sweep_the_first_page_is_shown(client: Any) -> None:
-    make_run(client, "0", role="baseline")
+def test_without_a_sweep_the_newest_runs_experiment_is_shown(client: Any) -> None:
     assert newest_sweep() is None
-    assert link("http://host:1", None) == "http://host:1/"
+    assert link("http://host:1", None) == "http://host:1/#/experiments/0/runs?workflowType=machine_learning"
+    make_run(client, elsewhere := client.create_experiment("elsewhere"), role="baseline")
+    assert newest_sweep() is None
+    assert link("http://host:1", None) == f"http://host:1/#/experiments/{elsewhere}/runs?workflowType=machine_learning"
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ BASE = {0: 0.5, 1: 0.625, 2: 0.75}
 DIGEST = "d" * 64
 pytestmark = pytest.mark.xdist_group("compare")  # one process makes their store
 
+EARLIER = {"gate/ctr/0": 0.25, "checkpoint/megabytes": 2.0}  # metrics as earlier versions named them
 SWEEP, LONELY, SWITCHED = "5eed000000000001", "5eed000000000002", "5eed000000000003"
 Points = Sequence[tuple[str, int, float, int]]  # metric, step, value, timestamp
 
@@ -167,7 +168,7 @@ def fill(store: Store) -> None:
                 "test/auc_ctcvr_bayes": 0.9,
                 "test/pr_auc_ctcvr": 0.1,
                 "test/f1/screen": 0.3,
-            }
+            } | (EARLIER if arm == "l0" else {"gate/ctr/expert_0": 0.25, "system/checkpoint_megabytes": 2.0})
             scores = None if seed or arm == "bad" else rows_of(LABEL, scores_of(value))
             store.run(
                 arm,
@@ -181,6 +182,7 @@ def fill(store: Store) -> None:
                 **{"mlflow.runColor": "#123456"} if arm in ("baseline", "l0") else {},
                 **control,
                 **typed,
+                **{"device": "auto", "fork": "null"} if arm == "l0" else {},
             )
     store.run("bad", 3, {}, status="FAILED", sweep_id=SWEEP)
     store.run("sweep", None, {"test/auc_ctcvr": 1.0}, sweep_id=SWEEP, role="launcher")
@@ -225,6 +227,10 @@ def test_runs_of_a_sweep_one_row_each(store: Store) -> None:
     assert runs.loc[runs["arm"] == "l.1 g1 control", "control_of"].tolist() == ["l.1 g1"] * 3
     assert math.isnan(runs.loc[runs["arm"] == "bad", "metrics.test/logloss_ctr"].iloc[0])
     assert len(load_runs(SWEEP, finished=False)) == 16
+    earlier = runs[runs["arm"] == "l0"]
+    assert all((earlier[f"metrics.{name}"] == value).all() for name, value in EARLIER.items())
+    assert (earlier["tags.device"] == "auto").all()  # later versions tag no defaults
+    assert runs["tags.device"].isna().sum() == 12
 
 
 def test_runs_of_ids_an_experiment_and_a_filter(store: Store) -> None:

@@ -73,6 +73,9 @@ def test_prepare_ctr_then_training_through_mlproject_and_predicting(
     assert run.data.params["loss.aux_focal.lambda"] == "0.1"
     assert run.data.params["gamma"] == "1.0"
     assert run.data.params["training.batch_size"] == "256"
+    shown = {name for name in run.data.tags if not name.startswith("mlflow.")}
+    assert shown == {"task", "seed", "data_digest", "run_key", "threads", "owner", "run_dir", "host", "precision",
+                     "overrides"}  # fmt: skip
     assert len(run.data.tags["data_digest"]) == 64
     assert run.inputs.dataset_inputs[0].dataset.digest == run.data.tags["data_digest"][:32]
 
@@ -81,11 +84,16 @@ def test_prepare_ctr_then_training_through_mlproject_and_predicting(
     assert [line["aux_focal_on"] for line in lines] == [False] * 4 + [True] * 4
     for key in ("loss_total", "loss_ctr", "loss_ctcvr", "loss_ctcvr_bce", "loss_ctcvr_focal", "loss_cvr_aux",
                 "aux_focal_on", "aux_focal_lambda", "aux_focal_gamma", "global_step", "lr/dense", "lr/embedding",
-                "grad_norm/dense", "grad_norm/embedding", "throughput/rows_per_second"):  # fmt: skip
+                "grad_norm/dense", "grad_norm/embedding", "system/rows_per_second"):  # fmt: skip
         points = {point.step: point.value for point in client.get_metric_history(run.info.run_id, key)}
         assert points == {line["global_step"]: float(line[key]) for line in lines if key in line}, key
     assert {item.path for item in client.list_artifacts(run.info.run_id)} >= {"config.yaml", "history.parquet", "plots"}
     predicts_from_raw_values(project, run, frame)
+    model = client.get_logged_model(run.outputs.model_outputs[0].model_id)
+    tested = {name: value for name, value in run.data.metrics.items() if name.startswith("test/")}
+    assert {metric.key: metric.value for metric in model.metrics} == tested
+    assert {metric.dataset_digest for metric in model.metrics} == {run.data.tags["data_digest"][:32]}
+    assert {len(client.get_metric_history(run.info.run_id, name)) for name in tested} == {1}
 
     # the run's own config.yaml runs again to the same numbers
     config = client.download_artifacts(run.info.run_id, "config.yaml")
@@ -99,7 +107,7 @@ def test_prepare_ctr_then_training_through_mlproject_and_predicting(
     assert again.info.run_id != run.info.run_id
     histories = [
         pd.read_parquet(client.download_artifacts(which.info.run_id, "history.parquet")).query(
-            "not metric.str.startswith('throughput/') and not metric.str.startswith('time/')"
+            "not metric.str.startswith('system/')"
         )[["metric", "step", "value"]].reset_index(drop=True)
         for which in (run, again)
     ]  # fmt: skip

@@ -86,7 +86,7 @@ def influences(run: MemoryRun) -> list[dict[str, float]]:
 
 
 def without_influence(run: MemoryRun) -> list[tuple[int, dict[str, float]]]:
-    measured = ("influence/", "throughput/", "time/")
+    measured = ("influence/", "system/")
     return [(step, {name: value for name, value in values.items() if not name.startswith(measured)})
             for step, values in run.points]  # fmt: skip
 
@@ -275,7 +275,7 @@ def test_nothing_of_the_focal_term_before_the_gate_or_in_the_baseline(small: Mak
         {"loss.aux_focal.enabled": "false", "loss.late_pos_weight.ctcvr": 50, "loss.late_pos_weight.warmup_steps": 5},
     ]
     runs = [train(MmoeTask(small(**common, **arm))) for arm in arms]
-    before = [[{name: value for name, value in values.items() if not name.startswith(("aux_focal_", "throughput/"))}
+    before = [[{name: value for name, value in values.items() if not name.startswith(("aux_focal_", "system/"))}
                for values in steps(run)[:5]] for run in runs]  # fmt: skip
     assert all(points == before[0] for points in before)
     assert all(set(values) == BASE for values in influences(runs[0]) + influences(runs[1])[:5])

@@ -22,6 +22,7 @@ from pipeline.console import Console
 from pipeline.errors import RankLost, TrainingError, UserError
 from pipeline.interrupts import Interrupted, held, interruptible
 from pipeline.launch import explained
+from pipeline.names import CHECKPOINT_MEGABYTES, CHECKPOINT_SECONDS, MEASURED
 from pipeline.resume import fork, restore
 from pipeline.run import MemoryRun
 from pipeline.saving import Saver
@@ -32,7 +33,6 @@ from pipeline.tasks.visobert.task import VisobertTask
 from pipeline.training import Training
 
 Make = Callable[..., Any]
-MEASURED = ("throughput/", "time/", "checkpoint/")
 FACTS = {"torch": torch.__version__}
 SETTINGS: dict[str, dict[str, Any]] = {
     "random": {"model.experts.dropout": 0.3, "model.gate.noise": 0.5, "model.embedding_dropout": 0.1},
@@ -341,7 +341,7 @@ def test_kept_are_the_last_two_the_best_and_those_asked_for(small: Make, tmp_pat
     training = Training(task, run, Console(0, quiet=True), "cpu", saver=saver)
     training.train()
     assert Checkpoints(run.folder).steps() == sorted({3, 10, 12, training.keeper.step or 0})
-    assert {"checkpoint/seconds", "checkpoint/megabytes"} <= {name for _, values in run.points for name in values}
+    assert {CHECKPOINT_SECONDS, CHECKPOINT_MEGABYTES} <= {name for _, values in run.points for name in values}
 
 
 # ---------------------------------------------------------------- data, memory, disk

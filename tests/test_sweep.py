@@ -26,6 +26,7 @@ from scipy import stats
 
 from pipeline.config import load
 from pipeline.errors import UserError
+from pipeline.names import MEASURED
 from pipeline.sweep import Crew, Job, Sweep
 from pipeline.sweep_config import SweepConfig
 from pipeline.sweep_plan import resolve
@@ -34,7 +35,6 @@ from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.schema import DataSchema
 
 SETTINGS: dict[str, Any] = {key: yaml.safe_load(value) for key, value in SHRUNK.items()}
-MEASURED = ("throughput/", "time/", "checkpoint/")
 
 
 def sweep_file(folder: Path, impressions: Path, **changes: Any) -> Path:
@@ -236,7 +236,7 @@ def test_killed_it_goes_on_to_the_same_table(
     assert table_of(last.stderr) == table_of(laboratory.printed)
     assert_same_results(runs, runs_of(laboratory))
     for run in runs.values():  # each point once, though some were written by a start that was killed
-        for metric in ("loss_total", "throughput/rows_per_second", "test/auc_ctcvr"):
+        for metric in ("loss_total", "system/rows_per_second", "test/auc_ctcvr"):
             points = client.get_metric_history(run.info.run_id, metric)
             assert len({point.step for point in points}) == len(points)
             rows = pd.read_parquet(Path(run.data.tags["run_dir"]) / "history.parquet").query("metric == @metric")

@@ -28,6 +28,7 @@ from pipeline.tracking.opening import Opening
 from pipeline.tracking.sync import sync
 
 pytestmark = one_writer
+TESTED = {"test/auc": 1 / 3, "test/logloss": 0.25, "test/f1/screen": float("nan")}
 
 
 class Unserved:
@@ -91,6 +92,7 @@ def log_all(run: MlflowRun, export: dict[str, Any]) -> None:
             step, {"loss_total": step / 3, "valid/auc": float("nan") if step == 5 else step / 7}, 1000 + step
         )
     if export:
+        run.log_metrics(700, TESTED, 1800)
         shutil.copytree(export["folder"], run.folder / "model")
         run.log_model(export | {"folder": str(run.folder / "model")})
 
@@ -138,14 +140,26 @@ def test_all_of_a_run_that_no_store_took_comes_to_a_new_one(
     assert Path(client.download_artifacts(made.info.run_id, "notes/note.txt")).read_text() == "read me"
     assert "history.parquet" in [found.path for found in client.list_artifacts(made.info.run_id)]
     (model,) = models(client, made)
+    tested = [("test/auc", 1 / 3, 700, 1800, "data", "ab" * 16), ("test/logloss", 0.25, 700, 1800, "data", "ab" * 16)]
+    assert of_model(client, model) == tested
     sync(run.folder)
     assert "nothing to deliver" in capsys.readouterr().err
     assert client.get_run(made.info.run_id).info.end_time == made.info.end_time
-    (run.folder / "delivered.json").unlink()  # all of it a second time
+    (run.folder / "delivered.json").unlink()  # all of it a second time, of the model all but a metric
+    with closing(sqlite3.connect(other.removeprefix("sqlite:///"))) as base, base:
+        assert base.execute("delete from logged_model_metrics where metric_name = 'test/auc'").rowcount == 1
     sync(run.folder.parent)
     assert len(client.search_runs([made.info.experiment_id])) == 1
     assert len(points(client, made.info.run_id, "loss_total")) == 700
     assert [found.model_id for found in models(client, made)] == [model.model_id]
+    assert of_model(client, model) == tested
+    assert [len(points(client, made.info.run_id, name)) for name in TESTED] == [1, 1, 1]
+
+
+def of_model(client: Any, model: Any) -> list[tuple[Any, ...]]:
+    """What the model's page shows; no NaN, which MLflow would show as 0."""
+    return sorted((of.key, of.value, of.step, of.timestamp, of.dataset_name, of.dataset_digest)
+                  for of in client.get_logged_model(model.model_id).metrics)  # fmt: skip
 
 
 def models(client: Any, run: Any) -> list[Any]:

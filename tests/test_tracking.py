@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 from conftest import Place, one_writer
 
+from pipeline.blocks import is_operational
 from pipeline.errors import TrainingError, UserError
 from pipeline.journal import JournalReader, JournalWriter, read_all
 from pipeline.run import MlflowRun, RunRequest, Writer
@@ -156,15 +157,23 @@ def test_a_second_start_in_the_same_run_goes_on_with_it(place: Place, small: Any
         return train_run(asked, MmoeTask, place.writer, RunRequest(run_id=opened), quiet=True)
 
     with cut_off(7):
-        start()
+        start(device="cpu")
     assert place.client.get_run(opened).info.status == "KILLED"
+    assert tagged(place.client.get_run(opened))["device"] == "cpu"
     with pytest.raises(UserError, match="seed was 0, now 5"):
         start(seed=5)
     trained = start()
     assert (trained.id, trained.steps) == (opened, 12)
     assert [step for step, _ in logged(place.client, opened)] == list(range(12))
-    assert place.client.get_run(opened).info.status == "FINISHED"
+    run = place.client.get_run(opened)
+    assert run.info.status == "FINISHED"
+    assert tagged(run) == {key: str(value).lower() for key, value in PLAIN.items()} | {"output_dir": config.output_dir}
     assert start().before
+
+
+def tagged(run: Any) -> dict[str, str]:
+    """The tags that say where and how the run was made, as its last start did."""
+    return {name: value for name, value in run.data.tags.items() if is_operational(name)}
 
 
 def test_a_second_start_without_its_folder_goes_on_in_the_same_run(place: Place, small: Any) -> None:

@@ -108,7 +108,7 @@ def test_embedded_reviews(lent: Place, tmp_path: Path, call_pipeline: Call, monk
     for line in lines:
         assert line["loss_total"] == pytest.approx(line["loss_sentiment"] + 2 * line["loss_aspect"], rel=1e-5)
     for key in ("loss_total", "loss_sentiment", "loss_aspect", "global_step", "lr/encoder", "lr/head",
-                "grad_norm/encoder", "grad_norm/head", "throughput/rows_per_second"):  # fmt: skip
+                "grad_norm/encoder", "grad_norm/head", "system/rows_per_second"):  # fmt: skip
         points = {point.step: point.value for point in client.get_metric_history(run.info.run_id, key)}
         assert points == {line["global_step"]: float(line[key]) for line in lines}, key
     assert [point.step for point in client.get_metric_history(run.info.run_id, "valid/pair_f1_micro")] == [
@@ -218,7 +218,7 @@ def test_same_seed_same_history_and_weights(tmp_path: Path) -> None:
         run, training = trained(small_task(tmp_path, **given, seed=seed, **{"training.num_train_epochs": "2"}))
         histories.append(
             [
-                {name: value for name, value in values.items() if not name.startswith(("throughput/", "time/"))}
+                {name: value for name, value in values.items() if not name.startswith("system/")}
                 for _, values in run.points
             ]
         )

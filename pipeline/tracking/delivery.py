@@ -6,6 +6,7 @@ there. A batch that is delivered twice changes nothing, since every point has it
 
 import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from pipeline.console import say
-from pipeline.journal import JOURNAL_FILE, JournalReader, Record
+from pipeline.journal import JOURNAL_FILE, JournalReader, Record, read_all
 from pipeline.names import CANONICAL, DELIVERED_FILE, OWNER
 from pipeline.ownership import owner_number
 from pipeline.storage.files import replacing
@@ -47,6 +48,8 @@ PROGRESS_SECONDS = 0.5
 CLAIM_SECONDS = 5.0  # between two looks at who owns the run
 LONG_SECONDS = 600.0  # how long a model or a file may take on its way to a store that has just answered
 LARGE_BYTES = 1 << 20
+DIGEST_LENGTH = 32  # of a data set's hash: MLflow takes 36 characters at most; the whole is in a tag
+ORIGIN_TAGS = ("mlflow.source.", "mlflow.user")  # of a run that its model has too: by whom and from which code
 TOLD_PROBLEMS = 20
 FAILING_SECONDS = 20.0  # after which a call that the server fails to answer, while it takes others, is refused
 DELETED = "deleted"  # MLflow's lifecycle stage of such a run
@@ -327,7 +330,7 @@ class Delivery:
 
         dataset = Dataset(
             name=record["name"],
-            digest=record["digest"][:32],  # MLflow takes 36 characters at most; the whole is in a tag
+            digest=record["digest"][:DIGEST_LENGTH],
             source_type="local",
             source=json.dumps({"uri": record["source"]}),
             profile=json.dumps(record["profile"]),
@@ -342,22 +345,51 @@ class Delivery:
             self.client.log_inputs(self.run_id, inputs)  # MLflow now finds the data set that another run has made
 
     def _log_model(self, record: Record) -> None:
-        """Once: a whole model of the run is left alone, and one that a kill cut off goes first."""
-        import mlflow
+        """Once: a whole model of the run is left alone, and one that a kill cut off goes first.
 
-        from pipeline.tracking.model_export import log_model
+        It is made here, since MLflow, logging one to an active run, would read every point of the run.
+        """
+        from pipeline.tracking.model_export import MODEL_NAME, log_model
 
-        experiment = self.client.get_run(self.run_id).info.experiment_id
+        run = self.client.get_run(self.run_id)
+        experiment = run.info.experiment_id
         for found in self.client.search_logged_models([experiment], f"source_run_id = '{self.run_id}'"):
             if found.status == "READY":
+                self._log_model_metrics(run, found.model_id)
                 return
             self.client.delete_logged_model(found.model_id)
         folder = own_folder(self.folder, record["folder"])
-        mlflow.start_run(self.run_id)  # models are logged to the active run
-        try:
-            log_model(record | {"folder": str(folder)})
-        finally:
-            mlflow.end_run("RUNNING")  # another run's turn may come before this one's end
+        origin = {name: value for name, value in run.data.tags.items() if name.startswith(ORIGIN_TAGS)}
+
+        def make() -> str:
+            made = self.client.create_logged_model(experiment, MODEL_NAME, self.run_id, origin, run.data.params)
+            return str(made.model_id)
+
+        model_id = log_model(record | {"folder": str(folder)}, make)
+        self._log_model_metrics(run, model_id)
+
+    def _log_model_metrics(self, run: Any, model_id: str) -> None:
+        """Make it the run's, and the test metrics once more as the model's, for its page and the table of models.
+
+        Points that are equal in key, step, time and value are kept once, so the run's own history stays as it is.
+        """
+        from mlflow.entities import LoggedModelOutput, Metric
+
+        data: dict[str, str] = {}
+        metrics = []
+        for record in read_all(self.journal):
+            if record["op"] == "input":
+                data = {"dataset_name": record["name"], "dataset_digest": record["digest"][:DIGEST_LENGTH]}
+            elif record["op"] in ("metrics", "known"):
+                metrics += [Metric(key, float(value), record["time"], record["step"], model_id, **data)
+                            for key, value in record["values"].items()
+                            if key.startswith("test/") and math.isfinite(value)]  # fmt: skip
+        for start in range(0, len(metrics), BATCH_POINTS):
+            self.client.log_batch(self.run_id, metrics=metrics[start : start + BATCH_POINTS])
+        outputs = run.outputs.model_outputs if run.outputs else []
+        if model_id not in [output.model_id for output in outputs]:
+            step = max((metric.step for metric in metrics), default=0)
+            self.client.log_outputs(self.run_id, [LoggedModelOutput(model_id, step)])
 
     def _end(self) -> None:
         """Write the whole history beside the run, and end it: in a hurry first, for the history may take too long."""

@@ -7,7 +7,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,10 @@ CAUSE = re.compile(r"^\w[\w.]*(?:Error|Exception): .*$", re.MULTILINE)  # the la
 NOT_HERE = "raise ImportError('a logged model is loaded without the project that trained it')\n"
 
 
-def log_model(export: Mapping[str, Any]) -> None:
-    """Log an exported folder (the fields of `pipeline.task.ModelExport`) to the active run.
+def log_model(export: Mapping[str, Any], make: Callable[[], str]) -> str:
+    """Log an exported folder (the fields of `pipeline.task.ModelExport`); returns the model's id.
+
+    make: called once the model has been tried; makes it in the store, and returns its id.
 
     MLflow loads the model in a process of its own, which cannot import the project, asks it for its example, and
     notes as requirements what was imported.
@@ -53,7 +55,10 @@ def log_model(export: Mapping[str, Any]) -> None:
             "input_example": example if inputs is None else pd.DataFrame(example),
         }
         with _alone(Path(work)):
-            mlflow.pyfunc.log_model(name=MODEL_NAME, pip_requirements=_tried(model, Path(work) / "tried"), **model)
+            model["pip_requirements"] = _tried(model, Path(work) / "tried")
+            model_id = make()
+            mlflow.pyfunc.log_model(name=MODEL_NAME, model_id=model_id, **model)
+    return model_id
 
 
 def _tried(model: Mapping[str, Any], saved: Path) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.blocks import is_operational
 from pipeline.errors import UserError
 from pipeline.journal import JOURNAL_FILE, JournalWriter, Record
 from pipeline.names import FORKED_FROM, LAUNCHED, ORIGINAL, OWNER, THREADS
@@ -215,8 +216,9 @@ def find(request: FindRuns) -> tuple[StoredRun, ...]:
 
 
 def delete_stale(client: Any, run: Any, tags: Mapping[str, str]) -> None:
-    """Take away what an earlier start said of its end, but for the tags that this one sets."""
-    for tag in STALE_TAGS & run.data.tags.keys() - tags.keys():
+    """Take away what an earlier start said of its end and of how it was made, but for the tags that this one sets."""
+    stale = {tag for tag in run.data.tags if tag in STALE_TAGS or is_operational(tag)}
+    for tag in stale - tags.keys():
         client.delete_tag(run.info.run_id, tag)
 
 

@@ -27,6 +27,7 @@ import click
 from pipeline.console import say
 from pipeline.errors import UserError
 from pipeline.runtime.text import visible
+from pipeline.tracking.client import connect, experiments
 from pipeline.tracking.creation import ensure_store
 from pipeline.tracking.reading import runs_of_sweep, runs_of_tag, store_exists
 from pipeline.tracking.store import one_line, settle, tracking_uri
@@ -34,7 +35,9 @@ from pipeline.tracking.store import one_line, settle, tracking_uri
 HOST = "127.0.0.1"
 START_SECONDS = 120  # how long the server may take until it answers
 STOP_SECONDS = 5  # how long it may take to end by itself
+DEFAULT_EXPERIMENT = "0"
 VIEW_TAG = "mlflow.sharedViewState."  # of an experiment; what follows is the key in the link
+TRAINING = "workflowType=machine_learning"  # in a link: without it a new browser gets MLflow's pages for GenAI
 LOSSES = ("loss_ctcvr_bce", "loss_ctcvr_focal", "loss_sentiment")  # charted where a sweep has them
 QUIET = {
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # seven processes for judging chats, which nobody here has
@@ -99,21 +102,31 @@ def newest_sweep() -> SweepView | None:
     return SweepView(sweep_id, experiment_id, metric, tuple(name for name in (validated, *LOSSES) if name in logged))
 
 
+def newest_experiment() -> str:
+    """The experiment of the run that was started last; MLflow's default where there is none."""
+    if not store_exists():
+        return DEFAULT_EXPERIMENT
+    client = connect()
+    ids = [found.experiment_id for found in experiments(client)]
+    runs = client.search_runs(ids, order_by=["attributes.start_time DESC"], max_results=1)
+    return runs[0].info.experiment_id if runs else DEFAULT_EXPERIMENT
+
+
 def link(base: str, sweep: SweepView | None) -> str:
-    """Where the sweep's charts are, on the server at `base`; its first page where there is no sweep."""
+    """Where the sweep's charts are, on the server at `base`; without a sweep, the newest run's experiment."""
     import mlflow
     from mlflow.exceptions import MlflowException
 
+    page = f"{base}/#/experiments/{sweep.experiment_id if sweep else newest_experiment()}/runs?{TRAINING}"
     if sweep is None:
-        return f"{base}/"
-    page = f"{base}/#/experiments/{sweep.experiment_id}/runs?"
+        return page
     try:
         key = VIEW_TAG + sweep.sweep_id
         mlflow.MlflowClient().set_experiment_tag(sweep.experiment_id, key, json.dumps(sweep.state))
     except MlflowException as error:  # a store that we may only read: its runs are shown all the same
         say(f"warning: no view of the sweep could be saved: {one_line(error)}")
-        return f"{page}searchFilter={quote(sweep.filter, safe='')}&compareRunsMode=CHART"
-    return f"{page}viewStateShareKey={quote(sweep.sweep_id, safe='')}&compareRunsMode=CHART"
+        return f"{page}&searchFilter={quote(sweep.filter, safe='')}&compareRunsMode=CHART"
+    return f"{page}&viewStateShareKey={quote(sweep.sweep_id, safe='')}&compareRunsMode=CHART"
 
 
 def has_desktop() -> bool:

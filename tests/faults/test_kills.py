@@ -14,7 +14,8 @@ from conftest import ROOT, SHRUNK, only_full
 from killing import WHO, Kill, start
 from safetensors.torch import load_file
 
-MEASURED = ("throughput/", "time/", "checkpoint/")
+from pipeline.names import MEASURED
+
 GATE, EPOCH = 9, 8  # of 24 steps: the gate opens in the second of three epochs
 ALWAYS = ("<Training._step", ">Training._backward", ">Training._step")
 EVALUATING = ("<BestKeeper.consider", ">BestKeeper.consider")  # every 4 steps

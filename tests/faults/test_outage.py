@@ -20,12 +20,13 @@ import pytest
 from conftest import ROOT, SHRUNK, only_full, run_pipeline
 from server import MlflowServer, Postgres, need_postgres
 
+from pipeline.names import MEASURED
+
 STEPS = 5000
 KILLED_AT = 1000  # logged steps, more or less
 BACK_AT = 2500  # until then the server is away
 HELD_AT = 3000  # where the training waits until the server is back, or away
 BLOCK_STEPS = 50
-MEASURED = ("throughput/", "time/", "checkpoint/")  # of these only the number of points can be expected
 Points = dict[tuple[str, int], str]  # (metric, step) -> value, bit for bit
 
 pytestmark = [pytest.mark.faults, only_full]

@@ -1,5 +1,6 @@
 """The MMoE task: its data, model, named losses and evaluation, for the loop in `pipeline.training`."""
 
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -51,6 +52,7 @@ COMPONENTS = ("loss_ctr", "loss_ctcvr_bce", "loss_ctcvr_focal", "loss_cvr_aux")
 CTR_TOWER = "influence/focal_grad_ctr_tower"
 DEPEND_ON_CALIBRATION = ("ece", "logloss", "calibration")
 REQUIRED = "a conversion, more clicks than conversions, more rows than clicks"
+GATE_METRIC = re.compile(r"gate/(?P<task>\w+)/(expert_)?(?P<expert>\d+)")  # runs of earlier versions lack `expert_`
 EVALUATED_GAMMAS = (1, 2)  # the same for every arm, whatever its own
 
 
@@ -274,7 +276,7 @@ class MmoeTask:
         if gate_means is not None and gate_entropy is not None and split == "valid":
             names = [task for task in TASKS if getattr(self.config.model.heads, task).deep]
             for task, shares, entropy in zip(names, gate_means.tolist(), gate_entropy.tolist(), strict=True):
-                found |= {f"gate/{task}/{expert}": share for expert, share in enumerate(shares)}
+                found |= {f"gate/{task}/expert_{expert}": share for expert, share in enumerate(shares)}
                 found[f"gate/{task}/entropy"] = entropy
         return found
 
@@ -358,9 +360,9 @@ class MmoeTask:
     def findings(self, metrics: Mapping[str, float]) -> Sequence[str]:
         found = []
         for name, share in metrics.items():
-            task, _, expert = name.removeprefix("gate/").partition("/")
-            if name.startswith("gate/") and expert.isdigit() and not 0.01 <= share <= 0.8:
-                found.append(f"expert {expert} has {share:.1%} of the {task} gate; usual: 1%-80%")
+            gate = GATE_METRIC.fullmatch(name)
+            if gate and not 0.01 <= share <= 0.8:
+                found.append(f"expert {gate['expert']} has {share:.1%} of the {gate['task']} gate; usual: 1%-80%")
         return found
 
     def report(self, model: nn.Module, folder: Path, device: str) -> None:
