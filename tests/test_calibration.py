@@ -18,6 +18,7 @@ from torch import Tensor
 from pipeline.calibration import PRIOR_SD, fit_funnel, fit_temperature, rescaled
 from pipeline.console import Console
 from pipeline.metrics import binary_metrics
+from pipeline.names import MEASURED
 from pipeline.run import MemoryRun
 from pipeline.tasks.mmoe import predict
 from pipeline.tasks.mmoe.config import TASKS, MmoeConfig
@@ -149,7 +150,7 @@ def trained(config: MmoeConfig) -> tuple[MmoeTask, MemoryRun, Training]:
 
 def logged(run: MemoryRun) -> dict[tuple[int, str], float]:
     return {(step, name): value for step, values in run.points for name, value in values.items()
-            if not name.startswith(("throughput/", "time/"))}  # fmt: skip
+            if not name.startswith(MEASURED)}  # fmt: skip
 
 
 def test_a_run_of_the_mmoe(small: Make, many: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -339,6 +339,18 @@ signal.pause()
     assert points(place.client, run_id, "loss_total") == [(step, step / 3, 1000 + step) for step in range(50)]
 
 
+def test_a_run_whose_model_cannot_answer_is_failed(place: Place, export: dict[str, Any]) -> None:
+    run = MlflowRun(place.writer, RunRequest("mute"), Path("outputs"))
+    folder = shutil.copytree(export["folder"], run.folder / "model")
+    (folder / "model.safetensors").unlink()
+    run.log_model(export | {"folder": str(folder)})
+    with pytest.raises(TrainingError, match=r"model not delivered: the model cannot be loaded and used: .*safetensors"):
+        run.finish("FINISHED")
+    made = place.client.get_run(run.id)
+    assert made.info.status == "FAILED"
+    assert models(place.client, made) == []
+
+
 def test_a_copied_folder_of_a_run_that_is_alive_is_refused(place: Place) -> None:
     run = MlflowRun(place.writer, RunRequest("copied"), Path("outputs"))
     copy = shutil.copytree(run.folder, Path("copies") / run.id)

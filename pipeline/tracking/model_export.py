@@ -64,6 +64,7 @@ def log_model(export: Mapping[str, Any], make: Callable[[], str]) -> str:
 def _tried(model: Mapping[str, Any], saved: Path) -> list[str]:
     """The versions of what the model has imported in a process of its own, where it has answered its example."""
     mlflow.pyfunc.save_model(saved, pip_requirements=[], **model)
+    (saved / "requirements.txt").unlink()  # MLflow would compare it with what is installed, for a second
     try:
         found = mlflow.models.infer_pip_requirements(str(saved), "python_function")  # type: ignore[no-untyped-call]
     except MlflowException as error:
