@@ -45,6 +45,8 @@ ALL_TRAINING = {"train": 1.0, "validation": 0.0, "test": 0.0}
 FILES = ("train.parquet", "validation.parquet", "test.parquet", "vocabulary.parquet", "schema.json")
 Row = dict[str, Any]
 
+pytestmark = pytest.mark.xdist_group("aliccp")  # one process compiles its loops
+
 
 def features(text: str) -> str:
     """`205=7 210=8:0.5` in the files' own writing."""

@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, SHRUNK, one_writer
+from conftest import ROOT, SHRUNK
 
 from pipeline.config import load
 from pipeline.errors import UserError
@@ -24,6 +24,8 @@ from pipeline.tasks.visobert.config import VisobertConfig
 from pipeline.tasks.visobert.task import VisobertTask
 from pipeline.tracking import model_package
 from pipeline.tracking.model_package import write_package
+
+pytestmark = pytest.mark.xdist_group("model package")  # one process imports mlflow
 
 LIBRARIES = {
     "numpy", "pandas", "pyarrow", "pydantic", "pydantic_core", "annotated_types", "yaml", "torch", "safetensors",
@@ -142,7 +144,6 @@ def log(workplace: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return log
 
 
-@one_writer
 def test_model_of_a_package_answers_without_the_project_and_beside_another_version(
     toy: Path, log: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,7 +164,6 @@ def test_model_of_a_package_answers_without_the_project_and_beside_another_versi
     assert all("==" in line and "+" not in line for line in requirements)
 
 
-@one_writer
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [("file", "No such file or directory: .*weight.txt"), ("module", "No module named 'nosuchlibrary'"),
