@@ -20,6 +20,7 @@ from pipeline.tracking.ui import ui
 
 TINY = {"max_steps": "8", "warmup_steps": "4", "batch_size": "256", "data.embedded.rows": "4000",
         "evaluation.every_steps": "4", "training.threads": "1"}  # fmt: skip
+entry_points = pytest.mark.xdist_group("entry points")  # the long ones, beside the tests of one writer
 TYPED = [part for key, value in TINY.items() for part in (f"--{key}", value)]
 
 SCHEMA = """
@@ -45,7 +46,7 @@ def raw_file(folder: Path, rows: int = 2000) -> Path:
     return file
 
 
-@one_writer
+@entry_points
 def test_prepare_ctr_then_training_through_mlproject_and_predicting(
     lent: Place, tmp_path: Path, call_pipeline: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,7 +140,7 @@ def predicts_from_raw_values(project: Path, run: Any, frame: pd.DataFrame) -> No
     assert_predicts_like_the_evaluation(raw, frame, project, run.data.metrics["test/logloss_ctr"])
 
 
-@one_writer
+@entry_points
 def test_main_in_the_run_that_mlflow_opens(
     lent: Place, tmp_path: Path, call_pipeline: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
