@@ -1,5 +1,6 @@
 """From the run to MLflow and back, with MLflow's own client as the judge."""
 
+import itertools
 import json
 import os
 import shutil
@@ -253,17 +254,21 @@ def test_a_copy_of_a_folder_whose_run_is_alive_is_refused(place: Place) -> None:
 def test_a_run_of_another_host_is_refused_as_long_as_it_gets_points(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(opening, "WATCH_SECONDS", 0.3)
-    monkeypatch.setattr(opening, "PAUSE_SECONDS", 0.1)
+    steps = itertools.count(3)
     tags = {"host": "elsewhere", "owner": "77 ab12cd34", "run_dir": "/not/here"}
     run_id = place.client.create_run("0", tags=tags).info.run_id
     request = RunRequest("test", run_id=run_id, resume=True, folder=str(place.folder / "outputs" / run_id))
     with monkeypatch.context() as patch:
-        patch.setattr(opening.time, "sleep", lambda _: place.client.log_metric(run_id, "loss_total", 1.0, step=3))
+        patch.setattr(opening, "WATCH_SECONDS", 300)  # it ends with the first new point
+        patch.setattr(
+            opening.time, "sleep", lambda _: place.client.log_metric(run_id, "loss_total", 1.0, step=next(steps))
+        )
         with pytest.raises(UserError, match=f"run {run_id} is alive: process 77 on elsewhere writes it"):
             Opening(request, Path("outputs"), {"loss_total": 3}).open()
     assert place.client.get_run(run_id).data.tags["owner"] == "77 ab12cd34"
-    opened = Opening(request, Path("outputs"), {"loss_total": 3})
+    monkeypatch.setattr(opening, "WATCH_SECONDS", 0.3)
+    monkeypatch.setattr(opening, "PAUSE_SECONDS", 0.1)
+    opened = Opening(request, Path("outputs"), {"loss_total": next(steps)})
     assert opened.open().online
     assert place.client.get_run(run_id).data.tags["owner"] == opened.claim
     opened.give_up("enough")
