@@ -22,7 +22,7 @@ ROWS_PER_SECOND = "system/rows_per_second"  # MLflow shows what begins with syst
 TRAIN_SECONDS = "system/train_seconds"
 CHECKPOINT_SECONDS = "system/checkpoint_seconds"
 CHECKPOINT_MEGABYTES = "system/checkpoint_megabytes"
-# Of measurements of the machine, which no second run repeats; all but the first are in runs of earlier versions.
+# Prefixes of machine measurements, which a repeated run does not reproduce; older runs have the last three.
 MEASURED = ("system/", "throughput/", "time/", "checkpoint/")
 LONGEST = 200  # of MLflow's 250 characters; the rest is for what stands before a name
 

@@ -464,11 +464,11 @@ def test_weights_that_are_not_all_there(folders: dict[str, Path], tmp_path: Path
 
 
 def test_a_missing_pooler_starts_anew_and_is_told(folders: dict[str, Path], tmp_path: Path) -> None:
-    folder, told = without(folders["bert"], tmp_path, "pooler"), list[str]()
-    build_model(model_config(folder, pooling="cls"), 3, Ids(), weights=True, warn=told.append)
-    assert told == []
-    build_model(model_config(folder, pooling="pooler"), 3, Ids(), weights=True, warn=told.append)
-    assert told == [f"model.pooling: the weights of {folder} have no pooler: it starts from new ones"]
+    folder, warnings = without(folders["bert"], tmp_path, "pooler"), list[str]()
+    build_model(model_config(folder, pooling="cls"), 3, Ids(), weights=True, warn=warnings.append)
+    assert warnings == []
+    build_model(model_config(folder, pooling="pooler"), 3, Ids(), weights=True, warn=warnings.append)
+    assert warnings == [f"model.pooling: the weights of {folder} have no pooler: it starts from new ones"]
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])

@@ -394,7 +394,7 @@ class Delivery:
     def _end(self) -> None:
         """Write the whole history beside the run, and end it: in a hurry first, for the history may take too long."""
         told = self.inbox.finish.status if self.inbox.finish else None
-        if self.ended_there and not (self.status or told):  # a copy that was made while the run went on
+        if self.ended_there and not (self.status or told):  # the folder was copied before the run ended
             self.cursor.ended = self.ended_there
             self.cursor.save()
             return

@@ -33,7 +33,7 @@ REFUSALS = {
 HTTP_AWAY = {408, 425, 429, 502, 503, 504}
 HTTP_UNAUTHORIZED, HTTP_SERVER_ERROR, HTTP_CLIENT_ERRORS = 401, 500, (400, 500)
 STATUS_TOLD = re.compile(r"failed with error code (\d{3}) ")
-DATA_REFUSED = re.compile("DataError|IntegrityError|StringDataRightTruncation|out of range|out-of-date database")
+REFUSED_BY_DATABASE = re.compile("DataError|IntegrityError|StringDataRightTruncation|out of range|out-of-date database")
 TWICE = re.compile("UNIQUE constraint|unique constraint|Duplicate entry")  # SQLite, PostgreSQL, MySQL
 FILE_ERRORS = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
 OWN_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ImportError, AssertionError, NotImplementedError)
@@ -54,7 +54,7 @@ def answer_of(error: Exception) -> Answer:
     if isinstance(error, UserError):  # our own word on a store that has to be mended first
         return Answer.REFUSED
     code, status = getattr(error, "error_code", None), http_status(error)
-    if code in REFUSALS or DATA_REFUSED.search(str(error)):
+    if code in REFUSALS or REFUSED_BY_DATABASE.search(str(error)):
         return Answer.REFUSED
     if status is None:
         return Answer.AWAY if _is_temporary(error) else Answer.REFUSED

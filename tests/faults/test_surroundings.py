@@ -61,7 +61,7 @@ def test_store_restored_from_a_backup(
     long_job: Job,
     reference: Reference,
 ) -> None:
-    """Of the middle of the run, or of before it: the run goes on, and `sync --again` brings what the store lost."""
+    """The backup is from mid-run or from before it: the run goes on; `sync --again` delivers what the store lost."""
     store, backup, resuming = folder / "mlflow.db", folder / "backup.db", python(long_job, "--resume", "auto")
     if lost == "run":
         shutil.copyfile(store, backup)
