@@ -182,9 +182,9 @@ def test_model_that_cannot_answer_is_refused_with_the_reason(toy: Path, log: Any
 
 def test_hidden_project_cannot_be_imported(tmp_path: Path) -> None:
     """What makes the check worth something: a process that MLflow starts would import the project from here."""
-    from pipeline.tracking.model_export import _alone
+    from pipeline.tracking.model_export import _project_hidden
 
-    with _alone(tmp_path):
+    with _project_hidden(tmp_path):
         code = f"import json, sys; sys.path = json.loads({json.dumps(json.dumps(sys.path))}); import pipeline.errors"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1

@@ -345,9 +345,9 @@ class Delivery:
             self.client.log_inputs(self.run_id, inputs)  # MLflow now finds the data set that another run has made
 
     def _log_model(self, record: Record) -> None:
-        """Once: a whole model of the run is left alone, and one that a kill cut off goes first.
+        """Log the run's model unless it is there; an incomplete one, which a kill left, is deleted first.
 
-        It is made here, since MLflow, logging one to an active run, would read every point of the run.
+        We create the model ourselves: MLflow, logging one to an active run, would read back every point of the run.
         """
         from pipeline.tracking.model_export import MODEL_NAME, log_model
 
@@ -369,9 +369,9 @@ class Delivery:
         self._log_model_metrics(run, model_id)
 
     def _log_model_metrics(self, run: Any, model_id: str) -> None:
-        """Make it the run's, and the test metrics once more as the model's, for its page and the table of models.
+        """Make the model an output of the run, and log the test metrics as the model's, for MLflow's pages of models.
 
-        Points that are equal in key, step, time and value are kept once, so the run's own history stays as it is.
+        The store keeps a point once per key, step, time and value, so the run's own history does not change.
         """
         from mlflow.entities import LoggedModelOutput, Metric
 

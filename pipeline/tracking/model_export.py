@@ -54,15 +54,15 @@ def log_model(export: Mapping[str, Any], make: Callable[[], str]) -> str:
             "signature": ModelSignature(Schema(columns), Schema(outputs), PARAMS),
             "input_example": example if inputs is None else pd.DataFrame(example),
         }
-        with _alone(Path(work)):
-            model["pip_requirements"] = _tried(model, Path(work) / "tried")
+        with _project_hidden(Path(work)):
+            model["pip_requirements"] = _check_model(model, Path(work) / "saved")
             model_id = make()
             mlflow.pyfunc.log_model(name=MODEL_NAME, model_id=model_id, **model)
     return model_id
 
 
-def _tried(model: Mapping[str, Any], saved: Path) -> list[str]:
-    """The versions of what the model has imported in a process of its own, where it has answered its example."""
+def _check_model(model: Mapping[str, Any], saved: Path) -> list[str]:
+    """Load the model in another process and ask it for its example; returns the requirements that it imported there."""
     mlflow.pyfunc.save_model(saved, pip_requirements=[], **model)
     (saved / "requirements.txt").unlink()  # MLflow would compare it with what is installed, for a second
     try:
@@ -78,8 +78,8 @@ def _tried(model: Mapping[str, Any], saved: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def _alone(work: Path) -> Iterator[None]:
-    """The processes that MLflow starts here import the model's code, and fail where that imports the project."""
+def _project_hidden(work: Path) -> Iterator[None]:
+    """Let processes that MLflow starts import the model's code, and fail where it imports the project."""
     (work / "hidden").mkdir()
     (work / "hidden" / f"{PROJECT.name}.py").write_text(NOT_HERE, encoding="utf-8")
     path, before = list(sys.path), dict(os.environ)
