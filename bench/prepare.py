@@ -29,7 +29,6 @@ class Used(NamedTuple):
 def prepare_ctr(shop: Workshop) -> None:
     """Rows per CPU second as the slope between two sizes; the rest (imports, the users' features) apart."""
     raw = {rows: _raw(shop.folder, rows) for rows in (SMALL, LARGE)}
-    _used(raw[SMALL], shop.folder)  # what is compiled once
     found: dict[int, list[Used]] = {SMALL: [], LARGE: []}
     for _ in range(TURNS):
         for rows, runs in found.items():

@@ -89,6 +89,8 @@ def command(name: str, entry: Entry) -> click.Command:
     ]
 
     def run(config: str | None, **texts: str | None) -> None:
+        if config is not None:
+            _refuse_empty("--config", config, "a YAML file")
         paths = {_identifier(key.path): key.path for key in keys(model)}
         overrides = {paths[name]: text for name, text in texts.items() if text is not None}
         source = Path(config) if config else ROOT / entry.file if entry.file else None
@@ -112,25 +114,31 @@ def command(name: str, entry: Entry) -> click.Command:
     return click.Command(name, params=[file, *options], callback=run, help=entry.about, context_settings=settings)
 
 
+def _filled(_: click.Context, parameter: click.Parameter, value: str) -> str:
+    """The value of a tool's argument. As a path, the empty text would be the working folder."""
+    _refuse_empty(str(parameter.name), value, "a path or an id")
+    return value
+
+
 @click.command("sync", help="Deliver what waits in the journals of runs to the store that MLFLOW_TRACKING_URI names.")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", callback=_filled)
 @click.option("--again", is_flag=True, help="All of it, as for a store that was restored from a backup.")
-def sync_command(folder: Path, again: bool) -> None:
-    resolve("pipeline.tracking.sync:sync")(folder, again)
+def sync_command(folder: str, again: bool) -> None:
+    resolve("pipeline.tracking.sync:sync")(Path(folder), again)
 
 
 @click.command("doctor", help="Do journal, store and checkpoints of a run agree? If not: what mends it.")
-@click.argument("run")
-@click.option("--output_dir", type=click.Path(path_type=Path), default="outputs", show_default=True,
+@click.argument("run", callback=_filled)
+@click.option("--output_dir", default="outputs", show_default=True, callback=_filled,
               help="Folder of the runs' own files.")  # fmt: skip
-def doctor_command(run: str, output_dir: Path) -> None:
-    resolve("pipeline.tracking.doctor:doctor")(run, output_dir)
+def doctor_command(run: str, output_dir: str) -> None:
+    resolve("pipeline.tracking.doctor:doctor")(run, Path(output_dir))
 
 
 @click.command("verify", help="Is every file of a prepared folder what its schema.json says? Reads all of it.")
-@click.argument("folder", type=click.Path(path_type=Path))
-def verify_command(folder: Path) -> None:
-    schema = resolve("pipeline.tasks.mmoe.contract:verify")(folder)
+@click.argument("folder", callback=_filled)
+def verify_command(folder: str) -> None:
+    schema = resolve("pipeline.tasks.mmoe.contract:verify")(Path(folder))
     rows = sum(split.rows for split in schema.splits.values())
     click.echo(visible(f"{folder}: as its schema.json says, {rows} rows, digest {schema.digest}"))
 
@@ -201,7 +209,14 @@ def _pairs(arguments: list[str]) -> dict[str, str]:
         if not given and not rest:
             raise UserError(f"--{key} needs a value")
         found[key] = value if given else rest.pop(0)
+        _refuse_empty(f"--{key}", found[key], "a value, or null")
     return found
+
+
+def _refuse_empty(name: str, text: str, allowed: str) -> None:
+    """Refuse a text of nothing, as a variable of the shell that is not set leaves it."""
+    if not text.strip():
+        raise UserError(f"{name}: found {text!r}, allowed: {allowed}")
 
 
 def _identifier(path: str) -> str:

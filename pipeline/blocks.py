@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from pipeline.config import Config, Positive, Probability, flatten
 
@@ -32,11 +32,6 @@ class ScheduleConfig(Config):
     """where cosine decay ends, as a share of the peak"""
 
 
-def _as_typed(value: Any) -> Any:
-    """YAML reads a bare `no` as false."""
-    return "no" if value is False else value
-
-
 class TrainingConfig(Config):
     num_train_epochs: Positive = 1
     """passes over the training split"""
@@ -48,7 +43,7 @@ class TrainingConfig(Config):
     """micro-batches of an optimizer step; losses are normalised over all of them together"""
     clip_norm: float | None = Field(None, gt=0)
     """clip the norm of the dense gradients to this"""
-    amp: Annotated[Literal["auto", "no", "bf16", "fp16"], BeforeValidator(_as_typed)] = "no"
+    amp: Literal["auto", "no", "bf16", "fp16"] = "no"
     """mixed precision of forward and backward, losses stay fp32; auto = bf16 where the machine has it, else no"""
     threads: Positive | None = None
     """CPU threads of torch; null = one fewer than cores, for the tracking writer. Another number rounds differently"""
@@ -106,6 +101,11 @@ class TrackingConfig(TrackingSwitch):
         return self.influence_every > 0 and step % self.influence_every == 0 and step % self.log_every == 0
 
 
+def embedded_line(rows: int, what: str, key: str) -> str:
+    """What a run on generated data says first."""
+    return f"embedded data: generated, {rows:,} {what}, because {key} is null"
+
+
 OPERATIONAL = ("output_dir", "run_name", "experiment", "device", "resume", "fork", "training.prefetch",
                "model.calibrate")  # fmt: skip
 
@@ -125,8 +125,8 @@ class RunConfig(Config):
         "batch_size": "training.batch_size",
     }
 
-    experiment: str | None = Field(None, min_length=1)
-    """MLflow experiment; null = the one `mlflow run` opened, or MLflow's default"""
+    experiment: str | None = Field(None, min_length=1, coerce_numbers_to_str=True)
+    """MLflow experiment, by name or id, made where there is none; null = that of `mlflow run`, or MLflow's default"""
     run_name: str | None = Field(None, min_length=1)
     """name of the run; null = a short one made of what is most often tuned"""
     output_dir: str = Field("outputs", min_length=1)
@@ -151,6 +151,20 @@ class RunConfig(Config):
     def arm_name(self) -> str:
         """What runs that differ only in their seed share: a readable name of what is compared."""
         return self.run_name or "run"
+
+    def embedded(self) -> str | None:
+        """A line that says so where the data are generated; None = they are the user's own."""
+        return None
+
+    def default_metric(self) -> str:
+        """The evaluation.metric of a config that says nothing of it."""
+        return str(type(self.evaluation).model_fields["metric"].default)
+
+    def relies_on_metric(self, given: frozenset[str]) -> bool:
+        """evaluation.metric was chosen, or ends the training: it has to be defined. given: keys that were typed."""
+        evaluation = self.evaluation
+        chosen = "evaluation.metric" in given or evaluation.metric != self.default_metric()
+        return chosen or evaluation.patience is not None
 
     def trunk(self) -> "tuple[Self, int | None]":
         """What this run shares with others: the config that trains alike, and the first step at which it does not.

@@ -21,7 +21,7 @@ from pipeline.comparison.tables import to_frame, to_markdown, to_text
 from pipeline.console import say
 from pipeline.errors import UserError
 from pipeline.loading import load_history, load_runs
-from pipeline.names import COLORS, CONTROLLED
+from pipeline.names import COLORS, CONTROLLED, NOTE_LENGTH
 from pipeline.row_intervals import row_intervals
 from pipeline.run import MlflowRun, Writer, end_early
 from pipeline.selection import (
@@ -48,7 +48,6 @@ from pipeline.tracking.store import tracking_uri
 __all__ = ["Arm", "Comparison", "compare", "load_history", "load_runs", "to_frame", "to_markdown", "to_text", "write"]
 
 CURVES = re.compile(r"loss_.*|valid/.*|alpha/.*|influence/.*|aux_focal_on")  # what the page draws
-NOTE_LENGTH = 8000  # characters of one of MLflow's tags
 
 
 def compare(  # noqa: PLR0917 (what a notebook gives by position is one or two)

@@ -18,7 +18,7 @@ class CompareConfig(Config):
     """the runs of this sweep"""
     runs: tuple[str, ...] | None = Field(None, min_length=1)
     """the runs with these ids"""
-    experiment: str | None = Field(None, min_length=1)
+    experiment: str | None = Field(None, min_length=1, coerce_numbers_to_str=True)
     """the runs of this MLflow experiment (name or id)"""
     filter: str | None = Field(None, min_length=1)
     """the runs that this MLflow filter finds, in all experiments or in the one that is named"""
@@ -36,7 +36,7 @@ class CompareConfig(Config):
     @field_validator("runs", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
-        return tuple(re.split(r"[\s,]+", value.strip(" ,\n"))) if isinstance(value, str) else value
+        return tuple(re.findall(r"[^\s,]+", value)) if isinstance(value, str) else value
 
 
 def check_source(sweep_id: object, runs: object, experiment: object, filter_string: object) -> None:

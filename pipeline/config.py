@@ -24,6 +24,9 @@ from pipeline.errors import UserError
 MOST_BYTES = 1 << 20  # of a YAML file; of more, it is no config
 MOST_VALUES = 50_000  # of a YAML document, every alias written out
 MOST_TOLD, LONGEST_KEY = 12, 120  # findings in one line, characters of a key in it
+NULLS = ("null", "None")  # what may be typed for null
+YAML_NULLS = ("null", "Null", "NULL", "~")  # the empty text is one to YAML too, but not to us
+FLAGS = {True: ("yes", "on", "true"), False: ("no", "off", "false")}  # words that YAML reads as flags where bare
 
 
 class Config(BaseModel):
@@ -44,9 +47,13 @@ class Config(BaseModel):
         annotation = cls.model_fields[info.field_name or ""].annotation
         if value is None and _block(annotation):
             return {}  # `aux_focal:` with nothing under it is the block with its defaults
-        if isinstance(value, bool) and _scalar(annotation) in (int, float):
+        kinds = _kinds(annotation) if isinstance(value, bool) else []
+        words = [
+            word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind) if word in FLAGS[value]
+        ]
+        if not words and bool not in kinds and (int in kinds or float in kinds):
             raise ValueError("true and false are not numbers")
-        return value
+        return words[0] if words else value
 
 
 C = TypeVar("C", bound=Config)
@@ -125,6 +132,8 @@ def load(
         given[path] = (shown_as or {}).get(path, path)
         if reason := _unfit(text):
             raise UserError(f"--{given[path]}: found {reason}")
+        if not text.strip():  # as a variable of the shell that is not set
+            raise UserError(f"--{given[path]}: found {text!r}, allowed: {known[path].allowed}")
         _set(tree, path, _parse(text, known[path].field))
     try:
         return model.model_validate(tree)
@@ -143,12 +152,17 @@ def with_default(tree: Mapping[str, Any], path: str, value: Any) -> dict[str, An
 
 def nearest(name: str, candidates: list[str]) -> str:
     """`; did you mean X?`, or the whole list where nothing comes near and the list is short."""
+    if close := closest(name, candidates):
+        return f"; did you mean {close}?"
+    return f"; allowed: {', '.join(candidates)}" if len(candidates) <= 12 else "; --help lists the keys"
+
+
+def closest(name: str, candidates: list[str]) -> str | None:
+    """The candidate that is spelt most like the name, as a whole or after its last dot; None where none comes near."""
     leaf = {candidate.rsplit(".", 1)[-1]: candidate for candidate in reversed(candidates)}
     close = difflib.get_close_matches(name, candidates, 1, 0.7)
     close = close or [leaf[m] for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(leaf), 1, 0.6)]
-    if close:
-        return f"; did you mean {close[0]}?"
-    return f"; allowed: {', '.join(candidates)}" if len(candidates) <= 12 else "; --help lists the keys"
+    return close[0] if close else None
 
 
 class _NotPlainError(yaml.YAMLError):
@@ -300,14 +314,15 @@ def _set(tree: dict[str, Any], path: str, value: Any) -> None:
 def _parse(text: str, field: FieldInfo) -> Any:
     """An override's text as a value: strings as they are typed, all else as YAML reads it."""
     optional, plain = _optional(field.annotation)
-    if optional and text in ("null", "None", ""):
+    if optional and text in NULLS:
         return None
     if plain is str or (get_origin(plain) is Literal and text in get_args(plain)):
         return text
     try:
-        return parse_yaml(text)
+        value = parse_yaml(text)
     except yaml.YAMLError:
         return text
+    return text if value is None and text.strip() not in YAML_NULLS else value  # a comment alone is null to YAML
 
 
 def _explain(error: ValidationError, known: dict[str, Key], file: Path | None, given: dict[str, str]) -> str:
@@ -396,6 +411,13 @@ def _optional(annotation: Any) -> tuple[bool, Any]:
         rest = [arg for arg in get_args(annotation) if arg is not type(None)]
         return len(rest) < len(get_args(annotation)), rest[0] if len(rest) == 1 else Union[tuple(rest)]  # noqa: UP007
     return False, annotation
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    """What a value may be as a whole, each without its bounds."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [kind for part in get_args(annotation) for kind in _kinds(part)]
+    return _kinds(get_args(annotation)[0]) if get_origin(annotation) is Annotated else [annotation]
 
 
 def _scalar(annotation: Any) -> Any:

@@ -8,12 +8,16 @@ import json
 import os
 import select
 import sys
-from collections.abc import Container, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from traceback import extract_tb
 from typing import TextIO
 
 from tqdm import tqdm
 
+from pipeline.errors import TrainingError
 from pipeline.names import ROWS_PER_SECOND
 from pipeline.ranks import leads
 from pipeline.runtime.text import visible
@@ -21,6 +25,7 @@ from pipeline.runtime.text import visible
 CLOSE_SECONDS = 1.0  # that the last lines may wait for a reader
 SAY_SECONDS = 1.0  # that a message may
 KEPT_BYTES = 1 << 20  # of steps that nobody reads
+LONGEST_REASON = 300  # characters of an error
 
 
 def say(message: str) -> None:
@@ -35,6 +40,24 @@ def say(message: str) -> None:
 
 def warn(message: str) -> None:
     say(f"warning: {message}")
+
+
+@contextmanager
+def optional(what: str) -> Iterator[None]:
+    """A block that a training can do without, as a picture: an error in it is one line, with where it arose.
+
+    Raises:
+        TrainingError: the run itself cannot go on.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of letters that a font lacks, a line each
+            yield
+    except TrainingError:
+        raise
+    except Exception as error:  # whatever it is, the training is done
+        place = extract_tb(error.__traceback__)[-1]
+        reason = " ".join(str(error).split())[:LONGEST_REASON]
+        warn(f"{what} is left out: {type(error).__name__}: {reason} ({Path(place.filename).name}, line {place.lineno})")
 
 
 def _takes(stream: TextIO) -> bool:

@@ -1,23 +1,22 @@
 """From a validated config to a finished, tracked run."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from pipeline import plots, ranks
 from pipeline.blocks import RunConfig
 from pipeline.branching import branch
 from pipeline.checkpoint import Checkpoints, Generation
 from pipeline.config import to_yaml
-from pipeline.console import Console, say, warn
+from pipeline.console import Console, optional, say, warn
 from pipeline.errors import TrainingError, UserError
-from pipeline.names import FORKED_FROM, LAUNCHED, THREADS
+from pipeline.names import FORKED_FROM, LAST_KEPT, LAUNCHED, NOTE_LENGTH, THREADS
 from pipeline.resume import (
     Begun,
     begin_again,
@@ -31,9 +30,9 @@ from pipeline.resume import (
 )
 from pipeline.run import MemoryRun, MlflowRun, Run, Writer, end_early
 from pipeline.saving import Saver
-from pipeline.task import Task, precision
+from pipeline.task import Task, precision, undefined
 from pipeline.tracking.messages import RunRequest
-from pipeline.training import Training, Watch, amp_warning, count_steps, resolve_device
+from pipeline.training import Result, Training, Watch, amp_warning, count_steps, resolve_device
 
 MEMORY_EVENTS = Path("/sys/fs/cgroup/memory.events")
 TORCH_THREADS = torch.get_num_threads()  # what torch would take: the cores, or OMP_NUM_THREADS
@@ -57,7 +56,7 @@ def launch(config: RunConfig, make_task: TaskFactory, given: frozenset[str], wri
     """Train one run, in the MLflow run that `mlflow run` opened if there is one. Without a writer none is tracked."""
     asked = RunRequest(run_id=os.environ.get("MLFLOW_RUN_ID"))
     if not ranks.leads():
-        follow(config, make_task)
+        follow(config, make_task, given)
         return
     trained = train_run(config, make_task, writer, asked, given=given)
     say(f"\n{trained.name}\n{headline(trained.metrics)}")
@@ -112,7 +111,7 @@ def train_run(
     if writer is None and (config.resume or config.fork):
         raise UserError("resume and fork need tracking.enabled: true; without it nothing of a run is kept")
     ranks.join(device := prepare_torch(config))
-    task = make_task(config)
+    task = _load(config, make_task, given)
     known_by = _known_by(config, task.dataset.digest)
     asked = asked or RunRequest()
     asked = replace(asked, name=asked.name or config.name(), experiment=config.experiment,
@@ -149,7 +148,7 @@ def train_run(
             _meet(training, known_by)
         result = training.train()
         try:
-            _leave(run, task, result.model, result.metrics, device)
+            _leave(run, task, training, device)
         except KeyboardInterrupt:
             training.save_interrupted()
             raise
@@ -163,10 +162,23 @@ def train_run(
     return Trained(run.id, run.name, uri, result.metrics, result.steps)
 
 
-def follow(config: RunConfig, make_task: TaskFactory) -> None:
+def _load(config: RunConfig, make_task: TaskFactory, given: frozenset[str]) -> Task:
+    """The task with its data.
+
+    Raises:
+        UserError: no evaluation gives evaluation.metric, or not of these data though the config relies on it.
+    """
+    task = make_task(config)
+    reason = undefined(task, "evaluation.metric", config.evaluation.metric)
+    if reason and config.relies_on_metric(given):
+        raise UserError(f"evaluation.metric: {reason}; allowed: a metric that these data define")
+    return task
+
+
+def follow(config: RunConfig, make_task: TaskFactory, given: frozenset[str]) -> None:
     """Train with the other processes, of which rank 0 tracks: see `pipeline.ranks`."""
     ranks.join(device := prepare_torch(config))
-    task = make_task(config)
+    task = _load(config, make_task, given)
     run = MemoryRun()
     try:
         training = Training(task, run, Console(0, quiet=True), device, saver=Saver(None, files=task.files))
@@ -238,7 +250,11 @@ def _going_on(asked: RunRequest, begun: Begun) -> RunRequest:
 def _tell(run: Run, task: Task, device: str, given: frozenset[str]) -> int:
     """Say what is begun, and what looks like a mistake; returns the optimizer steps."""
     config, total_steps = task.config, count_steps(task)
+    if generated := config.embedded():
+        say(generated)
     _tell_epochs(config, given)
+    if reason := undefined(task, "evaluation.metric", config.evaluation.metric):
+        warn(f"evaluation.metric: {reason}; {LAST_KEPT}")
     slow = amp_warning(config.training.amp, device)
     for warning in [*config.warnings(given), *task.warnings(total_steps), *([slow] if slow else [])]:
         warn(warning)
@@ -339,16 +355,36 @@ def _tell_epochs(config: RunConfig, given: frozenset[str]) -> None:
         say(f"Using epochs from config: {epochs}")
 
 
-def _leave(run: Run, task: Task, model: nn.Module, metrics: Mapping[str, float], device: str) -> None:
-    """Report, note and model of a trained run."""
-    folder = run.folder / "report"
+def _leave(run: Run, task: Task, training: Training, device: str) -> None:
+    """Report, note and model of a trained run; of these, the model alone decides whether the run is whole."""
+    folder, model = run.folder / "report", training.result.model
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     if task.config.tracking.log_report:
-        plots.losses(run.history(), folder / "plots" / "losses.png")
-    task.report(model, folder, device)
+        with optional("plots/losses.png"):
+            plots.losses(run.history(), folder / "plots" / "losses.png")
+    with optional("the report on the finished model"):
+        task.report(model, folder, device)
     _log_files(run, folder)
-    rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items() if name.startswith("test/"))
-    run.set_tags({"mlflow.note.content": f"| test, at the best weights | |\n|---|---|\n{rows}"})
+    with optional("the run's note"):
+        if text := note(training.result, training.keeper.step, run.history()):
+            run.set_tags({"mlflow.note.content": text})
     if task.config.tracking.log_model:
         export = asdict(task.export(model, run.folder / "model"))
         run.log_model(export | {"folder": str(export["folder"].resolve())})
+
+
+def note(result: Result, best_step: int | None, history: Iterable[tuple[int, Mapping[str, float]]]) -> str:
+    """Scores as a table in Markdown: on the test split, or on validation where there is none; "" without any."""
+    split, weights = "test", "last" if best_step is None else "best"
+    scores = {name: value for name, value in result.metrics.items() if name.startswith("test/")}
+    if not scores:
+        split, at = "validation", result.steps if best_step is None else best_step
+        scores = {name: value for step, values in history if step == at
+                  for name, value in values.items() if name.startswith("valid/")}  # fmt: skip
+    text = f"| {split}, at the {weights} weights | |\n|---|---|\n"
+    for name, value in scores.items():
+        line = f"| {name} | {value:.4f} |\n"
+        if len(text) + len(line) > NOTE_LENGTH:  # whole lines, or it would be no table
+            break
+        text += line
+    return text.rstrip("\n") if scores else ""

@@ -1,8 +1,7 @@
 """Names and colours of things as MLflow takes them."""
 
+import itertools
 from collections.abc import Sequence
-
-from pipeline.errors import UserError
 
 # The first is the baseline's. Apart for most eyes, on white and on black.
 COLORS = ("#7f7f7f", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7b3fa0", "#8c510a", "#a6192e")
@@ -24,6 +23,8 @@ CHECKPOINT_SECONDS = "system/checkpoint_seconds"
 CHECKPOINT_MEGABYTES = "system/checkpoint_megabytes"
 # Prefixes of machine measurements, which a repeated run does not reproduce; older runs have the last three.
 MEASURED = ("system/", "throughput/", "time/", "checkpoint/")
+LAST_KEPT = "the weights of the last step are kept as the best"  # where no metric chooses
+NOTE_LENGTH = 8000  # characters of one of MLflow's tags
 LONGEST = 200  # of MLflow's 250 characters; the rest is for what stands before a name
 
 
@@ -31,20 +32,14 @@ def metric_names(names: Sequence[str]) -> dict[str, str]:
     """Each name -> what stands for it within a metric's name.
 
     MLflow takes letters, digits, `_`, `-`, `.`, spaces and (not on Windows) colons; a slash would open another section
-    of charts. Anything else becomes `_`, a colon too, so that a name is the same everywhere.
-
-    Raises:
-        UserError: two names become one, or a name is too long.
+    of charts. Anything else becomes `_`, a colon too, so that a name is the same everywhere. A long name is cut, and
+    the second of two that would be one gets ` 2` after it.
     """
-    found: dict[str, str] = {}
+    metrics: dict[str, str] = {}
     for name in names:
-        plain = "".join(letter if letter.isalnum() or letter in "_-. " else "_" for letter in name)
+        plain = "".join(letter if letter.isalnum() or letter in "_-. " else "_" for letter in name)[:LONGEST]
         if not plain.strip("."):
             plain = "_" * max(1, len(plain))  # as parts of a path, `.` and `..` are refused
-        if len(plain) > LONGEST:
-            raise UserError(f"{name[:40]}...: found a name of {len(name)} characters, allowed: {LONGEST}")
-        other = next((first for first, taken in found.items() if taken == plain and first != name), None)
-        if other is not None:
-            raise UserError(f"{other} and {name} would both be metric {plain}; rename one of them")
-        found[name] = plain
-    return found
+        choices = itertools.chain([plain], (f"{plain} {number}" for number in itertools.count(2)))
+        metrics.setdefault(name, next(choice for choice in choices if choice not in metrics.values()))
+    return metrics

@@ -297,11 +297,14 @@ def connect(address: str | None) -> Any:
         _probe(address, where)
     own = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES} if address == "local" else {}
     with _own_signals():
-        try:
-            ray.init(address, logging_level=logging.ERROR, log_to_driver=False, **own)
-        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            ray.shutdown()
-            raise UserError(f"{where if address != 'local' else 'engine ray'}: {str(error).strip()}") from None
+        for last in (False, False, True):
+            try:
+                ray.init(address, logging_level=logging.ERROR, log_to_driver=False, **own)
+                break
+            except Exception as error:  # a node that starts too slowly on a busy machine is a plain Exception
+                ray.shutdown()
+                if last or "timed out during startup" not in str(error):
+                    raise UserError(f"{where if address != 'local' else 'engine ray'}: {str(error).strip()}") from None
     return ray
 
 

@@ -122,7 +122,8 @@ def _named(run_id: str, config: RunConfig, output_dir: Path, writer: Writer) -> 
         _refuse_alive(folder)
     found = _asked(config, writer, run_id=run_id)
     if found and found[0].deleted:
-        raise UserError(f"resume {run_id}: the run was deleted in the tracking store; restore it there, or start anew")
+        raise UserError(f"resume {run_id}: the run was deleted in the tracking store; restore it there (`mlflow runs "
+                        f"restore --run-id {found[0].run_id}`), or start anew")  # fmt: skip
     if found:
         return _of_store(found[0], output_dir)
     if not (folder / JOURNAL_FILE).exists():

@@ -15,9 +15,8 @@ import optuna
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from pipeline.config import nearest
 from pipeline.console import say
-from pipeline.errors import TrainingError, UserError
+from pipeline.errors import TrainingError
 from pipeline.sweep import Job, Sweep, train_request
 from pipeline.sweep_config import SearchConfig, SpaceConfig
 from pipeline.sweep_plan import Arm, Plan, controls_of, overridden
@@ -35,7 +34,6 @@ def search(sweep: Sweep, known: Mapping[str, StoredRun]) -> Plan:
     known: the runs that are in the store, by run key.
 
     Raises:
-        UserError: the metric is none of the task's.
         TrainingError: no trial finished.
     """
     config = sweep.plan.sweep.search
@@ -189,16 +187,14 @@ class _Trials:
     def _finished(self, job: Job) -> None:
         asked = self.training.pop(job.name)
         step = self.pruned.get(asked.trial.number)
-        if job.failed:
+        failed = job.failed or (None if asked.values else f"no evaluation of it has {self.metric}")
+        if failed:
             end = _End(TrialState.FAIL)
-            self.failed[asked.name, self.config.seed] = job.failed
+            self.failed[asked.name, self.config.seed] = failed
             self.failed_keys.add(asked.key)
-            say(f"{job.name}: failed: {job.failed}")
+            say(f"{job.name}: failed: {failed}")
         else:
             assert isinstance(job.reply, RunTrained)
-            if not asked.values:
-                names = [name for name in job.reply.metrics if name.startswith("valid/")]
-                raise UserError(f"search.metric {self.metric}: not among the metrics{nearest(self.metric, names[:12])}")
             if step is not None and job.reply.stopped:
                 end = _End(TrialState.PRUNED)
                 tag_run(job.reply.run_id, {"pruned": str(step)})

@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.comparison import wording
 from pipeline.config import keys, load
-from pipeline.console import say, table, warn
+from pipeline.console import optional, say, table, warn
 from pipeline.errors import UserError
 from pipeline.launch import Trained, train_run
 from pipeline.run import Writer, writer_for
@@ -46,7 +46,8 @@ def main(config: MmoeConfig, given: frozenset[str]) -> None:
               for row, suffix in rows.items()))  # fmt: skip
     runs = [*ranking, reviews]
     if reviews.tracking_uri:
-        _report([run.id for run in ranking], Path(config.output_dir))
+        with optional("the report"):
+            _report([run.id for run in ranking], Path(config.output_dir))
     store = reviews.tracking_uri or "memory alone"
     say(f"\n{len(runs)} runs in {store}: " + ", ".join(f"{run.name} ({run.id})" for run in runs))
     say("next: open the report; `make ui` opens MLflow: select the first two runs and press Compare. Is it really "

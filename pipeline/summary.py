@@ -5,10 +5,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.compare import NOTE_LENGTH, compare, load_runs, to_markdown, to_text, write
+from pipeline.compare import compare, load_runs, to_markdown, to_text, write
 from pipeline.comparison.tables import plain
-from pipeline.console import say
+from pipeline.console import optional, say
 from pipeline.errors import TrainingError, UserError
+from pipeline.names import NOTE_LENGTH
 from pipeline.run import MlflowRun, Writer, end_early
 from pipeline.sweep_plan import Plan, to_yaml
 from pipeline.tracking.messages import RunRequest, StoredRun
@@ -85,22 +86,24 @@ class Summary:
 
     def conclude(self, folder: Path, failed: Mapping[tuple[str, int], str]) -> None:
         """Compare what finished, show it, and end the run."""
-        file = folder / "sweep.yaml"
-        file.write_text(to_yaml(self.plan), encoding="utf-8")
-        self.run.log_artifact(file)
+        with optional("sweep.yaml"):
+            file = folder / "sweep.yaml"
+            file.write_text(to_yaml(self.plan), encoding="utf-8")
+            self.run.log_artifact(file)
         note = _failures(failed)
         if note:
             say(f"\nfailed:\n{note}")
             note = _failures(failed, plain)
-        page, refused = None, None
+        files, refused = list[Path](), None
         try:
             found = compare(load_runs(self.sweep_id), self.plan.metric, self.plan.sweep.mode, title=self.plan.title)
-            files = write(found, folder)
             say("\n" + to_text(found))
+            with optional("the report"):
+                files = write(found, folder)
             for file in files:
                 self.run.log_artifact(file)
-            page = next((file for file in files if file.suffix == ".html"), None)
-            note = f"{to_markdown(found, NOTE_LENGTH - len(note) - 2)}\n\n{note}"
+            with optional("the summary run's note"):
+                note = f"{to_markdown(found, NOTE_LENGTH - len(note) - 2)}\n\n{note}"
         except UserError as error:
             refused = error
             note = f"{plain(str(error))}\n\n{note}"
@@ -109,8 +112,9 @@ class Summary:
         self.run.finish("FAILED" if failed or refused else "FINISHED")
         if refused:
             raise TrainingError(f"sweep {self.sweep_id}: nothing to compare: {refused}")
-        if page:
-            say(f"\nreport: {page.resolve().as_uri()}")
+        for file in files:
+            if file.suffix == ".html":
+                say(f"\nreport: {file.resolve().as_uri()}")
         say(f"sweep {self.sweep_id} in {self.run.tracking_uri}; summary run {self.run.id}")
         say("next: open the report; `make ui` opens MLflow on these runs")
 

@@ -23,7 +23,7 @@ from pipeline.config import to_yaml
 from pipeline.console import say, warn
 from pipeline.errors import TrainingError, UserError
 from pipeline.interrupts import next_of
-from pipeline.names import COLORS, CONTROLLED, TRUNK_FILES
+from pipeline.names import COLORS, CONTROLLED, LAST_KEPT, TRUNK_FILES
 from pipeline.runtime.processes import ChildProcess, Ended
 from pipeline.sweep_config import SweepConfig
 from pipeline.sweep_plan import Arm, Plan, resolve
@@ -217,6 +217,8 @@ class Sweep:
 
         self.id = self.plan.identity(self.digest)
         runs = known_runs(self.id)
+        if generated := self.plan.baseline.config.embedded():  # all arms have the same data
+            say(generated)
         say(f"sweep {self.id}: {len(self.plan.arms)} arms x {len(self.plan.sweep.seeds)} seeds, "
             f"{self.plan.sweep.jobs} at a time")  # fmt: skip
         summary = Summary(writer, self.plan, self.id, runs)
@@ -241,24 +243,59 @@ class Sweep:
                                 "tries them again")  # fmt: skip
 
     def _data_digest(self) -> str:
-        """Of the data that all arms are trained on."""
-        by_data: dict[str, tuple[str, Job]] = {}
+        """Of the data that all arms are trained on, once they define the metrics that the sweep needs."""
+        jobs: dict[str, tuple[Arm, Job]] = {}
+        first: dict[str, Job] = {}  # by the data, which it loads for those behind it
         for arm in self.plan.arms:
-            data = str({key: value for key, value in arm.config.decisive().items() if key.startswith("data.")})
-            request = DigestData(self.entry, to_yaml(arm.config))
-            by_data.setdefault(data, (arm.name, Job(f"data of {arm.name}", request)))
+            data, deciding = _settings(arm, "data."), _settings(arm, "data.", "model.", "evaluation.")
+            if deciding in jobs:  # the same data and metrics
+                continue
+            request = DigestData(self.entry, to_yaml(arm.config), self._metrics(arm))
+            job = Job(f"data of {arm.name}", request, needs=first.get(data))
+            first.setdefault(data, job)
+            jobs[deciding] = arm, job
         spare = [Job("start", LoadModules()) for _ in range(self.plan.sweep.jobs - 1)]
-        self.crew.work([job for _, job in by_data.values()] + spare)
+        self.crew.work([job for _, job in jobs.values()] + spare)
         found: dict[str, str] = {}
-        for name, job in by_data.values():
+        undefined: dict[tuple[str, str], Arm] = {}  # (key, why)
+        for arm, job in jobs.values():
             if job.failed:
                 raise UserError(job.failed)
             assert isinstance(job.reply, DataDigest)
-            found.setdefault(job.reply.digest, name)
+            found.setdefault(job.reply.digest, arm.name)
+            for key_and_reason in job.reply.undefined.items():
+                undefined.setdefault(key_and_reason, arm)
         if len(found) > 1:
-            (one, first), (other, second) = list(found.items())[:2]
-            raise UserError(f"{first} has data {one[:12]}..., {second} has {other[:12]}...: a sweep is on one data set")
+            (one, first_arm), (other, second_arm) = list(found.items())[:2]
+            raise UserError(f"{first_arm} has data {one[:12]}..., {second_arm} has {other[:12]}...: a sweep is on one "
+                            "data set")  # fmt: skip
+        self._check_metrics(undefined)
         return next(iter(found))
+
+    def _metrics(self, arm: Arm) -> dict[str, str]:
+        """The metrics that the arm's runs must have, by the key that names them."""
+        search, validated = self.plan.sweep.search, arm.config.evaluation.metric
+        found = {"evaluation.metric": validated} | ({"search.metric": search.metric or validated} if search else {})
+        return found | {"metric": self.plan.metric}
+
+    def _check_metrics(self, undefined: Mapping[tuple[str, str], Arm]) -> None:
+        """Refuse what the data leave undefined and the sweep needs; in place of a default on test goes validation's.
+
+        Raises:
+            UserError: names the key.
+        """
+        validated = self.plan.baseline.config.evaluation.metric
+        replaceable = not self.plan.sweep.metric and "evaluation.metric" not in {key for key, _ in undefined}
+        for (key, reason), arm in undefined.items():
+            relied_on = {"evaluation.metric": arm.config.relies_on_metric(arm.overridden), "metric": not replaceable}
+            if relied_on.get(key, True):
+                raise UserError(f"{key}: {reason}; allowed: a metric that these data define")
+        for key, reason in undefined:
+            if key == "metric":
+                say(f"{key}: {reason}; the verdict is about {validated}")
+                self.plan = replace(self.plan, metric=validated)
+            else:
+                warn(f"{key}: {reason}; {LAST_KEPT}")
 
     def jobs(self, known: "Mapping[str, StoredRun]") -> list[Job]:
         """Trunks first, then the runs that are not finished. known: by run key."""
@@ -356,6 +393,10 @@ class Sweep:
             say(f"trained {spent.trained:,} optimizer steps for runs of {spent.steps:,} in {seconds:.0f} s; sharing "
                 f"beginnings saved {saved:,} steps, about {spent.saved_seconds:.0f} s of "
                 "training")  # fmt: skip
+
+
+def _settings(arm: Arm, *prefixes: str) -> str:
+    return str({key: value for key, value in arm.config.decisive().items() if key.startswith(prefixes)})
 
 
 def train_request(

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -123,15 +122,8 @@ class SweepConfig(Config):
     """host:port of the cluster that this machine is in, auto or local; null = RAY_ADDRESS, else one for this sweep"""
     share_prefix: bool = True
     """train what the arms of a seed share up to the gate once; false trains each alone, to the same bits"""
-    title: str | None = None
+    title: str | None = Field(None, min_length=1)
     """of the report; null = the file's name"""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _off_is_a_word(cls, tree: Any) -> Any:
-        if isinstance(tree, Mapping) and tree.get("controls") is False:  # YAML reads a plain `off` as false
-            return {**tree, "controls": "off"}
-        return tree
 
     @model_validator(mode="after")
     def _one_kind_of_arms(self) -> Self:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -120,11 +120,8 @@ def resolve(
     baseline = made(sweep.baseline, f"{file}: baseline", "baseline", "baseline")
     notes: list[str] = []
     if isinstance(sweep.arms, GridConfig):
-        arms = [
-            made(overrides, f"{file}: arms.grid {json.dumps(overrides, default=str)}")
-            for overrides in sweep.arms.combinations()
-        ]
-        arms = _distinct(arms, baseline, notes)
+        arms = _distinct(sweep.arms.combinations(), baseline, lambda overrides: made(
+            overrides, f"{file}: arms.grid {json.dumps(overrides, default=str)}"), notes)  # fmt: skip
     else:
         arms = [_listed(entry, f"{file}: arm {number}", made) for number, entry in enumerate(sweep.arms or [], 1)]
         _refuse_twins([baseline, *arms], file)
@@ -210,25 +207,31 @@ def _plain(overrides: Mapping[str, Any], model: type[RunConfig], where: str) -> 
     return found
 
 
-def _distinct(arms: list[Arm], baseline: Arm, notes: list[str]) -> list[Arm]:
+def _distinct(
+    grid: Sequence[Overrides], baseline: Arm, made: Callable[[Overrides], Arm], notes: list[str]
+) -> list[Arm]:
     """Of a grid, each setting once and without the baseline's own."""
-    seen = {baseline.config.fingerprint(): baseline.name}
+    seen = {baseline.config.fingerprint(): "baseline"}
     kept = []
-    for arm in arms:
-        if arm.config.fingerprint() in seen:
-            notes.append(f"{arm.name} is the same run as {seen[arm.config.fingerprint()]} and is left out of the grid")
-            continue
-        seen[arm.config.fingerprint()] = arm.name
-        kept.append(arm)
+    for overrides in grid:
+        arm, written = made(overrides), ", ".join(f"{key} {canonical(value)}" for key, value in overrides.items())
+        key = arm.config.fingerprint()
+        if key in seen:
+            notes.append(f"arms.grid: {written} is the same run as {seen[key]} and is left out")
+        else:
+            seen[key] = written
+            kept.append(arm)
     return kept
 
 
 def _refuse_twins(arms: list[Arm], file: Path) -> None:
-    seen: dict[str, Arm] = {}
+    """`arms`: the baseline first."""
+    seen: dict[str, int] = {}
     for number, arm in enumerate(arms):
-        other = seen.setdefault(arm.config.fingerprint(), arm)
-        if other is not arm:
-            raise UserError(f"{file}: arm {number} has the same settings as {other.name}, allowed: arms that differ")
+        other = seen.setdefault(arm.config.fingerprint(), number)
+        if other != number:
+            named = f"arm {other} ({arms[other].name})" if other else "baseline"
+            raise UserError(f"{file}: arm {number} has the same settings as {named}, allowed: arms that differ")
 
 
 def _with_names(arms: list[Arm], baseline: Arm) -> list[Arm]:

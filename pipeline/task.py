@@ -15,6 +15,8 @@ from torch.optim import Optimizer
 
 from pipeline.blocks import RunConfig, ScheduleConfig
 from pipeline.calibration import Fitted
+from pipeline.config import closest
+from pipeline.errors import UserError
 from pipeline.names import TEST_ROWS_FILE
 
 Rows = npt.NDArray[np.int64]
@@ -46,6 +48,23 @@ def write_test_rows(folder: Path, columns: Mapping[str, npt.NDArray[Any]]) -> No
     file = folder / TEST_ROWS_FILE
     file.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({name: pa.array(values) for name, values in columns.items()}), file, compression="zstd")
+
+
+def undefined(task: "Task", key: str, metric: str) -> str:
+    """Why a metric (`valid/...` or `test/...`) is undefined on the task's data; "" = it is defined.
+
+    Raises:
+        UserError: no evaluation gives it; names `key`, under which it was asked for, and the nearest one.
+    """
+    split, _, name = metric.partition("/")
+    known = {each.removeprefix(f"{split}/"): why for each, why in task.known_metrics(split).items()}
+    if name in known:
+        return known[name] and f"{metric} {known[name]}"
+    if near := closest(name, list(known)):
+        raise UserError(f"{key}: found {metric}, allowed: a metric that evaluations give; did you mean {split}/{near}?")
+    plain = [f"{split}/{each}" for each in known if "/" not in each]
+    more = f" and {len(known) - len(plain)} others" if len(plain) < len(known) else ""
+    raise UserError(f"{key}: found {metric}, allowed: {', '.join(plain)}{more}")
 
 
 class Batch(Protocol):
@@ -175,6 +194,13 @@ class Task(Protocol):
 
     def evaluate(self, model: nn.Module, split: str, device: str) -> Mapping[str, float]:
         """Metrics of a split (`valid` or `test`) under their full names."""
+        ...
+
+    def known_metrics(self, split: str) -> Mapping[str, str]:
+        """Every metric that `evaluate` can give of a split -> what the split's labels lack for it, "" where nothing.
+
+        Gates and the like, which stand under no split's name, are not among them.
+        """
         ...
 
     def calibrate(self, model: nn.Module, device: str) -> Fitted:

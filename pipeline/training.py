@@ -18,7 +18,7 @@ from pipeline.blocks import EvaluationConfig
 from pipeline.checkpoint import Generation, load_tensors, save_weights
 from pipeline.compute.prefetch import prefetched
 from pipeline.compute.sparse import coalesced
-from pipeline.console import Console, say, warn
+from pipeline.console import Console, optional, say, warn
 from pipeline.errors import RankLost, UserError
 from pipeline.influence import PREFIX
 from pipeline.interrupts import check, held
@@ -299,8 +299,9 @@ class Training:
         name = self.keeper.metric
         score = f"{name} {metrics[name]:.4f}" if name in metrics else "evaluated"
         say(f"step {step}: {score}" + (" (best)" if self.keeper.step == step else ""))
-        for finding in self.task.findings(metrics):
-            warn(f"step {step}: {finding}")
+        with optional("what the evaluation shows"):
+            for finding in self.task.findings(metrics):
+                warn(f"step {step}: {finding}")
         self.recorder.resume()
 
 
@@ -319,9 +320,7 @@ class BestKeeper:
 
     def consider(self, metrics: Mapping[str, float], model: nn.Module, step: int) -> None:
         """Keep the weights if their metric is the best yet."""
-        if self.metric not in metrics:
-            names = ", ".join(sorted(name for name in metrics if name.startswith("valid/")))
-            warn(f"evaluation.metric {self.metric} is not among the metrics at step {step}: {names}")
+        if self.metric not in metrics:  # undefined on these data, as was said before the training
             return
         score = self.sign * metrics[self.metric]
         if score > self.best:

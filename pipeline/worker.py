@@ -119,8 +119,8 @@ class Work:
                 import pipeline.launch  # noqa: F401
 
                 return JobDone()
-            case DigestData(entry, config):
-                return DataDigest(digest=self.make_task(entry, config_of(entry, config)).dataset.digest)
+            case DigestData():
+                return self.digest(request)
             case TrainPrefix():
                 return self.train_prefix(request)
             case TrainRun():
@@ -133,6 +133,14 @@ class Work:
         shared = self.task.with_config(config) if self.task is not None else None
         self.task = shared or resolve(ENTRIES[entry].target)(config)
         return self.task
+
+    def digest(self, request: DigestData) -> DataDigest:
+        """The data's digest, and which of the metrics they leave undefined; a UserError names one that is none."""
+        from pipeline.task import undefined
+
+        task = self.make_task(request.entry, config_of(request.entry, request.config))
+        reasons = {key: undefined(task, key, metric) for key, metric in request.metrics.items()}
+        return DataDigest(digest=task.dataset.digest, undefined={key: why for key, why in reasons.items() if why})
 
     def train_prefix(self, request: TrainPrefix) -> PrefixTrained:
         """Train what runs share; leave its states in the folders."""

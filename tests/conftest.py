@@ -39,7 +39,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the backgrou
 # They start processes and take longest: last, they would leave other test processes idle.
 SLOW = ("test_sweep", "test_kills", "test_exits", "test_outage", "test_deployment", "test_notebooks", "test_browser",
         "test_entry_points", "test_train_visobert", "test_delivery", "test_sync", "test_tracking", "test_doctor",
-        "test_first_start", "test_security", "test_resume", "test_ranks", "test_kubernetes", "test_ray_data",
+        "test_first_start", "test_security", "test_resume", "test_ranks", "test_kubernetes",
         "test_ray_sweep")  # fmt: skip
 
 

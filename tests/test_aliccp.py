@@ -1,20 +1,20 @@
-"""Raw Ali-CCP files to training-ready columns: by hand, against a slow reader of its own, and across kills."""
+"""Raw Ali-CCP files to training-ready columns: by hand, against a slow reader of its own, and beside a kill."""
 
 import gzip
-import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import tracemalloc
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -24,13 +24,9 @@ from hypothesis import strategies as st
 
 from pipeline.config import load
 from pipeline.errors import UserError
+from pipeline.tasks.mmoe import aliccp
 from pipeline.tasks.mmoe import prepare as prepare_module
-from pipeline.tasks.mmoe.aliccp import columns as aliccp_columns
-from pipeline.tasks.mmoe.aliccp import lines as aliccp_lines
-from pipeline.tasks.mmoe.aliccp import scan as aliccp_scan
-from pipeline.tasks.mmoe.aliccp.config import RawSource
-from pipeline.tasks.mmoe.aliccp.preparation import prepare_raw
-from pipeline.tasks.mmoe.aliccp.work import FOLDER
+from pipeline.tasks.mmoe.aliccp_config import RawSource
 from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.encoding import Encoder
 from pipeline.tasks.mmoe.entry import Bars, figures
@@ -41,11 +37,10 @@ EXAMPLES = 200 if FULL else 20  # of whole files
 REPOSITORY = Path(__file__).parent.parent
 SHIPPED = REPOSITORY / "configs" / "data" / "aliccp.yaml"
 SKELETON, COMMON = "sample_skeleton_train.csv", "common_features_train.csv"
+TEST = {"skeleton": "sample_skeleton_test.csv", "common_features": "common_features_test.csv"}
 ALL_TRAINING = {"train": 1.0, "validation": 0.0, "test": 0.0}
 FILES = ("train.parquet", "validation.parquet", "test.parquet", "vocabulary.parquet", "schema.json")
 Row = dict[str, Any]
-
-pytestmark = pytest.mark.xdist_group("aliccp")  # one process compiles its loops
 
 
 def features(text: str) -> str:
@@ -77,6 +72,13 @@ def vocabulary(folder: Path) -> list[tuple[str, str, int, int]]:
     return list(zip(*(table[name].to_pylist() for name in ("feature", "value", "id", "count")), strict=True))
 
 
+def write_test(folder: Path) -> None:
+    (folder / TEST["skeleton"]).write_text(
+        line("9,1,0,bacff91692951881", "205=16777216") + line("10,0,0,0123456789abcdef", "205=77")
+    )
+    (folder / TEST["common_features"]).write_text(line("bacff91692951881", "101=31320 121=4"))
+
+
 # ---------------------------------------------------------------- by hand
 
 COMMON_TEXT = (
@@ -100,7 +102,7 @@ def test_a_small_shop_by_hand(tmp_path: Path) -> None:
         "conversion": [0, 1, 0, 0],
         # user 31319 has two training rows, 31320 one; the last row has no user
         "101": [2, 2, 3, 1],
-        "109_14": [[2, 3], [2, 3], [], []],
+        "109_14": [[3, 2], [3, 2], [], []],
         "109_14.weights": [[0.5, np.float32(2.07944)]] * 2 + [[], []],
         "121": [2, 2, 2, 1],
         "205": [2, 3, 2, 2],  # 16777216 three times, 16777217 once
@@ -109,7 +111,7 @@ def test_a_small_shop_by_hand(tmp_path: Path) -> None:
     }
     assert vocabulary(tmp_path / "out") == [
         ("101", "31319", 2, 2), ("101", "31320", 3, 1),
-        ("109_14", "450001", 2, 2), ("109_14", "16777217", 3, 2),  # equally often: by number
+        ("109_14", "16777217", 2, 2), ("109_14", "450001", 3, 2),  # equally often: by text
         ("121", "3", 2, 3),
         ("205", "16777216", 2, 3), ("205", "16777217", 3, 1),
         ("210", "9", 2, 2), ("210", "8", 3, 1),
@@ -130,14 +132,24 @@ def test_a_small_shop_by_hand(tmp_path: Path) -> None:
     assert DataSchema.read(tmp_path / "out") == schema
 
 
-def test_the_shipped_yaml_reads_the_files_under_their_own_names(tmp_path: Path) -> None:
+@pytest.mark.parametrize("own_test", [False, True])
+def test_the_shipped_yaml_reads_the_published_files(
+    tmp_path: Path, own_test: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = "".join(line(f"{number},0,0,bacff91692951881", f"205={number}") for number in range(400))
     write_raw(tmp_path, text, COMMON_TEXT)
+    if own_test:
+        write_test(tmp_path)
     schema = prepare(tmp_path, SHIPPED, tmp_path / "out")
-    assert sum(split.rows for split in schema.splits.values()) == 400
-    assert 290 <= schema.splits["train"].rows <= 350  # 320 +- 4 standard deviations (8)
-    declared = load(RawSource, SHIPPED)
-    assert declared == RawSource(format="aliccp")  # what the YAML says is what is so without it
+    shares, total = (0.8, 0.1) if own_test else (0.8, 0.1, 0.1), 0.9 if own_test else 1
+    drawn = [uniform(str(number), 0) * total for number in range(400)]
+    ends = [sum(number < sum(shares[: part + 1]) for number in drawn) for part in range(len(shares))]
+    expected = [ends[0], *(end - before for before, end in pairwise(ends)), *([2] if own_test else [])]
+    assert [schema.splits[split].rows for split in ("train", "validation", "test")] == expected
+    told = f"all of {TEST['skeleton']}; split.train and split.validation divide {SKELETON}, split.test does not"
+    told = told if own_test else f"no test files; split divides {SKELETON} in three"
+    assert f"test: {told}\n" in capsys.readouterr().err
+    assert load(RawSource, SHIPPED) == RawSource(format="aliccp")  # what the YAML says is what is so without it
 
 
 @pytest.mark.parametrize(("rule", "labels"), [
@@ -156,7 +168,8 @@ def test_rules_for_rows_that_do_not_fit(tmp_path: Path, rule: str, labels: tuple
 def test_values_as_float32_of_the_double(tmp_path: Path) -> None:
     texts = ["1e-3", "-2.5", "+.5", "5.", "0.6931471805599453", "2.0794415416798357", "9007199254740993",
              "20794415416798357e-16", "1234567890123456789", "12345678901234567890123", "3.4028235e38", "1e-46", "-0",
-             "0.00000000000000000000000000000000012345678901234567", "179769313486231570000e10"]  # fmt: skip
+             "0.00000000000000000000000000000000012345678901234567", "179769313486231570000e10",
+             "3.4028235677973e38"]  # fmt: skip
     text = "".join(line(f"{number},0,0,x", f"9={number}:{value}") for number, value in enumerate(texts))
     prepare(tmp_path, write_raw(tmp_path, text, ""), tmp_path / "out")
     assert columns(tmp_path / "out")["9.weights"] == [[float(np.float32(float(value)))] for value in texts]
@@ -177,11 +190,13 @@ def test_a_malformed_line_is_named(tmp_path: Path, call_pipeline: Call) -> None:
         "2,0,0,bacff91692951881,one,205\x027\x031.0": "feat_num",
         "2,0,0,bacff91692951881,1,205\x027\x03nan": "number",
         "2,0,0,bacff91692951881,1,205\x027\x031e39": "beyond float32",
+        "2,0,0,bacff91692951881,1,205\x027\x03-3.4028235677973366e38": "just beyond float32",
+        f"2,0,0,bacff91692951881,1,205\x027\x03{'9' * 400}": "beyond double",
         "2,0,0,bacff91692951881,1,205\x027": "no value",
         "2,0,0,bacff91692951881,1,205\x027\x031.0\x01": "a feature that is not there",
         "2,0,0,bacff91692951881": "too few cells",
         "2,0,0,bacff91692951881,1,Preis€\x027\x031.0": "not ASCII",
-        f"2,0,0,bacff91692951881,1,{'n' * 65}\x027\x031.0": "a long name",
+        "2,0,0,bacff91692951881,1,205\x027\x031.0\r\r": "two ends",
     }
     lines = SKELETON_TEXT.splitlines(keepends=True)
     for text in wrong:
@@ -191,7 +206,9 @@ def test_a_malformed_line_is_named(tmp_path: Path, call_pipeline: Call) -> None:
         assert ended.returncode == 2
         assert f"{SKELETON}: line 2: found " in ended.stderr
         assert "allowed: sample_id,click (0 or 1),buy (0 or 1)" in ended.stderr
-        assert ended.stderr.count("\n") == 1
+        assert [line for line in ended.stderr.splitlines() if not line.startswith("test: no test files")] == [
+            ended.stderr.splitlines()[-1]
+        ]
         assert not (tmp_path / "out").exists()
 
     text = "".join([lines[0], *(f"{line}\n" for line in wrong), *lines[1:]])
@@ -208,9 +225,9 @@ def test_a_malformed_line_is_named(tmp_path: Path, call_pipeline: Call) -> None:
 @pytest.mark.parametrize(("keys", "told"), [
     ({"features": {"206": "categorical"}}, r"features\.206: no such field in the files; there are: 101, 109_14"),
     ({"features": {"207": "categorical"}}, r"features\.207: found in the common features and in the skeleton, allowed"),
-    ({"features": {"ä": "multi"}}, r"allowed: names of up to 64 printable ASCII characters"),
+    ({"features": {"ä": "multi"}}, "allowed: names of printable ASCII characters but a comma"),
     ({"other_fields": "ignore"}, "no field of the files is a feature"),
-    ({"test": {"skeleton": "a", "common_features": "b"}, "split": {"test": 0.1}}, "allowed: one of both"),
+    ({"test": {"skeleton": "a"}}, r"test: found .*, allowed: auto or mapping or null \(a mapping has the keys"),
     ({"test": {"skeleton": "a", "common_features": "b"}}, r"no file a \(nor a\.gz\)"),
     ({"conversion_without_click": "keep"}, "one of: drop, no_conversion, click"),
     ({}, r"features\.click: the prepared files have such a column; allowed"),
@@ -247,7 +264,7 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
 
 MASK = 2**64 - 1
 NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
-FEATURE = rf"[ -+\--~]{{1,64}}\x02[ -+\--~]*\x03{NUMBER}"
+FEATURE = rf"[ -+\--~]+\x02[ -+\--~]*\x03{NUMBER}"
 FEAT_LIST = rf"(?:{FEATURE}(?:\x01{FEATURE})*)?"
 COMMON_LINE = re.compile(rf"([ -+\--~]+),([0-9]{{1,10}}),({FEAT_LIST})")
 SKELETON_LINE = re.compile(rf"([ -+\--~]+),([01]),([01]),([ -+\--~]*),([0-9]{{1,10}}),({FEAT_LIST})")
@@ -267,10 +284,8 @@ def hashed(text: str) -> int:
     return mixed(value)
 
 
-def by_number(text: str) -> tuple[bool, int, str]:
-    """Numbers as they are written in decimal, up to 19 digits; then texts."""
-    number = bool(re.fullmatch(r"0|[1-9][0-9]{0,18}", text))
-    return (not number, int(text) if number else 0, text)
+def uniform(key: str, seed: int) -> float:
+    return (mixed(hashed(key) ^ mixed(seed)) >> 11) / 2**53
 
 
 def read_lines(text: str, pattern: re.Pattern[str], counts: Counter[str]) -> list[tuple[str, ...]]:
@@ -342,10 +357,9 @@ def slowly(skeleton: str, common: str, source: RawSource) -> tuple[dict[str, lis
         parts = kept(text, claimed)
         everything.append(parts)
         in_skeleton |= {part[0] for part in parts}
-        key = hashed(index if source.split.by == "common_feature_index" else sample)
-        uniform = (mixed(key ^ mixed(source.split.seed)) >> 11) / 2**53
+        drawn = uniform(index if source.split.by == "common_feature_index" else sample, source.split.seed)
         first, second = source.split.train, source.split.train + source.split.validation
-        split = "train" if uniform < first else "validation" if uniform < second else "test"
+        split = "train" if drawn < first else "validation" if drawn < second else "test"
         splits[split].append({"click": click, "conversion": buy, "parts": users.get(index, []) + parts})
     names = [name for name in source.features if kinds[name] != "ignore"]
     names += sorted((in_common | in_skeleton) - set(names))
@@ -360,7 +374,7 @@ def slowly(skeleton: str, common: str, source: RawSource) -> tuple[dict[str, lis
         wish = source.features.get(name)
         least = (wish.min_count if wish else None) or source.min_count
         seen = Counter(part[1] for row in splits["train"] for part in row["parts"] if part[0] == name)
-        words = sorted((word for word in seen if seen[word] >= least), key=lambda word: (-seen[word], by_number(word)))
+        words = sorted((word for word in seen if seen[word] >= least), key=lambda word: (-seen[word], word))
         known[name] = {"kind": kind, "words": words, "seen": seen, "weighted": wish.weighted if wish else True,
                        "found": name in in_common | in_skeleton}  # fmt: skip
     return splits, known, counts
@@ -442,11 +456,9 @@ def test_the_same_as_a_slow_reader(
     source = RawSource.model_validate({"format": "aliccp"} | rules)
     splits, known, counts = slowly(skeleton, common, source)
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(aliccp_lines, "BLOCK_BYTES", block)
-        patch.setattr(aliccp_scan, "SLOTS", 1 << 23 if block > 1000 else 4)
+        patch.setattr(aliccp, "BLOCK_BYTES", block)
+        patch.setattr(aliccp, "CHUNK_IDS", 8)  # so that a few rows are several chunks
         patch.setattr(prepare_module, "ROW_GROUP_ROWS", 4)
-        for constant, words in (("CHUNK_WORDS", 30), ("GAP_WORDS", 2)):  # so that a few rows are several chunks
-            patch.setattr(aliccp_columns, constant, words)
         folder = Path(name)
         schema_file = write_raw(folder, skeleton, common, **rules)
         if compressed:
@@ -491,25 +503,39 @@ def _frames_mean_the_same(folder: Path, rows: list[Row], known: dict[str, Any], 
     }
 
 
-# ---------------------------------------------------------------- going on after a kill
+# ---------------------------------------------------------------- the test files, and what decides the bytes
 
 
-def test_the_test_files_may_be_the_test_split(tmp_path: Path) -> None:
-    test = {"skeleton": "sample_skeleton_test.csv", "common_features": "common_features_test.csv"}
-    (tmp_path / test["skeleton"]).write_text(
-        line("9,1,0,bacff91692951881", "205=16777216") + line("10,0,0,0123456789abcdef", "205=77")
-    )
-    (tmp_path / test["common_features"]).write_text(line("bacff91692951881", "101=31320 121=4"))
-    keys = {"test": test, "split": {"train": 1.0, "validation": 0.0, "test": 0.0}}
+@pytest.mark.parametrize("keys", [{}, {"test": TEST}])
+def test_the_test_files_are_the_test_split(tmp_path: Path, keys: dict[str, Any]) -> None:
+    write_test(tmp_path)
     schema = prepare(tmp_path, write_raw(tmp_path, SKELETON_TEXT, COMMON_TEXT, **keys), tmp_path / "out")
     found = columns(tmp_path / "out", "test")
     # the same index means another user there; 4 and 77 are not in the training split; one user is missing
     assert (found["click"], found["101"], found["121"], found["205"]) == ([1, 0], [3, 1], [0, 1], [2, 0])
     assert columns(tmp_path / "out")["101"] == [2, 2, 3, 1]
     assert schema.counts["without_common_features"] == 2
-    assert [feature.out_of_vocabulary["test"] for feature in schema.features if feature.name in ("121", "205")] == [
-        1.0, 0.5,
-    ]  # fmt: skip
+    shares = {feature.name: feature.out_of_vocabulary["test"] for feature in schema.features}
+    assert (shares["121"], shares["205"]) == (1.0, 0.5)
+
+
+def test_test_files_that_are_not_read_or_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_test(tmp_path)
+    schema = prepare(tmp_path, write_raw(tmp_path, SKELETON_TEXT, COMMON_TEXT, test=None), tmp_path / "out")
+    assert [split.rows for split in schema.splits.values()] == [4, 0, 0]
+    assert f"test: {TEST['skeleton']} is not read; split divides {SKELETON} in three\n" in capsys.readouterr().err
+    schema_file = write_raw(tmp_path, SKELETON_TEXT, COMMON_TEXT)
+    for gone, left in (tuple(TEST.values()), tuple(TEST.values())[::-1]):
+        (tmp_path / gone).unlink()
+        (tmp_path / left).rename(tmp_path / f"{left}.gz")
+        with pytest.raises(UserError, match=rf"no file {gone} \(nor .*; test: null reads no test files"):
+            prepare(tmp_path, schema_file, tmp_path / "half")
+        (tmp_path / f"{left}.gz").unlink()
+        write_test(tmp_path)
+    (tmp_path / TEST["common_features"]).unlink()
+    with pytest.raises(UserError, match=rf"no file {TEST['common_features']} \(nor"):
+        prepare(tmp_path, write_raw(tmp_path, SKELETON_TEXT, COMMON_TEXT, test=TEST), tmp_path / "half")
+    assert not (tmp_path / "half").exists()
 
 
 def _generated(folder: Path, rows: int = 400, users: int = 60) -> Path:
@@ -519,7 +545,7 @@ def _generated(folder: Path, rows: int = 400, users: int = 60) -> Path:
         line(f"{number:016x}", f"101={number} 121={number % 5} " + " ".join(
             f"109_14={generator.integers(500)}:{generator.integers(1, 99)}e-1" for _ in range(generator.integers(5))
         )) for number in range(users)
-    )  # fmt: skip
+    ) + "".join(line(f"{number % users:016x}", "101=1 121=2 other=3") for number in range(9, users, 2))  # fmt: skip
     skeleton = "".join(
         line(f"{number},{number % 2},{number % 8 // 7},{generator.integers(users + 5):016x}",
              f"205={generator.integers(2**40)} 206={generator.integers(50)} odd=x{generator.integers(9)}")
@@ -533,153 +559,40 @@ def _digests(folder: Path) -> list[bytes]:
     return [(folder / name).read_bytes() for name in FILES]
 
 
-def _raw(schema: Path) -> RawSource:
-    return load(RawSource, schema)
-
-
-def test_whatever_moment_it_is_killed_at_it_goes_on_to_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(aliccp_lines, "BLOCK_BYTES", 4000)
-    monkeypatch.setattr(aliccp_scan, "SLOTS", 64)
-    monkeypatch.setattr(prepare_module, "ROW_GROUP_ROWS", 32)
+def test_blocks_and_threads_do_not_decide_the_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     schema = _generated(tmp_path)
-    snapshots: list[tuple[Path, str]] = []
-
-    def snapshot(what: str, rows: int, share: float) -> None:
-        """What a process that is killed now would leave: nothing waits in buffers of its own."""
-        assert rows > 0
-        assert 0 < share <= 1
-        to = tmp_path / f"killed-{len(snapshots)}"
-        shutil.copytree(tmp_path / "whole" / FOLDER, to / FOLDER)
-        snapshots.append((to, what))
-
-    source = _raw(schema)
-    prepare_raw(tmp_path, source, schema, tmp_path / "whole", progress=snapshot, keep_seconds=0)
-    prepare_raw(tmp_path, source, schema, tmp_path / "at once")
-    whole = _digests(tmp_path / "whole")
-    assert _digests(tmp_path / "at once") == whole
-    order = list(dict.fromkeys(what for _, what in snapshots))
-    assert order == [COMMON, SKELETON, "users", "train.parquet", "validation.parquet", "test.parquet"]
-    assert Counter(what for _, what in snapshots)[SKELETON] > 5
-    for number, (killed, what) in enumerate(snapshots):
-        done: list[tuple[str, int]] = []
-        prepare_raw(tmp_path, source, schema, killed, progress=lambda *told: done.append(told[:2]))  # noqa: B023
-        assert _digests(killed) == whole, what
-        assert sorted(path.name for path in killed.iterdir()) == sorted(FILES)
-        # no finished stage again; of a file that is being read, at most the last block
-        assert not {what for what, _ in done} & set(order[: order.index(what)])
-        if what in (COMMON, SKELETON) and number and snapshots[number - 1][1] == what:
-            assert len([1 for again, _ in done if again == what]) <= 1 + len(
-                [1 for _, later in snapshots[number:] if later == what]
-            )
+    monkeypatch.setattr(prepare_module, "ROW_GROUP_ROWS", 32)
+    counts = prepare(tmp_path, schema, tmp_path / "whole").counts
+    assert (counts["users"], counts["repeated_common_features"]) == (60, 26)
+    threads = pa.cpu_count()
+    for number, (block, ids, cores) in enumerate([(1 << 23, 1 << 20, 1), (4000, 64, 2), (300, 1, threads)]):
+        monkeypatch.setattr(aliccp, "BLOCK_BYTES", block)
+        monkeypatch.setattr(aliccp, "CHUNK_IDS", ids)
+        pa.set_cpu_count(cores)
+        prepare(tmp_path, schema, tmp_path / str(number))
+        assert _digests(tmp_path / str(number)) == _digests(tmp_path / "whole")
+    assert pq.ParquetFile(tmp_path / "0" / "train.parquet").num_row_groups > 5
 
 
 @pytest.mark.faults
-def test_a_killed_process_leaves_what_the_next_one_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGKILL, in a process of its own; in full, the second start is one of these, too."""
+@pytest.mark.parametrize("moment", [COMMON, SKELETON, "splits"])
+def test_after_a_kill_the_same_command_gives_the_same_bytes(tmp_path: Path, moment: str) -> None:
     schema = _generated(tmp_path)
-    whole = tmp_path / "whole"
-    prepare_raw(tmp_path, _raw(schema), schema, whole)
+    prepare(tmp_path, schema, tmp_path / "whole")
     program = (
         "import os, signal, sys; from pathlib import Path\n"
-        "from pipeline.tasks.mmoe.aliccp import lines\n"
-        "lines.BLOCK_BYTES = 4000\n"
-        "from pipeline.tasks.mmoe.aliccp.preparation import prepare_raw\n"
-        "from pipeline.config import load\n"
-        "from pipeline.tasks.mmoe.aliccp.config import RawSource\n"
+        "from pipeline.tasks.mmoe import aliccp; from pipeline.tasks.mmoe.prepare import prepare\n"
+        "aliccp.BLOCK_BYTES, aliccp.CHUNK_IDS, data = 4000, 100, Path(sys.argv[2])\n"
         "def progress(what, rows, share):\n"
         "    if what == sys.argv[1] and share > .5: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "data = Path(sys.argv[2])\n"
-        "source = load(RawSource, data / 'schema.yaml')\n"
-        "prepare_raw(data, source, data / 'schema.yaml', data / 'out', progress=progress, keep_seconds=0)\n"
+        "prepare(data, data / 'schema.yaml', data / 'out', stages=progress)\n"
     )
-    for what in (SKELETON, "train.parquet") if FULL else ("train.parquet",):
-        ended = subprocess.run([sys.executable, "-c", program, what, str(tmp_path)], check=False, cwd=REPOSITORY)
-        assert ended.returncode == -signal.SIGKILL
-        assert (tmp_path / "out" / FOLDER / "progress.npz").exists()
-        assert not (tmp_path / "out" / "schema.json").exists()
-    done: list[str] = []
-    prepare_raw(tmp_path, _raw(schema), schema, tmp_path / "out", progress=lambda what, *_: done.append(what))
-    assert _digests(tmp_path / "out") == _digests(whole)
-    assert done[0] == "train.parquet"
-
-
-def _stopped(folder: Path, schema: Path, at: str, error: BaseException) -> None:
-    def progress(what: str, rows: int, share: float) -> None:
-        if what == at and rows > 150:
-            raise error
-
-    prepare_raw(folder, _raw(schema), schema, folder / "out", progress=progress, keep_seconds=0)
-
-
-def test_interrupted_it_keeps_its_work_and_failed_it_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aliccp_lines, "BLOCK_BYTES", 4000)
-    schema = _generated(tmp_path)
-    work = tmp_path / "out" / FOLDER
-    with pytest.raises(KeyboardInterrupt):
-        _stopped(tmp_path, schema, SKELETON, KeyboardInterrupt())
-    assert (work / "progress.npz").exists()
-    with pytest.raises(UserError, match=r"No space left on device; what is done is kept in .*start again to go on"):
-        _stopped(tmp_path, schema, SKELETON, OSError(28, "No space left on device"))
-    assert (work / "progress.npz").exists()
-    with pytest.raises(ZeroDivisionError):
-        _stopped(tmp_path, schema, SKELETON, ZeroDivisionError())
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_changed_file_starts_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aliccp_lines, "BLOCK_BYTES", 4000)
-    schema = _generated(tmp_path)
-    common = tmp_path / COMMON
-    text, times = common.read_bytes(), (common.stat().st_atime_ns, common.stat().st_mtime_ns)
-    with pytest.raises(KeyboardInterrupt):
-        _stopped(tmp_path, schema, SKELETON, KeyboardInterrupt())
-    common.write_bytes(text.replace(b"101\x0211\x03", b"101\x0288\x03"))
-    os.utime(common, ns=(times[0], times[1] + 1))
-    done: list[str] = []
-    prepare_raw(tmp_path, _raw(schema), schema, tmp_path / "out", progress=lambda what, *_: done.append(what))
-    assert done[0] == COMMON
-    assert ("101", "88") in [entry[:2] for entry in vocabulary(tmp_path / "out")]
-
-    # of the same size and time: found by its digest, where it is read again
-    skeleton = tmp_path / SKELETON
-    text, times = skeleton.read_bytes(), (skeleton.stat().st_atime_ns, skeleton.stat().st_mtime_ns)
-    with pytest.raises(KeyboardInterrupt):
-        _stopped(tmp_path, schema, SKELETON, KeyboardInterrupt())
-    skeleton.write_bytes(text.replace(b"206\x02", b"207\x02"))
-    os.utime(skeleton, ns=times)
-    with pytest.raises(UserError, match=f"{SKELETON}: changed since its first half was prepared; start again"):
-        prepare_raw(tmp_path, _raw(schema), schema, tmp_path / "out")
-    prepare_raw(tmp_path, _raw(schema), schema, tmp_path / "out")
-    assert "207" in [entry[0] for entry in vocabulary(tmp_path / "out")]
-
-
-def test_another_schema_starts_over_and_a_spoilt_progress_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aliccp_lines, "BLOCK_BYTES", 4000)
-    schema = _generated(tmp_path)
-    source = _raw(schema)
-    for spoil in (False, True):
-        with pytest.raises(KeyboardInterrupt):
-            _stopped(tmp_path, schema, SKELETON, KeyboardInterrupt())
-        if spoil:
-            with (tmp_path / "out" / FOLDER / "progress.npz").open("rb+") as kept:
-                kept.truncate(1000)
-        done: list[str] = []
-        wish = source if spoil else source.model_copy(update={"min_count": 1})
-        prepare_raw(tmp_path, wish, schema, tmp_path / "out", progress=lambda what, *_: done.append(what))  # noqa: B023
-        assert done[0] == COMMON
-
-
-def test_one_at_a_time(tmp_path: Path) -> None:
-    schema = _generated(tmp_path)
-
-    def meanwhile(what: str, rows: int, share: float) -> None:
-        with pytest.raises(UserError, match="another prepare_ctr is at work there"):
-            prepare_raw(tmp_path, _raw(schema), schema, tmp_path / "out")
-
-    prepare_raw(tmp_path, _raw(schema), schema, tmp_path / "out", progress=meanwhile)
-    assert DataSchema.read(tmp_path / "out").counts["lines"] == 400
+    ended = subprocess.run([sys.executable, "-c", program, moment, str(tmp_path)], check=False, cwd=REPOSITORY)
+    assert ended.returncode == -signal.SIGKILL
+    left = [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert set(left) <= set(FILES[:4])  # what was read went to files without a name
+    prepare(tmp_path, schema, tmp_path / "out")
+    assert _digests(tmp_path / "out") == _digests(tmp_path / "whole")
 
 
 # ---------------------------------------------------------------- what comes of it
@@ -687,24 +600,25 @@ def test_one_at_a_time(tmp_path: Path) -> None:
 
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten times the rows of the same users and ids, in blocks that are small beside both."""
-    monkeypatch.setattr(aliccp_lines, "BLOCK_BYTES", 1 << 14)
-    monkeypatch.setattr(aliccp_scan, "SLOTS", 1 << 10)
-    monkeypatch.setattr(aliccp_columns, "CHUNK_WORDS", 1 << 10)
+    monkeypatch.setattr(aliccp, "BLOCK_BYTES", 1 << 14)
+    monkeypatch.setattr(aliccp, "CHUNK_IDS", 1 << 10)
     monkeypatch.setattr(prepare_module, "ROW_GROUP_ROWS", 256)
     common = "".join(line(f"{number:016x}", f"101={number}") for number in range(50))
     one = "".join(
         line(f"{number},0,0,{number % 50:016x}", f"205={number % 97} 210=5:2 210={number % 9}")
         for number in range(2_000)
     )
-    peaks = []
+    peaks, of_arrow = [], []
     for times in (1, 1, 10):
-        schema = write_raw(tmp_path, one * times, common)
+        schema, held = write_raw(tmp_path, one * times, common), list[int]()
         tracemalloc.start()
-        prepare_raw(tmp_path, _raw(schema), schema, tmp_path / "out")
+        prepare(tmp_path, schema, tmp_path / "out", stages=lambda *_: held.append(pa.total_allocated_bytes()))  # noqa: B023
         peaks.append(tracemalloc.get_traced_memory()[1])
+        of_arrow.append(max(held))
         tracemalloc.stop()
     assert len(one) * 9 > 600_000
     assert peaks[2] < peaks[1] + 100_000
+    assert of_arrow[2] < of_arrow[1] + 100_000
 
 
 def test_hashed_ids_of_a_csv(tmp_path: Path) -> None:
@@ -762,28 +676,18 @@ def test_the_bar_shows_rows_a_second_and_the_time_left(
     assert any(part.startswith("users: 100%") for part in shown)
 
 
-@pytest.mark.parametrize("members", [1, 2])
-@pytest.mark.parametrize("extra", [-1, 0, 1])
-def test_compressed_text_that_ends_with_a_block(
-    members: int, extra: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Of exactly as many bytes as are read at a time, and one more or less."""
-    monkeypatch.setattr(aliccp_lines, "BLOCK_BYTES", 64)
-    line = b"x" * (63 + extra) + b"\n"
-    file = tmp_path / "lines.csv.gz"
-    file.write_bytes(gzip.compress(line) * members)
-    found = [bytes(block.text[block.start : block.end]) for block in aliccp_lines.Lines(file).blocks()]
-    assert b"".join(found) == line * members
-
-
-@pytest.mark.parametrize("zeros", [1, 63, 64, 1000])
-def test_zeros_after_compressed_text_are_skipped(zeros: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As tapes leave them, over several reads, and text may follow (gzip's own reader allows it)."""
-    monkeypatch.setattr(aliccp_lines, "BLOCK_BYTES", 64)
-    file = tmp_path / "lines.csv.gz"
-    file.write_bytes((gzip.compress(b"some text\n") + bytes(zeros)) * 2)
-    found = [bytes(block.text[block.start : block.end]) for block in aliccp_lines.Lines(file).blocks()]
-    assert b"".join(found) == gzip.decompress(file.read_bytes()) == b"some text\n" * 2
-    file.write_bytes(bytes(zeros) + gzip.compress(b"some text\n"))
-    with pytest.raises(UserError, match="not a whole gzip file"):
-        list(aliccp_lines.Lines(file).blocks())
+@pytest.mark.parametrize("zeros", [0, 1, 1000])
+def test_gzip_in_parts_and_with_zeros_after_them(zeros: int, tmp_path: Path) -> None:
+    """As tools that compress in parallel and tapes leave them; a file that is cut, or begins with zeros, is refused."""
+    schema = write_raw(tmp_path, SKELETON_TEXT, COMMON_TEXT)
+    prepare(tmp_path, schema, tmp_path / "plain")
+    (tmp_path / SKELETON).unlink()
+    file = tmp_path / f"{SKELETON}.gz"
+    parts = [gzip.compress(part.encode()) + bytes(zeros) for part in (SKELETON_TEXT[:100], SKELETON_TEXT[100:])]
+    file.write_bytes(b"".join(parts))
+    prepare(tmp_path, schema, tmp_path / "out")
+    assert _digests(tmp_path / "out")[:4] == _digests(tmp_path / "plain")[:4]
+    for wrong in (parts[0] + parts[1][: -zeros - 9], bytes(1) + parts[0], parts[0] + SKELETON_TEXT.encode()):
+        file.write_bytes(wrong)
+        with pytest.raises(UserError, match=rf"{file.name}: not a whole gzip file \([^()]*(\([^()]*\))?\)$"):
+            prepare(tmp_path, schema, tmp_path / "out")

@@ -89,13 +89,13 @@ def served(folder: Path) -> Iterator[str]:
         assert address.startswith(f"http://{HOST}:{port}/"), process.communicate()[1]
         yield address
         process.send_signal(signal.SIGINT)
-        _, complaints = process.communicate(timeout=60)
+        _, complaints = process.communicate(timeout=600)
         assert process.returncode == 0, complaints
         assert "Traceback" not in complaints
         check_free(port)
     finally:
         process.terminate()
-        process.wait(timeout=60)
+        process.wait(timeout=600)
 
 
 @in_laboratory
@@ -292,7 +292,7 @@ def test_a_port_in_use_is_one_line(tmp_path: Path) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         process = start_ui(tmp_path, "--port", str(port))
-        shown, complaint = process.communicate(timeout=60)
+        shown, complaint = process.communicate(timeout=600)
     assert (process.returncode, shown) == (2, "")
     reason = "Address already in use" if sys.platform == "linux" else ""
     assert complaint.startswith(f"error: port {port}: {reason}")

@@ -61,9 +61,3 @@ def test_compiled_functions_use_their_own_file_alone(file: Path) -> None:
         inside = [node for body in function.body for node in ast.walk(body)]
         assert not {node.id for node in inside if isinstance(node, ast.Name)} & imported, function.name
         assert not [node for node in inside if isinstance(node, ast.Import | ast.ImportFrom)], function.name
-
-
-def test_a_constant_that_stands_twice() -> None:
-    from pipeline.tasks.mmoe.aliccp import config, kernels
-
-    assert kernels.MOST_NAME_BYTES == config.MOST_NAME_BYTES

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import yaml
@@ -6,9 +7,12 @@ from conftest import Call
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import canonical, flatten, load, to_yaml
+from pipeline.compare_config import CompareConfig
+from pipeline.config import Config, canonical, flatten, keys, load, to_yaml
 from pipeline.errors import UserError
-from pipeline.tasks.mmoe.config import MmoeConfig
+from pipeline.sweep_config import SweepConfig
+from pipeline.tasks.mmoe.config import MmoeConfig, PrepareCtrConfig
+from pipeline.tasks.visobert.config import DataPrepConfig, VisobertConfig
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "configs/mtl_mmoe.yaml"
@@ -248,6 +252,53 @@ def test_warnings() -> None:
     assert "data.path" in warnings(**calm, data__path="x", data__embedded__rows="5000")[0]
 
 
-def test_a_bare_no_of_yaml_is_no(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("training: {amp: no}")
-    assert load(MmoeConfig, tmp_path / "config.yaml").training.amp == "no"
+class Words(Config):
+    plain: Literal["off", "reweight"] = "reweight"
+    optional: Literal["yes", "maybe"] | None = None
+    mixed: Literal["no"] | float | tuple[Literal["on"], ...] = 1.0
+    flag: bool = False
+    number: float = 0.0
+
+
+def test_a_bare_flag_of_yaml_is_the_word_that_a_key_allows(tmp_path: Path) -> None:
+    found = load(Words, text_of(tmp_path, "{plain: off, optional: yes, mixed: no, flag: off}"))
+    assert (found.plain, found.optional, found.mixed, found.flag) == ("off", "yes", "no", False)
+    assert load(Words, None, {"plain": "Off", "optional": "YES"}) == Words(plain="off", optional="yes")
+    for key, value in {"plain": "true", "optional": "no", "mixed": "yes", "number": "off"}.items():
+        with pytest.raises(UserError, match=f"{key}: found (true|false), allowed: "):
+            load(Words, text_of(tmp_path, f"{key}: {value}"))
+    for model in (MmoeConfig, VisobertConfig):
+        assert load(model, text_of(tmp_path, "training: {amp: no}")).training.amp == "no"
+
+
+CONFIGS = (MmoeConfig, PrepareCtrConfig, VisobertConfig, DataPrepConfig, SweepConfig, CompareConfig)
+
+
+@pytest.mark.parametrize("model", CONFIGS)
+def test_nothing_typed_is_refused_for_every_key_and_null_is_null(model: type[Config], tmp_path: Path) -> None:
+    for key in keys(model):
+        for text in ("", " "):
+            with pytest.raises(UserError) as caught:
+                load(model, None, {key.path: text})
+            assert str(caught.value) == f"--{key.path}: found {text!r}, allowed: {key.allowed}".strip()
+    if model is VisobertConfig:
+        assert load(model, None, {"data.train": "null", "training.max_steps": "~"}) == VisobertConfig()
+        assert load(model, text_of(tmp_path, "{experiment: , training: {max_steps: }}")) == VisobertConfig()
+        with pytest.raises(UserError, match=r"--training\.max_steps: found '# 5', allowed: integer"):
+            load(model, None, {"training.max_steps": "# 5"})  # nothing, to YAML
+
+
+def test_an_experiments_bare_id_is_text(tmp_path: Path) -> None:
+    for model in (MmoeConfig, VisobertConfig, DataPrepConfig, CompareConfig):
+        assert load(model, text_of(tmp_path, "experiment: 12")).experiment == "12"  # type: ignore[attr-defined]
+        assert load(model, None, {"experiment": "012"}).experiment == "012"  # type: ignore[attr-defined]
+
+
+def test_losses_that_are_all_switched_off_are_refused() -> None:
+    nothing = dict.fromkeys(("esmm.lambda_ctr", "esmm.lambda_ctcvr", "esmm.lambda_cvr_aux"), "0")
+    assert "all 0, allowed: at least one above 0" in error_of(**nothing)
+    for values in ({"multi_label.lambda_sentiment": "0", "multi_label.lambda_aspect": "0"},
+                   {"multi_label.lambda_sentiment": "0", "model.aspect_detection": "false"}):  # fmt: skip
+        with pytest.raises(UserError, match="0, allowed: a loss with a weight above 0"):
+            load(VisobertConfig, None, values)
+    load(VisobertConfig, None, {"multi_label.lambda_sentiment": "0"})

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import itertools
 import re
 import statistics
 import subprocess
@@ -20,7 +21,7 @@ from pydantic import ValidationError
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from pipeline.tasks.visobert import embedded, phrases
+from pipeline.tasks.visobert import embedded
 from pipeline.tasks.visobert.config import EmbeddedReviewsConfig
 from pipeline.tasks.visobert.embedded import ASPECTS, SENTIMENTS, Review, embedded_reviews, generate, reviews
 
@@ -122,7 +123,9 @@ def test_labels_agree_with_what_is_said(clean: list[Review]) -> None:
         meant = Counter(review.truth.get(aspect) for review in found)
         assert meant[sentiment] >= 0.99 * len(found), (aspect, sentiment, meant)
         labelled = Counter(review.labels.get(aspect) for review in found)
-        assert 0.93 * len(found) < labelled[sentiment] < len(found), (aspect, sentiment, labelled)
+        right = 0.99 * 0.98  # neither lost nor confused
+        error = (right * (1 - right) / len(found)) ** 0.5
+        assert abs(labelled[sentiment] / len(found) - right) < 4 * error, (aspect, sentiment, labelled)
 
 
 def test_annotators_err_as_often_as_documented(many: list[Review]) -> None:
@@ -219,18 +222,16 @@ def test_few_reviews_come_twice(splits: dict[str, pd.DataFrame], table: pd.DataF
 
 
 def test_phrases_are_many_and_well_formed() -> None:
-    assert set(phrases.PHRASES) == set(ASPECTS)
-    for aspect, by_sentiment in phrases.PHRASES.items():
-        for sentiment, own in by_sentiment.items():
-            least = 5 if sentiment == "Neutral" else 12
-            assert len(set(own)) == len(own) >= least, (aspect, sentiment)
-        assert set(by_sentiment) == ({"Neutral"} if aspect == "Others" else set(SENTIMENTS))
-    everything = [*phrases.FILLERS, *phrases.DECOYS, *phrases.FIELDS]
-    everything += [phrase for one in phrases.PHRASES.values() for own in one.values() for phrase in own]
-    everything += [phrase for own in (*phrases.ABOUT_ANY.values(), *phrases.ABOUT_BOTH.values()) for phrase in own]
-    for phrase in everything:
+    for aspect, mark in itertools.product(ASPECTS, embedded.MARKS.values()):
+        own = embedded.PHRASES.get(aspect + mark, ())
+        least = 0 if aspect == "Others" and mark != "=" else 5 if mark == "=" else 12
+        assert len(set(own)) == len(own) >= least, (aspect, mark)
+    assert set(embedded.PHRASES) - {aspect + mark for aspect in ASPECTS for mark in ("", *embedded.MARKS.values())} == {
+        "any+", "any-", "any=", "leads", "fillers", "decoys"
+    }  # fmt: skip
+    for phrase in itertools.chain(*embedded.PHRASES.values(), *embedded.WORDS.values()):
         assert unicodedata.is_normalized("NFC", phrase)
-        assert set(re.findall(r"\{([^{}]+)\}", phrase)) - {"0", "1"} <= set(phrases.SLOTS), phrase
+        assert set(re.findall(r"\{([^{}]+)\}", phrase)) <= set(embedded.WORDS), phrase
         assert phrase.count("{") == phrase.count("}")
 
 
@@ -238,7 +239,7 @@ def test_phrases_are_many_and_well_formed() -> None:
 
 
 def test_a_linear_baseline_learns_most_of_it(splits: dict[str, pd.DataFrame]) -> None:
-    """Pair micro F1 of TF-IDF with logistic regressions; it reaches 0.82, and 3,200 reviews of
+    """Pair micro F1 of TF-IDF with logistic regressions; it reaches 0.86, and 3,200 reviews of
     integer counts leave little to rounding; majority far less."""
     train, test = splits["train"], splits["test"]
     vectoriser = TfidfVectorizer(
@@ -326,9 +327,9 @@ def test_generated_once_for_a_size_a_seed_and_a_source(tmp_path: Path, monkeypat
     times = [(file, file.stat().st_mtime_ns) for file in made[0].iterdir()]
     assert folder_of(100, 0) == made[0]
     assert [(file, file.stat().st_mtime_ns) for file in made[0].iterdir()] == times
-    changed = tmp_path / "phrases.py"
-    changed.write_bytes(Path(phrases.__file__).read_bytes() + b"\n# changed\n")
-    monkeypatch.setattr(phrases, "__file__", str(changed))
+    changed = tmp_path / "changed.py"
+    changed.write_bytes(Path(embedded.__file__).read_bytes() + b"\n# changed\n")
+    monkeypatch.setattr(embedded, "__file__", str(changed))
     made.append(folder_of(100, 0))
     assert len(set(made)) == 4
     assert sorted((tmp_path / "cache").iterdir()) == sorted(made)  # and nothing else stays

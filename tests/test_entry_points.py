@@ -212,6 +212,12 @@ def assert_one_line(result: subprocess.CompletedProcess[str], *parts: str, code:
         (["--config", "absent.yaml"], ["absent.yaml", "No such file"]),
         (["--data", "nowhere"], ["nowhere", "no such folder"]),
         (["--lambda"], ["lambda", "requires an argument"]),
+        (["--data", ""], ["error: --data: found '', allowed: text or null"]),
+        (["--config", ""], ["error: --config: found '', allowed: a YAML file"]),
+        (
+            ["--evaluation.metric", "valid/auc_ctrr", "--data.embedded.rows", "1000"],
+            ["error: evaluation.metric: found valid/auc_ctrr, allowed: a metric", "did you mean valid/auc_ctr?"],
+        ),
         (["0.1"], ["unexpected extra argument"]),
         (["--data.embedded.cache", "/proc/nothing"], ["/proc/nothing", "cache"]),
         (["--output_dir", "/proc/nothing", "--data.embedded.rows", "1000"], ["output_dir /proc/nothing"]),
@@ -222,6 +228,16 @@ def test_bad_input_is_one_line_and_code_2(
     workplace: Path, call_pipeline: Call, arguments: list[str], parts: list[str]
 ) -> None:
     assert_one_line(call_pipeline("train_mmoe", *arguments), *parts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [(["sweep", "--data="], "--data"), (["sync", ""], "folder"), (["doctor", " "], "run"), (["verify", ""], "folder"),
+     (["doctor", "run", "--output_dir", ""], "output_dir"), (["prepare_ctr", "--data", ""], "--data")],
+    ids=" ".join,
+)  # fmt: skip
+def test_an_empty_argument_is_one_line(workplace: Path, call_pipeline: Call, arguments: list[str], name: str) -> None:
+    assert_one_line(call_pipeline(*arguments), f"error: {name}: found '", "allowed: ")
 
 
 def test_bad_input_in_a_process_of_its_own(workplace: Path) -> None:

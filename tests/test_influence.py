@@ -38,8 +38,9 @@ from pipeline.tasks.visobert.answers import Answers
 from pipeline.tasks.visobert.config import VisobertConfig
 from pipeline.tasks.visobert.model import Output
 from pipeline.tasks.visobert.report import write_pair_rows
-from pipeline.tasks.visobert.reviews import NOT_MENTIONED, UNKNOWN, Reviews
+from pipeline.tasks.visobert.reviews import Reviews
 from pipeline.tasks.visobert.scores import score
+from pipeline.tasks.visobert.sentiments import NOT_MENTIONED, UNKNOWN
 from pipeline.tasks.visobert.task import VisobertTask
 from pipeline.training import Training
 

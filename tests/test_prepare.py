@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import io
 import itertools
+import json
 import os
 import tempfile
 from collections import Counter
@@ -141,8 +142,13 @@ STATUS = "status,income,x\nNever,-,1\nMarried,50000+.,1\nWidowed,-,1\nNever,5000
 
 @pytest.mark.parametrize(("text", "labels", "click", "conversion"), [
     (STATUS, {"click": 'status != "Never"', "conversion": 'click and income == "50000+."'}, [0, 1, 1, 0], [0, 1, 0, 0]),
-    # `click` in a conversion is the label, not a column of that name
-    ("click,views,x\n1,0,1\n0,5,1\n", {"click": "views > 1", "conversion": "click"}, [0, 1], [0, 1]),
+    # `click` in a conversion is the label, where no column is called so
+    ("views,x\n0,1\n5,1\n", {"click": "views > 1", "conversion": "click"}, [0, 1], [0, 1]),
+    # was there a time? An empty cell is a missing one
+    ("when,views,x\n2024-01-01,3,1\n,3,1\nNA,3,1\n", {"click": "when is not missing", "conversion": "click"},
+     [1, 0, 0], [1, 0, 0]),
+    ("when,views,x\n2024-01-01,3,1\n,3,1\nNA,3,1\n", {"click": 'when != ""', "conversion": 'when not in ["", "x"]'},
+     [1, 0, 0], [1, 0, 0]),
     # a column is preferred to a condition
     ("not clicked,bought,x\n1,0,1\n0,0,1\n", LABELS | {"click": "not clicked"}, [1, 0], [0, 0]),
 ])  # fmt: skip
@@ -170,7 +176,7 @@ def test_no_id_is_empty_whatever_is_missing(tmp_path: Path) -> None:
     features = {"tags": "multi", "word": "categorical"}
     prepare_text(tmp_path, text, features, missing_values=["-"])
     assert column(tmp_path, "tags") == [[], [3, 2]]  # NA, a
-    assert column(tmp_path, "word") == [2, 3]  # the empty text is a category here, as the user says
+    assert column(tmp_path, "word") == [1, 2]  # an empty cell is missing: Parquet's null could be no category
     prepare_text(tmp_path, text, features, missing_values=[])
     assert column(tmp_path, "tags") == [[], [3, 2]]
 
@@ -184,7 +190,146 @@ def test_missing_values_are_the_users(tmp_path: Path) -> None:
     assert schema.features[1].edges == (2.5, 4.0)
 
 
+# ---------------------------------------------------------------- one text for one value
+
+
+def values_of(folder: Path, feature: str) -> list[tuple[str, int]]:
+    return [(value, count) for name, value, _, count in vocabulary(folder) if name == feature]
+
+
+@pytest.mark.parametrize(("cells", "values"), [
+    (["123", "123.0", "456", "456.0", ""], [("123", 2), ("456", 2)]),  # a column of pandas with a missing id
+    (["007", "007.0", "7", "-3.00"], [("007", 2), ("-3", 1), ("7", 1)]),  # leading zeros stay
+    (["1.0", "1", "1.5"], [("1", 1), ("1.0", 1), ("1.5", 1)]),  # versions, say
+    (["true", "True", "FALSE"], [("True", 2), ("False", 1)]),
+    (["true", "1"], [("1", 1), ("true", 1)]),
+    (["2024-05-01 00:00:00", "2024-05-01", "2024-05-01T12:00:00.500"],
+     [("2024-05-01", 2), ("2024-05-01 12:00:00.5", 1)]),
+])  # fmt: skip
+def test_spellings_of_one_value(tmp_path: Path, cells: list[str], values: list[tuple[str, int]]) -> None:
+    prepare_text(tmp_path, "click,bought,id\n" + "".join(f"0,0,{cell}\n" for cell in cells), {"id": "categorical"})
+    assert values_of(tmp_path, "id") == values
+
+
+def test_a_value_means_the_same_in_every_format(tmp_path: Path) -> None:
+    """CSV, CSV in another dialect and Parquet, as pandas writes them; in the second file the users are floats."""
+    frame = pd.DataFrame({
+        "click": [1, 1, 0, 0], "bought": [1, 0, 0, 0], "user": [12345678901, 2, 3, 2], "price": [0.1, 3.0, 1e22, 3.0],
+        "flag": [True, False, True, True], "tags": [["a", "b"], ["b"], [], ["c c"]],
+        "when": [pd.Timestamp(f"2024-05-01 {time}") for time in ("0:00", "12:00", "12:00:00.25", "0:00")],
+    })  # fmt: skip
+    last = frame.iloc[2:].assign(user=[3, np.nan])
+    features = dict.fromkeys(["user", "price", "flag", "when"], "categorical") | {"tags": "multi"}
+    found = []
+    for name, keys, write in (
+        ("plain", {}, lambda part, file: part.to_csv(file.with_suffix(".csv"), index=False)),
+        ("dialect", {"csv": {"delimiter": r"\t", "escape": "\\"}},
+         lambda part, file: part.assign(tags=part["tags"].map("|".join)).to_csv(
+             file.with_suffix(".csv"), index=False, sep="\t", quoting=csv.QUOTE_ALL, escapechar="\\", doublequote=False,
+             lineterminator="\r\n")),
+        ("parquet", {}, lambda part, file: part.to_parquet(file.with_suffix(".parquet"))),
+        ("json", {}, lambda part, file: file.with_suffix(".jsonl").write_text("\n".join(
+            json.dumps({key: str(cell) if isinstance(cell, pd.Timestamp) else cell for key, cell in row.items()})
+            for row in part.to_dict("records")))),
+    ):  # fmt: skip
+        (tmp_path / name).mkdir()
+        for number, part in enumerate((frame.iloc[:2], last)):
+            write(part, tmp_path / name / f"day{number}")
+        prepare(tmp_path / name, write_schema(tmp_path, features, **keys), tmp_path / "out")
+        found.append((vocabulary(tmp_path), pq.read_table(tmp_path / "out" / "train.parquet").to_pydict()))
+    assert found[0] == found[1] == found[2] == found[3]
+    assert values_of(tmp_path, "user") == [("12345678901", 1), ("2", 1), ("3", 1)]
+    assert values_of(tmp_path, "price") == [("3.0", 2), ("0.1", 1), ("1e+22", 1)]
+    assert values_of(tmp_path, "when") == [("2024-05-01", 2), ("2024-05-01 12:00:00", 1), ("2024-05-01 12:00:00.25", 1)]
+
+
+def test_lists_written_as_text(tmp_path: Path) -> None:
+    text = (
+        """click,bought,tags,w\n0,0,"['a, b', ""it's""]","[1, 2.5]"\n0,0,"[""a, b""]",[3]\n0,0,[],[]\n0,0,x|y,1|2\n"""
+    )
+    prepare_text(tmp_path, text, {"tags": {"kind": "multi", "weights": "w"}})
+    assert values_of(tmp_path, "tags") == [("a, b", 2), ("it's", 1), ("x", 1), ("y", 1)]
+    assert column(tmp_path, "tags") == [[2, 3], [2], [], [4, 5]]
+    assert column(tmp_path, "tags.weights") == [[1.0, 2.5], [3.0], [], [1.0, 2.0]]
+    with pytest.raises(UserError, match=r"row 1, column tags: found .*allowed: ids with the separator between them"):
+        prepare_text(tmp_path, "click,bought,tags\n0,0,\"['a' 'b']\"\n", {"tags": "multi"})  # as numpy writes it
+
+
+def test_names_are_matched_in_one_form_and_may_be_numbers(tmp_path: Path) -> None:
+    prepare_text(tmp_path, "click,bought,Gia\u0301\n0,0,2\n", {"Gi\u00e1": "numeric"})
+    assert column(tmp_path, "Gi\u00e1") == [2]
+    prepare_text(tmp_path, "0,0,x\n", {"2": "categorical"}, columns=[0, 1, 2], labels={"click": 0, "conversion": 1})
+    assert values_of(tmp_path, "2") == [("x", 1)]
+
+
+def test_a_header_is_no_row_where_columns_are_given(tmp_path: Path) -> None:
+    (tmp_path / "days").mkdir()
+    (tmp_path / "days" / "1.csv").write_text("0,1,a\n")
+    (tmp_path / "days" / "2.csv").write_text("bought, click,city\n0,0,b\n")
+    schema = write_schema(tmp_path, {"city": "categorical"}, columns=["bought", "click", "city"])
+    prepare(tmp_path / "days", schema, tmp_path / "out")
+    assert (column(tmp_path, "click"), column(tmp_path, "city")) == ([1, 0], [2, 3])
+
+
 # ---------------------------------------------------------------- splits
+
+
+def days(folder: Path, name: str, numbers: list[int], header: str = "click,bought,day,x") -> Path:
+    file = folder / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(header + "\n" + "".join(f"0,0,{day},{day}\n" for day in numbers))
+    return file
+
+
+def split_rows(folder: Path) -> dict[str, list[int]]:
+    return {split: column(folder, "x", split) for split in ("train", "validation", "test")}
+
+
+def test_splits_by_conditions(tmp_path: Path) -> None:
+    data = days(tmp_path, "data.csv", [9, 1, 8, 2, 7, 3])
+    split = {"validation": {"where": "day == 7"}, "test": {"where": "day >= 7"}}
+    prepare(data, write_schema(tmp_path, {"x": "numeric"}, split=split), tmp_path / "out")
+    assert split_rows(tmp_path) == {"train": [1, 2, 3], "validation": [], "test": [9, 8, 7]}  # test comes first
+    prepare(
+        data, write_schema(tmp_path, {"x": "numeric"}, split=split | {"test": {"where": "day > 7"}}), tmp_path / "out"
+    )
+    assert split_rows(tmp_path) == {"train": [1, 2, 3], "validation": [7], "test": [9, 8]}
+
+
+def test_splits_of_their_own_files(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    train, test = days(tmp_path, "NL/train.csv", list(range(200))), days(tmp_path, "NL/test.csv", [500, 501])
+    schema = write_schema(tmp_path, {"x": "numeric"}, split={})
+    by_name = prepare(tmp_path / "NL", schema, tmp_path / "out")
+    assert f"test: {test}, by its name" in capfd.readouterr().err
+    prepared = prepare(train, schema, tmp_path / "out", own={"test": test})
+    assert by_name.splits == prepared.splits
+    rows = split_rows(tmp_path)
+    assert rows["test"] == [500, 501]
+    assert sorted(rows["train"] + rows["validation"]) == list(range(200))
+    uniform = [(scalar_splitmix(row ^ scalar_splitmix(0)) >> 11) / 2**53 for row in range(200)]
+    assert rows["validation"] == [row for row in range(200) if uniform[row] >= 0.8 / 0.9]  # the other two shares
+    other = days(tmp_path, "dev.csv", [7])
+    prepare(train, schema, tmp_path / "out", own={"validation": other, "test": test})
+    assert split_rows(tmp_path) == {"train": list(range(200)), "validation": [7], "test": [500, 501]}
+    with pytest.raises(UserError, match=r"split\.test: found a condition, and data\.test names files"):
+        prepare(train, write_schema(tmp_path, {"x": "numeric"}, split={"test": {"where": "x > 1"}}), tmp_path / "out",
+                own={"test": test})  # fmt: skip
+    days(tmp_path, "NL/more.csv", [7])
+    prepare(tmp_path / "NL", schema, tmp_path / "out")
+    assert "more.csv" not in (told := capfd.readouterr().err)
+    assert "test.csv, train.csv are read as one with the others" in told
+
+
+def test_partitioned_folders(tmp_path: Path) -> None:
+    for day in (1, 2):
+        days(tmp_path, f"data/day={day}/city=a%20b/part.csv", [day], "click,bought,_,x")
+    days(tmp_path, "data/day=__HIVE_DEFAULT_PARTITION__/city=c/part.csv", [3], "click,bought,_,x")
+    features = {"x": "numeric", "city": "categorical", "day": "categorical"}
+    schema = write_schema(tmp_path, features, split={"validation": 0, "test": {"where": "day == 2"}})
+    prepare(tmp_path / "data", schema, tmp_path / "out")
+    assert split_rows(tmp_path) == {"train": [1, 3], "validation": [], "test": [2]}
+    assert values_of(tmp_path, "city") == [("a b", 1), ("c", 1)]
+    assert column(tmp_path, "day") == [2, 1]
 
 
 def scalar_splitmix(value: int) -> int:
@@ -330,17 +475,29 @@ def csv_text(frame: pd.DataFrame) -> str:
     return frame.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
 
 
+def json_lines(frame: pd.DataFrame) -> str:
+    missing = frame.isna().to_numpy()
+    rows = [
+        {name: None if missing[row, place] else value for place, (name, value) in enumerate(cells.items())}
+        for row, cells in enumerate(frame.astype(object).to_dict("records"))
+    ]
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 @contextmanager
 def workplace() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
 
 
-def try_prepare(folder: Path, data: Path, by: str | None = "key", **keys: Any) -> DataSchema | None:
+def try_prepare(
+    folder: Path, data: Path, by: str | None = "key", schema: dict[str, Any] | None = None, **keys: Any
+) -> DataSchema | None:
     """None where chance left the training split empty."""
-    schema = write_schema(folder, FEATURES, split={"by": by, "train": 0.7, "validation": 0.2, "test": 0.1})
+    split = {"by": by, "train": 0.7, "validation": 0.2, "test": 0.1}
+    schema_file = write_schema(folder, FEATURES, split=split, **schema or {})
     try:
-        return prepare(data, schema, folder / "out", **keys)
+        return prepare(data, schema_file, folder / "out", **keys)
     except UserError as error:
         if "none of them in the training split" not in str(error):
             raise
@@ -415,15 +572,23 @@ def test_batches_files_and_formats_do_not_matter(
         (split_up / "notes.txt").write_text("no data")
         seen: list[int] = []
         parts = try_prepare(folder, split_up, by, batch_rows=batch_rows, progress=seen.append)
+        dialect = {"sep": "\t", "quoting": csv.QUOTE_ALL, "escapechar": "\\", "doublequote": False}
+        (folder / "dialect.csv").write_text(frame.to_csv(index=False, lineterminator="\r\n", **dialect), newline="")
+        read = {"csv": {"delimiter": "\t", "escape": "\\"}}
+        other = try_prepare(folder, folder / "dialect.csv", by, batch_rows=batch_rows, schema=read)
         frame.to_parquet(folder / "whole.parquet", row_group_size=7)
         parquet = try_prepare(folder, folder / "whole.parquet", by, batch_rows=batch_rows)
+        (folder / "whole.jsonl").write_text(json_lines(frame), encoding="utf-8")
+        objects = try_prepare(folder, folder / "whole.jsonl", by, batch_rows=batch_rows)
         if whole is None:
-            assert parts is None
-            assert parquet is None
+            assert parts is other is parquet is objects is None
             return
         assert parts is not None
         assert parquet is not None
-        assert whole.digest == parts.digest == parquet.digest  # of the files' bytes and all features
+        assert other is not None
+        assert objects is not None
+        # of the files' bytes and all features
+        assert whole.digest == parts.digest == other.digest == parquet.digest == objects.digest
         assert sum(seen) == 2 * len(frame)  # both passes
         assert max(seen) <= batch_rows
 
@@ -500,7 +665,7 @@ def test_truth_values_find_the_spelling_of_the_file(tmp_path: Path) -> None:
     encoder = encoder_for(tmp_path, "click,bought,flag\n0,0,true\n0,0,true\n0,0,FALSE\n", {"flag": "categorical"})
     assert encoded(encoder, flag=[True, False])["flag"] == [2, 3]
     assert encoded(encoder, flag=[False, None])["flag"] == [3, 1]
-    assert encoded(encoder, flag=["true", "True"])["flag"] == [2, 0]
+    assert encoded(encoder, flag=["true", "True", "yes"])["flag"] == [2, 2, 0]
 
 
 def test_missing_numbers_are_missing_in_frames(tmp_path: Path) -> None:
@@ -568,12 +733,12 @@ def test_types_that_parquet_has_and_csv_has_not(tmp_path: Path) -> None:
     for feature, value, _, _ in vocabulary(tmp_path):
         values.setdefault(feature, []).append(value)
     assert values == {
-        "seconds": ["2024-05-01 12:00:00.000000", "2025-01-01 00:00:00.000000"],
-        "zoned": ["2024-05-01 12:00:00.000000", "2025-01-01 00:00:00.000000"],
+        "seconds": ["2024-05-01 12:00:00", "2025-01-01"],
+        "zoned": ["2024-05-01 12:00:00", "2025-01-01"],
         "day": ["2024-05-01", "2025-01-01"],
         "big": [str(10**30), str(10**30 + 1)],
-        "cost": ["1.5", "3"], "small": ["a", "b"], "wide": ["a", "b"], "bytes": ["a", "b"],
-        "half": ["0.5"], "single": ["0.1", "3"], "lists": ["1", "2"], "pairs": ["1", "2"],
+        "cost": ["1.50", "3.00"], "small": ["a", "b"], "wide": ["a", "b"], "bytes": ["a", "b"],
+        "half": ["0.5"], "single": ["0.1", "3.0"], "lists": ["1", "2"], "pairs": ["1", "2"],
     }  # fmt: skip
     assert column(tmp_path, "half") == [2, 2, 1]
     assert column(tmp_path, "lists") == [[2, 3, 2], [], [2]]
@@ -668,7 +833,13 @@ def refusal(folder: Path, data: Path, features: dict[str, Any] = PLAIN, **keys: 
         ("click,bought,city,price\n", "no rows, allowed: at least one training row"),
         ("", "the file is empty"),
         ("\n\n", "no rows"),
-        ('click,bought,city,price\n1,1,a,1\n1,1,a,"2\n1,1,a,3\n', "the last row has a quote that is never closed"),
+        ('click,bought,city,price\n1,1,a,1\n1,1,a,"2\n1,1,a,3\n', "row 2: found a quote that is never closed"),
+        (
+            'click,bought,city,price\n1,1,"disk 5\\" SATA",1\n',
+            "row 1: found text after a closing quote, allowed: quotes",
+        ),
+        ('click,bought,city,price\n1,1,a,1\n\n1,1,"b" c,1\n', "row 2: found text after a closing quote"),
+        ("PK\x03\x04", "found a ZIP archive; unpack it, allowed: UTF-8 text"),
     ],
 )
 def test_bad_csv(tmp_path: Path, text: str, told: str) -> None:
@@ -702,6 +873,18 @@ def test_bad_csv(tmp_path: Path, text: str, told: str) -> None:
             {"labels": LABELS | {"click": 'bought != "NA"'}},
             "compares with 'NA', which missing_values reads as no",
         ),
+        (
+            {"price": "numeric"},
+            {"labels": {"click": "bought", "conversion": 'click and city == "a"'}},
+            "labels.conversion: click is both a column of",
+        ),
+        (PLAIN, {"split": {"test": {"where": "days > 3"}}}, "split.test.where: no column days"),
+        (PLAIN, {"split": {"test": {"where": "days >"}}}, "split.test.where: neither a column"),
+        (PLAIN, {"split": {"test": {"when": "price > 3"}}}, "split.test"),
+        ({"city": "categorical", False: "categorical"}, {}, "features: found key false, allowed: text; write it in q"),
+        (PLAIN, {"columns": ["click", False]}, "YAML reads it as false: write the name in quotes"),
+        (PLAIN, {"csv": {"delimiter": ",,"}}, "csv.delimiter: found ',,', allowed: an ASCII character"),
+        (PLAIN, {"csv": {"escape": ","}}, "csv.escape: found ',', which is csv.delimiter"),
         (
             {"price": "numeric"},
             {"labels": LABELS | {"click": "city < 3"}},
@@ -765,8 +948,24 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     assert "row 3, column city: found b'\\xe9', allowed: UTF-8 text" in refusal(tmp_path, data)
     data.write_bytes("click,bought,cité,price\n1,1,a,1\n".encode("latin-1"))
     assert "the header is not UTF-8 text" in refusal(tmp_path, data)
-    data.write_bytes(GOOD.encode("utf-16"))
-    assert "found UTF-16, allowed: UTF-8 text" in refusal(tmp_path, data)
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be"):
+        data.write_bytes(GOOD.encode(encoding))
+        assert "found UTF-16, allowed: UTF-8 text" in refusal(tmp_path, data)
+    data.write_bytes(gzip.compress(GOOD.encode()))
+    assert "found gzip; call it .csv.gz" in refusal(tmp_path, data)
+
+
+@pytest.mark.parametrize(("text", "told"), [
+    ('{"click": 1, "bought": 0, "city": "a", "price": 1}\n{"click": 1,\n', "row 2: not JSON"),
+    ('{"click": 1, "bought": 0, "city": "a", "price": 1}\n\n[1]\n', "row 2: found b'[1]\\n', allowed: an object"),
+    ('{"click": 1, "click": 1, "bought": 0, "city": "a", "price": 1}', "row 1: not JSON: a key is there twice"),
+    ('{"click": 1, "bought": 0, "city": {"a": 1}, "price": 1}', "row 1, column city: found {'a': '1'}, allowed: texts"),
+    ('{"click": 1, "bought": 0, "town": "a", "price": 1}', "no column city"),
+    ('{"click": 1, "bought": 0, "city": "a", "price": "x"}', "row 1, column price: found 'x', allowed: a number"),
+])  # fmt: skip
+def test_bad_json(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "data.jsonl").write_text(text)
+    assert told in refusal(tmp_path, tmp_path / "data.jsonl")
 
 
 def test_files_cut_in_half(tmp_path: Path) -> None:
@@ -820,10 +1019,10 @@ def test_folders_and_files_that_are_not_there(tmp_path: Path) -> None:
     (folder / "_SUCCESS").write_text("")
     (folder / ".hidden.csv").write_text(GOOD, encoding="utf-8")
     message = refusal(tmp_path, folder)
-    assert f"{folder}: no data file in this folder, allowed: .csv, .csv.gz, .parquet" in message
+    assert f"{folder}: no data file in this folder, allowed: .csv, .csv.gz, .jsonl, .jsonl.gz, .parquet" in message
     (folder / "a.csv").write_text(GOOD, encoding="utf-8")
     (folder / "b.parquet").write_bytes(b"PAR1")
-    assert "CSV and Parquet files in one folder, allowed: one format" in refusal(tmp_path, folder)
+    assert "found CSV and Parquet files, allowed: one format" in refusal(tmp_path, folder)
     (folder / "b.parquet").rename(folder / "b.csv").write_bytes(b"")
     assert f"{folder / 'b.csv'}: the file is empty" in refusal(tmp_path, folder)
 

@@ -23,7 +23,7 @@ from pipeline.tasks.visobert.data import (
     padding_efficiency,
     tokenise,
 )
-from pipeline.tasks.visobert.reviews import MENTIONED, NOT_MENTIONED, UNKNOWN
+from pipeline.tasks.visobert.sentiments import MENTIONED, NOT_MENTIONED, UNKNOWN
 from pipeline.tasks.visobert.splits import Splits, load_splits
 from pipeline.tasks.visobert.tokenizer import Tokens
 

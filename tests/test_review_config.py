@@ -147,6 +147,16 @@ def test_with_default_by_hand() -> None:
     assert json.dumps(tree) == kept
 
 
+def test_alpha_without_any_weight_is_refused() -> None:
+    told = (
+        "--multi_label.focal_alpha: found [0, 0.0, -0.0], allowed: auto or list of 3 numbers >= 0 or null (at least one"
+    )
+    with pytest.raises(UserError) as caught:
+        load(VisobertConfig, None, {"multi_label.focal_alpha": "[0, 0.0, -0.0]"})
+    assert str(caught.value).startswith(told)
+    assert config_of(SMALL, multi_label__focal_alpha="[0, 1e-9, 0]").multi_label.focal_alpha == (0, 1e-9, 0)
+
+
 # ---------------------------------------------------------------- there and back
 
 
@@ -155,7 +165,7 @@ ALPHAS = [None, "auto", (1.0, 1.2, 1.5), (0.0, 0.0, 1e-9)]
 
 @settings(deadline=None, max_examples=60)
 @given(
-    alpha=st.sampled_from(ALPHAS) | st.tuples(*[st.floats(0, 1e6)] * 3),
+    alpha=st.sampled_from(ALPHAS) | st.tuples(*[st.floats(0, 1e6)] * 3).filter(any),
     gamma=st.floats(0, 100),
     embedded=st.booleans(),
     detection=st.booleans(),

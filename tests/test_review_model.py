@@ -19,13 +19,15 @@ from pipeline.config import load
 from pipeline.console import Console
 from pipeline.errors import UserError
 from pipeline.run import MemoryRun
-from pipeline.tasks.visobert import predict
+from pipeline.task import undefined
+from pipeline.tasks.visobert import predict, report
+from pipeline.tasks.visobert import task as task_module
 from pipeline.tasks.visobert.config import EMBEDDED, EmbeddedModelConfig, ModelConfig, VisobertConfig
 from pipeline.tasks.visobert.data import ReviewBatch
 from pipeline.tasks.visobert.encoder import ChannelDropout, Convolution, EmbeddedEncoder, Recurrence
 from pipeline.tasks.visobert.model import AspectSentimentModel, Output, build_model, by_depth
-from pipeline.tasks.visobert.reviews import MENTIONED, NOT_MENTIONED, UNKNOWN
 from pipeline.tasks.visobert.scores import tuned_thresholds
+from pipeline.tasks.visobert.sentiments import MENTIONED, NOT_MENTIONED, UNKNOWN
 from pipeline.tasks.visobert.task import VisobertTask
 from pipeline.tasks.visobert.tokenizer import Tokens
 from pipeline.training import Training, Window
@@ -802,6 +804,29 @@ def test_texts_that_are_cut_are_told(make: Make) -> None:
     assert not [note for note in make().warnings(10) if "max_tokens" in note]
 
 
+def test_what_a_split_lacks_or_shares_is_told(make: Make, tmp_path: Path, files: dict[str, str]) -> None:
+    """Copies, tokens that nobody knows, and reviews without a text, which take no part in the training."""
+    train = pd.read_csv(files["data.train"], keep_default_na=False)
+    assert len(make().splits.train) == len(train)
+    train.loc[:4, "data"] = ""
+    train.to_csv(tmp_path / "train.csv", index=False)
+    train[5:25].assign(data=lambda frame: frame["data"].str.upper() + " ").to_csv(tmp_path / "copies.csv", index=False)
+    train[:6].assign(data="中").to_csv(tmp_path / "unknown.csv", index=False)  # <s>, the mark of a word, <unk>
+    values = {"data.train": tmp_path / "train.csv", "data.validation": "null", "data.validation_share": 0.3}
+    task = make(**values, **{"data.test": tmp_path / "copies.csv"})
+    sizes = [len(reviews) for reviews in (task.splits.train, task.splits.valid)]
+    assert sum(sizes) == len(train) - 5
+    assert all(task.splits.train.texts)
+    told = list(task.warnings(10))
+    assert "20 of 20 test reviews are in train" in told  # or in the share of it that validates
+    assert [note for note in told if note.startswith(f"{tmp_path / 'train.csv'}: 5 labelled reviews have no text")]
+    told = list(make(**values, **{"data.test": tmp_path / "unknown.csv"}).warnings(10))
+    assert "33.3% of the tokens of test are unknown to the tokenizer" in told
+    assert not [note for note in told if "reviews are in train" in note]
+    told = list(make(**{"data.validation": files["data.train"]}).warnings(10))
+    assert f"{len(train)} of {len(train)} valid reviews are in train" in told
+
+
 # ---------------------------------------------------------------- evaluation and predictions
 
 
@@ -842,6 +867,37 @@ def test_evaluation_scores_the_split_in_its_own_order(make: Make) -> None:
     assert "valid/f1/Khác" not in found
 
 
+def test_what_a_run_can_do_without_is_left_out(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A baseline, a picture, the rows of a metric, the calibration: each costs a line, and nothing else."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("broken\nfor good")
+
+    for name in ("TfidfBaseline", "write_pair_rows", "fit_temperature"):
+        monkeypatch.setattr(task_module, name, fail)
+    monkeypatch.setattr(report.plots, "confusion", fail)
+    task = make(baselines="true")
+    model = trained(task)
+    names = set(task.evaluate(model, "test", "cpu"))
+    assert {name.rpartition("_")[2] for name in names if name.startswith("test/pair_f1_micro_")} == {"majority"}
+    assert task.calibrate(model, "cpu") == {}
+    task.report(model, tmp_path, "cpu")
+    assert {file.name for file in tmp_path.rglob("*") if file.is_file()} == {
+        f"test_{name}.csv" for name in ("aspects", "confusion", "predictions", "errors")
+    }
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.rpartition(" (test_review_model.py, line ")[0] for line in lines] == [
+        f"warning: {what} is left out: RuntimeError: broken for good"
+        for what in ("the TF-IDF baseline", "the calibration of sentiment", "the calibration of aspect",
+                     "plots/test_confusion.png", "evaluation/test_rows.parquet")
+    ]  # fmt: skip
+    monkeypatch.setattr(task_module, "write_report", fail)
+    task.report(model, tmp_path / "no", "cpu")
+    assert "warning: the report of test is left out: RuntimeError: broken for good" in capsys.readouterr().err
+
+
 def test_the_test_split_does_not_move_the_thresholds(make: Make) -> None:
     task = make()
     model = trained(task)
@@ -850,6 +906,33 @@ def test_the_test_split_does_not_move_the_thresholds(make: Make) -> None:
     assert torch.equal(model.thresholds, before)
     assert {name.split("/")[0] for name in found} == {"test"}
     assert make(**{"data.test": "null"}).evaluate(model, "test", "cpu") == {}
+
+
+@pytest.mark.parametrize(
+    "options", [{"baselines": "true"}, {"model.aspect_detection": "false"}, {"model.calibrate": "false"}]
+)
+def test_known_metrics_are_those_that_an_evaluation_gives(make: Make, options: dict[str, str]) -> None:
+    task = make(**options)
+    model = task.model()
+    task.calibrate(model, "cpu")
+    for split in ("valid", "test"):
+        assert set(task.evaluate(model, split, "cpu")) == set(task.known_metrics(split))
+        assert not any(task.known_metrics(split).values())
+
+
+def test_what_splits_lack_for_a_metric_is_named(make: Make) -> None:
+    task = make(**{"data.test": "null"})
+    assert set(task.known_metrics("test").values()) == {"needs a test split: there is none"}
+    camera = task.names.index("Camera")
+    task.splits.valid.labels[:, camera] = X
+    lacks = task.known_metrics("valid")
+    assert set(task.evaluate(task.model(), "valid", "cpu")) == {name for name, why in lacks.items() if not why}
+    assert {name: why for name, why in lacks.items() if why} == {
+        f"valid/{kind}/Camera": "needs labels of Camera: validation has none in 40 reviews"
+        for kind in ("f1", "aspect_f1")
+    }
+    with pytest.raises(UserError, match=r"^evaluation.metric: found valid/f1/Pni, .* did you mean valid/f1/Pin\?$"):
+        undefined(task, "evaluation.metric", "valid/f1/Pni")
 
 
 def assert_same_answers(found: pd.DataFrame, expected: pd.DataFrame) -> None:
@@ -895,18 +978,40 @@ def test_texts_in_any_form(answer: Callable[[Any], pd.DataFrame]) -> None:
     texts = ["pin trâu", "camera tệ lắm nhé shop ơi", "ok", "pin trâu"]
     expected = answer(texts)
     assert expected.index.tolist() == [0, 1, 2, 3]
-    forms = [np.array(texts, dtype=object), np.array(texts), pd.Series(texts), tuple(texts),
-             pd.DataFrame({"text": texts}), pd.DataFrame({"text": texts, "stars": [1, 2, 3, 4]})]  # fmt: skip
+    forms = [np.array(texts, dtype=object), np.array(texts), pd.Series(texts), tuple(texts), pd.DataFrame(texts),
+             pd.DataFrame({"data": texts}), pd.DataFrame({"stars": [1, 2, 3, 4], "data": texts}), {"data": texts},
+             [{"id": str(row), "data": text} for row, text in enumerate(texts)], np.array(texts)[:, None]]  # fmt: skip
     for form in forms:
         pd.testing.assert_frame_equal(answer(form), expected)
+    for form in (texts[0], {"data": texts[0], "id": "r1"}):
+        assert_same_answers(answer(form), expected[:1])
     index = pd.Index(["a", "b", "c", "d"])
-    for form in (pd.Series(texts, index=index), pd.DataFrame({"text": texts}, index=index)):
+    for form in (pd.Series(texts, index=index), pd.DataFrame({"data": texts}, index=index)):
         assert answer(form).index.tolist() == ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize(
+    ("form", "told"),
+    [
+        (pd.DataFrame({"id": ["r1"]}), "texts: found column 'id'; allowed: column 'data' (of several the first)"),
+        (pd.DataFrame({"id": ["r1"], "text": ["ok"]}), "texts: found column 'id', 'text'; allowed: column 'data'"),
+        (pd.DataFrame([["ok", "tốt"]], columns=["data", "data"]), "texts: found column 'data', 'data'; allowed"),
+        ({"id": ["r1"]}, "texts: found column 'id'; allowed"),
+        ([["r1", "ok"]], "texts: found 2 columns without names; allowed"),
+        (["ok", ["tốt"]], "texts: row 2: found list \"['tốt']\", allowed: text"),
+        ({"data": ["ok", 5]}, "texts: row 2: found int '5', allowed: text"),
+        (pd.Series([b"ok"]), "texts: row 1: found bytes"),
+    ],
+)
+def test_what_holds_no_texts_is_refused(answer: Callable[[Any], pd.DataFrame], form: Any, told: str) -> None:
+    with pytest.raises(UserError) as caught:
+        answer(form)
+    assert str(caught.value).startswith(told)
 
 
 def test_no_text_and_empty_texts(answer: Callable[[Any], pd.DataFrame]) -> None:
     columns = list(answer(["ok"]).columns)
-    for nothing in ([], pd.Series([], dtype=object), pd.DataFrame({"text": []})):
+    for nothing in ([], pd.Series([], dtype=object), pd.DataFrame({"data": []})):
         found = answer(nothing)
         assert (len(found), list(found.columns)) == (0, columns)
     blank = answer(["", None, float("nan"), " "])

@@ -18,7 +18,13 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from pipeline.errors import UserError
 from pipeline.tasks.visobert.config import EMBEDDED
 from pipeline.tasks.visobert.pretrained import SMALL_CONFIG, model_folder
-from pipeline.tasks.visobert.tokenizer import EmbeddedTokenizer, PretrainedTokenizer, load_saved, load_tokenizer
+from pipeline.tasks.visobert.tokenizer import (
+    EmbeddedTokenizer,
+    PretrainedTokenizer,
+    load_saved,
+    load_tokenizer,
+    unknown_share,
+)
 
 TEXTS = [
     "Pin trâu, máy đẹp lắm nhé!",
@@ -272,6 +278,17 @@ def test_the_embedded_tokenizer_cuts_and_forgets_the_cut(small: EmbeddedTokenize
     assert after == whole
     assert small.size <= 300
     assert len({small.pad_id, small.mask_id, small.backend.token_to_id("<s>")}) == 3
+
+
+def test_every_letter_counts_that_the_vocabulary_holds() -> None:
+    """Of 500 letters, a number of times each; 300 entries are 4 special ones, the mark of a word and 295 letters."""
+    texts = [" ".join([chr(0x4E00 + number)] * number) for number in range(1, 501)]
+    for vocabulary, unknown in ((600, 0), (300, 500 - 295)):
+        tokenizer = EmbeddedTokenizer.train(texts, vocabulary)
+        tokens = tokenizer.encode(texts)
+        count = unknown * (unknown + 1) // 2  # those of the rare letters
+        assert (tokens.ids == tokenizer.unknown_id).sum() == count
+        assert unknown_share(tokenizer, tokens.ids) == count / len(tokens.ids)
 
 
 # ---------------------------------------------------------------- where files are looked for

@@ -1,5 +1,6 @@
 """Reviews from files: by hand, the same content in every form, and everything that can be wrong with a file."""
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -17,17 +18,9 @@ from hypothesis import strategies as st
 
 from pipeline.errors import UserError
 from pipeline.tasks.visobert.config import ReviewFormatConfig
-from pipeline.tasks.visobert.reviews import (
-    MENTIONED,
-    NOT_MENTIONED,
-    SENTIMENTS,
-    UNKNOWN,
-    BadLabel,
-    Reviews,
-    detection_only,
-    read_reviews,
-    without_polarity,
-)
+from pipeline.tasks.visobert.labels import BadLabel
+from pipeline.tasks.visobert.reviews import Reviews, detection_only, read_reviews, without_polarity
+from pipeline.tasks.visobert.sentiments import MENTIONED, NOT_MENTIONED, SENTIMENTS, UNKNOWN
 
 P, N, U = (SENTIMENTS.index(name) for name in ("positive", "negative", "neutral"))
 O, M, X = NOT_MENTIONED, MENTIONED, UNKNOWN  # noqa: E741 (nothing, mention, unknown: tables stay readable)
@@ -263,18 +256,106 @@ def test_bad_pieces_of_a_label_column(tmp_path: Path, cell: str, labels: list[in
     assert reviews.dropped == tuple(BadLabel(2, "label", piece) for piece in bad)
 
 
+@pytest.mark.parametrize(
+    ("cell", "labels"),
+    [
+        ('{"A": "Positive", "B": "negative "}', [P, N]),
+        ("{'B': 'Neutral', 'A': None}", [O, U]),
+        ('{"A": "", "B": null}', [O, O]),
+        ("{}", [O, O]),
+        ('{"A": "Positive", "A": "Negative"}', [X, O]),
+        ('{"A": "Posititve", "B": "Neutral"}', [X, U]),
+        ('{"aspect": "A", "polarity": "Positive"}', [X, X]),
+        ('{"A": "Positive", "stars": 5}', [X, X]),
+        ('{"A": "Positive", " ": "Positive"}', [X, X]),
+        ('{"A": "Positive"', [X, X]),
+        ("{**{'A': 'Positive'}}", [X, X]),
+        ("{A#Positive}; { B # NEGATIVE };", [P, N]),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_an_object_of_labels(tmp_path: Path, cell: str, labels: list[int], suffix: str) -> None:
+    """As JSON, as a dict that Python printed, or in a JSONL file as it is; of none of them half is taken."""
+    rows = [("x", "{A#Positive};{B#Neutral}"), ("y", cell)]
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer).writerows([("data", "label"), *rows])
+    text = buffer.getvalue()
+    if suffix == "jsonl":
+        with contextlib.suppress(ValueError):  # where json takes the last of two, nothing is left to find
+            rows = [rows[0], ("y", json.loads(cell) if cell.count('"A"') < 2 else cell)]
+        text = "\n".join(json.dumps(dict(zip(("data", "label"), row, strict=True))) for row in rows)
+    if X in labels:
+        message = refused(tmp_path, text, name=f"reviews.{suffix}")
+        assert message.startswith(f"reviews.{suffix}: row 2, column label: found ")
+        assert '{ASPECT}, joined by ;, or a JSON object {"ASPECT": "Positive"}' in message or "one sentiment" in message
+    reviews = read(tmp_path, text, f"reviews.{suffix}", on_bad_label="drop")
+    assert reviews.aspects == ("A", "B")
+    assert reviews.labels.tolist() == [[P, U], labels]
+    assert bool(reviews.dropped) == (X in labels)
+
+
+FOREIGN = """
+{"A" "Positive"}|{'A', 'Positive'}|{“A”}|{A:Positive}|{A: Positive}|{A：Positive}|{A, positive}|{A=Positive}
+{A,Positive}|{A Positive}|{A_POSITIVE}|{A-Positive}|{A/Positive}|{A (Positive)}|{Positive}|{Positive:A}|{A:pos}
+{A neg}|{A:1}|{A=0}|{A, B}|{A+}|{A +2}|{A -1}|{A -}|{A[+2]}|{A->good}|{A tích cực}|{A#Positive, B#Negative}
+{A#Positive B#Negative}|{A#Positive#Negative}|{A:Positive#Negative}|{#Positive}|{A##Positive}
+{A#Positive},{B#Negative}|[A, Positive]|A=Positive|A:Positive|A,Positive|A#Positive|A|["A#Positive"]
+[["A", "Positive"]]|[{"A": "Positive"}]|("A", "Positive")|A: Positive
+"""
+
+
+@pytest.mark.parametrize("cell", FOREIGN.strip().replace("\n", "|").split("|"))
+def test_labels_of_another_form_are_never_names(tmp_path: Path, cell: str) -> None:
+    """Refused by row; where bad cells are dropped, nothing is known of that row, and no aspect is made of it."""
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer).writerows([("data", "label"), ("x", "{A#Positive};{B}"), ("y", cell)])
+    message = refused(tmp_path, buffer.getvalue())
+    assert message.startswith("reviews.csv: row 2, column label: found ")
+    assert "allowed: {ASPECT#Positive}, {ASPECT#Negative}, {ASPECT#Neutral} or {ASPECT}" in message
+    reviews = read(tmp_path, buffer.getvalue(), on_bad_label="drop")
+    assert (reviews.aspects, reviews.labels.tolist()) == (("A", "B"), [[P, M], [X, X]])
+
+
+def test_names_of_aspects(tmp_path: Path) -> None:
+    """What is left to a name; the polarity is what follows the last #."""
+    names = ("SER&ACC", "Độ bền", "COVID-19", "5G", "Shop's own", "Pin (sạc)", "a.b", "POS", "positively")
+    cell = ";".join(f"{{{name}}}" for name in names)
+    reviews = read(tmp_path, f"data,label\nx,{cell}\ny,{{ROOMS # DESIGN#neutral}};{{Giá: ship#Positive}}\n")
+    assert reviews.aspects == tuple(sorted([*names, "ROOMS#DESIGN", "Giá: ship"]))
+    assert detection_only(reviews, ()) == tuple(sorted(names))
+    assert reviews.labels_text(1) == "{Giá: ship#Positive};{ROOMS#DESIGN#Neutral}"
+    text = "data,label\nx,{ROOMS#DESIGN#Positive};{PIN#Positive}\ny,{ROOMS#DESIGN};{PIN}\n"
+    assert "row 2, column label: found '{ROOMS#DESIGN}', allowed" in refused(tmp_path, text)
+    assert read(tmp_path, text, on_bad_label="drop").labels.tolist() == [[P, P], [M, X]]  # sorted: PIN first
+
+
+def test_a_long_text_is_taken_from_every_format(tmp_path: Path) -> None:
+    """csv alone has a limit of 131,072 characters; the caller's stays as it was."""
+    text, limit = "máy đẹp " * 40_000, csv.field_size_limit()
+    for name, content in (("a.csv", f"data,A\n{text},Positive\n"),
+                          ("a.jsonl", json.dumps({"data": text, "A": "Positive"}))):  # fmt: skip
+        assert read(tmp_path, content, name).texts == (text,)
+    assert csv.field_size_limit() == limit
+
+
 def test_rows_without_a_text(tmp_path: Path) -> None:
-    text = 'data,A,B\nx,Positive,\n"  \n",oops,Negative\ny,Negative,\n'
-    message = refused(tmp_path, text)
-    assert message.startswith("reviews.csv: row 2, column data: found no text, allowed: a review")
+    """Their labels are known; of those without a label either nothing is."""
+    text = 'data,A,B\nx,Positive,\n"  \n",,Negative\ny,Negative,\n,,\n ,oops,\n,oops,Neutral\n'
+    assert refused(tmp_path, text).startswith("reviews.csv: row 5, column A: found 'oops'")
     reviews = read(tmp_path, text, on_bad_label="drop")
-    assert reviews.texts == ("x", "y")
-    assert reviews.labels.tolist() == [[P, O], [N, O]]
-    assert reviews.dropped == (BadLabel(2, "data", ""),)
-    assert reviews.rows.tolist() == [1, 3]
-    last = reviews.part(np.array([False, True]))
-    assert (last.texts, last.labels.tolist(), last.rows.tolist()) == (("y",), [[N, O]], [3])
-    assert reviews.notes == (f"{tmp_path / 'reviews.csv'}: no review mentions B",)
+    assert reviews.texts == ("x", "  \n", "y", "")
+    assert reviews.labels.tolist() == [[P, O], [O, N], [N, O], [X, U]]
+    assert reviews.rows.tolist() == [1, 2, 3, 6]
+    assert (reviews.dropped, reviews.cells) == ((BadLabel(5, "A", "oops"), BadLabel(6, "A", "oops")), 6)
+    assert [note.removeprefix(f"{tmp_path / 'reviews.csv'}: ") for note in reviews.notes] == [
+        "2 labelled reviews have no text: data_prep counts them, training leaves them out",
+        "2 rows without a text and a label are left out",
+    ]
+    whole = reviews.with_text()
+    assert (whole.texts, whole.labels.tolist(), whole.rows.tolist()) == (("x", "y"), [[P, O], [N, O]], [1, 3])
+    assert whole.with_text() is whole
+    jsonl = read(tmp_path, '{"data": "x", "A": "Positive"}\n{"A": "Negative"}\n', "reviews.jsonl")
+    assert (jsonl.texts, jsonl.labels.tolist()) == (("x", ""), [[P], [N]])
     for on_bad_label in ("error", "drop"):
         message = refused(tmp_path, "data,A\n,Positive\n ,Negative\n", on_bad_label=on_bad_label)
         assert message == "reviews.csv: column data: found no text in any of 2 rows"
@@ -325,7 +406,7 @@ def test_damaged_csv(tmp_path: Path, text: str, told: str) -> None:
         ('{"data": "x", "A": "Positive"}\n{"data": "y", "A": 1}\n', "row 2, column A: found '1', allowed: Positive"),
         ('{"data": "x", "A": ["Positive"]}\n', "row 1, column A: found '[\"Positive\"]', allowed: Positive"),
         ('{"data": "xx", "A": "Positive"}\n{"data": "a\\ud83d", "A": ""}\n', "row 2, column data: found half a char"),
-        ('{"data": "x", "A": "Positive"}\n{"A": "Positive"}\n', "row 2, column data: found no text"),
+        ('{"data": "x", "A": "Positive", "A": ""}\n', "line 1: not JSON (key 'A' is there twice)"),
     ],
 )
 def test_damaged_jsonl(tmp_path: Path, lines: str, told: str) -> None:

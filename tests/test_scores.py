@@ -20,8 +20,9 @@ from pipeline.tasks.visobert.answers import Answers, Prediction, column_types
 from pipeline.tasks.visobert.baselines import TfidfBaseline, majority
 from pipeline.tasks.visobert.model import Output
 from pipeline.tasks.visobert.report import MOST_CONFIDENT, confident_errors, write_report
-from pipeline.tasks.visobert.reviews import MENTIONED, NOT_MENTIONED, SENTIMENTS, UNKNOWN, Reviews
-from pipeline.tasks.visobert.scores import aspect_table, confusion, score, tuned_thresholds
+from pipeline.tasks.visobert.reviews import Reviews
+from pipeline.tasks.visobert.scores import aspect_table, confusion, known_scores, score, tuned_thresholds
+from pipeline.tasks.visobert.sentiments import MENTIONED, NOT_MENTIONED, SENTIMENTS, UNKNOWN
 from pipeline.tasks.visobert.statistics import ALL
 
 torch.set_num_threads(1)
@@ -115,6 +116,30 @@ def test_a_split_in_which_an_aspect_is_unknown_throughout() -> None:
     assert found["aspect_f1/pin"] == 1
     rows = aspect_table(labels, said, ("pin", "sạc"), np.array([True, True]))
     assert rows[0]["aspect_f1"] == 1
+
+
+@given(
+    labels=st.lists(st.lists(st.sampled_from([P, N, U, O, M, X]), min_size=3, max_size=3), max_size=4),
+    polar=st.lists(st.booleans(), min_size=3, max_size=3),
+    said=st.integers(0, 99),
+    detection=st.booleans(),
+)
+def test_known_scores_are_those_that_there_are_whatever_is_predicted(
+    labels: list[list[int]], polar: list[bool], said: int, detection: bool
+) -> None:
+    truth, flags, generator = (
+        np.array(labels, dtype=np.int8).reshape(-1, 3),
+        np.array(polar),
+        np.random.default_rng(said),
+    )
+    truth[:, ~flags] = np.where(np.isin(truth[:, ~flags], (P, N, U)), M, truth[:, ~flags])
+    mentioned = generator.random(truth.shape) < 0.5 if detection else None
+    scores = score(truth, Prediction(generator.integers(0, 3, truth.shape, dtype=np.int8), mentioned), NAMES, flags)
+    known = known_scores(truth, NAMES, flags, detection)
+    assert set(scores) == {name for name, lacks in known.items() if not lacks}
+    assert list(known_scores(None, NAMES, flags, detection)) == list(known)
+    for name, lacks in known.items():
+        assert lacks in ("", f"labels of {name.rpartition('/')[2]}" if name.endswith(NAMES) else "labels")
 
 
 def test_a_split_without_reviews_or_without_sentiments() -> None:
@@ -352,6 +377,17 @@ def test_tfidf_of_a_handful_of_reviews() -> None:
     labels = table([[P], [N], [O]])
     found = TfidfBaseline(["pin trâu", "máy lag", "giao chậm"], labels, (["ok"], table([[P]]))).predict(["pin", "xyz"])
     assert found.sentiment.shape == (2, 1)
+
+
+def test_tfidf_where_no_word_comes_twice() -> None:
+    """As in Chinese: every review is one word, and its letters are what there is to learn from."""
+    things = [chr(0x4E00 + number) for number in range(60)]
+    texts = [f"{thing}{verdict}" for thing in things for verdict in ("真的很好", "真的太差")]
+    labels = table([[P], [N]] * 60)
+    found = TfidfBaseline(texts, labels, (texts, labels)).predict(texts)
+    assert (found.sentiment == labels).all()
+    with pytest.raises(ValueError, match="no word is in 2 of the training reviews, and no letters are in 3"):
+        TfidfBaseline(things, table([[P]] * 60), (things, table([[P]] * 60)))
 
 
 # ---------------------------------------------------------------- answers

@@ -32,10 +32,11 @@ from test_report import comparison
 
 from pipeline import __main__ as command_line
 from pipeline.checkpoint import Damaged, read, write
-from pipeline.compare import NOTE_LENGTH, to_markdown, to_text
+from pipeline.compare import to_markdown, to_text
 from pipeline.config import load, to_yaml, validate
 from pipeline.console import aligned, say
 from pipeline.errors import UserError
+from pipeline.names import NOTE_LENGTH
 from pipeline.runtime.text import visible
 from pipeline.storage.csv_table import cell, write_csv
 from pipeline.tasks.mmoe.config import MmoeConfig

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,12 +28,15 @@ from scipy import stats
 from pipeline.config import load
 from pipeline.errors import UserError
 from pipeline.names import MEASURED
+from pipeline.run import MemoryRun
+from pipeline.summary import Summary
 from pipeline.sweep import Crew, Job, Sweep
 from pipeline.sweep_config import SweepConfig
 from pipeline.sweep_plan import resolve
 from pipeline.sweeps.requests import DigestData, JobDone, LoadModules
 from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.schema import DataSchema
+from pipeline.worker import Work
 
 SETTINGS: dict[str, Any] = {key: yaml.safe_load(value) for key, value in SHRUNK.items()}
 
@@ -114,6 +118,8 @@ def test_a_sweep_through_mlproject(finished: Laboratory) -> None:
     client, runs = finished.client, runs_of(finished)
     (data,) = (finished.folder / "data_cache").glob("*/schema.json")
     assert set(runs) == {(arm, seed) for arm in ARMS for seed in (0, 1)}
+    told = finished.printed.partition("\nsweep ")[0]
+    assert "embedded data: generated, 10,000 impressions, because data.path is null" in told.splitlines()
     for (arm, seed), run in runs.items():
         tags, params = run.data.tags, run.data.params
         assert run.info.status == "FINISHED"
@@ -508,6 +514,103 @@ def _session(leader: int) -> list[int]:
             if int(session) == leader and state != "Z":
                 found.append(int(folder.name))
     return found
+
+
+class Inline:
+    """A crew that does its jobs in this process."""
+
+    def __init__(self) -> None:
+        self.worker = Work(None, print, threading.Event())  # type: ignore[arg-type]
+
+    def work(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            assert job.needs is None or job.needs.reply
+            job.reply = self.worker.do(job.request)
+
+
+def checked(file: Path) -> Sweep:
+    """The sweep of the file, with its data and metrics looked at."""
+    sweep = Sweep(resolve(load(SweepConfig, file), file, MmoeConfig, [file.parent]))
+    sweep.crew = Inline()  # type: ignore[assignment]
+    sweep.digest = sweep._data_digest()
+    return sweep
+
+
+SEARCH = {"trials": 2, "space": {"lambda": {"low": 0.01, "high": 0.5}}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"metric": "test/auc_ctcvrr"}, "metric: found test/auc_ctcvrr, .* did you mean test/auc_ctcvr?"),
+        (
+            {"arms": None, "search": SEARCH | {"metric": "valid/logloss"}},
+            "search.metric: found .* did you mean valid/log",
+        ),
+        ({"settings": {"evaluation.metric": "valid/auc_ctrr"}}, "evaluation.metric: found valid/auc_ctrr, .*auc_ctr?"),
+        ({"arms": [{"evaluation.metric": "valid/auc_ctrr"}]}, "evaluation.metric: found valid/auc_ctrr, .*auc_ctr?"),
+    ],
+)
+def test_a_misspelt_metric_is_refused_before_any_run(
+    tmp_path: Path, impressions: Path, changes: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(UserError, match=f"^{told}"):
+        checked(sweep_file(tmp_path, impressions, **changes))
+
+
+def test_an_undefined_metric_is_refused_or_replaced_before_any_run(
+    tmp_path: Path, impressions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    schema, changed = DataSchema.read(impressions), tmp_path / "data"
+    shutil.copytree(impressions, changed)
+
+    def plan(lacking: dict[str, str], **changes: Any) -> Any:
+        """As if there were no conversions (or clicks) in the splits."""
+        splits = {name: split.model_copy(update={lacking[name]: 0} if name in lacking else {})
+                  for name, split in schema.splits.items()}  # fmt: skip
+        schema.model_copy(update={"splits": splits}).write(changed)
+        return checked(sweep_file(tmp_path, changed, **changes)).plan
+
+    none = {"validation": "conversions", "test": "conversions"}
+    rows = schema.splits["validation"].rows
+    lacks = f"needs both classes: validation has 0 conversions of {rows} rows"
+    with pytest.raises(UserError, match=f"^search.metric: valid/auc_ctcvr {lacks}; allowed: "):
+        plan(none, arms=None, search=SEARCH)
+    with pytest.raises(
+        UserError, match=r"^metric: test/auc_ctcvr needs both classes: test has 0 conversions of \d+ rows"
+    ):
+        plan(none)
+    with pytest.raises(UserError, match=f"^evaluation.metric: valid/auc_ctcvr {lacks}"):
+        plan(none, metric="test/logloss_ctr", settings={"evaluation.patience": 2})
+    capsys.readouterr()
+    assert plan(none, metric="test/logloss_ctr").metric == "test/logloss_ctr"
+    assert capsys.readouterr().err.startswith(
+        f"warning: evaluation.metric: valid/auc_ctcvr {lacks}; the weights of the"
+    )
+    assert plan({"test": "conversions"}).metric == "valid/auc_ctcvr"
+    told = capsys.readouterr().err
+    assert told.endswith(f"test has 0 conversions of {rows} rows; the verdict is about valid/auc_ctcvr\n")
+    with pytest.raises(UserError, match=r"^metric: test/auc_ctcvr needs both classes: "):
+        plan({"test": "conversions"}, metric="test/auc_ctcvr")
+
+
+@in_laboratory
+def test_a_report_that_cannot_be_written_takes_no_sweep_down(
+    finished: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = finished.folder / "mmoe.yaml"
+    summary, run = object.__new__(Summary), MemoryRun(folder=tmp_path)
+    summary.plan = resolve(load(SweepConfig, file), file, MmoeConfig, [finished.folder])
+    summary.sweep_id, summary.finishing, summary.run = sweep_id_of(finished.printed), False, run  # type: ignore[assignment]
+    monkeypatch.setattr(run, "tracking_uri", "here", raising=False)
+    monkeypatch.setattr("pipeline.compare.write_page", lambda *_: 1 / 0)
+    summary.conclude(tmp_path, {})
+    told = capsys.readouterr().err
+    assert re.search(r"^warning: the report is left out: ZeroDivisionError: division by zero \(", told, re.MULTILINE)
+    assert run.status == "FINISHED"
+    assert f"sweep {summary.sweep_id} in here" in told
+    assert "| w+5 w3 |" in run.tags["mlflow.note.content"]
+    assert run.artifacts == ["sweep.yaml"]
 
 
 @crew_tests

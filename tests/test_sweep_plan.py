@@ -89,6 +89,27 @@ def test_a_grid_is_every_combination_whose_conditions_hold(grid: dict[str, list[
     assert len(found) == len(expected)
 
 
+def test_settings_of_a_grid_that_are_the_same_are_named_as_they_were_written(tmp_path: Path) -> None:
+    grid = {"aux_focal": [True], "optim.dense.lr": ["1e-4", 0.0001, 0.003]}
+    plan = plan_of(tmp_path, arms={"grid": grid})
+    assert plan.notes == ("arms.grid: aux_focal true, optim.dense.lr 0.0001 is the same run as aux_focal true, "
+                          "optim.dense.lr 1e-4 and is left out",)  # fmt: skip
+    assert len(plan.arms) == 3
+    with pytest.raises(UserError, match=r"arm 3 has the same settings as arm 1 \(l.05 g1 w2000\), allowed: arms that"):
+        plan_of(tmp_path, arms=[{"lambda": 0.05}, {"lambda": 0.1}, {"loss.aux_focal.lambda": "5e-2"}])
+
+
+def test_a_bare_no_of_yaml_is_a_precision_everywhere_in_a_sweep(tmp_path: Path) -> None:
+    yes = yaml.safe_load("[no, bf16]")
+    assert yes[0] is False
+    plan = plan_of(
+        tmp_path, settings={"training": {"amp": False}}, arms={"grid": {"training.amp": yes, "lambda": [0.1]}}
+    )
+    assert [arm.config.training.amp for arm in plan.arms] == ["no", "no", "bf16"]
+    space = {"training.amp": {"choices": yes}, "lambda": {"low": 0.1, "high": 0.2}}
+    assert plan_of(tmp_path, arms=..., search={"space": space}, controls=False).sweep.controls == "off"
+
+
 def test_a_condition_keeps_lambda_to_where_the_loss_is_on(tmp_path: Path) -> None:
     grid = {"aux_focal": [True, False], "lambda": [0.05, 0.1], "optim.dense.lr": [0.001, 0.003]}
     plan = plan_of(tmp_path, arms={"grid": grid, "where": {"lambda": {"aux_focal": True}}})

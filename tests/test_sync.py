@@ -269,6 +269,9 @@ def test_a_run_that_was_deleted_is_one_warning(place: Place, capsys: pytest.Capt
     place.client.restore_run(run.id)
     sync(run.folder)
     assert len(place.client.get_metric_history(run.id, "loss_total")) == 3000
+    place.client.delete_run(run.id)
+    with pytest.raises(UserError, match=rf"^run {run.id} was deleted in .*`mlflow runs restore --run-id {run.id}`"):
+        sync(run.folder)  # all is delivered
 
 
 def test_a_data_set_that_another_run_makes_at_the_same_moment(place: Place) -> None:

@@ -23,7 +23,8 @@ from pipeline.tracking import opening
 from pipeline.tracking.__main__ import _open
 from pipeline.tracking.inbox import Inbox
 from pipeline.tracking.messages import OpenRun, Refused
-from pipeline.tracking.opening import Opening
+from pipeline.tracking.opening import Opening, experiment_of
+from pipeline.tracking.reading import runs_of_filter
 from pipeline.tracking.store import is_random
 
 pytestmark = one_writer
@@ -422,9 +423,58 @@ def test_a_closed_artifact_folder_is_refused_at_once(place: Place) -> None:
 
 
 def test_a_deleted_experiment_is_refused(place: Place) -> None:
-    place.client.delete_experiment(place.client.create_experiment("gone"))
-    with pytest.raises(UserError, match="experiment gone is deleted"):
-        open_run(place.writer, experiment="gone")
+    place.client.delete_experiment(gone := place.client.create_experiment("gone"))
+    for asked in ("gone", gone):
+        with pytest.raises(UserError, match=f"experiment {asked} is deleted; restore it"):
+            open_run(place.writer, experiment=asked)
+    with pytest.raises(UserError, match=f"experiment {gone} is deleted; restore it"):
+        runs_of_filter(gone, None)
+
+
+def test_an_experiment_is_meant_by_its_name_or_else_its_id(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.tracking.client.PAGE_ROWS", 2)
+    mine, run_id = place.client.create_experiment("by id"), None
+    for asked in (mine, "by id"):
+        opened = Opening(RunRequest("test", experiment=asked, run_id=run_id), Path("outputs").resolve(), {}).open()
+        assert opened.experiment == "by id"
+        assert opened.run_id == (run_id or opened.run_id)  # `mlflow run` opened it there
+        run_id = opened.run_id
+        assert [run.run_id for run in runs_of_filter(asked, None)] == [run_id]
+        place.client.set_terminated(run_id)
+    assert experiment_of(place.client, "0") == "0"
+    with pytest.raises(UserError, match=f"no experiment {mine}0 in sqlite"):
+        runs_of_filter(f"{mine}0", None)
+    named = place.client.create_experiment(mine)
+    assert experiment_of(place.client, mine) == named != mine
+    assert runs_of_filter(mine, None) == []
+    new = experiment_of(place.client, f"{mine}0")
+    assert place.client.get_experiment(new).name == f"{mine}0"
+
+
+def test_pictures_and_notes_that_fail_leave_the_run_whole(
+    place: Place, small: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.launch import train_run
+    from pipeline.tasks.mmoe.task import MmoeTask
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("no canvas")
+
+    for name in ("pipeline.plots.losses", "pipeline.plots.calibration", "pipeline.launch.note",
+                 "pipeline.tasks.mmoe.task.MmoeTask.findings"):  # fmt: skip
+        monkeypatch.setattr(name, fails)
+    trained = train_run(small(seed=77), MmoeTask, place.writer, quiet=True)
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    left_out = ["what the evaluation shows", "what the evaluation shows", "plots/losses.png",
+                "the report on the finished model", "the run's note"]  # fmt: skip
+    assert [line.partition(" is left out: RuntimeError: no canvas (")[0] for line in told[-5:]] == [
+        f"warning: {what}" for what in left_out
+    ]
+    run = place.client.get_run(trained.id)
+    assert run.info.status == "FINISHED"
+    assert "mlflow.note.content" not in run.data.tags
+    names = {artifact.path for artifact in place.client.list_artifacts(trained.id, "evaluation")}
+    assert names == {"evaluation/test_rows.parquet"}
 
 
 def test_the_environments_experiment_is_mlflows_choice(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

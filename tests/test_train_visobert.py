@@ -84,6 +84,8 @@ def test_embedded_reviews(lent: Place, tmp_path: Path, call_pipeline: Call, monk
     assert run.info.status == "FINISHED"
     assert run.info.run_name == "small auto g2 s0"
     assert "Using epochs from command line: 2 (overrides config)" in result.stderr
+    first = "embedded data: generated, 300 reviews, because data.train is null"
+    assert first in result.stderr.splitlines()[:2]
     params, metrics = run.data.params, run.data.metrics
     assert params["multi_label.focal_alpha"] == "auto"
     assert params["model.name"] == "embedded"
@@ -99,6 +101,7 @@ def test_embedded_reviews(lent: Place, tmp_path: Path, call_pipeline: Call, monk
     told = json.loads(Path(client.download_artifacts(run.info.run_id, "alpha.json")).read_text())
     assert told["counts"] == counts
     assert f"distribution positive {counts[0]}, negative {counts[1]}, neutral {counts[2]}" in result.stderr
+    assert f"Total parameters: {int(params['parameters']):,}\n" in result.stderr
     for line in (f"alpha_vector {params['alpha_vector']}", "alpha_mode auto", "gamma 2.0", "aspects 11",
                  f"parameters {params['parameters']}"):  # fmt: skip
         assert line in result.stderr
@@ -173,8 +176,12 @@ def test_files_data_prep_run_and_the_logged_model(lent: Place, tmp_path: Path, c
     assert {value for value in answers["Others"] if isinstance(value, str)} <= {"mentioned"}
     sums = answers[[f"Battery/{name}" for name in ("positive", "negative", "neutral")]].sum(axis=1)
     assert sums.to_numpy() == pytest.approx([1, 1])
-    for form in (pd.Series(texts), pd.DataFrame({"any": texts})):
+    for form in (pd.Series(texts), pd.DataFrame({"data": texts, "id": [1, 2]}), {"data": texts},
+                 [{"data": text} for text in texts]):  # fmt: skip
         pd.testing.assert_frame_equal(model.predict(form), answers)
+    for form in (pd.DataFrame({"id": ["r1", "r2"], "data": texts}), {"id": ["r1", "r2"]}):
+        with pytest.raises(Exception, match="texts: found column 'id'; allowed: column 'data'"):  # its own UserError
+            model.predict(form)
 
     raw = model.predict(texts, params={"raw": True})
     pd.testing.assert_frame_equal(raw[sorted(ASPECTS)], answers[sorted(ASPECTS)])

@@ -1,6 +1,7 @@
 """The loop, on small data: what a step is made of, what a run leaves, and that it can be trusted bit for bit."""
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,16 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.config import load, to_yaml
-from pipeline.console import Console
-from pipeline.errors import UserError
-from pipeline.names import MEASURED
+from pipeline.console import Console, optional
+from pipeline.errors import TrainingError, UserError
+from pipeline.launch import note, train_run
+from pipeline.names import MEASURED, NOTE_LENGTH
 from pipeline.recording import NonFiniteError
 from pipeline.run import MemoryRun
-from pipeline.task import precision
+from pipeline.task import precision, undefined
 from pipeline.tasks.mmoe.config import MmoeConfig
+from pipeline.tasks.mmoe.embedded import generate
+from pipeline.tasks.mmoe.schema import DataSchema
 from pipeline.tasks.mmoe.task import MmoeTask
 from pipeline.training import Result, Training, amp_warning, resolve_device
 
@@ -259,10 +263,74 @@ def test_warnings_that_need_data_and_steps(small: Make) -> None:
         assert [text.split(" of")[0] for text in told] == ["expert 0 has 85.0%", "expert 2 has 0.5%"]
 
 
-def test_a_missing_metric_is_told_and_keeps_the_last_weights(small: Make, capsys: Any) -> None:
-    run, result = train(small(**{"evaluation.metric": "valid/auc_nothing"}))
-    assert "valid/auc_nothing is not among the metrics" in capsys.readouterr().err
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared folder whose validation and test splits have no conversion."""
+    folder = tmp_path_factory.mktemp("few")
+    generate(folder, rows=1000, seed=0)
+    return folder
+
+
+def test_known_metrics_are_those_that_an_evaluation_gives(small: Make, few: Path) -> None:
+    for settings in ({}, {"data.path": few}):
+        task = MmoeTask(small(**settings))
+        model = task.model()
+        assert bool(task.calibrate(model, "cpu")) == (not settings)
+        for split in ("valid", "test"):
+            known = task.known_metrics(split)
+            given = {name for name in task.evaluate(model, split, "cpu") if name.startswith(f"{split}/")}
+            assert given == {name for name, lacks in known.items() if not lacks}
+            assert len(given) == len(known) or settings
+    schema = DataSchema.read(few).splits["validation"]
+    assert (schema.rows, schema.conversions) == (100, 0)
+    assert undefined(task, "metric", "valid/auc_ctcvr") == (
+        "valid/auc_ctcvr needs both classes: validation has 0 conversions of 100 rows"
+    )
+    assert undefined(task, "metric", "valid/calibration_cvr") == (
+        f"valid/calibration_cvr needs conversions: validation has 0 conversions of {schema.clicks} clicks"
+    )
+    with pytest.raises(UserError, match=r"^metric: found test/auc_ctrr, allowed: .*; did you mean test/auc_ctr\?"):
+        undefined(task, "metric", "test/auc_ctrr")
+    with pytest.raises(UserError, match=r"^metric: found valid/x, allowed: valid/auc_ctr, valid/pr_auc_ctr, "):
+        undefined(task, "metric", "valid/x")
+
+
+@pytest.mark.parametrize("relying", [{"evaluation.patience": 3}, {"evaluation.metric": "valid/pr_auc_ctcvr"}])
+def test_an_undefined_metric_is_refused_where_it_is_relied_on(small: Make, few: Path, relying: dict[str, Any]) -> None:
+    config = small(**{"data.path": few} | relying)
+    with pytest.raises(UserError, match="auc_ctcvr needs both classes: validation has 0 conversions of 100 rows"):
+        train_run(config, MmoeTask, None)
+
+
+def test_where_the_default_metric_is_undefined_the_last_weights_are_kept(small: Make, few: Path, capsys: Any) -> None:
+    config = small(**{"data.path": few, "evaluation.every_steps": 4})
+    trained = train_run(config, MmoeTask, None, quiet=True)
+    told = capsys.readouterr().err
+    assert told.count("valid/auc_ctcvr needs both classes: validation has 0 conversions of 100 rows") == 1
+    assert "the weights of the last step are kept as the best" in told
+    run, result = train(config)
     assert all(torch.equal(weight, result.model.state_dict()[name]) for name, weight in final(run).items())
+    assert trained.metrics == result.metrics
+
+
+def test_the_note_has_test_scores_or_those_of_validation_at_the_kept_weights() -> None:
+    scores, head = {"valid/a": 0.2, "loss_total": 9.0}, "at the {} weights | |\n|---|---|\n"
+    points: list[tuple[int, dict[str, float]]] = [
+        (6, {"loss_total": 1.0}),
+        (6, {"valid/a": 0.5}),
+        (12, {"valid/a": 0.2}),
+    ]
+    tested = Result(torch.nn.Identity(), 12, scores | {"test/a": 0.25})
+    assert note(tested, 6, points) == f"| test, {head.format('best')}| test/a | 0.2500 |"
+    assert note(tested, None, points) == f"| test, {head.format('last')}| test/a | 0.2500 |"
+    untested = Result(torch.nn.Identity(), 12, scores)
+    assert note(untested, 6, points) == f"| validation, {head.format('best')}| valid/a | 0.5000 |"
+    assert note(untested, None, points) == f"| validation, {head.format('last')}| valid/a | 0.2000 |"
+    assert note(untested, 3, points) == ""
+    many = Result(torch.nn.Identity(), 12, {f"test/f1/{aspect:0200}": 0.5 for aspect in range(99)})
+    text = note(many, 6, [])
+    assert 7700 < len(text) <= NOTE_LENGTH == 8000
+    assert text.endswith(" | 0.5000 |")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -300,3 +368,13 @@ def test_auto_is_bf16_where_there_are_instructions_for_it(
     auto, _ = train(small(**settings | {"training.amp": "auto"}))
     same, _ = train(small(**settings | {"training.amp": expected}))
     assert [values["loss_total"] for values in steps(auto)] == [values["loss_total"] for values in steps(same)]
+
+
+def test_what_a_training_can_do_without_costs_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with optional("the picture"):
+        raise ValueError("no\nfont")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"warning: the picture is left out: ValueError: no font \(test_training\.py, line \d+\)", line)
+    for error in (TrainingError("taken over"), KeyboardInterrupt()):
+        with pytest.raises(type(error)), optional("the picture"):
+            raise error

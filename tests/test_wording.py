@@ -14,8 +14,9 @@ from test_compare import Store, run_entry
 from test_report import Page
 from test_stats import power_of_t_test
 
-from pipeline.compare import NOTE_LENGTH, compare, load_runs, to_markdown, to_text
+from pipeline.compare import compare, load_runs, to_markdown, to_text
 from pipeline.comparison import wording
+from pipeline.names import NOTE_LENGTH
 
 pytestmark = pytest.mark.xdist_group("compare")
 

@@ -1,7 +1,7 @@
 """What a sweep asks of its workers, local processes or Ray tasks, and what they reply."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import get_args
 
 # ---------------------------------------------------------------- requests: a job each, but for `StopRun`
@@ -14,10 +14,11 @@ class LoadModules:
 
 @dataclass(frozen=True)
 class DigestData:
-    """Compute the digest of the data that the config names. Reply: `DataDigest`."""
+    """Compute the digest of the data that the config names, and see which metrics they define. Reply: `DataDigest`."""
 
     entry: str  # the task's entry point
     config: str  # YAML
+    metrics: Mapping[str, str] = field(default_factory=dict)  # key of the sweep's settings -> metric
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class JobFailed(JobDone):
 @dataclass(frozen=True, kw_only=True)
 class DataDigest(JobDone):
     digest: str
+    undefined: Mapping[str, str]  # key -> why its metric is undefined
 
 
 @dataclass(frozen=True, kw_only=True)

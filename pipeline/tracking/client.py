@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.names import ORIGINAL
 from pipeline.tracking.creation import ensure_store
 from pipeline.tracking.messages import StoredRun
-from pipeline.tracking.store import settle
+from pipeline.tracking.store import settle, tracking_uri
 
 PAGE_ROWS = 1000
 OLDEST_FIRST = ["attributes.start_time ASC"]
@@ -38,11 +38,36 @@ def experiments(client: Any) -> list[Any]:
     return _pages(client.search_experiments)
 
 
-def search(client: Any, filter_string: str, experiment_ids: Sequence[str] | None = None) -> list[Any]:
-    """Every run that the filter finds, oldest first, in these experiments; None = in all of them."""
+def find_experiment(client: Any, text: str) -> Any | None:
+    """The experiment with this name, else the one with this id; None where there is neither.
+
+    Raises:
+        ValueError: it is deleted.
+    """
+    from mlflow.entities import ViewType
+
+    found = client.get_experiment_by_name(text)
+    if found is None:  # of an id that is none, each kind of store says something else: all are looked through
+        listed = _pages(client.search_experiments, view_type=ViewType.ALL)
+        found = next((each for each in listed if each.experiment_id == text), None)
+    if found is not None and found.lifecycle_stage != "active":
+        raise ValueError(f"experiment {text} is deleted; restore it, or name another")
+    return found
+
+
+def search(
+    client: Any, filter_string: str, experiment_ids: Sequence[str] | None = None, deleted: bool = False
+) -> list[Any]:
+    """Every run that the filter finds, oldest first, in these experiments; None = in all of them.
+
+    deleted: those in MLflow's trash too.
+    """
+    from mlflow.entities import ViewType
+
     if experiment_ids is None:
         experiment_ids = [found.experiment_id for found in experiments(client)]
-    return _pages(client.search_runs, experiment_ids=experiment_ids, filter_string=filter_string, order_by=OLDEST_FIRST)
+    return _pages(client.search_runs, experiment_ids=experiment_ids, filter_string=filter_string, order_by=OLDEST_FIRST,
+                  run_view_type=ViewType.ALL if deleted else ViewType.ACTIVE_ONLY)  # fmt: skip
 
 
 def _pages(ask: Any, **arguments: Any) -> list[Any]:
@@ -56,7 +81,7 @@ def _pages(ask: Any, **arguments: Any) -> list[Any]:
 
 
 def find_by_id(client: Any, run_id: str) -> Any | None:
-    """The run with this id, or the one that was made on this server for it; None where there is neither."""
+    """The run with this id, a deleted one too, or the one that was made on this server for it; None = neither."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -64,7 +89,18 @@ def find_by_id(client: Any, run_id: str) -> Any | None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-    return next(iter(search(client, f"tags.{ORIGINAL} = '{run_id}'")), None) if run_id.isalnum() else None
+    made = search(client, f"tags.{ORIGINAL} = '{run_id}'", deleted=True) if run_id.isalnum() else []
+    return next(iter(sorted(made, key=is_deleted)), None)
+
+
+def is_deleted(run: Any) -> bool:
+    """The run is in MLflow's trash."""
+    return bool(run.info.lifecycle_stage != "active")
+
+
+def told_deleted(run_id: str) -> str:
+    """That the run is in MLflow's trash, and how it comes back."""
+    return f"run {run_id} was deleted in {tracking_uri()}; restore it there (`mlflow runs restore --run-id {run_id}`)"
 
 
 def stored_run(run: Any) -> StoredRun:
@@ -78,7 +114,7 @@ def stored_run(run: Any) -> StoredRun:
         dict(run.data.params),
         {name: _value(value) for name, value in run.data.metrics.items()},
         dict(run.data.tags),
-        run.info.lifecycle_stage != "active",
+        is_deleted(run),
     )
 
 

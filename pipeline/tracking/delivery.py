@@ -21,7 +21,7 @@ from pipeline.names import CANONICAL, DELIVERED_FILE, OWNER
 from pipeline.ownership import owner_number
 from pipeline.storage.files import replacing
 from pipeline.storage.run_files import leaves, own_file, own_folder, read_delivered
-from pipeline.tracking.client import connect, find_by_id, set_tags
+from pipeline.tracking.client import connect, find_by_id, is_deleted, set_tags, told_deleted
 from pipeline.tracking.history import write_history
 from pipeline.tracking.inbox import Inbox
 from pipeline.tracking.messages import Away, DeliveryNews, DeliveryReport, Progress, TakenOver
@@ -52,7 +52,6 @@ DIGEST_LENGTH = 32  # of a data set's hash: MLflow takes 36 characters at most; 
 ORIGIN_TAGS = ("mlflow.source.", "mlflow.user")  # of a run that its model has too: by whom and from which code
 TOLD_PROBLEMS = 20
 FAILING_SECONDS = 20.0  # after which a call that the server fails to answer, while it takes others, is refused
-DELETED = "deleted"  # MLflow's lifecycle stage of such a run
 NO_WORD = "the process ended without a word"
 
 
@@ -519,11 +518,11 @@ class Delivery:
     def _check_deleted(self) -> None:
         """Give up where the run itself is gone, as somebody deletes it in MLflow's pages: told once, for all of it."""
         try:
-            stage = self.client.get_run(self.run_id).info.lifecycle_stage if self.run_id else ""
+            deleted = self.run_id and is_deleted(self.client.get_run(self.run_id))
         except Exception:  # whatever the store's kind raises: then the refusal stands
             return
-        if stage == DELETED:
-            self.reason = f"run {self.run_id} was deleted in {tracking_uri()}; restore it there"
+        if self.run_id and deleted:
+            self.reason = told_deleted(self.run_id)
             if not self.inbox.leaving:
                 say(f"warning: {self.reason}; what it logs from now on waits in {self.journal}")
             raise GaveUpError

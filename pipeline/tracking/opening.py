@@ -13,7 +13,15 @@ from pipeline.errors import UserError
 from pipeline.journal import JOURNAL_FILE, JournalWriter, Record
 from pipeline.names import FORKED_FROM, LAUNCHED, ORIGINAL, OWNER, THREADS
 from pipeline.ownership import alive_owner
-from pipeline.tracking.client import connect, find_by_id, search, set_tags, stored_points, stored_run
+from pipeline.tracking.client import (
+    connect,
+    find_by_id,
+    find_experiment,
+    search,
+    set_tags,
+    stored_points,
+    stored_run,
+)
 from pipeline.tracking.messages import FindRuns, OpenedRun, RunRequest, StoredRun
 from pipeline.tracking.store import (
     HTTP_SERVER_ERROR,
@@ -55,7 +63,7 @@ class Opening:
         run = self._of_id(client) if request.run_id else None
         if resumed and run is None:
             return self._lost()
-        if run and not resumed and wanted and client.get_experiment(run.info.experiment_id).name != wanted:
+        if run and not resumed and wanted and run.info.experiment_id != experiment_of(client, wanted):
             launcher, run = run.info.run_id, None  # `mlflow run` opened it elsewhere: it only started ours
         tags = context_tags() | dict(request.tags) | {OWNER: self.claim}
         run = run or self._made(client, tags)
@@ -176,23 +184,25 @@ def _state(run: Any) -> Any:
     )
 
 
-def experiment_of(client: Any, name: str | None) -> str:
-    """The id of the experiment with this name, made where there is none; without a name, of MLflow's own choice."""
+def experiment_of(client: Any, asked: str | None) -> str:
+    """The id of the experiment with this name or id, made where there is none; of MLflow's own choice without either.
+
+    Raises:
+        ValueError: it is deleted.
+    """
     from mlflow.exceptions import MlflowException
 
-    name = name or os.environ.get("MLFLOW_EXPERIMENT_NAME")
-    if name is None:
+    asked = asked or os.environ.get("MLFLOW_EXPERIMENT_NAME") or None
+    if asked is None:
         return os.environ.get("MLFLOW_EXPERIMENT_ID") or "0"
-    found = client.get_experiment_by_name(name)
+    found = find_experiment(client, asked)
     if found is None:
         try:
-            return str(client.create_experiment(name))
+            return str(client.create_experiment(asked))
         except MlflowException:
-            found = client.get_experiment_by_name(name)  # another process was first
+            found = find_experiment(client, asked)  # another process was first
             if found is None:
                 raise
-    if found.lifecycle_stage != "active":
-        raise ValueError(f"experiment {name} is deleted; restore it, or name another")
     return str(found.experiment_id)
 
 

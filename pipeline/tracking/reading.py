@@ -9,7 +9,17 @@ from urllib.request import url2pathname
 
 from pipeline.config import nearest
 from pipeline.errors import UserError
-from pipeline.tracking.client import Point, connect, download, experiments, search, set_tags, stored_points, stored_run
+from pipeline.tracking.client import (
+    Point,
+    connect,
+    download,
+    experiments,
+    find_experiment,
+    search,
+    set_tags,
+    stored_points,
+    stored_run,
+)
 from pipeline.tracking.messages import StoredRun
 from pipeline.tracking.store import refusal, tracking_uri
 
@@ -107,8 +117,9 @@ def _search(filter_string: str, experiment: str | None = None) -> list[StoredRun
     with _one_line_errors() as client:
         ids = None
         if experiment is not None:
-            names = {found.name: found.experiment_id for found in experiments(client)}
-            if experiment not in [*names, *names.values()]:
-                raise UserError(f"no experiment {experiment} in {tracking_uri()}{nearest(experiment, [*names][:12])}")
-            ids = [names.get(experiment, experiment)]
+            found = find_experiment(client, experiment)
+            if found is None:
+                names = [each.name for each in experiments(client)]
+                raise UserError(f"no experiment {experiment} in {tracking_uri()}{nearest(experiment, names[:12])}")
+            ids = [found.experiment_id]
         return [stored_run(run) for run in search(client, filter_string, ids)]

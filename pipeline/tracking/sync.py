@@ -11,7 +11,7 @@ from pipeline.errors import TrainingError, Undelivered, UserError
 from pipeline.journal import JOURNAL_FILE, JournalWriter, beginning
 from pipeline.ownership import Ownership
 from pipeline.runtime.text import visible
-from pipeline.tracking.client import connect, find_by_id
+from pipeline.tracking.client import connect, find_by_id, is_deleted, told_deleted
 from pipeline.tracking.delivery import Cursor, Delivery
 from pipeline.tracking.inbox import Inbox
 from pipeline.tracking.messages import DeliveryNews, DeliveryReport, FinishRun, Progress
@@ -146,7 +146,10 @@ def _is_there(delivery: Delivery) -> bool:
     """The run that all was delivered to is still in the store."""
     run_id = delivery.cursor.run_id
     try:
-        return bool(run_id and find_by_id(connect(), run_id))
+        run = find_by_id(connect(), run_id) if run_id else None
+        if run and is_deleted(run):
+            raise UserError(told_deleted(run.info.run_id))
     except Exception as error:  # whatever the store says becomes the user's one line
         delivery.reader.close()
         raise _told(error, delivery.folder) from None
+    return run is not None

@@ -1,8 +1,12 @@
 """Raw columns as text, numbers and bags of ids: what a value is and what is missing, for files and frames alike.
 
-A category is its text: strings as they are, numbers without ".0", truth values as `True` and `False`.
+A category is its text, and has one text in every format: strings as they are; integers and decimals in digits; floats
+in the shortest decimals that give them back (`0.5`, `3.0`, `1e+22`); truth values as `True` and `False`; dates as
+`2024-05-01`, times as `2024-05-01 12:00:00` with a fraction where there is one, without the time at midnight. Where
+every value of a column is a whole number, `3.0` is `3`; where every one is a truth value, `true` is `True`.
 """
 
+import ast
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -24,6 +28,12 @@ Ints = npt.NDArray[np.int64]
 Place = Callable[[int], str]  # row of a batch, from 0 -> what to call it in an error
 
 _INTEGER = re.compile(r"[+-]?[0-9]+")
+WHOLE = r"^[+-]?[0-9]+(\.0*)?$"
+TRUTH = r"^(?i:true|false)$"
+_MIDNIGHT = r"^(\d{4}-\d\d-\d\d)[ T]00:00:00(\.0+)?$"
+_TIME = r"^(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)(\.\d*?[1-9])?\.?0*$"
+_ITEM = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[-+.\w]+"""
+_LIST = re.compile(rf"\[\s*(?:(?:{_ITEM})\s*(?:,\s*(?:{_ITEM})\s*)*)?\]")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
@@ -79,8 +89,6 @@ def plain(raw: pa.Array, column: str, place: Place) -> pa.Array:
         return _decoded(raw, column, place)
     if types.is_timestamp(kind):
         raw = raw.cast(pa.timestamp("us"), safe=False)  # one text whatever the unit
-    if types.is_decimal(kind) and kind.scale:
-        return raw.cast(pa.float64())
     textual = (types.is_large_string, types.is_string_view, types.is_date, types.is_timestamp, types.is_decimal)
     if any(is_(kind) for is_ in textual):
         return raw.cast(pa.string())
@@ -113,6 +121,10 @@ def number_text(text: str) -> str | None:
         return None
 
 
+def _decimal_text(text: str) -> str | None:
+    return repr(float(text)) if _NUMBER.fullmatch(text.strip()) else None
+
+
 def _float_text(value: float) -> str:
     return str(int(value)) if value.is_integer() else repr(value)
 
@@ -122,13 +134,34 @@ def _canonical(distinct: pa.Array) -> pa.Array:
     kind = distinct.type
     if pa.types.is_boolean(kind):
         return pc.if_else(distinct, "True", "False")
-    if not pa.types.is_floating(kind):
-        return distinct.cast(pa.string())
-    values = distinct.to_numpy(zero_copy_only=False)
-    text = values.astype(str).astype(object)  # shortest text of its precision
-    whole = np.isfinite(values) & (values == np.floor(values))
-    text[whole] = [str(int(value)) for value in values[whole].tolist()]
-    return pa.array(text, pa.string(), mask=np.isnan(values))
+    if pa.types.is_floating(kind):
+        values = distinct.to_numpy(zero_copy_only=False)
+        return pa.array(values.astype(str).astype(object), pa.string(), mask=np.isnan(values))
+    return distinct.cast(pa.string())
+
+
+def _times(texts: pa.Array) -> pa.Array:
+    """Times among the texts as this module's head says."""
+    return pc.replace_substring_regex(pc.replace_substring_regex(texts, _MIDNIGHT, r"\1"), _TIME, r"\1 \2\3")
+
+
+def spelling(texts: pa.Array) -> set[str]:
+    """Which of `whole` and `truth` all texts are (see `Feature.spelling`); nulls do not count."""
+    return {
+        name for name, pattern in (("whole", WHOLE), ("truth", TRUTH))
+        if pc.all(pc.match_substring_regex(texts, pattern), min_count=0).as_py() is not False
+    }  # fmt: skip
+
+
+def respelt(texts: pa.Array, spelling: str) -> pa.Array:
+    """The texts as a column of that spelling has them; a text that is none of its kind stays as it is."""
+    if spelling == "whole" and pc.any(pc.match_substring(texts, ".")).as_py():
+        return pc.replace_substring_regex(texts, r"^([+-]?[0-9]+)\.0*$", r"\1")
+    return (
+        pc.if_else(pc.match_substring_regex(texts, TRUTH), pc.utf8_capitalize(texts), texts)
+        if spelling == "truth"
+        else texts
+    )
 
 
 @dataclass(frozen=True)
@@ -150,6 +183,8 @@ class Cells:
             missing = self._missing_values
         elif self.strip:
             values = pc.utf8_trim_whitespace(values)
+        if (pc.max(pc.binary_length(values)).as_py() or 0) >= len("2024-05-01 00:00:00"):
+            values = _times(values)
         values = pc.if_else(pc.is_in(values, value_set=missing), pa.scalar(None, pa.string()), values)
         codes = encoded.indices.fill_null(len(values)).to_numpy(zero_copy_only=False).astype(np.int64)
         return Texts(pa.concat_arrays([values, pa.nulls(1, pa.string())]), codes)
@@ -223,7 +258,7 @@ class Cells:
         if pa.types.is_string(raw.type):
             cells = pc.utf8_trim_whitespace(raw) if self.strip else raw
             cells = pc.if_else(pc.is_in(cells, value_set=self._missing_text), pa.scalar(None, pa.string()), cells)
-            raw = pc.split_pattern(cells, separator)
+            raw = _split(cells, separator, column, place)
         elif not is_lists(raw.type):
             there = (
                 pc.is_valid(raw) if not pa.types.is_floating(raw.type) else pc.invert(pc.is_null(raw, nan_is_null=True))
@@ -235,17 +270,36 @@ class Cells:
 
     @cached_property
     def _missing_text(self) -> pa.Array:
-        return pa.array(self.missing, pa.string())
+        return pa.array(["", *self.missing], pa.string())
 
     @cached_property
     def _missing_values(self) -> pa.Array:
-        """For columns that are no text: `-1` is missing where `-1.0` is."""
-        canonical = [number_text(text) or text for text in self.missing]
-        return pa.array([*self.missing, *canonical], pa.string())
+        """For columns that are no text: `-1`, `-1.0` and `-1.00` are one number."""
+        numbers = [value for text in self.missing for value in (number_text(text), _decimal_text(text)) if value]
+        return pa.array(["", *self.missing, *numbers], pa.string())
 
     @cached_property
     def _missing_numbers(self) -> list[float]:
         return [float(text) for text in self.missing if _NUMBER.fullmatch(text.strip())]
+
+
+def _split(cells: pa.Array, separator: str, column: str, place: Place) -> pa.Array:
+    """Text cells as lists of text; also lists that were written as text, as pandas and JSON do: `['a', 'b']`.
+
+    Raises:
+        UserError: a cell in brackets is no such list.
+    """
+    whole = pc.and_(pc.starts_with(cells, "["), pc.ends_with(cells, "]")).fill_null(False)
+    lists = pc.split_pattern(cells, separator)
+    if not pc.any(whole).as_py():
+        return lists
+    split = lists.to_pylist()
+    for row in np.flatnonzero(whole.to_numpy(zero_copy_only=False)).tolist():
+        text = cells[row].as_py()
+        if not _LIST.fullmatch(text):
+            raise bad_cell(place, row, column, text, "ids with the separator between them, or a list as JSON writes it")
+        split[row] = [ast.literal_eval(item) if item[0] in "'\"" else item for item in re.findall(_ITEM, text)]
+    return pa.array(split, pa.list_(pa.string()))
 
 
 def _pairs(elements: pa.Array, separator: str) -> tuple[pa.Array, pa.Array]:

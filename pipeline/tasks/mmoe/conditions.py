@@ -1,8 +1,9 @@
 """Label conditions such as `click and income == "50000+."`: a small language, never run as Python.
 
-Comparisons (`== != < <= > >=`, `in [..]`, `not in [..]`) of a column with texts or numbers, a bare column of 0/1
-labels, `and`, `or`, `not` and parentheses. A column whose name is no Python name stands in backticks. A missing value
-is equal to nothing: every comparison with it is false, `!=` and `not in` are true.
+Comparisons (`== != < <= > >=`, `in [..]`, `not in [..]`) of a column with texts or numbers, `is missing`, `is not
+missing`, a bare column of 0/1 labels, `and`, `or`, `not` and parentheses. A column whose name is no Python name stands
+in backticks. A missing value is equal to nothing but the empty text, which means the same: every other comparison with
+it is false, `!=` and `not in` are true.
 """
 
 import ast
@@ -19,8 +20,8 @@ import pyarrow.compute as pc
 from pipeline.errors import UserError
 
 ALLOWED = (
-    "a column compared (==, !=, <, <=, >, >=, in [..], not in [..]) with a text or a number, a column of 0/1 labels, "
-    "and, or, not, (..)"
+    "a column compared (==, !=, <, <=, >, >=, in [..], not in [..]) with a text or a number, `is missing`, `is not "
+    "missing`, a column of 0/1 labels, and, or, not, (..)"
 )
 _COMPARE: dict[type[ast.cmpop], tuple[str, str]] = {  # the function, and that of the sides swapped
     ast.Eq: ("equal", "equal"),
@@ -30,6 +31,7 @@ _COMPARE: dict[type[ast.cmpop], tuple[str, str]] = {  # the function, and that o
     ast.Gt: ("greater", "less"),
     ast.GtE: ("greater_equal", "less_equal"),
 }
+EXACT = 2**53  # a double holds every whole number up to here
 _QUOTED = re.compile(rb"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|`[^`]*`""")
 
 
@@ -136,13 +138,21 @@ class _Parser:
     def comparison(self, left: ast.expr, operator: ast.cmpop, right: ast.expr) -> Evaluate:
         if isinstance(operator, ast.In | ast.NotIn):
             return self.membership(self.column(left), right, isinstance(operator, ast.NotIn))
-        if type(operator) not in _COMPARE:
-            raise self.refused_node(left, "found is")
+        if isinstance(operator, ast.Is | ast.IsNot):
+            if not (isinstance(right, ast.Name) and self.written(right) == "missing"):
+                raise self.refused_node(right, f"found {self.written(right)} after is")
+            name, there = self.column(left), isinstance(operator, ast.IsNot)
+            return lambda columns: _is_there(columns, name) if there else pc.invert(_is_there(columns, name))
         function, swapped = _COMPARE[type(operator)]
         if isinstance(left, ast.Constant | ast.UnaryOp):  # 18 < age
             left, right, function = right, left, swapped
         column, constant = self.column(left), self.constant(right)
         compare = getattr(pc, function)
+        if constant == "":
+            if function not in ("equal", "not_equal"):
+                raise self.refused_node(right, "found an empty text, which means: missing")
+            equal = function == "equal"
+            return lambda columns: pc.invert(_is_there(columns, column)) if equal else _is_there(columns, column)
         # null where the column is missing: equal to nothing
         return lambda columns: compare(_read(columns, column, constant), constant).fill_null(function == "not_equal")
 
@@ -152,11 +162,11 @@ class _Parser:
         constants = [self.constant(element) for element in node.elts]
         if len({type(constant) for constant in constants}) > 1:
             raise self.refused_node(node, "found texts and numbers in one list")
-        allowed = pa.array(constants)
+        allowed = pa.array([constant or None for constant in constants]) if "" in constants else pa.array(constants)
 
         def evaluate(columns: Columns) -> pa.Array:
-            found = pc.is_in(_read(columns, column, constants[0]), value_set=allowed)
-            return pc.invert(found) if negated else found
+            within = pc.is_in(_read(columns, column, constants[0]), value_set=allowed)
+            return pc.invert(within) if negated else within
 
         return evaluate
 
@@ -180,8 +190,15 @@ class _Parser:
             self.texts.append(value.strip())
             return value.strip()
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            if isinstance(value, int) and value >= EXACT:
+                raise self.refused_node(node, f"found {value}, which has neighbours that are the same as a double; "
+                                        f'write "{sign * value}", in quotes')  # fmt: skip
             return float(sign * value)
         raise self.refused_node(node, f"found {self.written(node)} where a text or a number is due")
+
+
+def _is_there(columns: Columns, column: str) -> pa.Array:
+    return columns.text(column).is_valid()
 
 
 def _read(columns: Columns, column: str, constant: str | float) -> pa.Array:

@@ -11,6 +11,7 @@ from pipeline.blocks import (
     RunConfig,
     ScheduleConfig,
     TrackingSwitch,
+    embedded_line,
 )
 from pipeline.config import Config, Positive, Probability
 from pipeline.schedules import clipped_pos_weight, gate_is_open
@@ -167,6 +168,12 @@ class EsmmConfig(Config):
     lambda_cvr_aux: float = Field(0.1, ge=0)
     """weight of loss_cvr_aux, the conversion loss on clicked rows alone"""
 
+    @model_validator(mode="after")
+    def _some_loss(self) -> Self:
+        if not (self.lambda_ctr or self.lambda_ctcvr or self.lambda_cvr_aux):
+            raise ValueError("lambda_ctr, lambda_ctcvr and lambda_cvr_aux are all 0, allowed: at least one above 0")
+        return self
+
 
 class EmbeddingOptimizerConfig(AdamConfig):
     name: Literal["sparse_adam", "row_adagrad", "adam"] = "sparse_adam"
@@ -212,6 +219,9 @@ class MmoeConfig(RunConfig):
     def name(self) -> str:
         kind = "mmoe" if self.model.kind == "mmoe" else "bottom"
         return self.run_name or f"{kind} {self.arm_name()} s{self.seed}"
+
+    def embedded(self) -> str | None:
+        return None if self.data.path else embedded_line(self.data.embedded.rows, "impressions", "data.path")
 
     def trunk(self) -> tuple[Self, int | None]:
         focal, late = self.loss.aux_focal, self.loss.late_pos_weight
@@ -273,19 +283,27 @@ def _short(value: float) -> str:
     return text[1:] if text.startswith("0.") else text
 
 
+class RawDataConfig(Config):
+    train: str = Field(min_length=1)
+    """a .csv, .jsonl (or with .gz) or .parquet file, a folder of them, or that of the original Ali-CCP files"""
+    validation: str | None = Field(None, min_length=1)
+    """file or folder that is the validation split; null = rows of data.train"""
+    test: str | None = Field(None, min_length=1)
+    """file or folder that is the test split; null = rows of data.train"""
+
+
 class PrepareCtrConfig(Config):
     """Raw impressions to a folder that train_mmoe reads."""
 
-    short: ClassVar[dict[str, str]] = {}
+    short: ClassVar[dict[str, str]] = {"data": "data.train"}
 
-    data: str = Field(min_length=1)
-    """the raw file (.csv, .csv.gz, .parquet), a folder of such files, or the folder of the original Ali-CCP files"""
+    data: RawDataConfig
     schema_: str = Field(alias="schema", min_length=1)
     """YAML that says what the columns are (see configs/data/census.yaml; configs/data/aliccp.yaml for Ali-CCP)"""
     output_dir: str = Field(min_length=1)
     """folder for the Parquet splits and schema.json"""
-    experiment: str | None = Field(None, min_length=1)
-    """MLflow experiment; null = the one `mlflow run` opened, or MLflow's default"""
+    experiment: str | None = Field(None, min_length=1, coerce_numbers_to_str=True)
+    """MLflow experiment, by name or id, made where there is none; null = that of `mlflow run`, or MLflow's default"""
     runs_dir: str = Field("outputs", min_length=1)
     """folder of the runs' own files, one folder a run"""
     tracking: TrackingSwitch = TrackingSwitch()

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import UserError, os_errors
-from pipeline.tasks.mmoe.cells import Cells, Floats, Place, Texts, bad_cell, no_column, number_text
+from pipeline.tasks.mmoe.cells import Cells, Floats, Place, Texts, bad_cell, no_column, number_text, respelt
 from pipeline.tasks.mmoe.schema import (
     FIRST_ID,
     MISSING,
@@ -31,9 +31,10 @@ FNV_START, FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
 class Vocabulary:
     """The ids of one feature: the first value has id 2; the last `hash_buckets` ids are shared by all other values."""
 
-    def __init__(self, values: Sequence[str], hash_buckets: int = 0) -> None:
+    def __init__(self, values: Sequence[str], hash_buckets: int = 0, spelling: str = "text") -> None:
+        """spelling: as in `Feature`."""
         self.ids = {value: number for number, value in enumerate(values, FIRST_ID)}
-        self.hash_buckets = hash_buckets
+        self.hash_buckets, self.spelling = hash_buckets, spelling
 
     def encode(self, texts: Texts, *, typed: bool) -> Ids:
         """The id of each row.
@@ -41,20 +42,23 @@ class Vocabulary:
         `typed`: the texts were numbers or truth values, which cannot know how a file spelt them. A CSV's `07` is 7
         to pandas: where 7 is not in the vocabulary, the one entry that means 7 is taken.
         """
-        known, spelt = self.ids, self._by_value if typed else {}
+        values, known = respelt(texts.values, self.spelling), self.ids
         ids = np.array([
-            MISSING if text is None else known.get(text) or spelt.get(text) or OUT_OF_VOCABULARY
-            for text in texts.values.to_pylist()
+            MISSING if text is None else known.get(text, OUT_OF_VOCABULARY) for text in values.to_pylist()
         ], dtype=np.int32)  # fmt: skip
+        if typed:
+            for position in np.flatnonzero(ids == OUT_OF_VOCABULARY):
+                canonical = number_text(values[position].as_py()) or ""
+                ids[position] = known.get(canonical) or self._by_value.get(canonical, OUT_OF_VOCABULARY)
         if self.hash_buckets:
             unknown = np.flatnonzero(ids == OUT_OF_VOCABULARY)
-            buckets = text_hashes(texts.values.take(pa.array(unknown))) % np.uint64(self.hash_buckets)
+            buckets = text_hashes(values.take(pa.array(unknown))) % np.uint64(self.hash_buckets)
             ids[unknown] = FIRST_ID + len(known) + buckets.astype(np.int32)
         return ids[texts.codes]
 
     @cached_property
     def _by_value(self) -> dict[str, int]:
-        """Canonical text -> id of the only entry that spells it in another way."""
+        """Canonical text of a number or truth value -> id of the only entry that spells it in another way."""
         spellings: dict[str, list[int]] = {}
         for text, number in self.ids.items():
             if not (text.isdecimal() and text[0] != "0"):  # canonical already; the many
@@ -70,8 +74,11 @@ class Encoder:
     def __init__(self, schema: DataSchema, vocabularies: Mapping[str, Sequence[str]]) -> None:
         self.schema = schema
         self.cells = Cells(schema.missing_values, schema.strip)
-        buckets = {feature.name: feature.hash_buckets for feature in schema.features}
-        self.vocabularies = {name: Vocabulary(values, buckets[name]) for name, values in vocabularies.items()}
+        features = {feature.name: feature for feature in schema.features}
+        self.vocabularies = {
+            name: Vocabulary(values, features[name].hash_buckets, features[name].spelling)
+            for name, values in vocabularies.items()
+        }
 
     @classmethod
     def load(cls, folder: Path) -> "Encoder":
@@ -156,6 +163,17 @@ def text_hashes(texts: pa.Array) -> npt.NDArray[np.uint64]:
         longer = longest_first[: np.searchsorted(-lengths[longest_first], -position)]
         hashes[longer] = (hashes[longer] ^ letters[starts[longer] + position]) * FNV_PRIME
     return splitmix64(hashes)
+
+
+def split_positions(keys: npt.NDArray[np.uint64], seed: int, shares: Sequence[float]) -> npt.NDArray[np.int64]:
+    """Which of the shares each row is in, by a hash of its key and the seed: no batch or file border matters.
+
+    keys: [rows]. shares: relative to their sum.
+    """
+    start = splitmix64(np.array([seed % 2**64], dtype=np.uint64))
+    uniform = (splitmix64(keys ^ start) >> np.uint64(11)) * 2.0**-53  # [0, 1)
+    borders = np.cumsum(shares)
+    return np.searchsorted(borders[:-1] / borders[-1], uniform, side="right")
 
 
 def splitmix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -13,7 +13,7 @@ from pipeline.run import MlflowRun, Writer, writer_for
 from pipeline.runtime.text import visible
 from pipeline.tasks.mmoe.config import PrepareCtrConfig
 from pipeline.tasks.mmoe.prepare import prepare
-from pipeline.tasks.mmoe.schema import SCHEMA_FILE, DataSchema
+from pipeline.tasks.mmoe.schema import SCHEMA_FILE, SPLITS, DataSchema
 from pipeline.tracking.messages import RunRequest
 from pipeline.tracking.store import check_uri
 
@@ -37,8 +37,10 @@ def prepare_ctr(config: PrepareCtrConfig, given: frozenset[str]) -> None:  # noq
         check_uri()  # not once all is prepared
     output = Path(config.output_dir)
     with Bars() as bars:
-        data, schema_file = Path(config.data), Path(config.schema_)
-        schema = prepare(data, schema_file, output, progress=bars.advance, stages=bars.show)
+        own = {split: Path(path) for split in SPLITS[1:] if (path := getattr(config.data, split))}
+        schema = prepare(
+            Path(config.data.train), Path(config.schema_), output, own=own, progress=bars.advance, stages=bars.show
+        )
     _tell(schema)
     with writer_for(config.tracking) as writer:
         if writer:
@@ -99,6 +101,9 @@ def figures(schema: DataSchema) -> dict[str, float]:
 def _tell(schema: DataSchema) -> None:
     for name, split in schema.splits.items():
         say(f"{name}: {split.rows} rows, {split.clicks} clicks, {split.conversions} conversions")
+        for event, count in (("click", split.clicks), ("conversion", split.conversions)):
+            if split.rows and not count:
+                warn(f"{name} has no {event}: what is measured of {event}s is undefined there")
     for name, count in schema.counts.items():
         if count and name in MET:
             say(f"{count} {MET[name]}")

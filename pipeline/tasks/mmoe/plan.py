@@ -4,15 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import pyarrow as pa
 
 from pipeline.errors import UserError
-from pipeline.tasks.mmoe.cells import Cells, bad_cell, no_column
+from pipeline.tasks.mmoe.cells import Cells, bad_cell, no_column, respelt
 from pipeline.tasks.mmoe.conditions import Condition, parse
-from pipeline.tasks.mmoe.encoding import splitmix64
-from pipeline.tasks.mmoe.reading import Batch
-from pipeline.tasks.mmoe.schema import LABELS, SourceSchema
+from pipeline.tasks.mmoe.encoding import split_positions, text_hashes
+from pipeline.tasks.mmoe.reading import Batch, Source
+from pipeline.tasks.mmoe.schema import LABELS, SPLITS, SourceSchema, Where
 
 CLICK, CONVERSION = LABELS
 _LABEL_VALUES = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
@@ -25,12 +24,29 @@ class Plan:
         UserError: the schema names an absent column, a label that is no condition, or a feature that tells the label.
     """
 
-    def __init__(self, declared: SourceSchema, schema_file: Path, file: Path, names: list[str]) -> None:
-        self.declared, self.schema_file, self.file, self.names = declared, schema_file, file, names
+    def __init__(self, declared: SourceSchema, schema_file: Path, source: Source) -> None:
+        self.declared, self.schema_file, self.file = declared, schema_file, source.files[0].path
+        self.names = source.names(source.files[0])
         self.cells = Cells(declared.missing_values, declared.csv.strip)
         self.label_cells = Cells(declared.missing_values, strip=True)
         self.click = self._label(CLICK, declared.labels.click)
         self.conversion = self._label(CONVERSION, declared.labels.conversion)
+        if CLICK in _columns(self.conversion) and CLICK in self.names and declared.labels.click != CLICK:
+            raise self._wrong(
+                "labels.conversion",
+                f"{CLICK} is both a column of {self.file} and the label labels.click ({declared.labels.click}); "
+                "allowed: one of both, so rename the column",
+            )
+        self.given = {file.split for file in source.files if file.split}
+        self.conditions = {
+            split: self._condition(f"split.{split}.where", share.where)
+            for split, share in (("validation", declared.split.validation), ("test", declared.split.test))
+            if isinstance(share, Where)
+        }
+        for split in self.given & self.conditions.keys():
+            raise self._wrong(
+                f"split.{split}", f"found a condition, and data.{split} names files; allowed: one of both"
+            )
         label_columns = [
             *self._known("labels.click", _columns(self.click)),
             *self._known("labels.conversion", [name for name in _columns(self.conversion) if name != CLICK]),
@@ -50,6 +66,8 @@ class Plan:
             if isinstance(feature.missing, float) and abs(feature.missing) > float(np.finfo(np.float32).max):
                 raise self._wrong(f"{key}.missing", f"found {feature.missing}, allowed: numbers up to 3.4e38")
         by = self._known("split.by", [declared.split.by] if declared.split.by is not None else [])
+        by += [column for split, condition in self.conditions.items()
+               for column in self._known(f"split.{split}.where", _columns(condition))]  # fmt: skip
         weights = [feature.weights for feature in declared.features.values() if feature.weights]
         self.columns = list(dict.fromkeys([*label_columns, *declared.features, *weights, *by]))
 
@@ -71,39 +89,47 @@ class Plan:
             )
         return {CLICK: click.cast(pa.int8()), CONVERSION: conversion.cast(pa.int8())}
 
-    def split(self, batch: Batch) -> npt.NDArray[np.int8]:
-        """The position in SPLITS of each row: from a hash of (seed, key), so that no batch or file border matters.
+    def split(self, batch: Batch) -> npt.NDArray[np.int64]:
+        """The position in SPLITS of each row: that of its file, or of the first condition that holds for it (test, then
+        validation), or else by a hash of (seed, key), so that no batch or file border matters.
 
         The key is the row's number among all rows, or the text of the column `split.by`; a row without a value there
         is on its own.
         """
-        shares = self.declared.split
+        if batch.split:
+            return np.full(batch.rows, SPLITS.index(batch.split))
+        declared = self.declared.split
         keys = np.arange(batch.start, batch.start + batch.rows, dtype=np.uint64)
-        if shares.by is not None:
-            texts = self.cells.texts(batch.columns[shares.by], shares.by, batch.place)
+        if declared.by is not None:
+            texts = self.cells.texts(batch.columns[declared.by], declared.by, batch.place)
             there = texts.values.is_valid().to_numpy(zero_copy_only=False)
-            words = texts.values.fill_null("").to_numpy(zero_copy_only=False)
-            hashes = pd.util.hash_array(words.astype(object), categorize=False)
+            hashes = text_hashes(respelt(respelt(texts.values, "whole"), "truth").fill_null(""))
             keys = np.where(there[texts.codes], hashes[texts.codes], keys)
-        seed = splitmix64(np.array([shares.seed % 2**64], dtype=np.uint64))
-        uniform = (splitmix64(keys ^ seed) >> np.uint64(11)) * 2.0**-53  # [0, 1)
-        borders = [shares.train, shares.train + shares.validation]
-        return np.searchsorted(borders, uniform, side="right").astype(np.int8)
+        divided = [split for split in SPLITS if split not in self.given and split not in self.conditions]
+        shares = [float(getattr(declared, split)) for split in divided]
+        numbers = np.array([SPLITS.index(split) for split in divided])
+        positions = numbers[split_positions(keys, declared.seed, shares)]
+        columns = LabelColumns(self.label_cells, batch, None)
+        for split, condition in self.conditions.items():  # the test split's is the last, and so the first that counts
+            holds = _evaluated(condition, columns).to_numpy(zero_copy_only=False)
+            positions = np.where(holds, SPLITS.index(split), positions)
+        return positions
 
     def _label(self, label: str, text: str) -> str | Condition:
         """A column's name, or else a condition."""
-        if text in self.names:
-            return text
+        return text if text in self.names else self._condition(f"labels.{label}", text)
+
+    def _condition(self, key: str, text: str) -> Condition:
         try:
             condition = parse(text)
         except UserError as error:
-            raise self._wrong(f"labels.{label}", f"neither a column of {self.file} nor a condition: {error}") from None
+            raise self._wrong(key, f"neither a column of {self.file} nor a condition: {error}") from None
         for constant in condition.texts:
-            if constant in self.declared.missing_values:
+            if constant and constant in self.declared.missing_values:
                 raise self._wrong(
-                    f"labels.{label}",
+                    key,
                     f"compares with {constant!r}, which missing_values reads as no value, and that is equal to "
-                    "nothing; allowed: another text, or missing_values without this one",
+                    "nothing; allowed: `is missing`, `is not missing`, or another text",
                 )
         return condition
 

@@ -1,7 +1,7 @@
 """`prepare_ctr`: a raw CSV or Parquet file, and a YAML that says what it holds, to training-ready columns.
 
 Two passes over the rows, in memory that does not grow with them. The first reads the labels and, of the training
-split, ids and numbers; the second writes the splits. (The original Ali-CCP files have their own way: aliccp/.)
+split, ids and numbers; the second writes the splits. (The original Ali-CCP files have their own way: aliccp.py.)
 """
 
 from collections import Counter
@@ -13,7 +13,6 @@ from typing import Self
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.config import read_yaml, validate
@@ -38,12 +37,11 @@ from pipeline.tasks.mmoe.schema import (
     Split,
     sha256_of,
 )
-from pipeline.tasks.mmoe.statistics import NO_LIMIT, Counts, Numbers, bin_edges
+from pipeline.tasks.mmoe.statistics import Counts, Numbers, bin_edges
 
 Vocabularies = dict[str, pa.Table]
 
 ROW_GROUP_ROWS = 65_536
-COUNTED = pa.schema([("feature", pa.string()), ("value", pa.string()), ("count", pa.int64())])
 # the schema last: a folder without one is not ready
 FILES = (*(f"{split}.parquet" for split in SPLITS), VOCABULARY_FILE, SCHEMA_FILE)
 
@@ -53,13 +51,15 @@ def prepare(
     schema_file: Path,
     output_dir: Path,
     *,
+    own: Mapping[str, Path] | None = None,
     batch_rows: int = 65_536,
     progress: Callable[[int], None] | None = None,
     stages: Callable[[str, int, float], None] | None = None,
 ) -> DataSchema:
     """Write splits, vocabulary and `schema.json` into `output_dir`: all of them, or nothing.
 
-    `data`: a file, or a folder whose files (.csv, .csv.gz, .parquet; one format) are read in sorted order.
+    `data`: a file, or a folder whose files (.csv, .csv.gz, .parquet; one format) are read in sorted order. `own`:
+    files or folders that are a split as a whole, by the split's name; the schema divides `data` among the others.
     `progress` is called with the number of rows of each batch, in both passes; `stages`, of raw Ali-CCP files
     (`format: aliccp` in the YAML), with what is being done, the rows of it so far and the share that is done.
 
@@ -68,12 +68,15 @@ def prepare(
     """
     tree = read_yaml(schema_file)
     if tree.get("format") == "aliccp":
-        # numba takes half a second to import, and no other source needs it
-        from pipeline.tasks.mmoe.aliccp.config import RawSource
-        from pipeline.tasks.mmoe.aliccp.preparation import prepare_raw
+        if own:
+            raise UserError(f"data.{next(iter(own))}: {schema_file} names the files of Ali-CCP itself (train, test)")
+        from pipeline.tasks.mmoe.aliccp import prepare_raw  # which writes with what is here
+        from pipeline.tasks.mmoe.aliccp_config import RawSource
 
         return prepare_raw(data, validate(RawSource, tree, schema_file), schema_file, output_dir, progress=stages)
-    source, plan = opened(data, schema_file)
+    declared = validate(SourceSchema, tree, schema_file)
+    source = Source(data, declared.columns, declared.csv, own)
+    plan = Plan(declared, schema_file, source)
 
     def batches() -> Iterator[Batch]:
         for batch in source.batches(plan.columns, batch_rows):
@@ -81,7 +84,7 @@ def prepare(
             if progress:
                 progress(batch.rows)
 
-    refuse_own_data(output_dir, data, source.files)
+    refuse_own_data(output_dir, data, [file.path for file in source.files])
     with published(output_dir, FILES) as folder:
         training = TrainingSplit(plan)
         for batch in batches():
@@ -98,17 +101,6 @@ def prepare(
             raise UserError(f"{data}: changed while it was read")
         schema.write(folder)
     return schema
-
-
-def opened(data: Path, schema_file: Path) -> tuple[Source, Plan]:
-    """The raw rows, and what the YAML asks of them.
-
-    Raises:
-        UserError: there are none, or the YAML is none, or not one of these rows.
-    """
-    declared = validate(SourceSchema, read_yaml(schema_file), schema_file)
-    source = Source(data, declared.columns, declared.csv)
-    return source, Plan(declared, schema_file, source.files[0], source.names(source.files[0]))
 
 
 def described(training: "TrainingSplit", data: Path, source: str, folder: Path) -> tuple[DataSchema, Vocabularies]:
@@ -143,18 +135,13 @@ def encoded(plan: Plan, encoder: Encoder, batch: Batch) -> list[pa.Table]:
 
 
 class TrainingSplit:
-    """What the training split says of the features; the cells of all splits are checked on the way.
+    """What the training split says of the features; the cells of all splits are checked on the way."""
 
-    Parts of the rows can be read apart, each with the number of training rows ahead of it (`before`), and put together
-    in their order: with `merge`, and with `add_counted` for what `counted` gives.
-    """
-
-    def __init__(self, plan: Plan, *, before: int = 0, limit: int = NO_LIMIT) -> None:
-        """limit: a hash that no row of the numeric features' sample is above (`sample_limit`)."""
+    def __init__(self, plan: Plan) -> None:
         self.plan, self.features = plan, plan.declared.features
         self.rows = self.all_rows = 0
         self._numeric = [name for name, feature in self.features.items() if feature.kind == "numeric"]
-        self.numbers = Numbers(len(self._numeric), before=before, limit=limit)
+        self.numbers = Numbers(len(self._numeric))
         self._counts = {name: Counts() for name in self.features if name not in self._numeric}
 
     def add(self, batch: Batch) -> None:
@@ -173,25 +160,6 @@ class TrainingSplit:
         if self._numeric:
             values = np.column_stack([self._values(name, batch) for name in self._numeric])
             self.numbers.add(batch.start + np.flatnonzero(training), values[training])
-
-    def counted(self) -> pa.Table:
-        """Columns feature, value and count: of each id feature every value once, missing ones left out."""
-        tables = [counts.counted().filter(pc.field("value").is_valid()) for counts in self._counts.values()]
-        names = [pa.repeat(name, table.num_rows) for name, table in zip(self._counts, tables, strict=True)]
-        parts = [table.add_column(0, "feature", name) for table, name in zip(tables, names, strict=True)]
-        return pa.concat_tables(parts) if parts else COUNTED.empty_table()
-
-    def add_counted(self, table: pa.Table) -> None:
-        """Columns feature, value and count."""
-        for name, counts in self._counts.items():
-            counts.add_counted(table.filter(pc.field("feature") == name).select(["value", "count"]))
-
-    def merge(self, rows: int, all_rows: int, numbers: Numbers) -> None:
-        """The rows that follow, but for their texts."""
-        self.rows += rows
-        self.all_rows += all_rows
-        if self._numeric:
-            self.numbers.merge(numbers)
 
     def vocabularies(self) -> Vocabularies:
         """Of each id feature: value and count, in the order of the ids."""
@@ -212,7 +180,8 @@ class TrainingSplit:
             else:
                 size = FIRST_ID + vocabularies[name].num_rows + declared.hash_buckets
                 how = declared.model_dump(include={"separator", "weight_separator", "weights", "hash_buckets"})
-                features.append(Feature(name=name, kind=declared.kind, size=size, weighted=declared.weighted, **how))
+                how |= {"weighted": declared.weighted, "spelling": self._counts[name].spelling}
+                features.append(Feature(name=name, kind=declared.kind, size=size, **how))
         return tuple(features)
 
     def _mean(self, name: str, mean: float) -> float:
@@ -259,11 +228,6 @@ class Tally:
             self.unknown[name] += int((ids == OUT_OF_VOCABULARY).sum())
             self.known[name] += int((ids > MISSING).sum())
 
-    def merge(self, other: Self) -> None:
-        self.rows += other.rows
-        for own, more in ((self.sums, other.sums), (self.unknown, other.unknown), (self.known, other.known)):
-            own.update(more)
-
     def split(self, file: str, sha256: str) -> Split:
         clicks, conversions = (self.sums[label] for label in LABELS)
         return Split(file=file, rows=self.rows, clicks=clicks, conversions=conversions, sha256=sha256)
@@ -276,9 +240,10 @@ class Tally:
 class SplitWriter:
     """One Parquet split: row groups of one size, whatever the batches, so that its bytes depend on the data alone."""
 
-    def __init__(self, file: Path, schema: DataSchema) -> None:
+    def __init__(self, file: Path, schema: DataSchema, group_rows: int | None = None) -> None:
         self.file, self.tally = file, Tally.of(schema.features)
-        self._recut = Recut(ROW_GROUP_ROWS)
+        self._rows = group_rows or ROW_GROUP_ROWS
+        self._recut = Recut(self._rows)
         self._writer = pq.ParquetWriter(file, arrow_schema(schema.features), compression="zstd")
 
     def __enter__(self) -> Self:
@@ -287,12 +252,12 @@ class SplitWriter:
     def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
         with self._writer:
             for piece in self._recut.rest() if failed is None else ():
-                self._writer.write_table(piece, row_group_size=ROW_GROUP_ROWS)
+                self._writer.write_table(piece, row_group_size=self._rows)
 
     def add(self, table: pa.Table) -> None:
         self.tally.add(table)
         for piece in self._recut.add(table):
-            self._writer.write_table(piece, row_group_size=ROW_GROUP_ROWS)
+            self._writer.write_table(piece, row_group_size=self._rows)
 
     def described(self) -> tuple[Split, Tally]:
         return self.tally.split(self.file.name, sha256_of(self.file)), self.tally

@@ -10,6 +10,7 @@ share by their hash.
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -35,6 +36,18 @@ MISSING_TEXT = (
 )  # fmt: skip
 
 
+def _as_name(value: Any) -> Any:
+    """A name as YAML gives it: whole numbers are text, and text is in Unicode's form NFC, as in `Source.names`."""
+    if isinstance(value, bool):
+        raise ValueError(f"YAML reads it as {str(value).lower()}: write the name in quotes")
+    if isinstance(value, int):
+        return str(value)
+    return unicodedata.normalize("NFC", value) if isinstance(value, str) else value
+
+
+Name = Annotated[str, BeforeValidator(_as_name), Field(min_length=1)]
+
+
 class FeatureSource(Config):
     kind: Literal["categorical", "multi", "numeric"]
     """categorical: one id a row; multi: any number of ids a row; numeric: one number a row"""
@@ -46,7 +59,7 @@ class FeatureSource(Config):
     """multi: what stands between the ids of a text cell"""
     weight_separator: str | None = Field(None, min_length=1)
     """multi: what stands between an id and its weight (`sports:0.5`); null = no weight in the cell"""
-    weights: str | None = None
+    weights: Name | None = None
     """multi: the column that holds the weights, in the same order; null = none"""
     missing: Literal["error", "mean"] | float = "error"
     """numeric: what a missing value becomes: error = refuse it, mean = the training mean, or a number"""
@@ -79,35 +92,47 @@ def short_form(value: Any) -> Any:
 
 
 class LabelSource(Config):
-    click: str
+    click: Name
     """a column that holds 0/1 or true/false, or a condition such as `status != "new"`"""
-    conversion: str
+    conversion: Name
     """likewise; a condition may name `click`: `click and income == "50000+."`"""
 
 
+class Where(Config):
+    where: str = Field(min_length=1)
+    """condition, as for labels"""
+
+
 class SplitSource(Config):
-    by: str | None = None
+    by: Name | None = None
     """split by the hash of this column, so that its equal values stay together; null = every row at random"""
     seed: int = Field(0, ge=0)
     """another seed gives another split"""
     train: float = Field(0.8, gt=0, le=1)
     """share of the training split"""
-    validation: float = Field(0.1, ge=0, lt=1)
-    """share of the validation split"""
-    test: float = Field(0.1, ge=0, lt=1)
-    """share of the test split"""
+    validation: Annotated[float, Field(ge=0, lt=1)] | Where = 0.1
+    """share of the validation split; or `{where: 'day == 7'}`: its rows by a condition, as for labels"""
+    test: Annotated[float, Field(ge=0, lt=1)] | Where = 0.1
+    """share of the test split; or `{where: 'day >= 8'}`; the shares then divide the other rows"""
 
     @model_validator(mode="after")
     def _shares_sum_to_one(self) -> "SplitSource":
-        total = self.train + self.validation + self.test
-        if abs(total - 1) > 1e-9:
-            raise ValueError(f"train, validation and test sum to {total:g}, allowed: 1")
+        shares = [share for share in (self.train, self.validation, self.test) if not isinstance(share, Where)]
+        if len(shares) == len(SPLITS) and abs(sum(shares) - 1) > 1e-9:
+            raise ValueError(f"train, validation and test sum to {sum(shares):g}, allowed: 1")
         return self
 
 
+def _as_tab(value: Any) -> Any:
+    return "\t" if value == r"\t" else value
+
+
 class CsvSource(Config):
-    delimiter: str = Field(",", min_length=1, max_length=1)
-    """what stands between the columns"""
+    delimiter: Annotated[str, BeforeValidator(_as_tab)] = ","
+    r"""one character, which stands between the columns (a tab: "\t")"""
+    escape: str | None = None
+    r"""one character that takes its meaning from a quote within quotes (in files of Spark, Hive and MySQL, "\\"); null
+    = quotes are doubled"""
     strip: bool = True
     """take blanks away around every value"""
 
@@ -115,14 +140,15 @@ class CsvSource(Config):
 class SourceSchema(Config):
     """What a raw CSV or Parquet file holds, said by its owner (the YAML that `prepare_ctr` takes)."""
 
-    columns: tuple[str, ...] | None = None
+    columns: tuple[Name, ...] | None = None
     """CSV without a header: the columns' names in file order; null = the first line names them"""
     csv: CsvSource = CsvSource()
     labels: LabelSource
-    features: dict[str, Annotated[FeatureSource, BeforeValidator(short_form)]] = Field(min_length=1)
+    features: dict[Name, Annotated[FeatureSource, BeforeValidator(short_form)]] = Field(min_length=1)
     """column -> kind, or a mapping with `kind` and its settings"""
     missing_values: tuple[str, ...] = MISSING_TEXT
-    """text that means "no value" (exact; in a numeric column any spelling); the default is what pandas reads so"""
+    """text that means "no value", as an empty cell always does (exact; in a numeric column any spelling); the default
+    is what pandas reads so"""
     split: SplitSource = SplitSource()
 
 
@@ -144,6 +170,9 @@ class Feature(Config):
     """numeric: increasing edges of the bins, from training quantiles"""
     fill: float | None = None
     """numeric: what a missing value becomes; null = refuse it"""
+    spelling: Literal["text", "whole", "truth"] = "text"
+    """categorical, multi: what every value of the raw column is, and so how it is spelt: text as it stands; whole
+    numbers without `.0`; truth values as `True` and `False`"""
     out_of_vocabulary: dict[str, float] = Field(default_factory=dict)
     """categorical, multi: share of the ids that are out of vocabulary, by split"""
 
@@ -201,6 +230,9 @@ class DataSchema(Config):
     def digest(self) -> str:
         """SHA-256 (hex) of the data: of the splits' and the vocabulary's digests and the features."""
         kept = self.model_dump(mode="json", include={"format", "features", "splits", "vocabulary_sha256", "truth"})
+        for feature in kept["features"]:
+            if feature["spelling"] == "text":
+                del feature["spelling"]  # folders that were written before there was another keep their digest
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
     @property

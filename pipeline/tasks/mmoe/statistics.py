@@ -7,12 +7,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.tasks.mmoe.cells import Floats, Ints, Texts
+from pipeline.tasks.mmoe.cells import Floats, Ints, Texts, respelt, spelling
 from pipeline.tasks.mmoe.encoding import splitmix64
 
 SAMPLE_ROWS = 200_000
 BLOCK_ROWS = 65_536
-NO_LIMIT = 2**64 - 1
 
 
 class Counts:
@@ -21,29 +20,34 @@ class Counts:
     def __init__(self) -> None:
         self._parts: list[pa.Table] = []
         self._rows = self._merged_rows = 0
+        self._spellings = {"whole", "truth"}
+        self._any = False
 
     def add(self, texts: Texts, rows: npt.NDArray[np.bool_]) -> None:
-        """The texts of the rows where `rows` is true."""
+        """Count the texts of the rows where `rows` is true; how they are spelt is seen of all rows."""
+        if self._spellings and texts.values.null_count < len(texts.values):
+            self._any = True
+            self._spellings &= spelling(texts.values)
         counts = np.bincount(texts.codes[rows], minlength=len(texts.values))
         there = pa.array(counts > 0)
         part = pa.table({"value": texts.values.filter(there), "count": pa.array(counts).filter(there)})
-        self.add_counted(part)
-
-    def add_counted(self, part: pa.Table) -> None:
-        """Columns value and count."""
         self._parts.append(part)
         self._rows += part.num_rows
         if self._rows > 2 * self._merged_rows + 1_000_000:
             self._merge()
 
-    def counted(self) -> pa.Table:
-        """Columns value and count, every value once, in no order."""
-        self._merge()
-        return self._parts[0]
+    @property
+    def spelling(self) -> str:
+        """As in `Feature`."""
+        return next(iter(self._spellings), "text") if self._any else "text"
 
     def vocabulary(self, min_count: int) -> pa.Table:
         """Columns value and count: the most frequent first, then by text; without missing and rare texts."""
-        table = self.counted()
+        self._merge()
+        spelt = respelt(self._parts[0]["value"].combine_chunks(), self.spelling)
+        self._parts = [pa.table({"value": spelt, "count": self._parts[0]["count"]})]
+        self._merge()
+        table = self._parts[0]
         table = table.filter(pc.and_(pc.is_valid(table["value"]), pc.greater_equal(table["count"], min_count)))
         return table.sort_by([("count", "descending"), ("value", "ascending")])
 
@@ -57,25 +61,25 @@ class Counts:
 class Numbers:
     """Means, and a uniform sample of rows, of numeric columns; NaN = missing.
 
-    The sample is the rows whose number has the smallest hash, so neither batches nor order matter. Parts of the rows
-    that were added up elsewhere can be merged, to the same bits: sums are made of the same blocks of rows.
+    The sample is the rows whose number has the smallest hash, so neither batches nor order matter.
     """
 
-    def __init__(self, columns: int, sample_rows: int = SAMPLE_ROWS, *, before: int = 0, limit: int = NO_LIMIT) -> None:
-        """before: how many rows are ahead of the first one here. limit: a hash that no row of the sample is above."""
-        self.sample_rows, self._before = sample_rows, before
-        self._head = np.empty((0, columns))  # the end of a block that began ahead
-        self._sums = list[Floats]()  # [columns] of each whole block
-        self._counts, self._rows = np.zeros(columns, dtype=np.int64), 0
+    def __init__(self, columns: int, sample_rows: int = SAMPLE_ROWS) -> None:
+        self.sample_rows = sample_rows
+        self._sums, self._counts = np.zeros(columns), np.zeros(columns, dtype=np.int64)
         self._block = np.empty((0, columns))
         self._keys = np.empty(0, dtype=np.uint64)
         self._sample = np.empty((0, columns))
-        self._limit = np.uint64(limit)  # rows above are out already
+        self._limit = np.uint64(2**64 - 1)  # rows above are out already
 
     def add(self, numbers: Ints, values: Floats) -> None:
         """numbers: [rows], of each row among all; values: [rows, columns]."""
-        self._add_rows(values)
-        self._rows += len(values)
+        # a sum's last bits depend on where it is cut: always cut at the same rows
+        self._block = np.concatenate([self._block, values])
+        whole = len(self._block) - len(self._block) % BLOCK_ROWS
+        for start in range(0, whole, BLOCK_ROWS):
+            self._sum(self._block[start : start + BLOCK_ROWS])
+        self._block = self._block[whole:]
 
         keys = splitmix64(numbers.astype(np.uint64))
         kept = keys <= self._limit
@@ -84,50 +88,20 @@ class Numbers:
         if len(self._keys) > 2 * self.sample_rows:
             self._shrink()
 
-    def merge(self, following: "Numbers") -> None:
-        """Those of the rows that follow.
-
-        Raises:
-            ValueError: they do not: their `before` is not the number of rows up to here.
-        """
-        if following._before != self._before + self._rows:
-            raise ValueError(f"rows that begin after {following._before}, allowed: {self._before + self._rows}")
-        self._add_rows(following._head)
-        self._sums += following._sums
-        self._counts += following._counts
-        self._add_rows(following._block)
-        self._rows += following._rows
-        self._keys = np.concatenate([self._keys, following._keys])
-        self._sample = np.concatenate([self._sample, following._sample])
-        if len(self._keys) > 2 * self.sample_rows:
-            self._shrink()
-
     def means(self) -> Floats:
         """Of the values that are there; NaN where a column has none."""
         self._sum(self._block)
         self._block = self._block[:0]
         with np.errstate(invalid="ignore"):
-            return sum(self._sums, np.zeros(len(self._counts))) / self._counts
+            return self._sums / self._counts
 
     def sample(self) -> Floats:
         """[at most sample_rows, columns]."""
-        if len(self._keys) < min(self.sample_rows, self._rows):
-            raise ValueError(f"{len(self._keys)} rows of {self._rows} in the sample: its limit is too low")
         self._shrink()
         return self._sample
 
-    def _add_rows(self, values: Floats) -> None:
-        # a sum's last bits depend on where it is cut: always cut at the same rows
-        ahead = -self._before % BLOCK_ROWS - len(self._head)
-        self._head = np.concatenate([self._head, values[:ahead]])
-        self._block = np.concatenate([self._block, values[ahead:]])
-        whole = len(self._block) - len(self._block) % BLOCK_ROWS
-        for start in range(0, whole, BLOCK_ROWS):
-            self._sum(self._block[start : start + BLOCK_ROWS])
-        self._block = self._block[whole:]
-
     def _sum(self, block: Floats) -> None:
-        self._sums.append(np.nansum(np.ascontiguousarray(block.T), axis=1))
+        self._sums += np.nansum(np.ascontiguousarray(block.T), axis=1)
         self._counts += np.isfinite(block).sum(axis=0)
 
     def _shrink(self) -> None:
@@ -135,11 +109,6 @@ class Numbers:
             kept = np.argpartition(self._keys, self.sample_rows - 1)[: self.sample_rows]
             self._keys, self._sample = self._keys[kept], self._sample[kept]
             self._limit = self._keys.max()
-
-
-def sample_limit(rows: int, sample_rows: int = SAMPLE_ROWS) -> int:
-    """A hash that the sample of so many rows stays below (by 40 standard deviations), and few other rows."""
-    return min(NO_LIMIT, 2**64 * (sample_rows + sample_rows // 10) // max(1, rows))
 
 
 def bin_edges(values: Sequence[float] | Floats, bins: int) -> tuple[float, ...]:

@@ -42,18 +42,21 @@ from pipeline.task import TOTAL, Dataset, ModelExport, Rows, write_test_rows
 from pipeline.tasks.mmoe.config import TASKS, MmoeConfig
 from pipeline.tasks.mmoe.data import ImpressionTable, Shuffle, check_files, read_split
 from pipeline.tasks.mmoe.embedded import embedded_data
+from pipeline.tasks.mmoe.evaluation import (
+    DEPEND_ON_CALIBRATION,
+    EVALUATED_GAMMAS,
+    EVENTS,
+    REQUIRED,
+    SPLIT_FILES,
+    known_metrics,
+)
 from pipeline.tasks.mmoe.impressions import Impressions, Layout
 from pipeline.tasks.mmoe.model import Mmoe, Output
 from pipeline.tasks.mmoe.schema import SCHEMA_FILE, VOCABULARY_FILE, DataSchema
 
-SPLIT_FILES = {"valid": "validation", "test": "test"}
-EVENTS = ("ctr", "cvr", "ctcvr")
 COMPONENTS = ("loss_ctr", "loss_ctcvr_bce", "loss_ctcvr_focal", "loss_cvr_aux")
 CTR_TOWER = "influence/focal_grad_ctr_tower"
-DEPEND_ON_CALIBRATION = ("ece", "logloss", "calibration")
-REQUIRED = "a conversion, more clicks than conversions, more rows than clicks"
 GATE_METRIC = re.compile(r"gate/(?P<task>\w+)/(expert_)?(?P<expert>\d+)")  # runs of earlier versions lack `expert_`
-EVALUATED_GAMMAS = (1, 2)  # the same for every arm, whatever its own
 
 
 class MmoeTask:
@@ -280,6 +283,9 @@ class MmoeTask:
                 found[f"gate/{task}/entropy"] = entropy
         return found
 
+    def known_metrics(self, split: str) -> Mapping[str, str]:
+        return known_metrics(self.schema, split, calibrated=self.config.model.calibrate)
+
     def _calibrated(self, table: ImpressionTable, logits: Tensor) -> dict[str, float]:
         """Metrics that depend on calibration: not the ranking by one logit, only that by a product."""
         found: dict[str, float] = {}
@@ -366,10 +372,10 @@ class MmoeTask:
         return found
 
     def report(self, model: nn.Module, folder: Path, device: str) -> None:
-        if self.config.tracking.log_report:
-            self._draw_calibration(model, folder, device)
         if self.config.tracking.log_rows and len(self.held_out("test")):
             self._write_rows(model, folder, device)
+        if self.config.tracking.log_report:
+            self._draw_calibration(model, folder, device)
 
     def _draw_calibration(self, model: nn.Module, folder: Path, device: str) -> None:
         table = self.held_out("valid")

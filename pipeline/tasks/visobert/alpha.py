@@ -18,7 +18,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.errors import UserError
 from pipeline.storage.files import replacing
-from pipeline.tasks.visobert.reviews import SENTIMENTS, Reviews, without_polarity
+from pipeline.tasks.visobert.reviews import Reviews, without_polarity
+from pipeline.tasks.visobert.sentiments import SENTIMENTS
 
 ALPHA_FILE = "alpha.json"
 FORMULA = "alpha[s] = labelled_cells / (3 * counts[s]), s in the order positive, negative, neutral"
@@ -102,18 +103,19 @@ def count_sentiments(labels: npt.NDArray[np.int8], repeats: npt.NDArray[np.float
     return rounded
 
 
-def auto_alpha(counts: Sequence[int] | Counts) -> tuple[float, float, float]:
-    """total / (3 * count) of each sentiment. counts: [3]
+def auto_alpha(counts: Sequence[int] | Counts, dropped: str = "") -> tuple[float, float, float]:
+    """total / (3 * count) of each sentiment. counts: [3]; dropped: what the error says of cells that were dropped
 
     Raises:
         UserError: a sentiment has no example.
     """
     positive, negative, neutral = (int(count) for count in counts)
     total = positive + negative + neutral
+    among = f"{total} labelled cells ({dropped})" if dropped else f"{total} labelled cells"
     for name, count in zip(SENTIMENTS, (positive, negative, neutral), strict=True):
         if not count:
             raise UserError(
-                f"alpha: no {name} label among {total} labelled cells, so auto alpha has no weight for it; give "
+                f"alpha: no {name} label among {among}, so auto alpha has no weight for it; give "
                 f"training data with {name} labels, or multi_label.focal_alpha as a list of 3 numbers or null"
             )
     return total / (3 * positive), total / (3 * negative), total / (3 * neutral)
@@ -134,10 +136,13 @@ def alpha_of(
     """
     per_aspect = count_sentiments(without_polarity(reviews, detection_only).labels, repeats)
     counts = per_aspect.sum(axis=0)
+    dropped = reviews.dropped_cells()
     if not counts.sum():
-        raise UserError(f"{reviews.source}: no labelled cell at all, allowed: reviews with sentiments to learn from")
+        none = f"no labelled cell at all: {dropped}" if dropped else "no labelled cell at all"
+        raise UserError(f"{reviews.source}: {none}; allowed: reviews with sentiments to learn from")
     mode: Mode = "auto" if focal_alpha == "auto" else "ones" if focal_alpha is None else "custom"
-    vector = auto_alpha(counts) if focal_alpha == "auto" else (1.0, 1.0, 1.0) if focal_alpha is None else focal_alpha
+    ones = (1.0, 1.0, 1.0)
+    vector = auto_alpha(counts, dropped) if focal_alpha == "auto" else ones if focal_alpha is None else focal_alpha
     return Alpha(
         mode=mode,
         vector=vector,

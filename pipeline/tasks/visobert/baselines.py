@@ -1,18 +1,18 @@
 """What a model has to beat: the majority, and TF-IDF with logistic regression, fitted on the same training split."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import numpy as np
 import numpy.typing as npt
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, hstack
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
-from sklearn.pipeline import FeatureUnion
 
 from pipeline.tasks.visobert.answers import Prediction
-from pipeline.tasks.visobert.reviews import NOT_MENTIONED, SENTIMENTS, UNKNOWN, Labels, labelled
 from pipeline.tasks.visobert.scores import tuned_thresholds
+from pipeline.tasks.visobert.sentiments import NOT_MENTIONED, SENTIMENTS, UNKNOWN, Labels, labelled
 
 INVERSE_REGULARISATION = 4.0
 FEW_REVIEWS = 50  # so few that what occurs once counts too
@@ -34,11 +34,22 @@ class TfidfBaseline:
     """
 
     def __init__(self, texts: Sequence[str], labels: Labels, validation: tuple[Sequence[str], Labels]) -> None:
+        """Fit on the features that there are.
+
+        Raises:
+            ValueError: there are none.
+        """
         twice, thrice = (2, 3) if len(texts) > FEW_REVIEWS else (1, 1)
         words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=twice, token_pattern=WORD)
         letters = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), sublinear_tf=True, min_df=thrice)
-        self.features = FeatureUnion([("words", words), ("letters", letters)])
-        matrix = csr_matrix(self.features.fit_transform(texts))
+        self.features, parts = list[TfidfVectorizer](), []
+        for features in (words, letters):
+            with suppress(ValueError):  # it has none: where words are not separated, hardly one comes twice
+                parts.append(features.fit_transform(texts))
+                self.features.append(features)
+        if not parts:
+            raise ValueError(f"no word is in {twice} of the training reviews, and no letters are in {thrice}")
+        matrix = csr_matrix(hstack(parts))
         columns = range(labels.shape[1])
         self.detectors = [_fit(matrix, labels[:, column] > NOT_MENTIONED, labels[:, column] != UNKNOWN)
                           for column in columns]  # fmt: skip
@@ -51,7 +62,7 @@ class TfidfBaseline:
         return Prediction(sentiment.astype(np.int8), self._mentioned(matrix) >= self.thresholds)
 
     def _matrix(self, texts: Sequence[str]) -> csr_matrix:
-        return csr_matrix(self.features.transform(texts))
+        return csr_matrix(hstack([features.transform(texts) for features in self.features]))
 
     def _mentioned(self, matrix: csr_matrix) -> npt.NDArray[np.float64]:
         return np.stack([predict(matrix)[:, 1] for predict in self.detectors], 1)

@@ -94,11 +94,14 @@ def _decoded(file: Path, content: bytes) -> str:
 
 def _csv(file: Path, content: bytes) -> tuple[list[str], list[Sequence[object]]]:
     reader = csv.reader(io.StringIO(_decoded(file, content), newline=""), strict=True)
+    limit = csv.field_size_limit(len(content))  # its own is 131,072 characters a cell, and no other format has one
     try:
         names, *rows = (row for row in reader if row)
     except csv.Error as error:
         reason = "a quote that is never closed" if "unexpected end" in str(error) else str(error)
         raise UserError(f"{file}: line {reader.line_num}: {reason}") from None
+    finally:
+        csv.field_size_limit(limit)
     for number, row in enumerate(rows, 1):
         if len(row) != len(names):
             raise UserError(f"{file}: row {number}: found {len(row)} columns, allowed: {len(names)}")
@@ -111,7 +114,7 @@ def _jsonl(file: Path, content: bytes) -> tuple[list[str], list[Sequence[object]
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = json.loads(line, object_pairs_hook=_once)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{file}: line {number}: not JSON ({error})") from None
         if not isinstance(record, dict):
@@ -124,16 +127,26 @@ def _jsonl(file: Path, content: bytes) -> tuple[list[str], list[Sequence[object]
     return names, columns
 
 
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object; a key that is there twice is refused, where json takes the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"key {twice!r} is there twice")
+    return found
+
+
 def _refuse_halves(file: Path, names: Sequence[str], columns: Sequence[Sequence[object]]) -> None:
     for name, cells in zip(names, columns, strict=True):
-        if "\0" in name or _half(name):
+        if "\0" in name or half_character(name):
             raise UserError(f"{file}: column {name!r}: allowed: a name of whole characters other than zero")
         for row, cell in enumerate(cells, 1):
-            if isinstance(cell, str | list | dict) and (reason := _half(as_text(cell))):
+            if isinstance(cell, str | list | dict) and (reason := half_character(as_text(cell))):
                 raise UserError(f"{file}: row {row}, column {name}: found half a character ({reason})")
 
 
-def _half(text: str) -> str | None:
+def half_character(text: str) -> str | None:
+    """What is wrong with a text that holds half a character, which no file can; None where all are whole."""
     try:
         text.encode()
         return None

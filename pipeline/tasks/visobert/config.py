@@ -1,9 +1,9 @@
 """The keys of `train_visobert` (configs/config_multi.yaml) and of `data_prep`."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from pipeline.blocks import (
     AdamConfig,
@@ -12,9 +12,11 @@ from pipeline.blocks import (
     ScheduleConfig,
     TrackingSwitch,
     TrainingConfig,
+    embedded_line,
 )
 from pipeline.config import Config, Positive, Probability, with_default
 
+WITHOUT_DETECTION = "valid/sentiment_f1_macro"  # the default of evaluation.metric there
 EMBEDDED = "embedded"  # the model.name and the tokenizer that need nothing from elsewhere
 
 
@@ -31,7 +33,7 @@ class ReviewFormatConfig(Config):
     text_column: str | None = Field(None, min_length=1)
     """column of the text; null = the first there is of data, text, comment, review, content, sentence"""
     label_column: str | None = Field(None, min_length=1)
-    """column of all labels, as {ASPECT#Polarity};{ASPECT}; null = `label` or `labels`, else a column an aspect"""
+    """of all labels, as {ASPECT#Polarity};{ASPECT} or JSON objects; null = label or labels, else a column an aspect"""
     aspects: tuple[str, ...] | None = Field(None, min_length=1)
     """the aspects; null = every other column, or every aspect that the label column names"""
     detection_only: tuple[str, ...] = ()
@@ -62,11 +64,15 @@ class DataPrepConfig(Config):
     """whose tokens are counted: embedded = one trained on the training file; else a hub id or a local folder"""
     output_dir: str = Field("outputs/data_prep", min_length=1)
     """folder for the figures, tables and alpha.json"""
-    experiment: str | None = Field(None, min_length=1)
-    """MLflow experiment; null = the one `mlflow run` opened, or MLflow's default"""
+    experiment: str | None = Field(None, min_length=1, coerce_numbers_to_str=True)
+    """MLflow experiment, by name or id, made where there is none; null = that of `mlflow run`, or MLflow's default"""
     runs_dir: str = Field("outputs", min_length=1)
     """folder of the runs' own files, one folder a run"""
     tracking: TrackingSwitch = TrackingSwitch()
+
+    def embedded(self) -> str | None:
+        """A line that says so where the reviews are generated; None = they are the user's own."""
+        return None if self.data.path else embedded_line(self.data.embedded.rows, "reviews", "data.path")
 
 
 class TrainDataConfig(ReviewFormatConfig):
@@ -160,6 +166,13 @@ class MultiLabelConfig(Config):
     """weight of loss_aspect in the total"""
     aspect: AspectLossConfig = AspectLossConfig()
 
+    @field_validator("focal_alpha")
+    @classmethod
+    def _some_weight(cls, value: Any) -> Any:
+        if isinstance(value, tuple) and not any(value):
+            raise ValueError("at least one above 0")
+        return value
+
 
 class VisobertTrainingConfig(TrainingConfig):
     num_train_epochs: Positive = 15
@@ -248,14 +261,27 @@ class VisobertConfig(RunConfig):
         model: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
         fitting = dict(FROM_SCRATCH) if model.get("name") == EMBEDDED else {}
         if str(model.get("aspect_detection", True)).lower() in ("false", "f", "no", "n", "off", "0"):
-            fitting["evaluation.metric"] = "valid/sentiment_f1_macro"
+            fitting["evaluation.metric"] = WITHOUT_DETECTION
         for path, value in fitting.items():
             tree = with_default(tree, path, value)
         return tree
 
+    @model_validator(mode="after")
+    def _some_loss(self) -> Self:
+        if not (self.multi_label.lambda_sentiment or (self.multi_label.lambda_aspect and self.model.aspect_detection)):
+            both = "and multi_label.lambda_aspect are" if self.model.aspect_detection else "is"
+            raise ValueError(f"multi_label.lambda_sentiment {both} 0, allowed: a loss with a weight above 0")
+        return self
+
     def name(self) -> str:
         kind = "small" if self.model.name == EMBEDDED else "bert"
         return self.run_name or f"{kind} {self.arm_name()} s{self.seed}"
+
+    def default_metric(self) -> str:
+        return super().default_metric() if self.model.aspect_detection else WITHOUT_DETECTION
+
+    def embedded(self) -> str | None:
+        return None if self.data.train else embedded_line(self.data.embedded.rows, "reviews", "data.train")
 
     def arm_name(self) -> str:
         loss = self.multi_label

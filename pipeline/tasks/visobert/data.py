@@ -20,7 +20,7 @@ from torch import Tensor
 from pipeline.errors import os_errors
 from pipeline.storage.files import replacing
 from pipeline.task import Rows
-from pipeline.tasks.visobert.reviews import SENTIMENTS
+from pipeline.tasks.visobert.sentiments import SENTIMENTS
 from pipeline.tasks.visobert.tokenizer import Tokenizer, Tokens
 
 LENGTH_JITTER = 0.04  # reviews are sorted by a length that is up to this much longer: other neighbours every epoch
@@ -30,7 +30,7 @@ LENGTH_JITTER = 0.04  # reviews are sorted by a length that is up to this much l
 class ReviewBatch:
     ids: Tensor  # [B, L] int32
     mask: Tensor  # [B, L] bool, false where padded
-    labels: Tensor  # [B, A] int8, codes as in `reviews.Reviews`
+    labels: Tensor  # [B, A] int8, codes as in `sentiments`
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -18,13 +18,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.sparse import coo_array, csr_array
+from scipy.sparse.csgraph import connected_components
+from sklearn.feature_extraction.text import CountVectorizer
 
 from pipeline.storage.csv_table import cell
-from pipeline.tasks.visobert.reviews import UNKNOWN, Reviews
+from pipeline.tasks.visobert.reviews import Reviews
+from pipeline.tasks.visobert.sentiments import UNKNOWN
 
 SHINGLE = 5  # characters
 THRESHOLD = 0.8
@@ -34,19 +38,6 @@ OVERSAMPLED = 0.1  # share of copies in a training split above which it counts a
 _PAIRS = 50_000  # candidate pairs that are compared at once
 
 Ints = npt.NDArray[np.int64]
-
-
-class Shingles(NamedTuple):
-    """Sets of shingles, one after another. D = texts, S = shingles of all texts."""
-
-    ids: Ints  # [S] ascending within a text, so from rare to common
-    keys: Ints  # [S] text * different + id, ascending
-    different: int  # shingles in all
-    offsets: Ints  # [D + 1]
-
-    @property
-    def sizes(self) -> Ints:
-        return np.diff(self.offsets)
 
 
 @dataclass(frozen=True)
@@ -95,111 +86,59 @@ def in_conflict(labels: npt.NDArray[np.int8]) -> bool:
 
 
 def near_components(texts: Sequence[str]) -> Ints:
-    """For each of D distinct texts, the first that it is joined to by near copies, itself if by none. [D]"""
+    """For each of D distinct texts, the number of its component: texts that near copies join have the same. [D]"""
     shingles = shingle(texts)
-    joined = np.arange(len(texts))
-    compared = np.empty(0, dtype=np.int64)
-    for found in _candidates(shingles):
-        apart = joined[found[:, 0]] != joined[found[:, 1]]
-        keys = _unique(found[apart, 0] * len(texts) + found[apart, 1])
-        keys = keys[~_among(keys, compared)]
-        pairs = np.stack(np.divmod(keys, len(texts)), axis=1)
-        near = similar(shingles, pairs)
-        compared = np.sort(np.concatenate([compared, keys[~near]]))
-        joined = components(joined, pairs[near]) if near.any() else joined
-    return joined
+    near, components = np.empty((0, 2), dtype=np.int64), np.arange(len(texts))
+    for candidates in _candidates(shingles):
+        apart = candidates[components[candidates[:, 0]] != components[candidates[:, 1]]]
+        near = np.concatenate([near, apart[similar(shingles, apart)]])
+        graph = coo_array((np.ones(len(near)), near.T), shape=(len(texts), len(texts)))
+        components = connected_components(graph, directed=False)[1]
+    return components
 
 
-def shingle(texts: Sequence[str]) -> Shingles:
-    """The set of SHINGLE-character pieces of each text; a shorter text is one piece. Rare ones have small ids."""
-    lengths = np.array([max(len(text), SHINGLE) for text in texts], dtype=np.int64)
-    whole = "".join(text.ljust(SHINGLE, "\0") for text in texts)
-    characters = np.frombuffer(whole.encode("utf-32-le"), dtype="<u4")
-    alphabet, positions = np.unique(characters, return_inverse=True)
-    letters = positions.astype(np.uint64)
-    # a piece as one number; wraps over only for alphabets of more than 7,000 characters, and then hardly ever collides
-    codes = np.zeros(len(letters) - SHINGLE + 1, dtype=np.uint64)
-    for shift in range(SHINGLE):
-        codes = codes * np.uint64(len(alphabet)) + letters[shift : len(codes) + shift]
-    owners = np.repeat(np.arange(len(texts)), lengths)[: len(codes)]
-    ends = np.repeat(np.cumsum(lengths), lengths)[: len(codes)]
-    inside = np.arange(len(codes)) + SHINGLE <= ends
-    distinct_codes, pieces = np.unique(codes[inside], return_inverse=True)
-    keys = _unique(owners[inside] * len(distinct_codes) + pieces)  # each piece of a text once
-    owners, pieces = np.divmod(keys, len(distinct_codes))
-    rank = np.empty(len(distinct_codes), dtype=np.int64)
-    rank[np.argsort(np.bincount(pieces), kind="stable")] = np.arange(len(distinct_codes))
-    keys = np.sort(owners * len(distinct_codes) + rank[pieces])
-    offsets = np.searchsorted(owners, np.arange(len(texts) + 1))
-    return Shingles(keys % len(distinct_codes), keys, len(distinct_codes), offsets)
+def shingle(texts: Sequence[str]) -> csr_array:
+    """Which SHINGLE-character pieces each text has, the rare ones first; a shorter text is one piece. [D, pieces]"""
+    vectorizer = CountVectorizer(analyzer=_pieces, binary=True, dtype=np.int32)
+    found = csr_array(vectorizer.fit_transform(texts))
+    ranked = found[:, np.argsort(found.sum(axis=0), kind="stable")]
+    ranked.sort_indices()
+    return ranked
 
 
-def _candidates(shingles: Shingles) -> Iterator[Ints]:
+def _pieces(text: str) -> Iterator[str]:
+    return (text[start : start + SHINGLE] for start in range(max(1, len(text) - SHINGLE + 1)))
+
+
+def _candidates(shingles: csr_array) -> Iterator[Ints]:
     """Pairs (earlier, later text) that share a piece of their prefixes and are near enough in size. [P, 2] at a time
 
     First those that are next to each other among the texts with that piece, from short to long, then the others.
     """
-    sizes = shingles.sizes
+    sizes = np.diff(shingles.indptr)
     longest = sizes - np.ceil(THRESHOLD * sizes - 1e-9).astype(np.int64) + 1
-    within = np.arange(len(shingles.ids)) - np.repeat(shingles.offsets[:-1], sizes)
+    within = np.arange(shingles.nnz) - np.repeat(shingles.indptr[:-1], sizes)
     prefix = within < np.repeat(longest, sizes)
-    owners, ids = np.repeat(np.arange(len(sizes)), sizes)[prefix], shingles.ids[prefix]
-    order = np.lexsort((owners, sizes[owners], ids))
-    owners, ids = owners[order], ids[order]
+    owners, pieces = np.repeat(np.arange(len(sizes)), sizes)[prefix], shingles.indices[prefix]
+    order = np.lexsort((owners, sizes[owners], pieces))
+    owners, pieces = owners[order], pieces[order]
     for distance in range(1, NEIGHBOURS + 1):
         left, right = owners[:-distance], owners[distance:]
-        near = (ids[:-distance] == ids[distance:]) & (sizes[left] >= THRESHOLD * sizes[right] - 1e-9)
+        near = (pieces[:-distance] == pieces[distance:]) & (sizes[left] >= THRESHOLD * sizes[right] - 1e-9)
         if not near.any():
             break
-        yield np.sort(np.stack([left[near], right[near]], axis=1), axis=1)
+        yield np.unique(np.sort(np.stack([left[near], right[near]], axis=1), axis=1), axis=0)
 
 
-def similar(shingles: Shingles, pairs: Ints) -> npt.NDArray[np.bool_]:
+def similar(shingles: csr_array, pairs: Ints) -> npt.NDArray[np.bool_]:
     """Is the Jaccard similarity of each pair at least THRESHOLD? pairs: [P, 2] -> [P]"""
-    sizes = shingles.sizes
-    found = np.zeros(len(pairs), dtype=bool)
+    shared = [np.empty(0, dtype=np.int64)]
     for start in range(0, len(pairs), _PAIRS):
         first, second = pairs[start : start + _PAIRS].T
-        counts = sizes[first]
-        pair = np.repeat(np.arange(len(first)), counts)
-        position = np.arange(len(pair)) - np.repeat(np.cumsum(counts) - counts, counts)
-        wanted = second[pair] * shingles.different + shingles.ids[shingles.offsets[first][pair] + position]
-        shared = np.bincount(pair[_among(wanted, shingles.keys)], minlength=len(first))
-        found[start : start + _PAIRS] = shared >= THRESHOLD * (counts + sizes[second] - shared) - 1e-9
-    return found
-
-
-def _among(values: Ints, ascending: Ints) -> npt.NDArray[np.bool_]:
-    if not len(ascending):
-        return np.zeros(len(values), dtype=bool)
-    at = np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)
-    found: npt.NDArray[np.bool_] = ascending[at] == values
-    return found
-
-
-def _unique(values: Ints) -> Ints:
-    """As np.unique, which hashes: ten times slower on millions of values that are nearly all different."""
-    ascending = np.sort(values)
-    first = np.ones(len(values), dtype=bool)
-    first[1:] = ascending[1:] != ascending[:-1]
-    distinct: Ints = ascending[first]
-    return distinct
-
-
-def components(parents: Ints, pairs: Ints) -> Ints:
-    """The smallest thing that each of D is joined to, through `parents` (a smaller one or itself) or pairs. [D]"""
-    parent = parents.tolist()
-
-    def root(thing: int) -> int:
-        while parent[thing] != thing:
-            parent[thing] = parent[parent[thing]]
-            thing = parent[thing]
-        return thing
-
-    for one, other in pairs.tolist():
-        low, high = sorted((root(one), root(other)))
-        parent[high] = low
-    return np.array([root(thing) for thing in range(len(parent))])
+        shared.append(shingles[first].multiply(shingles[second]).sum(axis=1))
+    both, of_each = np.concatenate(shared), np.diff(shingles.indptr)[pairs].sum(axis=1)
+    near: npt.NDArray[np.bool_] = both >= THRESHOLD * (of_each - both) - 1e-9
+    return near
 
 
 def _groups(of_review: Ints) -> Iterator[Ints]:
@@ -237,10 +176,10 @@ def _across(groups: Sequence[Group], one: str, other: str) -> dict[str, int]:
 
 
 def distinct(reviews: Reviews) -> Ints:
-    """The first of all reviews with the same folded text and the same labels: their positions."""
-    seen: dict[tuple[str, bytes], int] = {}
+    """The first of all reviews with the same folded text and the same labels, and those without a text: positions."""
+    seen: dict[tuple[str | int, bytes], int] = {}
     for position, text in enumerate(reviews.texts):
-        seen.setdefault((folded(text), reviews.labels[position].tobytes()), position)
+        seen.setdefault((folded(text) or position, reviews.labels[position].tobytes()), position)
     return np.fromiter(seen.values(), np.int64, len(seen))
 
 

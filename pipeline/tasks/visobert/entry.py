@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import plots
 from pipeline.config import flatten
-from pipeline.console import say, table, warn
+from pipeline.console import optional, say, table, warn
 from pipeline.errors import UserError
 from pipeline.folders import published
 from pipeline.names import metric_names
@@ -31,17 +31,19 @@ from pipeline.tasks.visobert.duplicates import (
     summary,
     write_duplicates,
 )
-from pipeline.tasks.visobert.reviews import SENTIMENTS, Reviews
+from pipeline.tasks.visobert.reviews import Reviews
+from pipeline.tasks.visobert.sentiments import SENTIMENTS
 from pipeline.tasks.visobert.splits import read_splits
 from pipeline.tasks.visobert.statistics import ALL, distribution, token_lengths, write_distribution
-from pipeline.tasks.visobert.tokenizer import load_tokenizer
+from pipeline.tasks.visobert.tokenizer import MANY_UNKNOWN, load_tokenizer, unknown_share
 from pipeline.tracking.messages import RunRequest
 
 if TYPE_CHECKING:
     from pipeline.tasks.visobert.task import VisobertTask
 
+PICTURE = "sentiment_distribution.png"
 FILES = (
-    "sentiment_distribution.json", "sentiment_distribution.csv", "sentiment_distribution.png",
+    "sentiment_distribution.json", "sentiment_distribution.csv", PICTURE,
     "duplicates.csv", "duplicates.json", "token_lengths.json", ALPHA_FILE,
 )  # fmt: skip
 PICTURED = 100  # aspects with the most labels, of which there is a picture; the files hold all
@@ -53,6 +55,7 @@ class Findings:
     """All that data_prep finds; alpha is of the training split."""
 
     splits: Mapping[str, Reviews]  # train first; detection-only aspects without polarity
+    with_text: Mapping[str, Reviews]  # of these, the reviews that have a text
     alpha: Alpha
     copies: int  # training reviews with the text and the labels of an earlier one
     alpha_of_distinct: tuple[float, float, float]  # without those
@@ -84,6 +87,8 @@ def prepare_reviews(
     found = _examine(splits, only, config)
     metrics = figures(found)  # aspects whose names clash there are refused before anything is written
     files = _write(found, Path(config.output_dir))
+    if generated := config.embedded():
+        say(generated)
     _tell(found)
     if writer is None:
         return found.alpha, None
@@ -112,8 +117,9 @@ def _examine(splits: dict[str, Reviews], only: tuple[str, ...], config: DataPrep
     train = splits["train"]
     alpha = alpha_of(train, only, "auto")
     kept = distinct(train)
-    groups = find_duplicates(splits)
-    told = summary(splits, groups)
+    with_text = {split: reviews.with_text() for split, reviews in splits.items()}
+    groups = find_duplicates(with_text)
+    told = summary(with_text, groups)
     alpha_of_distinct = auto_alpha(count_sentiments(train.labels[kept]).sum(axis=0))
     copies = len(train) - len(kept)
     told["train"] = {
@@ -124,18 +130,24 @@ def _examine(splits: dict[str, Reviews], only: tuple[str, ...], config: DataPrep
         "alpha_of_distinct_reviews": alpha_of_distinct,
     }
     try:
-        tokenizer = load_tokenizer(config.tokenizer, None, train.texts, EmbeddedModelConfig().vocabulary)
+        texts = with_text["train"].texts
+        tokenizer = load_tokenizer(config.tokenizer, None, texts, EmbeddedModelConfig().vocabulary)
     except UserError as error:
         raise UserError(str(error).replace("model.name", "tokenizer")) from None
+    tokens = {split: tokenizer.encode(reviews.texts) for split, reviews in with_text.items()}
     return Findings(
         splits=splits,
+        with_text=with_text,
         alpha=alpha,
         copies=copies,
         alpha_of_distinct=alpha_of_distinct,
         distributions={split: distribution(reviews) for split, reviews in splits.items()},
         groups=groups,
         duplicates=told,
-        tokens={split: token_lengths(tokenizer.encode(reviews.texts).lengths) for split, reviews in splits.items()},
+        tokens={
+            split: token_lengths(found.lengths) | {"unknown_share": unknown_share(tokenizer, found.ids)}
+            for split, found in tokens.items()
+        },
     )
 
 
@@ -160,6 +172,9 @@ def _tell(found: Findings) -> None:
     lengths = found.tokens["train"]
     say(f"tokens of a training review: mean {lengths['mean']:.1f}, p50 {lengths['p50']}, p95 {lengths['p95']}, "
         f"p99 {lengths['p99']}, longest {lengths['max']}")  # fmt: skip
+    for split, tokens in found.tokens.items():
+        if tokens["unknown_share"] > MANY_UNKNOWN:
+            warn(f"{tokens['unknown_share']:.1%} of the tokens of {split} are unknown to the tokenizer")
     _tell_copies(found)
     say(f"alpha of {', '.join(SENTIMENTS)}: {found.alpha.text}, from {found.alpha.labelled_cells} labelled cells")
     if found.duplicates["train"]["oversampled"]:
@@ -188,7 +203,7 @@ def _tell_copies(found: Findings) -> None:
         for one, other in combinations(found.splits, 2):
             across = told["across"][f"{one}/{other}"][f"reviews_of_{other}"]
             if across:
-                warn(f"{across} of {len(found.splits[other])} {other} reviews have {kind} copies in {one}")
+                warn(f"{across} of {len(found.with_text[other])} {other} reviews have {kind} copies in {one}")
 
 
 def _tell_what_next(config: DataPrepConfig, run_id: str | None) -> None:
@@ -209,7 +224,8 @@ def _tell_what_next(config: DataPrepConfig, run_id: str | None) -> None:
 
 
 def _write(found: Findings, output: Path) -> list[Path]:
-    with published(output, FILES) as folder:
+    files = list(FILES)
+    with published(output, files) as folder:
         dropped = {
             split: [{"row": label.row, "column": label.column, "value": label.value} for label in reviews.dropped]
             for split, reviews in found.splits.items()
@@ -223,11 +239,16 @@ def _write(found: Findings, output: Path) -> list[Path]:
         counts = dict(zip(found.alpha.aspects, found.alpha.per_aspect_counts, strict=True))
         shown = set(sorted(counts, key=lambda aspect: -sum(counts[aspect]))[:PICTURED])
         pictured = {ALL: found.alpha.counts} | {aspect: counts[aspect] for aspect in counts if aspect in shown}
-        plots.sentiments(pictured, SENTIMENTS, stem.with_suffix(".png"))
-        write_duplicates(found.splits, found.groups, found.duplicates, folder)
+        with optional(PICTURE):
+            plots.sentiments(pictured, SENTIMENTS, stem.with_suffix(".png"))
+        if not stem.with_suffix(".png").exists():
+            files.remove(PICTURE)
+        write_duplicates(found.with_text, found.groups, found.duplicates, folder)
         (folder / "token_lengths.json").write_text(json.dumps(found.tokens, indent=2) + "\n", encoding="utf-8")
         found.alpha.write(folder / ALPHA_FILE)
-    return [output / name for name in FILES]
+    if PICTURE not in files:
+        (output / PICTURE).unlink(missing_ok=True)  # of an earlier run
+    return [output / name for name in files]
 
 
 # ---------------------------------------------------------------- tracking

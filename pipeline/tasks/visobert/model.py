@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.tasks.visobert.config import EMBEDDED, ModelConfig
 from pipeline.tasks.visobert.encoder import EmbeddedEncoder, Encoded
 from pipeline.tasks.visobert.pretrained import model_folder
-from pipeline.tasks.visobert.reviews import SENTIMENTS
+from pipeline.tasks.visobert.sentiments import SENTIMENTS
 from pipeline.tasks.visobert.tokenizer import Tokenizer
 
 

@@ -1,7 +1,7 @@
 """A logged aspect sentiment model: texts in, sentiments of every aspect out."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.config import load as load_config
+from pipeline.errors import UserError
 from pipeline.storage.calibration_file import read_calibration
 from pipeline.tasks.visobert.answers import ASPECTS_FILE, ENCODER_FOLDER, TOKENIZER_FOLDER, Answers
 from pipeline.tasks.visobert.config import EMBEDDED, VisobertConfig
@@ -37,8 +38,8 @@ def load(folder: Path) -> Callable[..., pd.DataFrame]:
     thresholds, calibration = model.thresholds.double().numpy(), read_calibration(folder)
 
     def predict(texts: Any, raw: bool = False) -> pd.DataFrame:
-        column = texts.iloc[:, 0] if isinstance(texts, pd.DataFrame) else pd.Series(texts, dtype=object)
-        listed = ["" if text is None or pd.isna(text) else str(text) for text in column]
+        column = text_column(texts, told["text_column"])
+        listed = [_text(row, text) for row, text in enumerate(column, 1)]
         tokens = tokenizer.encode(listed, config.model.max_tokens)
         table = ReviewTable(tokens, np.empty((len(listed), 0), np.int8), tokenizer.pad_id)
         output = predict_logits(model, table, size, budget)
@@ -46,6 +47,41 @@ def load(folder: Path) -> Callable[..., pd.DataFrame]:
         return answers.frame().set_index(column.index)
 
     return predict
+
+
+def text_column(given: Any, name: str) -> pd.Series:
+    """The texts of a list, a Series, or the column `name` of a frame or of dicts.
+
+    Of whatever else MLflow makes a frame, and passes on its first column alone: under another name it may be what
+    stands beside the texts.
+
+    Raises:
+        UserError: found columns of other names, or several without one.
+    """
+    if isinstance(given, pd.Series):
+        return given
+    if isinstance(given, str | Mapping):
+        given = [given]
+    frame = given if isinstance(given, pd.DataFrame) else pd.DataFrame(list(given), dtype=object)
+    columns = list(frame.columns)
+    unnamed = all(str(column).isdigit() for column in columns)
+    if unnamed and len(columns) <= 1:
+        column = frame.iloc[:, 0] if columns else pd.Series(dtype=object)
+    elif columns.count(name) == 1:
+        column = frame[name]
+    else:
+        found = f"{len(columns)} columns without names" if unnamed else f"column {', '.join(map(repr, columns))}"
+        raise UserError(f"texts: found {found}; allowed: column {name!r} (of several the first), or a list of texts")
+    several = len(column) == 1 and isinstance(column.iloc[0], list | tuple | np.ndarray)
+    return pd.Series(list(column.iloc[0]), dtype=object) if several else column  # {"text": [...]}, in MLflow's hands
+
+
+def _text(row: int, value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if pd.api.types.is_scalar(value) and pd.isna(value):
+        return ""
+    raise UserError(f"texts: row {row}: found {type(value).__name__} {str(value)[:60]!r}, allowed: text")
 
 
 def predict_logits(

@@ -6,11 +6,13 @@ import numpy as np
 import pandas as pd
 
 from pipeline import plots
+from pipeline.console import optional
 from pipeline.storage.csv_table import write_csv
 from pipeline.task import write_test_rows
 from pipeline.tasks.visobert.answers import MENTIONED_TEXT, Answers
-from pipeline.tasks.visobert.reviews import MENTIONED, NOT_MENTIONED, SENTIMENTS, UNKNOWN, Reviews, labelled
+from pipeline.tasks.visobert.reviews import Reviews
 from pipeline.tasks.visobert.scores import aspect_table, confusion
+from pipeline.tasks.visobert.sentiments import MENTIONED, NOT_MENTIONED, SENTIMENTS, UNKNOWN, labelled
 from pipeline.tasks.visobert.statistics import ALL
 
 MOST_CONFIDENT = 200
@@ -34,7 +36,8 @@ def write_report(folder: Path, split: str, reviews: Reviews, answers: Answers) -
     shown = sorted(matrices, key=lambda aspect: -int(matrices[aspect].sum()))[:PICTURED]
     pictured = {aspect.replace("$", r"\$"): counts  # else two of them would open a formula
                 for aspect, counts in matrices.items() if aspect in shown}  # fmt: skip
-    plots.confusion(pictured, SENTIMENTS, pictures / f"{split}_confusion.png")
+    with optional(f"plots/{split}_confusion.png"):
+        plots.confusion(pictured, SENTIMENTS, pictures / f"{split}_confusion.png")
     given = {"text": list(reviews.texts), "labels": [reviews.labels_text(row) for row in range(len(reviews))]}
     write_csv(pd.concat([pd.DataFrame(given), answers.frame()], axis=1), tables / f"{split}_predictions.csv")
     write_csv(confident_errors(reviews, answers), tables / f"{split}_errors.csv")

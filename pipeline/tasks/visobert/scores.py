@@ -7,7 +7,7 @@ import numpy.typing as npt
 from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
 
 from pipeline.tasks.visobert.answers import Flags, Prediction
-from pipeline.tasks.visobert.reviews import NOT_MENTIONED, SENTIMENTS, UNKNOWN, Labels, labelled
+from pipeline.tasks.visobert.sentiments import MENTIONED, NOT_MENTIONED, SENTIMENTS, UNKNOWN, Labels, labelled
 
 CLASSES = tuple(range(len(SENTIMENTS)))
 PRIOR_MENTIONS = 30  # how many mentions outweigh the threshold 0.5
@@ -33,6 +33,25 @@ def score(labels: Labels, prediction: Prediction, names: Sequence[str], polar: F
         found |= _aspect_scores(labels, prediction.mentioned, names, polar)
         found |= _pair_scores(labels, prediction.sentiment, prediction.mentioned, polar)
     return found
+
+
+def known_scores(labels: Labels | None, names: Sequence[str], polar: Flags, detection: bool) -> dict[str, str]:
+    """Every score that `score` can give -> what it needs that the labels lack, "" where nothing.
+
+    Which scores there are depends on labels alone: those of a perfect prediction. labels: None = there are none.
+    """
+    every = np.where(polar, np.array(CLASSES, dtype=np.int8)[:, None], np.int8(MENTIONED))  # all that may occur
+    there = {} if labels is None else _perfect(labels, names, polar, detection)
+    found = {}
+    for name in _perfect(every, names, polar, detection):
+        aspect = name.partition("/")[2]
+        found[name] = "" if name in there else f"labels of {aspect}" if aspect in names else "labels"
+    return found
+
+
+def _perfect(labels: Labels, names: Sequence[str], polar: Flags, detection: bool) -> dict[str, float]:
+    sentiment = np.where(labelled(labels), labels, np.int8(0))
+    return score(labels, Prediction(sentiment, labels > NOT_MENTIONED if detection else None), names, polar)
 
 
 def _sentiment_scores(truth: Labels, guess: npt.NDArray[np.int8]) -> dict[str, float]:

@@ -67,6 +67,7 @@ def load_splits(config: TrainDataConfig) -> Splits:
     """
     files = {"train": config.train, "validation": config.validation, "test": config.test}
     found, only = read_splits(files, config)
+    found = {name: reviews.with_text() for name, reviews in found.items()}
     train, valid = found["train"], found.get("validation")
     if valid is None:
         drawn = _drawn(train.texts, config.validation_share)

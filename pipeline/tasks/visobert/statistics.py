@@ -11,7 +11,8 @@ import numpy.typing as npt
 
 from pipeline.storage.csv_table import cell
 from pipeline.tasks.visobert.alpha import count_sentiments
-from pipeline.tasks.visobert.reviews import MENTIONED, SENTIMENTS, UNKNOWN, Reviews
+from pipeline.tasks.visobert.reviews import Reviews
+from pipeline.tasks.visobert.sentiments import MENTIONED, SENTIMENTS, UNKNOWN
 
 PERCENTILES = (1, 5, 25, 50, 75, 90, 95, 99)
 ALL = "all aspects"

@@ -18,7 +18,7 @@ from pipeline.blocks import AdamConfig
 from pipeline.calibration import Fitted, fit_temperature
 from pipeline.checkpoint import save_weights
 from pipeline.config import to_yaml
-from pipeline.console import say, warn
+from pipeline.console import optional, say, warn
 from pipeline.errors import UserError
 from pipeline.importing import uncollected
 from pipeline.influence import PREFIX, cosine, flat, gradients, norm
@@ -37,16 +37,18 @@ from pipeline.tasks.visobert.answers import ASPECTS_FILE, ENCODER_FOLDER, TOKENI
 from pipeline.tasks.visobert.baselines import TfidfBaseline, majority
 from pipeline.tasks.visobert.config import EMBEDDED, VisobertConfig
 from pipeline.tasks.visobert.data import LengthBuckets, ReviewBatch, ReviewTable, capped_repeats, tokenise
+from pipeline.tasks.visobert.duplicates import folded
 from pipeline.tasks.visobert.model import AspectSentimentModel, Output, PretrainedEncoder, build_model, by_depth
 from pipeline.tasks.visobert.predict import predict_logits
 from pipeline.tasks.visobert.pretrained import model_folder
 from pipeline.tasks.visobert.report import write_pair_rows, write_report
-from pipeline.tasks.visobert.reviews import NOT_MENTIONED, SENTIMENTS, UNKNOWN, labelled
-from pipeline.tasks.visobert.scores import score, tuned_thresholds
+from pipeline.tasks.visobert.scores import known_scores, score, tuned_thresholds
+from pipeline.tasks.visobert.sentiments import NOT_MENTIONED, SENTIMENTS, UNKNOWN, labelled
 from pipeline.tasks.visobert.splits import Splits, load_splits
-from pipeline.tasks.visobert.tokenizer import Tokenizer, load_tokenizer
+from pipeline.tasks.visobert.tokenizer import MANY_UNKNOWN, Tokenizer, load_tokenizer, unknown_share
 
 COMPARED = ("aspect_f1_macro", "sentiment_f1_macro", "pair_f1_micro", "pair_f1_macro")  # of the baselines
+BASELINES = ("majority", "tfidf")
 COMPONENTS = ("loss_sentiment", "loss_aspect")
 EXAMPLE_LETTERS = 200
 MANY_CUT = 0.01
@@ -155,6 +157,7 @@ class VisobertTask:
         } | {f"reviews_{name}": str(len(reviews)) for name, reviews in self.splits.named.items()}
 
     def describe(self, folder: Path) -> Mapping[str, float]:
+        say(f"Total parameters: {self.parameters:,}")
         self.alpha.write(folder / ALPHA_FILE)
         return self.alpha.metrics()
 
@@ -164,11 +167,27 @@ class VisobertTask:
             found += reviews.notes
             if reviews.dropped:
                 found.append(f"{reviews.source}: bad cells that are dropped: {len(reviews.dropped)} ({name})")
+            unknown = unknown_share(self.tokenizer, self.table(name).ids[:-1].numpy())
+            if unknown > MANY_UNKNOWN:
+                found.append(f"{unknown:.1%} of the tokens of {name} are unknown to the tokenizer")
+            copies = self._copies(name)
+            if copies:
+                found.append(f"{copies} of {len(reviews)} {name} reviews are in train")
         lengths = self.table("train").lengths.numpy()
         cut = float((lengths >= self.config.model.max_tokens).mean())
         if cut > MANY_CUT:
             found.append(f"{cut:.1%} of the training reviews reach model.max_tokens {self.config.model.max_tokens}")
         return found
+
+    def _copies(self, split: str) -> int:
+        """Reviews of a file that are in the training file too; those of the embedded reviews are made so."""
+        data = self.config.data
+        if split == "train" or data.train is None or (split == "valid" and data.validation is None):
+            return 0
+        known = set(map(folded, self.splits.train.texts))
+        if data.validation is None:  # a share of the training file
+            known |= set(map(folded, self.splits.valid.texts))
+        return sum(folded(text) in known for text in self.splits.named[split].texts)
 
     def _build(self, *, weights: bool) -> AspectSentimentModel:
         return build_model(self.config.model, len(self.aspects), self.tokenizer, weights=weights, warn=warn)
@@ -280,6 +299,27 @@ class VisobertTask:
             losses |= self._log_losses(output, labels)
         return {f"{split}/{name}": value for name, value in (losses | found | beside).items()}
 
+    def known_metrics(self, split: str) -> Mapping[str, str]:
+        detection, reviews = self.config.model.aspect_detection, self.splits.named.get(split)
+        labels = reviews.labels if reviews else None
+        lacks = known_scores(labels, self.names, self.polar, detection)
+        if self.config.baselines:
+            lacks |= {f"{name}_{by}": lacks[name] for name in COMPARED if name in lacks for by in BASELINES}
+        heads = ("sentiment", "aspect") if detection else ("sentiment",)
+        lacks |= dict.fromkeys(["loss_total", *(f"loss_{head}" for head in heads)], "")
+        if split == "test":
+            lacks |= {f"logloss_{head}": _lack(head, labels) for head in heads}
+        if reviews is None:
+            return dict.fromkeys((f"{split}/{name}" for name in lacks), f"needs a {split} split: there is none")
+        where = f"{'validation' if split == 'valid' else split} has none in {len(reviews):,} reviews"
+        found = {name: f"needs {what}: {where}" if what else "" for name, what in lacks.items()}
+        if split == "test" and self.config.model.calibrate:
+            valid = self.splits.valid
+            fitted = {head: f"needs labels: validation has none in {len(valid):,} reviews" for head in heads
+                      if _lack(head, valid.labels)}  # fmt: skip
+            found |= {f"logloss_{head}{CALIBRATED}": found[f"logloss_{head}"] or fitted.get(head, "") for head in heads}
+        return {f"{split}/{name}": why for name, why in found.items()}
+
     def _log_losses(self, output: Output, labels: Tensor) -> dict[str, float]:
         """Cross-entropy of each head without weights, and of its calibrated probabilities."""
         found = {}
@@ -299,7 +339,11 @@ class VisobertTask:
         cells = _cells(output, torch.from_numpy(self.splits.valid.labels))
         if "sentiment" not in cells:
             say("sentiments are not calibrated: found no labelled cell in the validation split")
-        self.calibration = {head: {"temperature": fit_temperature(*of_head)} for head, of_head in cells.items()}
+        fitted: dict[str, dict[str, float]] = {}
+        for head, of_head in cells.items():
+            with optional(f"the calibration of {head}"):
+                fitted[head] = {"temperature": fit_temperature(*of_head)}
+        self.calibration = fitted
         return self.calibration
 
     def _predict(self, model: AspectSentimentModel, table: ReviewTable, device: str) -> Output:
@@ -324,10 +368,9 @@ class VisobertTask:
         if not self.config.baselines:
             return {}
         reviews = self.splits.named[split]
-        predictions = {
-            "majority": majority(self.splits.train.labels, len(reviews)),
-            "tfidf": self._tfidf.predict(reviews.texts),
-        }
+        predictions = {"majority": majority(self.splits.train.labels, len(reviews))}
+        if self._tfidf:
+            predictions["tfidf"] = self._tfidf.predict(reviews.texts)
         found: dict[str, float] = {}
         for name, prediction in predictions.items():
             scores = score(reviews.labels, prediction, self.names, self.polar)
@@ -335,9 +378,11 @@ class VisobertTask:
         return found
 
     @cached_property
-    def _tfidf(self) -> TfidfBaseline:
+    def _tfidf(self) -> TfidfBaseline | None:
         train, valid = self.splits.train, self.splits.valid
-        return TfidfBaseline(train.texts, train.labels, (valid.texts, valid.labels))
+        with optional("the TF-IDF baseline"):
+            return TfidfBaseline(train.texts, train.labels, (valid.texts, valid.labels))
+        return None
 
     def findings(self, metrics: Mapping[str, float]) -> Sequence[str]:  # noqa: ARG002
         return []
@@ -350,9 +395,11 @@ class VisobertTask:
             return
         answers = self._answers(model, self._predict(model, self.table(split), device))
         if tracking.log_report:
-            write_report(folder, split, self.splits.named[split], answers)
+            with optional(f"the report of {split}"):
+                write_report(folder, split, self.splits.named[split], answers)
         if split == "test" and tracking.log_rows:
-            write_pair_rows(folder, self.splits.named[split], answers)
+            with optional("evaluation/test_rows.parquet"):
+                write_pair_rows(folder, self.splits.named[split], answers)
 
     def export(self, model: nn.Module, folder: Path) -> ModelExport:
         assert isinstance(model, AspectSentimentModel)
@@ -362,7 +409,8 @@ class VisobertTask:
         self.tokenizer.save(folder / TOKENIZER_FOLDER)
         if isinstance(model.encoder, PretrainedEncoder):
             cast(Any, model.encoder.model).config.save_pretrained(str(folder / ENCODER_FOLDER))
-        told = {"aspects": self.aspects, "detection_only": self.splits.detection_only}
+        told = {"aspects": self.aspects, "detection_only": self.splits.detection_only,
+                "text_column": self.splits.train.text_column}  # fmt: skip
         (folder / ASPECTS_FILE).write_text(json.dumps(told, ensure_ascii=False) + "\n", encoding="utf-8")
         outputs = column_types(self.aspects, self.polar, detection=self.config.model.aspect_detection)
         return ModelExport(
@@ -383,6 +431,12 @@ def _cells(output: Output, labels: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         logits = torch.stack([torch.zeros_like(mentioned), mentioned], -1)  # sigmoid(z) as a softmax
         found["aspect"] = logits, (labels[known] > NOT_MENTIONED).long()
     return {head: cells for head, cells in found.items() if len(cells[1])}
+
+
+def _lack(head: str, labels: npt.NDArray[np.int8] | None) -> str:
+    """What the labels lack for the cells that a head is judged on; "" = nothing."""
+    cells = None if labels is None else labelled(labels) if head == "sentiment" else labels != UNKNOWN
+    return "" if cells is not None and cells.any() else "labels"
 
 
 def _adamw(

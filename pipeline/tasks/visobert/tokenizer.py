@@ -21,7 +21,7 @@ TOKENIZER_FILE = "tokenizer.json"
 # one of these must be there: without a vocabulary transformers makes up an empty one, and says nothing
 VOCABULARY_FILES = (TOKENIZER_FILE, "*.model", "vocab.txt", "vocab.json", "*.codes", "*.tiktoken")
 PAD, UNKNOWN, START, MASK = "<pad>", "<unk>", "<s>", "<mask>"
-LETTERS = 400  # different characters, the most frequent; the rest is unknown
+MANY_UNKNOWN = 0.01  # share of tokens that a warning is worth
 
 
 class Tokens(NamedTuple):
@@ -35,6 +35,7 @@ class Tokenizer(Protocol):
     size: int  # ids are below this
     pad_id: int
     mask_id: int  # stands for a token that is hidden
+    unknown_id: int | None  # stands for what the vocabulary lacks
     digest: str  # equal digests give equal ids
 
     def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> Tokens:
@@ -44,6 +45,11 @@ class Tokenizer(Protocol):
     def save(self, folder: Path) -> None:
         """Write what `load_saved` reads."""
         ...
+
+
+def unknown_share(tokenizer: Tokenizer, ids: npt.NDArray[np.int32]) -> float:
+    """Share of the tokens that stand for what the vocabulary lacks."""
+    return float((ids == tokenizer.unknown_id).mean()) if tokenizer.unknown_id is not None and len(ids) else 0.0
 
 
 def normalise(text: str) -> str:
@@ -79,6 +85,7 @@ class EmbeddedTokenizer:
         self.size = backend.get_vocab_size()
         self.pad_id: int = backend.get_vocab()[PAD]
         self.mask_id: int = backend.get_vocab()[MASK]
+        self.unknown_id: int | None = backend.get_vocab()[UNKNOWN]
         self.digest = hashlib.sha256(backend.to_str().encode()).hexdigest()
 
     @classmethod
@@ -93,11 +100,12 @@ class EmbeddedTokenizer:
                 pre_tokenizers.Metaspace(prepend_scheme="always"),
             ]
         )
+        special = [PAD, UNKNOWN, START, MASK]
         trainer = trainers.BpeTrainer(
             vocab_size=vocabulary,
             min_frequency=2,
-            limit_alphabet=LETTERS,
-            special_tokens=[PAD, UNKNOWN, START, MASK],
+            limit_alphabet=vocabulary - len(special),  # the most frequent letters; others are unknown
+            special_tokens=special,
             show_progress=False,
         )
         backend.train_from_iterator(texts, trainer)
@@ -134,6 +142,7 @@ class PretrainedTokenizer:
         self.pad_id = next(int(pad) for pad in pads if pad is not None)
         mask = self.backend.mask_token_id
         self.mask_id = self.pad_id if mask is None else int(mask)
+        self.unknown_id = self.backend.unk_token_id
         self.digest = hashlib.sha256(_definition(self.backend, folder)).hexdigest()
 
     def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> Tokens:

@@ -1,15 +1,13 @@
 """What a schema YAML with `format: aliccp` says of a folder with the original Ali-CCP files."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from pipeline.config import Config, Positive
 from pipeline.errors import UserError
 from pipeline.tasks.mmoe.schema import SplitSource, short_form
-
-MOST_FIELDS, MOST_NAME_BYTES = 1024, 64
 
 
 class RawFiles(Config):
@@ -17,6 +15,10 @@ class RawFiles(Config):
     """file with a line a sample: sample_id,click,buy,common_feature_index,feat_num,feat_list"""
     common_features: str = Field(min_length=1)
     """file with a line a user: index,feat_num,feat_list"""
+
+
+TRAIN = RawFiles(skeleton="sample_skeleton_train.csv", common_features="common_features_train.csv")
+TEST = RawFiles(skeleton="sample_skeleton_test.csv", common_features="common_features_test.csv")
 
 
 class RawFeature(Config):
@@ -33,15 +35,20 @@ class RawFeature(Config):
 class RawSplit(SplitSource):
     by: Literal["sample_id", "common_feature_index"] = "sample_id"
     """split by the hash of this cell; common_feature_index keeps the rows of a user together"""
+    validation: float = Field(0.1, ge=0, lt=1)
+    """share of the validation split"""
+    test: float = Field(0.1, ge=0, lt=1)
+    """share of the test split, where no test files are read"""
 
 
 class RawSource(Config):
     """The original files: what is read, what the fields are, and what is done with rows that do not fit."""
 
     format: Literal["aliccp"]
-    train: RawFiles = RawFiles(skeleton="sample_skeleton_train.csv", common_features="common_features_train.csv")
-    test: RawFiles | None = None
-    """files that are the test split; then split.test is 0. null = none, every split is of the files under train"""
+    train: RawFiles = TRAIN
+    test: Literal["auto"] | RawFiles | None = "auto"
+    """files that are the test split as a whole, and then `split` divides the others without its share for test;
+    auto = sample_skeleton_test.csv and common_features_test.csv where they are there; null = none"""
     features: dict[str, Annotated[RawFeature, BeforeValidator(short_form)]] = Field(default_factory=dict)
     """field -> kind, or a mapping with its settings"""
     other_fields: Literal["auto", "ignore"] = "auto"
@@ -58,25 +65,22 @@ class RawSource(Config):
     """as many lines of a file may be malformed and are left out; a cut last line is left out in any case"""
     split: RawSplit = RawSplit()
 
+    @field_validator("test", mode="before")
+    @classmethod
+    def _names_two_files(cls, value: Any) -> Any:
+        if isinstance(value, dict) and set(value) != set(RawFiles.model_fields):
+            raise ValueError("a mapping has the keys skeleton and common_features")
+        return value
+
     @model_validator(mode="after")
     def _names_fit(self) -> Self:
         for name in self.features:
-            if not (0 < len(name) <= MOST_NAME_BYTES and name.isascii() and name.isprintable()):
-                raise ValueError(
-                    f"features.{name!r}: allowed: names of up to {MOST_NAME_BYTES} printable ASCII characters"
-                )
-        if len(self.features) > MOST_FIELDS:
-            raise ValueError(f"features: found {len(self.features)}, allowed: {MOST_FIELDS} at most")
-        return self
-
-    @model_validator(mode="after")
-    def _one_test_split(self) -> Self:
-        if self.test and self.split.test:
-            raise ValueError(f"split.test is {self.split.test:g} and test names files, allowed: one of both")
+            if not name or not name.isascii() or not name.isprintable() or "," in name:
+                raise ValueError(f"features.{name!r}: allowed: names of printable ASCII characters but a comma")
         return self
 
     def files(self, data: Path) -> list[tuple[Path, Path]]:
-        """(skeleton, common features) of the training files and, if any, of the test files.
+        """(skeleton, common features) of the training files and, where test files are used, of those.
 
         Raises:
             UserError: a file is not there; a `.gz` beside is taken.
@@ -84,14 +88,18 @@ class RawSource(Config):
         if not data.is_dir():
             named = ", ".join((self.train.skeleton, self.train.common_features))
             raise UserError(f"{data}: no such folder, allowed: a folder that holds {named}")
-        return [
-            (_found(data, files.skeleton), _found(data, files.common_features))
-            for files in (self.train, self.test) if files
-        ]  # fmt: skip
+        groups = []
+        for files in (self.train, TEST if self.test == "auto" else self.test):
+            names = files.model_dump().values() if files else ()
+            found = [file for name in names if (file := find(data, name))]
+            for name in names if found or files is self.train or self.test != "auto" else ():
+                if not find(data, name):
+                    end = "the schema's train and test name the files; test: null reads no test files"
+                    raise UserError(f"{data}: no file {name} (nor {name}.gz); {end}")
+            groups += [(found[0], found[1])] if found else []
+        return groups
 
 
-def _found(data: Path, name: str) -> Path:
-    for file in (data / name, data / f"{name}.gz"):
-        if file.is_file():
-            return file
-    raise UserError(f"{data}: no file {name} (nor {name}.gz); the schema's train and test name the files")
+def find(data: Path, name: str) -> Path | None:
+    """The file of that name, or the one with `.gz` after it."""
+    return next((file for file in (data / name, data / f"{name}.gz") if file.is_file()), None)

@@ -1,1 +1,0 @@
-"""The original Ali-CCP files for `prepare_ctr`."""
