@@ -60,9 +60,9 @@ def memory() -> dict[str, int]:
 
 def main(data: Path, overrides: Mapping[str, str]) -> None:
     from bench.workshop import Trainer, reference_config
-    from pipeline.launch import prepare_torch
-    from pipeline.run import MemoryRun
+    from pipeline.runs.launch import prepare_torch
     from pipeline.tasks.mmoe.task import MmoeTask
+    from pipeline.tracking.mlflow_run import MemoryRun
 
     answers = os.fdopen(os.dup(1), "w")
 

@@ -6,7 +6,7 @@ import time
 import numpy as np
 
 from bench.figures import figure
-from pipeline.metrics import auc
+from pipeline.maths.metrics import auc
 
 ROWS, TURNS = 1_000_000, 15
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.folders import made_once
+from pipeline.storage.folders import made_once
 from pipeline.tasks.mmoe.schema import (
     FIRST_ID,
     SCHEMA_FILE,

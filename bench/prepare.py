@@ -48,7 +48,7 @@ def prepare_ctr(shop: Workshop) -> None:
 
 def _raw(folder: Path, rows: int) -> Path:
     from bench.raw_aliccp import SKELETON_FILE, write_raw
-    from pipeline.folders import made_once
+    from pipeline.storage.folders import made_once
 
     return made_once(folder / f"raw-{rows}", [SKELETON_FILE], lambda work: write_raw(work, rows, USERS, 0), "FOLDER")
 

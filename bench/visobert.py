@@ -13,15 +13,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from bench.figures import Timed, figure, measured, silence
 from bench.workshop import Workshop
-from pipeline.config import load
-from pipeline.console import Console
-from pipeline.run import MemoryRun
-from pipeline.task import TOTAL, Rows, precision
+from pipeline.config.strict_config import load
+from pipeline.runtime.console import Console
+from pipeline.tasks.base import TOTAL, Rows, precision
 from pipeline.tasks.visobert.config import VisobertConfig
-from pipeline.tasks.visobert.data import ReviewBatch, padding_efficiency
+from pipeline.tasks.visobert.review_table import ReviewBatch, padding_efficiency
 from pipeline.tasks.visobert.task import VisobertTask
 from pipeline.tasks.visobert.tokenizer import PAD, START, UNKNOWN, EmbeddedTokenizer
-from pipeline.training import Training, Window
+from pipeline.tracking.mlflow_run import MemoryRun
+from pipeline.training.loop import Training, Window
 
 REVIEWS, LAYERS, ASPECTS, PAIRS, FEW_PAIRS = 6000, 2, 11, 5, 3
 UNIT = "reviews per CPU second"

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from bench import impressions
 from bench.figures import ROOT, Timed, silence
-from pipeline.config import load
-from pipeline.console import Console
-from pipeline.run import MemoryRun, MlflowRun, Run, RunRequest, Writer
+from pipeline.config.strict_config import load
+from pipeline.runtime.console import Console
 from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.task import MmoeTask
-from pipeline.training import Training
+from pipeline.tracking.mlflow_run import MemoryRun, MlflowRun, Run, RunRequest, Writer
+from pipeline.training.loop import Training
 
 ROWS = 1_000_000
 STORE_FILE = "mlflow.db"

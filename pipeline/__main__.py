@@ -1,22 +1,22 @@
 """`python -m pipeline NAME [--key value ...]`: entry name -> validated config -> lazy import -> run."""
 
-import importlib
 import os
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import click
 
-from pipeline import ranks
-from pipeline.config import Config, keys, load, nearest
-from pipeline.console import open_standard_streams
+from pipeline.config.strict_config import Config, keys, load, nearest
+from pipeline.entries import ENTRIES, Entry
 from pipeline.errors import UserError
-from pipeline.importing import uncollected
-from pipeline.interrupts import Interrupted, interruptible
+from pipeline.runtime import process_rank as ranks
+from pipeline.runtime.console import open_standard_streams
+from pipeline.runtime.importing import import_reference
+from pipeline.runtime.interrupts import Interrupted, interruptible
 from pipeline.runtime.text import visible
+from pipeline.tasks.registry import ROOT
 
-ROOT = Path(__file__).parent.parent
 LONGEST_LINE = 3000  # characters of an error
 
 # Torch's threads wait for each other by spinning. When another process has one of their cores, a step of 9 ms took
@@ -25,54 +25,9 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
-class Entry(NamedTuple):
-    about: str
-    config: str  # module:class of its keys
-    target: str  # module:name, what makes a Task from the config, or a function of (config, given)
-    file: str | None = None  # the config where none is named
-    trains: bool = False
-    passes_on: bool = False  # options that are not its own are the task's: the target gets (config, file, options)
-
-
-MMOE_CONFIG = "pipeline.tasks.mmoe.config:MmoeConfig"
-ENTRIES = {
-    "main": Entry(
-        "The whole story on the embedded data: a baseline, the focal arm, and both side by side.",
-        MMOE_CONFIG, "pipeline.story:main", "configs/mtl_mmoe.yaml",
-    ),
-    "data_prep": Entry(
-        "Reviews to their sentiment distribution and alpha, with copies and lengths.",
-        "pipeline.tasks.visobert.config:DataPrepConfig", "pipeline.tasks.visobert.entry:data_prep",
-        "configs/data_prep.yaml",
-    ),
-    "prepare_ctr": Entry(
-        "Raw impressions (CSV or Parquet, with a schema) to a folder that train_mmoe reads.",
-        "pipeline.tasks.mmoe.config:PrepareCtrConfig", "pipeline.tasks.mmoe.entry:prepare_ctr",
-        "configs/prepare_ctr.yaml",
-    ),
-    "train_mmoe": Entry(
-        "MMoE click and conversion training with an auxiliary focal loss on CTCVR.",
-        MMOE_CONFIG, "pipeline.tasks.mmoe.task:MmoeTask", "configs/mtl_mmoe.yaml", trains=True,
-    ),
-    "train_visobert": Entry(
-        "Multi-label aspect sentiment training with a global-alpha focal loss.",
-        "pipeline.tasks.visobert.config:VisobertConfig", "pipeline.tasks.visobert.entry:make_task",
-        "configs/config_multi.yaml", trains=True,
-    ),
-    "sweep": Entry(
-        "A baseline and arms, each with every seed, to a verdict. Keys of the task go to every run.",
-        "pipeline.sweep_config:SweepConfig", "pipeline.sweep:sweep", "configs/sweeps/aux_focal.yaml", passes_on=True,
-    ),
-    "compare": Entry(
-        "Arms against the baseline: differences over seeds, a verdict in words, and a page that opens offline.",
-        "pipeline.compare_config:CompareConfig", "pipeline.compare:compare_runs", "configs/compare.yaml",
-    ),
-}  # fmt: skip
-
-
 def command(name: str, entry: Entry) -> click.Command:
     """The entry as a click command: an option a key, made from the config's types."""
-    model: type[Config] = resolve(entry.config)
+    model: type[Config] = import_reference(entry.config)
     short: dict[str, str] = getattr(model, "short", {})
     names: dict[str, list[str]] = {}
     for alias, path in short.items():
@@ -102,7 +57,7 @@ def command(name: str, entry: Entry) -> click.Command:
         if entry.trains:
             _train(validated, entry.target, frozenset(overrides))
             return
-        target = resolve(entry.target)
+        target = import_reference(entry.target)
         if entry.passes_on:
             target(validated, source, _pairs(click.get_current_context().args))
         else:
@@ -124,7 +79,7 @@ def _filled(_: click.Context, parameter: click.Parameter, value: str) -> str:
 @click.argument("folder", callback=_filled)
 @click.option("--again", is_flag=True, help="All of it, as for a store that was restored from a backup.")
 def sync_command(folder: str, again: bool) -> None:
-    resolve("pipeline.tracking.sync:sync")(Path(folder), again)
+    import_reference("pipeline.tracking.sync:sync")(Path(folder), again)
 
 
 @click.command("doctor", help="Do journal, store and checkpoints of a run agree? If not: what mends it.")
@@ -132,13 +87,13 @@ def sync_command(folder: str, again: bool) -> None:
 @click.option("--output_dir", default="outputs", show_default=True, callback=_filled,
               help="Folder of the runs' own files.")  # fmt: skip
 def doctor_command(run: str, output_dir: str) -> None:
-    resolve("pipeline.tracking.doctor:doctor")(run, Path(output_dir))
+    import_reference("pipeline.tracking.doctor:doctor")(run, Path(output_dir))
 
 
 @click.command("verify", help="Is every file of a prepared folder what its schema.json says? Reads all of it.")
 @click.argument("folder", callback=_filled)
 def verify_command(folder: str) -> None:
-    schema = resolve("pipeline.tasks.mmoe.contract:verify")(Path(folder))
+    schema = import_reference("pipeline.tasks.mmoe.contract:verify")(Path(folder))
     rows = sum(split.rows for split in schema.splits.values())
     click.echo(visible(f"{folder}: as its schema.json says, {rows} rows, digest {schema.digest}"))
 
@@ -162,17 +117,10 @@ class Entries(click.Group):
             formatter.write_dl([(name, str(tool.help)) for name, tool in TOOLS.items()])
 
 
-def resolve(reference: str) -> Any:
-    """`module:name` as the thing itself."""
-    module, name = reference.split(":")
-    with uncollected():
-        return getattr(importlib.import_module(module), name)
-
-
 def _train(config: Any, target: str, given: frozenset[str]) -> None:
     """Train one run; its writer imports mlflow while torch is imported here."""
-    with resolve("pipeline.run:writer_for")(config.tracking) as writer:
-        resolve("pipeline.launch:launch")(config, resolve(target), given, writer)
+    with import_reference("pipeline.tracking.mlflow_run:writer_for")(config.tracking) as writer:
+        import_reference("pipeline.runs.launch:launch")(config, import_reference(target), given, writer)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 
-from pipeline import ranks
-from pipeline.__main__ import ENTRIES, resolve
-from pipeline.config import load
-from pipeline.console import Console
-from pipeline.launch import prepare_torch
-from pipeline.run import MemoryRun
-from pipeline.training import Training
+from pipeline.compute import distributed as ranks
+from pipeline.config.strict_config import load
+from pipeline.entries import ENTRIES
+from pipeline.runs.launch import prepare_torch
+from pipeline.runtime import process_rank
+from pipeline.runtime.console import Console
+from pipeline.runtime.importing import import_reference
+from pipeline.tracking.mlflow_run import MemoryRun
+from pipeline.training.loop import Training
 
 
 def gradients(training: Training, step: int) -> dict[str, torch.Tensor]:
@@ -36,18 +38,18 @@ def gradients(training: Training, step: int) -> dict[str, torch.Tensor]:
 def main(file: Path) -> None:
     asked: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     entry = ENTRIES[asked["task"]]
-    config = load(resolve(entry.config), Path(asked["config"]), asked["overrides"])
+    config = load(import_reference(entry.config), Path(asked["config"]), asked["overrides"])
     device = prepare_torch(config)
     ranks.join(device)
     run = MemoryRun()
-    training = Training(resolve(entry.target)(config), run, Console(0, quiet=True), device)
+    training = Training(import_reference(entry.target)(config), run, Console(0, quiet=True), device)
     training.load_state(ranks.first_of(training.state))
     out: dict[str, Any] = {}
     if "compared" in asked:
         for kept in sorted(Path(asked["compared"]).glob("*.state")):
             training.load_state(torch.load(kept, weights_only=False))
             found = gradients(training, int(kept.stem))
-            if ranks.leads():
+            if process_rank.leads():
                 out[kept.stem] = found
     elif "steps" not in asked:
         training.train()
@@ -55,13 +57,13 @@ def main(file: Path) -> None:
     else:
         training.model.train()
         for step in range(asked["steps"]):
-            if step in asked.get("states", ()) and ranks.leads():
+            if step in asked.get("states", ()) and process_rank.leads():
                 torch.save(training.state(), file.parent / f"{step}.state")
             training.advance(step + 1)
         training._evaluate()
         training.recorder.drain()
         out = {"points": run.points, "metrics": training.result.metrics, "weights": training.model.state_dict()}
-    if ranks.leads():
+    if process_rank.leads():
         torch.save(out, f"{file}.out")
     ranks.leave()
     run.discard()

@@ -11,7 +11,7 @@ from bench import figures
 from bench.catalogue import FIGURES
 from bench.impressions import MULTI, SINGLE, read, write
 from bench.workshop import reference_config
-from pipeline.config import flatten, load
+from pipeline.config.strict_config import flatten, load
 from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.impressions import Layout
 from pipeline.tasks.mmoe.schema import DataSchema

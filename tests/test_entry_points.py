@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import Call, Place, mlflow_run, one_writer, project_in, run_pipeline
 
-from pipeline import story
+from pipeline import demo as story
 from pipeline.errors import UserError
 from pipeline.tracking.ui import ui
 

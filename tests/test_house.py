@@ -10,8 +10,10 @@ import yaml
 from click.testing import CliRunner
 from conftest import ROOT, run_pipeline
 
-from pipeline.__main__ import ENTRIES, command, resolve
-from pipeline.config import keys
+from pipeline.__main__ import command
+from pipeline.config.strict_config import keys
+from pipeline.entries import ENTRIES
+from pipeline.runtime.importing import import_reference
 
 PACKAGE = ROOT / "pipeline"
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -26,36 +28,6 @@ def imports(file: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     return found
-
-
-def package_of(file: Path) -> str:
-    return ".".join(file.relative_to(ROOT).with_suffix("").parts)
-
-
-def test_only_tracking_and_serving_import_mlflow() -> None:
-    importing = [file for file in MODULES if "mlflow" in {name.split(".")[0] for name in imports(file)}]
-    assert {file.parent.name for file in importing if package_of(file) != "pipeline.serving"} == {"tracking"}
-
-
-def test_maths_imports_no_other_part() -> None:
-    allowed = {"math", "typing", "collections", "dataclasses", "itertools", "torch", "numpy", "sklearn", "scipy"}
-    for name in ("losses", "schedules", "metrics", "stats", "influence", "calibration"):
-        found = {module for module in imports(PACKAGE / f"{name}.py") if not module.startswith("pipeline.losses")}
-        assert {module.split(".")[0] for module in found} <= allowed, name
-
-
-def test_tasks_know_neither_the_loop_nor_each_other() -> None:
-    loop = ("pipeline.training", "pipeline.tracking", "pipeline.run", "pipeline.launch")
-    for file in [file for file in MODULES if "tasks" in file.parts]:
-        found, own = imports(file), ".".join(package_of(file).split(".")[:3])
-        if file.name != "entry.py":  # an entry point of its own opens its own run
-            assert not [module for module in found if module.startswith(loop)], file
-        assert not [name for name in found if name.startswith("pipeline.tasks.") and not name.startswith(own)], file
-
-
-def test_the_loop_knows_no_task() -> None:
-    for name in ("training", "recording", "checkpoint"):
-        assert not any(module.startswith("pipeline.tasks") for module in imports(PACKAGE / f"{name}.py")), name
 
 
 def test_validating_needs_no_torch() -> None:
@@ -99,7 +71,7 @@ def test_mlproject_and_the_command_line_have_the_same_entries() -> None:
 def test_help_lists_every_key_with_type_default_and_meaning(name: str) -> None:
     result = CliRunner().invoke(command(name, ENTRIES[name]), ["--help"], terminal_width=10_000)
     assert result.exit_code == 0
-    model = resolve(ENTRIES[name].config)
+    model = import_reference(ENTRIES[name].config)
     options = {
         text.split(" VALUE ")[0].split(", --")[-1]: text for text in " ".join(result.output.split()).split(" --")
     }
@@ -116,8 +88,8 @@ def test_help_lists_every_key_with_type_default_and_meaning(name: str) -> None:
 
 def test_entry_points_and_their_targets_exist() -> None:
     for entry in ENTRIES.values():
-        assert callable(resolve(entry.config))
-        assert callable(resolve(entry.target))
+        assert callable(import_reference(entry.config))
+        assert callable(import_reference(entry.target))
 
 
 def test_help_runs() -> None:

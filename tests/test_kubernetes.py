@@ -147,7 +147,7 @@ def test_the_page_names_what_is_there() -> None:
 
 def test_what_is_written_lies_on_a_volume() -> None:
     """The pod's own files are read-only; the volume is the one that volume.yaml makes."""
-    from pipeline.compare_config import CompareConfig
+    from pipeline.comparison.compare_config import CompareConfig
     from pipeline.tasks.mmoe.config import MmoeConfig, PrepareCtrConfig
     from pipeline.tasks.visobert.config import DataPrepConfig, VisobertConfig
 

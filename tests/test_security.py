@@ -31,23 +31,23 @@ from test_report import arm as arm_of
 from test_report import comparison
 
 from pipeline import __main__ as command_line
-from pipeline.checkpoint import Damaged, read, write
-from pipeline.compare import to_markdown, to_text
-from pipeline.config import load, to_yaml, validate
-from pipeline.console import aligned, say
+from pipeline.comparison.verdicts import to_markdown, to_text
+from pipeline.config.strict_config import load, to_yaml, validate
 from pipeline.errors import UserError
 from pipeline.names import NOTE_LENGTH
+from pipeline.runtime.console import aligned, say
 from pipeline.runtime.text import visible
+from pipeline.storage.checkpoints import Damaged, read, write
 from pipeline.storage.csv_table import cell, write_csv
 from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.contract import verify
-from pipeline.tasks.mmoe.data import read_split
+from pipeline.tasks.mmoe.impression_table import read_split
 from pipeline.tasks.mmoe.schema import DataSchema
 from pipeline.tasks.mmoe.task import MmoeTask
 from pipeline.tasks.visobert.columns import read_columns
 from pipeline.tasks.visobert.config import ModelConfig
-from pipeline.tasks.visobert.data import tokenise
 from pipeline.tasks.visobert.model import build_model
+from pipeline.tasks.visobert.review_table import tokenise
 from pipeline.tasks.visobert.tokenizer import EmbeddedTokenizer, load_tokenizer
 
 PACKAGE = sorted((ROOT / "pipeline").rglob("*.py"))
@@ -361,7 +361,7 @@ def test_columns_and_aspects_are_no_paths(
 
 
 def test_metrics_named_after_columns_are_no_paths(impressions: Path) -> None:
-    from pipeline.tasks.mmoe.entry import figures
+    from pipeline.tasks.mmoe.prepare_ctr import figures
 
     schema = DataSchema.read(impressions)
     feature = next(feature for feature in schema.features if feature.kind == "categorical")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import SHRUNK, only_full
 
-from pipeline.importing import uncollected
+from pipeline.runtime.importing import uncollected
 
 OF_IMPORT = re.compile(r"^import time: +\d+ \| +\d+ \| +(\S+)$", re.MULTILINE)
 
@@ -20,7 +20,7 @@ def imported_by(*arguments: str) -> tuple[set[str], str]:
     command = [sys.executable, "-X", "importtime", "-m", "pipeline", *arguments]
     found = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     modules = set(OF_IMPORT.findall(found.stderr))
-    assert "pipeline.config" in modules  # else nothing was told, and nothing could be missed
+    assert "pipeline.config.strict_config" in modules  # else nothing was told, and nothing could be missed
     return modules, found.stdout
 
 

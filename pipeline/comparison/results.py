@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from pipeline.maths.statistics import Paired
 from pipeline.names import CONTROLLED
-from pipeline.stats import Paired
 
 
 @dataclass(frozen=True)

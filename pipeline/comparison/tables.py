@@ -10,9 +10,9 @@ import pandas as pd
 from pipeline.comparison import wording
 from pipeline.comparison.results import Arm, Comparison
 from pipeline.comparison.wording import NOTHING
-from pipeline.console import aligned
+from pipeline.maths.statistics import Paired
+from pipeline.runtime.console import aligned
 from pipeline.runtime.text import visible
-from pipeline.stats import Paired
 
 # In a terminal: columns of side metrics, of settings, of seeds; characters of an arm's name.
 SIDE_SHOWN, SETTINGS_SHOWN, SEEDS_SHOWN, LABEL_LENGTH = 6, 8, 3, 30

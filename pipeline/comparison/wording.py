@@ -4,9 +4,9 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from pipeline import stats
 from pipeline.comparison.results import Arm, Comparison
-from pipeline.stats import Paired
+from pipeline.maths import statistics as stats
+from pipeline.maths.statistics import Paired
 
 MINUS = "\N{MINUS SIGN}"
 NOTHING = "\N{EN DASH}"

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from pipeline.calibration import Fitted
+from pipeline.maths.calibration import Fitted
 
 CALIBRATION_FILE = "calibration.json"
 

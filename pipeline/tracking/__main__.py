@@ -1,4 +1,4 @@
-"""The writer process: `pipeline.run` starts it, and asks it to open a run and to follow its journal."""
+"""The writer process: `pipeline.tracking.mlflow_run` starts it, and asks it to open a run and to follow its journal."""
 
 import contextlib
 import gc
@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.console import say
-from pipeline.importing import uncollected
-from pipeline.interrupts import SIGNALS
+from pipeline.runtime.console import say
+from pipeline.runtime.importing import uncollected
+from pipeline.runtime.interrupts import SIGNALS
 from pipeline.runtime.processes import take_standard_output
 from pipeline.tracking.client import connect, download
 from pipeline.tracking.delivery import NO_WORD, PAUSE_SECONDS, Cursor, Delivery, wait_for_turn

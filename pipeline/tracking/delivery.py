@@ -15,11 +15,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from pipeline.console import say
-from pipeline.journal import JOURNAL_FILE, JournalReader, Record, read_all
 from pipeline.names import CANONICAL, DELIVERED_FILE, OWNER
-from pipeline.ownership import owner_number
+from pipeline.runtime.console import say
 from pipeline.storage.files import replacing
+from pipeline.storage.journal import JOURNAL_FILE, JournalReader, Record, read_all
+from pipeline.storage.ownership import owner_number
 from pipeline.storage.run_files import leaves, own_file, own_folder, read_delivered
 from pipeline.tracking.client import connect, find_by_id, is_deleted, set_tags, told_deleted
 from pipeline.tracking.history import write_history

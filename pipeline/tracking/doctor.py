@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint import Checkpoints, Damaged, OtherFormat
-from pipeline.console import say
 from pipeline.errors import TrainingError, UserError
-from pipeline.journal import JOURNAL_FILE, JournalReader, same_value
-from pipeline.ownership import alive_owner
+from pipeline.runtime.console import say
+from pipeline.storage.checkpoints import Checkpoints, Damaged, OtherFormat
+from pipeline.storage.journal import JOURNAL_FILE, JournalReader, same_value
+from pipeline.storage.ownership import alive_owner
 from pipeline.tracking.client import connect, find_by_id, stored_points, stored_run
 from pipeline.tracking.delivery import Cursor
 from pipeline.tracking.store import check_uri, probe, refusal, store_key, tracking_uri

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.journal import Record, points
 from pipeline.storage.files import replacing
+from pipeline.storage.journal import Record, points
 
 GROUP_POINTS = 50_000  # of a row group: what is in memory at a time
 

@@ -28,7 +28,7 @@ NOT_HERE = "raise ImportError('a logged model is loaded without the project that
 
 
 def log_model(export: Mapping[str, Any], make: Callable[[], str]) -> str:
-    """Log an exported folder (the fields of `pipeline.task.ModelExport`); returns the model's id.
+    """Log an exported folder (the fields of `pipeline.tasks.base.ModelExport`); returns the model's id.
 
     make: called once the model has been tried; makes it in the store, and returns its id.
 

@@ -75,7 +75,7 @@ def _modules(node: ast.ImportFrom) -> list[str]:
 def _relative(module: str, source: str) -> str:
     """A module's source with its imports of the project relative.
 
-    >>> _relative("pipeline.tasks.mmoe.predict", "from pipeline.config import load")
+    >>> _relative("pipeline.tasks.mmoe.predict", "from pipeline.config.strict_config import load")
     'from ...config import load'
     """
     dots = "." * module.count(".")

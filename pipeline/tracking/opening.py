@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.blocks import is_operational
+from pipeline.config.run_config import is_operational
 from pipeline.errors import UserError
-from pipeline.journal import JOURNAL_FILE, JournalWriter, Record
 from pipeline.names import FORKED_FROM, LAUNCHED, ORIGINAL, OWNER, THREADS
-from pipeline.ownership import alive_owner
+from pipeline.storage.journal import JOURNAL_FILE, JournalWriter, Record
+from pipeline.storage.ownership import alive_owner
 from pipeline.tracking.client import (
     connect,
     find_by_id,

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pipeline.console import say, warn
 from pipeline.errors import TrainingError, Undelivered, UserError
-from pipeline.journal import JOURNAL_FILE, JournalWriter, beginning
-from pipeline.ownership import Ownership
+from pipeline.runtime.console import say, warn
 from pipeline.runtime.text import visible
+from pipeline.storage.journal import JOURNAL_FILE, JournalWriter, beginning
+from pipeline.storage.ownership import Ownership
 from pipeline.tracking.client import connect, find_by_id, is_deleted, told_deleted
 from pipeline.tracking.delivery import Cursor, Delivery
 from pipeline.tracking.inbox import Inbox

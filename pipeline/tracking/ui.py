@@ -24,13 +24,13 @@ from urllib.request import urlopen
 
 import click
 
-from pipeline.console import say
 from pipeline.errors import UserError
+from pipeline.runtime.console import say
 from pipeline.runtime.text import visible
 from pipeline.tracking.client import connect, experiments
 from pipeline.tracking.creation import ensure_store
-from pipeline.tracking.reading import runs_of_sweep, runs_of_tag, store_exists
 from pipeline.tracking.store import one_line, settle, tracking_uri
+from pipeline.tracking.stored_runs import runs_of_sweep, runs_of_tag, store_exists
 
 HOST = "127.0.0.1"
 START_SECONDS = 120  # how long the server may take until it answers

@@ -11,7 +11,7 @@ from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
 # the last of them is what an optimizer imports
-CONTEXT.set_forkserver_preload(["pipeline.launch", "pipeline.tasks.mmoe.task", "pipeline.tasks.visobert.entry",
+CONTEXT.set_forkserver_preload(["pipeline.runs.launch", "pipeline.tasks.mmoe.task", "pipeline.tasks.visobert.data_prep",
                                 "pipeline.tasks.visobert.task", "pipeline.tasks.mmoe.predict", "pandas",
                                 "torch._dynamo"])  # fmt: skip
 WHO = ("trainer", "group", "all")
@@ -70,7 +70,9 @@ def _run(arguments: list[str], folder: str, kill: Kill | None, environment: dict
 
 
 def _arm(kill: Kill) -> None:
-    from pipeline import checkpoint, saving, training
+    from pipeline.storage import checkpoints as checkpoint
+    from pipeline.training.loop import loop as training
+    from pipeline.training.loop import saver as saving
 
     holder, _, method = kill.where[1:].rpartition(".")
     modules: dict[str, Any] = {"Training": training.Training, "BestKeeper": training.BestKeeper,

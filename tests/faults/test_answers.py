@@ -18,12 +18,12 @@ from conftest import only_full
 from server import HOST, MlflowServer
 
 from pipeline.errors import Undelivered, UserError
-from pipeline.run import MlflowRun, RunRequest
 from pipeline.tracking import __main__ as writing
 from pipeline.tracking import delivery, opening
 from pipeline.tracking.delivery import Delivery
 from pipeline.tracking.inbox import Inbox
 from pipeline.tracking.messages import AbandonRun, DeliveryReport, FinishRun, OpenedRun, Refused
+from pipeline.tracking.mlflow_run import MlflowRun, RunRequest
 from pipeline.tracking.opening import Opening
 from pipeline.tracking.sync import sync
 

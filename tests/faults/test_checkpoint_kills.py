@@ -11,7 +11,7 @@ import pytest
 from conftest import FULL
 from test_checkpoint import assert_whole, hidden, save
 
-from pipeline.checkpoint import Checkpoints
+from pipeline.storage.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.faults
 
@@ -19,7 +19,7 @@ KILLS = """
 import json, os, random, signal, sys, time
 from pathlib import Path
 import torch
-from pipeline.checkpoint import Checkpoints
+from pipeline.storage.checkpoints import Checkpoints
 
 def state(step):
     return {"step": step, "weight": torch.full((SIZE,), float(step))}

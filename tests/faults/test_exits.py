@@ -17,7 +17,8 @@ from killing import Kill, start
 from server import MlflowServer
 from test_kills import Job, points, runs, weights
 
-from pipeline import run, worker
+from pipeline.sweeps import worker
+from pipeline.tracking import mlflow_run as run
 
 LONG = 100_000  # steps: longer than any test waits
 END_SECONDS = 10  # that a run may take to end, on a machine with nothing else to do

@@ -67,7 +67,7 @@ def test_a_journal_that_no_longer_fits(workplace: Path, impressions: Path) -> No
 
 
 def test_a_checkpoint_that_no_longer_fits(workplace: Path, impressions: Path) -> None:
-    from pipeline.checkpoint import Checkpoints
+    from pipeline.storage.checkpoints import Checkpoints
 
     # a generation has 375 kB: the best weights and two generations fit, a third beside them does not
     result = trained_on(

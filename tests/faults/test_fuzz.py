@@ -18,15 +18,14 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import FULL
+from conftest import FULL, ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline import __main__ as command_line
-from pipeline import sweep_plan
-from pipeline.config import flatten, keys, to_yaml
+from pipeline.config.strict_config import flatten, keys, to_yaml
+from pipeline.sweeps import sweep_plan
 
-ROOT = Path(__file__).parent.parent.parent
 PATIENCE = 120  # seconds for one case, which only guard against hanging; most take a hundredth of one
 CASES = Counter[str]()
 CODES = Counter[int]()
@@ -96,7 +95,7 @@ def check(code: int, told: str) -> None:
 @pytest.fixture
 def stop_before_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Entry points end once their config is valid, and has been written as it would be."""
-    real = command_line.resolve
+    real = command_line.import_reference
 
     def reached(config: Any, *rest: Any) -> None:
         flatten(config)
@@ -116,12 +115,12 @@ def stop_before_work(monkeypatch: pytest.MonkeyPatch) -> None:
         assert sweep_plan.to_yaml(plan)
 
     stops: dict[str, Callable[..., None]] = {entry.target: reached for entry in command_line.ENTRIES.values()}
-    stops |= {"pipeline.launch:launch": launched, "pipeline.sweep:sweep": planned,
-              "pipeline.run:writer_for": lambda _: contextlib.nullcontext()}  # fmt: skip
+    stops |= {"pipeline.runs.launch:launch": launched, "pipeline.sweeps.sweep:sweep": planned,
+              "pipeline.tracking.mlflow_run:writer_for": lambda _: contextlib.nullcontext()}  # fmt: skip
     for entry in command_line.ENTRIES.values():
         if entry.trains:
             stops[entry.target] = lambda: None
-    monkeypatch.setattr(command_line, "resolve", lambda reference: stops.get(reference) or real(reference))
+    monkeypatch.setattr(command_line, "import_reference", lambda reference: stops.get(reference) or real(reference))
 
 
 # ---------------------------------------------------------------- what may happen to text
@@ -237,7 +236,7 @@ def written(tree: Any) -> str:
 # ---------------------------------------------------------------- configs of every entry point
 
 ENTRIES = list(command_line.ENTRIES)
-PATHS = {name: [key.path for key in keys(command_line.resolve(entry.config))]
+PATHS = {name: [key.path for key in keys(command_line.import_reference(entry.config))]
          for name, entry in command_line.ENTRIES.items()}  # fmt: skip
 SHIPPED = {name: (ROOT / str(entry.file)).read_text() for name, entry in command_line.ENTRIES.items()}
 SWEEP = {"task": "train_mmoe", "config": "configs/mtl_mmoe.yaml", "settings": {"max_steps": 10},
@@ -534,13 +533,16 @@ def test_a_file_of_many_aspects_is_pictured_in_part(tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "out" / "alpha.json").read_text())["aspects"]) == count
 
 
+QUOTES = "quotes within quotes are doubled, or csv.escape names what escapes them"
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [
         (b"clicked,user\n1,\xfe,3\n", "row 1: found 3 columns, allowed: 2"),  # bytes that are no text in such a row
         (b"\n\n1\xfe,\xff\n", "the header is not UTF-8 text"),
-        (b'clicked,"user\n1,2\n', "the header: a quote that is never closed"),
-        (b'"clicked"x,user\n1,2\n', "the header: ',' expected after '\"'"),
+        (b'clicked,"user\n1,2\n', "the header: found a quote that is never closed"),
+        (b'"clicked"x,user\n1,2\n', f"the header: found text after a closing quote, allowed: {QUOTES}"),
         (b"\xef\xbb\xbf\n\n", "no rows"),
         (b"\xff\xfeclicked", "found UTF-16, allowed: UTF-8 text"),
     ],

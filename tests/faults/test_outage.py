@@ -47,7 +47,7 @@ CONFIG = SHRUNK | {
 HELD = f"""
 import time
 from pathlib import Path
-from pipeline.training import Training
+from pipeline.training.loop import Training
 
 step = Training._step
 
@@ -250,7 +250,7 @@ def test_a_server_that_never_comes_back_costs_nothing(
 LONG_RUN = """
 import sys, threading
 from pathlib import Path
-from pipeline.run import MlflowRun, RunRequest, Writer
+from pipeline.tracking.mlflow_run import MlflowRun, RunRequest, Writer
 
 steps = int(sys.argv[1])
 with Writer() as writer:

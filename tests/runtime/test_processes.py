@@ -11,11 +11,9 @@ from queue import Queue
 from typing import Any
 
 import pytest
-from conftest import wait_for
+from conftest import ROOT, wait_for
 
 from pipeline.runtime.processes import ChildProcess, Ended
-
-ROOT = Path(__file__).parent.parent.parent
 
 
 @dataclass(frozen=True)

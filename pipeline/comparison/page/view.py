@@ -12,7 +12,7 @@ from pipeline.comparison import wording
 from pipeline.comparison.page import charts, colors, curves
 from pipeline.comparison.page.charts import Effect, Panel
 from pipeline.comparison.results import Arm, Comparison
-from pipeline.selection import validation_metric
+from pipeline.comparison.selection import validation_metric
 
 REFERENCES = ("_bayes", "_majority", "_tfidf")  # scores of yardsticks, not of the arms
 SENTIMENTS = ("positive", "negative", "neutral")
@@ -31,7 +31,7 @@ TEMPLATES.filters |= {"px": charts.pixels, "percent": charts.per_cent}
 def write_page(comparison: Comparison, history: pd.DataFrame, file: Path) -> Path:
     """Write the comparison's page; returns its path.
 
-    history: columns run, metric, step, value, as `pipeline.compare.load_history` gives them; may be empty.
+    history: columns run, metric, step, value, as `pipeline.comparison.verdicts.load_history` gives them; may be empty.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(page(comparison, history), encoding="utf-8")

@@ -23,12 +23,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from pipeline.console import say
 from pipeline.errors import UserError
-from pipeline.folders import published
-from pipeline.tasks.mmoe import prepare, schema
+from pipeline.runtime.console import say
+from pipeline.storage.folders import published
+from pipeline.tasks.mmoe import prepared_folder, schema
 from pipeline.tasks.mmoe.aliccp_config import TEST, RawFeature, RawSource, find
 from pipeline.tasks.mmoe.encoding import split_positions, text_hashes
+from pipeline.tasks.mmoe.prepared_folder import SplitWriter, with_splits
 from pipeline.tasks.mmoe.schema import FIRST_ID, MISSING, MISSING_TEXT, SPLITS, DataSchema, Feature
 
 BLOCK_BYTES = 8 << 20  # of lines that are parsed at once
@@ -103,7 +104,7 @@ def prepare_raw(
         shares.append(source.split.test)
         unread = source.test is None and find(data, TEST.skeleton)
         say(f"test: {f'{unread.name} is not read' if unread else 'no test files'}; split divides {name} in three")
-    with published(output_dir, prepare.FILES) as folder, ExitStack() as stack:
+    with published(output_dir, prepared_folder.FILES) as folder, ExitStack() as stack:
         row_file, user_file = (stack.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in range(2))
         scan = Scan(source, shares, row_file, user_file, progress)
         for number, (skeleton, common) in enumerate(groups):
@@ -115,7 +116,7 @@ def prepare_raw(
         users, vocabulary_file = scan.users(), folder / schema.VOCABULARY_FILE
         counts, ids = _counted(scan, users)
         target, vocabularies = _vocabularies(scan, _fields(scan, schema_file), counts)
-        prepare.write_vocabularies(vocabularies.items(), vocabulary_file)
+        prepared_folder.write_vocabularies(vocabularies.items(), vocabulary_file)
         files = [file for skeleton, common in groups for file in (common, skeleton)]
         digest = schema.sha256_of_parts([schema.sha256_of(file) for file in files])
         described = DataSchema(
@@ -128,10 +129,10 @@ def prepare_raw(
             counts={f"rows/{split}": count for split, count in rows.items()} | scan.counts,
         )
         # fewer rows where they hold very many ids: a row group of each split is in memory
-        group_rows = min(prepare.ROW_GROUP_ROWS, max(64, GROUP_IDS * total // max(1, ids)))
+        group_rows = min(prepared_folder.ROW_GROUP_ROWS, max(64, GROUP_IDS * total // max(1, ids)))
         with ExitStack() as closing:
             writers = {
-                split: closing.enter_context(prepare.SplitWriter(folder / f"{split}.parquet", described, group_rows))
+                split: closing.enter_context(SplitWriter(folder / f"{split}.parquet", described, group_rows))
                 for split in SPLITS
             }
             done = 0
@@ -140,7 +141,7 @@ def prepare_raw(
                     writer.add(table.filter(pa.array(splits == number)))
                 done += table.num_rows
                 progress("splits", done, done / total)
-        described = prepare.with_splits(described, {split: writer.described() for split, writer in writers.items()})
+        described = with_splits(described, {split: writer.described() for split, writer in writers.items()})
         described.write(folder)
     return described
 
@@ -377,14 +378,14 @@ def _fields(scan: Scan, schema_file: Path) -> dict[int, Feature]:
         )  # fmt: skip
     if not features:
         raise UserError(f"{schema_file}: no field of the files is a feature")
-    for name, times in Counter(prepare.arrow_schema([*features.values()]).names).items():
+    for name, times in Counter(prepared_folder.arrow_schema([*features.values()]).names).items():
         if times > 1:
             key = f"{schema_file}: features.{name}"
             raise UserError(f"{key}: the prepared files have such a column; allowed: kind ignore")
     return features
 
 
-def _vocabularies(scan: Scan, fields: dict[int, Feature], counts: Ints) -> tuple[Target, prepare.Vocabularies]:
+def _vocabularies(scan: Scan, fields: dict[int, Feature], counts: Ints) -> tuple[Target, prepared_folder.Vocabularies]:
     """What becomes of the codes, and the vocabulary of each feature: the most frequent ids first, then by text."""
     keys, ids = pa.array(list(scan.codes), pa.large_binary()), np.full(len(counts), schema.OUT_OF_VOCABULARY, np.int32)
     scan.codes.clear()  # it is large
@@ -414,7 +415,7 @@ def _vocabularies(scan: Scan, fields: dict[int, Feature], counts: Ints) -> tuple
 
 def _tables(scan: Scan, users: Users, target: Target) -> Iterator[tuple[pa.Table, npt.NDArray[np.int8]]]:
     """The rows as the splits hold them, and which split each is of."""
-    columns = prepare.arrow_schema(target.features)
+    columns = prepared_folder.arrow_schema(target.features)
     for rows in scan.stored_rows():
         theirs, ends = users.lengths[rows.users], np.cumsum(rows.lengths)
         for part in _cuts(theirs + rows.lengths, CHUNK_IDS):

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from pipeline.config import Config, Positive
+from pipeline.config.strict_config import Config, Positive
 from pipeline.errors import UserError
 from pipeline.tasks.mmoe.schema import SplitSource, short_form
 

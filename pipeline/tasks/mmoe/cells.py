@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.config import nearest
+from pipeline.config.strict_config import nearest
 from pipeline.errors import UserError
 from pipeline.tasks.mmoe.schema import Feature, FeatureSource
 

@@ -4,7 +4,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.blocks import (
+from pipeline.config.run_config import (
     AdamConfig,
     DenseOptimizerConfig,
     EvaluationConfig,
@@ -13,8 +13,8 @@ from pipeline.blocks import (
     TrackingSwitch,
     embedded_line,
 )
-from pipeline.config import Config, Positive, Probability
-from pipeline.schedules import clipped_pos_weight, gate_is_open
+from pipeline.config.strict_config import Config, Positive, Probability
+from pipeline.maths.schedules import clipped_pos_weight, gate_is_open
 
 TASKS = ("ctr", "cvr")
 

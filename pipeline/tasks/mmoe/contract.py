@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
-from pipeline.tasks.mmoe.data import check_files, record_batches, told
+from pipeline.tasks.mmoe.impression_table import check_files, record_batches, told
 from pipeline.tasks.mmoe.schema import (
     FIRST_ID,
     LABELS,

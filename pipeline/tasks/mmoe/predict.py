@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file
 
-from pipeline.calibration import rescaled
-from pipeline.config import load as load_config
+from pipeline.config.strict_config import load as load_config
+from pipeline.maths.calibration import rescaled
 from pipeline.storage.calibration_file import read_calibration
 from pipeline.tasks.mmoe.config import TASKS, MmoeConfig
 from pipeline.tasks.mmoe.encoding import Encoder

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from pipeline.config import Config, Positive, validate
+from pipeline.config.strict_config import Config, Positive, validate
 from pipeline.errors import UserError
 from pipeline.storage.files import check_file
 

@@ -1,4 +1,4 @@
-"""The MMoE task: its data, model, named losses and evaluation, for the loop in `pipeline.training`."""
+"""The MMoE task: its data, model, named losses and evaluation, for the loop in `pipeline.training.loop`."""
 
 import re
 import shutil
@@ -13,16 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
-from pipeline import plots, ranks
-from pipeline.calibration import Fitted, fit_funnel, rescaled
-from pipeline.checkpoint import save_weights
+from pipeline.compute import distributed as ranks
 from pipeline.compute.optimizers import RowAdagrad, SparseAdam
-from pipeline.config import to_yaml
-from pipeline.console import say
+from pipeline.config.strict_config import to_yaml
 from pipeline.errors import UserError
-from pipeline.importing import uncollected
-from pipeline.influence import PREFIX, cosine, flat, gradients, norm
-from pipeline.losses import (
+from pipeline.maths.calibration import Fitted, fit_funnel, rescaled
+from pipeline.maths.gradients import PREFIX, cosine, flat, gradients, norm
+from pipeline.maths.losses import (
     LogProbability,
     binary_cross_entropy,
     binary_focal,
@@ -34,14 +31,16 @@ from pipeline.losses import (
     product,
     product_log_probability,
 )
-from pipeline.metrics import Array, binary_metrics, calibration_bins
+from pipeline.maths.metrics import Array, binary_metrics, calibration_bins
+from pipeline.maths.schedules import gate_is_open
 from pipeline.names import CALIBRATED
-from pipeline.schedules import gate_is_open
+from pipeline.runtime.console import say
+from pipeline.runtime.importing import uncollected
 from pipeline.storage.calibration_file import write_calibration
-from pipeline.task import TOTAL, Dataset, ModelExport, Rows, write_test_rows
+from pipeline.storage.checkpoints import save_weights
+from pipeline.tasks.base import TOTAL, Dataset, ModelExport, Rows, write_test_rows
 from pipeline.tasks.mmoe.config import TASKS, MmoeConfig
-from pipeline.tasks.mmoe.data import ImpressionTable, Shuffle, check_files, read_split
-from pipeline.tasks.mmoe.embedded import embedded_data
+from pipeline.tasks.mmoe.embedded_impressions import embedded_data
 from pipeline.tasks.mmoe.evaluation import (
     DEPEND_ON_CALIBRATION,
     EVALUATED_GAMMAS,
@@ -50,9 +49,11 @@ from pipeline.tasks.mmoe.evaluation import (
     SPLIT_FILES,
     known_metrics,
 )
+from pipeline.tasks.mmoe.impression_table import ImpressionTable, Shuffle, check_files, read_split
 from pipeline.tasks.mmoe.impressions import Impressions, Layout
 from pipeline.tasks.mmoe.model import Mmoe, Output
 from pipeline.tasks.mmoe.schema import SCHEMA_FILE, VOCABULARY_FILE, DataSchema
+from pipeline.tracking import plots
 
 COMPONENTS = ("loss_ctr", "loss_ctcvr_bce", "loss_ctcvr_focal", "loss_cvr_aux")
 CTR_TOWER = "influence/focal_grad_ctr_tower"

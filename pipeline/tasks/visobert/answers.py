@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
-from pipeline.calibration import Fitted
+from pipeline.maths.calibration import Fitted
 from pipeline.tasks.visobert.model import Output
 from pipeline.tasks.visobert.sentiments import SENTIMENTS
 

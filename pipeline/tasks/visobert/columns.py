@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config import nearest
+from pipeline.config.strict_config import nearest
 from pipeline.errors import UserError
 from pipeline.storage.files import check_file
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from pipeline.blocks import (
+from pipeline.config.run_config import (
     AdamConfig,
     EvaluationConfig,
     RunConfig,
@@ -14,7 +14,7 @@ from pipeline.blocks import (
     TrainingConfig,
     embedded_line,
 )
-from pipeline.config import Config, Positive, Probability, with_default
+from pipeline.config.strict_config import Config, Positive, Probability, with_default
 
 WITHOUT_DETECTION = "valid/sentiment_f1_macro"  # the default of evaluation.metric there
 EMBEDDED = "embedded"  # the model.name and the tokenizer that need nothing from elsewhere

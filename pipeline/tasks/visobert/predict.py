@@ -10,13 +10,13 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file
 
-from pipeline.config import load as load_config
+from pipeline.config.strict_config import load as load_config
 from pipeline.errors import UserError
 from pipeline.storage.calibration_file import read_calibration
 from pipeline.tasks.visobert.answers import ASPECTS_FILE, ENCODER_FOLDER, TOKENIZER_FOLDER, Answers
 from pipeline.tasks.visobert.config import EMBEDDED, VisobertConfig
-from pipeline.tasks.visobert.data import LengthBuckets, ReviewTable
 from pipeline.tasks.visobert.model import AspectSentimentModel, Output, build_model
+from pipeline.tasks.visobert.review_table import LengthBuckets, ReviewTable
 from pipeline.tasks.visobert.tokenizer import load_saved
 
 

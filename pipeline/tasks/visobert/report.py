@@ -5,15 +5,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from pipeline import plots
-from pipeline.console import optional
+from pipeline.runtime.console import optional
 from pipeline.storage.csv_table import write_csv
-from pipeline.task import write_test_rows
+from pipeline.tasks.base import write_test_rows
 from pipeline.tasks.visobert.answers import MENTIONED_TEXT, Answers
+from pipeline.tasks.visobert.review_statistics import ALL
 from pipeline.tasks.visobert.reviews import Reviews
 from pipeline.tasks.visobert.scores import aspect_table, confusion
 from pipeline.tasks.visobert.sentiments import MENTIONED, NOT_MENTIONED, SENTIMENTS, UNKNOWN, labelled
-from pipeline.tasks.visobert.statistics import ALL
+from pipeline.tracking import plots
 
 MOST_CONFIDENT = 200
 PICTURED = 100  # confusions with the most labels, of which there is a picture; the tables hold all

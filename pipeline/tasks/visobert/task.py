@@ -1,4 +1,4 @@
-"""The aspect sentiment task: its data, model, named losses and evaluation, for the loop in `pipeline.training`."""
+"""The aspect sentiment task: its data, model, named losses and evaluation, for the loop in `pipeline.training.loop`."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -13,16 +13,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import AdamW, Optimizer
 
-from pipeline import ranks
-from pipeline.blocks import AdamConfig
-from pipeline.calibration import Fitted, fit_temperature
-from pipeline.checkpoint import save_weights
-from pipeline.config import to_yaml
-from pipeline.console import optional, say, warn
+from pipeline.compute import distributed as ranks
+from pipeline.config.run_config import AdamConfig
+from pipeline.config.strict_config import to_yaml
 from pipeline.errors import UserError
-from pipeline.importing import uncollected
-from pipeline.influence import PREFIX, cosine, flat, gradients, norm
-from pipeline.losses import (
+from pipeline.maths.calibration import Fitted, fit_temperature
+from pipeline.maths.gradients import PREFIX, cosine, flat, gradients, norm
+from pipeline.maths.losses import (
     binary_cross_entropy,
     binary_focal,
     log_probability,
@@ -30,18 +27,21 @@ from pipeline.losses import (
     multi_label_focal_factor,
 )
 from pipeline.names import CALIBRATED, metric_names
+from pipeline.runtime.console import optional, say, warn
+from pipeline.runtime.importing import uncollected
 from pipeline.storage.calibration_file import write_calibration
-from pipeline.task import TOTAL, Dataset, ModelExport, Rows, autocast
+from pipeline.storage.checkpoints import save_weights
+from pipeline.tasks.base import TOTAL, Dataset, ModelExport, Rows, autocast
 from pipeline.tasks.visobert.alpha import ALPHA_FILE, Alpha, alpha_of
 from pipeline.tasks.visobert.answers import ASPECTS_FILE, ENCODER_FOLDER, TOKENIZER_FOLDER, Answers, column_types
 from pipeline.tasks.visobert.baselines import TfidfBaseline, majority
 from pipeline.tasks.visobert.config import EMBEDDED, VisobertConfig
-from pipeline.tasks.visobert.data import LengthBuckets, ReviewBatch, ReviewTable, capped_repeats, tokenise
 from pipeline.tasks.visobert.duplicates import folded
 from pipeline.tasks.visobert.model import AspectSentimentModel, Output, PretrainedEncoder, build_model, by_depth
 from pipeline.tasks.visobert.predict import predict_logits
 from pipeline.tasks.visobert.pretrained import model_folder
 from pipeline.tasks.visobert.report import write_pair_rows, write_report
+from pipeline.tasks.visobert.review_table import LengthBuckets, ReviewBatch, ReviewTable, capped_repeats, tokenise
 from pipeline.tasks.visobert.scores import known_scores, score, tuned_thresholds
 from pipeline.tasks.visobert.sentiments import NOT_MENTIONED, SENTIMENTS, UNKNOWN, labelled
 from pipeline.tasks.visobert.splits import Splits, load_splits

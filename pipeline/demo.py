@@ -1,0 +1,99 @@
+"""`main`: the whole story on one page: click and conversion with and without the focal loss, and review sentiment."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from pipeline.comparison import wording
+from pipeline.config.strict_config import keys, load
+from pipeline.errors import UserError
+from pipeline.runs.launch import Trained, train_run
+from pipeline.runtime.console import optional, say, table, warn
+from pipeline.tasks.mmoe.config import MmoeConfig
+from pipeline.tasks.mmoe.task import MmoeTask
+from pipeline.tasks.visobert.config import DataPrepConfig, VisobertConfig
+from pipeline.tasks.visobert.data_prep import prepare_reviews
+from pipeline.tasks.visobert.task import VisobertTask
+from pipeline.tracking.messages import RunRequest
+from pipeline.tracking.mlflow_run import Writer, writer_for
+
+FOCAL_KEYS = frozenset(key.path for key in keys(MmoeConfig) if key.path.startswith("loss.aux_focal."))
+CONFIGS = Path(__file__).parent.parent / "configs"
+REVIEW_EPOCHS = "6"  # of the file's 15: enough to see it learn
+RANKING_METRICS = ("test/auc_ctr", "test/auc_ctcvr", "test/pr_auc_ctcvr", "test/logloss_ctcvr")
+REVIEW_METRICS = ("aspect_f1_macro", "sentiment_f1_macro", "pair_f1_micro")
+
+
+def main(config: MmoeConfig, given: frozenset[str]) -> None:
+    """Train the baseline and the focal arm from the same seed, then a review model, and show what came out."""
+    if config.fork or config.resume:
+        raise UserError("main trains several runs; resume and fork are for train_mmoe and train_visobert")
+    if "loss.aux_focal.enabled" in given:
+        warn("loss.aux_focal.enabled has no effect here: one arm has it off, the other on")
+    launcher = os.environ.get("MLFLOW_RUN_ID")  # `mlflow run` opens a run; ours are runs of their own
+    with writer_for(config.tracking) as writer:
+        ranking = _ranking(config, given, writer, launcher)
+        reviews = _reviews(config, writer, launcher)
+    say("")
+    say(table((run.name, {name: run.metrics.get(name) for name in RANKING_METRICS}) for run in ranking))
+    bayes = {f"{name}_bayes": value for name in RANKING_METRICS[:2]
+             if (value := ranking[0].metrics.get(f"{name}_bayes")) is not None}  # fmt: skip
+    if bayes:
+        say("no model can beat " + ", ".join(f"{name} {value:.4f}" for name, value in bayes.items()))
+    say(f"{wording.ONE_SEED}\n")
+    rows = {reviews.name: "", "TF-IDF, logistic regression": "_tfidf", "majority": "_majority"}
+    say(table((row, {f"test/{name}": reviews.metrics.get(f"test/{name}{suffix}") for name in REVIEW_METRICS})
+              for row, suffix in rows.items()))  # fmt: skip
+    runs = [*ranking, reviews]
+    if reviews.tracking_uri:
+        with optional("the report"):
+            _report([run.id for run in ranking], Path(config.output_dir))
+    store = reviews.tracking_uri or "memory alone"
+    say(f"\n{len(runs)} runs in {store}: " + ", ".join(f"{run.name} ({run.id})" for run in runs))
+    say("next: open the report; `make ui` opens MLflow: select the first two runs and press Compare. Is it really "
+        "better? `python -m pipeline sweep` takes five settings, three seeds each, and ends in a verdict")  # fmt: skip
+
+
+def _report(run_ids: list[str], output_dir: Path) -> None:
+    """The page that compares the two arms: curves over each other, what differs, and no verdict from one seed."""
+    from pipeline.comparison.verdicts import compare, load_runs, write
+
+    files = write(compare(load_runs(runs=run_ids), title="make demo"), output_dir / "main")
+    say(f"\nreport: {files[-1].resolve().as_uri()}")
+
+
+def _ranking(config: MmoeConfig, given: frozenset[str], writer: Writer | None, launcher: str | None) -> list[Trained]:
+    """The MMoE without and with the auxiliary focal loss."""
+    arms = {"baseline": _with_focal(config, enabled=False), "focal": _with_focal(config, enabled=True)}
+    found = []
+    for arm, arm_config in arms.items():
+        acting = given - FOCAL_KEYS if arm == "baseline" else given
+        tags = {"arm": arm, "role": "baseline" if arm == "baseline" else "arm"}
+        asked = RunRequest(launcher=launcher, tags=tags)
+        found.append(train_run(arm_config, MmoeTask, writer, asked, given=acting))
+    return found
+
+
+def _reviews(config: MmoeConfig, writer: Writer | None, launcher: str | None) -> Trained:
+    """Alpha of the embedded reviews, then a short training of the small model with it."""
+    shared = {"experiment": config.experiment or "null", "data.cache": config.data.embedded.cache}
+    switch = {"tracking.enabled": str(config.tracking.enabled).lower()}
+    preparing = load(DataPrepConfig, CONFIGS / "data_prep.yaml", shared | switch | {"runs_dir": config.output_dir})
+    alpha, alpha_run = prepare_reviews(preparing, writer, launcher=launcher)
+    own = {"training.num_train_epochs": REVIEW_EPOCHS, "data_prep_run": alpha_run or "null"}
+    same = {
+        "output_dir": config.output_dir,
+        "seed": str(config.seed),
+        "device": config.device,
+        "training.max_steps": str(config.training.max_steps or "null"),
+        "training.threads": str(config.training.threads or "null"),
+        "tracking.log_model": str(config.tracking.log_model).lower(),
+    }
+    training = load(VisobertConfig, CONFIGS / "config_multi_embedded.yaml", shared | switch | own | same)
+    return train_run(training, lambda ready: VisobertTask(ready, alpha), writer, RunRequest(launcher=launcher))
+
+
+def _with_focal(config: MmoeConfig, **values: Any) -> MmoeConfig:
+    loss = config.loss.model_dump(by_alias=True)
+    loss["aux_focal"] |= values
+    return config.with_values(loss=loss)

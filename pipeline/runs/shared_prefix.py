@@ -1,0 +1,58 @@
+"""Runs that are alike up to a step are trained once up to there: a trunk, from whose states the runs branch.
+
+A branch is bit for bit the run that it would be alone, and its history holds the trunk's points as its own.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from pipeline.names import TRUNK_FILES
+from pipeline.runtime.console import Console
+from pipeline.storage.checkpoints import read, write
+from pipeline.storage.folders import made_once
+from pipeline.tasks.base import Task
+from pipeline.tracking.mlflow_run import MemoryRun
+from pipeline.training.loop import Training
+
+POINTS_FILE = TRUNK_FILES[0]
+
+
+def grow(task: Task, folders: Mapping[int, Path], device: str) -> int:
+    """Train the task and leave, at each of the steps, its state in the folder. Returns the steps that were trained.
+
+    Raises:
+        NonFiniteError: a loss became NaN or infinite.
+        UserError: a folder cannot be written.
+    """
+    run = MemoryRun()
+    try:
+        training = Training(task, run, Console(0, quiet=True), device)
+        for step, folder in sorted(folders.items()):
+            training.advance(step)
+            made_once(folder, TRUNK_FILES, lambda empty: _save(training, run, empty), "output_dir")
+        return training.result.steps
+    finally:
+        run.discard()
+
+
+def branch(training: Training, folder: Path) -> None:
+    """Put a new training where the trunk stood, and the trunk's points into its run, as if it had come there itself.
+
+    Points carry the run's own settings (a lambda that does not act yet).
+    """
+    with (folder / POINTS_FILE).open(encoding="utf-8") as lines:
+        for line in lines:
+            step, time_ms, values = json.loads(line)
+            if "global_step" in values:
+                values |= {name: value for name, value in training.task.settings(step).items() if name in values}
+            training.run.log_metrics(step, values, time_ms)
+    training.restore(read(folder))
+
+
+def _save(training: Training, run: MemoryRun, folder: Path) -> None:
+    state = training.state()  # hands the last steps to the run
+    with (folder / POINTS_FILE).open("w", encoding="utf-8") as lines:
+        for (step, values), time_ms in zip(run.points, run.times, strict=True):
+            lines.write(json.dumps([step, time_ms, values]) + "\n")
+    write(folder, state, training.result.steps, links=training.files())

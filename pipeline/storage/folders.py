@@ -1,0 +1,95 @@
+"""Folders whose files are all there or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from pipeline.errors import UserError, os_errors
+
+
+def made_once(folder: Path, files: Sequence[str], make: Callable[[Path], object], key: str) -> Path:
+    """`folder`, filled by `make` (which gets an empty one) unless all `files` are there: whole or not at all.
+
+    Several processes may ask at once, if `make` writes the same for all of them. `key` is the config key that names
+    the parent folder.
+
+    Raises:
+        UserError: the parent folder cannot be written.
+    """
+
+    def whole() -> bool:
+        return all((folder / file).exists() for file in files)
+
+    if whole():
+        return folder
+    with os_errors(f"{key} {folder.parent}"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            make(work)
+            work.chmod(0o755)  # temporary folders are closed to others
+            if folder.exists() and not whole():
+                shutil.rmtree(folder)  # what is left of a damaged one
+            try:
+                work.rename(folder)
+            except OSError:
+                if not whole():  # else another process was first, with the same data
+                    raise
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+@contextmanager
+def published(folder: Path, files: Sequence[str]) -> Iterator[Path]:
+    """A work folder inside of `folder`, whose `files` move up at the end, in this order; on an error all is as it was.
+
+    Raises:
+        UserError: the folder (config key output_dir) cannot be written, or another process is writing there.
+    """
+    with os_errors(f"output_dir {folder}"):
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        work, lock = folder / ".work", FileLock(folder / ".work.lock", blocking=False, fallback_to_soft=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise UserError(f"output_dir {folder}: another process is writing there") from None
+        try:
+            shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
+            work.mkdir()
+            yield work
+            _move_up(work, folder, files)
+            made = []
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+            with suppress(OSError):  # Windows refuses, and then it stays
+                Path(lock.lock_file).unlink()
+            lock.release()
+            for path in made:
+                with suppress(OSError):
+                    path.rmdir()
+
+
+def _move_up(work: Path, folder: Path, files: Sequence[str]) -> None:
+    """Old files out, the last first, and new files in."""
+    old = work / "old"
+    old.mkdir()
+    try:
+        for name in reversed(files):
+            if (folder / name).exists():
+                os.replace(folder / name, old / name)
+        for name in files:
+            os.replace(work / name, folder / name)
+    except BaseException:
+        for name in files:
+            if not (work / name).exists():
+                os.replace(folder / name, work / name)
+            if (old / name).exists():
+                os.replace(old / name, folder / name)
+        raise

@@ -1,0 +1,141 @@
+"""The keys of `sweep`: a baseline, arms and seeds."""
+
+import itertools
+import json
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from pipeline.config.strict_config import Config, Positive, nearest
+
+Overrides = dict[str, Any]  # dotted key or short name -> value
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class GridConfig(Config):
+    """All combinations of the keys' values."""
+
+    grid: dict[str, list[Any]]
+    """key: list of values; every combination is an arm"""
+    where: dict[str, dict[str, Any]] = Field({})
+    """key: {other key: value}; the key varies only in combinations that have this value, elsewhere it is left out"""
+
+    @model_validator(mode="after")
+    def _nothing_empty(self) -> Self:
+        if not self.grid:
+            raise ValueError("arms.grid is empty, allowed: at least one key with a list of values")
+        for key, values in self.grid.items():
+            if not values:
+                raise ValueError(f"arms.grid.{key} is empty, allowed: at least one value")
+        for key, conditions in self.where.items():
+            for name in (key, *conditions):
+                if name not in self.grid:
+                    raise ValueError(f"arms.where: {name} is not a key of arms.grid{nearest(name, list(self.grid))}")
+        return self
+
+    def combinations(self) -> list[Overrides]:
+        """Each once, in the order of the file."""
+        found: dict[str, Overrides] = {}
+        for values in itertools.product(*self.grid.values()):
+            arm = dict(zip(self.grid, values, strict=True))
+            dropped = [key for key, conditions in self.where.items()
+                       if any(arm[other] != value for other, value in conditions.items())]  # fmt: skip
+            arm = {key: value for key, value in arm.items() if key not in dropped}
+            found.setdefault(json.dumps(arm, sort_keys=True, default=str), arm)
+        return list(found.values())
+
+
+class SpaceConfig(Config):
+    """One key of a search: a range, or a list of choices."""
+
+    low: float | None = None
+    """smallest value"""
+    high: float | None = None
+    """largest value"""
+    log: bool = False
+    """draw evenly on a logarithmic scale"""
+    integer: bool = False
+    """whole numbers alone"""
+    choices: list[Any] | None = Field(None, min_length=1)
+    """the values to choose from"""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if self.choices is not None:
+            if self.low is not None or self.high is not None:
+                raise ValueError("found choices beside low or high, allowed: one of the two")
+        elif self.low is None or self.high is None or self.low > self.high:
+            raise ValueError("allowed: choices, or low and high with low <= high")
+        elif self.log and (int(self.low) if self.integer else self.low) <= 0:
+            raise ValueError("log needs low > 0" + (", as a whole number" if self.integer else ""))
+        return self
+
+
+class SearchConfig(Config):
+    """Arms found by Optuna: TPE proposes, the median of earlier trials prunes; the best is then run on all seeds."""
+
+    trials: Positive = 20
+    """settings to try"""
+    space: dict[str, SpaceConfig] = Field(min_length=1)
+    """key: {low, high[, log, integer]} or {choices}"""
+    settings: Overrides = Field({})
+    """overrides of every trial, on top of the baseline's"""
+    seed: Seed = 1000
+    """of the proposals and of the trials' runs; not one of `seeds`, so that the best is confirmed by runs that did not
+    choose it"""
+    metric: str | None = Field(None, pattern=r"^valid/.+")
+    """what is optimised; null = evaluation.metric of the task. Never a test metric: it would be used up"""
+    mode: Literal["max", "min"] | None = None
+    """whether a higher or a lower search.metric is better; null = evaluation.mode of the task"""
+    startup_trials: int = Field(5, ge=0)
+    """trials before the median prunes, and before TPE proposes (until then at random)"""
+
+
+class SweepConfig(Config):
+    short: ClassVar[dict[str, str]] = {}
+
+    task: Literal["train_mmoe", "train_visobert"]
+    """the entry point that every run is one of"""
+    file: str = Field(alias="config", min_length=1)
+    """YAML of the task, where every run starts from; relative to the sweep file, or to the working folder"""
+    settings: Overrides = Field({})
+    """overrides of every run; keys of the task that are typed (data=FOLDER, max_steps=100) join them"""
+    baseline: Overrides
+    """overrides of the baseline, which every arm is compared to"""
+    arms: list[Overrides] | GridConfig | None = None
+    """a list of overrides (with an optional `name`), or a grid with conditions"""
+    search: SearchConfig | None = None
+    """in place of arms: let Optuna look for one"""
+    controls: Literal["off", "reweight"] = "off"
+    """reweight: beside each focal arm a run that adds lambda to the weight of conversions instead"""
+    seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1)
+    """every arm runs once with each; differences are taken within a seed"""
+    metric: str | None = Field(None, pattern=r"^(valid|test)/.+")
+    """the primary metric of the verdict; null = evaluation.metric of the task, on test"""
+    mode: Literal["max", "min"] | None = None
+    """whether a higher or a lower metric is better; null = by its name"""
+    jobs: Positive = 2
+    """processes that train at once, with one thread each unless settings has training.threads"""
+    engine: Literal["local", "ray"] = "local"
+    """local: processes on this machine; ray: tasks on a Ray cluster, to the same results"""
+    ray_address: str | None = Field(None, pattern=r"^(auto|local|[^\s/]+:\d+)$")
+    """host:port of the cluster that this machine is in, auto or local; null = RAY_ADDRESS, else one for this sweep"""
+    share_prefix: bool = True
+    """train what the arms of a seed share up to the gate once; false trains each alone, to the same bits"""
+    title: str | None = Field(None, min_length=1)
+    """of the report; null = the file's name"""
+
+    @model_validator(mode="after")
+    def _one_kind_of_arms(self) -> Self:
+        if (self.arms is None) == (self.search is None):
+            raise ValueError("found " + ("neither" if self.arms is None else "both") + ", allowed: arms or search")
+        if isinstance(self.arms, list) and not self.arms:
+            raise ValueError("arms is empty, allowed: at least one")
+        repeated = [seed for seed in self.seeds if self.seeds.count(seed) > 1]
+        if repeated:
+            raise ValueError(f"seeds: {repeated[0]} is there twice, allowed: each once")
+        if self.ray_address and self.engine != "ray":
+            raise ValueError(f"ray_address: found {self.ray_address} with engine {self.engine}, allowed: engine ray")
+        if self.search and self.search.seed in self.seeds:
+            raise ValueError(f"search.seed {self.search.seed} is one of seeds, allowed: another")
+        return self

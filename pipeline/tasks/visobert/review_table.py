@@ -1,0 +1,155 @@
+"""Tokenised reviews in memory, and batches of similar lengths under a token budget.
+
+N = reviews, A = aspects, B = reviews of a batch, L = its longest review.
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from pipeline.errors import os_errors
+from pipeline.storage.files import replacing
+from pipeline.tasks.base import Rows
+from pipeline.tasks.visobert.sentiments import SENTIMENTS
+from pipeline.tasks.visobert.tokenizer import Tokenizer, Tokens
+
+LENGTH_JITTER = 0.04  # reviews are sorted by a length that is up to this much longer: other neighbours every epoch
+
+
+@dataclass(frozen=True)
+class ReviewBatch:
+    ids: Tensor  # [B, L] int32
+    mask: Tensor  # [B, L] bool, false where padded
+    labels: Tensor  # [B, A] int8, codes as in `sentiments`
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def to(self, device: str) -> "ReviewBatch":
+        if device == "cpu":
+            return self
+        return ReviewBatch(*(part.to(device, non_blocking=True) for part in (self.ids, self.mask, self.labels)))
+
+
+class ReviewTable:
+    """A split in memory: `batch(rows)` gathers and pads any rows."""
+
+    def __init__(self, tokens: Tokens, labels: npt.NDArray[np.int8], pad_id: int) -> None:
+        self.lengths = torch.from_numpy(tokens.lengths)
+        self.starts = self.lengths.cumsum(0) - self.lengths
+        self.labels, self.pad_id = torch.from_numpy(labels), pad_id
+        self.ids = torch.from_numpy(np.append(tokens.ids, np.int32(pad_id)))  # the last one is what padding reads
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def batch(self, rows: Rows) -> ReviewBatch:
+        """The rows, in their order, padded to the longest of them."""
+        index = torch.from_numpy(rows)
+        lengths = self.lengths[index]
+        position = torch.arange(int(lengths.max()))
+        mask = position < lengths.unsqueeze(1)
+        source = torch.where(mask, self.starts[index].unsqueeze(1) + position, len(self.ids) - 1)
+        return ReviewBatch(self.ids[source], mask, self.labels[index])
+
+
+class LengthBuckets(Sequence[Rows]):
+    """The micro-batches of one epoch, from (seed, epoch) alone.
+
+    Rows are shuffled and sorted by their slightly jittered length, so that a batch holds similar lengths and yet
+    other reviews every epoch; then the batches are shuffled. A batch holds at most `batch_size` rows and `batch_tokens`
+    tokens, padding included; a longer review is a batch of its own.
+    """
+
+    def __init__(
+        self,
+        lengths: npt.NDArray[np.int64],
+        batch_size: int,
+        batch_tokens: int,
+        generator: np.random.Generator | None = None,
+        repeats: npt.NDArray[np.float64] | None = None,
+    ) -> None:
+        """`generator`: None = sorted by length throughout, for evaluation.
+
+        `repeats`: [N], how often each row comes: a whole part, and one more with the probability of the rest.
+        """
+        rows = np.arange(len(lengths))
+        if generator is None:
+            order = rows[np.argsort(lengths, kind="stable")]
+        else:
+            if repeats is not None:
+                rows = np.repeat(rows, (repeats + generator.random(len(rows))).astype(np.int64))
+            shuffled = generator.permutation(rows)
+            jittered = lengths[shuffled] * (1 + LENGTH_JITTER * generator.random(len(shuffled)))
+            order = shuffled[np.argsort(jittered, kind="stable")]
+        bounds = _cut(lengths[order], batch_size, batch_tokens)
+        self.batches = [order[first:last] for first, last in pairwise(bounds)]
+        if generator is not None:
+            self.batches = [self.batches[index] for index in generator.permutation(len(self.batches))]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.batches[index]
+
+
+def _cut(lengths: npt.NDArray[np.int64], batch_size: int, batch_tokens: int) -> list[int]:
+    """Bounds of the batches of rows in the given order, each as large as the budgets allow."""
+    bounds = [0]
+    while bounds[-1] < len(lengths):
+        first = bounds[-1]
+        window = lengths[first : first + batch_size]
+        padded = np.maximum.accumulate(window) * np.arange(1, len(window) + 1)
+        bounds.append(first + max(1, int(np.searchsorted(padded, batch_tokens, side="right"))))
+    return bounds
+
+
+def capped_repeats(labels: npt.NDArray[np.int8], ratio: float) -> npt.NDArray[np.float64]:
+    """[N], how often oversampling draws each review, on average.
+
+    A review counts for its rarest sentiment: as often as the most frequent sentiment has labels for one of its own,
+    but at most `ratio` times. Reviews without a sentiment come once.
+    """
+    counts = np.array([(labels == sentiment).sum() for sentiment in range(len(SENTIMENTS))])
+    wanted = np.minimum(ratio, counts.max() / np.maximum(1, counts))
+    repeats = np.ones(len(labels))
+    for sentiment, times in enumerate(wanted):
+        repeats = np.where((labels == sentiment).any(1), np.maximum(repeats, times), repeats)
+    return repeats
+
+
+def padding_efficiency(lengths: npt.NDArray[np.int64], batches: Sequence[Rows]) -> float:
+    """Share of the batches' cells that hold a token of a review."""
+    padded = sum(len(rows) * int(lengths[rows].max()) for rows in batches)
+    return sum(int(lengths[rows].sum()) for rows in batches) / padded
+
+
+def tokenise(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int, cache: Path) -> Tokens:
+    """The texts' tokens, kept in `cache` under a digest of tokenizer and texts, so that they are made once."""
+    digest = hashlib.sha256(f"{tokenizer.digest} {max_tokens}".encode())
+    for text in texts:
+        coded = text.encode()
+        digest.update(len(coded).to_bytes(8, "little") + coded)
+    file = cache / "tokens" / f"{digest.hexdigest()[:32]}.npz"
+    try:
+        with np.load(file, allow_pickle=False) as found:
+            return Tokens(found["ids"], found["lengths"])
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        pass  # not there yet, or not whole: made anew
+    tokens = tokenizer.encode(texts, max_tokens)
+    with os_errors(f"data.cache {cache}"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file, str(os.getpid())) as work, work.open("wb") as stream:
+            np.savez(stream, ids=tokens.ids, lengths=tokens.lengths)
+    return tokens

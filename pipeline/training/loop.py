@@ -1,0 +1,417 @@
+"""The one training loop, for every task."""
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+
+from pipeline.compute import distributed as ranks
+from pipeline.compute.prefetch import prefetched
+from pipeline.compute.sparse import coalesced
+from pipeline.config.run_config import EvaluationConfig
+from pipeline.errors import RankLost, UserError
+from pipeline.maths.gradients import PREFIX
+from pipeline.maths.schedules import learning_rate_factor
+from pipeline.names import CALIBRATION, TRAIN_SECONDS
+from pipeline.runtime import process_rank
+from pipeline.runtime.console import Console, optional, say, warn
+from pipeline.runtime.interrupts import check, held
+from pipeline.runtime.memory import keep_freed_memory
+from pipeline.storage.checkpoints import Generation, load_tensors, save_weights
+from pipeline.storage.files import replacing
+from pipeline.tasks.base import TOTAL, Rows, Task, autocast
+from pipeline.tracking.mlflow_run import Run
+from pipeline.training.recorder import Recorder
+from pipeline.training.saver import Saver
+
+Watch = Callable[[int, Mapping[str, float]], bool]
+
+PREFETCHED = 2
+FINAL_FILE = Path("final", "model.safetensors")
+BEST_FILE = Path("best", "model.safetensors")
+BEST_LINK = "best.safetensors"  # what a checkpoint calls the best weights up to it
+
+
+@dataclass
+class Result:
+    """What a training leaves: the model holds the best weights."""
+
+    model: nn.Module
+    steps: int = 0  # optimizer steps completed
+    metrics: dict[str, float] = field(default_factory=dict)  # the last value of every evaluation metric
+
+
+class Window(NamedTuple):
+    """What one optimizer step trains on."""
+
+    rows: list[Rows]  # of its micro-batches
+    ends_epoch: bool
+
+
+class Training:
+    """A task in training. The result depends on config, data and thread count alone."""
+
+    def __init__(
+        self,
+        task: Task,
+        run: Run,
+        console: Console,
+        device: str,
+        *,
+        watch: Watch | None = None,
+        saver: Saver | None = None,
+    ) -> None:
+        """`watch` sees the metrics of every evaluation and says whether to stop there; `saver` keeps checkpoints."""
+        self.watch, self.stopped = watch, False
+        self.task, self.config, self.run, self.console, self.device = task, task.config, run, console, device
+        keep_freed_memory()
+        torch.manual_seed(self.config.seed)
+        self.model = task.model().to(device)
+        self.optimizers = task.optimizers(self.model)
+        self.peaks = {
+            name: [group["lr"] for group in optimizer.param_groups] for name, optimizer in self.optimizers.items()
+        }
+        self.scaler = torch.amp.GradScaler(device, enabled=self.config.training.amp == "fp16")
+        self.total_steps, self.schedule = count_steps(task), task.schedule.model_dump()
+        self.recorder = Recorder(run, console, self.config.tracking.log_every, task.logged_losses)
+        self.keeper = BestKeeper(self.config.evaluation, run.folder / BEST_FILE)
+        self.result = Result(self.model)
+        self.plan = lru_cache(1)(task.plan)  # to shuffle many rows takes a while
+        self.evaluated_at, self.due = -1, False  # due: the evaluation after the last step is still to come
+        self.saver = saver or Saver(None)
+        self.done = False  # the model holds the best weights, no longer those in training
+
+    def train(self) -> Result:
+        """Train, evaluate, keep the best weights, and evaluate those once on the test split.
+
+        Raises:
+            NonFiniteError: a loss became NaN or infinite; what was logged before is in the run.
+            Interrupted, RankLost: the process was asked to end, or another one did; a checkpoint is saved.
+        """
+        started = time.perf_counter()
+        try:
+            self.advance()
+            if self.evaluated_at != self.result.steps:
+                self._evaluate()
+            self.recorder.drain()
+            self.console.flush()
+            ranks.leave()
+            if process_rank.leads():
+                self._finish(time.perf_counter() - started)
+        except (KeyboardInterrupt, RankLost):
+            self.save_interrupted()
+            raise
+        finally:
+            self.console.close()
+        return self.result
+
+    def _finish(self, seconds: float) -> None:
+        """What is logged once, the last weights, and calibration and the test split at the best ones."""
+        self.saver.check_data()
+        self.run.log_metrics(self.result.steps, {TRAIN_SECONDS: seconds})
+        if self.keeper.step is not None:
+            self.run.log_metrics(self.result.steps, {"best_step": self.keeper.step})
+        save_weights(self.model.state_dict(), self.run.folder / FINAL_FILE)
+        self.done = True
+        self.keeper.restore(self.model)
+        if fitted := self.task.calibrate(self.model, self.device):
+            self.run.log_params({f"{CALIBRATION}{head}.{name}": repr(value)
+                                 for head, values in fitted.items() for name, value in values.items()})  # fmt: skip
+        tested = dict(self.task.evaluate(self.model, "test", self.device))
+        self.run.log_metrics(self.result.steps, tested)
+        self.result.metrics |= tested
+
+    def save_interrupted(self) -> None:
+        """Save what there is, on the way out."""
+        if self.done:  # a checkpoint is of the weights in training
+            self.model.load_state_dict(load_tensors(self.run.folder / FINAL_FILE))
+            self.done = False
+        try:
+            self._save()
+        except UserError as error:
+            warn(str(error))
+
+    def advance(self, until: int | None = None) -> None:
+        """Train on from where it stands: to the end, or until so many steps are completed and evaluated if due."""
+        self.model.train()
+        if self.due:
+            self._evaluate()
+        last = self.total_steps if until is None else min(until, self.total_steps)
+        for window, batches in self._loaded(self._remaining(last)):
+            if self._is_over():
+                break
+            check()
+            self._step(window, batches)
+            if self.due:
+                self._evaluate()
+            if self.saver.is_due(self.result.steps, self.keeper.step):
+                self._save()
+            self.console.flush()
+
+    def _save(self) -> None:
+        seconds = self.saver.save(self.result.steps, self.keeper.step, self.state, self.files)
+        self.recorder.last_log += seconds  # of the throughput's time it is no part
+
+    def _loaded(self, windows: Iterator[Window]) -> Iterator[tuple[Window, list[Any]]]:
+        """The windows with their batches."""
+        ahead = self.config.training.prefetch
+        return prefetched(windows, self._load, PREFETCHED if ahead is None else ahead)
+
+    def _load(self, window: Window) -> list[Any]:
+        return [self.task.batch(ranks.share(rows)) for rows in window.rows]
+
+    def _remaining(self, until: int) -> Iterator[Window]:
+        """The optimizer steps to come until so many are completed."""
+        size, before, first = self.config.training.accumulation_steps, 0, self.result.steps
+        for epoch in range(self.config.training.num_train_epochs):
+            if before >= until:
+                break
+            plan = self.plan(epoch)
+            count = -(-len(plan) // size)
+            for number in range(max(0, first - before), min(count, until - before)):
+                rows = [plan[index] for index in range(number * size, min((number + 1) * size, len(plan)))]
+                yield Window(rows, number == count - 1)
+            before += count
+
+    def state(self) -> dict[str, Any]:
+        """All that decides how the training goes on, as tensors and plain values; the best weights are in `files`."""
+        self.recorder.drain()
+        return {
+            "steps": self.result.steps,
+            "evaluated_at": self.evaluated_at,
+            "due": self.due,
+            "metrics": self.result.metrics,
+            "model": self.model.state_dict(),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "scaler": self.scaler.state_dict(),
+            "keeper": self.keeper.state(),
+            "random": _random_state(self.device),
+        }
+
+    def files(self) -> dict[str, Path]:
+        """Files that belong to the state, by their names in a checkpoint."""
+        return {BEST_LINK: self.keeper.file} if self.keeper.step is not None else {}
+
+    def restore(self, generation: Generation) -> None:
+        """Stand where a training of the same task stood when it gave the `state` that a checkpoint holds.
+
+        Raises:
+            ValueError, RuntimeError: the state is of another model.
+        """
+        self.load_state(generation.state)
+        self.keeper.load_state(generation.state["keeper"], generation.folder / BEST_LINK)
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """As `restore`, without the best weights' file."""
+        self.result.steps, self.evaluated_at, self.due = state["steps"], state["evaluated_at"], state["due"]
+        self.result.metrics = dict(state["metrics"])
+        self.model.load_state_dict(state["model"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        self.scaler.load_state_dict(state["scaler"])
+        self.keeper.load_state(state["keeper"], None)
+        _set_random_state(state["random"])
+
+    def _is_over(self) -> bool:
+        return self.result.steps >= self.total_steps or self.keeper.exhausted or self.stopped
+
+    def _step(self, window: Window, batches: Sequence[Any]) -> None:
+        """One optimizer step over the window's micro-batches: whole, or as if it had not begun."""
+        step, every = self.result.steps, self.config.evaluation.every_steps
+        ranks.seed(self.config.seed, step)
+        random = _random_state(self.device)
+        try:
+            factor = learning_rate_factor(step, self.total_steps, **self.schedule)
+            for name, optimizer in self.optimizers.items():
+                for group, peak in zip(optimizer.param_groups, self.peaks[name], strict=True):
+                    group["lr"] = peak * factor
+            losses, influence = self._backward(window, batches, step)
+            with held():
+                norms = self._update()
+                self.result.steps = step + 1
+                self.due = self.result.steps % every == 0 if every else window.ends_epoch and not self._is_over()
+                rates = {f"lr/{name}": optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
+                settings = rates | dict(self.task.settings(step))
+                if process_rank.leads():
+                    self.recorder.step(step, losses, norms | influence, settings, sum(map(len, window.rows)))
+        except (KeyboardInterrupt, RankLost):
+            if self.result.steps == step:
+                self.model.zero_grad(set_to_none=True)
+                _set_random_state(random)
+            raise
+
+    def _backward(
+        self, window: Window, loaded: Sequence[Any], step: int
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Gradients of the whole window's mean losses; returns those losses, and their influence if it is measured."""
+        amp, probes = self.config.training.amp, self.config.tracking.probes(step)
+        batches: list[Any] = [batch.to(self.device) for batch in loaded]
+        weights = [ranks.weight(len(rows)) for rows in window.rows]
+        counts = ranks.summed(_sum([_weighted(self.task.counts(batch), weight)
+                                    for batch, weight in zip(batches, weights, strict=True)]))  # fmt: skip
+        shares, probed = [], []
+        for batch, weight in zip(batches, weights, strict=True):
+            with autocast(amp, self.device):
+                losses = _weighted(self.task.losses(self.model, batch, counts, step), weight)
+            if probes:
+                probed.append(self.task.probe(self.model, losses))
+            self.scaler.scale(losses[TOTAL]).backward()  # type: ignore[no-untyped-call]
+            shares.append({name: loss.detach() for name, loss in losses.items()})
+        ranks.sum_gradients(self.model.parameters())
+        found = ranks.summed(_sum(shares))
+        influence = dict(self.task.influence(ranks.summed(_sum(probed)), found)) if probes else {}
+        return {name: loss for name, loss in found.items() if not name.startswith(PREFIX)}, influence
+
+    def _update(self) -> dict[str, Tensor]:
+        """One step of every optimizer; returns the gradient norms before clipping."""
+        norms = {}
+        for name, optimizer in self.optimizers.items():
+            self.scaler.unscale_(optimizer)
+            parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            sparse = [parameter for parameter in parameters if parameter.grad.is_sparse]
+            for parameter in sparse:  # the sum of each row's gradients, for the norm and for the optimizer
+                parameter.grad = coalesced(parameter.grad)
+            norm = _norm([p.grad.values() if p.grad.is_sparse else p.grad for p in parameters])
+            if self.config.training.clip_norm is not None and not sparse:
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.config.training.clip_norm, norm)
+            norms[f"grad_norm/{name}"] = norm
+            self.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
+        return norms
+
+    def _evaluate(self) -> None:
+        """Validation metrics, logged under the number of steps completed."""
+        step = self.result.steps
+        self.saver.check_data()
+        self.recorder.pause()
+        metrics = dict(self.task.evaluate(self.model, "valid", self.device))
+        with held():
+            self.run.log_metrics(step, metrics)
+            self.run.flush()
+            self.result.metrics |= metrics
+            self.keeper.consider(metrics, self.model, step)
+            self.evaluated_at, self.due = step, False
+        self.stopped = self.watch is not None and self.watch(step, metrics)
+        name = self.keeper.metric
+        score = f"{name} {metrics[name]:.4f}" if name in metrics else "evaluated"
+        say(f"step {step}: {score}" + (" (best)" if self.keeper.step == step else ""))
+        with optional("what the evaluation shows"):
+            for finding in self.task.findings(metrics):
+                warn(f"step {step}: {finding}")
+        self.recorder.resume()
+
+
+class BestKeeper:
+    """The best weights so far on disk, and when to stop."""
+
+    def __init__(self, config: EvaluationConfig, file: Path) -> None:
+        self.metric, self.sign, self.patience = config.metric, 1 if config.mode == "max" else -1, config.patience
+        self.file = file
+        self.best, self.without_gain = -math.inf, 0
+        self.step: int | None = None
+
+    @property
+    def exhausted(self) -> bool:
+        return self.patience is not None and self.without_gain >= self.patience
+
+    def consider(self, metrics: Mapping[str, float], model: nn.Module, step: int) -> None:
+        """Keep the weights if their metric is the best yet."""
+        if self.metric not in metrics:  # undefined on these data, as was said before the training
+            return
+        score = self.sign * metrics[self.metric]
+        if score > self.best:
+            self.best, self.step, self.without_gain = score, step, 0
+            if process_rank.leads():
+                save_weights(model.state_dict(), self.file)
+        else:
+            self.without_gain += 1
+
+    def state(self) -> dict[str, Any]:
+        """What was found so far; the best weights are in the file."""
+        found = {"best": self.best, "without_gain": self.without_gain, "step": self.step}
+        return found | {"metric": self.metric, "sign": self.sign}
+
+    def load_state(self, state: Mapping[str, Any], weights: Path | None) -> None:
+        """`weights`: a file of the best ones, where there are any. What was best by another metric is forgotten."""
+        if (state["metric"], state["sign"]) != (self.metric, self.sign):
+            return
+        self.best, self.without_gain, self.step = state["best"], state["without_gain"], state["step"]
+        if self.step is not None and weights is not None:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(self.file) as work:
+                shutil.copyfile(weights, work)
+
+    def restore(self, model: nn.Module) -> None:
+        """The best weights back into the model; the last ones stay where no evaluation had the metric."""
+        if self.step is not None:
+            model.load_state_dict(load_tensors(self.file))
+
+
+def count_steps(task: Task) -> int:
+    """Optimizer steps of the whole training, early stopping aside."""
+    training = task.config.training
+    longest = training.max_steps or math.inf
+    steps = 0
+    for epoch in range(training.num_train_epochs):
+        if steps >= longest:
+            break
+        steps += -(-len(task.plan(epoch)) // training.accumulation_steps)
+    return int(min(steps, longest))
+
+
+def resolve_device(wanted: str) -> str:
+    """`auto` as what this machine has.
+
+    Raises:
+        UserError: cuda is asked for and there is none.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: found cuda, but torch sees no CUDA device; allowed here: auto, cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+
+
+def amp_warning(amp: str, device: str) -> str | None:
+    """Mixed precision that this machine has to emulate."""
+    found = torch.cpu.get_capabilities()
+    native = found.get("architecture") != "x86_64" or found.get("amx_bf16") or found.get("avx512_bf16")
+    if amp == "bf16" and device == "cpu" and not native:
+        return "training.amp is bf16, which this CPU has no instructions for: training.amp=no is faster here"
+    return None
+
+
+def _random_state(device: str) -> dict[str, Any]:
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if device == "cuda" else None}
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] is not None and torch.cuda.is_available():  # else it goes on elsewhere, to other bits
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Of all of them together."""
+    norm: Tensor = torch.linalg.vector_norm(gradients[0]) if len(gradients) == 1 else get_total_norm(gradients)
+    return norm
+
+
+def _weighted(values: Mapping[str, Tensor], weight: float) -> Mapping[str, Tensor]:
+    return values if weight == 1 else {name: value * weight for name, value in values.items()}
+
+
+def _sum(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The parts' tensors added up by name."""
+    total = dict(parts[0])
+    for part in parts[1:]:
+        for name, value in part.items():
+            total[name] = total[name] + value
+    return total

@@ -1,0 +1,478 @@
+"""The statistics of a comparison against hand derivations, scipy, sklearn and simulation."""
+
+import math
+from collections import Counter
+from itertools import combinations, pairwise
+from random import Random
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import integrate
+from scipy.special import ndtr
+from scipy.stats import t as student
+from scipy.stats import ttest_rel
+from sklearn.metrics import f1_score, log_loss, roc_auc_score
+
+from pipeline.maths.statistics import (
+    Paired,
+    bootstrap_auc,
+    bootstrap_ratio,
+    holm,
+    minimum_detectable_difference,
+    paired,
+    percentile_interval,
+    verdict,
+)
+
+Array = npt.NDArray[np.float64]
+pytestmark = pytest.mark.filterwarnings("error")  # a division by zero would only warn
+
+DIFFERENCES = st.lists(
+    st.floats(-10, 10, allow_nan=False).map(lambda value: round(value, 6)), min_size=2, max_size=12
+)  # on a grid: what rounding leaves of a shift stays far below it
+P_VALUES = st.lists(st.one_of(st.none(), st.floats(0, 1)), max_size=6)
+
+
+# paired
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 10, 30])
+def test_paired_is_scipys(n: int) -> None:
+    random = np.random.default_rng(n)
+    baseline = random.normal(0.75, 0.01, n)
+    arm = baseline + random.normal(0.002, 0.003, n)
+    found, expected = paired(arm - baseline), ttest_rel(arm, baseline)
+    interval = expected.confidence_interval(0.95)
+    assert (found.n, found.mean, found.sd) == (
+        n, pytest.approx(np.mean(arm - baseline)), pytest.approx(np.std(arm - baseline, ddof=1))
+    )  # fmt: skip
+    assert [found.p, found.low, found.high] == pytest.approx([expected.pvalue, *interval], rel=1e-10, abs=1e-14)
+
+
+def test_paired_by_hand() -> None:
+    """1, 2, 3, 4: mean 5/2, variance 5/3, t = 2.5 / sqrt(5/12); 3.182446 is the table's 97.5% point for 3 seeds."""
+    found = paired([1, 2, 3, 4])
+    half = 3.182446305284263 * math.sqrt(5 / 12)
+    assert (found.n, found.mean, found.sd) == (4, 2.5, pytest.approx(math.sqrt(5 / 3)))
+    assert (found.low, found.high) == (pytest.approx(2.5 - half, abs=1e-9), pytest.approx(2.5 + half, abs=1e-9))
+
+
+@given(st.floats(-1, 1), st.floats(0.001, 1))
+@settings(deadline=None)
+def test_paired_of_two_and_three_seeds_by_closed_form(mean: float, spread: float) -> None:
+    """One degree of freedom: the Cauchy distribution; two: F(t) = 1/2 + t / (2 sqrt(2 + t^2))."""
+    two, three = paired([mean - spread, mean + spread]), paired([mean - spread, mean, mean + spread])
+    t = abs(mean) / spread  # the error of the mean: sqrt(2) spread / sqrt(2)
+    assert two.p == pytest.approx(1 - 2 / math.pi * math.atan(t), abs=3e-8)  # scipy drops t**2 below 1e-16
+    assert two.high == pytest.approx(mean + spread * math.tan(0.475 * math.pi), rel=1e-9, abs=1e-9)
+    t = abs(mean) / (spread / math.sqrt(3))
+    assert three.p == pytest.approx(1 - t / math.sqrt(2 + t**2), abs=3e-8)
+
+
+def test_interval_at_another_level() -> None:
+    low, high = student.interval(0.8, 3, loc=2.5, scale=math.sqrt(5 / 12))
+    found = paired([1, 2, 3, 4], level=0.8)
+    assert (found.low, found.high) == (pytest.approx(low, rel=1e-10), pytest.approx(high, rel=1e-10))
+
+
+@given(DIFFERENCES)
+@settings(deadline=None)
+def test_the_interval_leaves_out_zero_where_p_is_below_5_percent(differences: list[float]) -> None:
+    found = paired(differences)
+    assert found.p is not None
+    assert found.low is not None
+    assert found.high is not None
+    assert 0 <= found.p <= 1
+    assert found.low <= found.mean <= found.high
+    if abs(found.p - 0.05) > 1e-9:
+        assert (found.low > 0 or found.high < 0) == (found.p < 0.05)
+
+
+@given(DIFFERENCES)
+@settings(deadline=None)
+def test_swapping_arm_and_baseline_turns_the_sign(differences: list[float]) -> None:
+    found, swapped = paired(differences), paired([-value for value in differences])
+    assert (swapped.mean, swapped.sd, swapped.p) == (-found.mean, found.sd, found.p)
+    assert (swapped.low, swapped.high) == (-(found.high or 0), -(found.low or 0))
+
+
+@given(DIFFERENCES, st.floats(-100, 100), st.sampled_from([1e-200, 1e-3, 7.0, 1e200]))
+@settings(deadline=None)
+def test_a_shift_moves_the_interval_and_a_unit_scales_it(differences: list[float], shift: float, factor: float) -> None:
+    found, moved = paired(differences), paired([value + shift for value in differences])
+    scaled = paired([value * factor for value in differences])
+    assert moved.mean == pytest.approx(found.mean + shift, abs=1e-10)
+    assert moved.sd == pytest.approx(found.sd, abs=1e-10)
+    assert moved.high == pytest.approx((found.high or 0) + shift, abs=1e-10)
+    assert scaled.p == pytest.approx(found.p, rel=1e-6, abs=1e-12)
+    assert scaled.sd == pytest.approx((found.sd or 0) * factor, rel=1e-9)
+    assert scaled.low == pytest.approx((found.low or 0) * factor, rel=1e-9, abs=1e-9 * factor)
+
+
+def test_an_arm_that_equals_the_baseline_is_not_distinguishable() -> None:
+    found = paired([0.0] * 5)
+    assert found == Paired(5, 0.0, 0.0, 0.0, 0.0, 1.0)
+    assert verdict(found.mean, holm([found.p])[0], higher_is_better=True) == "not distinguishable"
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 6, 7])
+@pytest.mark.parametrize("value", [0.1, -0.1, 1e-3, 5e-324])
+def test_a_constant_difference_is_certain(n: int, value: float) -> None:
+    assert paired([value] * n) == Paired(n, value, 0.0, value, value, 0.0)
+
+
+def test_a_difference_constant_up_to_rounding_is_all_but_certain() -> None:
+    differences = [0.751 - 0.75, 0.0011 - 0.0001, 8.001 - 8]
+    assert len(set(differences)) == 3
+    found = paired(differences)
+    assert found.p is not None
+    assert found.p < 1e-20
+    assert (found.low, found.high) == (pytest.approx(0.001, abs=1e-11), pytest.approx(0.001, abs=1e-11))
+    assert paired([1e-3, 1e-3 + 1e-17]).p == pytest.approx(0, abs=1e-12)
+
+
+def test_one_seed_has_no_interval_and_no_verdict() -> None:
+    found = paired([0.02])
+    assert found == Paired(1, 0.02, None, None, None, None)
+    assert verdict(found.mean, holm([found.p])[0], higher_is_better=True) == "one seed: no verdict"
+
+
+def test_no_seed_has_no_mean() -> None:
+    found = paired([])
+    assert math.isnan(found.mean)
+    assert (found.n, found.sd, found.low, found.high, found.p) == (0, None, None, None, None)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("others", [[], [0.1, 0.2]])
+def test_a_failed_run_is_no_difference(bad: float, others: list[float]) -> None:
+    with pytest.raises(ValueError, match="allowed: finite numbers"):
+        paired([*others, bad])
+
+
+# Holm
+
+
+def test_holm_by_hand() -> None:
+    """Sorted: 0.005 x 4, 0.01 x 3, 0.03 x 2, and 0.04 x 1 raised to the step before."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def test_holm_leaves_out_what_was_not_tested() -> None:
+    found = holm([None, 0.01, None, 0.02])
+    assert (found[0], found[2]) == (None, None)
+    assert [found[1], found[3]] == pytest.approx([0.02, 0.02])  # two tests: 0.01 x 2, and 0.02 x 1
+    assert holm([]) == []
+    assert holm([None]) == [None]
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+
+
+@given(P_VALUES)
+@settings(deadline=None)
+def test_holm_is_the_closure_of_bonferroni(p_values: list[float | None]) -> None:
+    """Marcus, Peritz and Gabriel 1976: the largest Bonferroni p over all the sets of hypotheses it belongs to."""
+    tested = [index for index, p in enumerate(p_values) if p is not None]
+    expected: list[float | None] = [None] * len(p_values)
+    for size in range(1, len(tested) + 1):
+        for chosen in combinations(tested, size):
+            together = min(1.0, size * min(p_values[index] or 0.0 for index in chosen))
+            for index in chosen:
+                expected[index] = max(expected[index] or 0.0, together)
+    assert holm(p_values) == expected
+
+
+@given(P_VALUES, st.randoms(use_true_random=False))
+@settings(deadline=None)
+def test_holm_keeps_order_and_never_lowers(p_values: list[float | None], random: Random) -> None:
+    adjusted = holm(p_values)
+    pairs = sorted((p, q) for p, q in zip(p_values, adjusted, strict=True) if p is not None and q is not None)
+    assert all(p <= q <= 1 for p, q in pairs)
+    assert [q for _, q in pairs] == sorted(q for _, q in pairs)
+    order = list(range(len(p_values)))
+    random.shuffle(order)
+    assert holm([p_values[index] for index in order]) == [adjusted[index] for index in order]
+
+
+# verdict
+
+
+@pytest.mark.parametrize(
+    ("mean", "p", "higher", "expected"),
+    [
+        (0.1, 0.01, True, "better"),
+        (-0.1, 0.01, True, "worse"),
+        (0.1, 0.01, False, "worse"),
+        (-0.1, 0.01, False, "better"),
+        (0.1, 0.05, True, "better"),
+        (0.1, 0.0501, True, "not distinguishable"),
+        (0.0, 1.0, False, "not distinguishable"),
+        (0.1, None, True, "one seed: no verdict"),
+    ],
+)
+def test_verdict(mean: float, p: float | None, higher: bool, expected: str) -> None:
+    assert verdict(mean, p, higher) == expected
+
+
+def test_verdict_at_another_level() -> None:
+    assert verdict(0.1, 0.08, True, level=0.1) == "better"
+
+
+# minimum detectable difference
+
+
+def power_of_t_test(effect: float, sd: float, n: int, level: float) -> float:
+    """Chance that |mean| > critical * s / sqrt(n): the normal chance given s, integrated over the chi law of s."""
+    critical, shift = student.isf(level / 2, n - 1), effect * math.sqrt(n) / sd
+    half = (n - 1) / 2
+    constant = math.log(2) + half * math.log(half) - math.lgamma(half)
+
+    def density(s: float) -> float:
+        reached = float(ndtr(shift - critical * s) + ndtr(-critical * s - shift))
+        return math.exp(constant + (n - 2) * math.log(s) - half * s * s) * reached
+
+    turn = shift / critical  # where the normal chance falls from one to zero
+    edges = [0, *sorted(max(0, (shift + step) / critical) for step in (-8, -2, 0, 2, 8)), turn + 3, turn + 12]
+    return sum(integrate.quad(density, low, high, epsabs=1e-13)[0] for low, high in pairwise(edges) if high > low)
+
+
+@pytest.mark.parametrize(
+    ("n", "arms", "level", "power"),
+    [
+        (2, 1, 0.05, 0.8), (2, 20, 0.05, 0.8), (3, 4, 0.05, 0.8), (3, 20, 0.05, 0.8), (5, 1, 0.05, 0.8),
+        (5, 20, 0.05, 0.95), (30, 8, 0.05, 0.8), (4, 1, 0.5, 0.6), (6, 2, 0.9, 0.5), (5, 200, 0.01, 0.99),
+    ],
+)  # fmt: skip
+def test_minimum_detectable_difference_has_its_power(n: int, arms: int, level: float, power: float) -> None:
+    effect = minimum_detectable_difference(0.013, n, arms, level, power)
+    assert effect is not None
+    assert power_of_t_test(effect, 0.013, n, level / arms) == pytest.approx(power, abs=1e-9)
+
+
+def test_minimum_detectable_difference_of_the_textbook() -> None:
+    """Half a standard deviation needs 34 pairs for 80% power at 5% two-sided (Cohen 1988; G*Power)."""
+    needed = [minimum_detectable_difference(1.0, n, 1) for n in (33, 34)]
+    assert needed[0] is not None
+    assert needed[1] is not None
+    assert needed[1] < 0.5 < needed[0]
+
+
+@given(st.floats(1e-9, 1e9), st.integers(2, 40), st.integers(1, 50))
+@settings(max_examples=20, deadline=None)
+def test_minimum_detectable_difference_is_in_the_unit_of_sd_and_falls_with_seeds(sd: float, n: int, arms: int) -> None:
+    one, unit = minimum_detectable_difference(sd, n, arms), minimum_detectable_difference(1.0, n, arms)
+    more_seeds = minimum_detectable_difference(sd, n + 1, arms)
+    more_arms = minimum_detectable_difference(sd, n, arms + 1)
+    assert one is not None
+    assert unit is not None
+    assert more_seeds is not None
+    assert more_arms is not None
+    assert one == pytest.approx(unit * sd, rel=1e-9)
+    assert more_seeds < one < more_arms
+
+
+def test_minimum_detectable_difference_without_a_test() -> None:
+    assert minimum_detectable_difference(None, 1, 4) is None
+    assert minimum_detectable_difference(1.0, 1, 4) is None
+    assert minimum_detectable_difference(None, 3, 4) is None
+    assert minimum_detectable_difference(1.0, 3, 0) is None
+    assert minimum_detectable_difference(0.0, 3, 4) == 0.0
+
+
+# whole sweeps
+
+
+def verdicts(metric: Array, higher_is_better: bool = True) -> list[str]:
+    """metric: [arms + 1, seeds], the baseline first."""
+    found = [paired(arm - metric[0]) for arm in metric[1:]]
+    adjusted = holm([arm.p for arm in found])
+    return [verdict(arm.mean, p, higher_is_better) for arm, p in zip(found, adjusted, strict=True)]
+
+
+@pytest.mark.parametrize("seeds", [2, 5])
+def test_sweeps_without_an_effect_rarely_claim_one(seeds: int) -> None:
+    """Four arms that share the baseline's noise and a seed's luck: any claim in at most 5% of sweeps, so in 25 of 500.
+
+    Of 500 draws at 5% the standard deviation is 4.9; without Holm's step, 60 and more would claim something.
+    """
+    random = np.random.default_rng(seeds)
+    luck = random.normal(0.75, 0.02, (500, 1, seeds))
+    sweeps = luck + random.normal(0, 0.004, (500, 5, seeds))
+    found = [verdicts(sweep) for sweep in sweeps]
+    false = sum(set(words) != {"not distinguishable"} for words in found)
+    claims = Counter(word for words in found for word in words if word != "not distinguishable")
+    assert 8 <= false <= 37  # nor is the test so timid that it never speaks
+    assert set(claims) == {"better", "worse"}
+    assert 0.25 < claims["better"] / claims.total() < 0.75
+
+
+@pytest.mark.parametrize(("seeds", "sign"), [(3, 1), (5, -1)])
+def test_a_minimum_detectable_difference_is_found_in_80_percent(seeds: int, sign: int) -> None:
+    """One of four arms has it; a run scatters by 0.004 about a seed's luck, a difference by sqrt(2) times that.
+
+    The share found in 600 draws has a standard deviation of sqrt(0.8 x 0.2 / 600) = 0.016: the bound is three of them.
+    """
+    random = np.random.default_rng(seeds)
+    effect = minimum_detectable_difference(0.004 * math.sqrt(2), seeds, 4)
+    assert effect is not None
+    sweeps = random.normal(0.75, 0.02, (600, 1, seeds)) + random.normal(0, 0.004, (600, 5, seeds))
+    sweeps[:, 2] += sign * effect
+    found = Counter(verdicts(sweep)[1] for sweep in sweeps)
+    assert found["better" if sign > 0 else "worse"] / 600 == pytest.approx(0.8, abs=0.05)
+    assert found["worse" if sign > 0 else "better"] == 0
+
+
+# bootstrap
+
+
+def resamples_of(rows: int, resamples: int, seed: int) -> list[npt.NDArray[np.int64]]:
+    random = np.random.default_rng(seed)
+    return [random.integers(rows, size=rows) for _ in range(resamples)]
+
+
+@given(st.integers(0, 2**32), st.integers(2, 60), st.integers(1, 4), st.integers(1, 20))
+@settings(deadline=None)
+def test_bootstrapped_auc_is_sklearns_on_the_drawn_rows(seed: int, rows: int, models: int, values: int) -> None:
+    random = np.random.default_rng(seed)
+    label = random.integers(0, 2, rows)
+    scores = random.integers(0, values, (models, rows)) / 7 - 1  # few values: ties within and between classes
+    found = bootstrap_auc(label, scores, resamples=5, seed=seed)
+    assert found.shape == (5, models)
+    for row, drawn in zip(found, resamples_of(rows, 5, seed), strict=True):
+        if len(set(label[drawn])) < 2:
+            assert np.isnan(row).all()
+        else:
+            expected = [roc_auc_score(label[drawn], model[drawn]) for model in scores]
+            assert row == pytest.approx(expected, abs=1e-12)
+
+
+def test_bootstrapped_auc_of_a_rare_event_is_sklearns_with_weights() -> None:
+    random = np.random.default_rng(3)
+    label = random.random(50_000) < 0.001
+    scores = np.round(random.normal(size=(2, 50_000)) + label, 2)
+    found = bootstrap_auc(label, scores, resamples=3, seed=11)
+    for row, drawn in zip(found, resamples_of(50_000, 3, 11), strict=True):
+        weights = np.bincount(drawn, minlength=50_000)
+        expected = [roc_auc_score(label, model, sample_weight=weights) for model in scores]
+        assert row == pytest.approx(expected, abs=1e-9)
+
+
+def test_bootstrapped_auc_needs_both_classes() -> None:
+    scores = np.array([[0.1, 0.2, 0.3]])
+    assert np.isnan(bootstrap_auc([1, 1, 1], scores, 4)).all()
+    assert np.isnan(bootstrap_auc([0, 0, 0], scores, 4)).all()
+    assert np.isnan(bootstrap_auc([], np.empty((2, 0)), 4)).all()
+    assert set(bootstrap_auc([0, 1], [[0.1, 0.2]], 40)[:, 0].tolist()) >= {1.0}
+
+
+def test_minus_infinity_is_a_score() -> None:
+    """A log probability may underflow; such rows stand below all others and tie with each other."""
+    found = bootstrap_auc([0, 1, 0, 1], [[-math.inf, -math.inf, -3.0, -1.0], [-9.0, -9.0, -3.0, -1.0]], 30)
+    assert np.array_equal(found[:, 0], found[:, 1], equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("label", "scores"),
+    [([0, 1], [0.1, 0.2]), ([0, 1], [[0.1, 0.2, 0.3]]), ([[0, 1]], [[0.1, 0.2]]),
+     ([0, 2], [[0.1, 0.2]]), ([0, 1], [[0.1, math.nan]])],
+)  # fmt: skip
+def test_bootstrap_auc_refuses_what_has_no_auc(label: list[int], scores: list[list[float]]) -> None:
+    with pytest.raises(ValueError, match="allowed"):
+        bootstrap_auc(label, scores)
+
+
+@pytest.mark.parametrize(("above", "below"), [([1.0], [1.0]), ([[1.0, 2.0]], [[1.0]]), ([[1.0]], [[1.0], [1.0]])])
+def test_bootstrap_ratio_refuses_shapes_that_do_not_fit(above: list[object], below: list[object]) -> None:
+    with pytest.raises(ValueError, match="allowed"):
+        bootstrap_ratio(above, below)
+
+
+def test_bootstrapped_ratio_is_micro_f1_and_log_loss_on_the_drawn_rows() -> None:
+    random = np.random.default_rng(5)
+    truth, guess = random.integers(0, 2, (2, 80, 6))
+    probability = random.uniform(0.05, 0.95, 80)
+    label = truth[:, 0]
+    hits, counts = 2 * (truth & guess).sum(1), truth.sum(1) + guess.sum(1)
+    losses = -np.log(np.where(label == 1, probability, 1 - probability))
+    found = bootstrap_ratio([hits, losses], [counts, np.ones(80)], resamples=10, seed=2)
+    for row, drawn in zip(found, resamples_of(80, 10, 2), strict=True):
+        assert row[0] == pytest.approx(f1_score(truth[drawn], guess[drawn], average="micro"), abs=1e-12)
+        assert row[1] == pytest.approx(log_loss(label[drawn], probability[drawn]), abs=1e-12)
+
+
+def test_a_ratio_over_nothing_is_nan() -> None:
+    found = bootstrap_ratio([[1.0, 1.0]], [[0.0, 1.0]], resamples=40)
+    expected = [2 / total if (total := int(drawn.sum())) else math.nan for drawn in resamples_of(2, 40, 0)]
+    assert np.isnan(expected).any()
+    assert np.array_equal(found[:, 0], expected, equal_nan=True)
+    assert np.isnan(bootstrap_ratio(np.empty((2, 0)), np.empty((2, 0)), 3)).all()
+
+
+@pytest.mark.parametrize("rows", [1001, 1024, 4099])
+def test_equal_models_differ_by_exactly_zero_wherever_they_stand(rows: int) -> None:
+    random = np.random.default_rng(rows)
+    label = random.random(rows) < 0.1
+    losses, scores = random.exponential(size=rows), random.normal(size=rows)
+    aucs = bootstrap_auc(label, np.tile(scores, (7, 1)), 20)
+    ratios = bootstrap_ratio(np.tile(losses, (7, 1)), np.ones((7, rows)), 20)
+    for found in (aucs, ratios):
+        assert len(np.unique(found[:, 0])) == 20
+        assert (found == found[:, :1]).all()
+
+
+def test_the_same_rows_for_every_model_and_both_bootstraps() -> None:
+    """A lone model gets the rows it gets among others, and a ratio gets the rows of the AUC."""
+    random = np.random.default_rng(0)
+    label, scores = random.integers(0, 2, 30), random.normal(size=(3, 30))
+    together = bootstrap_auc(label, scores, 6, seed=4)
+    assert np.array_equal(together[:, 1:2], bootstrap_auc(label, scores[1:2], 6, seed=4))
+    assert not np.array_equal(together, bootstrap_auc(label, scores, 6, seed=5))
+    area = bootstrap_auc([0, 1, 1], [[0.0, 1.0, 0.0]], 50, seed=4)[:, 0]
+    first = bootstrap_ratio([[0.0, 1.0, 0.0]], [[0.0, 1.0, 1.0]], 50, seed=4)[:, 0]
+    both = ~np.isnan(area)
+    assert both.sum() > 20
+    assert area[both] == pytest.approx(0.5 + first[both] / 2)  # the other positive ties with the negative
+
+
+def wins(label: npt.NDArray[np.bool_], score: Array) -> Array:
+    """[positives, negatives]: 1 where the positive stands above, 1/2 where they tie."""
+    return np.asarray(np.sign(score[label][:, None] - score[~label][None, :]) / 2 + 0.5)
+
+
+def delong(label: npt.NDArray[np.bool_], first: Array, second: Array) -> float:
+    """Standard error of the difference of two AUCs on the same rows (DeLong, DeLong and Clarke-Pearson 1988)."""
+    gained = wins(label, first) - wins(label, second)
+    return math.sqrt(gained.mean(1).var(ddof=1) / label.sum() + gained.mean(0).var(ddof=1) / (~label).sum())
+
+
+def test_the_bootstrap_scatters_as_delong_says() -> None:
+    random = np.random.default_rng(8)
+    label = random.random(3000) < 0.1
+    first = random.normal(size=3000) + 1.2 * label
+    second = first + random.normal(size=3000) * 0.7
+    found = bootstrap_auc(label, [first, second], resamples=2000, seed=1)
+    difference = found[:, 0] - found[:, 1]
+    expected = delong(label, first, second)
+    assert difference.std() == pytest.approx(expected, rel=0.08)
+    assert difference.std() < 0.7 * math.hypot(*found.std(0))  # paired by row: the models share their luck
+    low, high = percentile_interval(difference)
+    assert high - low == pytest.approx(2 * 1.96 * expected, rel=0.12)
+
+
+def test_the_bootstrapped_mean_scatters_by_its_standard_error() -> None:
+    losses = np.random.default_rng(9).exponential(size=2000)
+    found = bootstrap_ratio([losses], [np.ones(2000)], resamples=2000, seed=1)[:, 0]
+    assert found.std() == pytest.approx(losses.std() / math.sqrt(2000), rel=0.08)
+    assert found.mean() == pytest.approx(losses.mean(), abs=4 * losses.std() / math.sqrt(2000) / math.sqrt(2000))
+
+
+def test_percentile_interval_by_hand() -> None:
+    values = np.random.default_rng(0).permutation(np.arange(101.0))
+    assert percentile_interval(values) == pytest.approx((2.5, 97.5))
+    assert percentile_interval(values, level=0.5) == pytest.approx((25, 75))
+    assert percentile_interval(np.append(values, [math.nan] * 40)) == pytest.approx((2.5, 97.5))
+    assert percentile_interval(np.array([3.0])) == (3.0, 3.0)
+    assert all(math.isnan(end) for end in percentile_interval(np.array([math.nan, math.nan])))
+    assert all(math.isnan(end) for end in percentile_interval(np.array([])))

@@ -1,0 +1,420 @@
+"""Keys of the aspect sentiment task, its learning rate's warm-up, and what `launch` tells of epochs and files."""
+
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.config.strict_config import canonical, flatten, keys, load, to_yaml, with_default
+from pipeline.errors import UserError
+from pipeline.maths.schedules import learning_rate_factor
+from pipeline.runs.launch import _log_files, _tell_epochs
+from pipeline.tasks.visobert.config import FROM_SCRATCH, VisobertConfig
+from pipeline.tracking.mlflow_run import MemoryRun
+
+SHIPPED, SMALL = ROOT / "configs/config_multi.yaml", ROOT / "configs/config_multi_embedded.yaml"
+
+
+def config_of(file: Path | None = None, **overrides: str) -> VisobertConfig:
+    return load(VisobertConfig, file, {key.replace("__", "."): value for key, value in overrides.items()})
+
+
+def error_of(file: Path | None = None, **overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        config_of(file, **overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def text_of(folder: Path, text: str) -> Path:
+    file = folder / "config.yaml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+# ---------------------------------------------------------------- the users' keys and the defaults
+
+
+def test_users_keys_stand_under_their_own_names() -> None:
+    flat = flatten(config_of(SHIPPED))
+    expected = {
+        "multi_label.use_focal_loss": "true",
+        "multi_label.focal_gamma": "2.0",
+        "multi_label.focal_alpha": "auto",
+        "training.num_train_epochs": "15",
+    }
+    assert {key: flat[key] for key in expected} == expected
+    assert config_of(SHIPPED) == VisobertConfig()
+
+
+def test_defaults_follow_the_model() -> None:
+    big, small = flatten(VisobertConfig()), flatten(config_of(SMALL))
+    assert {key for key in big if big[key] != small[key]} == {*FROM_SCRATCH, "model.name"}
+    assert {key: small[key] for key in FROM_SCRATCH} == {
+        "model.hidden": "null",
+        "model.dropout": "0.3",
+        "training.amp": "no",
+        "optim.encoder.lr": "0.003",
+        "optim.encoder.layer_decay": "1.0",
+        "optim.encoder.betas": "[0.9, 0.99]",
+        "optim.head.lr": "0.003",
+        "optim.head.betas": "[0.9, 0.99]",
+    }
+    assert (big["model.hidden"], big["training.amp"], big["optim.encoder.lr"]) == ("512", "bf16", "3e-05")
+
+
+def test_the_descriptions_name_the_defaults_of_the_embedded_model() -> None:
+    """What --help says of keys that follow the model (an lr of 3e-3 is written 0.003)."""
+    told = {key.path: str(key.field.description) for key in keys(VisobertConfig)}
+    for path, value in FROM_SCRATCH.items():
+        if not path.endswith(".betas"):
+            assert f"Default for the embedded model: {canonical(value)}".rstrip("0").rstrip(".") in told[path], path
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "shown"),
+    [
+        ("model.hidden", "32", "32"),
+        ("model.hidden", "512", "512"),  # the general default, but said outright
+        ("model.dropout", "0.1", "0.1"),
+        ("training.amp", "bf16", "bf16"),
+        ("optim.encoder.lr", "3e-5", "3e-05"),
+        ("optim.encoder.betas", "[0.9, 0.999]", "[0.9, 0.999]"),
+    ],
+)
+def test_what_is_said_outright_wins(tmp_path: Path, key: str, text: str, shown: str) -> None:
+    """On the command line and in the file; the other defaults still follow the model."""
+    by_hand = flatten(load(VisobertConfig, SMALL, {key: text}))
+    *blocks, leaf = key.split(".")
+    tree: Any = {leaf: json.loads(text) if text[0] in "[0123456789" and "e" not in text else text}
+    for block in reversed(blocks):
+        tree = {block: tree}
+    tree = {**tree, "model": {"name": "embedded", **tree.get("model", {})}}
+    in_file = flatten(load(VisobertConfig, text_of(tmp_path, json.dumps(tree))))
+    for flat in (by_hand, in_file):
+        assert flat[key] == shown
+        others = {path: flat[path] for path in FROM_SCRATCH if path != key}
+        assert others == {path: flatten(config_of(SMALL))[path] for path in others}
+
+
+def test_null_is_said_outright_too(tmp_path: Path) -> None:
+    assert config_of(None, model__hidden="null").model.hidden is None
+    assert load(VisobertConfig, text_of(tmp_path, "model: {hidden: null}")).model.hidden is None
+
+
+def test_an_empty_block_has_the_defaults_that_follow(tmp_path: Path) -> None:
+    file = text_of(tmp_path, "model: {name: embedded}\noptim:\n  encoder:\ntraining:\n")
+    assert load(VisobertConfig, file) == config_of(SMALL)
+    assert load(VisobertConfig, text_of(tmp_path, "model:\n")) == VisobertConfig()
+
+
+@pytest.mark.parametrize("text", ["false", "False", "no", "off", "0", "n", "f"])
+def test_without_detection_sentiments_choose_the_best_weights(text: str) -> None:
+    """However the switch is written: there are no pairs to score."""
+    config = config_of(None, model__aspect_detection=text)
+    assert config.model.aspect_detection is False
+    assert config.evaluation.metric == "valid/sentiment_f1_macro"
+    explicit = config_of(None, model__aspect_detection=text, evaluation__metric="valid/loss_total")
+    assert explicit.evaluation.metric == "valid/loss_total"
+
+
+def test_with_detection_pairs_choose_them() -> None:
+    for config in (VisobertConfig(), config_of(None, model__aspect_detection="true"), config_of(SMALL)):
+        assert config.evaluation.metric == "valid/pair_f1_micro"
+
+
+@pytest.mark.parametrize("text", ["model: 3", "model: [a]", "optim: 3\nmodel: {name: embedded}", "evaluation: x"])
+def test_a_value_where_a_block_belongs_is_one_line(tmp_path: Path, text: str) -> None:
+    assert text.split(":", maxsplit=1)[0] in error_of(text_of(tmp_path, text))
+
+
+def test_with_default_by_hand() -> None:
+    tree = {"a": {"b": 1, "c": None}, "d": None, "e": 5}
+    kept = json.dumps(tree)
+    assert with_default(tree, "a.b", 2) == tree
+    assert with_default(tree, "a.c", 2) == tree  # null is a value
+    assert with_default(tree, "a.x", 2) == {"a": {"b": 1, "c": None, "x": 2}, "d": None, "e": 5}
+    assert with_default(tree, "d.x.y", 2)["d"] == {"x": {"y": 2}}
+    assert with_default(tree, "f.x", 2)["f"] == {"x": 2}
+    assert with_default(tree, "e.x", 2) == tree  # what is wrong stays, to be refused with its own name
+    assert with_default(tree, "e", 6) == tree
+    assert json.dumps(tree) == kept
+
+
+def test_alpha_without_any_weight_is_refused() -> None:
+    told = (
+        "--multi_label.focal_alpha: found [0, 0.0, -0.0], allowed: auto or list of 3 numbers >= 0 or null (at least one"
+    )
+    with pytest.raises(UserError) as caught:
+        load(VisobertConfig, None, {"multi_label.focal_alpha": "[0, 0.0, -0.0]"})
+    assert str(caught.value).startswith(told)
+    assert config_of(SMALL, multi_label__focal_alpha="[0, 1e-9, 0]").multi_label.focal_alpha == (0, 1e-9, 0)
+
+
+# ---------------------------------------------------------------- there and back
+
+
+ALPHAS = [None, "auto", (1.0, 1.2, 1.5), (0.0, 0.0, 1e-9)]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    alpha=st.sampled_from(ALPHAS) | st.tuples(*[st.floats(0, 1e6)] * 3).filter(any),
+    gamma=st.floats(0, 100),
+    embedded=st.booleans(),
+    detection=st.booleans(),
+    hidden=st.none() | st.integers(1, 999),
+    aspects=st.none() | st.lists(st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"])), min_size=1),
+    seed=st.integers(0, 99),
+)
+def test_the_resolved_yaml_is_the_same_config(  # noqa: PLR0917
+    tmp_path_factory: pytest.TempPathFactory,
+    alpha: Any,
+    gamma: float,
+    embedded: bool,
+    detection: bool,
+    hidden: int | None,
+    aspects: list[str] | None,
+    seed: int,
+) -> None:
+    tree: dict[str, Any] = {
+        "multi_label": {"focal_alpha": alpha, "focal_gamma": gamma},
+        "model": {"aspect_detection": detection, **({"name": "embedded"} if embedded else {})},
+        "data": {"aspects": aspects},
+    }
+    if seed % 2:
+        tree["model"]["hidden"] = hidden
+    config = VisobertConfig.model_validate(tree)
+    file = tmp_path_factory.mktemp("resolved") / "config.yaml"
+    file.write_text(to_yaml(config), encoding="utf-8")
+    again = load(VisobertConfig, file)
+    assert again == config
+    assert flatten(again) == flatten(config)
+    chosen = random.Random(seed).sample(sorted(flatten(config)), 12)
+    overrides = {key: value for key, value in flatten(config).items() if key in chosen}
+    assert load(VisobertConfig, file, overrides) == config
+
+
+def test_every_param_can_be_typed_again() -> None:
+    """The whole of MLflow's params as overrides, on nothing."""
+    for file in (SHIPPED, SMALL):
+        config = config_of(file, data__train="a.csv", multi_label__focal_alpha="[0.5, 1, 2]", data__aspects='["Pin"]')
+        assert load(VisobertConfig, None, flatten(config)) == config
+
+
+# ---------------------------------------------------------------- alpha
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("auto", "auto"),
+        ("null", None),
+        ("[1.0, 1.2, 1.5]", (1.0, 1.2, 1.5)),
+        ("[1, 0, 2]", (1.0, 0.0, 2.0)),
+        ("[1e-1, 2, 3]", (0.1, 2.0, 3.0)),
+    ],
+)
+def test_alpha(tmp_path: Path, text: str, expected: Any) -> None:
+    assert config_of(None, multi_label__focal_alpha=text).multi_label.focal_alpha == expected
+    file = text_of(tmp_path, f"multi_label: {{focal_alpha: {text}}}")
+    assert load(VisobertConfig, file).multi_label.focal_alpha == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("[1.0, 1.2]", "[1.0, 1.2]"),
+        ("[1, 2, 3, 4]", "[1, 2, 3, 4]"),
+        ("[1.0, -1, 1]", "[1.0, -1, 1]"),
+        ("[1.0, .nan, 1]", "[1.0, NaN, 1]"),
+        ("[a, 1, 1]", '["a", 1, 1]'),
+        ("automatic", "'automatic'"),
+        ("1.5", "1.5"),
+        ("[]", "[]"),
+        ("true", "true"),
+        ("{positive: 1}", '{"positive": 1}'),
+        ("[[1, 2], [3], 1]", "[[1, 2], [3], 1]"),
+        ("[true, 1, 1]", "[true, 1, 1]"),
+    ],
+)
+def test_what_is_no_alpha_is_told_once_with_the_whole_value(tmp_path: Path, text: str, shown: str) -> None:
+    wanted = f"found {shown}, allowed: auto or list of 3 numbers >= 0 or null"
+    assert error_of(None, multi_label__focal_alpha=text) == f"--multi_label.focal_alpha: {wanted}"
+    file = text_of(tmp_path, f"multi_label: {{focal_alpha: {text}}}")
+    assert error_of(file) == f"{file}: multi_label.focal_alpha: {wanted}"
+
+
+def test_alpha_under_its_short_name() -> None:
+    short = VisobertConfig.short
+    assert (short["alpha"], short["gamma"]) == ("multi_label.focal_alpha", "multi_label.focal_gamma")
+    with pytest.raises(UserError) as caught:
+        load(VisobertConfig, None, {short["alpha"]: "[1]"}, shown_as={short["alpha"]: "alpha"})
+    assert str(caught.value).startswith("--alpha: multi_label.focal_alpha: found [1], allowed: auto or list of 3")
+
+
+def test_two_errors_are_both_told() -> None:
+    message = error_of(None, multi_label__focal_alpha="[1, 2]", multi_label__focal_gamma="-1", training__amp="fp8")
+    assert message.count("found") == 3
+    assert "found -1, allowed: number >= 0 and <= 100" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("data.validation_share", "1", "number > 0 and < 1"),
+        ("data.oversampling_ratio", "0.5", "number >= 1"),
+        ("data.aspects", "[]", "list of texts of at least 1 or null"),
+        ("model.pooling", "mean", "one of: pooler, cls, aspect_attention"),
+        ("model.embedded.width", "7", "integer"),
+        ("multi_label.aspect.alpha", "1.5", "number >= 0 and <= 1 or null"),
+        ("evaluation.metric", "test/pair_f1_micro", "matching"),
+        ("optim.schedule.warmup_ratio", "1", "number >= 0 and < 1"),
+        ("training.num_train_epochs", "0", "integer >= 1"),
+    ],
+)
+def test_the_message_says_what_is_allowed(key: str, value: str, allowed: str) -> None:
+    message = error_of(None, **{key.replace(".", "__"): value})
+    assert key in message
+    assert allowed in message
+
+
+def test_an_odd_width_is_told_what_is_wrong() -> None:
+    assert re.search("allowed: .*(even|multiple)", error_of(None, model__embedded__width="7"))
+
+
+def test_other_splits_need_a_training_file() -> None:
+    assert "without train" in error_of(None, data__validation="a.csv")
+    assert "without train" in error_of(None, data__test="a.csv")
+
+
+# ---------------------------------------------------------------- warnings and names
+
+
+IDLE = [
+    ({"multi_label.use_focal_loss": "false", "multi_label.focal_gamma": "3"}, "multi_label.focal_gamma"),
+    ({"multi_label.use_focal_loss": "false", "data_prep_run": "a"}, "data_prep_run"),
+    ({"multi_label.focal_alpha": "null", "data_prep_run": "a"}, "data_prep_run"),
+    ({"data.oversampling_ratio": "2"}, "data.oversampling_ratio"),
+    ({"multi_label.alpha_from": "oversampled"}, "multi_label.alpha_from"),
+    ({"data.oversampling": "capped", "data_prep_run": "a", "multi_label.alpha_from": "oversampled"},
+     "multi_label.alpha_from"),
+    ({"multi_label.aspect.gamma": "1"}, "multi_label.aspect.gamma"),
+    ({"multi_label.aspect.alpha": "0.3"}, "multi_label.aspect.alpha"),
+    ({"model.aspect_detection": "false", "multi_label.lambda_aspect": "1"}, "multi_label.lambda_aspect"),
+    ({"model.aspect_detection": "false", "multi_label.aspect.loss": "focal"}, "multi_label.aspect.loss"),
+    ({"model.name": "embedded", "model.init": "random"}, "model.init"),
+    ({"model.name": "embedded", "model.revision": "main"}, "model.revision"),
+    ({"model.embedded.layers": "2"}, "model.embedded.layers"),
+    ({"data.train": "a.csv", "data.embedded.rows": "500"}, "data.embedded.rows"),
+    ({"data.validation_share": "0.2"}, "data.validation_share"),
+    ({"data.train": "a.csv", "data.validation": "b.csv", "data.validation_share": "0.2"}, "data.validation_share"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "idle"), IDLE, ids=lambda value: str(value) if isinstance(value, str) else "")
+def test_keys_that_do_nothing_are_told(overrides: dict[str, str], idle: str) -> None:
+    found = load(VisobertConfig, None, overrides).warnings(frozenset(overrides))
+    assert len(found) == 1
+    assert found[0].startswith(f"{idle} has no effect while ")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"multi_label.focal_gamma": "0.5"},
+        {"multi_label.aspect.loss": "focal", "multi_label.aspect.gamma": "1", "multi_label.aspect.alpha": "0.3"},
+        {"data.oversampling": "capped", "data.oversampling_ratio": "2", "multi_label.alpha_from": "oversampled"},
+        {"data.train": "a.csv", "data.validation_share": "0.2"},
+        {"model.name": "embedded", "model.embedded.layers": "2"},
+        {"model.init": "random", "model.revision": "v1", "data_prep_run": "a"},
+        {"multi_label.use_focal_loss": "false", "multi_label.lambda_aspect": "1"},
+    ],
+)
+def test_keys_that_act_are_not_told(overrides: dict[str, str]) -> None:
+    assert load(VisobertConfig, None, overrides).warnings(frozenset(overrides)) == []
+
+
+def test_an_unusual_gamma_is_told() -> None:
+    for text, unusual in (("0.4", True), ("0.5", False), ("5", False), ("5.5", True)):
+        found = config_of(None, multi_label__focal_gamma=text).warnings()
+        assert found == ([f"multi_label.focal_gamma is {text}; usual: 0.5-5"] if unusual else [])
+    assert config_of(None, multi_label__focal_gamma="9", multi_label__use_focal_loss="false").warnings() == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ({}, "bert auto g2 s0"),
+        ({"model.name": "embedded", "seed": "3"}, "small auto g2 s3"),
+        ({"multi_label.focal_alpha": "null", "multi_label.focal_gamma": "0.5"}, "bert ones g0.5 s0"),
+        ({"multi_label.focal_alpha": "[1, 1.2, 1.5]"}, "bert 1 1.2 1.5 g2 s0"),
+        ({"multi_label.use_focal_loss": "false"}, "bert ce s0"),
+        ({"run_name": "mine"}, "mine"),
+    ],
+)
+def test_names_tell_the_arm(overrides: dict[str, str], name: str) -> None:
+    assert load(VisobertConfig, None, overrides).name() == name
+
+
+# ---------------------------------------------------------------- the warm-up as a share
+
+
+def factors(total: int, steps: int, ratio: float, decay: str = "constant") -> list[float]:
+    return [
+        learning_rate_factor(
+            step, total, warmup_steps=steps, decay=decay, final_ratio=0.0, warmup_ratio=ratio
+        )
+        for step in range(total)
+    ]  # fmt: skip
+
+
+def test_the_warm_up_by_hand() -> None:
+    """A fifth of 10 steps is 2; warmup_steps where those are more; nothing where both are 0."""
+    assert factors(10, 0, 0.2) == [0.5, *[1.0] * 9]
+    assert factors(10, 1, 0.2) == [0.5, *[1.0] * 9]
+    assert factors(10, 4, 0.2) == [0.25, 0.5, 0.75, *[1.0] * 7]
+    assert factors(10, 0, 0.0) == [1.0] * 10
+    assert factors(4, 0, 0.1) == [1.0] * 4  # 0.4 of a step is none
+    half = factors(8, 0, 0.5, "cosine")
+    assert half[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert half[4:] == pytest.approx([1, 0.5 + 0.5 * 2**-0.5, 0.5, 0.5 - 0.5 * 2**-0.5])
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.integers(1, 300), st.integers(0, 50), st.floats(0, 0.99), st.sampled_from(["cosine", "constant"]))
+def test_a_share_is_as_good_as_its_steps(total: int, steps: int, ratio: float, decay: str) -> None:
+    longer = max(steps, round(ratio * total))
+    assert factors(total, steps, ratio, decay) == factors(total, longer, 0.0, decay)
+    assert all(0 <= factor <= 1 for factor in factors(total, steps, ratio, decay))
+
+
+# ---------------------------------------------------------------- what launch tells and keeps
+
+
+def test_epochs_are_told_with_where_they_come_from(capsys: pytest.CaptureFixture[str]) -> None:
+    _tell_epochs(config_of(SHIPPED), frozenset({"seed"}))
+    assert capsys.readouterr().err == "Using epochs from config: 15\n"
+    _tell_epochs(config_of(SHIPPED, training__num_train_epochs="3"), frozenset({"training.num_train_epochs"}))
+    told = capsys.readouterr()
+    assert told.err == "warning: Using epochs from command line: 3 (overrides config)\n"
+    assert told.out == ""
+
+
+def test_files_become_artifacts_where_they_lie(tmp_path: Path) -> None:
+    for file in ("b.json", "plots/a.png", "plots/deep/c.csv", "evaluation/d e.csv"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("x")
+    (tmp_path / "empty").mkdir()
+    run = MemoryRun(folder=tmp_path / "run")
+    _log_files(run, tmp_path)
+    assert sorted(run.artifacts) == ["b.json", "evaluation/d e.csv", "plots/a.png", "plots/deep/c.csv"]
+    _log_files(run, tmp_path / "empty")
+    assert len(run.artifacts) == 4
