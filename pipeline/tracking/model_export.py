@@ -41,9 +41,9 @@ def log_model(export: Mapping[str, Any], make: Callable[[], str]) -> str:
     folder = Path(export["folder"])
     (folder / SERVING_FILE).write_text(json.dumps({"task": export["task"]}) + "\n", encoding="utf-8")
     inputs, example = export["inputs"], export["example"]
-    columns: list[ColSpec | TensorSpec] = [ColSpec(DataType.string)]  # one unnamed column takes lists and Series too
-    if inputs is not None:  # Any: a column is an integer, a float or text, as pandas happened to read it
-        columns = [ColSpec(AnyType(), name) for name in inputs]  # type: ignore[no-untyped-call]
+    # Any: a column is an integer, a float or text, as pandas happened to read it. None: MLflow passes on what it is
+    # given; of a frame, a schema of one column would let through the first one, whatever it is called
+    columns = None if inputs is None else Schema([ColSpec(AnyType(), name) for name in inputs])  # type: ignore[no-untyped-call]
     outputs: list[ColSpec | TensorSpec] = [ColSpec(DataType[kind], name) for name, kind in export["outputs"].items()]
     with tempfile.TemporaryDirectory() as work:
         package = write_package(export["task"], Path(work))
@@ -51,7 +51,7 @@ def log_model(export: Mapping[str, Any], make: Callable[[], str]) -> str:
             "loader_module": f"{package}.serving",
             "data_path": str(folder),
             "code_paths": [str(Path(work) / package)],
-            "signature": ModelSignature(Schema(columns), Schema(outputs), PARAMS),
+            "signature": ModelSignature(columns, Schema(outputs), PARAMS),
             "input_example": example if inputs is None else pd.DataFrame(example),
         }
         with _project_hidden(Path(work)):

@@ -52,9 +52,6 @@ def load(folder: Path) -> Callable[..., pd.DataFrame]:
 def text_column(given: Any, name: str) -> pd.Series:
     """The texts of a list, a Series, or the column `name` of a frame or of dicts.
 
-    Of whatever else MLflow makes a frame, and passes on its first column alone: under another name it may be what
-    stands beside the texts.
-
     Raises:
         UserError: found columns of other names, or several without one.
     """
@@ -71,7 +68,7 @@ def text_column(given: Any, name: str) -> pd.Series:
         column = frame[name]
     else:
         found = f"{len(columns)} columns without names" if unnamed else f"column {', '.join(map(repr, columns))}"
-        raise UserError(f"texts: found {found}; allowed: column {name!r} (of several the first), or a list of texts")
+        raise UserError(f"texts: found {found}; allowed: column {name!r}, or a list of texts")
     several = len(column) == 1 and isinstance(column.iloc[0], list | tuple | np.ndarray)
     return pd.Series(list(column.iloc[0]), dtype=object) if several else column  # {"text": [...]}, in MLflow's hands
 

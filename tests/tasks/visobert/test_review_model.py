@@ -993,7 +993,7 @@ def test_texts_in_any_form(answer: Callable[[Any], pd.DataFrame]) -> None:
 @pytest.mark.parametrize(
     ("form", "told"),
     [
-        (pd.DataFrame({"id": ["r1"]}), "texts: found column 'id'; allowed: column 'data' (of several the first)"),
+        (pd.DataFrame({"id": ["r1"]}), "texts: found column 'id'; allowed: column 'data', or a list"),
         (pd.DataFrame({"id": ["r1"], "text": ["ok"]}), "texts: found column 'id', 'text'; allowed: column 'data'"),
         (pd.DataFrame([["ok", "tốt"]], columns=["data", "data"]), "texts: found column 'data', 'data'; allowed"),
         ({"id": ["r1"]}, "texts: found column 'id'; allowed"),

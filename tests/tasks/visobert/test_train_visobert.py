@@ -176,11 +176,11 @@ def test_files_data_prep_run_and_the_logged_model(lent: Place, tmp_path: Path, c
     assert {value for value in answers["Others"] if isinstance(value, str)} <= {"mentioned"}
     sums = answers[[f"Battery/{name}" for name in ("positive", "negative", "neutral")]].sum(axis=1)
     assert sums.to_numpy() == pytest.approx([1, 1])
-    for form in (pd.Series(texts), pd.DataFrame({"data": texts, "id": [1, 2]}), {"data": texts},
+    for form in (pd.Series(texts, name="other"), pd.DataFrame({"id": [1, 2], "data": texts}), {"data": texts},
                  [{"data": text} for text in texts]):  # fmt: skip
         pd.testing.assert_frame_equal(model.predict(form), answers)
-    for form in (pd.DataFrame({"id": ["r1", "r2"], "data": texts}), {"id": ["r1", "r2"]}):
-        with pytest.raises(Exception, match="texts: found column 'id'; allowed: column 'data'"):  # its own UserError
+    for form, shown in (({"id": ["r1", "r2"]}, "column 'id'"), (np.array([["r1", "ok"]]), "2 columns without names")):
+        with pytest.raises(Exception, match=f"texts: found {shown}; allowed: column 'data'"):  # its own UserError
             model.predict(form)
 
     raw = model.predict(texts, params={"raw": True})
