@@ -71,8 +71,8 @@ def _run(arguments: list[str], folder: str, kill: Kill | None, environment: dict
 
 def _arm(kill: Kill) -> None:
     from pipeline.storage import checkpoints as checkpoint
-    from pipeline.training.loop import loop as training
-    from pipeline.training.loop import saver as saving
+    from pipeline.training import loop as training
+    from pipeline.training import saver as saving
 
     holder, _, method = kill.where[1:].rpartition(".")
     modules: dict[str, Any] = {"Training": training.Training, "BestKeeper": training.BestKeeper,

@@ -145,7 +145,7 @@ def test_a_killed_owner_leaves_the_folder_at_once(folder: Path, child: str) -> N
 ASKER = """
 import select, sys
 from pathlib import Path
-from pipeline import ownership
+from pipeline.storage import ownership
 from pipeline.storage.ownership import alive_owner
 
 ownership.ASK_SECONDS = 300
