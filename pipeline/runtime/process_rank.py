@@ -6,7 +6,7 @@ _over = False
 
 
 def number() -> int:
-    """Of this process, from 0."""
+    """The rank of this process, from 0."""
     return _given("RANK", 0) if "WORLD_SIZE" in os.environ else 0
 
 

@@ -145,7 +145,7 @@ class Sweep:
                                 "tries them again")  # fmt: skip
 
     def _data_digest(self) -> str:
-        """Of the data that all arms are trained on, once they define the metrics that the sweep needs."""
+        """Load the arms' data and return their digest, once it is one and defines the metrics that the sweep needs."""
         jobs: dict[str, tuple[Arm, Job]] = {}
         first: dict[str, Job] = {}  # by the data, which it loads for those behind it
         for arm in self.plan.arms:
