@@ -1,8 +1,10 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
-PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+# Python compiles the modules that are imported when it first needs them: half of the time of an installation.
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
 PORT ?= 5000
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: setup demo ui notebook test faults lint bench clean
 
@@ -23,8 +25,7 @@ notebook: setup
 	$(PIP) --editable '.[notebooks]'
 	$(VENV)/bin/jupyter lab notebooks
 
-# Six processes on two cores: many tests wait for processes that they have started, which compile modules once.
-test: export PYTHONDONTWRITEBYTECODE =
+# Six processes on two cores: many tests wait for processes that they have started.
 test: setup
 	$(RUN) -m pytest --numprocesses 6 --dist loadgroup
 

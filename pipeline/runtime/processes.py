@@ -84,6 +84,7 @@ class ChildProcess(Generic[R]):
         """End it at once."""
         self._process.kill()
         self._process.wait()
+        self.end_input()
 
     def wait(self) -> int:
         """Wait for its end; returns the exit code."""
@@ -92,8 +93,9 @@ class ChildProcess(Generic[R]):
     def _read(self, replies: tuple[type[R], ...], inbox: "Queue[tuple[ChildProcess[R], R | Ended]]") -> None:
         assert self._process.stdout
         try:
-            for reply in read_messages(self._process.stdout, replies):
-                inbox.put((self, reply))
+            with self._process.stdout as lines:
+                for reply in read_messages(lines, replies):
+                    inbox.put((self, reply))
         except MessageError:  # not a process of ours, or of another version
             traceback.print_exc()
             self._process.kill()

@@ -28,7 +28,7 @@ from pipeline.maths.statistics import (
 )
 
 Array = npt.NDArray[np.float64]
-pytestmark = pytest.mark.filterwarnings("error")  # a division by zero would only warn
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # a division by zero would only warn
 
 DIFFERENCES = st.lists(
     st.floats(-10, 10, allow_nan=False).map(lambda value: round(value, 6)), min_size=2, max_size=12
