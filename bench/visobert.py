@@ -83,7 +83,7 @@ def naive(task: VisobertTask) -> Timed:
     """CPU seconds of a few steps of the usual script: batches of 16 items, fp32, AdamW as it comes."""
     torch.manual_seed(0)
     model = task.model().train()
-    train = task.splits.train
+    train = task.reviews.train
     reviews = NaiveReviews(task.tokenizer.backend, list(train.texts), train.labels)
     batches = iter(DataLoader(reviews, NAIVE_BATCH, shuffle=True))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-5)
@@ -94,7 +94,7 @@ def naive(task: VisobertTask) -> Timed:
             found = next(batches)
             batch = ReviewBatch(found["ids"], found["mask"], found["labels"])
             optimizer.zero_grad()
-            task.losses(model, batch, task.counts(batch), 1)[TOTAL].backward()
+            task.losses(task.forward(model, batch), batch, task.counts(batch), 1)[TOTAL].backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
         return time.process_time() - started
@@ -115,7 +115,7 @@ def ours(task: VisobertTask) -> Timed:
     """
     training = Training(task, MemoryRun(), Console(0, quiet=True), "cpu")
     started = time.process_time()
-    task.tokenizer.encode(task.splits.train.texts, task.config.model.max_tokens)
+    task.tokenizer.encode(task.reviews.train.texts, task.config.model.max_tokens)
     plan = task.plan(0)
     lengths = task.table("train").lengths.numpy()
     preparing = time.process_time() - started
@@ -129,7 +129,7 @@ def ours(task: VisobertTask) -> Timed:
             window = Window([part], ends_epoch=False)
             training._step(window, training._load(window))
         training.recorder.drain()
-        return time.process_time() - begun + preparing * rows / len(task.splits.train)
+        return time.process_time() - begun + preparing * rows / len(task.reviews.train)
 
     return Timed(steps, rows)
 
@@ -138,7 +138,7 @@ class TokenisedReviews(Dataset[dict[str, Any]]):
     """Token ids and labels, as the Trainer takes them."""
 
     def __init__(self, task: VisobertTask) -> None:
-        train = task.splits.train
+        train = task.reviews.train
         tokens = task.tokenizer.encode(train.texts, task.config.model.max_tokens)
         self.ids = np.split(tokens.ids, tokens.lengths.cumsum()[:-1])
         self.labels = train.labels
@@ -159,7 +159,9 @@ class WithLoss(torch.nn.Module):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
         batch = ReviewBatch(input_ids, attention_mask, labels)
-        return {"loss": self.task.losses(self.model, batch, self.task.counts(batch), 1)[TOTAL]}
+        return {
+            "loss": self.task.losses(self.task.forward(self.model, batch), batch, self.task.counts(batch), 1)[TOTAL]
+        }
 
 
 def transformers_trainer(task: VisobertTask, folder: Path) -> Timed:

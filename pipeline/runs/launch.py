@@ -29,7 +29,7 @@ from pipeline.runs.shared_prefix import branch
 from pipeline.runtime import process_rank
 from pipeline.runtime.console import Console, optional, say, warn
 from pipeline.storage.checkpoints import Checkpoints, Generation
-from pipeline.tasks.base import Task, precision, undefined
+from pipeline.tasks.base import Task, evaluating, precision, undefined
 from pipeline.tracking import plots
 from pipeline.tracking.messages import RunRequest
 from pipeline.tracking.mlflow_run import MemoryRun, MlflowRun, Run, Writer, end_early
@@ -39,7 +39,7 @@ from pipeline.training.saver import Saver
 MEMORY_EVENTS = Path("/sys/fs/cgroup/memory.events")
 TORCH_THREADS = torch.get_num_threads()  # what torch would take: the cores, or OMP_NUM_THREADS
 
-TaskFactory = Callable[[Any], Task]
+TaskFactory = Callable[[Any], Task[Any]]
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def train_run(
     return Trained(run.id, run.name, uri, result.metrics, result.steps)
 
 
-def _load(config: RunConfig, make_task: TaskFactory, given: frozenset[str]) -> Task:
+def _load(config: RunConfig, make_task: TaskFactory, given: frozenset[str]) -> Task[Any]:
     """The task with its data.
 
     Raises:
@@ -249,7 +249,7 @@ def _going_on(asked: RunRequest, begun: Begun) -> RunRequest:
     return replace(asked, run_id=begun.run_id, resume=True, folder=str(begun.folder), launcher=launcher, tags=tags)
 
 
-def _tell(run: Run, task: Task, device: str, given: frozenset[str]) -> int:
+def _tell(run: Run, task: Task[Any], device: str, given: frozenset[str]) -> int:
     """Say what is begun, and what looks like a mistake; returns the optimizer steps."""
     config, total_steps = task.config, count_steps(task)
     if generated := config.embedded():
@@ -321,7 +321,7 @@ def headline(metrics: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in shown.items() if "auc" in name or "f1" in name)
 
 
-def _describe(run: Run, task: Task, given: frozenset[str]) -> None:
+def _describe(run: Run, task: Task[Any], given: frozenset[str]) -> None:
     """Params, tags, input and config of a run: what it is before it starts."""
     config, dataset = task.config, task.dataset
     flat = config.decisive()
@@ -357,14 +357,14 @@ def _tell_epochs(config: RunConfig, given: frozenset[str]) -> None:
         say(f"Using epochs from config: {epochs}")
 
 
-def _leave(run: Run, task: Task, training: Training, device: str) -> None:
+def _leave(run: Run, task: Task[Any], training: Training, device: str) -> None:
     """Report, note and model of a trained run; of these, the model alone decides whether the run is whole."""
     folder, model = run.folder / "report", training.result.model
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     if task.config.tracking.log_report:
         with optional("plots/losses.png"):
             plots.losses(run.history(), folder / "plots" / "losses.png")
-    with optional("the report on the finished model"):
+    with optional("the report on the finished model"), evaluating(model):
         task.report(model, folder, device)
     _log_files(run, folder)
     with optional("the run's note"):

@@ -6,6 +6,7 @@ A branch is bit for bit the run that it would be alone, and its history holds th
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pipeline.names import TRUNK_FILES
 from pipeline.runtime.console import Console
@@ -18,7 +19,7 @@ from pipeline.training.loop import Training
 POINTS_FILE = TRUNK_FILES[0]
 
 
-def grow(task: Task, folders: Mapping[int, Path], device: str) -> int:
+def grow(task: Task[Any], folders: Mapping[int, Path], device: str) -> int:
     """Train the task and leave, at each of the steps, its state in the folder. Returns the steps that were trained.
 
     Raises:

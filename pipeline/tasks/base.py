@@ -1,9 +1,11 @@
 """What a task supplies to the one training loop: data, model, named losses and evaluation."""
 
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,28 +21,41 @@ from pipeline.errors import UserError
 from pipeline.maths.calibration import Fitted
 from pipeline.names import TEST_ROWS_FILE
 
+C = TypeVar("C", bound=RunConfig)
 Rows = npt.NDArray[np.int64]
 TOTAL = "loss_total"  # the one that is differentiated
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def precision(amp: str, device: str) -> str:
-    """`auto` of training.amp as what it is here: bf16 where the device has instructions for it, else no."""
+    """Resolve `training.amp: auto`: bf16 where the device has instructions for it, else no."""
     if amp != "auto":
         return amp
-    found = torch.cpu.get_capabilities()
-    native = torch.cuda.is_bf16_supported() if device == "cuda" else found.get("amx_bf16") or found.get("avx512_bf16")
+    cpu = torch.cpu.get_capabilities()
+    native = torch.cuda.is_bf16_supported() if device == "cuda" else cpu.get("amx_bf16") or cpu.get("avx512_bf16")
     return "bf16" if native else "no"
 
 
 def autocast(amp: str, device: str) -> torch.autocast:
-    """What a forward pass runs in."""
+    """The context of a forward pass under `training.amp`."""
     kind = precision(amp, device)
     return torch.autocast(device, dtype=AMP.get(kind), enabled=kind != "no")
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards the model is in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)
+
+
 def write_test_rows(folder: Path, columns: Mapping[str, npt.NDArray[Any]]) -> None:
-    """What metrics of the test split are made of, a row of it a row, in its order: for intervals over rows.
+    """Write per-row values of the test split, in the split's order: `compare` resamples them for intervals over rows.
 
     A column is named `<kind>/<metric without its split>`: `label` (0 or 1) and `score` of an AUC, `numerator` and
     `denominator` of a ratio of sums.
@@ -50,11 +65,11 @@ def write_test_rows(folder: Path, columns: Mapping[str, npt.NDArray[Any]]) -> No
     pq.write_table(pa.table({name: pa.array(values) for name, values in columns.items()}), file, compression="zstd")
 
 
-def undefined(task: "Task", key: str, metric: str) -> str:
-    """Why a metric (`valid/...` or `test/...`) is undefined on the task's data; "" = it is defined.
+def undefined(task: "Task[Any]", key: str, metric: str) -> str:
+    """Return why a metric (`valid/...` or `test/...`) is undefined on the task's data; "" = it is defined.
 
     Raises:
-        UserError: no evaluation gives it; names `key`, under which it was asked for, and the nearest one.
+        UserError: no evaluation gives it; names the config's `key` and the nearest metric.
     """
     split, _, name = metric.partition("/")
     known = {each.removeprefix(f"{split}/"): why for each, why in task.known_metrics(split).items()}
@@ -68,7 +83,7 @@ def undefined(task: "Task", key: str, metric: str) -> str:
 
 
 class Batch(Protocol):
-    """Tensors of some rows."""
+    """Tensors of a micro-batch's rows."""
 
     def to(self, device: str) -> Self: ...
 
@@ -76,7 +91,7 @@ class Batch(Protocol):
 
 
 class Dataset(NamedTuple):
-    """What the run was fed with, as MLflow's inputs show it."""
+    """The data of a run, as MLflow's inputs show it."""
 
     name: str
     digest: str  # SHA-256, hex
@@ -95,134 +110,156 @@ class ModelExport:
     example: Any  # what predict takes, as plain lists: {column: values}, or a list of texts
 
 
-class Task(Protocol):
-    """One kind of experiment. `B` is the task's batch type; rows are indices into the training split.
+class Task(ABC, Generic[C]):
+    """One kind of experiment: what the training loop calls. Rows are indices into the training split.
+
+    The loop calls `forward` under `training.amp` and `losses` in fp32; `evaluate`, `calibrate` and `report` with the
+    model in evaluation mode, without gradients. `batch` runs in a background thread.
 
     Losses are named. `losses` returns each as this micro-batch's share of the mean over the whole optimizer step
     (accumulation window), so that summing over micro-batches gives the exact mean whatever their sizes: divide sums
     by the step's `counts`, never by the micro-batch's own. Where several processes train, each sees its rows of a
-    micro-batch, and the same holds: what is no sum over rows takes their mean from `ranks.mean`, and `evaluate` may
-    share its rows out by `ranks.each_its_part`.
+    micro-batch, and the same holds: what is no sum over rows takes their mean from `distributed.mean`, and `evaluate`
+    may share its rows out by `distributed.each_its_part`.
     """
 
-    @property
-    def config(self) -> RunConfig: ...
+    config: C
+
+    # --- data --------------------------------------------------------------------------------------------------------
 
     @property
-    def schedule(self) -> ScheduleConfig:
-        """Of the learning rate."""
-        ...
-
-    @property
+    @abstractmethod
     def dataset(self) -> Dataset:
-        """Everything that the run is fed with."""
-        ...
+        """The data, all splits together, under one digest."""
+
+    @property
+    @abstractmethod
+    def splits(self) -> Collection[str]:
+        """`train`, `valid`, and `test` if there is one: the splits that have rows."""
 
     @property
     def files(self) -> Sequence[Path]:
-        """What it was read from: must stay as it is while the run trains."""
-        ...
+        """Files that were read: a run ends with an error where one changes meanwhile."""
+        return ()
 
-    def with_config(self, config: Any) -> "Task | None":
-        """A task of this kind with another config, sharing what is loaded where the config names the same.
-
-        None: it needs something that only its entry point can bring.
-        """
-        ...
+    def with_config(self, config: C) -> "Task[C] | None":
+        """A task with another config that shares what is loaded; None = only the entry point can make it."""
+        return type(self)(config)  # type: ignore[call-arg]
 
     def summary(self) -> Mapping[str, str]:
-        """Facts worth a param or a line at the start: rows, parameters."""
-        ...
+        """Params beside the config's, also printed at the start: rows, parameters."""
+        return {}
 
-    def describe(self, folder: Path) -> Mapping[str, float]:
-        """What is known before training: files written into the folder become artifacts; returns metrics of step 0."""
-        ...
+    def describe(self, folder: Path) -> Mapping[str, float]:  # noqa: ARG002
+        """Metrics of step 0; files written into the folder become artifacts. Called once, before training."""
+        return {}
 
-    def warnings(self, total_steps: int) -> Sequence[str]:
-        """What is allowed but looks like a mistake, known once data and steps are."""
-        ...
+    def warnings(self, total_steps: int) -> Sequence[str]:  # noqa: ARG002
+        """What is allowed but looks like a mistake, given the data and the number of optimizer steps."""
+        return ()
 
+    # --- training ----------------------------------------------------------------------------------------------------
+
+    @abstractmethod
     def model(self) -> nn.Module:
         """A new model; its weights depend on torch's seed alone, and a training step changes no buffer of it."""
-        ...
 
+    @property
+    def schedule(self) -> ScheduleConfig:
+        """The learning rate's schedule."""
+        return ScheduleConfig(decay="constant")
+
+    @abstractmethod
     def optimizers(self, model: nn.Module) -> Mapping[str, Optimizer]:
-        """Named optimizers at their peak learning rates; the names appear in `lr/*` and `grad_norm/*`."""
-        ...
+        """Optimizers at their peak learning rates, by the names that appear in `lr/*` and `grad_norm/*`."""
 
+    @abstractmethod
     def plan(self, epoch: int) -> Sequence[Rows]:
-        """The micro-batches of an epoch: the rows of the i-th, for any i, from (seed, epoch, i) alone."""
-        ...
+        """The rows of each micro-batch of an epoch; the i-th depends on (seed, epoch, i) alone."""
 
+    @abstractmethod
     def batch(self, rows: Rows) -> Any:
-        """The training rows as a batch, on the CPU."""
-        ...
+        """A `Batch` of the training rows, on the CPU."""
 
+    @abstractmethod
     def counts(self, batch: Any) -> Mapping[str, Tensor]:
-        """What each loss is a mean over: rows, clicks, labelled cells. Labels alone decide."""
-        ...
+        """What each loss is a mean over: rows, clicks, labelled cells. They depend on labels alone."""
 
-    def losses(self, model: nn.Module, batch: Any, counts: Mapping[str, Tensor], step: int) -> Mapping[str, Tensor]:
-        """Every named loss, parts before what is made of them, `loss_total` among them.
+    def forward(self, model: nn.Module, batch: Any) -> Any:
+        """The model's output."""
+        return model(batch)
 
-        At the steps of `tracking.probes` also shares under `influence/...`, for `influence`: detached, no losses.
+    @abstractmethod
+    def losses(self, output: Any, batch: Any, counts: Mapping[str, Tensor], step: int) -> Mapping[str, Tensor]:
+        """Every named loss, parts before their sums, `loss_total` among them.
+
+        counts: those of the whole optimizer step. At the steps of `tracking.probes` also detached shares of what
+        `influence` needs, under names that begin with `influence/`.
         """
-        ...
 
-    def probe(self, model: nn.Module, losses: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """This micro-batch's share of what `influence` needs of the gradients: named vectors, additive.
+    def settings(self, step: int) -> Mapping[str, float | bool]:  # noqa: ARG002
+        """Scheduled values to log beside the losses: a gate, its weight."""
+        return {}
 
-        Called at the steps of `tracking.probes` with what `losses` gave, before its total is differentiated. Must
+    def logged_losses(self, names: Sequence[str]) -> Sequence[str]:
+        """Those of the losses' names that are logged."""
+        return names
+
+    def probe(self, model: nn.Module, losses: Mapping[str, Tensor]) -> Mapping[str, Tensor]:  # noqa: ARG002
+        """This micro-batch's share of the gradients that `influence` needs: named vectors, additive.
+
+        Called at the steps of `tracking.probes` with the result of `losses`, before its total is differentiated. Must
         leave the graph, `grad` and the random numbers as they are.
         """
-        ...
+        return {}
 
-    def influence(self, probed: Mapping[str, Tensor], losses: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def influence(self, probed: Mapping[str, Tensor], losses: Mapping[str, Tensor]) -> Mapping[str, Tensor]:  # noqa: ARG002
         """What each part of the loss does at this step: 0-d tensors under `influence/...`, not finite = undefined.
 
         `probed` and `losses` are summed over the step's micro-batches.
         """
-        ...
+        return {}
 
-    def settings(self, step: int) -> Mapping[str, float | bool]:
-        """What is scheduled by the step and logged beside the losses: a gate, its weight."""
-        ...
+    # --- evaluation --------------------------------------------------------------------------------------------------
 
-    def logged_losses(self, names: Sequence[str]) -> Sequence[str]:
-        """Of the losses, those to log."""
-        ...
-
+    @abstractmethod
     def evaluate(self, model: nn.Module, split: str, device: str) -> Mapping[str, float]:
-        """Metrics of a split (`valid` or `test`) under their full names."""
-        ...
+        """Metrics of `valid` or `test`, which has rows, under their full names."""
 
+    @abstractmethod
     def known_metrics(self, split: str) -> Mapping[str, str]:
         """Every metric that `evaluate` can give of a split -> what the split's labels lack for it, "" where nothing.
 
         Gates and the like, which stand under no split's name, are not among them.
         """
-        ...
 
-    def calibrate(self, model: nn.Module, device: str) -> Fitted:
+    def calibrate(self, model: nn.Module, device: str) -> Fitted:  # noqa: ARG002
         """Fit the calibration of the finished model's probabilities on the validation split, and keep it.
 
         From then on `evaluate` adds `test/..._calibrated` metrics, and the exported model applies it. Empty where
         `model.calibrate` is false, or where the split does not allow it, which is reported in one line. No other metric
         and no weight depends on it.
         """
-        ...
+        return {}
 
-    def findings(self, metrics: Mapping[str, float]) -> Sequence[str]:
-        """What an evaluation shows that the user should hear of at once."""
-        ...
+    def findings(self, metrics: Mapping[str, float]) -> Sequence[str]:  # noqa: ARG002
+        """Warnings about an evaluation's metrics."""
+        return ()
 
     def report(self, model: nn.Module, folder: Path, device: str) -> None:
-        """Pictures and tables of the finished model, as files in folders of this one; each becomes an artifact.
+        """Write pictures and tables of the finished model into the folder; each file becomes an artifact.
 
-        `tracking.log_report` asks for them, `tracking.log_rows` for what `write_test_rows` leaves.
+        `tracking.log_report` asks for them, `tracking.log_rows` for the file of `write_test_rows`.
         """
-        ...
 
+    @abstractmethod
     def export(self, model: nn.Module, folder: Path) -> ModelExport:
-        """All that predicting from raw input needs, written into the folder."""
-        ...
+        """Write everything that predicting from raw input needs into the folder."""
+
+
+def evaluate(task: Task[Any], model: nn.Module, split: str, device: str) -> dict[str, float]:
+    """The task's metrics of a split, in evaluation mode; {} of a split without rows."""
+    if split not in task.splits:
+        return {}
+    with evaluating(model):
+        return dict(task.evaluate(model, split, device))

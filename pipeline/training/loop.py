@@ -27,7 +27,7 @@ from pipeline.runtime.interrupts import check, held
 from pipeline.runtime.memory import keep_freed_memory
 from pipeline.storage.checkpoints import Generation, load_tensors, save_weights
 from pipeline.storage.files import replacing
-from pipeline.tasks.base import TOTAL, Rows, Task, autocast
+from pipeline.tasks.base import TOTAL, Rows, Task, autocast, evaluate, evaluating
 from pipeline.tracking.mlflow_run import Run
 from pipeline.training.recorder import Recorder
 from pipeline.training.saver import Saver
@@ -61,7 +61,7 @@ class Training:
 
     def __init__(
         self,
-        task: Task,
+        task: Task[Any],
         run: Run,
         console: Console,
         device: str,
@@ -122,10 +122,12 @@ class Training:
         save_weights(self.model.state_dict(), self.run.folder / FINAL_FILE)
         self.done = True
         self.keeper.restore(self.model)
-        if fitted := self.task.calibrate(self.model, self.device):
+        with evaluating(self.model):
+            fitted = self.task.calibrate(self.model, self.device)
+        if fitted:
             self.run.log_params({f"{CALIBRATION}{head}.{name}": repr(value)
                                  for head, values in fitted.items() for name, value in values.items()})  # fmt: skip
-        tested = dict(self.task.evaluate(self.model, "test", self.device))
+        tested = evaluate(self.task, self.model, "test", self.device)
         self.run.log_metrics(self.result.steps, tested)
         self.result.metrics |= tested
 
@@ -260,7 +262,8 @@ class Training:
         shares, probed = [], []
         for batch, weight in zip(batches, weights, strict=True):
             with autocast(amp, self.device):
-                losses = _weighted(self.task.losses(self.model, batch, counts, step), weight)
+                output = self.task.forward(self.model, batch)
+            losses = _weighted(self.task.losses(output, batch, counts, step), weight)
             if probes:
                 probed.append(self.task.probe(self.model, losses))
             self.scaler.scale(losses[TOTAL]).backward()  # type: ignore[no-untyped-call]
@@ -293,7 +296,7 @@ class Training:
         step = self.result.steps
         self.saver.check_data()
         self.recorder.pause()
-        metrics = dict(self.task.evaluate(self.model, "valid", self.device))
+        metrics = evaluate(self.task, self.model, "valid", self.device)
         with held():
             self.run.log_metrics(step, metrics)
             self.run.flush()
@@ -356,7 +359,7 @@ class BestKeeper:
             model.load_state_dict(load_tensors(self.file))
 
 
-def count_steps(task: Task) -> int:
+def count_steps(task: Task[Any]) -> int:
     """Optimizer steps of the whole training, early stopping aside."""
     training = task.config.training
     longest = training.max_steps or math.inf

@@ -19,6 +19,7 @@ from pipeline.maths.calibration import PRIOR_SD, fit_funnel, fit_temperature, re
 from pipeline.maths.metrics import binary_metrics
 from pipeline.names import MEASURED
 from pipeline.runtime.console import Console
+from pipeline.tasks.base import evaluate, evaluating
 from pipeline.tasks.mmoe import predict
 from pipeline.tasks.mmoe.config import TASKS, MmoeConfig
 from pipeline.tasks.mmoe.embedded_impressions import generate
@@ -160,7 +161,8 @@ def test_a_run_of_the_mmoe(small: Make, many: str, tmp_path: Path, capsys: pytes
     assert {key: float(value) for key, value in run.params.items()} == {
         f"calibration.{head}.{name}": task.calibration[head][name] for head in TASKS for name in ("scale", "shift")
     }
-    assert task.calibrate(model, "cpu") == task.calibration
+    with evaluating(model):
+        assert task.calibrate(model, "cpu") == task.calibration
 
     # the same run without it: the same points, but for the calibrated metrics
     _, plain, _ = trained(small(**options, model__calibrate="false"))
@@ -182,7 +184,8 @@ def test_a_run_of_the_mmoe(small: Make, many: str, tmp_path: Path, capsys: pytes
 
     # one logit ranks as before
     table = task.held_out("test")
-    z = task._predict(model, table, "cpu")[0].double()
+    with evaluating(model):
+        z = task._predict(model, table, "cpu")[0].double()
     before, after = (_events(table, logits) for logits in (z, rescaled(z, task.calibration, TASKS)))
     for event in ("ctr", "cvr"):
         aucs = [binary_metrics(events[event][0], *(part.numpy() for part in events[event][1])).get("auc")
@@ -205,10 +208,11 @@ def test_a_run_of_the_mmoe(small: Make, many: str, tmp_path: Path, capsys: pytes
     click, conversion = task.held_out("valid").labels
     task.held_out("valid").__dict__["labels"] = (click, np.zeros_like(conversion))
     capsys.readouterr()
-    assert task.calibrate(model, "cpu") == {}
+    with evaluating(model):
+        assert task.calibrate(model, "cpu") == {}
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("probabilities are not calibrated: found 4000 validation rows, ")
     assert f" {click.sum()} clicks and 0 conversions; needed: a conversion" in line
-    assert not [name for name in task.evaluate(model, "test", "cpu") if name.endswith("_calibrated")]
+    assert not [name for name in evaluate(task, model, "test", "cpu") if name.endswith("_calibrated")]
     task.export(model, tmp_path)
     pd.testing.assert_frame_equal(predict.load(tmp_path)(frame), raw)

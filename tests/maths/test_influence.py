@@ -28,7 +28,7 @@ from pipeline.config.strict_config import load
 from pipeline.maths.gradients import cosine, flat, gradients, norm
 from pipeline.maths.losses import binary_focal_factor, log_probability, multi_label_focal_factor
 from pipeline.runtime.console import Console
-from pipeline.tasks.base import Task
+from pipeline.tasks.base import Task, evaluate, evaluating
 from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.embedded_impressions import generate
 from pipeline.tasks.mmoe.impression_table import read_split
@@ -256,7 +256,7 @@ def test_shares_add_up_whatever_a_micro_batch_holds(small: Make, many: str) -> N
         counts = {name: sum((count[name] for count in listed), torch.zeros(())) for name in listed[0]}
         losses, probed = [], []
         for batch in parts:
-            losses.append(task.losses(model, batch, counts, 0))
+            losses.append(task.losses(task.forward(model, batch), batch, counts, 0))
             probed.append(task.probe(model, losses[-1]))
         sums = [{name: sum((one[name] for one in each), torch.zeros(())) for name in each[0]}
                 for each in (probed, losses)]  # fmt: skip
@@ -346,11 +346,11 @@ def test_gradients_are_taken_at_no_other_step(small: Make, monkeypatch: pytest.M
 def test_without_components_no_gradient_is_taken(small: Make, log_components: str) -> None:
     task = MmoeTask(small(**{"loss.aux_focal.log_components": log_components, "loss.aux_focal.warmup_steps": 0}))
     model, batch = task.model(), task.batch(np.arange(64))
-    losses = task.losses(model, batch, task.counts(batch), 0)
+    losses = task.losses(task.forward(model, batch), batch, task.counts(batch), 0)
     probed = task.probe(model, losses)
     assert bool(probed) == (log_components == "true")
     assert bool(task.influence(probed, losses)) == (log_components == "true")
-    unmeasured = task.losses(model, batch, task.counts(batch), 1)
+    unmeasured = task.losses(task.forward(model, batch), batch, task.counts(batch), 1)
     assert [name for name in unmeasured if not name.startswith("loss_")] == []
 
 
@@ -406,7 +406,7 @@ def test_validation_losses_by_textbook_formulas_whatever_the_arm(small: Make, ma
         "loss_ctcvr_focal_g2": -np.mean(bought * (1 - p) ** 2 * np.log(p) + (1 - bought) * p**2 * np.log(1 - p)),
     }
     for task in tasks:
-        found = task.evaluate(model, split, "cpu")
+        found = evaluate(task, model, split, "cpu")
         losses = {name.removeprefix(f"{split}/"): value for name, value in found.items() if "/loss_" in name}
         assert losses == pytest.approx(expected, rel=1e-4)  # other batches: logits are off by up to 1e-5
 
@@ -416,7 +416,7 @@ def test_a_split_without_a_click_has_no_loss_of_clicks(small: Make) -> None:
     table = task.held_out("valid")
     for label in table.labels:
         label[:] = 0
-    names = {name for name in task.evaluate(task.model(), "valid", "cpu") if "/loss_" in name}
+    names = {name for name in evaluate(task, task.model(), "valid", "cpu") if "/loss_" in name}
     assert names == {"valid/loss_ctr", "valid/loss_ctcvr_bce", "valid/loss_ctcvr_focal_g1", "valid/loss_ctcvr_focal_g2"}
 
 
@@ -505,9 +505,10 @@ def test_the_aucs_of_the_file_are_the_logged_ones(small: Make, many: str, tmp_pa
     task = MmoeTask(small(**{"data.path": many, "evaluation.batch_size": 999}))
     torch.manual_seed(2)
     model = task.model()
-    task.report(model, tmp_path, "cpu")
+    with evaluating(model):
+        task.report(model, tmp_path, "cpu")
     file = tmp_path / "evaluation" / "test_rows.parquet"
-    table, logged = pd.read_parquet(file), task.evaluate(model, "test", "cpu")
+    table, logged = pd.read_parquet(file), evaluate(task, model, "test", "cpu")
     names = [f"{kind}/{metric}" for metric in ("auc_ctr", "auc_ctcvr") for kind in ("label", "score")]
     assert list(table.columns) == names
     assert [str(kind) for kind in table.dtypes] == ["uint8", "float32"] * 2
@@ -527,7 +528,8 @@ def test_the_aucs_of_the_file_are_the_logged_ones(small: Make, many: str, tmp_pa
 @pytest.mark.usefixtures("undrawn")
 def test_no_rows_unless_they_are_wanted_and_there(small: Make, many: str, tmp_path: Path) -> None:
     task = MmoeTask(small(**{"data.path": many, "tracking.log_rows": "false"}))
-    task.report(task.model(), tmp_path / "off", "cpu")
+    with evaluating(model := task.model()):
+        task.report(model, tmp_path / "off", "cpu")
     task = MmoeTask(small(**{"data.path": many}))
     table = task.held_out("valid")
     schema = task.schema.model_copy(update={"splits": {"empty": task.schema.splits["test"].model_copy(
@@ -535,7 +537,8 @@ def test_no_rows_unless_they_are_wanted_and_there(small: Make, many: str, tmp_pa
     pq.write_table(pq.read_table(Path(many) / "test.parquet").slice(0, 0), tmp_path / "empty.parquet")
     empty = read_split(tmp_path, schema, "empty")
     task.held_out = {"valid": table, "test": empty}.__getitem__  # type: ignore[assignment]
-    task.report(task.model(), tmp_path / "empty", "cpu")
+    with evaluating(model := task.model()):
+        task.report(model, tmp_path / "empty", "cpu")
     assert not [*(tmp_path / "off").rglob("*.parquet"), *(tmp_path / "empty").rglob("*.parquet")]
     assert [file.name for file in tmp_path.rglob("*.png")] == ["calibration.png"] * 2
 
@@ -661,12 +664,13 @@ def test_the_pairs_of_the_file_make_the_logged_f1(make: MakeReviews, tmp_path: P
     torch.manual_seed(0)
     training = Training(task, MemoryRun(), Console(0, quiet=True), "cpu")
     model = training.train().model
-    task.report(model, tmp_path, "cpu")
+    with evaluating(model):
+        task.report(model, tmp_path, "cpu")
     rows = pd.read_parquet(tmp_path / "evaluation" / "test_rows.parquet")
     assert list(rows.columns) == ["numerator/pair_f1_micro", "denominator/pair_f1_micro"]
     hits, pairs = rows.sum()
     assert 0 < hits < pairs
-    logged = task.evaluate(model, "test", "cpu")["test/pair_f1_micro"]
+    logged = evaluate(task, model, "test", "cpu")["test/pair_f1_micro"]
     assert hits / pairs == pytest.approx(logged, abs=1e-12)
     assert read_rows(tmp_path / "evaluation" / "test_rows.parquet", "test/pair_f1_micro").make(logged)
     # each review by sets of (aspect, sentiment), from the file and from the predictions that were left
@@ -710,10 +714,12 @@ def test_no_pairs_without_detection_test_or_the_switch(
 ) -> None:
     for number, options in enumerate(({"model.aspect_detection": "false"}, {"tracking.log_rows": "false"})):
         task = make(**options)
-        task.report(task.model(), tmp_path / str(number), "cpu")
+        with evaluating(model := task.model()):
+            task.report(model, tmp_path / str(number), "cpu")
     texts = {"data.train": review_files["data.train"], "data.cache": review_files["data.cache"], "baselines": "false"}
     texts |= {"model.name": "embedded", "model.embedded.width": "16", "data.on_bad_label": "drop"}
     task = VisobertTask(load(VisobertConfig, None, texts))
-    task.report(task.model(), tmp_path / "untested", "cpu")
+    with evaluating(model := task.model()):
+        task.report(model, tmp_path / "untested", "cpu")
     assert list((tmp_path / "untested").rglob("valid_aspects.csv"))
     assert not list(tmp_path.rglob("*.parquet"))

@@ -16,7 +16,7 @@ from pipeline.errors import TrainingError, UserError
 from pipeline.names import MEASURED, NOTE_LENGTH
 from pipeline.runs.launch import note, train_run
 from pipeline.runtime.console import Console, optional
-from pipeline.tasks.base import precision, undefined
+from pipeline.tasks.base import evaluate, evaluating, precision, undefined
 from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.embedded_impressions import generate
 from pipeline.tasks.mmoe.schema import DataSchema
@@ -240,7 +240,7 @@ def test_the_best_weights_are_tested_and_patience_stops(small: Make) -> None:
     assert all(torch.equal(weight, result.model.state_dict()[name]) for name, weight in kept.items())
     assert not all(torch.equal(weight, final(run)[name]) for name, weight in kept.items())
     task = MmoeTask(small(**overrides))
-    assert task.evaluate(result.model, "valid", "cpu")["valid/logloss_ctr"] == scores[best]
+    assert evaluate(task, result.model, "valid", "cpu")["valid/logloss_ctr"] == scores[best]
 
 
 def test_deepfm_parts_and_shared_bottom_train(small: Make) -> None:
@@ -275,10 +275,11 @@ def test_known_metrics_are_those_that_an_evaluation_gives(small: Make, few: Path
     for settings in ({}, {"data.path": few}):
         task = MmoeTask(small(**settings))
         model = task.model()
-        assert bool(task.calibrate(model, "cpu")) == (not settings)
+        with evaluating(model):
+            assert bool(task.calibrate(model, "cpu")) == (not settings)
         for split in ("valid", "test"):
             known = task.known_metrics(split)
-            given = {name for name in task.evaluate(model, split, "cpu") if name.startswith(f"{split}/")}
+            given = {name for name in evaluate(task, model, split, "cpu") if name.startswith(f"{split}/")}
             assert given == {name for name, lacks in known.items() if not lacks}
             assert len(given) == len(known) or settings
     schema = DataSchema.read(few).splits["validation"]

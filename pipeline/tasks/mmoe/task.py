@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from pipeline.compute import distributed as ranks
 from pipeline.compute.optimizers import RowAdagrad, SparseAdam
+from pipeline.config.run_config import ScheduleConfig
 from pipeline.config.strict_config import to_yaml
 from pipeline.errors import UserError
 from pipeline.maths.calibration import Fitted, fit_funnel, rescaled
@@ -38,7 +39,7 @@ from pipeline.runtime.console import say
 from pipeline.runtime.importing import uncollected
 from pipeline.storage.calibration_file import write_calibration
 from pipeline.storage.checkpoints import save_weights
-from pipeline.tasks.base import TOTAL, Dataset, ModelExport, Rows, write_test_rows
+from pipeline.tasks.base import AMP, TOTAL, Dataset, ModelExport, Rows, Task, precision, write_test_rows
 from pipeline.tasks.mmoe.config import TASKS, MmoeConfig
 from pipeline.tasks.mmoe.embedded_impressions import embedded_data
 from pipeline.tasks.mmoe.evaluation import (
@@ -60,14 +61,14 @@ CTR_TOWER = "influence/focal_grad_ctr_tower"
 GATE_METRIC = re.compile(r"gate/(?P<task>\w+)/(expert_)?(?P<expert>\d+)")  # runs of earlier versions lack `expert_`
 
 
-class MmoeTask:
+class MmoeTask(Task[MmoeConfig]):
     def __init__(self, config: MmoeConfig, like: "MmoeTask | None" = None) -> None:
         """Reads the data, or shares that of another task with the same `data` block.
 
         Raises:
             UserError: the prepared folder is missing or damaged, or a split that is needed is empty.
         """
-        self.config, self.schedule = config, config.optim.schedule
+        self.config = config
         focal = config.loss.aux_focal
         self.focal_alpha = focal.alpha if focal.use_alpha else None
         self.calibration: Fitted = {}  # of `calibrate`
@@ -106,6 +107,10 @@ class MmoeTask:
         return Dataset(name, self.schema.digest, self.schema.source, splits)
 
     @property
+    def splits(self) -> Collection[str]:
+        return ["train", *(name for name in SPLIT_FILES if len(self.held_out(name)))]
+
+    @property
     def files(self) -> Sequence[Path]:
         return [self.folder / SCHEMA_FILE, *(self.folder / split.file for split in self.schema.splits.values())]
 
@@ -115,9 +120,6 @@ class MmoeTask:
         return {"parameters": str(parameters)} | {
             f"rows_{name}": str(split.rows) for name, split in self.schema.splits.items()
         }
-
-    def describe(self, folder: Path) -> Mapping[str, float]:  # noqa: ARG002
-        return {}
 
     def warnings(self, total_steps: int) -> Sequence[str]:
         focal = self.config.loss.aux_focal
@@ -140,6 +142,10 @@ class MmoeTask:
     def model(self) -> Mmoe:
         sparse = self.config.optim.embedding.name != "adam"
         return Mmoe(self.config.model, self.layout, self.schema.base_rates, sparse)
+
+    @property
+    def schedule(self) -> ScheduleConfig:
+        return self.config.optim.schedule
 
     def optimizers(self, model: nn.Module) -> Mapping[str, Optimizer]:
         assert isinstance(model, Mmoe)
@@ -172,18 +178,8 @@ class MmoeTask:
         return {"rows": rows, "clicks": batch.click.sum(), "conversions": batch.conversion.sum()}
 
     def losses(
-        self, model: nn.Module, batch: Impressions, counts: Mapping[str, Tensor], step: int
+        self, output: Output, batch: Impressions, counts: Mapping[str, Tensor], step: int
     ) -> Mapping[str, Tensor]:
-        output: Output = model(batch)
-        device = batch.click.device.type
-        low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        with torch.autocast(device, enabled=False):
-            return self._losses(output, batch, counts, step, low)
-
-    def _losses(
-        self, output: Output, batch: Impressions, counts: Mapping[str, Tensor], step: int, low: torch.dtype | None
-    ) -> dict[str, Tensor]:
-        """`low`: the type that mixed precision computes in."""
         esmm, loss, gate = self.config.esmm, self.config.loss, self.config.model.gate
         focal = loss.aux_focal
         z_ctr, z_cvr = output.logits.unbind(1)
@@ -197,6 +193,7 @@ class MmoeTask:
         }
         found["loss_ctcvr"] = found["loss_ctcvr_bce"]
         if self._focal_is_on(step):
+            low = AMP.get(precision(self.config.training.amp, click.device.type))
             if not focal.compute_fp32 and low is not None:
                 ctcvr = product_log_probability(z_ctr.to(low), z_cvr.to(low))
             values = binary_focal(ctcvr, conversion, focal.gamma, self.focal_alpha, focal.detach_p_for_weight)
@@ -265,8 +262,6 @@ class MmoeTask:
 
     def evaluate(self, model: nn.Module, split: str, device: str) -> Mapping[str, float]:
         table = self.held_out(split)
-        if not len(table):
-            return {}
         logits, gate_means, gate_entropy = self._predict(model, table, device)
         found: dict[str, float] = {}
         events = _events(table, logits)
@@ -338,11 +333,7 @@ class MmoeTask:
                     entropies.append(torch.special.entr(output.gates.double()).sum((0, 2)))
             return [torch.cat(logits), *(torch.stack(part) for part in (shares, entropies) if part)]
 
-        was_training = model.training
-        model.eval()
-        with torch.inference_mode():
-            logits, *sums = (part.cpu() for part in ranks.each_its_part(len(table), predict))
-        model.train(was_training)
+        logits, *sums = (part.cpu() for part in ranks.each_its_part(len(table), predict))
         if not sums:
             return logits, None, None
         shares, entropies = (part.sum(0) / len(table) for part in sums)

@@ -1,7 +1,7 @@
 """The aspect sentiment task: its data, model, named losses and evaluation, for the loop in `pipeline.training.loop`."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import AdamW, Optimizer
 
 from pipeline.compute import distributed as ranks
-from pipeline.config.run_config import AdamConfig
+from pipeline.config.run_config import AdamConfig, ScheduleConfig
 from pipeline.config.strict_config import to_yaml
 from pipeline.errors import UserError
 from pipeline.maths.calibration import Fitted, fit_temperature
@@ -31,7 +31,7 @@ from pipeline.runtime.console import optional, say, warn
 from pipeline.runtime.importing import uncollected
 from pipeline.storage.calibration_file import write_calibration
 from pipeline.storage.checkpoints import save_weights
-from pipeline.tasks.base import TOTAL, Dataset, ModelExport, Rows, autocast
+from pipeline.tasks.base import TOTAL, Dataset, ModelExport, Rows, Task, autocast
 from pipeline.tasks.visobert.alpha import ALPHA_FILE, Alpha, alpha_of
 from pipeline.tasks.visobert.answers import ASPECTS_FILE, ENCODER_FOLDER, TOKENIZER_FOLDER, Answers, column_types
 from pipeline.tasks.visobert.baselines import TfidfBaseline, majority
@@ -56,7 +56,7 @@ MANY_CUT = 0.01
 Named = Sequence[tuple[str, nn.Parameter]]
 
 
-class VisobertTask:
+class VisobertTask(Task[VisobertConfig]):
     def __init__(self, config: VisobertConfig, alpha: Alpha | None = None, like: "VisobertTask | None" = None) -> None:
         """Reads the data, or shares what another task has of the same. `alpha`: of a `data_prep` run; None = as the
         config says.
@@ -64,15 +64,15 @@ class VisobertTask:
         Raises:
             UserError: a file, the tokenizer or the model's folder is missing or damaged, or alpha is of other data.
         """
-        self.config, self.schedule = config, config.optim.schedule
+        self.config = config
         self.calibration: Fitted = {}  # of `calibrate`
         if config.model.name != EMBEDDED:  # a missing file is told before anything is begun
             model_folder(config.model.name, config.model.revision, weights=config.model.init == "pretrained")
         same = like is not None and like.config.data == config.data
-        self.splits: Splits = like.splits if like and same else load_splits(config.data)
-        train = self.splits.train
+        self.reviews: Splits = like.reviews if like and same else load_splits(config.data)
+        train = self.reviews.train
         self.aspects = train.aspects
-        self.polar = ~np.isin(self.aspects, self.splits.detection_only)
+        self.polar = ~np.isin(self.aspects, self.reviews.detection_only)
         names = metric_names(self.aspects)
         self.names = [names[aspect] for aspect in self.aspects]
         self.repeats = self._repeats()
@@ -101,7 +101,7 @@ class VisobertTask:
         return VisobertTask(config, self.given_alpha if fetched else None, like=self)
 
     def _table(self, split: str) -> ReviewTable:
-        reviews = self.splits.named[split]
+        reviews = self.reviews.named[split]
         tokens = tokenise(self.tokenizer, reviews.texts, self.config.model.max_tokens, Path(self.config.data.cache))
         return ReviewTable(tokens, reviews.labels, self.tokenizer.pad_id)
 
@@ -109,35 +109,39 @@ class VisobertTask:
         """[N], how often an epoch draws each training review, on average; None = once."""
         if self.config.data.oversampling == "none":
             return None
-        return capped_repeats(self.splits.train.labels, self.config.data.oversampling_ratio)
+        return capped_repeats(self.reviews.train.labels, self.config.data.oversampling_ratio)
 
     def _alpha(self, given: Alpha | None) -> Alpha:
         """The alpha that acts, checked against the data."""
-        loss, train = self.config.multi_label, self.splits.train
+        loss, train = self.config.multi_label, self.reviews.train
         if given is None or loss.focal_alpha != "auto":
             repeats = self.repeats if loss.alpha_from == "oversampled" else None
-            return alpha_of(train, self.splits.detection_only, loss.focal_alpha, repeats)
+            return alpha_of(train, self.reviews.detection_only, loss.focal_alpha, repeats)
         run = f"data_prep_run {self.config.data_prep_run}"
         if given.digest != train.digest:
             raise UserError(
                 f"{run}: its alpha is of {given.source} (SHA-256 {given.digest[:12]}...), but the training file is "
                 f"{train.source} ({train.digest[:12]}...); allowed: a data_prep run of the same file"
             )
-        if given.aspects != train.aspects or set(given.detection_only) != set(self.splits.detection_only):
+        if given.aspects != train.aspects or set(given.detection_only) != set(self.reviews.detection_only):
             raise UserError(
                 f"{run}: it counted {', '.join(given.aspects)} with detection-only {list(given.detection_only)}, "
-                f"this run {', '.join(train.aspects)} with {list(self.splits.detection_only)}; allowed: the same"
+                f"this run {', '.join(train.aspects)} with {list(self.reviews.detection_only)}; allowed: the same"
             )
         return given
 
     @property
     def dataset(self) -> Dataset:
-        train = self.splits.train
+        train = self.reviews.train
         profile: dict[str, object] = {"train_file_digest": train.digest}
-        for name, reviews in self.splits.named.items():
+        for name, reviews in self.reviews.named.items():
             cells = labelled(reviews.labels)
             profile[name] = {"reviews": len(reviews), "labelled_cells": int(cells.sum()), "file": reviews.source}
-        return Dataset(Path(train.source).name, self.splits.digest, train.source, profile)
+        return Dataset(Path(train.source).name, self.reviews.digest, train.source, profile)
+
+    @property
+    def splits(self) -> Collection[str]:
+        return [name for name, reviews in self.reviews.named.items() if len(reviews)]
 
     @property
     def files(self) -> Sequence[Path]:
@@ -154,7 +158,7 @@ class VisobertTask:
             "gamma": f"{loss.focal_gamma}",
             "aspects": str(len(self.aspects)),
             "parameters": str(self.parameters),
-        } | {f"reviews_{name}": str(len(reviews)) for name, reviews in self.splits.named.items()}
+        } | {f"reviews_{name}": str(len(reviews)) for name, reviews in self.reviews.named.items()}
 
     def describe(self, folder: Path) -> Mapping[str, float]:
         say(f"Total parameters: {self.parameters:,}")
@@ -163,7 +167,7 @@ class VisobertTask:
 
     def warnings(self, total_steps: int) -> Sequence[str]:  # noqa: ARG002
         found: list[str] = []
-        for name, reviews in self.splits.named.items():
+        for name, reviews in self.reviews.named.items():
             found += reviews.notes
             if reviews.dropped:
                 found.append(f"{reviews.source}: bad cells that are dropped: {len(reviews.dropped)} ({name})")
@@ -184,20 +188,24 @@ class VisobertTask:
         data = self.config.data
         if split == "train" or data.train is None or (split == "valid" and data.validation is None):
             return 0
-        known = set(map(folded, self.splits.train.texts))
+        known = set(map(folded, self.reviews.train.texts))
         if data.validation is None:  # a share of the training file
-            known |= set(map(folded, self.splits.valid.texts))
-        return sum(folded(text) in known for text in self.splits.named[split].texts)
+            known |= set(map(folded, self.reviews.valid.texts))
+        return sum(folded(text) in known for text in self.reviews.named[split].texts)
 
     def _build(self, *, weights: bool) -> AspectSentimentModel:
         return build_model(self.config.model, len(self.aspects), self.tokenizer, weights=weights, warn=warn)
 
     def model(self) -> AspectSentimentModel:
         model = self._build(weights=True)
-        labels = self.splits.train.labels
+        labels = self.reviews.train.labels
         known, mentioned = (labels != UNKNOWN).sum(0), (labels > NOT_MENTIONED).sum(0)
         model.start_at(torch.from_numpy((mentioned + 1) / (known + 2)))  # +1, +2: no rate of 0 or 1
         return model
+
+    @property
+    def schedule(self) -> ScheduleConfig:
+        return self.config.optim.schedule
 
     def optimizers(self, model: nn.Module) -> Mapping[str, Optimizer]:
         assert isinstance(model, AspectSentimentModel)
@@ -223,19 +231,17 @@ class VisobertTask:
         labelled = (batch.labels >= 0) & (batch.labels < len(SENTIMENTS))
         return sentiments | {"labelled": labelled.sum(), "known": (batch.labels != UNKNOWN).sum()}
 
-    def losses(
-        self,
-        model: nn.Module,
-        batch: ReviewBatch,
-        counts: Mapping[str, Tensor],
-        step: int,
-    ) -> Mapping[str, Tensor]:
+    def forward(self, model: nn.Module, batch: ReviewBatch) -> Output:
         output: Output = model(batch.ids, batch.mask)
-        with torch.autocast(batch.labels.device.type, enabled=False):
-            found = self._losses(output, batch.labels, counts)
-            if self.config.tracking.probes(step) and self.config.multi_label.use_focal_loss:
-                found |= self._focal_factors(output.sentiment.detach().float(), batch.labels, counts)
-            return found
+        return output
+
+    def losses(
+        self, output: Output, batch: ReviewBatch, counts: Mapping[str, Tensor], step: int
+    ) -> Mapping[str, Tensor]:
+        losses = self._losses(output, batch.labels, counts)
+        if self.config.tracking.probes(step) and self.config.multi_label.use_focal_loss:
+            losses |= self._focal_factors(output.sentiment.detach().float(), batch.labels, counts)
+        return losses
 
     def _focal_factors(self, logits: Tensor, labels: Tensor, counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Shares of the mean (1 - p_t)^gamma over each sentiment's cells; 0/0 where it has none."""
@@ -274,18 +280,10 @@ class VisobertTask:
             found["influence/cosine_sentiment_aspect"] = cosine(probed["loss_sentiment"], probed["loss_aspect"])
         return found | {name: value for name, value in losses.items() if name.startswith(PREFIX)}
 
-    def settings(self, step: int) -> Mapping[str, float | bool]:  # noqa: ARG002
-        return {}
-
-    def logged_losses(self, names: Sequence[str]) -> Sequence[str]:
-        return names
-
     def evaluate(self, model: nn.Module, split: str, device: str) -> Mapping[str, float]:
         """Scores of a split; on `valid` the model's thresholds are tuned first, and stay with its weights."""
-        if split not in self.splits.named:
-            return {}
         assert isinstance(model, AspectSentimentModel)
-        reviews, output = self.splits.named[split], self._predict(model, self.table(split), device)
+        reviews, output = self.reviews.named[split], self._predict(model, self.table(split), device)
         if split == "valid" and output.aspect is not None:
             probability = torch.sigmoid(output.aspect.double()).numpy()
             model.thresholds.copy_(torch.from_numpy(tuned_thresholds(reviews.labels, probability)))
@@ -300,7 +298,7 @@ class VisobertTask:
         return {f"{split}/{name}": value for name, value in (losses | found | beside).items()}
 
     def known_metrics(self, split: str) -> Mapping[str, str]:
-        detection, reviews = self.config.model.aspect_detection, self.splits.named.get(split)
+        detection, reviews = self.config.model.aspect_detection, self.reviews.named.get(split)
         labels = reviews.labels if reviews else None
         lacks = known_scores(labels, self.names, self.polar, detection)
         if self.config.baselines:
@@ -314,7 +312,7 @@ class VisobertTask:
         where = f"{'validation' if split == 'valid' else split} has none in {len(reviews):,} reviews"
         found = {name: f"needs {what}: {where}" if what else "" for name, what in lacks.items()}
         if split == "test" and self.config.model.calibrate:
-            valid = self.splits.valid
+            valid = self.reviews.valid
             fitted = {head: f"needs labels: validation has none in {len(valid):,} reviews" for head in heads
                       if _lack(head, valid.labels)}  # fmt: skip
             found |= {f"logloss_{head}{CALIBRATED}": found[f"logloss_{head}"] or fitted.get(head, "") for head in heads}
@@ -336,7 +334,7 @@ class VisobertTask:
             return {}
         assert isinstance(model, AspectSentimentModel)
         output = self._predict(model, self.table("valid"), device)
-        cells = _cells(output, torch.from_numpy(self.splits.valid.labels))
+        cells = _cells(output, torch.from_numpy(self.reviews.valid.labels))
         if "sentiment" not in cells:
             say("sentiments are not calibrated: found no labelled cell in the validation split")
         fitted: dict[str, dict[str, float]] = {}
@@ -348,15 +346,12 @@ class VisobertTask:
 
     def _predict(self, model: AspectSentimentModel, table: ReviewTable, device: str) -> Output:
         """Logits of all rows, on the CPU in fp32."""
-        was_training = model.training
         size, budget = self.config.evaluation.batch_size, self.config.training.batch_tokens
-        model.eval()
         with autocast(self.config.training.amp, device):
             found = ranks.each_its_part(
                 len(table),
                 lambda first, last: predict_logits(model, table, size, budget, device, first=first, last=last).parts,
             )
-        model.train(was_training)
         return Output(*found)
 
     def _answers(self, model: AspectSentimentModel, output: Output) -> Answers:
@@ -367,8 +362,8 @@ class VisobertTask:
         """What the majority and TF-IDF with logistic regression reach on the same rows."""
         if not self.config.baselines:
             return {}
-        reviews = self.splits.named[split]
-        predictions = {"majority": majority(self.splits.train.labels, len(reviews))}
+        reviews = self.reviews.named[split]
+        predictions = {"majority": majority(self.reviews.train.labels, len(reviews))}
         if self._tfidf:
             predictions["tfidf"] = self._tfidf.predict(reviews.texts)
         found: dict[str, float] = {}
@@ -379,27 +374,24 @@ class VisobertTask:
 
     @cached_property
     def _tfidf(self) -> TfidfBaseline | None:
-        train, valid = self.splits.train, self.splits.valid
+        train, valid = self.reviews.train, self.reviews.valid
         with optional("the TF-IDF baseline"):
             return TfidfBaseline(train.texts, train.labels, (valid.texts, valid.labels))
         return None
 
-    def findings(self, metrics: Mapping[str, float]) -> Sequence[str]:  # noqa: ARG002
-        return []
-
     def report(self, model: nn.Module, folder: Path, device: str) -> None:
         """Tables and pictures of the finished model on the test split, or on validation where there is none."""
         assert isinstance(model, AspectSentimentModel)
-        split, tracking = "test" if "test" in self.splits.named else "valid", self.config.tracking
+        split, tracking = "test" if "test" in self.reviews.named else "valid", self.config.tracking
         if not (tracking.log_report or tracking.log_rows):
             return
         answers = self._answers(model, self._predict(model, self.table(split), device))
         if tracking.log_report:
             with optional(f"the report of {split}"):
-                write_report(folder, split, self.splits.named[split], answers)
+                write_report(folder, split, self.reviews.named[split], answers)
         if split == "test" and tracking.log_rows:
             with optional("evaluation/test_rows.parquet"):
-                write_pair_rows(folder, self.splits.named[split], answers)
+                write_pair_rows(folder, self.reviews.named[split], answers)
 
     def export(self, model: nn.Module, folder: Path) -> ModelExport:
         assert isinstance(model, AspectSentimentModel)
@@ -409,8 +401,8 @@ class VisobertTask:
         self.tokenizer.save(folder / TOKENIZER_FOLDER)
         if isinstance(model.encoder, PretrainedEncoder):
             cast(Any, model.encoder.model).config.save_pretrained(str(folder / ENCODER_FOLDER))
-        told = {"aspects": self.aspects, "detection_only": self.splits.detection_only,
-                "text_column": self.splits.train.text_column}  # fmt: skip
+        told = {"aspects": self.aspects, "detection_only": self.reviews.detection_only,
+                "text_column": self.reviews.train.text_column}  # fmt: skip
         (folder / ASPECTS_FILE).write_text(json.dumps(told, ensure_ascii=False) + "\n", encoding="utf-8")
         outputs = column_types(self.aspects, self.polar, detection=self.config.model.aspect_detection)
         return ModelExport(
@@ -418,7 +410,7 @@ class VisobertTask:
             task="visobert",
             inputs=None,
             outputs=outputs,
-            example=[text[:EXAMPLE_LETTERS] for text in self.splits.valid.texts[:2]],
+            example=[text[:EXAMPLE_LETTERS] for text in self.reviews.valid.texts[:2]],
         )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pipeline.config.strict_config import load
 from pipeline.errors import UserError
 from pipeline.runtime.console import Console
-from pipeline.tasks.base import undefined
+from pipeline.tasks.base import evaluate, evaluating, undefined
 from pipeline.tasks.visobert import predict, report
 from pipeline.tasks.visobert import task as task_module
 from pipeline.tasks.visobert.config import EMBEDDED, EmbeddedModelConfig, ModelConfig, VisobertConfig
@@ -600,7 +600,9 @@ def test_losses_are_those_of_a_formula(make: Make, options: dict[str, Any]) -> N
     model = scrambled(task.model())
     batch = task.batch(np.arange(40))
     assert {P, N, U, O, M, X} == set(batch.labels.flatten().tolist())
-    losses = task.losses(model, batch, task.counts(batch), 1)  # at step 0 influence is measured beside them
+    losses = task.losses(
+        task.forward(model, batch), batch, task.counts(batch), 1
+    )  # at step 0 influence is measured beside them
     expected = hand_losses(task, model(batch.ids, batch.mask), batch.labels)
     assert list(losses) == [*[name for name in ("loss_sentiment", "loss_aspect") if name in expected], "loss_total"]
     # some twenty operations of fp32 a cell, from logits that may be rounded otherwise beside the influence
@@ -647,7 +649,7 @@ def training_of(task: VisobertTask) -> Training:
 # the same rows in one piece, in pieces of other sizes, and in pieces of one kind: without any label, with few, with all
 def parts_of(task: VisobertTask) -> list[list[npt.NDArray[np.int64]]]:
     rows = np.arange(30)
-    labelled = ((task.splits.train.labels[:30] >= 0) & (task.splits.train.labels[:30] < 3)).sum(1)
+    labelled = ((task.reviews.train.labels[:30] >= 0) & (task.reviews.train.labels[:30] < 3)).sum(1)
     by_density = rows[np.argsort(labelled, kind="stable")]
     return [[rows], [rows[:1], rows[1:9], rows[9:]], np.split(by_density, [8, 20, 21]), np.split(rows, 30)]
 
@@ -705,7 +707,7 @@ def test_logged_losses_are_means_over_the_whole_window(make: Make) -> None:
 @pytest.mark.parametrize("pooling", ["cls", "aspect_attention"])
 def test_detection_starts_from_how_often_aspects_are_mentioned(make: Make, pooling: str) -> None:
     task = make(**{"model.pooling": pooling})
-    labels = task.splits.train.labels
+    labels = task.reviews.train.labels
     rates = [(np.isin(column, [P, N, U, M]).sum() + 1) / ((column != X).sum() + 2) for column in labels.T]
     bias = task.model().heads["aspect"].bias
     assert torch.sigmoid(bias).flatten().tolist() == pytest.approx(rates, rel=1e-5)
@@ -760,7 +762,7 @@ def test_biases_and_norms_do_not_decay(make: Make, pooling: str) -> None:
 def test_alpha_of_oversampled_data_is_that_of_what_an_epoch_draws(make: Make) -> None:
     task = make(**{"data.oversampling": "capped", "data.oversampling_ratio": 1.4,
                    "multi_label.alpha_from": "oversampled"})  # fmt: skip
-    labels = task.splits.train.labels
+    labels = task.reviews.train.labels
     drawn = np.zeros(3)
     for epoch in range(60):
         rows = np.concatenate(list(task.plan(epoch)))
@@ -770,7 +772,7 @@ def test_alpha_of_oversampled_data_is_that_of_what_an_epoch_draws(make: Make) ->
 
 
 def test_alpha_of_the_original_whatever_is_drawn(make: Make) -> None:
-    labels = make().splits.train.labels
+    labels = make().reviews.train.labels
     counts = np.array([(labels == code).sum() for code in (P, N, U)])
     expected = (counts.sum() / (3 * counts)).tolist()
     for options in ({}, {"data.oversampling": "capped"}):
@@ -807,16 +809,16 @@ def test_texts_that_are_cut_are_told(make: Make) -> None:
 def test_what_a_split_lacks_or_shares_is_told(make: Make, tmp_path: Path, files: dict[str, str]) -> None:
     """Copies, tokens that nobody knows, and reviews without a text, which take no part in the training."""
     train = pd.read_csv(files["data.train"], keep_default_na=False)
-    assert len(make().splits.train) == len(train)
+    assert len(make().reviews.train) == len(train)
     train.loc[:4, "data"] = ""
     train.to_csv(tmp_path / "train.csv", index=False)
     train[5:25].assign(data=lambda frame: frame["data"].str.upper() + " ").to_csv(tmp_path / "copies.csv", index=False)
     train[:6].assign(data="中").to_csv(tmp_path / "unknown.csv", index=False)  # <s>, the mark of a word, <unk>
     values = {"data.train": tmp_path / "train.csv", "data.validation": "null", "data.validation_share": 0.3}
     task = make(**values, **{"data.test": tmp_path / "copies.csv"})
-    sizes = [len(reviews) for reviews in (task.splits.train, task.splits.valid)]
+    sizes = [len(reviews) for reviews in (task.reviews.train, task.reviews.valid)]
     assert sum(sizes) == len(train) - 5
-    assert all(task.splits.train.texts)
+    assert all(task.reviews.train.texts)
     told = list(task.warnings(10))
     assert "20 of 20 test reviews are in train" in told  # or in the share of it that validates
     assert [note for note in told if note.startswith(f"{tmp_path / 'train.csv'}: 5 labelled reviews have no text")]
@@ -833,7 +835,7 @@ def test_what_a_split_lacks_or_shares_is_told(make: Make, tmp_path: Path, files:
 def trained(task: VisobertTask) -> AspectSentimentModel:
     torch.manual_seed(task.config.seed)
     model = scrambled(task.model(), std=1.0)
-    task.evaluate(model, "valid", "cpu")
+    evaluate(task, model, "valid", "cpu")
     return model  # type: ignore[no-any-return]
 
 
@@ -841,9 +843,9 @@ def test_evaluation_scores_the_split_in_its_own_order(make: Make) -> None:
     task = make(**{"evaluation.batch_size": 7})
     model = scrambled(task.model(), std=0.5)
     before = model.training
-    found = task.evaluate(model, "valid", "cpu")
+    found = evaluate(task, model, "valid", "cpu")
     assert model.training is before
-    table, reviews = task.table("valid"), task.splits.valid
+    table, reviews = task.table("valid"), task.reviews.valid
     assert table is not None
     with torch.no_grad():
         alone = [model(one.ids, one.mask) for row in range(len(table)) for one in [table.batch(np.array([row]))]]
@@ -880,10 +882,12 @@ def test_what_a_run_can_do_without_is_left_out(
     monkeypatch.setattr(report.plots, "confusion", fail)
     task = make(baselines="true")
     model = trained(task)
-    names = set(task.evaluate(model, "test", "cpu"))
+    names = set(evaluate(task, model, "test", "cpu"))
     assert {name.rpartition("_")[2] for name in names if name.startswith("test/pair_f1_micro_")} == {"majority"}
-    assert task.calibrate(model, "cpu") == {}
-    task.report(model, tmp_path, "cpu")
+    with evaluating(model):
+        assert task.calibrate(model, "cpu") == {}
+    with evaluating(model):
+        task.report(model, tmp_path, "cpu")
     assert {file.name for file in tmp_path.rglob("*") if file.is_file()} == {
         f"test_{name}.csv" for name in ("aspects", "confusion", "predictions", "errors")
     }
@@ -894,7 +898,8 @@ def test_what_a_run_can_do_without_is_left_out(
                      "plots/test_confusion.png", "evaluation/test_rows.parquet")
     ]  # fmt: skip
     monkeypatch.setattr(task_module, "write_report", fail)
-    task.report(model, tmp_path / "no", "cpu")
+    with evaluating(model):
+        task.report(model, tmp_path / "no", "cpu")
     assert "warning: the report of test is left out: RuntimeError: broken for good" in capsys.readouterr().err
 
 
@@ -902,10 +907,10 @@ def test_the_test_split_does_not_move_the_thresholds(make: Make) -> None:
     task = make()
     model = trained(task)
     before = model.thresholds.clone()
-    found = task.evaluate(model, "test", "cpu")
+    found = evaluate(task, model, "test", "cpu")
     assert torch.equal(model.thresholds, before)
     assert {name.split("/")[0] for name in found} == {"test"}
-    assert make(**{"data.test": "null"}).evaluate(model, "test", "cpu") == {}
+    assert evaluate(make(**{"data.test": "null"}), model, "test", "cpu") == {}
 
 
 @pytest.mark.parametrize(
@@ -914,9 +919,10 @@ def test_the_test_split_does_not_move_the_thresholds(make: Make) -> None:
 def test_known_metrics_are_those_that_an_evaluation_gives(make: Make, options: dict[str, str]) -> None:
     task = make(**options)
     model = task.model()
-    task.calibrate(model, "cpu")
+    with evaluating(model):
+        task.calibrate(model, "cpu")
     for split in ("valid", "test"):
-        assert set(task.evaluate(model, split, "cpu")) == set(task.known_metrics(split))
+        assert set(evaluate(task, model, split, "cpu")) == set(task.known_metrics(split))
         assert not any(task.known_metrics(split).values())
 
 
@@ -924,9 +930,9 @@ def test_what_splits_lack_for_a_metric_is_named(make: Make) -> None:
     task = make(**{"data.test": "null"})
     assert set(task.known_metrics("test").values()) == {"needs a test split: there is none"}
     camera = task.names.index("Camera")
-    task.splits.valid.labels[:, camera] = X
+    task.reviews.valid.labels[:, camera] = X
     lacks = task.known_metrics("valid")
-    assert set(task.evaluate(task.model(), "valid", "cpu")) == {name for name, why in lacks.items() if not why}
+    assert set(evaluate(task, task.model(), "valid", "cpu")) == {name for name, why in lacks.items() if not why}
     assert {name: why for name, why in lacks.items() if why} == {
         f"valid/{kind}/Camera": "needs labels of Camera: validation has none in 40 reviews"
         for kind in ("f1", "aspect_f1")
@@ -949,9 +955,10 @@ def assert_same_answers(found: pd.DataFrame, expected: pd.DataFrame) -> None:
 def test_an_exported_model_answers_as_the_task_does(make: Make, tmp_path: Path, options: dict[str, Any]) -> None:
     task = make(**options)
     model = trained(task)
-    assert set(task.calibrate(model, "cpu")) == {"sentiment", *(["aspect"] if model.detects else [])}
+    with evaluating(model):
+        assert set(task.calibrate(model, "cpu")) == {"sentiment", *(["aspect"] if model.detects else [])}
     export = task.export(model, tmp_path / "model")
-    table, reviews = task.table("test"), task.splits.test
+    table, reviews = task.table("test"), task.reviews.test
     assert table is not None
     assert reviews is not None
     expected = task._answers(model, task._predict(model, table, "cpu")).frame()
@@ -1033,7 +1040,7 @@ def test_a_pretrained_model_there_and_back(make: Make, folders: dict[str, Path],
     model = trained(task)
     assert task.parameters == count(model)
     task.export(model, tmp_path / "model")
-    reviews, table = task.splits.test, task.table("test")
+    reviews, table = task.reviews.test, task.table("test")
     assert reviews is not None
     assert table is not None
     expected = task._answers(model, task._predict(model, table, "cpu")).frame()
