@@ -19,7 +19,7 @@ from pipeline.config.run_config import CheckpointConfig
 from pipeline.config.strict_config import load
 from pipeline.errors import RankLost, TrainingError, UserError
 from pipeline.names import CHECKPOINT_MEGABYTES, CHECKPOINT_SECONDS, MEASURED
-from pipeline.runs.launch import explained
+from pipeline.runs.machine_errors import explained
 from pipeline.runs.resume import fork, restore
 from pipeline.runtime.console import Console
 from pipeline.runtime.interrupts import Interrupted, held, interruptible

@@ -460,8 +460,8 @@ def test_pictures_and_notes_that_fail_leave_the_run_whole(
     def fails(*_: object) -> None:
         raise RuntimeError("no canvas")
 
-    for name in ("pipeline.tracking.plots.losses", "pipeline.tracking.plots.calibration", "pipeline.runs.launch.note",
-                 "pipeline.tasks.mmoe.task.MmoeTask.findings"):  # fmt: skip
+    for name in ("pipeline.tracking.plots.losses", "pipeline.tracking.plots.calibration",
+                 "pipeline.runs.run_artifacts.note", "pipeline.tasks.mmoe.task.MmoeTask.findings"):  # fmt: skip
         monkeypatch.setattr(name, fails)
     trained = train_run(small(seed=77), MmoeTask, place.writer, quiet=True)
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from pipeline.config.strict_config import load, to_yaml
 from pipeline.errors import TrainingError, UserError
 from pipeline.names import MEASURED, NOTE_LENGTH
-from pipeline.runs.launch import note, train_run
+from pipeline.runs.launch import train_run
+from pipeline.runs.run_artifacts import note
 from pipeline.runtime.console import Console, optional
 from pipeline.tasks.base import evaluate, evaluating, precision, undefined
 from pipeline.tasks.mmoe.config import MmoeConfig

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from pipeline.config.strict_config import canonical, flatten, keys, load, to_yaml, with_default
 from pipeline.errors import UserError
 from pipeline.maths.schedules import learning_rate_factor
-from pipeline.runs.launch import _log_files, _tell_epochs
+from pipeline.runs.launch import announce_epochs
+from pipeline.runs.run_artifacts import log_files
 from pipeline.tasks.visobert.config import FROM_SCRATCH, VisobertConfig
 from pipeline.tracking.mlflow_run import MemoryRun
 
@@ -400,9 +401,9 @@ def test_a_share_is_as_good_as_its_steps(total: int, steps: int, ratio: float, d
 
 
 def test_epochs_are_told_with_where_they_come_from(capsys: pytest.CaptureFixture[str]) -> None:
-    _tell_epochs(config_of(SHIPPED), frozenset({"seed"}))
+    announce_epochs(config_of(SHIPPED), frozenset({"seed"}))
     assert capsys.readouterr().err == "Using epochs from config: 15\n"
-    _tell_epochs(config_of(SHIPPED, training__num_train_epochs="3"), frozenset({"training.num_train_epochs"}))
+    announce_epochs(config_of(SHIPPED, training__num_train_epochs="3"), frozenset({"training.num_train_epochs"}))
     told = capsys.readouterr()
     assert told.err == "warning: Using epochs from command line: 3 (overrides config)\n"
     assert told.out == ""
@@ -414,7 +415,7 @@ def test_files_become_artifacts_where_they_lie(tmp_path: Path) -> None:
         (tmp_path / file).write_text("x")
     (tmp_path / "empty").mkdir()
     run = MemoryRun(folder=tmp_path / "run")
-    _log_files(run, tmp_path)
+    log_files(run, tmp_path)
     assert sorted(run.artifacts) == ["b.json", "evaluation/d e.csv", "plots/a.png", "plots/deep/c.csv"]
-    _log_files(run, tmp_path / "empty")
+    log_files(run, tmp_path / "empty")
     assert len(run.artifacts) == 4
