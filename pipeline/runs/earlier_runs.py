@@ -1,0 +1,215 @@
+"""Runs that an earlier start began: in the tracking store, or in the output folder where the store is away."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from pipeline.config.run_config import RunConfig, is_operational
+from pipeline.config.strict_config import flatten, read_yaml, validate
+from pipeline.errors import UserError, os_errors
+from pipeline.names import FORKED_FROM
+from pipeline.runs.run_artifacts import CONFIG_FILE
+from pipeline.runtime.console import warn
+from pipeline.storage.files import check_file
+from pipeline.storage.journal import JOURNAL_FILE, Record, beginning, parsed
+from pipeline.storage.ownership import alive_owner
+from pipeline.tracking.messages import StoredRun
+from pipeline.tracking.mlflow_run import Writer
+
+TAIL_BYTES = 1 << 16  # at the end of a journal, which hold its last record
+SHOWN = 5  # differences that an error names
+
+
+@dataclass(frozen=True)
+class EarlierRun:
+    """A run that an earlier start began."""
+
+    run_id: str
+    name: str
+    folder: Path
+    finished: bool  # nothing is left to do
+    ended_as: str | None  # the status in its journal; None = it was cut off
+    tags: Mapping[str, str]
+    metrics: Mapping[str, float]  # last values, as far as the store has them
+    params: Mapping[str, str]  # as the store has them
+
+
+@contextmanager
+def one_at_a_time(config: RunConfig, key: str) -> Iterator[None]:
+    """Serialise starts with `resume=auto` and the same run key: each finds or begins its run before the next looks."""
+    if config.resume != "auto":
+        yield
+        return
+    folder = Path(config.output_dir)
+    with os_errors(f"output_dir {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / f".{key[:16]}.lock", fallback_to_soft=False).acquire()
+    with lock:
+        yield
+
+
+def find_earlier(
+    config: RunConfig, identity: Mapping[str, str], writer: Writer, opened: str | None = None
+) -> EarlierRun | None:
+    """The run that `config.resume` names; None = there is none. `identity`: the tags of such a run.
+
+    opened: the run id that this start was given (`mlflow run`, or the environment of a restarted pod). Where an earlier
+    start has written to it, it is resumed even without `resume`: from the beginning it would hold every point twice.
+
+    Raises:
+        UserError: another process writes the run, there is none with the id, or its config or data differ.
+    """
+    output_dir = Path(config.output_dir)
+    wanted = config.resume
+    if wanted is None and opened and _has_begun(opened, config, writer):
+        wanted = opened
+    if wanted is None:
+        return None
+    if wanted == "auto":
+        run = _newest_of_key(config, identity["run_key"], output_dir, writer)
+    else:
+        run = _of_id(wanted, config, output_dir, writer)
+        _check_same(config, identity, run)
+    if run and not run.finished:
+        _check_abandoned(run.folder)
+    return run
+
+
+def _has_begun(run_id: str, config: RunConfig, writer: Writer) -> bool:
+    """An earlier start has written to the run: its folder is here, or it has a run key in the store."""
+    if (Path(config.output_dir) / run_id / JOURNAL_FILE).exists():
+        return True
+    stored = query_store(config, writer, run_id=run_id)
+    return bool(stored and "run_key" in stored[0].tags)
+
+
+def _newest_of_key(config: RunConfig, key: str, output_dir: Path, writer: Writer) -> EarlierRun | None:
+    """The newest run of this config and data."""
+    local = {folder: opened for folder, opened in _local_runs(output_dir)
+             if opened["tags"].get("run_key") == key and opened["tags"].get(FORKED_FROM) == config.fork}  # fmt: skip
+    for folder in local:  # before the store is queried: a second start of a run is refused at once
+        _check_abandoned(folder)
+    stored = query_store(config, writer, run_key=key, fork=config.fork)
+    if stored is None:
+        return _of_folder(*list(local.items())[-1]) if local else None
+    stored_ids = {run.first_id for run in stored}
+    runs = [(run.start_time, _of_store(run, output_dir)) for run in stored
+            if "pruned" not in run.tags and not run.deleted]  # fmt: skip
+    # A folder that the store does not know: the store was away, lost the run, or is another one.
+    runs += [(opened["time"], _of_folder(folder, opened)) for folder, opened in local.items()
+             if folder.name not in stored_ids and not query_store(config, writer, run_id=folder.name)]  # fmt: skip
+    return max(runs, key=lambda run: run[0])[1] if runs else None
+
+
+def _of_id(run_id: str, config: RunConfig, output_dir: Path, writer: Writer) -> EarlierRun:
+    folder = output_dir / run_id
+    if folder.is_dir():
+        _check_abandoned(folder)
+    stored = query_store(config, writer, run_id=run_id)
+    if stored and stored[0].deleted:
+        raise UserError(f"resume {run_id}: the run was deleted in the tracking store; restore it there (`mlflow runs "
+                        f"restore --run-id {stored[0].run_id}`), or start anew")  # fmt: skip
+    if stored:
+        return _of_store(stored[0], output_dir)
+    if not (folder / JOURNAL_FILE).exists():
+        raise UserError(f"resume {run_id}: there is no such run; allowed: auto, or the id of a run")
+    with os_errors(f"journal {folder / JOURNAL_FILE}"):
+        opened = beginning(folder / JOURNAL_FILE)
+    if opened is None:
+        raise UserError(f"{folder / JOURNAL_FILE}: found no record of the run's beginning; it cannot go on")
+    return _of_folder(folder, opened)
+
+
+def query_store(config: RunConfig, writer: Writer, **criteria: str | None) -> list[StoredRun] | None:
+    """Matching runs of the store, oldest first; None where it does not answer and `tracking.offline` allows that."""
+    try:
+        return writer.find(**criteria)
+    except UserError as error:
+        if not config.tracking.offline:
+            raise
+        warn(f"{error}; looking into {config.output_dir} alone")
+        return None
+
+
+def _local_runs(output_dir: Path) -> list[tuple[Path, Record]]:
+    """Folders of runs with the first record of their journals, oldest first."""
+    runs = []
+    for file in output_dir.glob(f"*/{JOURNAL_FILE}"):
+        try:
+            opened = beginning(file)
+        except OSError as error:
+            warn(f"{file}: {error.strerror or error}; the run is passed over")
+            continue
+        if opened:
+            runs.append((file.parent, opened))
+    return sorted(runs, key=lambda run: run[1]["time"])
+
+
+def _of_store(run: StoredRun, output_dir: Path) -> EarlierRun:
+    folder = folder_of(run, output_dir)
+    ended = _ended_as(folder / JOURNAL_FILE)
+    return EarlierRun(run.first_id, run.name, folder, run.status == "FINISHED", ended, run.tags, run.metrics,
+                      run.canonical_params)  # fmt: skip
+
+
+def folder_of(run: StoredRun, output_dir: Path) -> Path:
+    """The run's folder below `output_dir`, which may have been moved; else the one that the run was last written to."""
+    here, there = output_dir / run.first_id, Path(run.tags.get("run_dir", output_dir / run.first_id))
+    return there if (there / JOURNAL_FILE).exists() and not (here / JOURNAL_FILE).exists() else here
+
+
+def _of_folder(folder: Path, opened: Record) -> EarlierRun:
+    return EarlierRun(
+        folder.name, opened["name"], folder, False, _ended_as(folder / JOURNAL_FILE), opened["tags"], {}, {}
+    )
+
+
+def _ended_as(journal: Path) -> str | None:
+    """The status at the end of a journal; None where it was cut off."""
+    try:
+        check_file(journal)
+        with journal.open("rb") as stream:
+            stream.seek(max(0, stream.seek(0, 2) - TAIL_BYTES))
+            last = parsed(stream.read().rstrip(b"\n").rpartition(b"\n")[2])
+    except OSError:
+        return None
+    return last["status"] if last and last["op"] == "finish" else None
+
+
+def _check_abandoned(folder: Path) -> None:
+    """Raise a UserError where a process writes the run."""
+    if folder.is_dir() and (owner := alive_owner(folder)):
+        raise UserError(f"run {folder.name} is alive: {owner} writes it; wait for its end, or end it first")
+
+
+def _check_same(config: RunConfig, identity: Mapping[str, str], run: EarlierRun) -> None:
+    """Raise a UserError that names the differences where the run has another task, config or data."""
+    differences = [f"task is {run.tags.get('task')}, asked for {identity['task']}"]
+    if run.tags.get("task") == identity["task"]:
+        if run.tags.get("run_key") == identity["run_key"]:
+            return
+        differences = _differences(config, run)
+        if run.tags.get("data_digest") != identity["data_digest"]:
+            differences.append(f"data has SHA-256 {run.tags.get('data_digest', '')[:12]}..., now "
+                               f"{identity['data_digest'][:12]}...")  # fmt: skip
+    more = f"; and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
+    text = "; ".join(differences[:SHOWN]) + more
+    raise UserError(f"resume {run.run_id}: that run is another one: {text or 'its config differs'}; allowed: the "
+                    "same config and data (fork=<run id>@<step> starts a new run from its state)")  # fmt: skip
+
+
+def _differences(config: RunConfig, run: EarlierRun) -> list[str]:
+    """Decisive keys whose values differ from those of the run's config file, or of its params without the file."""
+    file = run.folder / CONFIG_FILE
+    before, now = dict[str, Any](run.params), dict[str, Any](config.decisive())
+    if file.exists() or not before:
+        try:
+            before, now = flatten(validate(type(config), read_yaml(file), file)), flatten(config)
+        except UserError as error:
+            return [str(error)]
+    return [f"{key} was {before.get(key)}, now {now[key]}" for key in now
+            if before.get(key) != now[key] and not is_operational(key)]  # fmt: skip

@@ -1,0 +1,34 @@
+"""Report out-of-memory and disk errors as one-line user errors."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from pipeline.errors import TrainingError, UserError
+
+
+@contextmanager
+def one_line_machine_errors() -> Iterator[None]:
+    """Raise what `explained` makes of an error; any other error stays as it is."""
+    try:
+        yield
+    except Exception as error:
+        explanation = explained(error)
+        if explanation is error:
+            raise
+        raise explanation from error
+
+
+def explained(error: BaseException) -> BaseException:
+    """A `TrainingError` for a lack of memory and for errors of the disk; any other error itself."""
+    if isinstance(error, UserError | KeyboardInterrupt):
+        return error
+    text = str(error).splitlines()[0] if str(error) else ""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return TrainingError(f"out of memory: {text or 'an allocation failed'}; try a smaller training.batch_size, or "
+                             "close what else runs")  # fmt: skip
+    if isinstance(error, OSError) and error.errno is not None:
+        where = f"{error.filename}: " if error.filename else ""
+        return TrainingError(f"{where}{error.strerror}")
+    return error

@@ -1,0 +1,65 @@
+"""Open the run to train: a new one, or one that an earlier start began."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from pipeline.config.run_config import RunConfig
+from pipeline.names import THREADS
+from pipeline.runs.earlier_runs import EarlierRun, find_earlier, one_at_a_time
+from pipeline.runs.resume import find_origin
+from pipeline.runtime.console import warn
+from pipeline.storage.checkpoints import Checkpoints, Generation
+from pipeline.tracking.messages import RunRequest
+from pipeline.tracking.mlflow_run import MemoryRun, MlflowRun, Run, Writer
+
+MEMORY_EVENTS = Path("/sys/fs/cgroup/memory.events")
+
+
+class OpenedRun(NamedTuple):
+    run: Run
+    resumed: bool  # an earlier start began it
+    origin: Generation | None  # where a fork starts
+
+
+def open_run(
+    config: RunConfig, writer: Writer | None, request: RunRequest, identity: Mapping[str, str]
+) -> OpenedRun | EarlierRun:
+    """Open the run to train, or return one that needs no training any more. `identity`: of `identity_tags`."""
+    if writer is None:
+        return OpenedRun(MemoryRun(request.name), resumed=False, origin=None)
+    with one_at_a_time(config, identity["run_key"]):
+        earlier = find_earlier(config, identity, writer, None if request.resume else request.run_id)
+        if earlier and (earlier.finished or earlier.ended_as == "FINISHED"):
+            return earlier
+        if earlier:
+            request = _continuing(request, earlier)
+        if request.resume and request.run_id:  # checked first: a run that cannot go on stays as it is
+            folder = Path(request.folder) if request.folder else Path(config.output_dir) / request.run_id
+            Checkpoints(folder).check_format()
+        fresh = earlier is None or not Checkpoints(earlier.folder).steps()
+        origin = find_origin(config, writer) if fresh else None
+        run = MlflowRun(writer, request, Path(config.output_dir), config.tracking.offline)
+    return OpenedRun(run, request.resume, origin)
+
+
+def _continuing(request: RunRequest, earlier: EarlierRun) -> RunRequest:
+    """The request for an earlier run; a run that `mlflow run` opened for this start becomes its launcher."""
+    launcher = request.launcher if request.run_id in (None, earlier.run_id) else request.run_id
+    if earlier.ended_as is None and earlier.folder.is_dir():
+        warn(f"{earlier.name}: the last start of run {earlier.run_id} ended without a word: it was killed, or the "
+             f"machine went down{_memory_kills()}")  # fmt: skip
+    tags = {name: value for name, value in request.tags.items() if name != THREADS}  # keeps its first number of threads
+    return replace(request, run_id=earlier.run_id, resume=True, folder=str(earlier.folder), launcher=launcher,
+                   tags=tags)  # fmt: skip
+
+
+def _memory_kills() -> str:
+    """A clause on processes that the kernel killed for lack of memory, where the control group counts them."""
+    try:
+        counts = dict(line.split() for line in MEMORY_EVENTS.read_text(encoding="ascii").splitlines())
+    except (OSError, ValueError):
+        return ""
+    killed = int(counts.get("oom_kill", 0))
+    return f"; the kernel has killed {killed} processes here for want of memory" if killed else ""
