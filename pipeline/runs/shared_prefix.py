@@ -1,6 +1,6 @@
-"""Runs that are alike up to a step are trained once up to there: a trunk, from whose states the runs branch.
+"""Train the common prefix of several runs once, and start each run from its end.
 
-A branch is bit for bit the run that it would be alone, and its history holds the trunk's points as its own.
+A branched run is bit for bit the run that it would be alone; its history includes the points of the prefix.
 """
 
 import json
@@ -20,7 +20,9 @@ POINTS_FILE = TRUNK_FILES[0]
 
 
 def grow(task: Task[Any], folders: Mapping[int, Path], device: str) -> int:
-    """Train the task and leave, at each of the steps, its state in the folder. Returns the steps that were trained.
+    """Train the prefix: save the state at each step into its folder. Returns the number of trained steps.
+
+    folders: completed steps -> folder.
 
     Raises:
         NonFiniteError: a loss became NaN or infinite.
@@ -38,9 +40,9 @@ def grow(task: Task[Any], folders: Mapping[int, Path], device: str) -> int:
 
 
 def branch(training: Training, folder: Path) -> None:
-    """Put a new training where the trunk stood, and the trunk's points into its run, as if it had come there itself.
+    """Load a prefix's state into a new training, and log the prefix's points in its run.
 
-    Points carry the run's own settings (a lambda that does not act yet).
+    Logged settings are the run's own (a lambda that does not act yet).
     """
     with (folder / POINTS_FILE).open(encoding="utf-8") as lines:
         for line in lines:
@@ -52,7 +54,7 @@ def branch(training: Training, folder: Path) -> None:
 
 
 def _save(training: Training, run: MemoryRun, folder: Path) -> None:
-    state = training.state()  # hands the last steps to the run
+    state = training.state()  # logs the buffered steps
     with (folder / POINTS_FILE).open("w", encoding="utf-8") as lines:
         for (step, values), time_ms in zip(run.points, run.times, strict=True):
             lines.write(json.dumps([step, time_ms, values]) + "\n")

@@ -1,7 +1,6 @@
 """The one training loop, for every task."""
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,6 @@ from torch.nn.utils import get_total_norm
 from pipeline.compute import distributed as ranks
 from pipeline.compute.prefetch import prefetched
 from pipeline.compute.sparse import coalesced
-from pipeline.config.run_config import EvaluationConfig
 from pipeline.errors import RankLost, UserError
 from pipeline.maths.gradients import PREFIX
 from pipeline.maths.schedules import learning_rate_factor
@@ -26,9 +24,9 @@ from pipeline.runtime.console import Console, optional, say, warn
 from pipeline.runtime.interrupts import check, held
 from pipeline.runtime.memory import keep_freed_memory
 from pipeline.storage.checkpoints import Generation, load_tensors, save_weights
-from pipeline.storage.files import replacing
 from pipeline.tasks.base import TOTAL, Rows, Task, autocast, evaluate, evaluating
 from pipeline.tracking.mlflow_run import Run
+from pipeline.training.best_weights import BestWeights
 from pipeline.training.recorder import Recorder
 from pipeline.training.saver import Saver
 
@@ -42,7 +40,7 @@ BEST_LINK = "best.safetensors"  # what a checkpoint calls the best weights up to
 
 @dataclass
 class Result:
-    """What a training leaves: the model holds the best weights."""
+    """The outcome of a training; the model holds the best weights."""
 
     model: nn.Module
     steps: int = 0  # optimizer steps completed
@@ -50,14 +48,14 @@ class Result:
 
 
 class Window(NamedTuple):
-    """What one optimizer step trains on."""
+    """The micro-batches of one optimizer step."""
 
-    rows: list[Rows]  # of its micro-batches
+    rows: list[Rows]  # of each micro-batch
     ends_epoch: bool
 
 
 class Training:
-    """A task in training. The result depends on config, data and thread count alone."""
+    """The state of a training run and its loop. The result depends on config, data and thread count alone."""
 
     def __init__(
         self,
@@ -69,7 +67,7 @@ class Training:
         watch: Watch | None = None,
         saver: Saver | None = None,
     ) -> None:
-        """`watch` sees the metrics of every evaluation and says whether to stop there; `saver` keeps checkpoints."""
+        """watch: gets the step and metrics of every evaluation; returns True to stop. saver: saves checkpoints."""
         self.watch, self.stopped = watch, False
         self.task, self.config, self.run, self.console, self.device = task, task.config, run, console, device
         keep_freed_memory()
@@ -82,10 +80,10 @@ class Training:
         self.scaler = torch.amp.GradScaler(device, enabled=self.config.training.amp == "fp16")
         self.total_steps, self.schedule = count_steps(task), task.schedule.model_dump()
         self.recorder = Recorder(run, console, self.config.tracking.log_every, task.logged_losses)
-        self.keeper = BestKeeper(self.config.evaluation, run.folder / BEST_FILE)
+        self.keeper = BestWeights(self.config.evaluation, run.folder / BEST_FILE)
         self.result = Result(self.model)
-        self.plan = lru_cache(1)(task.plan)  # to shuffle many rows takes a while
-        self.evaluated_at, self.due = -1, False  # due: the evaluation after the last step is still to come
+        self.plan = lru_cache(1)(task.plan)  # shuffling many rows takes a while
+        self.evaluated_at, self.due = -1, False  # due: the evaluation after the last step has not run yet
         self.saver = saver or Saver(None)
         self.done = False  # the model holds the best weights, no longer those in training
 
@@ -94,7 +92,7 @@ class Training:
 
         Raises:
             NonFiniteError: a loss became NaN or infinite; what was logged before is in the run.
-            Interrupted, RankLost: the process was asked to end, or another one did; a checkpoint is saved.
+            Interrupted, RankLost: a signal came, or another process ended; a checkpoint is saved.
         """
         started = time.perf_counter()
         try:
@@ -114,7 +112,7 @@ class Training:
         return self.result
 
     def _finish(self, seconds: float) -> None:
-        """What is logged once, the last weights, and calibration and the test split at the best ones."""
+        """Save the last weights; calibrate and test the best ones."""
         self.saver.check_data()
         self.run.log_metrics(self.result.steps, {TRAIN_SECONDS: seconds})
         if self.keeper.step is not None:
@@ -132,8 +130,8 @@ class Training:
         self.result.metrics |= tested
 
     def save_interrupted(self) -> None:
-        """Save what there is, on the way out."""
-        if self.done:  # a checkpoint is of the weights in training
+        """Save a checkpoint before the process ends."""
+        if self.done:  # a checkpoint holds the weights in training
             self.model.load_state_dict(load_tensors(self.run.folder / FINAL_FILE))
             self.done = False
         try:
@@ -142,7 +140,7 @@ class Training:
             warn(str(error))
 
     def advance(self, until: int | None = None) -> None:
-        """Train on from where it stands: to the end, or until so many steps are completed and evaluated if due."""
+        """Train to the end, or until `until` optimizer steps are completed (and evaluated, if due)."""
         self.model.train()
         if self.due:
             self._evaluate()
@@ -160,10 +158,9 @@ class Training:
 
     def _save(self) -> None:
         seconds = self.saver.save(self.result.steps, self.keeper.step, self.state, self.files)
-        self.recorder.last_log += seconds  # of the throughput's time it is no part
+        self.recorder.last_log += seconds  # not part of the throughput's time
 
     def _loaded(self, windows: Iterator[Window]) -> Iterator[tuple[Window, list[Any]]]:
-        """The windows with their batches."""
         ahead = self.config.training.prefetch
         return prefetched(windows, self._load, PREFETCHED if ahead is None else ahead)
 
@@ -171,7 +168,7 @@ class Training:
         return [self.task.batch(ranks.share(rows)) for rows in window.rows]
 
     def _remaining(self, until: int) -> Iterator[Window]:
-        """The optimizer steps to come until so many are completed."""
+        """The windows of the steps still to take, up to step `until`."""
         size, before, first = self.config.training.accumulation_steps, 0, self.result.steps
         for epoch in range(self.config.training.num_train_epochs):
             if before >= until:
@@ -184,7 +181,7 @@ class Training:
             before += count
 
     def state(self) -> dict[str, Any]:
-        """All that decides how the training goes on, as tensors and plain values; the best weights are in `files`."""
+        """Everything that the next steps depend on, as tensors and plain values; the best weights are in `files`."""
         self.recorder.drain()
         return {
             "steps": self.result.steps,
@@ -199,20 +196,20 @@ class Training:
         }
 
     def files(self) -> dict[str, Path]:
-        """Files that belong to the state, by their names in a checkpoint."""
+        """Files that belong to the state: name in a checkpoint -> path."""
         return {BEST_LINK: self.keeper.file} if self.keeper.step is not None else {}
 
     def restore(self, generation: Generation) -> None:
-        """Stand where a training of the same task stood when it gave the `state` that a checkpoint holds.
+        """Load a checkpoint of the same task.
 
         Raises:
-            ValueError, RuntimeError: the state is of another model.
+            ValueError, RuntimeError: the state belongs to another model.
         """
         self.load_state(generation.state)
         self.keeper.load_state(generation.state["keeper"], generation.folder / BEST_LINK)
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """As `restore`, without the best weights' file."""
+        """Load a `state`, without the file of the best weights."""
         self.result.steps, self.evaluated_at, self.due = state["steps"], state["evaluated_at"], state["due"]
         self.result.metrics = dict(state["metrics"])
         self.model.load_state_dict(state["model"])
@@ -226,7 +223,7 @@ class Training:
         return self.result.steps >= self.total_steps or self.keeper.exhausted or self.stopped
 
     def _step(self, window: Window, batches: Sequence[Any]) -> None:
-        """One optimizer step over the window's micro-batches: whole, or as if it had not begun."""
+        """Take one optimizer step; where an interrupt comes before the update, the step is undone."""
         step, every = self.result.steps, self.config.evaluation.every_steps
         ranks.seed(self.config.seed, step)
         random = _random_state(self.device)
@@ -253,7 +250,7 @@ class Training:
     def _backward(
         self, window: Window, loaded: Sequence[Any], step: int
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Gradients of the whole window's mean losses; returns those losses, and their influence if it is measured."""
+        """Compute the gradients of the window's mean losses; returns the losses and their measured influence."""
         amp, probes = self.config.training.amp, self.config.tracking.probes(step)
         batches: list[Any] = [batch.to(self.device) for batch in loaded]
         weights = [ranks.weight(len(rows)) for rows in window.rows]
@@ -269,12 +266,12 @@ class Training:
             self.scaler.scale(losses[TOTAL]).backward()  # type: ignore[no-untyped-call]
             shares.append({name: loss.detach() for name, loss in losses.items()})
         ranks.sum_gradients(self.model.parameters())
-        found = ranks.summed(_sum(shares))
-        influence = dict(self.task.influence(ranks.summed(_sum(probed)), found)) if probes else {}
-        return {name: loss for name, loss in found.items() if not name.startswith(PREFIX)}, influence
+        means = ranks.summed(_sum(shares))
+        influence = dict(self.task.influence(ranks.summed(_sum(probed)), means)) if probes else {}
+        return {name: loss for name, loss in means.items() if not name.startswith(PREFIX)}, influence
 
     def _update(self) -> dict[str, Tensor]:
-        """One step of every optimizer; returns the gradient norms before clipping."""
+        """Step every optimizer; returns the gradient norms before clipping."""
         norms = {}
         for name, optimizer in self.optimizers.items():
             self.scaler.unscale_(optimizer)
@@ -292,7 +289,7 @@ class Training:
         return norms
 
     def _evaluate(self) -> None:
-        """Validation metrics, logged under the number of steps completed."""
+        """Evaluate the validation split, log its metrics at the number of completed steps, keep the best weights."""
         step = self.result.steps
         self.saver.check_data()
         self.recorder.pause()
@@ -313,54 +310,8 @@ class Training:
         self.recorder.resume()
 
 
-class BestKeeper:
-    """The best weights so far on disk, and when to stop."""
-
-    def __init__(self, config: EvaluationConfig, file: Path) -> None:
-        self.metric, self.sign, self.patience = config.metric, 1 if config.mode == "max" else -1, config.patience
-        self.file = file
-        self.best, self.without_gain = -math.inf, 0
-        self.step: int | None = None
-
-    @property
-    def exhausted(self) -> bool:
-        return self.patience is not None and self.without_gain >= self.patience
-
-    def consider(self, metrics: Mapping[str, float], model: nn.Module, step: int) -> None:
-        """Keep the weights if their metric is the best yet."""
-        if self.metric not in metrics:  # undefined on these data, as was said before the training
-            return
-        score = self.sign * metrics[self.metric]
-        if score > self.best:
-            self.best, self.step, self.without_gain = score, step, 0
-            if process_rank.leads():
-                save_weights(model.state_dict(), self.file)
-        else:
-            self.without_gain += 1
-
-    def state(self) -> dict[str, Any]:
-        """What was found so far; the best weights are in the file."""
-        found = {"best": self.best, "without_gain": self.without_gain, "step": self.step}
-        return found | {"metric": self.metric, "sign": self.sign}
-
-    def load_state(self, state: Mapping[str, Any], weights: Path | None) -> None:
-        """`weights`: a file of the best ones, where there are any. What was best by another metric is forgotten."""
-        if (state["metric"], state["sign"]) != (self.metric, self.sign):
-            return
-        self.best, self.without_gain, self.step = state["best"], state["without_gain"], state["step"]
-        if self.step is not None and weights is not None:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(self.file) as work:
-                shutil.copyfile(weights, work)
-
-    def restore(self, model: nn.Module) -> None:
-        """The best weights back into the model; the last ones stay where no evaluation had the metric."""
-        if self.step is not None:
-            model.load_state_dict(load_tensors(self.file))
-
-
 def count_steps(task: Task[Any]) -> int:
-    """Optimizer steps of the whole training, early stopping aside."""
+    """The number of optimizer steps without early stopping."""
     training = task.config.training
     longest = training.max_steps or math.inf
     steps = 0
@@ -372,10 +323,10 @@ def count_steps(task: Task[Any]) -> int:
 
 
 def resolve_device(wanted: str) -> str:
-    """`auto` as what this machine has.
+    """Resolve `device: auto`.
 
     Raises:
-        UserError: cuda is asked for and there is none.
+        UserError: cuda is configured and there is none.
     """
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("device: found cuda, but torch sees no CUDA device; allowed here: auto, cpu")
@@ -383,9 +334,9 @@ def resolve_device(wanted: str) -> str:
 
 
 def amp_warning(amp: str, device: str) -> str | None:
-    """Mixed precision that this machine has to emulate."""
-    found = torch.cpu.get_capabilities()
-    native = found.get("architecture") != "x86_64" or found.get("amx_bf16") or found.get("avx512_bf16")
+    """A warning where the CPU has to emulate `training.amp`."""
+    cpu = torch.cpu.get_capabilities()
+    native = cpu.get("architecture") != "x86_64" or cpu.get("amx_bf16") or cpu.get("avx512_bf16")
     if amp == "bf16" and device == "cpu" and not native:
         return "training.amp is bf16, which this CPU has no instructions for: training.amp=no is faster here"
     return None
@@ -397,12 +348,12 @@ def _random_state(device: str) -> dict[str, Any]:
 
 def _set_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
-    if state["cuda"] is not None and torch.cuda.is_available():  # else it goes on elsewhere, to other bits
+    if state["cuda"] is not None and torch.cuda.is_available():  # on another device random numbers differ
         torch.cuda.set_rng_state(state["cuda"])
 
 
 def _norm(gradients: Sequence[Tensor]) -> Tensor:
-    """Of all of them together."""
+    """The norm of all gradients as one vector, 0-d."""
     norm: Tensor = torch.linalg.vector_norm(gradients[0]) if len(gradients) == 1 else get_total_norm(gradients)
     return norm
 

@@ -1,7 +1,7 @@
-"""From the loop's tensors to numbers: in the run's history and on the console.
+"""Log the losses of each step to the run and the console.
 
-Losses and norms stay tensors on their device until a handful of steps has gathered, so that training does not wait
-for every step's numbers. A NaN is therefore noticed a few steps late, but named by its own step.
+Losses and norms stay tensors on their device until several steps are buffered, so that training does not wait for
+each transfer. A NaN is therefore noticed a few steps late, but reported with its own step.
 """
 
 import math
@@ -43,7 +43,7 @@ class Recorder:
     def __init__(
         self, run: Run, console: Console, log_every: int, logged: Callable[[Sequence[str]], Sequence[str]]
     ) -> None:
-        """`logged`: of the names of a step's losses, those to log."""
+        """logged: selects the names to log from a step's losses."""
         self.run, self.console, self.log_every, self.logged = run, console, log_every, logged
         self.waiting: list[_Step] = []
         self.rows_since_log, self.last_log = 0, time.perf_counter()
@@ -57,7 +57,7 @@ class Recorder:
         settings: Mapping[str, float | bool],
         rows: int,
     ) -> None:
-        """Take a step's numbers; all losses are checked, whether they are logged or not."""
+        """Buffer a step's values; every loss is checked to be finite, whether it is logged or not."""
         values = torch.stack([*losses.values(), *norms.values()])
         clock = time.perf_counter()
         self.waiting.append(_Step(step, tuple(losses), tuple(norms), values, settings, rows, now_ms(), clock))
@@ -65,7 +65,7 @@ class Recorder:
             self.drain()
 
     def pause(self) -> None:
-        """Take the time until `resume` out of the throughput: an evaluation is not training."""
+        """Leave the time until `resume` out of the throughput: an evaluation is not training."""
         self.drain()
         self.paused = time.perf_counter()
 
@@ -73,12 +73,12 @@ class Recorder:
         self.last_log += time.perf_counter() - self.paused
 
     def drain(self) -> None:
-        """Hand all waiting steps to the run and the console.
+        """Log the buffered steps.
 
         Raises:
-            NonFiniteError: names the first bad loss and its step; the steps before it are logged.
+            NonFiniteError: names the first loss that is not finite and its step; the steps before it are logged.
         """
-        with held():  # cut in two, it would lose steps that the training has made
+        with held():  # an interrupt in the middle would lose steps
             self._drain()
 
     def _drain(self) -> None:
@@ -86,7 +86,7 @@ class Recorder:
         self.last_drain = time.perf_counter()
         if not waiting:
             return
-        table = torch.cat([entry.values for entry in waiting]).tolist()  # the one transfer from the device
+        table = torch.cat([entry.values for entry in waiting]).tolist()  # the only transfer from the device
         position = 0
         try:
             for entry in waiting:
@@ -96,16 +96,16 @@ class Recorder:
         finally:
             self.run.flush()
 
-    def _log(self, entry: _Step, found: Mapping[str, float]) -> None:
+    def _log(self, entry: _Step, values: Mapping[str, float]) -> None:
         for name in entry.losses:
-            if not math.isfinite(found[name]):
-                raise NonFiniteError(f"{name} is {found[name]} at step {entry.step}; try a lower learning rate")
+            if not math.isfinite(values[name]):
+                raise NonFiniteError(f"{name} is {values[name]} at step {entry.step}; try a lower learning rate")
         self.rows_since_log += entry.rows
         if entry.step % self.log_every:
             return
-        # under fp16 a norm is infinite where the loss scale was too high and the step was skipped: no point then
-        norms = [name for name in entry.norms if math.isfinite(found[name])]
-        metrics: dict[str, float | bool] = {name: found[name] for name in (*self.logged(entry.losses), *norms)}
+        # under fp16 a norm is infinite where the loss scale was too high and the step was skipped
+        norms = [name for name in entry.norms if math.isfinite(values[name])]
+        metrics: dict[str, float | bool] = {name: values[name] for name in (*self.logged(entry.losses), *norms)}
         metrics |= entry.settings
         metrics[ROWS_PER_SECOND] = self.rows_since_log / max(1e-9, entry.clock - self.last_log)
         metrics["global_step"] = entry.step

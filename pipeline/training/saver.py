@@ -1,4 +1,4 @@
-"""When a run's checkpoints are saved, and what stands in them beside the training's state."""
+"""Decide when to save a checkpoint, and save it."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,13 +14,13 @@ from pipeline.runtime.interrupts import held
 from pipeline.storage.checkpoints import Checkpoints
 from pipeline.tracking.mlflow_run import MlflowRun
 
-SHARE = 0.05  # of the training time that saving may cost, where the config leaves it to us
-SHORTEST_SECONDS = 10  # between two saves then
-FIRST_SECONDS = 0.5  # what the first save is expected to cost
+SHARE = 0.05  # of the training time that saving may take by default
+SHORTEST_SECONDS = 10  # between two saves by default
+FIRST_SECONDS = 0.5  # expected duration of the first save
 
 
 class Saver:
-    """Saves a training's checkpoints as its config says."""
+    """Saves checkpoints as `checkpoint` in the config says."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class Saver:
         facts: Mapping[str, Any] | None = None,
         files: Sequence[Path] = (),
     ) -> None:
-        """`run`: None = no checkpoints. `facts`: what a checkpoint is known by. `files`: the data, which must stay."""
+        """run: None = no checkpoints. facts: stored with each checkpoint. files: data files, which must not change."""
         self.run, self.config, self.facts = run, config or CheckpointConfig(), dict(facts or {})
         self.data = {file: _signature(file) for file in files}
         self.checkpoints: Checkpoints | None = None
@@ -39,7 +39,7 @@ class Saver:
         self.saved_at, self.seconds, self.last = 0, FIRST_SECONDS, time.monotonic()
 
     def is_due(self, step: int, best: int | None) -> bool:
-        """Whether to save now that so many steps are completed; `best`: at which the best weights were found."""
+        """Whether to save after `step` completed steps; best: the step of the best weights."""
         if self.checkpoints is None or step == self.saved_at:
             return False
         passed, config = time.monotonic() - self.last, self.config
@@ -48,8 +48,8 @@ class Saver:
         if config.every_seconds and passed >= config.every_seconds:
             return True
         affordable = passed >= self.seconds / SHARE
-        unasked = config.every_steps is None and config.every_seconds is None
-        return affordable and (best == step or (unasked and passed >= SHORTEST_SECONDS))
+        by_default = config.every_steps is None and config.every_seconds is None
+        return affordable and (best == step or (by_default and passed >= SHORTEST_SECONDS))
 
     def save(
         self,
@@ -58,9 +58,9 @@ class Saver:
         state: Callable[[], Mapping[str, Any]],
         files: Callable[[], Mapping[str, Path]],
     ) -> float:
-        """Save a training at a step, unless it was saved there; the seconds that it took.
+        """Save a checkpoint, unless this step has one; returns the seconds that it took.
 
-        `best`: the step of the best weights. `state`, `files`: make what is saved; see `Checkpoints.save`.
+        best: the step of the best weights. state, files: create what is saved; see `Checkpoints.save`.
 
         Raises:
             TrainingError: the disk is full, a data file changed, or another process has taken the run over; earlier
@@ -70,7 +70,7 @@ class Saver:
             return 0.0
         self.check_data()
         with held():
-            values = state()  # which logs what is in hand: the position comes after it
+            values = state()  # logs the buffered steps, so it comes before the position
             facts = self.facts | {"position": self.run.position(), "threads": torch.get_num_threads()}
             saved = self.checkpoints.save(step, values, facts, files(), best)
             self.saved_at, self.seconds, self.last = step, saved.seconds, time.monotonic()
@@ -79,10 +79,10 @@ class Saver:
         return saved.seconds
 
     def check_data(self) -> None:
-        """Refuse to go on where a data file is no longer the one that was read.
+        """Check that the data files have not changed since they were read.
 
         Raises:
-            TrainingError: names the file.
+            TrainingError: names the file that changed.
         """
         for file, before in self.data.items():
             if (now := _signature(file)) != before:
@@ -92,9 +92,9 @@ class Saver:
 
 
 def _signature(file: Path) -> tuple[int, int] | None:
-    """Size and time of change; None where it cannot be read."""
+    """Size and modification time; None where the file cannot be read."""
     try:
-        found = file.stat()
+        status = file.stat()
     except OSError:
         return None
-    return found.st_size, found.st_mtime_ns
+    return status.st_size, status.st_mtime_ns

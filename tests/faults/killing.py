@@ -75,7 +75,7 @@ def _arm(kill: Kill) -> None:
     from pipeline.training import saver as saving
 
     holder, _, method = kill.where[1:].rpartition(".")
-    modules: dict[str, Any] = {"Training": training.Training, "BestKeeper": training.BestKeeper,
+    modules: dict[str, Any] = {"Training": training.Training, "BestWeights": training.BestWeights,
                                "Saver": saving.Saver, "Checkpoints": checkpoint.Checkpoints}  # fmt: skip
     target = modules[holder]
     original: Callable[..., Any] = getattr(target, method)

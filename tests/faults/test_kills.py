@@ -18,7 +18,7 @@ from pipeline.names import MEASURED
 
 GATE, EPOCH = 9, 8  # of 24 steps: the gate opens in the second of three epochs
 ALWAYS = ("<Training._step", ">Training._backward", ">Training._step")
-EVALUATING = ("<BestKeeper.consider", ">BestKeeper.consider")  # every 4 steps
+EVALUATING = ("<BestWeights.consider", ">BestWeights.consider")  # every 4 steps
 SAVING = ("<Saver.save", ">Saver.save", "<Checkpoints._prune")  # every 5 steps
 
 pytestmark = [pytest.mark.faults, only_full]
