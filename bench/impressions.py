@@ -13,8 +13,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.storage.folders import made_once
-from pipeline.tasks.mmoe.schema import (
+from pipeline.data.digests import file_sha256
+from pipeline.data.schema import (
     FIRST_ID,
     SCHEMA_FILE,
     VOCABULARY_FILE,
@@ -22,8 +22,8 @@ from pipeline.tasks.mmoe.schema import (
     DataSchema,
     Feature,
     Split,
-    sha256_of,
 )
+from pipeline.storage.folders import made_once
 
 SINGLE = {
     "user": 240_000, "age": 8, "gender": 3, "city_level": 5, "spending": 4, "student": 3, "group": 98, "segment": 14,
@@ -79,7 +79,7 @@ def write(folder: Path, rows: int) -> None:
         ),
         splits=splits,
         base_rates=BaseRates(ctr=CTR, cvr=CVR),
-        vocabulary_sha256=sha256_of(folder / VOCABULARY_FILE),
+        vocabulary_sha256=file_sha256(folder / VOCABULARY_FILE),
         source=f"bench impressions {VERSION}, {rows} rows",
     ).write(folder)  # fmt: skip
 
@@ -113,7 +113,7 @@ def _write_split(file: Path, rows: int, number: int) -> Split:
         conversions += int(table["conversion"].to_numpy().sum())
     assert writer is not None
     writer.close()
-    return Split(file=file.name, rows=rows, clicks=clicks, conversions=conversions, sha256=sha256_of(file))
+    return Split(file=file.name, rows=rows, clicks=clicks, conversions=conversions, sha256=file_sha256(file))
 
 
 def _chunk(random: np.random.Generator, rows: int) -> pa.Table:

@@ -93,7 +93,7 @@ def doctor_command(run: str, output_dir: str) -> None:
 @click.command("verify", help="Is every file of a prepared folder what its schema.json says? Reads all of it.")
 @click.argument("folder", callback=_filled)
 def verify_command(folder: str) -> None:
-    schema = import_reference("pipeline.tasks.mmoe.contract:verify")(Path(folder))
+    schema = import_reference("pipeline.data.contract:verify")(Path(folder))
     rows = sum(split.rows for split in schema.splits.values())
     click.echo(visible(f"{folder}: as its schema.json says, {rows} rows, digest {schema.digest}"))
 

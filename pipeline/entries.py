@@ -26,7 +26,7 @@ ENTRIES = {
     ),
     "prepare_ctr": Entry(
         "Raw impressions (CSV or Parquet, with a schema) to a folder that train_mmoe reads.",
-        "pipeline.tasks.mmoe.config:PrepareCtrConfig", "pipeline.tasks.mmoe.prepare_ctr:prepare_ctr",
+        "pipeline.tasks.mmoe.config:PrepareCtrConfig", "pipeline.tasks.mmoe.prepare.prepare_ctr:prepare_ctr",
         "configs/prepare_ctr.yaml",
     ),
     **{name: Entry(*task, trains=True) for name, task in TASKS.items()},

@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def impressions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared folder of 5,000 generated impressions."""
-    from pipeline.tasks.mmoe.embedded_impressions import generate
+    from pipeline.tasks.mmoe.impressions.embedded_impressions import generate
 
     folder = tmp_path_factory.mktemp("impressions")
     generate(folder, rows=5000, seed=0)

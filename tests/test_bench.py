@@ -12,9 +12,9 @@ from bench.catalogue import FIGURES
 from bench.impressions import MULTI, SINGLE, read, write
 from bench.workshop import reference_config
 from pipeline.config.strict_config import flatten, load
+from pipeline.data.layout import Layout
+from pipeline.data.schema import DataSchema
 from pipeline.tasks.mmoe.config import MmoeConfig
-from pipeline.tasks.mmoe.impressions import Layout
-from pipeline.tasks.mmoe.schema import DataSchema
 from pipeline.tasks.mmoe.task import MmoeTask
 
 PROMISED = [
@@ -56,7 +56,11 @@ def test_the_reference_is_the_shipped_configuration_with_wider_towers() -> None:
 def test_impressions_have_the_shape_of_the_reference_and_train(tmp_path: Path) -> None:
     write(tmp_path, 3000)
     schema, columns = DataSchema.read(tmp_path), read(tmp_path, 3000)
-    assert (len(SINGLE), len(MULTI), Layout.of(schema).table_rows) == (23, 5, 2_269_056)  # 56: two ids a feature more
+    assert (len(SINGLE), len(MULTI), Layout(schema.features).table_rows) == (
+        23,
+        5,
+        2_269_056,
+    )  # 56: two ids a feature more
     assert sum(len(column.ids) for column in columns.ids.values()) / 3000 == pytest.approx(48, abs=0.5)
     task = MmoeTask(reference_config(tmp_path))
     assert len(task.batch(task.plan(0)[0])) == 1024

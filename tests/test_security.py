@@ -33,6 +33,8 @@ from test_report import comparison
 from pipeline import __main__ as command_line
 from pipeline.comparison.verdicts import to_markdown, to_text
 from pipeline.config.strict_config import load, to_yaml, validate
+from pipeline.data.contract import verify
+from pipeline.data.schema import DataSchema
 from pipeline.errors import UserError
 from pipeline.names import NOTE_LENGTH
 from pipeline.runtime.console import aligned, say
@@ -40,9 +42,7 @@ from pipeline.runtime.text import visible
 from pipeline.storage.checkpoints import Damaged, read, write
 from pipeline.storage.csv_table import cell, write_csv
 from pipeline.tasks.mmoe.config import MmoeConfig
-from pipeline.tasks.mmoe.contract import verify
-from pipeline.tasks.mmoe.impression_table import read_split
-from pipeline.tasks.mmoe.schema import DataSchema
+from pipeline.tasks.mmoe.impressions.impression_table import read_split
 from pipeline.tasks.mmoe.task import MmoeTask
 from pipeline.tasks.visobert.columns import read_columns
 from pipeline.tasks.visobert.config import ModelConfig
@@ -361,7 +361,7 @@ def test_columns_and_aspects_are_no_paths(
 
 
 def test_metrics_named_after_columns_are_no_paths(impressions: Path) -> None:
-    from pipeline.tasks.mmoe.prepare_ctr import figures
+    from pipeline.tasks.mmoe.prepare.prepare_ctr import figures
 
     schema = DataSchema.read(impressions)
     feature = next(feature for feature in schema.features if feature.kind == "categorical")

@@ -22,7 +22,7 @@ from pipeline.runtime.console import Console
 from pipeline.tasks.base import evaluate, evaluating
 from pipeline.tasks.mmoe import predict
 from pipeline.tasks.mmoe.config import TASKS, MmoeConfig
-from pipeline.tasks.mmoe.embedded_impressions import generate
+from pipeline.tasks.mmoe.impressions.embedded_impressions import generate
 from pipeline.tasks.mmoe.task import MmoeTask, _events
 from pipeline.tracking.mlflow_run import MemoryRun
 from pipeline.training.loop import Training

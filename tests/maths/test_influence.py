@@ -30,8 +30,8 @@ from pipeline.maths.losses import binary_focal_factor, log_probability, multi_la
 from pipeline.runtime.console import Console
 from pipeline.tasks.base import Task, evaluate, evaluating
 from pipeline.tasks.mmoe.config import MmoeConfig
-from pipeline.tasks.mmoe.embedded_impressions import generate
-from pipeline.tasks.mmoe.impression_table import read_split
+from pipeline.tasks.mmoe.impressions.embedded_impressions import generate
+from pipeline.tasks.mmoe.impressions.impression_table import read_split
 from pipeline.tasks.mmoe.task import MmoeTask
 from pipeline.tasks.visobert.answers import Answers
 from pipeline.tasks.visobert.config import VisobertConfig

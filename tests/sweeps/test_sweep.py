@@ -26,6 +26,7 @@ from safetensors.numpy import load_file
 from scipy import stats
 
 from pipeline.config.strict_config import load
+from pipeline.data.schema import DataSchema
 from pipeline.errors import UserError
 from pipeline.names import MEASURED
 from pipeline.sweeps.jobs import Job
@@ -37,7 +38,6 @@ from pipeline.sweeps.sweep_config import SweepConfig
 from pipeline.sweeps.sweep_plan import resolve
 from pipeline.sweeps.worker import Work
 from pipeline.tasks.mmoe.config import MmoeConfig
-from pipeline.tasks.mmoe.schema import DataSchema
 from pipeline.tracking.mlflow_run import MemoryRun
 
 SETTINGS: dict[str, Any] = {key: yaml.safe_load(value) for key, value in SHRUNK.items()}

@@ -280,7 +280,7 @@ def test_another_config_or_other_data_is_refused_by_name(
     place: Place, small: Any, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from pipeline.runs.launch import train_run
-    from pipeline.tasks.mmoe.embedded_impressions import generate
+    from pipeline.tasks.mmoe.impressions.embedded_impressions import generate
     from pipeline.tasks.mmoe.task import MmoeTask
 
     def start(**other: Any) -> Any:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.config.strict_config import load, to_yaml
+from pipeline.data.schema import DataSchema
 from pipeline.errors import TrainingError, UserError
 from pipeline.names import MEASURED, NOTE_LENGTH
 from pipeline.runs.launch import train_run
@@ -19,8 +20,7 @@ from pipeline.runs.run_artifacts import note
 from pipeline.runtime.console import Console, optional
 from pipeline.tasks.base import evaluate, evaluating, precision, undefined
 from pipeline.tasks.mmoe.config import MmoeConfig
-from pipeline.tasks.mmoe.embedded_impressions import generate
-from pipeline.tasks.mmoe.schema import DataSchema
+from pipeline.tasks.mmoe.impressions.embedded_impressions import generate
 from pipeline.tasks.mmoe.task import MmoeTask
 from pipeline.tracking.mlflow_run import MemoryRun
 from pipeline.training.loop import Result, Training, amp_warning, resolve_device

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
+from pipeline.data.schema import DataSchema, Split
 from pipeline.names import CALIBRATED
-from pipeline.tasks.mmoe.schema import DataSchema, Split
 
 SPLIT_FILES = {"valid": "validation", "test": "test"}
 EVENTS = ("ctr", "cvr", "ctcvr")

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.data.layout import Layout
+from pipeline.data.schema import BaseRates
 from pipeline.tasks.mmoe.config import TASKS, HeadConfig, ModelConfig
-from pipeline.tasks.mmoe.embedding import lookup
-from pipeline.tasks.mmoe.impressions import Impressions, Layout
-from pipeline.tasks.mmoe.schema import BaseRates
+from pipeline.tasks.mmoe.impressions.embedding import lookup
+from pipeline.tasks.mmoe.impressions.impression_batch import Impressions
 
 
 class Output(NamedTuple):

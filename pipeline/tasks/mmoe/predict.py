@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.config.strict_config import load as load_config
+from pipeline.data.encoding import Encoder
+from pipeline.data.layout import Layout
+from pipeline.data.schema import FIRST_ID, VOCABULARY_FILE, DataSchema, split_parts
 from pipeline.maths.calibration import rescaled
 from pipeline.storage.calibration_file import read_calibration
 from pipeline.tasks.mmoe.config import TASKS, MmoeConfig
-from pipeline.tasks.mmoe.encoding import Encoder
-from pipeline.tasks.mmoe.impressions import Layout, assemble
+from pipeline.tasks.mmoe.impressions.impression_batch import assemble
 from pipeline.tasks.mmoe.model import Mmoe
-from pipeline.tasks.mmoe.schema import FIRST_ID, VOCABULARY_FILE, DataSchema, parts
 
 BATCH_ROWS = 8192
 
@@ -27,9 +28,9 @@ def load(folder: Path) -> Callable[..., pd.DataFrame]:
 
     raw: probabilities as trained, without calibration.
     """
-    encoder = Encoder.load(folder)
-    layout = Layout.of(encoder.schema)
-    model = Mmoe(load_config(MmoeConfig, folder / "config.yaml").model, layout, encoder.schema.base_rates)
+    schema, encoder = DataSchema.read(folder), Encoder.load(folder)
+    layout = Layout(schema.features)
+    model = Mmoe(load_config(MmoeConfig, folder / "config.yaml").model, layout, schema.base_rates)
     model.load_state_dict(load_file(folder / "model.safetensors"))
     model.eval()
     calibration = read_calibration(folder)
@@ -52,7 +53,7 @@ def load(folder: Path) -> Callable[..., pd.DataFrame]:
 def raw_example(folder: Path, rows: int) -> dict[str, list[Any]]:
     """The first prepared validation rows as the raw columns they came from, for a model's input example."""
     schema = DataSchema.read(folder)
-    files = parts(folder / schema.splits["validation"].file)
+    files = split_parts(folder / schema.splits["validation"].file)
     encoded = next(batch for file in files for batch in pq.ParquetFile(file).iter_batches(batch_size=rows)).to_pydict()
     vocabulary = pq.read_table(folder / VOCABULARY_FILE).to_pandas()
     values = {name: dict(zip(part["id"], part["value"], strict=True)) for name, part in vocabulary.groupby("feature")}

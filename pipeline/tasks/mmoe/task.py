@@ -17,6 +17,10 @@ from pipeline.compute import distributed as ranks
 from pipeline.compute.optimizers import RowAdagrad, SparseAdam
 from pipeline.config.run_config import ScheduleConfig
 from pipeline.config.strict_config import to_yaml
+from pipeline.data.layout import Layout
+from pipeline.data.schema import SCHEMA_FILE, VOCABULARY_FILE, DataSchema
+from pipeline.data.shuffle import Shuffle
+from pipeline.data.split_files import check_files
 from pipeline.errors import UserError
 from pipeline.maths.calibration import Fitted, fit_funnel, rescaled
 from pipeline.maths.gradients import PREFIX, cosine, flat, gradients, norm
@@ -41,7 +45,6 @@ from pipeline.storage.calibration_file import write_calibration
 from pipeline.storage.checkpoints import save_weights
 from pipeline.tasks.base import AMP, TOTAL, Dataset, ModelExport, Rows, Task, precision, write_test_rows
 from pipeline.tasks.mmoe.config import TASKS, MmoeConfig
-from pipeline.tasks.mmoe.embedded_impressions import embedded_data
 from pipeline.tasks.mmoe.evaluation import (
     DEPEND_ON_CALIBRATION,
     EVALUATED_GAMMAS,
@@ -50,10 +53,10 @@ from pipeline.tasks.mmoe.evaluation import (
     SPLIT_FILES,
     known_metrics,
 )
-from pipeline.tasks.mmoe.impression_table import ImpressionTable, Shuffle, check_files, read_split
-from pipeline.tasks.mmoe.impressions import Impressions, Layout
+from pipeline.tasks.mmoe.impressions.embedded_impressions import embedded_data
+from pipeline.tasks.mmoe.impressions.impression_batch import Impressions
+from pipeline.tasks.mmoe.impressions.impression_table import ImpressionTable, read_split
 from pipeline.tasks.mmoe.model import Mmoe, Output
-from pipeline.tasks.mmoe.schema import SCHEMA_FILE, VOCABULARY_FILE, DataSchema
 from pipeline.tracking import plots
 
 COMPONENTS = ("loss_ctr", "loss_ctcvr_bce", "loss_ctcvr_focal", "loss_cvr_aux")
@@ -88,7 +91,7 @@ class MmoeTask(Task[MmoeConfig]):
         for split in ("train", "validation"):
             if split not in self.schema.splits or not self.schema.splits[split].rows:
                 raise UserError(f"{self.folder}: the {split} split is empty; allowed: at least one row")
-        self.layout = Layout.of(self.schema)
+        self.layout = Layout(self.schema.features)
         self.train = read_split(self.folder, self.schema, "train")
         self.held_out = cache(lambda split: read_split(self.folder, self.schema, SPLIT_FILES[split]))
         self.held_out("valid")
@@ -171,7 +174,7 @@ class MmoeTask(Task[MmoeConfig]):
         return Shuffle(len(self.train), self.config.training.batch_size, self.config.seed, epoch)
 
     def batch(self, rows: Rows) -> Impressions:
-        return self.train.batch(rows, trains=True)
+        return self.train.batch(rows, training=True)
 
     def counts(self, batch: Impressions) -> Mapping[str, Tensor]:
         rows = torch.full((), float(len(batch)), device=batch.click.device)

@@ -23,14 +23,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.strict_config import load
+from pipeline.data import prepared_folder
+from pipeline.data.encoding import Encoder
+from pipeline.data.schema import MISSING_TEXT, DataSchema
 from pipeline.errors import UserError
-from pipeline.tasks.mmoe import aliccp, prepared_folder
-from pipeline.tasks.mmoe.aliccp_config import RawSource
 from pipeline.tasks.mmoe.config import MmoeConfig
-from pipeline.tasks.mmoe.encoding import Encoder
-from pipeline.tasks.mmoe.prepare import prepare
-from pipeline.tasks.mmoe.prepare_ctr import Bars, figures
-from pipeline.tasks.mmoe.schema import MISSING_TEXT, DataSchema
+from pipeline.tasks.mmoe.prepare import aliccp, aliccp_scan
+from pipeline.tasks.mmoe.prepare.aliccp_config import AliccpSource
+from pipeline.tasks.mmoe.prepare.preparation import prepare
+from pipeline.tasks.mmoe.prepare.prepare_ctr import ProgressBars, figures
 
 EXAMPLES = 200 if FULL else 20  # of whole files
 SHIPPED = ROOT / "configs" / "data" / "aliccp.yaml"
@@ -147,7 +148,7 @@ def test_the_shipped_yaml_reads_the_published_files(
     told = f"all of {TEST['skeleton']}; split.train and split.validation divide {SKELETON}, split.test does not"
     told = told if own_test else f"no test files; split divides {SKELETON} in three"
     assert f"test: {told}\n" in capsys.readouterr().err
-    assert load(RawSource, SHIPPED) == RawSource(format="aliccp")  # what the YAML says is what is so without it
+    assert load(AliccpSource, SHIPPED) == AliccpSource(format="aliccp")  # what the YAML says is what is so without it
 
 
 @pytest.mark.parametrize(("rule", "labels"), [
@@ -306,7 +307,9 @@ def read_features(text: str, claimed: str, counts: Counter[str]) -> list[tuple[s
     return [(name, number, float(value)) for name, number, value in found]
 
 
-def slowly(skeleton: str, common: str, source: RawSource) -> tuple[dict[str, list[Row]], dict[str, Any], Counter[str]]:
+def slowly(
+    skeleton: str, common: str, source: AliccpSource
+) -> tuple[dict[str, list[Row]], dict[str, Any], Counter[str]]:
     """Rows of each split (id texts and weights), what is known of each feature, and what was met."""
     counts: Counter[str] = Counter()
     kinds = {name: feature.kind for name, feature in source.features.items()}
@@ -373,7 +376,7 @@ def slowly(skeleton: str, common: str, source: RawSource) -> tuple[dict[str, lis
     return splits, known, counts
 
 
-def slow_columns(rows: list[Row], known: dict[str, Any], source: RawSource) -> dict[str, list[Any]]:
+def slow_columns(rows: list[Row], known: dict[str, Any], source: AliccpSource) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {label: [row[label] for row in rows] for label in ("click", "conversion")}
     for name, feature in known.items():
         wish = source.features.get(name)
@@ -446,10 +449,10 @@ SAMPLES = st.builds(
 def test_the_same_as_a_slow_reader(
     skeleton: str, common: str, rules: dict[str, Any], block: int, compressed: bool
 ) -> None:
-    source = RawSource.model_validate({"format": "aliccp"} | rules)
+    source = AliccpSource.model_validate({"format": "aliccp"} | rules)
     splits, known, counts = slowly(skeleton, common, source)
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(aliccp, "BLOCK_BYTES", block)
+        patch.setattr(aliccp_scan, "BLOCK_BYTES", block)
         patch.setattr(aliccp, "CHUNK_IDS", 8)  # so that a few rows are several chunks
         patch.setattr(prepared_folder, "ROW_GROUP_ROWS", 4)
         folder = Path(name)
@@ -479,7 +482,7 @@ def test_the_same_as_a_slow_reader(
         _frames_mean_the_same(folder / "out", splits["train"], known, source)
 
 
-def _frames_mean_the_same(folder: Path, rows: list[Row], known: dict[str, Any], source: RawSource) -> None:
+def _frames_mean_the_same(folder: Path, rows: list[Row], known: dict[str, Any], source: AliccpSource) -> None:
     """A logged model encodes a raw frame as the files were."""
     frame: dict[str, list[Any]] = {}
     for name, feature in known.items():
@@ -559,7 +562,7 @@ def test_blocks_and_threads_do_not_decide_the_bytes(tmp_path: Path, monkeypatch:
     assert (counts["users"], counts["repeated_common_features"]) == (60, 26)
     threads = pa.cpu_count()
     for number, (block, ids, cores) in enumerate([(1 << 23, 1 << 20, 1), (4000, 64, 2), (300, 1, threads)]):
-        monkeypatch.setattr(aliccp, "BLOCK_BYTES", block)
+        monkeypatch.setattr(aliccp_scan, "BLOCK_BYTES", block)
         monkeypatch.setattr(aliccp, "CHUNK_IDS", ids)
         pa.set_cpu_count(cores)
         prepare(tmp_path, schema, tmp_path / str(number))
@@ -585,11 +588,12 @@ def test_after_a_kill_the_same_command_gives_the_same_bytes(tmp_path: Path, mome
     prepare(tmp_path, schema, tmp_path / "whole")
     program = (
         "import os, signal, sys; from pathlib import Path\n"
-        "from pipeline.tasks.mmoe import aliccp; from pipeline.tasks.mmoe.prepare import prepare\n"
-        "aliccp.BLOCK_BYTES, aliccp.CHUNK_IDS, data = 4000, 100, Path(sys.argv[2])\n"
+        "from pipeline.tasks.mmoe.prepare import aliccp, aliccp_scan\n"
+        "from pipeline.tasks.mmoe.prepare.preparation import prepare\n"
+        "aliccp_scan.BLOCK_BYTES, aliccp.CHUNK_IDS, data = 4000, 100, Path(sys.argv[2])\n"
         "def progress(what, rows, share):\n"
         "    if what == sys.argv[1] and share > .5: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "prepare(data, data / 'schema.yaml', data / 'out', stages=progress)\n"
+        "prepare(data, data / 'schema.yaml', data / 'out', progress=progress)\n"
     )
     ended = subprocess.run([sys.executable, "-c", program, moment, str(tmp_path)], check=False, cwd=ROOT)
     assert ended.returncode == -signal.SIGKILL
@@ -605,7 +609,7 @@ def test_after_a_kill_the_same_command_gives_the_same_bytes(tmp_path: Path, mome
 
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten times the rows of the same users and ids, in blocks that are small beside both."""
-    monkeypatch.setattr(aliccp, "BLOCK_BYTES", 1 << 14)
+    monkeypatch.setattr(aliccp_scan, "BLOCK_BYTES", 1 << 14)
     monkeypatch.setattr(aliccp, "CHUNK_IDS", 1 << 10)
     monkeypatch.setattr(prepared_folder, "ROW_GROUP_ROWS", 256)
     common = "".join(line(f"{number:016x}", f"101={number}") for number in range(50))
@@ -617,7 +621,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path, monkeypatch: pytest.
     for times in (1, 1, 10):
         schema, held = write_raw(tmp_path, one * times, common), list[int]()
         tracemalloc.start()
-        prepare(tmp_path, schema, tmp_path / "out", stages=lambda *_: held.append(pa.total_allocated_bytes()))  # noqa: B023
+        prepare(tmp_path, schema, tmp_path / "out", progress=lambda *_: held.append(pa.total_allocated_bytes()))  # noqa: B023
         peaks.append(tracemalloc.get_traced_memory()[1])
         of_arrow.append(max(held))
         tracemalloc.stop()
@@ -670,7 +674,7 @@ def test_the_bar_shows_rows_a_second_and_the_time_left(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     now = 0.0
     monkeypatch.setattr("tqdm.std.time", lambda: now)
-    with Bars() as bars:
+    with ProgressBars() as bars:
         for seconds, rows in ((0, 1000), (1, 3000), (2, 5000)):
             now = seconds
             bars.show("file.csv", rows, rows / 10_000)

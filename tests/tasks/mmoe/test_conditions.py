@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
-from pipeline.tasks.mmoe.conditions import columns_of, parse
+from pipeline.tasks.mmoe.prepare.conditions import parse
 
 
 class Table:
@@ -85,8 +85,8 @@ def test_truth(condition: str, expected: list[int]) -> None:
     assert holds(condition) == [bool(value) for value in expected]
 
 
-def test_columns_of() -> None:
-    assert columns_of("b == 1 and (a or not `c d` in ['x']) and 2 < b") == ("b", "a", "c d")
+def test_columns() -> None:
+    assert parse("b == 1 and (a or not `c d` in ['x']) and 2 < b").columns == ("b", "a", "c d")
 
 
 @pytest.mark.parametrize(

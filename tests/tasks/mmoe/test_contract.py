@@ -15,11 +15,11 @@ import pytest
 import yaml
 from conftest import ROOT, Call
 
+from pipeline.data.contract import describe, verify
+from pipeline.data.schema import DataSchema
 from pipeline.errors import UserError
-from pipeline.tasks.mmoe.contract import describe, verify
-from pipeline.tasks.mmoe.impression_table import read_split
-from pipeline.tasks.mmoe.prepare import prepare
-from pipeline.tasks.mmoe.schema import DataSchema
+from pipeline.tasks.mmoe.impressions.impression_table import read_split
+from pipeline.tasks.mmoe.prepare.preparation import prepare
 
 ROWS = 20_000
 SCHEMA = {

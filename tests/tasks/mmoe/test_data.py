@@ -18,12 +18,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.data.layout import Layout
+from pipeline.data.schema import BaseRates, DataSchema, Feature, Split
+from pipeline.data.shuffle import Shuffle
+from pipeline.data.streams import SCHEMA, Streams, record_batch
 from pipeline.errors import UserError
-from pipeline.tasks.mmoe.embedded_impressions import generate
-from pipeline.tasks.mmoe.impression_table import ImpressionTable, Shuffle, read_split
-from pipeline.tasks.mmoe.impressions import Impressions, Layout, assemble
-from pipeline.tasks.mmoe.schema import BaseRates, DataSchema, Feature, Split
-from pipeline.tasks.mmoe.streams import SCHEMA, Streams, record_batch
+from pipeline.tasks.mmoe.impressions.embedded_impressions import generate
+from pipeline.tasks.mmoe.impressions.impression_batch import Impressions, assemble
+from pipeline.tasks.mmoe.impressions.impression_table import ImpressionTable, read_split
 
 torch.set_num_threads(1)
 
@@ -128,7 +130,7 @@ def impressions(columns: dict[str, pa.Array], layout: Layout) -> ImpressionTable
     """The columns as a split of one record batch."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, SCHEMA) as writer:
-        writer.write_batch(record_batch(columns, layout.features, layout.offsets, "input"))
+        writer.write_batch(record_batch(columns, layout, "input"))
     return ImpressionTable(Streams(sink.getvalue(), layout.features))
 
 
@@ -186,7 +188,7 @@ def test_layout_by_hand() -> None:
     schema = DataSchema(
         features=tuple(ALL.values()), splits={}, base_rates=BaseRates(ctr=0.5, cvr=0.5), vocabulary_sha256=""
     )
-    layout = Layout.of(schema)
+    layout = Layout(schema.features)
     assert [feature.name for feature in layout.id_features] == ["colour", "tags", "slot", "topics", "device"]
     assert [feature.name for feature in layout.numeric_features] == ["price", "age"]
     assert layout.offsets == {"colour": 0, "tags": 4, "slot": 10, "topics": 13, "device": 18}
@@ -200,7 +202,7 @@ def test_layout_by_hand() -> None:
 def test_moving_a_batch(features: list[Feature]) -> None:
     """To where it is: itself. Elsewhere: all of it but what the CPU's gradient needs."""
     row: Row = {"click": 1, "conversion": 0, "colour": 1, "price": 2.0, "tags": [(1, 2.0)], "topics": [1, 2]}
-    batch = impressions(columns_of([row] * 3, features), layout_of(features)).batch(np.arange(3), trains=True)
+    batch = impressions(columns_of([row] * 3, features), layout_of(features)).batch(np.arange(3), training=True)
     assert batch.to("cpu") is batch
     moved = batch.to("meta")
     assert len(moved) == 3

@@ -18,11 +18,12 @@ import pytest
 from scipy.stats import chi2
 from sklearn.metrics import roc_auc_score
 
+from pipeline.data.digests import file_sha256
+from pipeline.data.schema import FIRST_ID, SPLITS, DataSchema
 from pipeline.errors import UserError
-from pipeline.tasks.mmoe import embedded_impressions as embedded
 from pipeline.tasks.mmoe.config import EmbeddedDataConfig
-from pipeline.tasks.mmoe.embedded_impressions import embedded_data, generate
-from pipeline.tasks.mmoe.schema import FIRST_ID, SPLITS, DataSchema, sha256_of
+from pipeline.tasks.mmoe.impressions import embedded_impressions as embedded
+from pipeline.tasks.mmoe.impressions.embedded_impressions import embedded_data, generate
 
 ROWS = 600_000
 CALIBRATED_ON = 200_000  # rows on which the generator sets its mean rates
@@ -221,8 +222,8 @@ def test_schema_tells_the_truth(prepared: tuple[Path, DataSchema]) -> None:
         assert content.num_rows == split.rows
         assert sum(content["click"].to_pylist()) == split.clicks
         assert sum(content["conversion"].to_pylist()) == split.conversions
-        assert sha256_of(folder / split.file) == split.sha256
-    assert sha256_of(folder / "vocabulary.parquet") == schema.vocabulary_sha256
+        assert file_sha256(folder / split.file) == split.sha256
+    assert file_sha256(folder / "vocabulary.parquet") == schema.vocabulary_sha256
     train = schema.splits["train"]
     assert schema.base_rates.ctr == pytest.approx(train.clicks / train.rows)
     assert schema.base_rates.cvr == pytest.approx(train.conversions / train.clicks)
@@ -383,7 +384,7 @@ def test_generating_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert list(tmp_path.iterdir()) == folders[:1]
     schema = DataSchema.read(folders[0])
     for split in schema.splits.values():
-        assert sha256_of(folders[0] / split.file) == split.sha256
+        assert file_sha256(folders[0] / split.file) == split.sha256
 
 
 @pytest.mark.usefixtures("one_world")

@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from pipeline.tasks.mmoe.embedded_impressions import generate
-from pipeline.tasks.mmoe.embedding import grouped, lookup
-from pipeline.tasks.mmoe.impression_table import read_split
-from pipeline.tasks.mmoe.impressions import Impressions
-from pipeline.tasks.mmoe.schema import DataSchema
-from pipeline.tasks.mmoe.streams import BATCH_ROWS
+from pipeline.data.schema import DataSchema
+from pipeline.data.streams import BATCH_ROWS
+from pipeline.tasks.mmoe.impressions.embedded_impressions import generate
+from pipeline.tasks.mmoe.impressions.embedding import grouped, lookup
+from pipeline.tasks.mmoe.impressions.impression_batch import Impressions
+from pipeline.tasks.mmoe.impressions.impression_table import read_split
 
 torch.set_num_threads(1)
 

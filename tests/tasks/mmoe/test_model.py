@@ -12,6 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.data.layout import Layout
+from pipeline.data.schema import BaseRates, Feature
 from pipeline.tasks.mmoe.config import (
     ExpertsConfig,
     GateConfig,
@@ -20,10 +22,9 @@ from pipeline.tasks.mmoe.config import (
     ModelConfig,
     TowersConfig,
 )
-from pipeline.tasks.mmoe.embedding import grouped
-from pipeline.tasks.mmoe.impressions import Impressions, Layout
+from pipeline.tasks.mmoe.impressions.embedding import grouped
+from pipeline.tasks.mmoe.impressions.impression_batch import Impressions
 from pipeline.tasks.mmoe.model import FeatureEmbedding, GroupedLayers, Mmoe
-from pipeline.tasks.mmoe.schema import BaseRates, Feature
 
 torch.set_num_threads(1)
 

@@ -25,13 +25,13 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.data import prepared_folder
+from pipeline.data.encoding import Encoder
+from pipeline.data.feature_statistics import Numbers, bin_edges
+from pipeline.data.schema import MISSING_TEXT, DataSchema
 from pipeline.errors import UserError
 from pipeline.storage import folders
-from pipeline.tasks.mmoe import prepared_folder
-from pipeline.tasks.mmoe.encoding import Encoder
-from pipeline.tasks.mmoe.feature_statistics import Numbers, bin_edges
-from pipeline.tasks.mmoe.prepare import prepare
-from pipeline.tasks.mmoe.schema import MISSING_TEXT, DataSchema
+from pipeline.tasks.mmoe.prepare.preparation import prepare
 
 EXAMPLES = 200 if os.environ.get("FAULTS") == "full" else 20  # of whole files: each is prepared up to three times
 LABELS = {"click": "click", "conversion": "bought"}
@@ -570,8 +570,8 @@ def test_batches_files_and_formats_do_not_matter(
             compressed = gzip.compress(csv_text(frame.iloc[part]).encode())
             (split_up / f"{number}.csv.gz").write_bytes(compressed)
         (split_up / "notes.txt").write_text("no data")
-        seen: list[int] = []
-        parts = try_prepare(folder, split_up, by, batch_rows=batch_rows, progress=seen.append)
+        seen: list[tuple[str, int, float]] = []
+        parts = try_prepare(folder, split_up, by, batch_rows=batch_rows, progress=lambda *stage: seen.append(stage))
         dialect = {"sep": "\t", "quoting": csv.QUOTE_ALL, "escapechar": "\\", "doublequote": False}
         (folder / "dialect.csv").write_text(frame.to_csv(index=False, lineterminator="\r\n", **dialect), newline="")
         read = {"csv": {"delimiter": "\t", "escape": "\\"}}
@@ -589,8 +589,11 @@ def test_batches_files_and_formats_do_not_matter(
         assert objects is not None
         # of the files' bytes and all features
         assert whole.digest == parts.digest == other.digest == parquet.digest == objects.digest
-        assert sum(seen) == 2 * len(frame)  # both passes
-        assert max(seen) <= batch_rows
+        assert [stage for stage in seen if stage[1] == len(frame)] == [
+            ("parts", len(frame), 0),
+            ("splits", len(frame), 1),
+        ]
+        assert max(after[1] - before[1] for before, after in itertools.pairwise(seen)) <= batch_rows
 
 
 def test_row_groups_do_not_follow_the_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

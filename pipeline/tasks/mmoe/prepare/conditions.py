@@ -1,18 +1,19 @@
 """Label conditions such as `click and income == "50000+."`: a small language, never run as Python.
 
 Comparisons (`== != < <= > >=`, `in [..]`, `not in [..]`) of a column with texts or numbers, `is missing`, `is not
-missing`, a bare column of 0/1 labels, `and`, `or`, `not` and parentheses. A column whose name is no Python name stands
-in backticks. A missing value is equal to nothing but the empty text, which means the same: every other comparison with
-it is false, `!=` and `not in` are true.
+missing`, a bare column of 0/1 labels, `and`, `or`, `not` and parentheses. A column whose name is not a Python name
+stands in backticks. A missing value equals nothing but the empty text, which means the same: every other comparison
+with it is false, `!=` and `not in` are true.
 """
 
 import ast
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import reduce
+from typing import Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,7 +24,7 @@ ALLOWED = (
     "a column compared (==, !=, <, <=, >, >=, in [..], not in [..]) with a text or a number, `is missing`, `is not "
     "missing`, a column of 0/1 labels, and, or, not, (..)"
 )
-_COMPARE: dict[type[ast.cmpop], tuple[str, str]] = {  # the function, and that of the sides swapped
+_COMPARE: dict[type[ast.cmpop], tuple[str, str]] = {  # the function, and that for swapped sides
     ast.Eq: ("equal", "equal"),
     ast.NotEq: ("not_equal", "not_equal"),
     ast.Lt: ("less", "greater"),
@@ -63,27 +64,22 @@ Evaluate = Callable[[Columns], pa.Array]
 class Condition:
     text: str
     columns: tuple[str, ...]
-    """that it reads, each once, in the order they are named"""
+    """columns that it reads, in order of appearance"""
     texts: tuple[str, ...]
-    """that it compares with"""
+    """texts that it compares with"""
     evaluate: Evaluate = field(repr=False, compare=False)
-    """a batch's columns -> truth values, none missing"""
+    """columns of a batch -> truth values, none missing"""
 
 
 def parse(text: str) -> Condition:
     """Compile a condition.
 
     Raises:
-        UserError: it is not one; names the condition, the position (characters, from 1) and what is allowed.
+        UserError: it is invalid; names the condition, the position (characters, from 1) and what is allowed.
     """
     parser = _Parser(text)
     evaluate = parser.compiled()
     return Condition(text, tuple(dict.fromkeys(parser.columns)), tuple(parser.texts), evaluate)
-
-
-def columns_of(text: str) -> tuple[str, ...]:
-    """The columns that a condition reads."""
-    return parse(text).columns
 
 
 class _Parser:
@@ -94,25 +90,25 @@ class _Parser:
         self.texts: list[str] = []
 
     def compiled(self) -> Evaluate:
-        # a name in backticks becomes as many underscores: Python's parser then counts the same positions
-        plain = _QUOTED.sub(lambda found: b"_" * len(found[0]) if found[0][:1] == b"`" else found[0], self.source)
+        # a name in backticks becomes underscores of the same length, which keeps the positions
+        plain = _QUOTED.sub(lambda match: b"_" * len(match[0]) if match[0][:1] == b"`" else match[0], self.source)
         try:
-            with warnings.catch_warnings(action="ignore"):  # Python's own advice on odd expressions
+            with warnings.catch_warnings(action="ignore"):  # SyntaxWarning for odd expressions
                 tree = ast.parse(plain.decode(), mode="eval")
             return self.truth(tree.body)
         except SyntaxError as error:
             position = error.offset - 1 if error.offset else len(self.text)  # 0 = at the end
-            raise self.refused(position, error.msg) from None
+            raise self.error(position, error.msg) from None
         except (RecursionError, MemoryError, ValueError, OverflowError):
-            raise self.refused(0, "cannot be read") from None
+            raise self.error(0, "cannot be read") from None
 
-    def refused(self, position: int, problem: str) -> UserError:
+    def error(self, position: int, problem: str) -> UserError:
         shown = self.text if len(self.text) <= 200 else self.text[:197] + "..."
         return UserError(f"condition `{shown}`, position {position + 1}: {problem}; allowed: {ALLOWED}")
 
-    def refused_node(self, node: ast.AST, problem: str = "") -> UserError:
+    def node_error(self, node: ast.AST, problem: str = "") -> UserError:
         start = len(self.source[: getattr(node, "col_offset", 0)].decode())
-        return self.refused(start, problem or f"found {self.written(node)}")
+        return self.error(start, problem or f"found {self.written(node)}")
 
     def written(self, node: ast.AST) -> str:
         """The node as the user wrote it."""
@@ -122,27 +118,27 @@ class _Parser:
         if isinstance(node, ast.BoolOp):
             parts = [self.truth(value) for value in node.values]
             join = pc.and_ if isinstance(node.op, ast.And) else pc.or_
-            return lambda columns: _joined(join, [part(columns) for part in parts])
+            return lambda columns: reduce(join, [part(columns) for part in parts])
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
             part = self.truth(node.operand)
             return lambda columns: pc.invert(part(columns))
         if isinstance(node, ast.Compare):
             sides = [node.left, *node.comparators]
             parts = [self.comparison(*each) for each in zip(sides, node.ops, sides[1:], strict=False)]
-            return lambda columns: _joined(pc.and_, [part(columns) for part in parts])  # 18 <= age < 30
+            return lambda columns: reduce(pc.and_, [part(columns) for part in parts])  # 18 <= age < 30
         if isinstance(node, ast.Name):
             column = self.column(node)
             return lambda columns: columns.label(column)
-        raise self.refused_node(node)
+        raise self.node_error(node)
 
     def comparison(self, left: ast.expr, operator: ast.cmpop, right: ast.expr) -> Evaluate:
         if isinstance(operator, ast.In | ast.NotIn):
             return self.membership(self.column(left), right, isinstance(operator, ast.NotIn))
         if isinstance(operator, ast.Is | ast.IsNot):
             if not (isinstance(right, ast.Name) and self.written(right) == "missing"):
-                raise self.refused_node(right, f"found {self.written(right)} after is")
-            name, there = self.column(left), isinstance(operator, ast.IsNot)
-            return lambda columns: _is_there(columns, name) if there else pc.invert(_is_there(columns, name))
+                raise self.node_error(right, f"found {self.written(right)} after is")
+            name, valid = self.column(left), isinstance(operator, ast.IsNot)
+            return lambda columns: _is_valid(columns, name) if valid else pc.invert(_is_valid(columns, name))
         function, swapped = _COMPARE[type(operator)]
         if isinstance(left, ast.Constant | ast.UnaryOp):  # 18 < age
             left, right, function = right, left, swapped
@@ -150,18 +146,18 @@ class _Parser:
         compare = getattr(pc, function)
         if constant == "":
             if function not in ("equal", "not_equal"):
-                raise self.refused_node(right, "found an empty text, which means: missing")
+                raise self.node_error(right, "found an empty text, which means: missing")
             equal = function == "equal"
-            return lambda columns: pc.invert(_is_there(columns, column)) if equal else _is_there(columns, column)
-        # null where the column is missing: equal to nothing
+            return lambda columns: pc.invert(_is_valid(columns, column)) if equal else _is_valid(columns, column)
+        # null for a missing value, which equals nothing
         return lambda columns: compare(_read(columns, column, constant), constant).fill_null(function == "not_equal")
 
     def membership(self, column: str, node: ast.expr, negated: bool) -> Evaluate:
         if not isinstance(node, ast.List | ast.Tuple | ast.Set) or not node.elts:
-            raise self.refused_node(node, f"found {self.written(node)} after in")
+            raise self.node_error(node, f"found {self.written(node)} after in")
         constants = [self.constant(element) for element in node.elts]
         if len({type(constant) for constant in constants}) > 1:
-            raise self.refused_node(node, "found texts and numbers in one list")
+            raise self.node_error(node, "found texts and numbers in one list")
         allowed = pa.array([constant or None for constant in constants]) if "" in constants else pa.array(constants)
 
         def evaluate(columns: Columns) -> pa.Array:
@@ -172,7 +168,7 @@ class _Parser:
 
     def column(self, node: ast.expr) -> str:
         if not isinstance(node, ast.Name):
-            raise self.refused_node(node, f"found {self.written(node)} where a column is due")
+            raise self.node_error(node, f"found {self.written(node)} where a column is due")
         name = self.written(node)  # not node.id, in which Python replaces some letters
         if name.startswith("`"):
             name = name[1:-1]
@@ -184,29 +180,22 @@ class _Parser:
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
             sign, node = -1 if isinstance(node.op, ast.USub) else 1, node.operand
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                raise self.refused_node(node)
+                raise self.node_error(node)
         value = node.value if isinstance(node, ast.Constant) else None
         if isinstance(value, str):
             self.texts.append(value.strip())
             return value.strip()
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
             if isinstance(value, int) and value >= EXACT:
-                raise self.refused_node(node, f"found {value}, which has neighbours that are the same as a double; "
+                raise self.node_error(node, f"found {value}, which has neighbours that are the same as a double; "
                                         f'write "{sign * value}", in quotes')  # fmt: skip
             return float(sign * value)
-        raise self.refused_node(node, f"found {self.written(node)} where a text or a number is due")
+        raise self.node_error(node, f"found {self.written(node)} where a text or a number is due")
 
 
-def _is_there(columns: Columns, column: str) -> pa.Array:
+def _is_valid(columns: Columns, column: str) -> pa.Array:
     return columns.text(column).is_valid()
 
 
 def _read(columns: Columns, column: str, constant: str | float) -> pa.Array:
     return columns.text(column) if isinstance(constant, str) else columns.number(column)
-
-
-def _joined(join: Callable[[Any, Any], pa.Array], parts: Sequence[pa.Array]) -> pa.Array:
-    whole = parts[0]
-    for part in parts[1:]:
-        whole = join(whole, part)
-    return whole

@@ -1,54 +1,19 @@
-"""Rows as the model takes them: where features lie in its table, and a batch of bags of ids.
+"""A batch of impressions as the model takes it.
 
 B = rows of a batch, F = id features, M = numeric features, n = ids of the batch.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pipeline.errors import UserError
-from pipeline.tasks.mmoe.embedding import Groups
-from pipeline.tasks.mmoe.schema import DataSchema, Feature
-
-Array = npt.NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where each feature lies in the fused table and in the model's [B, F + M] features."""
-
-    features: tuple[Feature, ...]
-
-    @classmethod
-    def of(cls, schema: DataSchema) -> "Layout":
-        return cls(schema.features)
-
-    @cached_property
-    def id_features(self) -> tuple[Feature, ...]:
-        return tuple(feature for feature in self.features if feature.kind != "numeric")
-
-    @cached_property
-    def numeric_features(self) -> tuple[Feature, ...]:
-        return tuple(feature for feature in self.features if feature.kind == "numeric")
-
-    @cached_property
-    def offsets(self) -> dict[str, int]:
-        """First row of each id feature in the fused table."""
-        ends = accumulate((feature.size for feature in self.id_features), initial=0)
-        return {feature.name: first for feature, first in zip(self.id_features, ends, strict=False)}
-
-    @property
-    def table_rows(self) -> int:
-        return sum(feature.size for feature in self.id_features)
+from pipeline.data.layout import Layout
+from pipeline.data.streams import float_values, table_ids
+from pipeline.tasks.mmoe.impressions.embedding import Groups
 
 
 @dataclass(frozen=True)
@@ -60,7 +25,7 @@ class Impressions:
     numeric: Tensor  # [B, M] float32
     ids: Tensor  # [n] int32, rows of the fused table
     weights: Tensor  # [n] float32
-    starts: Tensor  # [B * F + 1] int32: where each bag begins
+    starts: Tensor  # [B * F + 1] int32: start of each bag
     groups: Groups | None = None  # the ids by table row, for the gradient on the CPU
 
     def __len__(self) -> int:
@@ -74,10 +39,10 @@ class Impressions:
 
 
 def assemble(columns: Mapping[str, pa.Array], layout: Layout) -> Impressions:
-    """Encoded columns (as in the Parquet splits, without the labels, which are 0 here) as one batch, for predicting.
+    """Encoded columns (as in the Parquet splits) as one batch for prediction; its labels are 0.
 
     Raises:
-        UserError: an id outside of its feature's table.
+        UserError: an id is outside of its feature's table.
     """
     rows, features = len(next(iter(columns.values()))), len(layout.id_features)
     lengths = np.ones((rows, features), np.int64)
@@ -91,7 +56,7 @@ def assemble(columns: Mapping[str, pa.Array], layout: Layout) -> Impressions:
         flat = column.flatten() if feature.kind == "multi" else column
         within = np.arange(len(flat)) - np.repeat(length.cumsum() - length, length)
         places = np.repeat(starts[position:-1:features], length) + within
-        ids[places] = table_ids(flat, feature, "input") + np.int32(layout.offsets[feature.name])
+        ids[places] = table_ids(flat, feature, layout, "input")
         if feature.weighted:
             weights[places] = float_values(columns[f"{feature.name}.weights"].flatten())
         elif feature.kind == "multi":
@@ -105,21 +70,3 @@ def assemble(columns: Mapping[str, pa.Array], layout: Layout) -> Impressions:
         weights=torch.from_numpy(weights),
         starts=torch.from_numpy(starts.astype(np.int32)),
     )
-
-
-def float_values(column: pa.Array) -> Array:
-    """The numbers of a column. [rows] float32"""
-    values: Array = column.to_numpy(zero_copy_only=False)
-    return values.astype(np.float32, copy=False)
-
-
-def table_ids(column: pa.Array, feature: Feature, where: str) -> Array:
-    """The ids of a column, within their feature's table. [rows] int32
-
-    Raises:
-        UserError: one is not; `where` names the file.
-    """
-    values: Array = column.to_numpy(zero_copy_only=False)
-    if len(values) and not 0 <= values.min() <= values.max() < feature.size:
-        raise UserError(f"{where}: column {feature.name}: id outside of 0..{feature.size - 1}; run prepare_ctr again")
-    return values.astype(np.int32, copy=False)

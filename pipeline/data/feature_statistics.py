@@ -1,4 +1,4 @@
-"""What the training split says of its columns, in bounded memory, whatever the batches: ids, means, quantiles."""
+"""Statistics of the training split's columns in bounded memory, independent of batches: ids, means, quantiles."""
 
 from collections.abc import Sequence
 
@@ -7,30 +7,30 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.tasks.mmoe.cells import Floats, Ints, Texts, respelt, spelling
-from pipeline.tasks.mmoe.encoding import splitmix64
+from pipeline.data.cells import Floats, Ints, Texts, respelt, spellings
+from pipeline.data.digests import splitmix64
 
 SAMPLE_ROWS = 200_000
 BLOCK_ROWS = 65_536
 
 
 class Counts:
-    """How often each text comes. Memory grows with the distinct texts alone."""
+    """Number of occurrences of each text. Memory grows with the distinct texts alone."""
 
     def __init__(self) -> None:
-        self._parts: list[pa.Table] = []
+        self._parts = [pa.table({"value": pa.array([], pa.string()), "count": pa.array([], pa.int64())})]
         self._rows = self._merged_rows = 0
         self._spellings = {"whole", "truth"}
         self._any = False
 
     def add(self, texts: Texts, rows: npt.NDArray[np.bool_]) -> None:
-        """Count the texts of the rows where `rows` is true; how they are spelt is seen of all rows."""
+        """Count the texts of the rows where `rows` is true; the spelling depends on all rows."""
         if self._spellings and texts.values.null_count < len(texts.values):
             self._any = True
-            self._spellings &= spelling(texts.values)
+            self._spellings &= spellings(texts.values)
         counts = np.bincount(texts.codes[rows], minlength=len(texts.values))
-        there = pa.array(counts > 0)
-        part = pa.table({"value": texts.values.filter(there), "count": pa.array(counts).filter(there)})
+        present = pa.array(counts > 0)
+        part = pa.table({"value": texts.values.filter(present), "count": pa.array(counts).filter(present)})
         self._parts.append(part)
         self._rows += part.num_rows
         if self._rows > 2 * self._merged_rows + 1_000_000:
@@ -44,24 +44,24 @@ class Counts:
     def vocabulary(self, min_count: int) -> pa.Table:
         """Columns value and count: the most frequent first, then by text; without missing and rare texts."""
         self._merge()
-        spelt = respelt(self._parts[0]["value"].combine_chunks(), self.spelling)
-        self._parts = [pa.table({"value": spelt, "count": self._parts[0]["count"]})]
+        self._parts = [self._parts[0].set_column(
+            0, "value", respelt(self._parts[0]["value"].combine_chunks(), self.spelling)
+        )]  # fmt: skip
         self._merge()
         table = self._parts[0]
         table = table.filter(pc.and_(pc.is_valid(table["value"]), pc.greater_equal(table["count"], min_count)))
         return table.sort_by([("count", "descending"), ("value", "ascending")])
 
     def _merge(self) -> None:
-        parts = self._parts or [pa.table({"value": pa.array([], pa.string()), "count": pa.array([], pa.int64())})]
-        whole = pa.concat_tables(parts).group_by("value").aggregate([("count", "sum")])
+        whole = pa.concat_tables(self._parts).group_by("value").aggregate([("count", "sum")])
         self._parts = [whole.rename_columns(["value", "count"])]
         self._rows = self._merged_rows = whole.num_rows
 
 
 class Numbers:
-    """Means, and a uniform sample of rows, of numeric columns; NaN = missing.
+    """Means and a uniform sample of the rows of numeric columns; NaN = missing.
 
-    The sample is the rows whose number has the smallest hash, so neither batches nor order matter.
+    The sample consists of the rows whose numbers have the smallest hashes, so it depends neither on batches nor order.
     """
 
     def __init__(self, columns: int, sample_rows: int = SAMPLE_ROWS) -> None:
@@ -70,15 +70,15 @@ class Numbers:
         self._block = np.empty((0, columns))
         self._keys = np.empty(0, dtype=np.uint64)
         self._sample = np.empty((0, columns))
-        self._limit = np.uint64(2**64 - 1)  # rows above are out already
+        self._limit = np.uint64(2**64 - 1)  # rows with larger hashes are out already
 
     def add(self, numbers: Ints, values: Floats) -> None:
         """numbers: [rows], of each row among all; values: [rows, columns]."""
-        # a sum's last bits depend on where it is cut: always cut at the same rows
+        # the last bits of a sum depend on its blocks: always cut at the same rows
         self._block = np.concatenate([self._block, values])
         whole = len(self._block) - len(self._block) % BLOCK_ROWS
         for start in range(0, whole, BLOCK_ROWS):
-            self._sum(self._block[start : start + BLOCK_ROWS])
+            self._add_block(self._block[start : start + BLOCK_ROWS])
         self._block = self._block[whole:]
 
         keys = splitmix64(numbers.astype(np.uint64))
@@ -89,18 +89,18 @@ class Numbers:
             self._shrink()
 
     def means(self) -> Floats:
-        """Of the values that are there; NaN where a column has none."""
-        self._sum(self._block)
+        """[columns] means of the values that are not missing; NaN if all are."""
+        self._add_block(self._block)
         self._block = self._block[:0]
         with np.errstate(invalid="ignore"):
             return self._sums / self._counts
 
     def sample(self) -> Floats:
-        """[at most sample_rows, columns]."""
+        """[at most sample_rows, columns]"""
         self._shrink()
         return self._sample
 
-    def _sum(self, block: Floats) -> None:
+    def _add_block(self, block: Floats) -> None:
         self._sums += np.nansum(np.ascontiguousarray(block.T), axis=1)
         self._counts += np.isfinite(block).sum(axis=0)
 
@@ -112,15 +112,15 @@ class Numbers:
 
 
 def bin_edges(values: Sequence[float] | Floats, bins: int) -> tuple[float, ...]:
-    """Increasing edges, unique in float32, at most `bins` + 1, for a piecewise-linear encoding.
+    """Edges of the bins of a piecewise-linear encoding: increasing, unique in float32, at most `bins` + 1.
 
-    All distinct values where they are few enough; else quantiles, and what these leave of the budget goes to the
-    quantiles of the values beside the most frequent one (of capital gains, 96% are 0: plain quantiles see only that).
+    All distinct values if they are few enough. Else quantiles of all values, and the rest of the budget goes to
+    quantiles of the values other than the most frequent one (96% of capital gains are 0: plain quantiles see only it).
     """
     ordered = np.sort(np.asarray(values, dtype=np.float32))
     distinct, counts = np.unique(ordered, return_counts=True)
     if len(distinct) == 1:
-        value = distinct[0]  # 1e9 + 1 is 1e9 in float32: then to the next one, and from the last one back
+        value = distinct[0]  # 1e9 + 1 is 1e9 in float32: take the next one, and from the largest one the one before
         with np.errstate(over="ignore"):
             above = max(value + np.float32(1), np.nextafter(value, np.float32(np.inf)))
         distinct = np.array([value, above] if np.isfinite(above) else [np.nextafter(value, np.float32(0)), value])
@@ -141,5 +141,5 @@ def _quantiles(ordered: npt.NDArray[np.float32], points: int) -> npt.NDArray[np.
 
 
 def _floats(edges: npt.NDArray[np.float32]) -> tuple[float, ...]:
-    """In the shortest decimals that are the same float32."""
+    """The shortest decimals that are the same float32."""
     return tuple(float(str(edge)) for edge in edges)

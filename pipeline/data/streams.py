@@ -1,9 +1,9 @@
-"""Impressions as one ragged stream of 32-bit words in an Arrow file that is mapped, not read.
+"""The rows of a split as one ragged stream of 32-bit words in an Arrow file that is memory-mapped, not read.
 
-So memory holds what is being trained on, and a row taken at random is one place in it. A row is: the labels
-(click + 2 conversion), the numeric features (float32), the ids of the categorical features, how many ids each
-multi-valued feature has, these ids, and their weights (float32). Ids are rows of the fused table. A record batch has
-`BATCH_ROWS` rows, the last one fewer. N = rows, S = categorical, P = multi-valued, M = numeric features.
+Memory holds only what is being trained on, and any row is one contiguous range. A row is: the labels
+(click + 2 conversion), the numeric features (float32), the ids of the categorical features, the number of ids of each
+multi-valued feature, these ids, and their weights (float32). Ids are rows of the fused table. Every record batch has
+`BATCH_ROWS` rows, except the last one. N = rows, S = categorical, P = multi-valued, M = numeric features.
 """
 
 import os
@@ -19,9 +19,10 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from pipeline.compute.compiled import compiled
+from pipeline.data.layout import Layout
+from pipeline.data.schema import LABELS, Feature
+from pipeline.errors import UserError
 from pipeline.storage.files import check_file
-from pipeline.tasks.mmoe.impressions import float_values, table_ids
-from pipeline.tasks.mmoe.schema import LABELS, Feature
 
 BATCH_ROWS = 65_536
 SCHEMA = pa.schema([("row", pa.list_(pa.int32()))])
@@ -37,12 +38,12 @@ class Gathered(NamedTuple):
     numeric: Array  # [N, M] float32
     ids: Array  # [n] int32
     weights: Array  # [n] float32
-    bags: Array  # [n] int32: of each id, the number of its bag
-    starts: Array  # [N * F + 1] int32: where each bag begins
+    bags: Array  # [n] int32: number of each id's bag
+    starts: Array  # [N * F + 1] int32: start of each bag
 
 
 class Streams:
-    """The stream in a buffer of Arrow's IPC file format; `gather` takes any rows."""
+    """A stream in a buffer of Arrow's IPC file format; `gather` takes any rows."""
 
     def __init__(self, buffer: pa.Buffer, features: tuple[Feature, ...]) -> None:
         reader = pa.ipc.open_file(pa.BufferReader(buffer))
@@ -50,7 +51,6 @@ class Streams:
         self._words = np.frombuffer(buffer, np.int32, len(buffer) // 4)
         self._is_multi = np.array([feature.kind == "multi" for feature in features if feature.kind != "numeric"], bool)
         self._numeric = sum(feature.kind == "numeric" for feature in features)
-        self._single = int((~self._is_multi).sum())
         self._places = np.zeros((reader.num_record_batches, 2), dtype=np.int64)  # of offsets and words, in the buffer
         self.rows = 0
         for number in range(reader.num_record_batches):
@@ -66,61 +66,58 @@ class Streams:
         count, features = len(index), len(self._is_multi)
         if count and (index.min() < 0 or index.max() >= self.rows):
             raise IndexError(f"rows {index.min()} to {index.max()} of {self.rows}")
-        spare = 1 + self._numeric + features - 2 * self._single  # words: pooled ids have a weight each
-        size = _count_ids(self._words, self._places, index, spare)
-        found = Gathered(
+        # words of a row without its ids and weights; a categorical id, which has no weight, counts as half a pair
+        fixed = 1 + self._numeric + int(self._is_multi.sum()) - int((~self._is_multi).sum())
+        size = _count_ids(self._words, self._places, index, fixed)
+        rows = Gathered(
             np.empty(count, np.float32), np.empty(count, np.float32), np.empty((count, self._numeric), np.float32),
             np.empty(size, np.int32), np.empty(size, np.float32), np.empty(size, np.int32),
             np.empty(count * features + 1, np.int32),
         )  # fmt: skip
-        _gather(self._words, self._words.view(np.float32), self._places, index, self._is_multi, *found)
-        return found
+        _gather(self._words, self._words.view(np.float32), self._places, index, self._is_multi, *rows)
+        return rows
 
     def labels(self) -> tuple[Array, Array]:
         """click and conversion of all rows: [N] int8 each."""
-        found = np.empty(self.rows, np.int8)
-        _labels(self._words, self._places, found)
-        return found & 1, found >> 1
+        labels = np.empty(self.rows, np.int8)
+        _labels(self._words, self._places, labels)
+        return labels & 1, labels >> 1
 
 
-def record_batch(
-    columns: Mapping[str, pa.Array], features: tuple[Feature, ...], offsets: Mapping[str, int], where: str
-) -> pa.RecordBatch:
-    """Encoded columns (as in the Parquet splits) of at most `BATCH_ROWS` rows.
-
-    offsets: the first row of each id feature in the fused table. where: what an error names.
+def record_batch(columns: Mapping[str, pa.Array], layout: Layout, file: str) -> pa.RecordBatch:
+    """Encoded columns (as in the Parquet splits) of at most `BATCH_ROWS` rows as a record batch of the stream.
 
     Raises:
-        UserError: an id outside of its feature's table.
+        UserError: an id is outside of its feature's table; names `file`.
     """
-    count = len(next(iter(columns.values())))
-    kinds = {kind: [feature for feature in features if feature.kind == kind]
-             for kind in ("numeric", "categorical", "multi")}  # fmt: skip
-    lengths = np.zeros((count, len(kinds["multi"])), np.int32)
-    for position, feature in enumerate(kinds["multi"]):
+    single, multi = ([feature for feature in layout.id_features if feature.kind == kind]
+                     for kind in ("categorical", "multi"))  # fmt: skip
+    numeric = layout.numeric_features
+    click, conversion = (columns[label].to_numpy(zero_copy_only=False) for label in LABELS)
+    lengths = np.zeros((len(click), len(multi)), np.int32)
+    for position, feature in enumerate(multi):
         lengths[:, position] = np.diff(columns[feature.name].offsets.to_numpy())
-    fixed = 1 + len(features)
+    fixed = 1 + len(layout.features)
     starts = np.concatenate([[0], np.cumsum(fixed + 2 * lengths.sum(1, dtype=np.int64))])
     words = np.empty(starts[-1], np.int32)
     first = starts[:-1]
 
-    click, conversion = (columns[label].to_numpy(zero_copy_only=False) for label in LABELS)
     words[first] = (click != 0) + 2 * (conversion != 0)
-    for position, feature in enumerate(kinds["numeric"], 1):
+    for position, feature in enumerate(numeric, 1):
         words[first + position] = float_values(columns[feature.name]).view(np.int32)
-    for position, feature in enumerate(kinds["categorical"], 1 + len(kinds["numeric"])):
-        words[first + position] = table_ids(columns[feature.name], feature, where) + np.int32(offsets[feature.name])
-    before = np.cumsum(lengths, 1, dtype=np.int64) - lengths  # ids of the features before
+    for position, feature in enumerate(single, 1 + len(numeric)):
+        words[first + position] = table_ids(columns[feature.name], feature, layout, file)
+    preceding = np.cumsum(lengths, 1, dtype=np.int64) - lengths  # ids of the features before
     pooled = lengths.sum(1, dtype=np.int64)
-    for position, feature in enumerate(kinds["multi"]):
+    for position, feature in enumerate(multi):
         size, column = np.ascontiguousarray(lengths[:, position]), columns[feature.name]
-        words[first + fixed - len(kinds["multi"]) + position] = size
+        words[first + fixed - len(multi) + position] = size
         weights = (
             float_values(columns[f"{feature.name}.weights"].flatten()) if feature.weighted else np.empty(0, np.float32)
         )
         _place(
-            table_ids(column.flatten(), feature, where), weights, size, first + fixed + before[:, position], pooled,
-            offsets[feature.name], feature.weighted, words, words.view(np.float32),
+            table_ids(column.flatten(), feature, layout, file), weights, size, first + fixed + preceding[:, position],
+            pooled, feature.weighted, words, words.view(np.float32),
         )  # fmt: skip
     return pa.record_batch(
         [pa.ListArray.from_arrays(pa.array(starts.astype(np.int32)), pa.array(words))], schema=SCHEMA
@@ -128,9 +125,9 @@ def record_batch(
 
 
 def mapped(batches: Iterator[pa.RecordBatch], file: Path, made_of: str) -> pa.Buffer:
-    """The batches in a file beside the data, mapped; made unless it is there and was `made_of` the same.
+    """The batches in a memory-mapped file; written unless the file exists and was `made_of` the same data.
 
-    Where the folder cannot be written, in a temporary file without a name.
+    If its folder cannot be written, the file is a temporary one without a name.
     """
     schema = SCHEMA.with_metadata({"made_of": made_of})
     with suppress(OSError, pa.ArrowInvalid):
@@ -153,48 +150,65 @@ def mapped(batches: Iterator[pa.RecordBatch], file: Path, made_of: str) -> pa.Bu
             os.replace(work, file)
         return buffer
     finally:
-        work.unlink(missing_ok=True)  # what is mapped stays until nobody maps it
+        work.unlink(missing_ok=True)  # a mapped file stays until it is unmapped
+
+
+def float_values(column: pa.Array) -> Array:
+    """[rows] float32"""
+    values: Array = column.to_numpy(zero_copy_only=False)
+    return values.astype(np.float32, copy=False)
+
+
+def table_ids(column: pa.Array, feature: Feature, layout: Layout, file: str) -> Array:
+    """The ids of a feature as rows of the fused table. [ids] int32
+
+    Raises:
+        UserError: an id is outside of the feature's table; names `file`.
+    """
+    ids: Array = column.to_numpy(zero_copy_only=False)
+    if len(ids) and not 0 <= ids.min() <= ids.max() < feature.size:
+        raise UserError(f"{file}: column {feature.name}: id outside of 0..{feature.size - 1}; run prepare_ctr again")
+    return ids.astype(np.int32, copy=False) + np.int32(layout.offsets[feature.name])
 
 
 @compiled
 def _place(
-    ids: Array, weights: Array, lengths: Array, first: Array, pooled: Array, offset: int, weighted: bool,
-    words: Array, floats: Array,
+    ids: Array, weights: Array, lengths: Array, first: Array, pooled: Array, weighted: bool, words: Array,
+    floats: Array,
 ) -> None:  # fmt: skip
-    """One feature's ids, and `pooled` words later their weights; without weights, the mean: 1 / length."""
+    """Write one feature's ids, and `pooled` words later their weights; without weights, the mean: 1 / length."""
     position = 0
     for row in range(len(lengths)):
         size = lengths[row]
         for number in range(size):
             place = first[row] + number
-            words[place] = ids[position] + offset
+            words[place] = ids[position]
             floats[place + pooled[row]] = weights[position] if weighted else np.float32(1) / np.float32(size)
             position += 1
 
 
 @compiled
 def _row(words: Array, places: Array, row: int) -> tuple[int, int]:
-    """Where a row begins and ends."""
+    """First word of a row, and of the next row."""
     offsets, first = places[row // BATCH_ROWS]
     place = offsets + row % BATCH_ROWS
     return first + words[place], first + words[place + 1]
 
 
 @compiled
-def _count_ids(words: Array, places: Array, index: Array, spare: int) -> int:
-    """Count the ids of the rows."""
+def _count_ids(words: Array, places: Array, index: Array, fixed: int) -> int:
     count = 0
     for row in index:
         begin, end = _row(words, places, row)
-        count += (end - begin - spare) // 2
+        count += (end - begin - fixed) // 2
     return count
 
 
 @compiled
-def _labels(words: Array, places: Array, found: Array) -> None:
-    for row in range(len(found)):
+def _labels(words: Array, places: Array, labels: Array) -> None:
+    for row in range(len(labels)):
         offsets, first = places[row // BATCH_ROWS]
-        found[row] = words[first + words[offsets + row % BATCH_ROWS]]
+        labels[row] = words[first + words[offsets + row % BATCH_ROWS]]
 
 
 @compiled

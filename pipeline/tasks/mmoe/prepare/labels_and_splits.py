@@ -1,4 +1,4 @@
-"""What a source schema asks of a file: checked against the columns that are there, then applied batch by batch."""
+"""Labels and splits of raw impressions, as a source schema declares them."""
 
 from pathlib import Path
 
@@ -6,25 +6,27 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipeline.data.cells import Cells, cell_error, no_column, respelt
+from pipeline.data.digests import split_positions, text_hashes
+from pipeline.data.raw_schema import Where
+from pipeline.data.raw_table import Batch, RawTable
+from pipeline.data.schema import LABELS, SPLITS
 from pipeline.errors import UserError
-from pipeline.tasks.mmoe.cells import Cells, bad_cell, no_column, respelt
-from pipeline.tasks.mmoe.conditions import Condition, parse
-from pipeline.tasks.mmoe.encoding import split_positions, text_hashes
-from pipeline.tasks.mmoe.raw_files import Batch, Source
-from pipeline.tasks.mmoe.schema import LABELS, SPLITS, SourceSchema, Where
+from pipeline.tasks.mmoe.prepare.conditions import Condition, parse
+from pipeline.tasks.mmoe.prepare.source_schema import SourceSchema
 
 CLICK, CONVERSION = LABELS
 _LABEL_VALUES = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 
 
-class Plan:
+class LabelsAndSplits:
     """Which columns are read, what the labels are, and which split a row belongs to.
 
     Raises:
-        UserError: the schema names an absent column, a label that is no condition, or a feature that tells the label.
+        UserError: the schema names an absent column, a label that is no condition, or a feature that leaks the label.
     """
 
-    def __init__(self, declared: SourceSchema, schema_file: Path, source: Source) -> None:
+    def __init__(self, declared: SourceSchema, schema_file: Path, source: RawTable) -> None:
         self.declared, self.schema_file, self.file = declared, schema_file, source.files[0].path
         self.names = source.names(source.files[0])
         self.cells = Cells(declared.missing_values, declared.csv.strip)
@@ -32,44 +34,32 @@ class Plan:
         self.click = self._label(CLICK, declared.labels.click)
         self.conversion = self._label(CONVERSION, declared.labels.conversion)
         if CLICK in _columns(self.conversion) and CLICK in self.names and declared.labels.click != CLICK:
-            raise self._wrong(
+            raise self._error(
                 "labels.conversion",
                 f"{CLICK} is both a column of {self.file} and the label labels.click ({declared.labels.click}); "
                 "allowed: one of both, so rename the column",
             )
-        self.given = {file.split for file in source.files if file.split}
+        self.own_splits = {file.split for file in source.files if file.split}
         self.conditions = {
             split: self._condition(f"split.{split}.where", share.where)
             for split, share in (("validation", declared.split.validation), ("test", declared.split.test))
             if isinstance(share, Where)
         }
-        for split in self.given & self.conditions.keys():
-            raise self._wrong(
+        for split in self.own_splits & self.conditions.keys():
+            raise self._error(
                 f"split.{split}", f"found a condition, and data.{split} names files; allowed: one of both"
             )
-        label_columns = [
-            *self._known("labels.click", _columns(self.click)),
-            *self._known("labels.conversion", [name for name in _columns(self.conversion) if name != CLICK]),
-        ]
-        written = set(LABELS)
-        for name, feature in declared.features.items():
-            key = f"features.{name}"
-            for column in (name, feature.weights):
-                if column in label_columns:
-                    raise self._wrong(key, f"a label reads column {column}; as a feature it would leak the label")
-            for column in (name, f"{name}.weights") if feature.weighted else (name,):
-                if column in written:
-                    raise self._wrong(key, f"the prepared files have a column {column} already; rename this one")
-                written.add(column)
-            self._known(key, [name])
-            self._known(f"{key}.weights", [feature.weights] if feature.weights else [])
-            if isinstance(feature.missing, float) and abs(feature.missing) > float(np.finfo(np.float32).max):
-                raise self._wrong(f"{key}.missing", f"found {feature.missing}, allowed: numbers up to 3.4e38")
-        by = self._known("split.by", [declared.split.by] if declared.split.by is not None else [])
-        by += [column for split, condition in self.conditions.items()
-               for column in self._known(f"split.{split}.where", _columns(condition))]  # fmt: skip
+        label_columns = [*_columns(self.click), *(name for name in _columns(self.conversion) if name != CLICK)]
+        self._check_columns("labels.click", _columns(self.click))
+        self._check_columns("labels.conversion", label_columns)
+        self._check_features(label_columns)
+        split_columns = [] if declared.split.by is None else [declared.split.by]
+        self._check_columns("split.by", split_columns)
+        for split, condition in self.conditions.items():
+            self._check_columns(f"split.{split}.where", condition.columns)
+            split_columns += condition.columns
         weights = [feature.weights for feature in declared.features.values() if feature.weights]
-        self.columns = list(dict.fromkeys([*label_columns, *declared.features, *weights, *by]))
+        self.columns = list(dict.fromkeys([*label_columns, *declared.features, *weights, *split_columns]))
 
     def labels(self, batch: Batch) -> dict[str, pa.Array]:
         """`click` and `conversion` (int8).
@@ -90,28 +80,27 @@ class Plan:
         return {CLICK: click.cast(pa.int8()), CONVERSION: conversion.cast(pa.int8())}
 
     def split(self, batch: Batch) -> npt.NDArray[np.int64]:
-        """The position in SPLITS of each row: that of its file, or of the first condition that holds for it (test, then
-        validation), or else by a hash of (seed, key), so that no batch or file border matters.
+        """The position in SPLITS of each row: the split of its file, or of the first condition that holds (test, then
+        validation), or by a hash of (seed, key), which does not depend on batches or files.
 
-        The key is the row's number among all rows, or the text of the column `split.by`; a row without a value there
-        is on its own.
+        The key is the row's number among all rows, or the text of the column `split.by`, if it has a value.
         """
-        if batch.split:
-            return np.full(batch.rows, SPLITS.index(batch.split))
+        if batch.file.split:
+            return np.full(batch.rows, SPLITS.index(batch.file.split))
         declared = self.declared.split
         keys = np.arange(batch.start, batch.start + batch.rows, dtype=np.uint64)
         if declared.by is not None:
             texts = self.cells.texts(batch.columns[declared.by], declared.by, batch.place)
-            there = texts.values.is_valid().to_numpy(zero_copy_only=False)
+            valid = texts.values.is_valid().to_numpy(zero_copy_only=False)
             hashes = text_hashes(respelt(respelt(texts.values, "whole"), "truth").fill_null(""))
-            keys = np.where(there[texts.codes], hashes[texts.codes], keys)
-        divided = [split for split in SPLITS if split not in self.given and split not in self.conditions]
+            keys = np.where(valid[texts.codes], hashes[texts.codes], keys)
+        divided = [split for split in SPLITS if split not in self.own_splits and split not in self.conditions]
         shares = [float(getattr(declared, split)) for split in divided]
         numbers = np.array([SPLITS.index(split) for split in divided])
         positions = numbers[split_positions(keys, declared.seed, shares)]
         columns = LabelColumns(self.label_cells, batch, None)
-        for split, condition in self.conditions.items():  # the test split's is the last, and so the first that counts
-            holds = _evaluated(condition, columns).to_numpy(zero_copy_only=False)
+        for split, condition in self.conditions.items():  # the last one, test, takes precedence
+            holds = condition.evaluate(columns).to_numpy(zero_copy_only=False)
             positions = np.where(holds, SPLITS.index(split), positions)
         return positions
 
@@ -123,28 +112,43 @@ class Plan:
         try:
             condition = parse(text)
         except UserError as error:
-            raise self._wrong(key, f"neither a column of {self.file} nor a condition: {error}") from None
+            raise self._error(key, f"neither a column of {self.file} nor a condition: {error}") from None
         for constant in condition.texts:
             if constant and constant in self.declared.missing_values:
-                raise self._wrong(
+                raise self._error(
                     key,
                     f"compares with {constant!r}, which missing_values reads as no value, and that is equal to "
                     "nothing; allowed: `is missing`, `is not missing`, or another text",
                 )
         return condition
 
-    def _known(self, key: str, columns: list[str]) -> list[str]:
+    def _check_features(self, label_columns: list[str]) -> None:
+        written = set(LABELS)
+        for name, feature in self.declared.features.items():
+            key, weights = f"features.{name}", [feature.weights] if feature.weights else []
+            for column in (name, *weights):
+                if column in label_columns:
+                    raise self._error(key, f"a label reads column {column}; as a feature it would leak the label")
+            for column in (name, f"{name}.weights") if feature.weighted else (name,):
+                if column in written:
+                    raise self._error(key, f"the prepared files have a column {column} already; rename this one")
+                written.add(column)
+            self._check_columns(key, [name])
+            self._check_columns(f"{key}.weights", weights)
+            if isinstance(feature.missing, float) and abs(feature.missing) > float(np.finfo(np.float32).max):
+                raise self._error(f"{key}.missing", f"found {feature.missing}, allowed: numbers up to 3.4e38")
+
+    def _check_columns(self, key: str, columns: list[str]) -> None:
         for column in columns:
             if column not in self.names:
-                raise self._wrong(key, f"{no_column(column, self.names)} ({self.file})")
-        return columns
+                raise self._error(key, f"{no_column(column, self.names)} ({self.file})")
 
-    def _wrong(self, key: str, problem: str) -> UserError:
+    def _error(self, key: str, problem: str) -> UserError:
         return UserError(f"{self.schema_file}: {key}: {problem}")
 
 
 class LabelColumns:
-    """A batch as label conditions read it; with `click` given, that name is the label."""
+    """A batch as conditions read it; if `click` is given, that name means the label."""
 
     def __init__(self, cells: Cells, batch: Batch, click: pa.Array | None) -> None:
         self.cells, self.batch, self.click = cells, batch, click
@@ -163,7 +167,7 @@ class LabelColumns:
         unknown = np.flatnonzero(np.array([value is None for value in truth])[codes])
         if len(unknown):
             row = int(unknown[0])
-            raise bad_cell(self.batch.place, row, column, raw[row].as_py(), "0 or 1")
+            raise cell_error(self.batch.place, row, column, raw[row].as_py(), "0 or 1")
         return pa.array(np.array(truth, dtype=bool)[codes])
 
     def _raw(self, column: str) -> pa.Array:

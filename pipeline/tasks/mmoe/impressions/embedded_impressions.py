@@ -16,9 +16,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.storage.folders import made_once
-from pipeline.tasks.mmoe.config import EmbeddedDataConfig
-from pipeline.tasks.mmoe.schema import (
+from pipeline.data.digests import file_sha256
+from pipeline.data.schema import (
     FIRST_ID,
     SCHEMA_FILE,
     SPLITS,
@@ -27,8 +26,9 @@ from pipeline.tasks.mmoe.schema import (
     DataSchema,
     Feature,
     Split,
-    sha256_of,
 )
+from pipeline.storage.folders import made_once
+from pipeline.tasks.mmoe.config import EmbeddedDataConfig
 
 GENERATOR_VERSION = 1  # another version is other data
 CHUNK_ROWS = 100_000
@@ -185,7 +185,7 @@ def generate(folder: Path, rows: int, seed: int) -> DataSchema:
         if writer:
             writer.close()
         splits[split] = Split(
-            file=file.name, rows=start - first, clicks=clicks, conversions=conversions, sha256=sha256_of(file)
+            file=file.name, rows=start - first, clicks=clicks, conversions=conversions, sha256=file_sha256(file)
         )
     _write_vocabulary(folder / VOCABULARY_FILE)
     train = splits["train"]
@@ -204,7 +204,7 @@ def generate(folder: Path, rows: int, seed: int) -> DataSchema:
         features=tuple(features),
         splits=splits,
         base_rates=BaseRates(ctr=train.clicks / train.rows, cvr=train.conversions / max(1, train.clicks)),
-        vocabulary_sha256=sha256_of(folder / VOCABULARY_FILE),
+        vocabulary_sha256=file_sha256(folder / VOCABULARY_FILE),
         truth=True,
         source=f"generator {GENERATOR_VERSION}, {rows} rows, seed {seed}",
     )

@@ -1,0 +1,1 @@
+"""What tasks share of tabular data: schema, encoding, shuffling, mapped streams and digests."""

@@ -1,0 +1,322 @@
+"""Raw columns as texts, numbers and bags of ids: what a value means and what is missing, in files and data frames.
+
+A category is its text, and the same value has the same text in every format: strings as they are; integers and
+decimals in digits; floats in the shortest decimals that give them back (`0.5`, `3.0`, `1e+22`); truth values as `True`
+and `False`; dates as `2024-05-01`; times as `2024-05-01 12:00:00`, with a fraction if there is one, and without the
+time at midnight. If every value of a column is a whole number, `3.0` is `3`; if every one is a truth value, `true` is
+`True`.
+"""
+
+import ast
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.config.strict_config import nearest
+from pipeline.data.raw_schema import FeatureSource
+from pipeline.data.schema import Feature
+from pipeline.errors import UserError
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Place = Callable[[int], str]  # row of a batch, from 0 -> its name in error messages
+
+_INTEGER = re.compile(r"[+-]?[0-9]+")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_SPELLINGS = {"whole": r"^[+-]?[0-9]+(\.0*)?$", "truth": r"^(?i:true|false)$"}
+_MIDNIGHT = r"^(\d{4}-\d\d-\d\d)[ T]00:00:00(\.0+)?$"
+_TIME = r"^(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)(\.\d*?[1-9])?\.?0*$"
+_ITEM = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[-+.\w]+"""
+_LIST = re.compile(rf"\[\s*(?:(?:{_ITEM})\s*(?:,\s*(?:{_ITEM})\s*)*)?\]")
+
+
+class Texts(NamedTuple):
+    """A column as its distinct texts and, for each row, the position of its text."""
+
+    values: pa.Array  # string; null = missing; the last one is always null
+    codes: Ints  # [rows]
+
+
+class Bags(NamedTuple):
+    """A multi-valued column without its missing ids."""
+
+    texts: Texts  # of the ids of all rows, concatenated
+    lengths: Ints  # [rows] number of ids
+    owners: Ints  # [ids] row of each id
+    weights: Floats | None  # [ids]
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Reader of cells: which texts are missing values, and whether whitespace around text is stripped."""
+
+    missing: tuple[str, ...]
+    strip: bool = True
+
+    def texts(self, raw: pa.Array, column: str, place: Place) -> Texts:
+        """A column with one value a row as texts.
+
+        Raises:
+            UserError: it holds lists, or values that have no text.
+        """
+        raw = plain(raw, column, place)
+        if is_list(raw.type):
+            raise UserError(f"{place(0)}, column {column}: found lists, allowed: one value a row")
+        encoded = raw.dictionary_encode()
+        values, missing = _canonical(encoded.dictionary), self._missing_values
+        if pa.types.is_string(raw.type):
+            missing = self._missing_text
+            values = pc.utf8_trim_whitespace(values) if self.strip else values
+        if (pc.max(pc.binary_length(values)).as_py() or 0) >= len("2024-05-01 00:00:00"):
+            values = pc.replace_substring_regex(values, _MIDNIGHT, r"\1")
+            values = pc.replace_substring_regex(values, _TIME, r"\1 \2\3")
+        values = _null_where(pc.is_in(values, value_set=missing), values)
+        codes = encoded.indices.fill_null(len(values)).to_numpy(zero_copy_only=False).astype(np.int64)
+        return Texts(pa.concat_arrays([values, pa.nulls(1, pa.string())]), codes)
+
+    def numbers(self, raw: pa.Array, column: str, place: Place, allowed: str = "a number") -> Floats:
+        """A column as numbers; NaN = missing. A missing value that is a number is missing in any spelling.
+
+        Raises:
+            UserError: it holds lists, or a text that is not a number.
+        """
+        raw = plain(raw, column, place)
+        if is_list(raw.type):
+            raise UserError(f"{place(0)}, column {column}: found lists, allowed: {allowed} a row")
+        text = raw
+        if pa.types.is_string(raw.type):
+            text = pc.utf8_trim_whitespace(raw)
+            text = _null_where(pc.is_in(text, value_set=self._missing_text), text)
+        try:
+            values: Floats = _doubles(text).to_numpy(zero_copy_only=False)
+        except pa.ArrowInvalid:
+            row = next(row for row in range(len(text)) if not _is_number(text[row : row + 1]))
+            raise cell_error(place, row, column, raw[row].as_py(), allowed) from None
+        return np.where(np.isin(values, self._missing_numbers), np.nan, values) if self._missing_numbers else values
+
+    def bags(
+        self, name: str, raw: pa.Array, weights: pa.Array | None, source: Feature | FeatureSource, place: Place
+    ) -> Bags:
+        """A multi-valued column, with its weights if any: texts with separators, lists, or single values.
+
+        Raises:
+            UserError: an id without a weight, or a weight that is not a finite number.
+        """
+        ids, lengths = self._elements(raw, name, source.separator, place)
+        owners = np.repeat(np.arange(len(raw)), lengths)
+        weights_name = source.weights or name
+        if weights is not None:
+            weights, counts = self._elements(weights, weights_name, source.separator, place)
+            different = np.flatnonzero(lengths != counts)
+            if len(different):
+                row = int(different[0])
+                raise UserError(
+                    f"{place(row)}, column {weights_name}: found {counts[row]} weights for the {lengths[row]} ids of "
+                    f"{name}, allowed: one weight an id"
+                )
+        elif source.weight_separator:
+            ids, weights = _ids_and_weights(ids, source.weight_separator)
+
+        def place_of(element: int) -> str:
+            return place(int(owners[element]))
+
+        texts = self.texts(ids, name, place_of)
+        # an empty id (`a||b`) is missing, whatever the missing values are
+        missing = pc.equal(texts.values, "").fill_null(True).to_numpy(zero_copy_only=False)
+        present = np.flatnonzero(~missing[texts.codes])
+        owners, texts = owners[present], Texts(texts.values, texts.codes[present])
+        numbers = None
+        if weights is not None:
+            allowed = "a finite number as the weight of each id"
+            numbers = self.numbers(weights.take(pa.array(present)), weights_name, place_of, allowed)
+            infinite = np.flatnonzero(~np.isfinite(numbers.astype(np.float32)))
+            if len(infinite):
+                raise cell_error(place_of, infinite[0], weights_name, float(numbers[infinite[0]]), allowed)
+        return Bags(texts, np.bincount(owners, minlength=len(raw)), owners, numbers)
+
+    def _elements(self, raw: pa.Array, column: str, separator: str, place: Place) -> tuple[pa.Array, Ints]:
+        """The elements of all rows, and their number in each row."""
+        raw = plain(raw, column, place)
+        if pa.types.is_string(raw.type):
+            cells = pc.utf8_trim_whitespace(raw) if self.strip else raw
+            cells = _null_where(pc.is_in(cells, value_set=self._missing_text), cells)
+            raw = _split(cells, separator, column, place)
+        elif not is_list(raw.type):
+            valid = pc.invert(pc.is_null(raw, nan_is_null=pa.types.is_floating(raw.type)))
+            return raw.filter(valid), valid.to_numpy(zero_copy_only=False).astype(np.int64)
+        lengths = pc.list_value_length(raw).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+        owners = np.repeat(np.arange(len(raw)), lengths)
+        return plain(raw.flatten(), column, lambda element: place(int(owners[element]) if len(owners) else 0)), lengths
+
+    @cached_property
+    def _missing_text(self) -> pa.Array:
+        return pa.array(["", *self.missing], pa.string())
+
+    @cached_property
+    def _missing_values(self) -> pa.Array:
+        """For columns that are not text: `-1`, `-1.0` and `-1.00` are one number."""
+        texts = ["", *self.missing]
+        for text in self.missing:
+            texts += [number] if (number := number_text(text)) else []
+            texts += [repr(float(text))] if _NUMBER.fullmatch(text.strip()) else []
+        return pa.array(texts, pa.string())
+
+    @cached_property
+    def _missing_numbers(self) -> list[float]:
+        return [float(text) for text in self.missing if _NUMBER.fullmatch(text.strip())]
+
+
+def cell_error(place: Place, row: int, column: str, value: Any, allowed: str) -> UserError:
+    missing = value is None or (isinstance(value, float) and math.isnan(value))
+    shown = "no value" if missing else repr(value)
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    return UserError(f"{place(int(row))}, column {column}: found {shown}, allowed: {allowed}")
+
+
+def no_column(name: str, names: Sequence[str]) -> str:
+    """`no column X`, with the nearest name or the columns that there are."""
+    hint = nearest(name, list(names))
+    if "did you mean" not in hint and len(names) > 12:
+        hint = f"; there are {len(names)}: {', '.join(names[:12])}, ..."
+    return f"no column {name}{hint}"
+
+
+def is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def plain(raw: pa.Array, column: str, place: Place) -> pa.Array:
+    """Convert a column to string, integer, float, boolean, null, or a list.
+
+    Raises:
+        UserError: values of its type have no text, or bytes are not UTF-8.
+    """
+    kind, types = raw.type, pa.types
+    if types.is_dictionary(kind):
+        return plain(raw.dictionary_decode(), column, place)
+    if types.is_float16(kind):
+        return raw.cast(pa.float32())
+    unchanged = (types.is_string, types.is_integer, types.is_floating, types.is_boolean, types.is_null, is_list)
+    if any(is_(kind) for is_ in unchanged):
+        return raw
+    if types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind):
+        return _decoded(raw, column, place)
+    if types.is_timestamp(kind):
+        raw = raw.cast(pa.timestamp("us"), safe=False)  # the text must not depend on the unit
+    textual = (types.is_large_string, types.is_string_view, types.is_date, types.is_timestamp, types.is_decimal)
+    if any(is_(kind) for is_ in textual):
+        return raw.cast(pa.string())
+    allowed = "text, numbers, truth values, dates, or lists of them"
+    raise UserError(f"{place(0)}, column {column}: found values of type {kind}, allowed: {allowed}")
+
+
+def _decoded(raw: pa.Array, column: str, place: Place) -> pa.Array:
+    try:
+        return raw.cast(pa.binary()).cast(pa.string())
+    except pa.ArrowInvalid:
+        for row, value in enumerate(raw.to_pylist()):
+            try:
+                (value or b"").decode()
+            except UnicodeDecodeError:
+                raise cell_error(place, row, column, value, "UTF-8 text") from None
+        raise
+
+
+def number_text(text: str) -> str | None:
+    """The canonical text of a number or truth value (`07` -> `7`, `true` -> `True`), None for other texts."""
+    text = text.strip()
+    if text.lower() in ("true", "false"):
+        return text.capitalize()
+    try:
+        if _INTEGER.fullmatch(text):
+            return str(int(text))  # exact, however long
+        if not _NUMBER.fullmatch(text):
+            return None
+        value = float(text)
+        return str(int(value)) if value.is_integer() else repr(value)
+    except (ValueError, OverflowError):
+        return None
+
+
+def spellings(texts: pa.Array) -> set[str]:
+    """Which of `whole` and `truth` (see `Feature.spelling`) holds for all texts; nulls do not count."""
+    return {
+        spelling for spelling, pattern in _SPELLINGS.items()
+        if pc.all(pc.match_substring_regex(texts, pattern), min_count=0).as_py() is not False
+    }  # fmt: skip
+
+
+def respelt(texts: pa.Array, spelling: str) -> pa.Array:
+    """The texts in the canonical form of a column with this spelling; other texts stay as they are."""
+    if spelling == "whole" and pc.any(pc.match_substring(texts, ".")).as_py():
+        return pc.replace_substring_regex(texts, r"^([+-]?[0-9]+)\.0*$", r"\1")
+    if spelling == "truth":
+        return pc.if_else(pc.match_substring_regex(texts, _SPELLINGS["truth"]), pc.utf8_capitalize(texts), texts)
+    return texts
+
+
+def _canonical(distinct: pa.Array) -> pa.Array:
+    """The texts of distinct values; null for NaN."""
+    kind = distinct.type
+    if pa.types.is_boolean(kind):
+        return pc.if_else(distinct, "True", "False")
+    if pa.types.is_floating(kind):
+        values = distinct.to_numpy(zero_copy_only=False)
+        return pa.array(values.astype(str).astype(object), pa.string(), mask=np.isnan(values))
+    return distinct.cast(pa.string())
+
+
+def _null_where(mask: pa.Array, texts: pa.Array) -> pa.Array:
+    return pc.if_else(mask, pa.scalar(None, pa.string()), texts)
+
+
+def _doubles(column: pa.Array) -> pa.Array:
+    return column.cast(pa.float64(), safe=pa.types.is_string(column.type))
+
+
+def _is_number(text: pa.Array) -> bool:
+    try:
+        _doubles(text)
+    except pa.ArrowInvalid:
+        return False
+    return True
+
+
+def _split(cells: pa.Array, separator: str, column: str, place: Place) -> pa.Array:
+    """Split text cells into lists of text; a cell may also be a list as pandas and JSON write it: `['a', 'b']`.
+
+    Raises:
+        UserError: a cell in brackets is not such a list.
+    """
+    bracketed = pc.and_(pc.starts_with(cells, "["), pc.ends_with(cells, "]")).fill_null(False)
+    lists = pc.split_pattern(cells, separator)
+    if not pc.any(bracketed).as_py():
+        return lists
+    split = lists.to_pylist()
+    for row in np.flatnonzero(bracketed.to_numpy(zero_copy_only=False)).tolist():
+        text = cells[row].as_py()
+        if not _LIST.fullmatch(text):
+            allowed = "ids with the separator between them, or a list as JSON writes it"
+            raise cell_error(place, row, column, text, allowed)
+        split[row] = [ast.literal_eval(item) if item[0] in "'\"" else item for item in re.findall(_ITEM, text)]
+    return pa.array(split, pa.list_(pa.string()))
+
+
+def _ids_and_weights(elements: pa.Array, separator: str) -> tuple[pa.Array, pa.Array]:
+    """Split `sports:0.5` into id and weight; the weight is null if there is none."""
+    if not pa.types.is_string(elements.type):
+        return elements, pa.nulls(len(elements), pa.string())
+    parts = pc.split_pattern(elements, separator, max_splits=1, reverse=True)
+    counts = pc.list_value_length(parts).fill_null(0).to_numpy(zero_copy_only=False)
+    ends = np.cumsum(counts, dtype=np.int64)
+    flat = parts.flatten()
+    ids = flat.take(pa.array(ends - counts, mask=counts == 0))
+    return ids, flat.take(pa.array(ends - 1, mask=counts < 2))

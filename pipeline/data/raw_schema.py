@@ -1,0 +1,98 @@
+"""What a YAML schema declares of raw columns: features, CSV dialect and splits."""
+
+import unicodedata
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from pipeline.config.strict_config import Config, Positive
+from pipeline.data.schema import SPLITS
+
+
+def _as_name(value: Any) -> Any:
+    """Column names in YAML: whole numbers become text, and text takes Unicode's form NFC, as in `RawTable.names`."""
+    if isinstance(value, bool):
+        raise ValueError(f"YAML reads it as {str(value).lower()}: write the name in quotes")
+    if isinstance(value, int):
+        return str(value)
+    return unicodedata.normalize("NFC", value) if isinstance(value, str) else value
+
+
+Name = Annotated[str, BeforeValidator(_as_name), Field(min_length=1)]
+
+
+class FeatureSource(Config):
+    kind: Literal["categorical", "multi", "numeric"]
+    """categorical: one id a row; multi: any number of ids a row; numeric: one number a row"""
+    min_count: Positive = 1
+    """ids that the training split has less often are rare: out of vocabulary, or hashed"""
+    hash_buckets: int = Field(0, ge=0)
+    """number of ids that rare and unseen values share by their hash; 0 = they are out of vocabulary"""
+    separator: str = Field("|", min_length=1)
+    """multi: separates the ids of a text cell"""
+    weight_separator: str | None = Field(None, min_length=1)
+    """multi: separates an id from its weight (`sports:0.5`); null = no weight in the cell"""
+    weights: Name | None = None
+    """multi: the column that holds the weights, in the same order; null = none"""
+    missing: Literal["error", "mean"] | float = "error"
+    """numeric: what a missing value becomes: error = refuse it, mean = the training mean, or a number"""
+    bins: Positive = 32
+    """numeric: quantile bins of the piecewise-linear encoding"""
+
+    @model_validator(mode="after")
+    def _keys_fit_kind(self) -> "FeatureSource":
+        allowed = {
+            "categorical": {"min_count", "hash_buckets"},
+            "multi": {"min_count", "hash_buckets", "separator", "weight_separator", "weights"},
+            "numeric": {"missing", "bins"},
+        }[self.kind]
+        foreign = self.model_fields_set - allowed - {"kind"}
+        if foreign:
+            raise ValueError(f"{', '.join(sorted(foreign))} has no meaning for kind {self.kind}")
+        if self.weights and self.weight_separator:
+            raise ValueError("weights and weight_separator exclude each other")
+        return self
+
+    @property
+    def weighted(self) -> bool:
+        """Whether every id of a row has a weight."""
+        return self.weights is not None or self.weight_separator is not None
+
+
+def kind_alone(value: Any) -> Any:
+    """Allow `city: categorical` for `city: {kind: categorical}`."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
+class Where(Config):
+    where: str = Field(min_length=1)
+    """condition, as for labels"""
+
+
+class SplitSource(Config):
+    by: Name | None = None
+    """split by the hash of this column, so that equal values stay together; null = every row at random"""
+    seed: int = Field(0, ge=0)
+    """another seed gives another split"""
+    train: float = Field(0.8, gt=0, le=1)
+    """share of the training split"""
+    validation: Annotated[float, Field(ge=0, lt=1)] | Where = 0.1
+    """share of the validation split; or `{where: 'day == 7'}`: its rows by a condition, as for labels"""
+    test: Annotated[float, Field(ge=0, lt=1)] | Where = 0.1
+    """share of the test split; or `{where: 'day >= 8'}`; the shares then divide the other rows"""
+
+    @model_validator(mode="after")
+    def _shares_sum_to_one(self) -> "SplitSource":
+        shares = [share for share in (self.train, self.validation, self.test) if not isinstance(share, Where)]
+        if len(shares) == len(SPLITS) and abs(sum(shares) - 1) > 1e-9:
+            raise ValueError(f"train, validation and test sum to {sum(shares):g}, allowed: 1")
+        return self
+
+
+class CsvSource(Config):
+    delimiter: Annotated[str, BeforeValidator(lambda value: "\t" if value == r"\t" else value)] = ","
+    r"""one character that separates the columns (a tab: "\t")"""
+    escape: str | None = None
+    r"""one character that escapes a quote within quotes (in files of Spark, Hive and MySQL, "\\"); null = doubled"""
+    strip: bool = True
+    """strip whitespace around every value"""

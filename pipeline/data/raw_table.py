@@ -1,0 +1,137 @@
+"""The rows of raw CSV, JSON Lines or Parquet files as a stream of batches."""
+
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.data.cells import no_column, plain
+from pipeline.data.csv_reader import CsvReader, check_dialect
+from pipeline.data.digests import combined_sha256, file_sha256
+from pipeline.data.json_reader import JsonReader
+from pipeline.data.raw_files import RawFile, file_format, list_files, read_errors
+from pipeline.data.raw_schema import CsvSource
+from pipeline.data.recut import Recut
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one file."""
+
+    file: RawFile
+    first: int  # number of the first row within its file, from 1, without the header
+    start: int  # number of the first row among the rows of all files, from 0
+    rows: int
+    columns: dict[str, pa.Array]
+
+    def place(self, row: int) -> str:
+        return f"{self.file.path}: row {self.first + row}"
+
+
+class Reader(Protocol):
+    """One raw file."""
+
+    @property
+    def names(self) -> list[str]: ...
+
+    def batches(self, positions: Sequence[int], rows: int) -> Iterator[pa.RecordBatch]:
+        """The columns at these positions, about `rows` rows at a time."""
+        ...
+
+
+class ParquetReader:
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    @property
+    def names(self) -> list[str]:
+        return list(pq.ParquetFile(self.file).schema_arrow.names)
+
+    def batches(self, positions: Sequence[int], rows: int) -> Iterator[pa.RecordBatch]:
+        names = self.names
+        return pq.ParquetFile(self.file).iter_batches(rows, columns=[names[position] for position in positions])
+
+
+class RawTable:
+    """The rows of all files (see `list_files`), which have one format.
+
+    Raises:
+        UserError: files are missing or unreadable, of several formats, or the CSV dialect is invalid.
+    """
+
+    def __init__(
+        self,
+        data: Path,
+        own: Mapping[str, Path],
+        columns: Sequence[str] | None = None,
+        dialect: CsvSource | None = None,
+    ) -> None:
+        """columns: names of a headerless CSV's columns."""
+        self.files = list_files(data, own)
+        dialect = dialect or CsvSource()
+        formats = sorted({file_format(file.path) for file in self.files})
+        if len(formats) > 1:
+            raise UserError(f"{data}: found {' and '.join(formats)} files, allowed: one format")
+        if columns and formats[0] != "CSV":
+            raise UserError(
+                f"{self.files[0].path}: columns names a headerless CSV's columns; a {formats[0]} file has its own"
+            )
+        check_dialect(dialect)
+
+        def reader(file: Path) -> Reader:
+            if formats[0] == "CSV":
+                return CsvReader(file, dialect, columns)
+            return JsonReader(file) if formats[0] == "JSON Lines" else ParquetReader(file)
+
+        self._readers = {file.path: reader(file.path) for file in self.files}
+
+    def names(self, file: RawFile) -> list[str]:
+        """The names of a file's columns, partition columns included, in Unicode's form NFC."""
+        with read_errors(file.path):
+            names = self._readers[file.path].names
+        return [unicodedata.normalize("NFC", name) for name in [*names, *file.partition]]
+
+    def batches(self, columns: Sequence[str], rows: int) -> Iterator[Batch]:
+        """These columns of all rows, at most `rows` at a time, in order.
+
+        Raises:
+            UserError: a column is absent, or a file is damaged; names the file and, where possible, the row.
+        """
+        start = 0
+        for file in self.files:
+            names, first = self.names(file), 1
+            for name in columns:
+                if names.count(name) != 1:
+                    problem = f"column {name} is there twice" if name in names else no_column(name, names)
+                    raise UserError(f"{file.path}: {problem}")
+            with read_errors(file.path):
+                for table in self._tables(file, names, columns, rows):
+                    batch = Batch(file, first, start, table.num_rows, {})
+                    for name in columns:
+                        batch.columns[name] = plain(table[name].combine_chunks(), name, batch.place)
+                    yield batch
+                    first, start = first + table.num_rows, start + table.num_rows
+
+    def description(self) -> str:
+        """File names, and the SHA-256 of the file or of the files' digests."""
+        files = [file.path for file in self.files]
+        names = [file.name for file in files]
+        if len(names) > 4:
+            names = [f"{names[0]} to {names[-1]} ({len(names)} files)"]
+        return f"{', '.join(names)}, SHA-256 {file_sha256(files[0]) if len(files) == 1 else combined_sha256(files)}"
+
+    def _tables(self, file: RawFile, names: list[str], columns: Sequence[str], rows: int) -> Iterator[pa.Table]:
+        recut, inside = Recut(rows), [name for name in columns if name not in file.partition]
+        positions = [names.index(name) for name in inside]
+        for batch in self._readers[file.path].batches(positions, rows):
+            arrays = dict(zip(inside, batch.columns, strict=False))
+            for name in columns:
+                if name in file.partition:
+                    arrays[name] = pa.repeat(pa.scalar(file.partition[name], pa.string()), batch.num_rows)
+            yield from recut.add(pa.table({name: arrays[name] for name in columns}))
+        yield from recut.rest()

@@ -1,0 +1,166 @@
+"""The schema of a prepared folder: `schema.json`, all that training needs to know of the data.
+
+A prepared folder holds `train.parquet`, `validation.parquet`, `test.parquet`, `vocabulary.parquet` and
+`schema.json`. A split may also be a folder of Parquet files, read in the order of their names. The columns of a split
+are `click` and `conversion` (int8), one int32 column per categorical feature, one list<int32> column per multi-valued
+feature (with `<name>.weights`, list<float>, if it is weighted) and one float column per numeric feature. Ids count
+within a feature: 0 = out of vocabulary, 1 = missing, then the vocabulary, then the hash buckets that rare and unseen
+values share.
+"""
+
+import hashlib
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.config.strict_config import Config, validate
+from pipeline.errors import UserError
+from pipeline.storage.files import check_file
+
+OUT_OF_VOCABULARY, MISSING, FIRST_ID = 0, 1, 2
+MOST_IDS = 2**31 - 1  # of all features together: an id is a row of one table, in 32 bits
+LABELS = ("click", "conversion")
+SPLITS = ("train", "validation", "test")
+SCHEMA_FILE = "schema.json"
+VOCABULARY_FILE = "vocabulary.parquet"  # columns: feature (string), value (string), id (int32), count (int64)
+
+# What pandas reads as missing, so that a raw frame means the same to `prepare_ctr` and to a logged model.
+MISSING_TEXT = (
+    "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A",
+    "NA", "NULL", "NaN", "None", "n/a", "nan", "null",
+)  # fmt: skip
+
+
+class Feature(Config):
+    """A feature as training reads it."""
+
+    name: str
+    kind: Literal["categorical", "multi", "numeric"]
+    size: int = Field(0, ge=0, le=MOST_IDS)
+    """categorical, multi: number of ids, 0 (out of vocabulary), 1 (missing) and hashed ones included"""
+    hash_buckets: int = Field(0, ge=0, le=MOST_IDS)
+    """categorical, multi: number of ids, the last ones, that rare and unseen values share by their hash"""
+    weighted: bool = False
+    """multi: the split has a column `<name>.weights`"""
+    separator: str = "|"
+    weight_separator: str | None = None
+    weights: str | None = None
+    edges: tuple[float, ...] = ()
+    """numeric: increasing edges of the bins, from training quantiles"""
+    fill: float | None = None
+    """numeric: replaces a missing value; null = a missing value is an error"""
+    spelling: Literal["text", "whole", "truth"] = "text"
+    """categorical, multi: what all raw values are: any text; whole numbers, without `.0`; `True` and `False`"""
+    out_of_vocabulary: dict[str, float] = Field(default_factory=dict)
+    """categorical, multi: share of out-of-vocabulary ids, by split"""
+
+    @model_validator(mode="after")
+    def _edges_make_bins(self) -> "Feature":
+        if self.kind == "numeric" and (len(self.edges) < 2 or any(b <= a for a, b in pairwise(self.edges))):
+            raise ValueError("edges of a numeric feature: allowed: at least two, increasing")
+        return self
+
+
+class Split(Config):
+    file: str = Field(pattern=r"^\w[\w.-]*$")
+    """name of a file, or of a folder of parts, in the prepared folder; no path, which could lead out of it"""
+    rows: int = Field(ge=0)
+    clicks: int = Field(ge=0)
+    conversions: int = Field(ge=0)
+    sha256: str
+    """of the file's bytes; of a folder: of the concatenated digests of its parts"""
+
+
+class BaseRates(Config):
+    """Rates of the training split."""
+
+    ctr: float
+    """clicks per impression"""
+    cvr: float
+    """conversions per click"""
+
+    @classmethod
+    def of_split(cls, train: Split) -> "BaseRates":
+        return cls(ctr=train.clicks / max(1, train.rows), cvr=train.conversions / max(1, train.clicks))
+
+
+class DataSchema(Config):
+    """`schema.json`: all that training needs to know of a prepared folder."""
+
+    format: Literal[1] = 1
+    features: tuple[Feature, ...]
+    splits: dict[str, Split]
+    base_rates: BaseRates
+    vocabulary_sha256: str
+    missing_values: tuple[str, ...] = MISSING_TEXT
+    strip: bool = True
+    truth: bool = False
+    """generated data: the splits hold the true probabilities as `p_ctr` and `p_cvr` (double)"""
+    source: str = ""
+    """name and SHA-256 of the raw files, or the generator's settings"""
+    counts: dict[str, int] = Field(default_factory=dict)
+    """raw Ali-CCP files: irregularities counted while they were read"""
+
+    @model_validator(mode="after")
+    def _ids_fit(self) -> "DataSchema":
+        ids = sum(feature.size for feature in self.features)
+        if ids > MOST_IDS:
+            raise ValueError(f"features: found sizes that sum to {ids}, allowed: {MOST_IDS} at most")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) over the features and the digests of the splits and the vocabulary."""
+        content = self.model_dump(mode="json", include={"format", "features", "splits", "vocabulary_sha256", "truth"})
+        for feature in content["features"]:
+            if feature["spelling"] == "text":
+                del feature["spelling"]  # folders from before this key was added keep their digest
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def raw_columns(self) -> list[str]:
+        """The raw columns that the features are read from."""
+        return [name for feature in self.features for name in (feature.name, feature.weights) if name]
+
+    @classmethod
+    def read(cls, folder: Path) -> "DataSchema":
+        """Read `folder/schema.json`.
+
+        Raises:
+            UserError: it is missing, unreadable or not a schema.
+        """
+        file = folder / SCHEMA_FILE
+        try:
+            check_file(file)
+            tree = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            problem = f"no {SCHEMA_FILE}" if folder.is_dir() else "no such folder"
+            raise UserError(f"{folder}: {problem}; allowed: a folder that prepare_ctr wrote") from None
+        except OSError as error:
+            raise UserError(f"{file}: {error.strerror or error}") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{file}: not valid JSON: {error}") from None
+        if not isinstance(tree, dict):
+            raise UserError(f"{file}: found a {type(tree).__name__}, allowed: an object of keys")
+        return validate(cls, tree, file)
+
+    def write(self, folder: Path) -> None:
+        text = json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False)
+        (folder / SCHEMA_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def split_parts(split: Path) -> list[Path]:
+    """The Parquet files of a split: the file itself, or the files of a folder, sorted by name.
+
+    Raises:
+        OSError: one of them is missing or not a regular file.
+    """
+    files = [split]
+    if split.is_dir():
+        files = sorted(file for file in split.glob("*.parquet") if file.name[0] not in "._") or files
+    for file in files:
+        check_file(file)
+    return files

@@ -1,0 +1,1 @@
+"""Impressions as batches: the table of a split, the embedding lookup, and generated impressions."""

@@ -1,0 +1,30 @@
+"""The YAML schema of raw impressions in CSV, JSON Lines or Parquet files."""
+
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field
+
+from pipeline.config.strict_config import Config
+from pipeline.data.raw_schema import CsvSource, FeatureSource, Name, SplitSource, kind_alone
+from pipeline.data.schema import MISSING_TEXT
+
+
+class LabelSource(Config):
+    click: Name
+    """a column that holds 0/1 or true/false, or a condition such as `status != "new"`"""
+    conversion: Name
+    """likewise; a condition may name `click`: `click and income == "50000+."`"""
+
+
+class SourceSchema(Config):
+    """What the columns of the raw files are."""
+
+    columns: tuple[Name, ...] | None = None
+    """CSV without a header: the columns' names in file order; null = the first line names them"""
+    csv: CsvSource = CsvSource()
+    labels: LabelSource
+    features: dict[Name, Annotated[FeatureSource, BeforeValidator(kind_alone)]] = Field(min_length=1)
+    """column -> kind, or a mapping with `kind` and its settings"""
+    missing_values: tuple[str, ...] = MISSING_TEXT
+    """text that means "no value", as an empty cell always does (exact; in a numeric column any spelling)"""
+    split: SplitSource = SplitSource()
