@@ -54,7 +54,7 @@ class ParquetReader:
 
     def batches(self, positions: Sequence[int], rows: int) -> Iterator[pa.RecordBatch]:
         names = self.names
-        return pq.ParquetFile(self.file).iter_batches(rows, columns=[names[position] for position in positions])
+        yield from pq.ParquetFile(self.file).iter_batches(rows, columns=[names[position] for position in positions])
 
 
 class RawTable:

@@ -1,4 +1,4 @@
-"""A logged MMoE: raw feature columns in, probabilities out."""
+"""Predictor of a logged MMoE: from raw feature columns to probabilities."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,10 +24,7 @@ BATCH_ROWS = 8192
 
 
 def load(folder: Path) -> Callable[..., pd.DataFrame]:
-    """The predictor that `MmoeTask.export` wrote into the folder: predict(frame, raw=False).
-
-    raw: probabilities as trained, without calibration.
-    """
+    """Load what `MmoeTask.export` wrote: predict(frame, raw=False). raw: probabilities without calibration."""
     schema, encoder = DataSchema.read(folder), Encoder.load(folder)
     layout = Layout(schema.features)
     model = Mmoe(load_config(MmoeConfig, folder / "config.yaml").model, layout, schema.base_rates)
@@ -51,7 +48,7 @@ def load(folder: Path) -> Callable[..., pd.DataFrame]:
 
 
 def raw_example(folder: Path, rows: int) -> dict[str, list[Any]]:
-    """The first prepared validation rows as the raw columns they came from, for a model's input example."""
+    """The first prepared validation rows as raw columns, for a model's input example."""
     schema = DataSchema.read(folder)
     files = split_parts(folder / schema.splits["validation"].file)
     encoded = next(batch for file in files for batch in pq.ParquetFile(file).iter_batches(batch_size=rows)).to_pydict()
@@ -59,21 +56,19 @@ def raw_example(folder: Path, rows: int) -> dict[str, list[Any]]:
     values = {name: dict(zip(part["id"], part["value"], strict=True)) for name, part in vocabulary.groupby("feature")}
     raw: dict[str, list[Any]] = {}
     for feature in schema.features:
-        known, column = values.get(feature.name, {}), encoded[feature.name]
+        name, texts, column = feature.name, values.get(feature.name, {}), encoded[feature.name]
         if feature.kind == "numeric":
-            raw[feature.name] = column
+            raw[name] = column
         elif feature.kind == "categorical":
-            raw[feature.name] = [known.get(number) for number in column]  # None where the value was not kept
+            raw[name] = [texts.get(number) for number in column]  # None if the value is not in the vocabulary
         else:
-            kept = [[position for position, number in enumerate(cell) if number >= FIRST_ID] for cell in column]
-            weights = encoded.get(f"{feature.name}.weights", [[None] * len(cell) for cell in column])
-            texts = [[known[cell[position]] for position in keep] for cell, keep in zip(column, kept, strict=True)]
-            shown = [[f"{cell[position]:g}" for position in keep] if feature.weighted else []
-                     for cell, keep in zip(weights, kept, strict=True)]  # fmt: skip
-            if feature.weight_separator:
-                texts = [[text + feature.weight_separator + weight for text, weight in zip(*pair, strict=True)]
-                         for pair in zip(texts, shown, strict=True)]  # fmt: skip
-            raw[feature.name] = [feature.separator.join(cell) for cell in texts]
+            weights = encoded.get(f"{name}.weights") or [[1.0] * len(cell) for cell in column]
+            bags = [
+                [(texts[number], f"{weight:g}") for number, weight in zip(*pair, strict=True) if number >= FIRST_ID]
+                for pair in zip(column, weights, strict=True)
+            ]
+            join = feature.weight_separator
+            raw[name] = [feature.separator.join(join.join(pair) if join else pair[0] for pair in bag) for bag in bags]
             if feature.weights:
-                raw[feature.weights] = [feature.separator.join(cell) for cell in shown]
+                raw[feature.weights] = [feature.separator.join(weight for _, weight in bag) for bag in bags]
     return raw

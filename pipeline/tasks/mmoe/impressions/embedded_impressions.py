@@ -1,9 +1,9 @@
 """Generated impressions whose true click and conversion probabilities are known.
 
-Users and items are drawn with skewed popularity and have latent tastes that come from what can be seen of them (age,
-city, interests; category, tags) and a little that cannot. A click is likelier where tastes meet; a conversion given a
-click depends on the same match, on the price and on how active the user is. Because the truth is known, the AUC that
-no model can beat on these rows is known too: the Bayes AUC, of the true probabilities.
+Users and items have skewed popularity and latent tastes, which follow from their features (age, city, interests;
+category, tags) and a little noise. A click is likelier if the tastes match; a conversion given a click depends on the
+same match, on the price and on the user's activity. The true probabilities give the Bayes AUC, which no model can beat
+on these rows.
 """
 
 import hashlib
@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 from pipeline.data.digests import file_sha256
 from pipeline.data.schema import (
     FIRST_ID,
+    LABELS,
     SCHEMA_FILE,
-    SPLITS,
     VOCABULARY_FILE,
     BaseRates,
     DataSchema,
@@ -30,7 +30,7 @@ from pipeline.data.schema import (
 from pipeline.storage.folders import made_once
 from pipeline.tasks.mmoe.config import EmbeddedDataConfig
 
-GENERATOR_VERSION = 1  # another version is other data
+GENERATOR_VERSION = 1  # change it whenever the data change
 CHUNK_ROWS = 100_000
 CTR, CVR = 0.04, 0.03
 SHARES = {"train": 0.8, "validation": 0.1}
@@ -66,7 +66,7 @@ class Bags(NamedTuple):
 
 
 class World:
-    """Everything about users, items and circumstances, from the seed alone."""
+    """All properties of users, items and contexts; they depend on the seed alone."""
 
     def __init__(self, seed: int) -> None:
         random = _stream(seed, 1, GENERATOR_VERSION)
@@ -123,7 +123,7 @@ class World:
         return ids, 1 / (1 + np.exp(-ctr)), 1 / (1 + np.exp(-cvr))
 
     def chunk(self, seed: int, number: int, count: int) -> pa.Table:
-        """`count` impressions of the `number`-th chunk as the Parquet splits hold them, with the true p."""
+        """The `number`-th chunk of `count` impressions as the Parquet splits hold them, with the true p."""
         random = _stream(seed, 3, number)
         ids, p_ctr, p_cvr = self._rows(random, count)
         click = random.random(count) < p_ctr
@@ -132,16 +132,14 @@ class World:
             "click": pa.array(click.astype(np.int8)),
             "conversion": pa.array(conversion.astype(np.int8)),
         }
+        bags = {"interests": self.interests.take(ids["user"]), "tags": self.tags.take(ids["item"])}
         for name in SIZES:
             if name in MULTI:
-                bags = (self.interests if name == "interests" else self.tags).take(
-                    ids["user" if name == "interests" else "item"]
-                )
-                offsets = pa.array(bags.offsets.astype(np.int32))
-                values = pa.array((bags.ids + FIRST_ID).astype(np.int32))
+                offsets = pa.array(bags[name].offsets.astype(np.int32))
+                values = pa.array((bags[name].ids + FIRST_ID).astype(np.int32))
                 columns[name] = pa.ListArray.from_arrays(offsets, values)
                 if name == "interests":
-                    weights = pa.array(bags.weights.astype(np.float32))
+                    weights = pa.array(bags[name].weights.astype(np.float32))
                     columns["interests.weights"] = pa.ListArray.from_arrays(offsets, weights)
             else:
                 columns[name] = pa.array((ids[name] + FIRST_ID).astype(np.int32))
@@ -151,7 +149,7 @@ class World:
 
 
 def embedded_data(config: EmbeddedDataConfig) -> Path:
-    """The folder with the generated data; made on first use, kept in the cache.
+    """The folder with the generated data, made on first use and kept in the cache.
 
     Raises:
         UserError: the cache folder cannot be written.
@@ -167,28 +165,27 @@ def embedded_data(config: EmbeddedDataConfig) -> Path:
 def generate(folder: Path, rows: int, seed: int) -> DataSchema:
     """Write `rows` impressions into the folder, a chunk at a time."""
     world = World(seed)
-    ends = dict(zip(SPLITS, np.cumsum([int(rows * SHARES["train"]), int(rows * SHARES["validation"])]), strict=False))
-    ends["test"] = np.int64(rows)
+    train_end = int(rows * SHARES["train"])
+    ends = {"train": train_end, "validation": train_end + int(rows * SHARES["validation"]), "test": rows}
     splits, start, number = {}, 0, 0
-    for split in SPLITS:
-        file, clicks, conversions = folder / f"{split}.parquet", 0, 0
+    for split, end in ends.items():
+        file, first, sums = folder / f"{split}.parquet", start, dict.fromkeys(LABELS, 0)
         writer = None
-        first = start
-        while start < ends[split]:
-            count = int(min(CHUNK_ROWS, ends[split] - start))
+        while start < end:
+            count = min(CHUNK_ROWS, end - start)
             table = world.chunk(seed, number, count)
             writer = writer or pq.ParquetWriter(file, table.schema, compression="zstd")
             writer.write_table(table)
-            clicks += int(table["click"].to_numpy().sum())
-            conversions += int(table["conversion"].to_numpy().sum())
+            for label in LABELS:
+                sums[label] += int(table[label].to_numpy().sum())
             start, number = start + count, number + 1
         if writer:
             writer.close()
         splits[split] = Split(
-            file=file.name, rows=start - first, clicks=clicks, conversions=conversions, sha256=file_sha256(file)
-        )
+            file=file.name, rows=start - first, clicks=sums["click"], conversions=sums["conversion"],
+            sha256=file_sha256(file),
+        )  # fmt: skip
     _write_vocabulary(folder / VOCABULARY_FILE)
-    train = splits["train"]
     features = [
         Feature(name=name, kind="multi" if name in MULTI else "categorical", size=size + FIRST_ID,
                 weighted=name == "interests", weight_separator=":" if name == "interests" else None)
@@ -203,7 +200,7 @@ def generate(folder: Path, rows: int, seed: int) -> DataSchema:
     schema = DataSchema(
         features=tuple(features),
         splits=splits,
-        base_rates=BaseRates(ctr=train.clicks / train.rows, cvr=train.conversions / max(1, train.clicks)),
+        base_rates=BaseRates.of_split(splits["train"]),
         vocabulary_sha256=file_sha256(folder / VOCABULARY_FILE),
         truth=True,
         source=f"generator {GENERATOR_VERSION}, {rows} rows, seed {seed}",
@@ -225,7 +222,7 @@ def _write_vocabulary(file: Path) -> None:
 
 
 def _stream(seed: int, kind: int, number: int = 0) -> np.random.Generator:
-    """A random stream of its own for every (kind, number); no word is 0, because NumPy pads seeds with zeros."""
+    """An independent random stream for every (kind, number); no word is 0, because NumPy pads seeds with zeros."""
     return np.random.Generator(np.random.PCG64([seed, kind, number + 1]))
 
 
@@ -251,7 +248,7 @@ def _bags(random: np.random.Generator, count: int, size: int, least: int, most: 
 
 
 def _intercept(logits: Floats, weights: Floats, rate: float) -> float:
-    """What to add to the logits so that the weighted mean probability is `rate` (bisection)."""
+    """The shift of the logits that makes the weighted mean probability `rate` (bisection)."""
     low, high = -20.0, 20.0
     for _ in range(60):
         middle = (low + high) / 2

@@ -1,6 +1,6 @@
-"""The fused embedding table's lookup and its gradient.
+"""Lookup in the fused embedding table, and its gradient.
 
-B = rows of a batch, F = id features, W = width of the table, n = ids of the batch, u = distinct ones.
+B = rows of a batch, F = id features, W = width of the table, n = ids of the batch, u = distinct ids.
 """
 
 from typing import Any, NamedTuple
@@ -16,10 +16,10 @@ Array = npt.NDArray[Any]
 
 
 class Groups(NamedTuple):
-    """The ids of a batch sorted by the table row that they name."""
+    """The ids of a batch sorted by table row."""
 
     rows: Tensor  # [u] int64, distinct and increasing
-    starts: Tensor  # [u + 1] int32: where the places of each row begin
+    starts: Tensor  # [u + 1] int32: first place of each row
     bags: Tensor  # [n] int32: the bag of each place
     weights: Tensor  # [n] float32
 
@@ -36,7 +36,7 @@ def grouped(ids: Array, bags: Array, weights: Array) -> Groups:
 def lookup(table: Tensor, batch: Any, sparse: bool) -> Tensor:
     """The weighted sum of each bag's rows: [B * F, W].
 
-    Where the batch has groups, the table's gradient is made of them: sparse and coalesced if `sparse`, else dense.
+    If the batch has groups, the table's gradient is computed from them: sparse and coalesced if `sparse`, else dense.
     """
     if batch.groups is None or not torch.is_grad_enabled():
         return _pooled(table, batch.ids, batch.starts, batch.weights, sparse)
@@ -44,7 +44,7 @@ def lookup(table: Tensor, batch: Any, sparse: bool) -> Tensor:
 
 
 class _Lookup(torch.autograd.Function):
-    """torch's own sparse gradient has a row for each id, and sorting them takes longer than the rest of the lookup."""
+    """Lookup with a coalesced gradient; torch's own has a row for each id, and sorting them takes longer than this."""
 
     @staticmethod
     def forward(ctx: Any, table: Tensor, batch: Any, sparse: bool) -> Tensor:
@@ -54,7 +54,7 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """A row's gradient is the weighted sum of its bags' gradients: a lookup once more, in those."""
+        """A row's gradient is the weighted sum of its bags' gradients: another lookup, in the gradients."""
         groups: Groups = ctx.groups
         values = _pooled(gradient.contiguous(), groups.bags, groups.starts, groups.weights)
         total = torch.sparse_coo_tensor(groups.rows[None], values, ctx.size, is_coalesced=True, check_invariants=False)

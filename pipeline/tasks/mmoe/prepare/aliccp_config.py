@@ -85,8 +85,9 @@ class AliccpSource(Config):
             UserError: a file is missing, also with `.gz` after its name.
         """
         if not data.is_dir():
-            names = ", ".join(self.train.model_dump().values())
-            raise UserError(f"{data}: no such folder, allowed: a folder that holds {names}")
+            raise UserError(
+                f"{data}: no such folder, allowed: a folder that holds {', '.join(self.train.model_dump().values())}"
+            )
         groups = []
         for files in (self.train, TEST if self.test == "auto" else self.test):
             names = list(files.model_dump().values()) if files else []

@@ -1,5 +1,6 @@
 """Labels and splits of raw impressions, as a source schema declares them."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -138,7 +139,7 @@ class LabelsAndSplits:
             if isinstance(feature.missing, float) and abs(feature.missing) > float(np.finfo(np.float32).max):
                 raise self._error(f"{key}.missing", f"found {feature.missing}, allowed: numbers up to 3.4e38")
 
-    def _check_columns(self, key: str, columns: list[str]) -> None:
+    def _check_columns(self, key: str, columns: Iterable[str]) -> None:
         for column in columns:
             if column not in self.names:
                 raise self._error(key, f"{no_column(column, self.names)} ({self.file})")
