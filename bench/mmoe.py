@@ -36,7 +36,7 @@ def against_limit(shop: Workshop, name: str, batch_size: int) -> None:
     steps = ROWS_A_TURN // batch_size
     with shop.tracked(name) as run:
         own = Trainer(task, run).timed(steps)
-        measured(name, own, limit(task.config, len(task.schema.features), steps), PAIRS)
+        measured(name, own, limit(task.config, len(task.data.schema.features), steps), PAIRS)
 
 
 def mmoe_b1024(shop: Workshop) -> None:
@@ -60,5 +60,5 @@ def sparse_adam_b1024(shop: Workshop) -> None:
     """The reference of `mmoe_deepfm_b1024` against the limit."""
     task = shop.task()
     steps = ROWS_A_TURN // task.config.training.batch_size
-    other = limit(task.config, len(task.schema.features), steps)
+    other = limit(task.config, len(task.data.schema.features), steps)
     measured("sparse_adam_b1024", sparse_adam.training(shop.data(), task.config, steps), other, 5)

@@ -22,8 +22,9 @@ from pipeline.runtime.console import Console
 from pipeline.tasks.base import evaluate, evaluating
 from pipeline.tasks.mmoe import predict
 from pipeline.tasks.mmoe.config import TASKS, MmoeConfig
+from pipeline.tasks.mmoe.evaluation import labelled
 from pipeline.tasks.mmoe.impressions.embedded_impressions import generate
-from pipeline.tasks.mmoe.task import MmoeTask, _events
+from pipeline.tasks.mmoe.task import MmoeTask
 from pipeline.tracking.mlflow_run import MemoryRun
 from pipeline.training.loop import Training
 
@@ -159,10 +160,12 @@ def test_a_run_of_the_mmoe(small: Make, many: str, tmp_path: Path, capsys: pytes
     task, run, training = trained(small(**options))
     model = training.result.model
     assert {key: float(value) for key, value in run.params.items()} == {
-        f"calibration.{head}.{name}": task.calibration[head][name] for head in TASKS for name in ("scale", "shift")
+        f"calibration.{head}.{name}": task.evaluation.calibration[head][name]
+        for head in TASKS
+        for name in ("scale", "shift")
     }
     with evaluating(model):
-        assert task.calibrate(model, "cpu") == task.calibration
+        assert task.calibrate(model, "cpu") == task.evaluation.calibration
 
     # the same run without it: the same points, but for the calibrated metrics
     _, plain, _ = trained(small(**options, model__calibrate="false"))
@@ -183,10 +186,10 @@ def test_a_run_of_the_mmoe(small: Make, many: str, tmp_path: Path, capsys: pytes
         assert metrics[f"test/logloss_{event}_calibrated"] < metrics[f"test/logloss_{event}"]
 
     # one logit ranks as before
-    table = task.held_out("test")
+    table = task.data.held_out("test")
     with evaluating(model):
-        z = task._predict(model, table, "cpu")[0].double()
-    before, after = (_events(table, logits) for logits in (z, rescaled(z, task.calibration, TASKS)))
+        z = task.evaluation.predict(model, table, "cpu").logits.double()
+    before, after = (labelled(table, logits) for logits in (z, rescaled(z, task.evaluation.calibration, TASKS)))
     for event in ("ctr", "cvr"):
         aucs = [binary_metrics(events[event][0], *(part.numpy() for part in events[event][1])).get("auc")
                 for events in (before, after)]  # fmt: skip
@@ -194,19 +197,22 @@ def test_a_run_of_the_mmoe(small: Make, many: str, tmp_path: Path, capsys: pytes
 
     # the logged model
     task.export(model, tmp_path)
-    assert json.loads((tmp_path / "calibration.json").read_text()) == task.calibration
+    assert json.loads((tmp_path / "calibration.json").read_text()) == task.evaluation.calibration
     answer, frame = predict.load(tmp_path), pd.DataFrame(predict.raw_example(Path(many), 300))
     found, raw = answer(frame), answer(frame, raw=True)
     for head in TASKS:
-        expected = task.calibration[head]["scale"] * logit(raw[f"p_{head}"]) + task.calibration[head]["shift"]
+        expected = (
+            task.evaluation.calibration[head]["scale"] * logit(raw[f"p_{head}"])
+            + task.evaluation.calibration[head]["shift"]
+        )
         np.testing.assert_allclose(logit(found[f"p_{head}"]), expected, rtol=1e-9)
     np.testing.assert_array_equal(found["p_ctcvr"], found["p_ctr"] * found["p_cvr"])
     (tmp_path / "calibration.json").unlink()  # a model of an earlier version
     pd.testing.assert_frame_equal(predict.load(tmp_path)(frame), raw)
 
     # without a conversion
-    click, conversion = task.held_out("valid").labels
-    task.held_out("valid").__dict__["labels"] = (click, np.zeros_like(conversion))
+    click, conversion = task.data.held_out("valid").labels
+    task.data.held_out("valid").__dict__["labels"] = (click, np.zeros_like(conversion))
     capsys.readouterr()
     with evaluating(model):
         assert task.calibrate(model, "cpu") == {}

@@ -246,7 +246,7 @@ def test_shares_add_up_whatever_a_micro_batch_holds(small: Make, many: str) -> N
     task = MmoeTask(small(**{"data.path": many, "loss.aux_focal.warmup_steps": 0}))
     torch.manual_seed(0)
     model, rows = task.model(), np.arange(3000)
-    click, conversion = task.train.labels
+    click, conversion = task.data.train.labels
     order = np.argsort((click + conversion)[:3000], kind="stable")
     batches = [[task.batch(rows)], [task.batch(part) for part in np.split(order, [1000, 2000, 2900, 2990])]]
     assert not batches[1][0].click.any()
@@ -373,7 +373,7 @@ def test_heads_without_experts_and_without_a_click_tower(small: Make) -> None:
 
 def logits_of(task: MmoeTask, model: nn.Module, split: str) -> tuple[Floats, Floats, Floats]:
     """Logits [N, 2] and labels of a split, its rows in one batch."""
-    table = task.held_out(split)
+    table = task.data.held_out(split)
     model.eval()
     with torch.no_grad():
         logits = model(table.batch(np.arange(len(table)))).logits
@@ -413,7 +413,7 @@ def test_validation_losses_by_textbook_formulas_whatever_the_arm(small: Make, ma
 
 def test_a_split_without_a_click_has_no_loss_of_clicks(small: Make) -> None:
     task = MmoeTask(small())
-    table = task.held_out("valid")
+    table = task.data.held_out("valid")
     for label in table.labels:
         label[:] = 0
     names = {name for name in evaluate(task, task.model(), "valid", "cpu") if "/loss_" in name}
@@ -531,12 +531,11 @@ def test_no_rows_unless_they_are_wanted_and_there(small: Make, many: str, tmp_pa
     with evaluating(model := task.model()):
         task.report(model, tmp_path / "off", "cpu")
     task = MmoeTask(small(**{"data.path": many}))
-    table = task.held_out("valid")
-    schema = task.schema.model_copy(update={"splits": {"empty": task.schema.splits["test"].model_copy(
+    schema = task.data.schema.model_copy(update={"splits": {"empty": task.data.schema.splits["test"].model_copy(
         update={"rows": 0, "file": "empty.parquet"})}})  # fmt: skip
     pq.write_table(pq.read_table(Path(many) / "test.parquet").slice(0, 0), tmp_path / "empty.parquet")
     empty = read_split(tmp_path, schema, "empty")
-    task.held_out = {"valid": table, "test": empty}.__getitem__  # type: ignore[assignment]
+    task.data.test = empty
     with evaluating(model := task.model()):
         task.report(model, tmp_path / "empty", "cpu")
     assert not [*(tmp_path / "off").rglob("*.parquet"), *(tmp_path / "empty").rglob("*.parquet")]

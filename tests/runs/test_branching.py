@@ -129,7 +129,7 @@ def test_a_trunk_longer_than_the_training_is_the_training(small: Make, tmp_path:
 def test_a_task_shares_what_is_loaded_where_the_config_names_the_same(small: Make, tmp_path: Path) -> None:
     task = MmoeTask(small())
     other = task.with_config(small(**{"optim.dense.lr": 0.1}))
-    assert other.train is task.train
+    assert other.data is task.data
     assert other.config.optim.dense.lr == 0.1
     overrides = {"data.embedded.rows": "300", "data.cache": str(tmp_path), "baselines": "false"}
     file = ROOT / "configs/config_multi_embedded.yaml"

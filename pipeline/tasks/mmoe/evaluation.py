@@ -1,53 +1,234 @@
-"""The metrics that an evaluation of impressions gives, and what the labels must have for each."""
+"""Metrics, calibration and reports of impressions.
 
-from collections.abc import Mapping
+N = rows of a split, T = tasks (ctr, cvr), E = experts.
+"""
 
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from pipeline.compute import distributed as ranks
 from pipeline.data.schema import DataSchema, Split
+from pipeline.maths.calibration import Fitted, fit_funnel, rescaled
+from pipeline.maths.losses import (
+    LogProbability,
+    binary_cross_entropy,
+    binary_focal,
+    log_probability,
+    product_log_probability,
+)
+from pipeline.maths.metrics import Array, binary_metrics, calibration_bins
 from pipeline.names import CALIBRATED
+from pipeline.runtime.console import say
+from pipeline.tasks.base import write_test_rows
+from pipeline.tasks.mmoe.config import TASKS, MmoeConfig
+from pipeline.tasks.mmoe.impressions.impression_data import ImpressionData
+from pipeline.tasks.mmoe.impressions.impression_table import ImpressionTable
+from pipeline.tasks.mmoe.model import Output
+from pipeline.tracking import plots
 
-SPLIT_FILES = {"valid": "validation", "test": "test"}
 EVENTS = ("ctr", "cvr", "ctcvr")
 EVALUATED_GAMMAS = (1, 2)  # the same for every arm, whatever its own
-DEPEND_ON_CALIBRATION = ("ece", "logloss", "calibration")
-REQUIRED = "a conversion, more clicks than conversions, more rows than clicks"  # for a calibration, of validation
 COMMON_LOSSES = {
     "ctr": ["loss_ctr"],
     "cvr": ["loss_cvr_aux"],
     "ctcvr": ["loss_ctcvr_bce", *(f"loss_ctcvr_focal_g{gamma}" for gamma in EVALUATED_GAMMAS)],
 }
+CALIBRATION_METRICS = ("ece", "logloss", "calibration")
+CALIBRATION_NEEDS = "a conversion, more clicks than conversions, more rows than clicks"  # in validation
+GATE_METRIC = re.compile(r"gate/(?P<task>\w+)/(expert_)?(?P<expert>\d+)")  # runs of earlier versions lack `expert_`
+
+Events = Mapping[str, tuple[Array, LogProbability]]
+
+
+class Predictions(NamedTuple):
+    """Of all rows of a split, on the CPU."""
+
+    logits: Tensor  # [N, T]
+    gate_means: Tensor | None  # [T, E]
+    gate_entropy: Tensor | None  # [T] mean, nats
+
+
+class Evaluation:
+    """The methods of `Task` that judge a model; `calibration` is what `calibrate` fitted."""
+
+    def __init__(self, config: MmoeConfig, data: ImpressionData) -> None:
+        self.config, self.data = config, data
+        self.calibration: Fitted = {}
+
+    def evaluate(self, model: nn.Module, split: str, device: str) -> Mapping[str, float]:
+        table = self.data.held_out(split)
+        predictions = self.predict(model, table, device)
+        metrics: dict[str, float] = {}
+        events = labelled(table, predictions.logits)
+        for event, (label, probability) in events.items():
+            values = binary_metrics(label, *(part.double().numpy() for part in probability))
+            metrics |= {f"{split}/{name}_{event}": value for name, value in values.items()}
+        metrics |= {f"{split}/{name}": value for name, value in self._common_losses(events).items()}
+        if split == "test" and self.calibration:
+            values = self._calibrated(table, predictions.logits)
+            metrics |= {f"test/{name}{CALIBRATED}": value for name, value in values.items()}
+        metrics |= self._bayes_aucs(split)
+        if split == "valid":
+            metrics |= self._gate_metrics(predictions)
+        return metrics
+
+    def known_metrics(self, split: str) -> Mapping[str, str]:
+        return known_metrics(self.data.schema, split, calibrated=self.config.model.calibrate)
+
+    def findings(self, metrics: Mapping[str, float]) -> Sequence[str]:
+        findings = []
+        for name, share in metrics.items():
+            gate = GATE_METRIC.fullmatch(name)
+            if gate and not 0.01 <= share <= 0.8:
+                findings.append(f"expert {gate['expert']} has {share:.1%} of the {gate['task']} gate; usual: 1%-80%")
+        return findings
+
+    def calibrate(self, model: nn.Module, device: str) -> Fitted:
+        self.calibration = {}
+        if not self.config.model.calibrate:
+            return {}
+        table = self.data.valid
+        z_ctr, z_cvr = self.predict(model, table, device).logits.unbind(1)
+        click, conversion = (torch.from_numpy(label.astype(np.float64)) for label in table.labels)
+        fitted = fit_funnel(z_ctr, z_cvr, click, conversion)
+        if fitted is None:
+            clicks, conversions = int(click.sum()), int(conversion.sum())
+            say(f"probabilities are not calibrated: found {len(table)} validation rows, {clicks} clicks and "
+                f"{conversions} conversions; needed: {CALIBRATION_NEEDS}")  # fmt: skip
+            return {}
+        self.calibration = {head: affine._asdict() for head, affine in zip(TASKS, fitted, strict=True)}
+        return self.calibration
+
+    def report(self, model: nn.Module, folder: Path, device: str) -> None:
+        if self.config.tracking.log_rows and len(self.data.test):
+            table = self.data.test
+            events = labelled(table, self.predict(model, table, device).logits)
+            columns: dict[str, npt.NDArray[Any]] = {}
+            for event in ("ctr", "ctcvr"):  # whose AUCs are over all rows
+                label, probability = events[event]
+                columns[f"label/auc_{event}"] = label.astype(np.uint8)
+                columns[f"score/auc_{event}"] = probability.log_p.float().numpy()
+            write_test_rows(folder, columns)
+        if self.config.tracking.log_report:
+            table = self.data.valid
+            events = labelled(table, self.predict(model, table, device).logits)
+            curves = {
+                event: calibration_bins(label, np.exp(probability.log_p.double().numpy()))
+                for event, (label, probability) in events.items() if len(label)
+            }  # fmt: skip
+            (folder / "plots").mkdir(parents=True, exist_ok=True)
+            plots.calibration(curves, folder / "plots" / "calibration.png")
+
+    def predict(self, model: nn.Module, table: ImpressionTable, device: str) -> Predictions:
+        def predict_rows(first: int, last: int) -> list[Tensor]:
+            logits, shares, entropies = [], [], []
+            for rows in table.batches(self.config.evaluation.batch_size, first, last):
+                output: Output = model(table.batch(rows).to(device))
+                logits.append(output.logits)
+                if output.gates is not None:
+                    shares.append(output.gates.double().sum(0))
+                    entropies.append(torch.special.entr(output.gates.double()).sum((0, 2)))
+            return [torch.cat(logits), *(torch.stack(part) for part in (shares, entropies) if part)]
+
+        logits, *sums = (part.cpu() for part in ranks.each_its_part(len(table), predict_rows))
+        if not sums:
+            return Predictions(logits, None, None)
+        return Predictions(logits, *(part.sum(0) / len(table) for part in sums))
+
+    def _gate_metrics(self, predictions: Predictions) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        if predictions.gate_means is not None and predictions.gate_entropy is not None:
+            names = [task for task in TASKS if getattr(self.config.model.heads, task).deep]
+            means, entropies = predictions.gate_means.tolist(), predictions.gate_entropy.tolist()
+            for task, shares, entropy in zip(names, means, entropies, strict=True):
+                metrics |= {f"gate/{task}/expert_{expert}": share for expert, share in enumerate(shares)}
+                metrics[f"gate/{task}/entropy"] = entropy
+        return metrics
+
+    def _calibrated(self, table: ImpressionTable, logits: Tensor) -> dict[str, float]:
+        """Metrics that calibration changes; it changes the ranking by a product, not that by one logit."""
+        metrics: dict[str, float] = {}
+        for event, (label, probability) in labelled(table, rescaled(logits, self.calibration, TASKS)).items():
+            names = ("auc", *CALIBRATION_METRICS) if event == "ctcvr" else CALIBRATION_METRICS
+            values = binary_metrics(label, *(part.numpy() for part in probability))
+            metrics |= {f"{name}_{event}": values[name] for name in names if name in values}
+        return metrics
+
+    def _common_losses(self, events: Events) -> dict[str, float]:
+        """Losses without gate, lambda, gamma or late weight: on the same scale for every arm."""
+        loss = self.config.loss
+        ctr, cvr, ctcvr = (
+            (LogProbability(*(part.double() for part in probability)), torch.from_numpy(label))
+            for label, probability in (events[event] for event in EVENTS)
+        )
+        values = {
+            "loss_ctr": binary_cross_entropy(*ctr, loss.pos_weight("ctr")),
+            "loss_ctcvr_bce": binary_cross_entropy(*ctcvr, loss.pos_weight("ctcvr")),
+            "loss_cvr_aux": binary_cross_entropy(*cvr),
+        }
+        for gamma in EVALUATED_GAMMAS:
+            values[f"loss_ctcvr_focal_g{gamma}"] = binary_focal(*ctcvr, gamma)
+        return {name: value.mean().item() for name, value in values.items() if len(value)}  # without clicks: no cvr
+
+    def _bayes_aucs(self, split: str) -> dict[str, float]:
+        """AUCs of the true probabilities, if they are known: no model can beat them on these rows."""
+        table, aucs = self.data.held_out(split), self.data.bayes_aucs
+        if split not in aucs:
+            aucs[split] = {}
+            if table.truth is not None:
+                logits = np.stack([np.log(p) - np.log1p(-p) for p in (table.truth["p_ctr"], table.truth["p_cvr"])], 1)
+                for event, (label, probability) in labelled(table, torch.from_numpy(logits)).items():
+                    values = binary_metrics(label, *(part.numpy() for part in probability))
+                    if "auc" in values:
+                        aucs[split][f"{split}/auc_{event}_bayes"] = values["auc"]
+        return aucs[split]
+
+
+def labelled(table: ImpressionTable, logits: Tensor) -> Events:
+    """Labels and log probabilities of each event; conversions given a click are judged on clicked rows alone."""
+    click, conversion = (label.astype(np.float64) for label in table.labels)
+    z_ctr, z_cvr = logits[:, 0], logits[:, 1]
+    clicked = click == 1
+    return {
+        "ctr": (click, log_probability(z_ctr)),
+        "cvr": (conversion[clicked], log_probability(z_cvr[torch.from_numpy(clicked)])),
+        "ctcvr": (conversion, product_log_probability(z_ctr, z_cvr)),
+    }
 
 
 def known_metrics(schema: DataSchema, split: str, calibrated: bool) -> dict[str, str]:
-    """Every metric of a split (`valid` or `test`) -> what its labels lack for it, "" where nothing."""
-    name = SPLIT_FILES[split]
-    there = _counts(schema.splits.get(name))
-    found: dict[str, str] = {}
-    for event, happened, among in (("ctr", "clicks", "rows"), ("cvr", "conversions", "clicks"),
-                                   ("ctcvr", "conversions", "rows")):  # fmt: skip
-        events, rows = there[happened], there[among]
-        told = f"{name} has {events:,} {happened} of {rows:,} {among}"
-        classes, some = (
-            "" if 0 < events < rows else f"needs both classes: {told}",
-            "" if rows else f"needs {among}: {told}",
-        )
-        found |= {f"auc_{event}": classes, f"pr_auc_{event}": classes}
-        found |= dict.fromkeys([f"logloss_{event}", f"ece_{event}", *COMMON_LOSSES[event]], some)
-        found[f"calibration_{event}"] = "" if events else f"needs {happened}: {told}"
+    """Every metric of a split (`valid` or `test`) -> what its labels lack for it, "" if nothing."""
+    name = {"valid": "validation", "test": "test"}[split]
+    counts = _counts(schema.splits.get(name))
+    known: dict[str, str] = {}
+    for event, label, among in (("ctr", "clicks", "rows"), ("cvr", "conversions", "clicks"),
+                                ("ctcvr", "conversions", "rows")):  # fmt: skip
+        positives, rows = counts[label], counts[among]
+        summary = f"{name} has {positives:,} {label} of {rows:,} {among}"
+        lacks_class = "" if 0 < positives < rows else f"needs both classes: {summary}"
+        lacks_rows = "" if rows else f"needs {among}: {summary}"
+        known |= {f"auc_{event}": lacks_class, f"pr_auc_{event}": lacks_class}
+        known |= dict.fromkeys([f"logloss_{event}", f"ece_{event}", *COMMON_LOSSES[event]], lacks_rows)
+        known[f"calibration_{event}"] = "" if positives else f"needs {label}: {summary}"
         if schema.truth:
-            found[f"auc_{event}_bayes"] = classes
+            known[f"auc_{event}_bayes"] = lacks_class
     if split == "test" and calibrated:
-        lacks = _lacks_for_calibration(_counts(schema.splits.get(SPLIT_FILES["valid"])))
-        fitted = ["auc_ctcvr", *(f"{kind}_{event}" for kind in DEPEND_ON_CALIBRATION for event in EVENTS)]
-        found |= {f"{metric}{CALIBRATED}": found[metric] or lacks for metric in fitted}
-    return {f"{split}/{metric}": lacks for metric, lacks in found.items()}
+        valid = _counts(schema.splits.get("validation"))
+        lacks = ""
+        if not 0 < valid["conversions"] < valid["clicks"] < valid["rows"]:
+            summary = ", ".join(f"{count:,} {name}" for name, count in valid.items())
+            lacks = f"needs {CALIBRATION_NEEDS}: validation has {summary}"
+        metrics = ["auc_ctcvr", *(f"{kind}_{event}" for kind in CALIBRATION_METRICS for event in EVENTS)]
+        known |= {f"{metric}{CALIBRATED}": known[metric] or lacks for metric in metrics}
+    return {f"{split}/{metric}": lacks for metric, lacks in known.items()}
 
 
 def _counts(split: Split | None) -> Mapping[str, int]:
-    counts = (split.rows, split.clicks, split.conversions) if split else (0, 0, 0)
-    return dict(zip(("rows", "clicks", "conversions"), counts, strict=True))
-
-
-def _lacks_for_calibration(validation: Mapping[str, int]) -> str:
-    if 0 < validation["conversions"] < validation["clicks"] < validation["rows"]:
-        return ""
-    return f"needs {REQUIRED}: validation has " + ", ".join(f"{count:,} {name}" for name, count in validation.items())
+    return {name: getattr(split, name, 0) for name in ("rows", "clicks", "conversions")}

@@ -1,0 +1,147 @@
+"""The named losses of impressions, and how strongly each acts on the shared layers."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from pipeline.compute import distributed as ranks
+from pipeline.maths.gradients import PREFIX, cosine, flat, gradients, norm
+from pipeline.maths.losses import (
+    LogProbability,
+    binary_cross_entropy,
+    binary_focal,
+    binary_focal_factor,
+    clicked_cross_entropy,
+    gate_entropy_deficit,
+    gate_imbalance,
+    log_probability,
+    product,
+    product_log_probability,
+)
+from pipeline.maths.schedules import gate_is_open
+from pipeline.tasks.base import AMP, TOTAL, precision
+from pipeline.tasks.mmoe.config import MmoeConfig
+from pipeline.tasks.mmoe.impressions.impression_batch import Impressions
+from pipeline.tasks.mmoe.model import Mmoe, Output
+
+COMPONENTS = ("loss_ctr", "loss_ctcvr_bce", "loss_ctcvr_focal", "loss_cvr_aux")
+CTR_TOWER = "influence/focal_grad_ctr_tower"
+
+
+class Objective:
+    """The methods of `Task` from the model's output to the loss terms."""
+
+    def __init__(self, config: MmoeConfig) -> None:
+        self.config, self.focal = config, config.loss.aux_focal
+
+    def counts(self, batch: Impressions) -> Mapping[str, Tensor]:
+        rows = torch.full((), float(len(batch)), device=batch.click.device)
+        return {"rows": rows, "clicks": batch.click.sum(), "conversions": batch.conversion.sum()}
+
+    def losses(
+        self, output: Output, batch: Impressions, counts: Mapping[str, Tensor], step: int
+    ) -> Mapping[str, Tensor]:
+        esmm, loss = self.config.esmm, self.config.loss
+        z_ctr, z_cvr = output.logits.unbind(1)
+        click, conversion, rows = batch.click, batch.conversion, counts["rows"]
+        ctr, cvr = log_probability(z_ctr), log_probability(z_cvr)
+        ctcvr = product(ctr, cvr)
+        bce = binary_cross_entropy(ctcvr, conversion, loss.ctcvr_pos_weight(step)).sum() / rows
+        terms = {
+            "loss_ctr": binary_cross_entropy(ctr, click, loss.pos_weight("ctr")).sum() / rows,
+            "loss_ctcvr_bce": bce,
+            "loss_cvr_aux": clicked_cross_entropy(cvr, click, conversion).sum() / counts["clicks"].clamp_min(1),
+            "loss_ctcvr": bce,
+        }
+        if self._focal_is_on(step):
+            low = AMP.get(precision(self.config.training.amp, click.device.type))
+            if not self.focal.compute_fp32 and low is not None:
+                ctcvr = product_log_probability(z_ctr.to(low), z_cvr.to(low))
+            terms |= self._focal_terms(ctcvr, conversion, counts, step)
+            terms["loss_ctcvr"] = bce + self.focal.lambda_ * terms["loss_ctcvr_focal"]
+        total = (
+            esmm.lambda_ctr * terms["loss_ctr"]
+            + esmm.lambda_ctcvr * terms["loss_ctcvr"]
+            + esmm.lambda_cvr_aux * terms["loss_cvr_aux"]
+        )
+        for name, value in self._regularisers(output, len(batch) / rows).items():
+            terms[name] = value
+            total = total + value
+        return terms | {TOTAL: total}
+
+    def _focal_terms(
+        self, ctcvr: LogProbability, conversion: Tensor, counts: Mapping[str, Tensor], step: int
+    ) -> dict[str, Tensor]:
+        focal = self.focal
+        alpha = focal.alpha if focal.use_alpha else None
+        values = binary_focal(ctcvr, conversion, focal.gamma, alpha, focal.detach_p_for_weight)
+        terms = {"loss_ctcvr_focal": values.float().sum() / counts["rows"]}
+        if self.config.tracking.probes(step):
+            factor = binary_focal_factor(ctcvr, conversion, focal.gamma).detach().float()
+            positives = counts["conversions"]  # without any: 0/0, which is not logged
+            terms["influence/focal_factor_positive"] = (factor * conversion).sum() / positives
+            terms["influence/focal_factor_negative"] = (factor * (1 - conversion)).sum() / (counts["rows"] - positives)
+        return terms
+
+    def _regularisers(self, output: Output, share: Tensor) -> dict[str, Tensor]:
+        """Weighted; share: of the step's rows in this batch, because a regulariser is a mean over rows."""
+        gate, terms = self.config.model.gate, dict[str, Tensor]()
+        if output.gates is not None and gate.entropy_weight:
+            terms["loss_gate_entropy"] = gate.entropy_weight * gate_entropy_deficit(output.gates).mean() * share
+        if output.gates is not None and gate.balance_weight:
+            terms["loss_gate_balance"] = gate.balance_weight * gate_imbalance(ranks.mean(output.gates)[None]) * share
+        return terms
+
+    def settings(self, step: int) -> Mapping[str, float | bool]:
+        return {
+            "pos_weight_ctcvr": self.config.loss.ctcvr_pos_weight(step),
+            "aux_focal_on": self._focal_is_on(step),
+            "aux_focal_lambda": self.focal.lambda_ if self.focal.enabled else 0.0,
+            "aux_focal_gamma": self.focal.gamma,
+        }
+
+    def logged_losses(self, names: Sequence[str]) -> Sequence[str]:
+        return names if self.focal.log_components else [TOTAL]
+
+    def probe(self, model: Mmoe, losses: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Gradients of the terms at the experts, and of the focal loss at the CTR tower. Empty without experts."""
+        if model.experts is None or model.towers is None or not self.focal.log_components:
+            return {}
+        shared = list(model.experts.parameters())
+        probed = {name: flat(gradients(losses[name], shared)) for name in COMPONENTS if name in losses}
+        if "loss_ctcvr_focal" in losses and 0 in model.deep_heads:
+            towers = [*model.towers.parameters(), model.last]  # their first axis is the task
+            row = model.deep_heads.index(0)
+            probed[CTR_TOWER] = flat(part[row] for part in gradients(losses["loss_ctcvr_focal"], towers))
+        return probed
+
+    def influence(self, probed: Mapping[str, Tensor], losses: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        if not self.focal.log_components:
+            return {}
+        values = {f"influence/grad_norm/{name}": norm(probed[name]) for name in COMPONENTS if name in probed}
+        if "loss_ctcvr_focal" in losses:
+            ratio = self.focal.lambda_ * losses["loss_ctcvr_focal"] / losses["loss_ctcvr_bce"]
+            values["influence/focal_over_bce"] = ratio
+        if "loss_ctcvr_focal" in probed:
+            values["influence/cosine_bce_focal"] = cosine(probed["loss_ctcvr_bce"], probed["loss_ctcvr_focal"])
+        if CTR_TOWER in probed:
+            values[CTR_TOWER] = norm(probed[CTR_TOWER])
+        return values | {name: value for name, value in losses.items() if name.startswith(PREFIX)}
+
+    def warnings(self, total_steps: int) -> Sequence[str]:
+        late = self.config.loss.late_pos_weight
+        warnings = [
+            f"{key}.warmup_steps is {warmup}, the last of {total_steps} steps is {total_steps - 1}: {effect}"
+            for key, acts, warmup, effect in (
+                ("loss.aux_focal", self.focal.enabled, self.focal.warmup_steps, "the focal term will never switch on"),
+                ("loss.late_pos_weight", late.ctcvr, late.warmup_steps, "the weight of conversions will never rise"),
+            )
+            if acts and warmup >= total_steps
+        ]
+        if not self.focal.compute_fp32 and self.config.training.amp == "no":
+            warnings.append("loss.aux_focal.compute_fp32: false has no effect with training.amp: no")
+        return warnings
+
+    def _focal_is_on(self, step: int) -> bool:
+        return self.focal.enabled and gate_is_open(step, self.focal.warmup_steps)
