@@ -23,7 +23,7 @@ class EmbeddedDataConfig(Config):
     rows: int = Field(4_000_000, ge=1000)
     """impressions to generate; 80% train, 10% validation, 10% test"""
     seed: int = Field(0, ge=0)
-    """of the generator (not of the model)"""
+    """seed of the generator (not of the model)"""
     cache: str = Field("data_cache", min_length=1)
     """folder where generated data is kept"""
 
@@ -36,7 +36,7 @@ class DataConfig(Config):
 
 class ExpertsConfig(Config):
     count: Positive = 4
-    """number of experts (shared_bottom has one)"""
+    """number of experts (always 1 for shared_bottom)"""
     hidden: tuple[Positive, ...] = Field((128,), min_length=1)
     """widths of an expert's layers"""
     dropout: Probability = 0.0
@@ -45,7 +45,7 @@ class ExpertsConfig(Config):
 
 class GateConfig(Config):
     temperature: float = Field(1.0, gt=0)
-    """the gate's logits are divided by this before the softmax"""
+    """divides the gate's logits before the softmax"""
     noise: float = Field(0.0, ge=0)
     """standard deviation of normal noise on the gate's logits while training"""
     entropy_weight: float = Field(0.0, ge=0)
@@ -100,9 +100,9 @@ class AuxFocalConfig(Config):
     enabled: bool = False
     """add the auxiliary focal loss on CTCVR"""
     warmup_steps: int = Field(2000, ge=0)
-    """the focal term acts from this optimizer step on"""
+    """first optimizer step with the focal term"""
     target_head: Literal["ctcvr"] = "ctcvr"
-    """the head that gets the focal term"""
+    """head of the focal term"""
     lambda_: float = Field(0.1, alias="lambda", ge=0)
     """weight of the focal term; usual: 0.05-0.2"""
     gamma: float = Field(1.0, ge=0, le=100)
@@ -128,16 +128,16 @@ class PosWeightConfig(Config):
 
 class PosWeightClipConfig(Config):
     ctr: float | None = Field(None, gt=0)
-    """the click weight is at most this"""
+    """upper bound of the click weight"""
     ctcvr: float | None = Field(None, gt=0)
-    """the conversion weight is at most this"""
+    """upper bound of the conversion weight"""
 
 
 class LatePosWeightConfig(Config):
-    """The control of a focal arm: re-weighting without focusing, from the same step on."""
+    """Control for a focal arm: re-weighting without focusing, from the same step on."""
 
     warmup_steps: int = Field(2000, ge=0)
-    """the added weight acts from this optimizer step on"""
+    """first optimizer step with the added weight"""
     ctcvr: float = Field(0.0, ge=0)
     """added to the effective weight of conversions in loss_ctcvr_bce, after the clip; 0 = nothing"""
 
@@ -153,7 +153,7 @@ class LossConfig(Config):
         return clipped_pos_weight(getattr(self.static_pos_weight, task), getattr(self.pos_weight_clip, task))
 
     def ctcvr_pos_weight(self, step: int) -> float:
-        """The effective weight of conversions at an optimizer step: the static one, and the late one once it acts."""
+        """The effective weight of conversions at an optimizer step: the static one, plus the late one if it acts."""
         late = self.late_pos_weight
         return self.pos_weight("ctcvr") + (late.ctcvr if gate_is_open(step, late.warmup_steps) else 0.0)
 
@@ -166,7 +166,7 @@ class EsmmConfig(Config):
     lambda_ctcvr: float = Field(1.0, ge=0)
     """weight of loss_ctcvr"""
     lambda_cvr_aux: float = Field(0.1, ge=0)
-    """weight of loss_cvr_aux, the conversion loss on clicked rows alone"""
+    """weight of loss_cvr_aux, the conversion loss on clicked rows"""
 
     @model_validator(mode="after")
     def _some_loss(self) -> Self:
@@ -180,11 +180,12 @@ class EmbeddingOptimizerConfig(AdamConfig):
     """sparse_adam, row_adagrad: update only the rows of the batch; adam: updates every row"""
 
     def warnings(self, given: frozenset[str]) -> list[str]:
-        if self.name != "row_adagrad":
-            return []
-        found = [f"optim.embedding.lr is {self.lr:g} with row_adagrad; usual: 0.01-0.2"] if self.lr < 0.01 else []
-        idle = "optim.embedding.betas"
-        return found + ([f"{idle} has no effect with optim.embedding.name row_adagrad"] if idle in given else [])
+        warnings = []
+        if self.name == "row_adagrad" and self.lr < 0.01:
+            warnings.append(f"optim.embedding.lr is {self.lr:g} with row_adagrad; usual: 0.01-0.2")
+        if self.name == "row_adagrad" and "optim.embedding.betas" in given:
+            warnings.append("optim.embedding.betas has no effect with optim.embedding.name row_adagrad")
+        return warnings
 
 
 class OptimConfig(Config):
@@ -195,7 +196,7 @@ class OptimConfig(Config):
 
 class MmoeEvaluationConfig(EvaluationConfig):
     metric: str = Field("valid/auc_ctcvr", pattern=r"^valid/.+")
-    """the validation metric that chooses the best weights"""
+    """validation metric that selects the best weights"""
 
 
 class MmoeConfig(RunConfig):
@@ -230,10 +231,10 @@ class MmoeConfig(RunConfig):
         return self.with_values(loss=self.loss.model_dump(by_alias=True) | plain), min(steps, default=None)
 
     def control(self) -> Self | None:
-        """Without the focal loss, lambda added to the weight of conversions from the gate on.
+        """The config without the focal loss, and with lambda added to the weight of conversions from the gate on.
 
-        The factor (1 - p_t)^gamma is near 1 for a rare event's positives and near 0 for its easy negatives, so that
-        the focal term is nearly lambda times the positives' cross-entropy.
+        For a rare event, (1 - p_t)^gamma is near 1 for positives and near 0 for easy negatives, so the focal term is
+        nearly lambda times the positives' cross-entropy.
         """
         focal = self.loss.aux_focal
         if not focal.enabled or not focal.lambda_:
@@ -251,34 +252,35 @@ class MmoeConfig(RunConfig):
         return " ".join(parts) or "baseline"
 
     def warnings(self, given: frozenset[str] = frozenset()) -> list[str]:
-        found, focal, block = [], self.loss.aux_focal, "loss.aux_focal"
+        warnings, focal, block = [], self.loss.aux_focal, "loss.aux_focal"
         if focal.lambda_ > 0.2:
-            found.append(f"{block}.lambda is {focal.lambda_:g}; usual: 0.05-0.2")
+            warnings.append(f"{block}.lambda is {focal.lambda_:g}; usual: 0.05-0.2")
         if not 1 <= focal.gamma <= 2:
-            found.append(f"{block}.gamma is {focal.gamma:g}; usual: 1-2")
+            warnings.append(f"{block}.gamma is {focal.gamma:g}; usual: 1-2")
         for task in ("ctr", "ctcvr"):
             raw, effective = getattr(self.loss.static_pos_weight, task), self.loss.pos_weight(task)
             if effective < raw:
-                found.append(f"pos_weight of {task} is clipped: {raw:g} -> {effective:g}")
-        acting = {f"{block}.{key}" for key in ("enabled", "log_components")}
-        idle = {key for key in given if key.startswith(block + ".")} - acting if not focal.enabled else set()
-        found += [f"{key} has no effect while {block}.enabled is false" for key in sorted(idle)]
-        if f"{block}.alpha" in given and focal.enabled and not focal.use_alpha:
-            found.append(f"{block}.alpha has no effect while {block}.use_alpha is false")
+                warnings.append(f"pos_weight of {task} is clipped: {raw:g} -> {effective:g}")
+        if not focal.enabled:
+            acting = {f"{block}.{key}" for key in ("enabled", "log_components")}
+            idle = sorted({key for key in given if key.startswith(f"{block}.")} - acting)
+            warnings += [f"{key} has no effect while {block}.enabled is false" for key in idle]
+        elif f"{block}.alpha" in given and not focal.use_alpha:
+            warnings.append(f"{block}.alpha has no effect while {block}.use_alpha is false")
         if "loss.late_pos_weight.warmup_steps" in given and not self.loss.late_pos_weight.ctcvr:
-            found.append("loss.late_pos_weight.warmup_steps has no effect while loss.late_pos_weight.ctcvr is 0")
-        found += self.optim.embedding.warnings(given)
-        gate_keys = {key for key in given if key.startswith(("model.gate.", "model.experts.count"))}
+            warnings.append("loss.late_pos_weight.warmup_steps has no effect while loss.late_pos_weight.ctcvr is 0")
+        warnings += self.optim.embedding.warnings(given)
         if self.model.kind == "shared_bottom":
-            found += [f"{key} has no effect with model.kind shared_bottom" for key in sorted(gate_keys)]
+            idle = sorted(key for key in given if key.startswith(("model.gate.", "model.experts.count")))
+            warnings += [f"{key} has no effect with model.kind shared_bottom" for key in idle]
         if self.data.path:
-            idle = {key for key in given if key.startswith("data.embedded.")}
-            found += [f"{key} has no effect while data.path is given" for key in sorted(idle)]
-        return found
+            idle = sorted(key for key in given if key.startswith("data.embedded."))
+            warnings += [f"{key} has no effect while data.path is given" for key in idle]
+        return warnings
 
 
 def _short(value: float) -> str:
-    """`.1` for 0.1: names are cut in legends."""
+    """`.1` for 0.1: legends cut long names."""
     text = f"{value:g}"
     return text[1:] if text.startswith("0.") else text
 
@@ -299,11 +301,11 @@ class PrepareCtrConfig(Config):
 
     data: RawDataConfig
     schema_: str = Field(alias="schema", min_length=1)
-    """YAML that says what the columns are (see configs/data/census.yaml; configs/data/aliccp.yaml for Ali-CCP)"""
+    """YAML that declares the columns (see configs/data/census.yaml; configs/data/aliccp.yaml for Ali-CCP)"""
     output_dir: str = Field(min_length=1)
     """folder for the Parquet splits and schema.json"""
     experiment: str | None = Field(None, min_length=1, coerce_numbers_to_str=True)
-    """MLflow experiment, by name or id, made where there is none; null = that of `mlflow run`, or MLflow's default"""
+    """MLflow experiment, by name or id, created if absent; null = that of `mlflow run`, or MLflow's default"""
     runs_dir: str = Field("outputs", min_length=1)
     """folder of the runs' own files, one folder a run"""
     tracking: TrackingSwitch = TrackingSwitch()

@@ -21,16 +21,16 @@ from pipeline.tasks.mmoe.impressions.impression_batch import Impressions
 
 
 class Output(NamedTuple):
-    logits: Tensor  # [B, T]: of the click, and of the conversion given a click
-    gates: Tensor | None  # [B, T, E], each task's weights sum to 1; None without gates
+    logits: Tensor  # [B, T]: click, and conversion given a click
+    gates: Tensor | None  # [B, T, E], sum to 1 over experts; None without gates
 
 
 class FeatureEmbedding(nn.Module):
-    """Every feature as a vector of D + W numbers, from one fused table and one product.
+    """Embeds every feature as a vector of D + W numbers.
 
-    Ids look up rows of the table; a bag of several ids is their weighted sum. A numeric feature is encoded piecewise
-    linearly over its quantile bins, then mapped linearly (Gorishniy et al. 2022, "On embeddings for numerical
-    features", equations 1 and 4). The last W columns are the weights of wide parts and start at 0.
+    The vector of an id feature is the weighted sum of its ids' rows in the fused table. A numeric feature is encoded
+    piecewise linearly over its quantile bins, then mapped linearly (Gorishniy et al. 2022, "On embeddings for
+    numerical features", equations 1 and 4). The last W columns are the weights of wide parts and start at 0.
     """
 
     def __init__(self, layout: Layout, width: int, wide_width: int, sparse: bool) -> None:
@@ -80,7 +80,7 @@ class GroupedLayers(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, in], the same for all groups, or [G, B, in] -> [G, B, out]"""
         for weight, bias in zip(self.weights, self.biases, strict=True):
-            if hidden.dim() == 2:  # all groups read the same: one wide product
+            if hidden.dim() == 2:  # the same input for all groups: one wide product
                 wide = torch.addmm(bias.flatten(), hidden, weight.transpose(0, 1).flatten(1)).relu_()
                 product = wide.view(len(hidden), *weight.shape[::2]).transpose(0, 1)
             else:
@@ -125,13 +125,13 @@ class Mmoe(nn.Module):
         gates = None
         if self.experts is not None and self.towers is not None:
             shared = vectors.flatten(1)
-            if torch.is_autocast_enabled(shared.device.type):  # once, not for the experts and for the gates
+            if torch.is_autocast_enabled(shared.device.type):  # once, for experts and gates
                 shared = shared.to(torch.get_autocast_dtype(shared.device.type))
             outputs = self.experts(shared)  # [E, B, H]
             gates = self._gates(shared)
             if gates is None:
                 shares = outputs.expand(len(self.deep_heads), -1, -1)
-            else:  # [T, B, H]; contiguous: in strides, the towers' products are several times slower
+            else:  # [T, B, H]; contiguous, which makes the towers' products much faster
                 shares = torch.bmm(gates.to(outputs.dtype), outputs.transpose(0, 1)).transpose(0, 1).contiguous()
             towers = self.towers(shares)
             with torch.autocast(towers.device.type, enabled=False):  # a logit of -5 in bfloat16 has steps of 0.03
