@@ -12,7 +12,7 @@ from pipeline.runtime.console import optional, say, table, warn
 from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.task import MmoeTask
 from pipeline.tasks.visobert.config import DataPrepConfig, VisobertConfig
-from pipeline.tasks.visobert.data_prep import prepare_reviews
+from pipeline.tasks.visobert.prepare.data_prep import prepare_reviews
 from pipeline.tasks.visobert.task import VisobertTask
 from pipeline.tracking.messages import RunRequest
 from pipeline.tracking.mlflow_run import Writer, writer_for

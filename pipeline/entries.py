@@ -21,7 +21,7 @@ ENTRIES = {
     ),
     "data_prep": Entry(
         "Reviews to their sentiment distribution and alpha, with copies and lengths.",
-        "pipeline.tasks.visobert.config:DataPrepConfig", "pipeline.tasks.visobert.data_prep:data_prep",
+        "pipeline.tasks.visobert.config:DataPrepConfig", "pipeline.tasks.visobert.prepare.data_prep:data_prep",
         "configs/data_prep.yaml",
     ),
     "prepare_ctr": Entry(

@@ -20,7 +20,7 @@ TASKS = {
     ),
     "train_visobert": TaskEntry(
         "Multi-label aspect sentiment training with a global-alpha focal loss.",
-        "pipeline.tasks.visobert.config:VisobertConfig", "pipeline.tasks.visobert.data_prep:make_task",
+        "pipeline.tasks.visobert.config:VisobertConfig", "pipeline.tasks.visobert.task:make_task",
         "configs/config_multi.yaml",
     ),
 }  # fmt: skip

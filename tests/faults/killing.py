@@ -11,8 +11,9 @@ from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
 # the last of them is what an optimizer imports
-CONTEXT.set_forkserver_preload(["pipeline.runs.launch", "pipeline.tasks.mmoe.task", "pipeline.tasks.visobert.data_prep",
-                                "pipeline.tasks.visobert.task", "pipeline.tasks.mmoe.predict", "pandas",
+CONTEXT.set_forkserver_preload(["pipeline.runs.launch", "pipeline.tasks.mmoe.task",
+                                "pipeline.tasks.visobert.prepare.data_prep", "pipeline.tasks.visobert.task",
+                                "pipeline.tasks.mmoe.predict", "pandas",
                                 "torch._dynamo"])  # fmt: skip
 WHO = ("trainer", "group", "all")
 

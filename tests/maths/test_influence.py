@@ -33,13 +33,13 @@ from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.impressions.embedded_impressions import generate
 from pipeline.tasks.mmoe.impressions.impression_table import read_split
 from pipeline.tasks.mmoe.task import MmoeTask
-from pipeline.tasks.visobert.answers import Answers
 from pipeline.tasks.visobert.config import VisobertConfig
 from pipeline.tasks.visobert.model import Output
-from pipeline.tasks.visobert.report import write_pair_rows
-from pipeline.tasks.visobert.reviews import Reviews
-from pipeline.tasks.visobert.scores import score
-from pipeline.tasks.visobert.sentiments import NOT_MENTIONED, UNKNOWN
+from pipeline.tasks.visobert.reviews.reviews import Reviews
+from pipeline.tasks.visobert.reviews.sentiments import NOT_MENTIONED, UNKNOWN
+from pipeline.tasks.visobert.scoring.predictions import Answers
+from pipeline.tasks.visobert.scoring.report import write_pair_rows
+from pipeline.tasks.visobert.scoring.scores import score
 from pipeline.tasks.visobert.task import VisobertTask
 from pipeline.tracking.mlflow_run import MemoryRun
 from pipeline.training.loop import Training

@@ -16,10 +16,10 @@ from torch.nn.functional import softmax
 
 from pipeline.errors import UserError
 from pipeline.tasks.visobert.config import EMBEDDED, ModelConfig
-from pipeline.tasks.visobert.encoder import EmbeddedEncoder, Encoded
-from pipeline.tasks.visobert.pretrained import model_folder
-from pipeline.tasks.visobert.sentiments import SENTIMENTS
-from pipeline.tasks.visobert.tokenizer import Tokenizer
+from pipeline.tasks.visobert.encoders.embedded_encoder import EmbeddedEncoder, Encoded
+from pipeline.tasks.visobert.encoders.model_folder import model_folder
+from pipeline.tasks.visobert.encoders.tokenizer import Tokenizer
+from pipeline.tasks.visobert.reviews.sentiments import SENTIMENTS
 
 
 class Encoder(Protocol):

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from pipeline.config.strict_config import load as load_config
 from pipeline.errors import UserError
 from pipeline.storage.calibration_file import read_calibration
-from pipeline.tasks.visobert.answers import ASPECTS_FILE, ENCODER_FOLDER, TOKENIZER_FOLDER, Answers
 from pipeline.tasks.visobert.config import EMBEDDED, VisobertConfig
+from pipeline.tasks.visobert.encoders.tokenizer import load_saved
 from pipeline.tasks.visobert.model import AspectSentimentModel, Output, build_model
-from pipeline.tasks.visobert.review_table import LengthBuckets, ReviewTable
-from pipeline.tasks.visobert.tokenizer import load_saved
+from pipeline.tasks.visobert.reviews.review_table import LengthBuckets, ReviewTable
+from pipeline.tasks.visobert.scoring.predictions import ASPECTS_FILE, ENCODER_FOLDER, TOKENIZER_FOLDER, Answers
 
 
 def load(folder: Path) -> Callable[..., pd.DataFrame]:

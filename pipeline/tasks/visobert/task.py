@@ -1,6 +1,7 @@
 """The aspect sentiment task: its data, model, named losses and evaluation, for the loop in `pipeline.training.loop`."""
 
 import json
+import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
@@ -32,20 +33,33 @@ from pipeline.runtime.importing import uncollected
 from pipeline.storage.calibration_file import write_calibration
 from pipeline.storage.checkpoints import save_weights
 from pipeline.tasks.base import TOTAL, Dataset, ModelExport, Rows, Task, autocast
-from pipeline.tasks.visobert.alpha import ALPHA_FILE, Alpha, alpha_of
-from pipeline.tasks.visobert.answers import ASPECTS_FILE, ENCODER_FOLDER, TOKENIZER_FOLDER, Answers, column_types
-from pipeline.tasks.visobert.baselines import TfidfBaseline, majority
 from pipeline.tasks.visobert.config import EMBEDDED, VisobertConfig
-from pipeline.tasks.visobert.duplicates import folded
+from pipeline.tasks.visobert.encoders.model_folder import model_folder
+from pipeline.tasks.visobert.encoders.tokenizer import MANY_UNKNOWN, Tokenizer, load_tokenizer, unknown_share
 from pipeline.tasks.visobert.model import AspectSentimentModel, Output, PretrainedEncoder, build_model, by_depth
 from pipeline.tasks.visobert.predict import predict_logits
-from pipeline.tasks.visobert.pretrained import model_folder
-from pipeline.tasks.visobert.report import write_pair_rows, write_report
-from pipeline.tasks.visobert.review_table import LengthBuckets, ReviewBatch, ReviewTable, capped_repeats, tokenise
-from pipeline.tasks.visobert.scores import known_scores, score, tuned_thresholds
-from pipeline.tasks.visobert.sentiments import NOT_MENTIONED, SENTIMENTS, UNKNOWN, labelled
-from pipeline.tasks.visobert.splits import Splits, load_splits
-from pipeline.tasks.visobert.tokenizer import MANY_UNKNOWN, Tokenizer, load_tokenizer, unknown_share
+from pipeline.tasks.visobert.prepare.duplicates import folded
+from pipeline.tasks.visobert.reviews.alpha import ALPHA_FILE, Alpha, alpha_of
+from pipeline.tasks.visobert.reviews.review_table import (
+    LengthBuckets,
+    ReviewBatch,
+    ReviewTable,
+    capped_repeats,
+    tokenise,
+)
+from pipeline.tasks.visobert.reviews.sentiments import NOT_MENTIONED, SENTIMENTS, UNKNOWN, labelled
+from pipeline.tasks.visobert.reviews.splits import Splits, load_splits
+from pipeline.tasks.visobert.scoring.baselines import TfidfBaseline, majority
+from pipeline.tasks.visobert.scoring.predictions import (
+    ASPECTS_FILE,
+    ENCODER_FOLDER,
+    TOKENIZER_FOLDER,
+    Answers,
+    column_types,
+)
+from pipeline.tasks.visobert.scoring.report import write_pair_rows, write_report
+from pipeline.tasks.visobert.scoring.scores import known_scores, score, tuned_thresholds
+from pipeline.tracking.mlflow_run import fetch_artifact
 
 COMPARED = ("aspect_f1_macro", "sentiment_f1_macro", "pair_f1_micro", "pair_f1_macro")  # of the baselines
 BASELINES = ("majority", "tfidf")
@@ -54,6 +68,15 @@ EXAMPLE_LETTERS = 200
 MANY_CUT = 0.01
 
 Named = Sequence[tuple[str, nn.Parameter]]
+
+
+def make_task(config: VisobertConfig) -> "VisobertTask":
+    """The task of `train_visobert`, with the alpha of a data_prep run if the config names one."""
+    if config.data_prep_run is None or config.multi_label.focal_alpha != "auto":
+        return VisobertTask(config)
+    with tempfile.TemporaryDirectory() as folder:
+        alpha = Alpha.read(fetch_artifact(config.data_prep_run, ALPHA_FILE, Path(folder)))
+    return VisobertTask(config, alpha)
 
 
 class VisobertTask(Task[VisobertConfig]):

@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 
 from pipeline.errors import UserError
 from pipeline.names import metric_names
-from pipeline.tasks.visobert import duplicates
-from pipeline.tasks.visobert.alpha import ALPHA_FILE, Alpha, alpha_of, auto_alpha, count_sentiments
-from pipeline.tasks.visobert.duplicates import (
+from pipeline.tasks.visobert.prepare import duplicates
+from pipeline.tasks.visobert.prepare.duplicates import (
     distinct,
     find_duplicates,
     folded,
@@ -27,9 +26,10 @@ from pipeline.tasks.visobert.duplicates import (
     summary,
     write_duplicates,
 )
-from pipeline.tasks.visobert.review_statistics import distribution, token_lengths, write_distribution
-from pipeline.tasks.visobert.reviews import Reviews
-from pipeline.tasks.visobert.sentiments import MENTIONED, NOT_MENTIONED, UNKNOWN
+from pipeline.tasks.visobert.prepare.review_statistics import distribution, token_lengths, write_distribution
+from pipeline.tasks.visobert.reviews.alpha import ALPHA_FILE, Alpha, alpha_of, auto_alpha, count_sentiments
+from pipeline.tasks.visobert.reviews.reviews import Reviews
+from pipeline.tasks.visobert.reviews.sentiments import MENTIONED, NOT_MENTIONED, UNKNOWN
 
 P, N, U = range(3)
 O, M, X = NOT_MENTIONED, MENTIONED, UNKNOWN  # noqa: E741 (nothing, mention, unknown: tables stay readable)

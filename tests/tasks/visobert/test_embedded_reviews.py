@@ -21,9 +21,16 @@ from pydantic import ValidationError
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from pipeline.tasks.visobert import embedded_reviews as embedded
 from pipeline.tasks.visobert.config import EmbeddedReviewsConfig
-from pipeline.tasks.visobert.embedded_reviews import ASPECTS, SENTIMENTS, Review, embedded_reviews, generate, reviews
+from pipeline.tasks.visobert.reviews import embedded_reviews as embedded
+from pipeline.tasks.visobert.reviews.embedded_reviews import (
+    ASPECTS,
+    SENTIMENTS,
+    Review,
+    embedded_reviews,
+    generate,
+    reviews,
+)
 
 COLUMNS = "data,Battery,Camera,Performance,Display,Design,Packaging,Price,Shop_Service,Shipping,General,Others"
 SIZES = {"train": 3200, "validation": 400, "test": 400}
@@ -303,7 +310,7 @@ def test_the_seed_decides(tmp_path: Path) -> None:
         generate(tmp_path / name, 500, seed)
     assert digests(tmp_path / "one") == digests(tmp_path / "again")
     (tmp_path / "process").mkdir()
-    code = "import pathlib, sys; from pipeline.tasks.visobert import embedded_reviews;"
+    code = "import pathlib, sys; from pipeline.tasks.visobert.reviews import embedded_reviews;"
     code += "embedded_reviews.generate(pathlib.Path(sys.argv[1]), 500, 5)"
     environment = {"PYTHONHASHSEED": "77", "LC_ALL": "C", "PYTHONUTF8": "0", "PATH": ""}
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "process")], env=environment, check=True)

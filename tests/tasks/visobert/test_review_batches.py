@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 
 from pipeline.errors import UserError
 from pipeline.tasks.visobert.config import EMBEDDED, EmbeddedReviewsConfig, TrainDataConfig
-from pipeline.tasks.visobert.review_table import (
+from pipeline.tasks.visobert.encoders.tokenizer import Tokens
+from pipeline.tasks.visobert.reviews.review_table import (
     LengthBuckets,
     ReviewTable,
     capped_repeats,
     padding_efficiency,
     tokenise,
 )
-from pipeline.tasks.visobert.sentiments import MENTIONED, NOT_MENTIONED, UNKNOWN
-from pipeline.tasks.visobert.splits import Splits, load_splits
-from pipeline.tasks.visobert.tokenizer import Tokens
+from pipeline.tasks.visobert.reviews.sentiments import MENTIONED, NOT_MENTIONED, UNKNOWN
+from pipeline.tasks.visobert.reviews.splits import Splits, load_splits
 
 torch.set_num_threads(1)
 

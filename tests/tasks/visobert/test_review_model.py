@@ -19,16 +19,17 @@ from pipeline.config.strict_config import load
 from pipeline.errors import UserError
 from pipeline.runtime.console import Console
 from pipeline.tasks.base import evaluate, evaluating, undefined
-from pipeline.tasks.visobert import predict, report
+from pipeline.tasks.visobert import predict
 from pipeline.tasks.visobert import task as task_module
 from pipeline.tasks.visobert.config import EMBEDDED, EmbeddedModelConfig, ModelConfig, VisobertConfig
-from pipeline.tasks.visobert.encoder import ChannelDropout, Convolution, EmbeddedEncoder, Recurrence
+from pipeline.tasks.visobert.encoders.embedded_encoder import ChannelDropout, Convolution, EmbeddedEncoder, Recurrence
+from pipeline.tasks.visobert.encoders.tokenizer import Tokens
 from pipeline.tasks.visobert.model import AspectSentimentModel, Output, build_model, by_depth
-from pipeline.tasks.visobert.review_table import ReviewBatch
-from pipeline.tasks.visobert.scores import tuned_thresholds
-from pipeline.tasks.visobert.sentiments import MENTIONED, NOT_MENTIONED, UNKNOWN
+from pipeline.tasks.visobert.reviews.review_table import ReviewBatch
+from pipeline.tasks.visobert.reviews.sentiments import MENTIONED, NOT_MENTIONED, UNKNOWN
+from pipeline.tasks.visobert.scoring import report
+from pipeline.tasks.visobert.scoring.scores import tuned_thresholds
 from pipeline.tasks.visobert.task import VisobertTask
-from pipeline.tasks.visobert.tokenizer import Tokens
 from pipeline.tracking.mlflow_run import MemoryRun
 from pipeline.training.loop import Training, Window
 

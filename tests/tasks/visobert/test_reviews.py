@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from pipeline.errors import UserError
 from pipeline.tasks.visobert.config import ReviewFormatConfig
-from pipeline.tasks.visobert.labels import BadLabel
-from pipeline.tasks.visobert.reviews import Reviews, detection_only, read_reviews, without_polarity
-from pipeline.tasks.visobert.sentiments import MENTIONED, NOT_MENTIONED, SENTIMENTS, UNKNOWN
+from pipeline.tasks.visobert.reviews.labels import BadLabel
+from pipeline.tasks.visobert.reviews.reviews import Reviews, detection_only, read_reviews, without_polarity
+from pipeline.tasks.visobert.reviews.sentiments import MENTIONED, NOT_MENTIONED, SENTIMENTS, UNKNOWN
 
 P, N, U = (SENTIMENTS.index(name) for name in ("positive", "negative", "neutral"))
 O, M, X = NOT_MENTIONED, MENTIONED, UNKNOWN  # noqa: E741 (nothing, mention, unknown: tables stay readable)

@@ -16,14 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
-from pipeline.tasks.visobert.answers import Answers, Prediction, column_types
-from pipeline.tasks.visobert.baselines import TfidfBaseline, majority
 from pipeline.tasks.visobert.model import Output
-from pipeline.tasks.visobert.report import MOST_CONFIDENT, confident_errors, write_report
-from pipeline.tasks.visobert.review_statistics import ALL
-from pipeline.tasks.visobert.reviews import Reviews
-from pipeline.tasks.visobert.scores import aspect_table, confusion, known_scores, score, tuned_thresholds
-from pipeline.tasks.visobert.sentiments import MENTIONED, NOT_MENTIONED, SENTIMENTS, UNKNOWN
+from pipeline.tasks.visobert.prepare.review_statistics import ALL
+from pipeline.tasks.visobert.reviews.reviews import Reviews
+from pipeline.tasks.visobert.reviews.sentiments import MENTIONED, NOT_MENTIONED, SENTIMENTS, UNKNOWN
+from pipeline.tasks.visobert.scoring.baselines import TfidfBaseline, majority
+from pipeline.tasks.visobert.scoring.predictions import Answers, Prediction, column_types
+from pipeline.tasks.visobert.scoring.report import MOST_CONFIDENT, confident_errors, write_report
+from pipeline.tasks.visobert.scoring.scores import aspect_table, confusion, known_scores, score, tuned_thresholds
 
 torch.set_num_threads(1)
 

@@ -15,7 +15,7 @@ from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
 from pipeline.errors import UserError
 from pipeline.tasks.visobert.config import EMBEDDED
-from pipeline.tasks.visobert.pretrained import model_folder
+from pipeline.tasks.visobert.encoders.model_folder import model_folder
 
 TOKENIZER_FILE = "tokenizer.json"
 # one of these must be there: without a vocabulary transformers makes up an empty one, and says nothing

@@ -11,7 +11,7 @@ import torch
 
 from pipeline.maths.calibration import Fitted
 from pipeline.tasks.visobert.model import Output
-from pipeline.tasks.visobert.sentiments import SENTIMENTS
+from pipeline.tasks.visobert.reviews.sentiments import SENTIMENTS
 
 Floats = npt.NDArray[np.float64]
 MENTIONED_TEXT = "mentioned"

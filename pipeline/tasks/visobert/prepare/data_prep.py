@@ -2,26 +2,24 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.config.strict_config import flatten
 from pipeline.errors import UserError
 from pipeline.names import metric_names
 from pipeline.runtime.console import optional, say, table, warn
 from pipeline.storage.folders import published
-from pipeline.tasks.visobert.alpha import ALPHA_FILE, Alpha, alpha_of, auto_alpha, count_sentiments
 from pipeline.tasks.visobert.config import (
     DataPrepConfig,
     EmbeddedModelConfig,
     PrepDataConfig,
-    VisobertConfig,
 )
-from pipeline.tasks.visobert.duplicates import (
+from pipeline.tasks.visobert.encoders.tokenizer import MANY_UNKNOWN, load_tokenizer, unknown_share
+from pipeline.tasks.visobert.prepare.duplicates import (
     OVERSAMPLED,
     Group,
     distinct,
@@ -29,17 +27,14 @@ from pipeline.tasks.visobert.duplicates import (
     summary,
     write_duplicates,
 )
-from pipeline.tasks.visobert.review_statistics import ALL, distribution, token_lengths, write_distribution
-from pipeline.tasks.visobert.reviews import Reviews
-from pipeline.tasks.visobert.sentiments import SENTIMENTS
-from pipeline.tasks.visobert.splits import read_splits
-from pipeline.tasks.visobert.tokenizer import MANY_UNKNOWN, load_tokenizer, unknown_share
+from pipeline.tasks.visobert.prepare.review_statistics import ALL, distribution, token_lengths, write_distribution
+from pipeline.tasks.visobert.reviews.alpha import ALPHA_FILE, Alpha, alpha_of, auto_alpha, count_sentiments
+from pipeline.tasks.visobert.reviews.reviews import Reviews
+from pipeline.tasks.visobert.reviews.sentiments import SENTIMENTS
+from pipeline.tasks.visobert.reviews.splits import read_splits
 from pipeline.tracking import plots
 from pipeline.tracking.messages import RunRequest
-from pipeline.tracking.mlflow_run import MlflowRun, Writer, fetch_artifact, writer_for
-
-if TYPE_CHECKING:
-    from pipeline.tasks.visobert.task import VisobertTask
+from pipeline.tracking.mlflow_run import MlflowRun, Writer, writer_for
 
 PICTURE = "sentiment_distribution.png"
 FILES = (
@@ -282,14 +277,3 @@ def figures(found: Findings) -> dict[str, float]:
         )
     values["duplicates/share_of_copies"] = found.duplicates["train"]["share_of_reviews"]
     return values | {f"tokens/{name}": value for name, value in found.tokens["train"].items()}
-
-
-def make_task(config: VisobertConfig) -> "VisobertTask":
-    """The task of `train_visobert`, with the alpha of a data_prep run if one is named."""
-    from pipeline.tasks.visobert.task import VisobertTask  # loads torch, which data_prep does without
-
-    if config.data_prep_run is None or config.multi_label.focal_alpha != "auto":
-        return VisobertTask(config)
-    with tempfile.TemporaryDirectory() as folder:
-        alpha = Alpha.read(fetch_artifact(config.data_prep_run, ALPHA_FILE, Path(folder)))
-    return VisobertTask(config, alpha)

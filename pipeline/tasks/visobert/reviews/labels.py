@@ -13,9 +13,24 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.errors import UserError
-from pipeline.tasks.visobert.columns import UNNAMED, Columns, absent, as_text, half_character, shown, tidy
 from pipeline.tasks.visobert.config import ReviewFormatConfig
-from pipeline.tasks.visobert.sentiments import MENTIONED, NOT_MENTIONED, SENTIMENTS, UNKNOWN, Labels, labelled
+from pipeline.tasks.visobert.reviews.columns import (
+    UNNAMED,
+    Columns,
+    absent,
+    as_text,
+    half_character,
+    shown,
+    tidy,
+)
+from pipeline.tasks.visobert.reviews.sentiments import (
+    MENTIONED,
+    NOT_MENTIONED,
+    SENTIMENTS,
+    UNKNOWN,
+    Labels,
+    labelled,
+)
 
 WORDS = tuple(sentiment.capitalize() for sentiment in SENTIMENTS)
 _CODES = {sentiment: code for code, sentiment in enumerate(SENTIMENTS)}

@@ -18,8 +18,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.errors import UserError
 from pipeline.storage.files import replacing
-from pipeline.tasks.visobert.reviews import Reviews, without_polarity
-from pipeline.tasks.visobert.sentiments import SENTIMENTS
+from pipeline.tasks.visobert.reviews.reviews import Reviews, without_polarity
+from pipeline.tasks.visobert.reviews.sentiments import SENTIMENTS
 
 ALPHA_FILE = "alpha.json"
 FORMULA = "alpha[s] = labelled_cells / (3 * counts[s]), s in the order positive, negative, neutral"

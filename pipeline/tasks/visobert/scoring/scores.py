@@ -6,8 +6,15 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
 
-from pipeline.tasks.visobert.answers import Flags, Prediction
-from pipeline.tasks.visobert.sentiments import MENTIONED, NOT_MENTIONED, SENTIMENTS, UNKNOWN, Labels, labelled
+from pipeline.tasks.visobert.reviews.sentiments import (
+    MENTIONED,
+    NOT_MENTIONED,
+    SENTIMENTS,
+    UNKNOWN,
+    Labels,
+    labelled,
+)
+from pipeline.tasks.visobert.scoring.predictions import Flags, Prediction
 
 CLASSES = tuple(range(len(SENTIMENTS)))
 PRIOR_MENTIONS = 30  # how many mentions outweigh the threshold 0.5

@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from pipeline.errors import UserError
 from pipeline.tasks.visobert.config import EMBEDDED, ReviewFormatConfig, TrainDataConfig
-from pipeline.tasks.visobert.embedded_reviews import embedded_reviews
-from pipeline.tasks.visobert.reviews import Reviews, detection_only, read_reviews, without_polarity
+from pipeline.tasks.visobert.reviews.embedded_reviews import embedded_reviews
+from pipeline.tasks.visobert.reviews.reviews import Reviews, detection_only, read_reviews, without_polarity
 
 
 @dataclass(frozen=True)

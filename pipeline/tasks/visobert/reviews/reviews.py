@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import UserError
-from pipeline.tasks.visobert.columns import Columns, absent, as_text, read_columns, shown, tidy
 from pipeline.tasks.visobert.config import ReviewFormatConfig
-from pipeline.tasks.visobert.labels import WORDS, BadLabel, labels_of_column, labels_of_columns
-from pipeline.tasks.visobert.sentiments import MENTIONED, labelled
+from pipeline.tasks.visobert.reviews.columns import Columns, absent, as_text, read_columns, shown, tidy
+from pipeline.tasks.visobert.reviews.labels import WORDS, BadLabel, labels_of_column, labels_of_columns
+from pipeline.tasks.visobert.reviews.sentiments import MENTIONED, labelled
 
 TEXT_COLUMNS = ("data", "text", "comment", "review", "content", "sentence")
 LABEL_COLUMNS = ("label", "labels")

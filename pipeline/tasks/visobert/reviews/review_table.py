@@ -20,8 +20,8 @@ from torch import Tensor
 from pipeline.errors import os_errors
 from pipeline.storage.files import replacing
 from pipeline.tasks.base import Rows
-from pipeline.tasks.visobert.sentiments import SENTIMENTS
-from pipeline.tasks.visobert.tokenizer import Tokenizer, Tokens
+from pipeline.tasks.visobert.encoders.tokenizer import Tokenizer, Tokens
+from pipeline.tasks.visobert.reviews.sentiments import SENTIMENTS
 
 LENGTH_JITTER = 0.04  # reviews are sorted by a length that is up to this much longer: other neighbours every epoch
 

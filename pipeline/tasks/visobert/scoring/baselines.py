@@ -10,9 +10,9 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
 
-from pipeline.tasks.visobert.answers import Prediction
-from pipeline.tasks.visobert.scores import tuned_thresholds
-from pipeline.tasks.visobert.sentiments import NOT_MENTIONED, SENTIMENTS, UNKNOWN, Labels, labelled
+from pipeline.tasks.visobert.reviews.sentiments import NOT_MENTIONED, SENTIMENTS, UNKNOWN, Labels, labelled
+from pipeline.tasks.visobert.scoring.predictions import Prediction
+from pipeline.tasks.visobert.scoring.scores import tuned_thresholds
 
 INVERSE_REGULARISATION = 4.0
 FEW_REVIEWS = 50  # so few that what occurs once counts too

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.storage.csv_table import cell
-from pipeline.tasks.visobert.alpha import count_sentiments
-from pipeline.tasks.visobert.reviews import Reviews
-from pipeline.tasks.visobert.sentiments import MENTIONED, SENTIMENTS, UNKNOWN
+from pipeline.tasks.visobert.reviews.alpha import count_sentiments
+from pipeline.tasks.visobert.reviews.reviews import Reviews
+from pipeline.tasks.visobert.reviews.sentiments import MENTIONED, SENTIMENTS, UNKNOWN
 
 PERCENTILES = (1, 5, 25, 50, 75, 90, 95, 99)
 ALL = "all aspects"

@@ -27,8 +27,8 @@ from scipy.sparse.csgraph import connected_components
 from sklearn.feature_extraction.text import CountVectorizer
 
 from pipeline.storage.csv_table import cell
-from pipeline.tasks.visobert.reviews import Reviews
-from pipeline.tasks.visobert.sentiments import UNKNOWN
+from pipeline.tasks.visobert.reviews.reviews import Reviews
+from pipeline.tasks.visobert.reviews.sentiments import UNKNOWN
 
 SHINGLE = 5  # characters
 THRESHOLD = 0.8

@@ -8,11 +8,11 @@ import pandas as pd
 from pipeline.runtime.console import optional
 from pipeline.storage.csv_table import write_csv
 from pipeline.tasks.base import write_test_rows
-from pipeline.tasks.visobert.answers import MENTIONED_TEXT, Answers
-from pipeline.tasks.visobert.review_statistics import ALL
-from pipeline.tasks.visobert.reviews import Reviews
-from pipeline.tasks.visobert.scores import aspect_table, confusion
-from pipeline.tasks.visobert.sentiments import MENTIONED, NOT_MENTIONED, SENTIMENTS, UNKNOWN, labelled
+from pipeline.tasks.visobert.prepare.review_statistics import ALL
+from pipeline.tasks.visobert.reviews.reviews import Reviews
+from pipeline.tasks.visobert.reviews.sentiments import MENTIONED, NOT_MENTIONED, SENTIMENTS, UNKNOWN, labelled
+from pipeline.tasks.visobert.scoring.predictions import MENTIONED_TEXT, Answers
+from pipeline.tasks.visobert.scoring.scores import aspect_table, confusion
 from pipeline.tracking import plots
 
 MOST_CONFIDENT = 200

@@ -1,0 +1,1 @@
+"""Tokenizers and encoders: small ones trained here, and pretrained ones."""

@@ -1,0 +1,1 @@
+"""`data_prep`: what review files hold, as tables, pictures and metrics."""

@@ -1,0 +1,1 @@
+"""Review files as labelled texts, their splits, alpha and batches."""
