@@ -39,7 +39,7 @@ from pipeline.tasks.visobert.encoders.tokenizer import MANY_UNKNOWN, Tokenizer, 
 from pipeline.tasks.visobert.model import AspectSentimentModel, Output, PretrainedEncoder, build_model, by_depth
 from pipeline.tasks.visobert.predict import predict_logits
 from pipeline.tasks.visobert.prepare.duplicates import folded
-from pipeline.tasks.visobert.reviews.alpha import ALPHA_FILE, Alpha, alpha_of
+from pipeline.tasks.visobert.reviews.alpha import ALPHA_FILE, Alpha, compute_alpha
 from pipeline.tasks.visobert.reviews.review_table import (
     LengthBuckets,
     ReviewBatch,
@@ -124,7 +124,7 @@ class VisobertTask(Task[VisobertConfig]):
         return VisobertTask(config, self.given_alpha if fetched else None, like=self)
 
     def _table(self, split: str) -> ReviewTable:
-        reviews = self.reviews.named[split]
+        reviews = self.reviews.by_name[split]
         tokens = tokenise(self.tokenizer, reviews.texts, self.config.model.max_tokens, Path(self.config.data.cache))
         return ReviewTable(tokens, reviews.labels, self.tokenizer.pad_id)
 
@@ -139,7 +139,7 @@ class VisobertTask(Task[VisobertConfig]):
         loss, train = self.config.multi_label, self.reviews.train
         if given is None or loss.focal_alpha != "auto":
             repeats = self.repeats if loss.alpha_from == "oversampled" else None
-            return alpha_of(train, self.reviews.detection_only, loss.focal_alpha, repeats)
+            return compute_alpha(train, self.reviews.detection_only, loss.focal_alpha, repeats)
         run = f"data_prep_run {self.config.data_prep_run}"
         if given.digest != train.digest:
             raise UserError(
@@ -157,14 +157,14 @@ class VisobertTask(Task[VisobertConfig]):
     def dataset(self) -> Dataset:
         train = self.reviews.train
         profile: dict[str, object] = {"train_file_digest": train.digest}
-        for name, reviews in self.reviews.named.items():
+        for name, reviews in self.reviews.by_name.items():
             cells = labelled(reviews.labels)
             profile[name] = {"reviews": len(reviews), "labelled_cells": int(cells.sum()), "file": reviews.source}
         return Dataset(Path(train.source).name, self.reviews.digest, train.source, profile)
 
     @property
     def splits(self) -> Collection[str]:
-        return [name for name, reviews in self.reviews.named.items() if len(reviews)]
+        return [name for name, reviews in self.reviews.by_name.items() if len(reviews)]
 
     @property
     def files(self) -> Sequence[Path]:
@@ -181,7 +181,7 @@ class VisobertTask(Task[VisobertConfig]):
             "gamma": f"{loss.focal_gamma}",
             "aspects": str(len(self.aspects)),
             "parameters": str(self.parameters),
-        } | {f"reviews_{name}": str(len(reviews)) for name, reviews in self.reviews.named.items()}
+        } | {f"reviews_{name}": str(len(reviews)) for name, reviews in self.reviews.by_name.items()}
 
     def describe(self, folder: Path) -> Mapping[str, float]:
         say(f"Total parameters: {self.parameters:,}")
@@ -190,7 +190,7 @@ class VisobertTask(Task[VisobertConfig]):
 
     def warnings(self, total_steps: int) -> Sequence[str]:  # noqa: ARG002
         found: list[str] = []
-        for name, reviews in self.reviews.named.items():
+        for name, reviews in self.reviews.by_name.items():
             found += reviews.notes
             if reviews.dropped:
                 found.append(f"{reviews.source}: bad cells that are dropped: {len(reviews.dropped)} ({name})")
@@ -214,7 +214,7 @@ class VisobertTask(Task[VisobertConfig]):
         known = set(map(folded, self.reviews.train.texts))
         if data.validation is None:  # a share of the training file
             known |= set(map(folded, self.reviews.valid.texts))
-        return sum(folded(text) in known for text in self.reviews.named[split].texts)
+        return sum(folded(text) in known for text in self.reviews.by_name[split].texts)
 
     def _build(self, *, weights: bool) -> AspectSentimentModel:
         return build_model(self.config.model, len(self.aspects), self.tokenizer, weights=weights, warn=warn)
@@ -223,7 +223,7 @@ class VisobertTask(Task[VisobertConfig]):
         model = self._build(weights=True)
         labels = self.reviews.train.labels
         known, mentioned = (labels != UNKNOWN).sum(0), (labels > NOT_MENTIONED).sum(0)
-        model.start_at(torch.from_numpy((mentioned + 1) / (known + 2)))  # +1, +2: no rate of 0 or 1
+        model.start_from(torch.from_numpy((mentioned + 1) / (known + 2)))  # +1, +2: no rate of 0 or 1
         return model
 
     @property
@@ -306,7 +306,7 @@ class VisobertTask(Task[VisobertConfig]):
     def evaluate(self, model: nn.Module, split: str, device: str) -> Mapping[str, float]:
         """Scores of a split; on `valid` the model's thresholds are tuned first, and stay with its weights."""
         assert isinstance(model, AspectSentimentModel)
-        reviews, output = self.reviews.named[split], self._predict(model, self.table(split), device)
+        reviews, output = self.reviews.by_name[split], self._predict(model, self.table(split), device)
         if split == "valid" and output.aspect is not None:
             probability = torch.sigmoid(output.aspect.double()).numpy()
             model.thresholds.copy_(torch.from_numpy(tuned_thresholds(reviews.labels, probability)))
@@ -321,7 +321,7 @@ class VisobertTask(Task[VisobertConfig]):
         return {f"{split}/{name}": value for name, value in (losses | found | beside).items()}
 
     def known_metrics(self, split: str) -> Mapping[str, str]:
-        detection, reviews = self.config.model.aspect_detection, self.reviews.named.get(split)
+        detection, reviews = self.config.model.aspect_detection, self.reviews.by_name.get(split)
         labels = reviews.labels if reviews else None
         lacks = known_scores(labels, self.names, self.polar, detection)
         if self.config.baselines:
@@ -385,7 +385,7 @@ class VisobertTask(Task[VisobertConfig]):
         """What the majority and TF-IDF with logistic regression reach on the same rows."""
         if not self.config.baselines:
             return {}
-        reviews = self.reviews.named[split]
+        reviews = self.reviews.by_name[split]
         predictions = {"majority": majority(self.reviews.train.labels, len(reviews))}
         if self._tfidf:
             predictions["tfidf"] = self._tfidf.predict(reviews.texts)
@@ -405,16 +405,16 @@ class VisobertTask(Task[VisobertConfig]):
     def report(self, model: nn.Module, folder: Path, device: str) -> None:
         """Tables and pictures of the finished model on the test split, or on validation where there is none."""
         assert isinstance(model, AspectSentimentModel)
-        split, tracking = "test" if "test" in self.reviews.named else "valid", self.config.tracking
+        split, tracking = "test" if "test" in self.reviews.by_name else "valid", self.config.tracking
         if not (tracking.log_report or tracking.log_rows):
             return
         answers = self._answers(model, self._predict(model, self.table(split), device))
         if tracking.log_report:
             with optional(f"the report of {split}"):
-                write_report(folder, split, self.reviews.named[split], answers)
+                write_report(folder, split, self.reviews.by_name[split], answers)
         if split == "test" and tracking.log_rows:
             with optional("evaluation/test_rows.parquet"):
-                write_pair_rows(folder, self.reviews.named[split], answers)
+                write_pair_rows(folder, self.reviews.by_name[split], answers)
 
     def export(self, model: nn.Module, folder: Path) -> ModelExport:
         assert isinstance(model, AspectSentimentModel)

@@ -27,7 +27,7 @@ from pipeline.tasks.visobert.prepare.duplicates import (
     write_duplicates,
 )
 from pipeline.tasks.visobert.prepare.review_statistics import distribution, token_lengths, write_distribution
-from pipeline.tasks.visobert.reviews.alpha import ALPHA_FILE, Alpha, alpha_of, auto_alpha, count_sentiments
+from pipeline.tasks.visobert.reviews.alpha import ALPHA_FILE, Alpha, auto_alpha, compute_alpha, count_sentiments
 from pipeline.tasks.visobert.reviews.reviews import Reviews
 from pipeline.tasks.visobert.reviews.sentiments import MENTIONED, NOT_MENTIONED, UNKNOWN
 
@@ -56,7 +56,7 @@ def test_alpha_by_hand() -> None:
     assert count_sentiments(np.array(labels, dtype=np.int8)).tolist() == [[2, 1, 1], [1, 1, 2], [0, 0, 1]]
     assert count_sentiments(np.array(labels, dtype=np.int8)).dtype == np.int64
 
-    alpha = alpha_of(reviews_of(labels), ("C",), "auto")  # C's one neutral is a mention only
+    alpha = compute_alpha(reviews_of(labels), ("C",), "auto")  # C's one neutral is a mention only
     assert alpha.counts == (3, 2, 3)
     assert alpha.vector == (8 / 9, 8 / 6, 8 / 9)
     assert alpha.text == "[0.8889, 1.3333, 0.8889]"
@@ -64,7 +64,7 @@ def test_alpha_by_hand() -> None:
     assert (alpha.mode, alpha.labelled_cells, alpha.detection_only) == ("auto", 8, ("C",))
     assert alpha.per_aspect_counts == ((2, 1, 1), (1, 1, 2), (0, 0, 0))
     assert (alpha.digest, alpha.source) == ("ab12", "train.csv")
-    every = alpha_of(reviews_of(labels), (), "auto")
+    every = compute_alpha(reviews_of(labels), (), "auto")
     assert every.counts == (3, 2, 4)
     assert every.metrics() == {"alpha/positive": 9 / 9, "alpha/negative": 9 / 6, "alpha/neutral": 9 / 12}
 
@@ -78,23 +78,23 @@ def test_auto_alpha_gives_every_sentiment_the_same_weight_in_all(counts: tuple[i
 
 def test_custom_alpha_and_ones_still_carry_the_counts() -> None:
     reviews = reviews_of([[P], [P], [N]])
-    custom = alpha_of(reviews, (), (1.0, 1.23456789, 1.5))
+    custom = compute_alpha(reviews, (), (1.0, 1.23456789, 1.5))
     assert (custom.mode, custom.text, custom.counts) == ("custom", "[1.0, 1.23456789, 1.5]", (2, 1, 0))
-    ones = alpha_of(reviews, (), None)
+    ones = compute_alpha(reviews, (), None)
     assert (ones.mode, ones.text, ones.vector) == ("ones", "[1.0, 1.0, 1.0]", (1.0, 1.0, 1.0))
     with pytest.raises(UserError, match=r"no neutral label among 3 labelled cells.*focal_alpha as a list of 3 numbers"):
-        alpha_of(reviews, (), "auto")
+        compute_alpha(reviews, (), "auto")
 
 
 @pytest.mark.parametrize("focal_alpha", ["auto", (1.0, 2.0, 3.0), None])
 def test_no_labelled_cell_is_an_error_in_every_mode(focal_alpha: Any) -> None:
     for reviews, only in ((reviews_of([[O], [M], [X]]), ()), (reviews_of([[P], [N], [U]]), ("A",))):
         with pytest.raises(UserError, match=r"train\.csv: no labelled cell at all"):
-            alpha_of(reviews, only, focal_alpha)
+            compute_alpha(reviews, only, focal_alpha)
 
 
 def test_alpha_file_round_trip(tmp_path: Path) -> None:
-    alpha = alpha_of(reviews_of([[P, O], [N, U], [U, U]]), (), "auto")
+    alpha = compute_alpha(reviews_of([[P, O], [N, U], [U, U]]), (), "auto")
     alpha.write(tmp_path / ALPHA_FILE)
     assert Alpha.read(tmp_path / ALPHA_FILE) == alpha
     assert [file.name for file in tmp_path.iterdir()] == [ALPHA_FILE]
@@ -119,7 +119,7 @@ def test_alpha_file_round_trip(tmp_path: Path) -> None:
 )
 def test_an_alpha_file_that_is_none(tmp_path: Path, change: Any, told: str) -> None:
     file = tmp_path / ALPHA_FILE
-    alpha_of(reviews_of([[P, O], [N, U], [U, O]]), (), "auto").write(file)
+    compute_alpha(reviews_of([[P, O], [N, U], [U, O]]), (), "auto").write(file)
     tree = json.loads(file.read_text())
     change(tree)
     file.write_text(json.dumps(tree))

@@ -335,7 +335,7 @@ def test_without_detection_there_is_no_second_head() -> None:
     assert output.aspect is None
     assert not model.detects
     assert not [name for name in model.state_dict() if "aspect" in name]
-    model.start_at(torch.tensor([0.1, 0.2, 0.3]))
+    model.start_from(torch.tensor([0.1, 0.2, 0.3]))
 
 
 # ---------------------------------------------------------------- parameters

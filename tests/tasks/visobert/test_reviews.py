@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from pipeline.errors import UserError
 from pipeline.tasks.visobert.config import ReviewFormatConfig
 from pipeline.tasks.visobert.reviews.labels import BadLabel
-from pipeline.tasks.visobert.reviews.reviews import Reviews, detection_only, read_reviews, without_polarity
+from pipeline.tasks.visobert.reviews.reviews import Reviews, detection_only_aspects, read_reviews
 from pipeline.tasks.visobert.reviews.sentiments import MENTIONED, NOT_MENTIONED, SENTIMENTS, UNKNOWN
 
 P, N, U = (SENTIMENTS.index(name) for name in ("positive", "negative", "neutral"))
@@ -79,7 +79,7 @@ def test_all_labels_in_one_column(tmp_path: Path) -> None:
     assert reviews.aspects == ("CAMERA", "OTHERS", "battery")  # sorted as text
     assert reviews.labels.tolist() == [[P, M, N], [O, O, O], [U, M, O]]
     assert reviews.labels_text(0) == "{CAMERA#Positive};{OTHERS};{battery#Negative}"
-    assert detection_only(reviews, ()) == ("OTHERS",)
+    assert detection_only_aspects(reviews, ()) == ("OTHERS",)
 
 
 @pytest.mark.parametrize("change", ["bom", "crlf", "both", "blank lines"])
@@ -322,7 +322,7 @@ def test_names_of_aspects(tmp_path: Path) -> None:
     cell = ";".join(f"{{{name}}}" for name in names)
     reviews = read(tmp_path, f"data,label\nx,{cell}\ny,{{ROOMS # DESIGN#neutral}};{{Giá: ship#Positive}}\n")
     assert reviews.aspects == tuple(sorted([*names, "ROOMS#DESIGN", "Giá: ship"]))
-    assert detection_only(reviews, ()) == tuple(sorted(names))
+    assert detection_only_aspects(reviews, ()) == tuple(sorted(names))
     assert reviews.labels_text(1) == "{Giá: ship#Positive};{ROOMS#DESIGN#Neutral}"
     text = "data,label\nx,{ROOMS#DESIGN#Positive};{PIN#Positive}\ny,{ROOMS#DESIGN};{PIN}\n"
     assert "row 2, column label: found '{ROOMS#DESIGN}', allowed" in refused(tmp_path, text)
@@ -405,7 +405,7 @@ def test_damaged_csv(tmp_path: Path, text: str, told: str) -> None:
         ('\n{"data": 5, "A": "Positive"}\n', "row 1, column data: found '5', allowed: text"),
         ('{"data": "x", "A": "Positive"}\n{"data": "y", "A": 1}\n', "row 2, column A: found '1', allowed: Positive"),
         ('{"data": "x", "A": ["Positive"]}\n', "row 1, column A: found '[\"Positive\"]', allowed: Positive"),
-        ('{"data": "xx", "A": "Positive"}\n{"data": "a\\ud83d", "A": ""}\n', "row 2, column data: found half a char"),
+        ('{"data": "xx", "A": "Positive"}\n{"data": "a\\ud83d", "A": ""}\n', "line 2: found half a char"),
         ('{"data": "x", "A": "Positive", "A": ""}\n', "line 1: not JSON (key 'A' is there twice)"),
     ],
 )
@@ -435,11 +435,11 @@ def test_detection_only_aspects(tmp_path: Path) -> None:
     text = "data,label\nx,{A#Positive};{B}\ny,{A};{B};{C#Negative};{D#Posititve}\nz,{D}\n"
     reviews = read(tmp_path, text, on_bad_label="drop")
     assert reviews.labels.tolist() == [[P, M, O, O], [M, M, N, X], [O, O, O, M]]
-    assert detection_only(reviews, ()) == ("B", "D")
-    assert detection_only(reviews, ["A"]) == ("A", "B", "D")
+    assert detection_only_aspects(reviews, ()) == ("B", "D")
+    assert detection_only_aspects(reviews, ["A"]) == ("A", "B", "D")
     with pytest.raises(UserError, match=r"data\.detection_only: no aspect E; there are: A, B, C, D"):
-        detection_only(reviews, ["E"])
-    bare = without_polarity(reviews, ("A", "D"))
+        detection_only_aspects(reviews, ["E"])
+    bare = reviews.without_polarity(("A", "D"))
     assert bare.labels.tolist() == [[M, M, O, O], [M, M, N, X], [O, O, O, M]]
     assert reviews.labels[0, 0] == P
     assert bare.labels.dtype == np.int8
@@ -447,8 +447,8 @@ def test_detection_only_aspects(tmp_path: Path) -> None:
 
 def test_an_aspect_that_nobody_mentions_is_not_detection_only(tmp_path: Path) -> None:
     reviews = read(tmp_path, "data,A,B\nx,Positive,\n")
-    assert detection_only(reviews, ()) == ()
-    assert detection_only(reviews, ("B",)) == ("B",)
+    assert detection_only_aspects(reviews, ()) == ()
+    assert detection_only_aspects(reviews, ("B",)) == ("B",)
     assert reviews.notes == (f"{tmp_path / 'reviews.csv'}: no review mentions B",)
 
 

@@ -11,20 +11,22 @@ from torch.nn.functional import pad
 
 from pipeline.tasks.visobert.config import EmbeddedModelConfig
 
-KERNEL = 3  # tokens that a layer sees at a time
+KERNEL = 3  # tokens that a layer combines
 EMBEDDING_STD = 0.1
 
 
 class Encoded(NamedTuple):
+    """An encoder's output."""
+
     hidden: Tensor  # [B, L, H]
-    pooled: Tensor | None  # [B, H], by the encoder's own pooler, if it has one
+    pooled: Tensor | None  # [B, H], if the encoder has a pooler
 
 
 class EmbeddedEncoder(nn.Module):
-    """Residual blocks over token embeddings; every block is a convolution and a recurrence in both directions."""
+    """Token embeddings and residual blocks, each a convolution and a recurrence in both directions."""
 
     def __init__(self, config: EmbeddedModelConfig, vocabulary: int, pad_id: int, mask_id: int) -> None:
-        """`mask_id`: what a token becomes that token dropout hides."""
+        """`mask_id` replaces the tokens that token dropout hides."""
         super().__init__()
         self.width, self.mask_id, self.token_dropout = config.width, mask_id, config.token_dropout
         self.embedding = nn.Embedding(vocabulary, config.width, padding_idx=pad_id)
@@ -36,7 +38,7 @@ class EmbeddedEncoder(nn.Module):
         self.norm = nn.LayerNorm(config.width)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Encoded:
-        """ids: [B, L]; mask: [B, L], true where there is a token."""
+        """ids: [B, L]; mask: [B, L], false where padded."""
         if self.training and self.token_dropout:
             hidden = torch.rand(ids.shape, device=ids.device) < self.token_dropout
             ids = ids.masked_fill(hidden & mask, self.mask_id)
@@ -67,21 +69,18 @@ class Convolution(nn.Module):
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
-        self.norm, self.linear, self.dropout = (
-            nn.LayerNorm(width),
-            nn.Linear(KERNEL * width, width),
-            ChannelDropout(dropout),
-        )
+        self.norm, self.linear = nn.LayerNorm(width), nn.Linear(KERNEL * width, width)
+        self.dropout = ChannelDropout(dropout)
 
     def forward(self, x: Tensor, present: Tensor) -> Tensor:
         return x + cast(Tensor, self.dropout(torch.relu(self.linear(_windows(self.norm(x) * present)))))
 
 
 class Recurrence(nn.Module):
-    """x + dropout(gate * state), the state a running mix c <- c + i (z - c) of what was read.
+    """x + dropout(gate * state), with the running mix c <- c + i (z - c) as state.
 
-    Gates and candidates come from a convolution, so no matrix is in the loop (QRNN, Bradbury et al. 2017, "fo" pooling
-    with an input gate). Half of the channels are read backwards; padding leaves the state as it is.
+    Gates and candidates come from a convolution, so that the loop has no matrix product (QRNN, Bradbury et al. 2017,
+    "fo" pooling with an input gate). Half of the channels run backwards; padding leaves the state unchanged.
     """
 
     def __init__(self, width: int, dropout: float) -> None:
@@ -97,16 +96,16 @@ class Recurrence(nn.Module):
         for value, gate in zip(values, gates, strict=True):  # over positions
             state = torch.lerp(state, value, gate)
             states.append(state)
-        found = self._both_ways(torch.stack(states, 1)) * torch.sigmoid(output)
-        return x + cast(Tensor, self.dropout(found))
+        mixed = self._both_ways(torch.stack(states, 1)) * torch.sigmoid(output)
+        return x + cast(Tensor, self.dropout(mixed))
 
     def _both_ways(self, x: Tensor) -> Tensor:
-        """The second half of the channels in reverse order of positions; twice is the identity."""
+        """Reverse the positions of the second half of the channels; applied twice it is the identity."""
         return torch.cat([x[..., : self.forwards], x[..., self.forwards :].flip(1)], -1)
 
 
 def _windows(x: Tensor) -> Tensor:
-    """Every position with its neighbours: [B, L, H] -> [B, L, KERNEL * H]"""
+    """Concatenate every position with its neighbours: [B, L, H] -> [B, L, KERNEL * H]"""
     length, around = x.shape[1], KERNEL // 2
     padded = pad(x, (0, 0, around, around))
     return torch.cat([padded[:, start : start + length] for start in range(KERNEL)], -1)

@@ -1,4 +1,4 @@
-"""From texts to token ids: tokenizers of pretrained models, and one of our own."""
+"""Tokenizers of pretrained models, and a small one that is trained on the training split."""
 
 import hashlib
 import json
@@ -18,43 +18,35 @@ from pipeline.tasks.visobert.config import EMBEDDED
 from pipeline.tasks.visobert.encoders.model_folder import model_folder
 
 TOKENIZER_FILE = "tokenizer.json"
-# one of these must be there: without a vocabulary transformers makes up an empty one, and says nothing
+# One of these must exist: without a vocabulary transformers silently builds an empty tokenizer.
 VOCABULARY_FILES = (TOKENIZER_FILE, "*.model", "vocab.txt", "vocab.json", "*.codes", "*.tiktoken")
 PAD, UNKNOWN, START, MASK = "<pad>", "<unk>", "<s>", "<mask>"
-MANY_UNKNOWN = 0.01  # share of tokens that a warning is worth
+MANY_UNKNOWN = 0.01  # share of unknown tokens above which a warning is given
 
 
 class Tokens(NamedTuple):
-    """Texts as one flat stream. T = all tokens, N = texts."""
+    """Token ids of texts, concatenated. T = all tokens, N = texts."""
 
     ids: npt.NDArray[np.int32]  # [T]
     lengths: npt.NDArray[np.int64]  # [N]
 
 
 class Tokenizer(Protocol):
+    """Texts to token ids."""
+
     size: int  # ids are below this
     pad_id: int
-    mask_id: int  # stands for a token that is hidden
-    unknown_id: int | None  # stands for what the vocabulary lacks
-    digest: str  # equal digests give equal ids
+    mask_id: int  # replaces hidden tokens
+    unknown_id: int | None  # replaces what is not in the vocabulary
+    digest: str  # tokenizers with equal digests give equal ids
 
     def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> Tokens:
-        """Ids with the tokens that the model wants around a text; longer texts are cut."""
+        """Ids with the model's special tokens around each text, truncated to `max_tokens`."""
         ...
 
     def save(self, folder: Path) -> None:
-        """Write what `load_saved` reads."""
+        """Write the files that `load_saved` reads."""
         ...
-
-
-def unknown_share(tokenizer: Tokenizer, ids: npt.NDArray[np.int32]) -> float:
-    """Share of the tokens that stand for what the vocabulary lacks."""
-    return float((ids == tokenizer.unknown_id).mean()) if tokenizer.unknown_id is not None and len(ids) else 0.0
-
-
-def normalise(text: str) -> str:
-    """Unicode NFC: one code for one Vietnamese letter, however it was typed."""
-    return unicodedata.normalize("NFC", text)
 
 
 def load_tokenizer(name: str, revision: str | None, texts: Sequence[str], vocabulary: int) -> Tokenizer:
@@ -71,28 +63,34 @@ def load_tokenizer(name: str, revision: str | None, texts: Sequence[str], vocabu
 
 
 def load_saved(folder: Path, name: str) -> Tokenizer:
-    """The tokenizer that `save` wrote, of the model `name`."""
+    """Load the tokenizer that `save` wrote, of the model `name`."""
     if name == EMBEDDED:
         return EmbeddedTokenizer(Backend.from_file(str(folder / TOKENIZER_FILE)))
     return PretrainedTokenizer(folder, name)
 
 
+def unknown_share(tokenizer: Tokenizer, ids: npt.NDArray[np.int32]) -> float:
+    """Share of the tokens that are unknown to the vocabulary."""
+    return float((ids == tokenizer.unknown_id).mean()) if tokenizer.unknown_id is not None and len(ids) else 0.0
+
+
 class EmbeddedTokenizer:
-    """Byte-pair encoding (Sennrich et al. 2016) of lower-cased text, trained on the training split."""
+    """Byte-pair encoding (Sennrich et al. 2016) of lower-cased text."""
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
         self.size = backend.get_vocab_size()
-        self.pad_id: int = backend.get_vocab()[PAD]
-        self.mask_id: int = backend.get_vocab()[MASK]
-        self.unknown_id: int | None = backend.get_vocab()[UNKNOWN]
+        vocabulary = backend.get_vocab()
+        self.pad_id: int = vocabulary[PAD]
+        self.mask_id: int = vocabulary[MASK]
+        self.unknown_id: int | None = vocabulary[UNKNOWN]
         self.digest = hashlib.sha256(backend.to_str().encode()).hexdigest()
 
     @classmethod
     def train(cls, texts: Sequence[str], vocabulary: int) -> "EmbeddedTokenizer":
         backend = Backend(models.BPE(unk_token=UNKNOWN))
         backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-        # words are told apart by a mark before them: with a suffix the trainer numbers letters in a random order
+        # Metaspace marks the start of a word: with an end-of-word suffix the trainer numbers letters in random order
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Whitespace(),
@@ -118,8 +116,7 @@ class EmbeddedTokenizer:
             self.backend.no_truncation()
         else:
             self.backend.enable_truncation(max_tokens)
-        found = self.backend.encode_batch_fast([normalise(text) for text in texts])
-        return _flat([encoding.ids for encoding in found])
+        return _tokens([encoding.ids for encoding in self.backend.encode_batch_fast(_nfc(texts))])
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -128,7 +125,7 @@ class EmbeddedTokenizer:
 
 
 class PretrainedTokenizer:
-    """Whatever transformers can load, and what it should be able to."""
+    """A tokenizer that transformers loads."""
 
     def __init__(self, folder: Path, name: str) -> None:
         """Read the tokenizer in the folder.
@@ -138,8 +135,8 @@ class PretrainedTokenizer:
         """
         self.backend: Any = _load(folder, name)
         self.size = len(self.backend)
-        pads = (self.backend.pad_token_id, self.backend.eos_token_id, 0)  # a mask hides what is padded anyway
-        self.pad_id = next(int(pad) for pad in pads if pad is not None)
+        pad_ids = (self.backend.pad_token_id, self.backend.eos_token_id, 0)  # any id will do: the mask hides padding
+        self.pad_id = next(int(pad_id) for pad_id in pad_ids if pad_id is not None)
         mask = self.backend.mask_token_id
         self.mask_id = self.pad_id if mask is None else int(mask)
         self.unknown_id = self.backend.unk_token_id
@@ -147,24 +144,34 @@ class PretrainedTokenizer:
 
     def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> Tokens:
         if not len(texts):
-            return _flat([])
-        # padding and truncation are said outright: ViSoBERT's file has both baked in, to 256
-        found = self.backend(
-            [normalise(text) for text in texts],
-            padding=False,
+            return _tokens([])
+        encoding = self.backend(
+            _nfc(texts),
+            padding=False,  # ViSoBERT's file pads and truncates to 256 by default
             truncation=max_tokens is not None,
             max_length=max_tokens,
             return_attention_mask=False,
             verbose=False,
         )
-        return _flat(found["input_ids"])
+        return _tokens(encoding["input_ids"])
 
     def save(self, folder: Path) -> None:
         self.backend.save_pretrained(str(folder))
 
 
+def _nfc(texts: Sequence[str]) -> list[str]:
+    """Texts in which a Vietnamese letter is one code point, however it was typed."""
+    return [unicodedata.normalize("NFC", text) for text in texts]
+
+
+def _tokens(ids: Sequence[Sequence[int]]) -> Tokens:
+    lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
+    flat = np.concatenate([np.asarray(text, dtype=np.int32) for text in ids]) if len(ids) else np.empty(0, np.int32)
+    return Tokens(flat, lengths)
+
+
 def _load(folder: Path, name: str) -> Any:
-    if not any(found for pattern in VOCABULARY_FILES for found in folder.glob(pattern)):
+    if not any(file for pattern in VOCABULARY_FILES for file in folder.glob(pattern)):
         raise UserError(
             f"model.name {name}: no tokenizer in {folder}, allowed: a folder with one of {', '.join(VOCABULARY_FILES)}"
         )
@@ -173,22 +180,21 @@ def _load(folder: Path, name: str) -> Any:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     file = folder / TOKENIZER_FILE
     try:
-        if file.exists():
-            # The file says all. transformers 5 rather builds what the named class stands for: for ViSoBERT, which is
-            # byte-pair encoding, it fails on a Unigram; of a BERT that keeps capitals and tones it loses both.
-            special = _special_tokens(folder)
-            return PreTrainedTokenizerFast(tokenizer_file=str(file), **special)  # type: ignore[no-untyped-call]
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        if not file.exists():
+            return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        # The file alone decides. AutoTokenizer in transformers 5 builds what the named class stands for instead: it
+        # fails on ViSoBERT (byte-pair encoding, named as a Unigram class), and lower-cases a cased BERT.
+        return PreTrainedTokenizerFast(tokenizer_file=str(file), **_special_tokens(folder))  # type: ignore[no-untyped-call]
     except UserError:
         raise
-    except Exception as error:  # what is raised depends on the tokenizer's class
-        shown = file if file.exists() else folder
-        raise UserError(f"model.name {name}: the tokenizer in {shown} cannot be loaded: {error}") from None
+    except Exception as error:  # depends on the tokenizer's class
+        path = file if file.exists() else folder
+        raise UserError(f"model.name {name}: the tokenizer in {path} cannot be loaded: {error}") from None
 
 
 def _special_tokens(folder: Path) -> dict[str, str]:
-    """Names of the special tokens (`pad_token`, ...), as the folder's files give them."""
-    found: dict[str, str] = {}
+    """The special tokens (`pad_token`, ...) that the folder's files name."""
+    tokens: dict[str, str] = {}
     for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
         try:
             entries = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -197,21 +203,15 @@ def _special_tokens(folder: Path) -> dict[str, str]:
         for key, value in entries.items():
             text = value.get("content") if isinstance(value, dict) else value
             if key.endswith("_token") and isinstance(text, str):
-                found[key] = text
-    return found
+                tokens[key] = text
+    return tokens
 
 
 def _definition(backend: Any, folder: Path) -> bytes:
-    """All that decides the ids."""
+    """Everything that decides the ids."""
     if backend.is_fast:
         backend.backend_tokenizer.no_truncation()
         backend.backend_tokenizer.no_padding()
         return bytes(backend.backend_tokenizer.to_str(), "utf-8")
     files = sorted(file for pattern in (*VOCABULARY_FILES, "*.json", "*.txt") for file in folder.glob(pattern))
     return repr(type(backend)).encode() + b"".join(file.read_bytes() for file in files)
-
-
-def _flat(ids: Sequence[Sequence[int]]) -> Tokens:
-    lengths = np.fromiter((len(text) for text in ids), dtype=np.int64, count=len(ids))
-    flat = np.concatenate([np.asarray(text, dtype=np.int32) for text in ids]) if len(ids) else np.empty(0, np.int32)
-    return Tokens(flat, lengths)

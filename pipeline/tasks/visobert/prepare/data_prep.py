@@ -28,7 +28,7 @@ from pipeline.tasks.visobert.prepare.duplicates import (
     write_duplicates,
 )
 from pipeline.tasks.visobert.prepare.review_statistics import ALL, distribution, token_lengths, write_distribution
-from pipeline.tasks.visobert.reviews.alpha import ALPHA_FILE, Alpha, alpha_of, auto_alpha, count_sentiments
+from pipeline.tasks.visobert.reviews.alpha import ALPHA_FILE, Alpha, auto_alpha, compute_alpha, count_sentiments
 from pipeline.tasks.visobert.reviews.reviews import Reviews
 from pipeline.tasks.visobert.reviews.sentiments import SENTIMENTS
 from pipeline.tasks.visobert.reviews.splits import read_splits
@@ -110,7 +110,7 @@ def _read(data: PrepDataConfig) -> tuple[dict[str, Reviews], tuple[str, ...]]:
 
 def _examine(splits: dict[str, Reviews], only: tuple[str, ...], config: DataPrepConfig) -> Findings:
     train = splits["train"]
-    alpha = alpha_of(train, only, "auto")
+    alpha = compute_alpha(train, only, "auto")
     kept = distinct(train)
     with_text = {split: reviews.with_text() for split, reviews in splits.items()}
     groups = find_duplicates(with_text)

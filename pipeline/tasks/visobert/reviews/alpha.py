@@ -1,7 +1,7 @@
-"""Alpha, the weight of each sentiment in the focal loss, and the counts it comes from.
+"""Alpha, the weight of each sentiment in the focal loss, and the counts behind it.
 
 Auto alpha is `total / (3 * count)` over the labelled cells of the training split, in the order of SENTIMENTS: a
-sentiment that is as frequent as the others weighs 1, a rare one more.
+sentiment with a third of the cells weighs 1, a rarer one more.
 """
 
 import json
@@ -18,7 +18,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.errors import UserError
 from pipeline.storage.files import replacing
-from pipeline.tasks.visobert.reviews.reviews import Reviews, without_polarity
+from pipeline.tasks.visobert.reviews.columns import quoted
+from pipeline.tasks.visobert.reviews.reviews import Reviews
 from pipeline.tasks.visobert.reviews.sentiments import SENTIMENTS
 
 ALPHA_FILE = "alpha.json"
@@ -32,12 +33,12 @@ Mode = Literal["auto", "custom", "ones"]
 
 @dataclass(frozen=True)
 class Alpha:
-    """Weights of positive, negative, neutral, with what they were counted from."""
+    """Weights of positive, negative, neutral, with their counts and source."""
 
     mode: Mode
     vector: tuple[Weight, Weight, Weight]
     counts: tuple[Count, Count, Count]
-    per_aspect_counts: tuple[tuple[Count, Count, Count], ...]  # as aspects
+    per_aspect_counts: tuple[tuple[Count, Count, Count], ...]  # [A], in the order of aspects
     aspects: tuple[str, ...]
     detection_only: tuple[str, ...]
     labelled_cells: int  # the sum of counts
@@ -46,15 +47,15 @@ class Alpha:
 
     @property
     def text(self) -> str:
-        """The vector as MLflow's param holds it: auto to four digits, else exactly."""
+        """The vector as an MLflow param: auto to four digits, else exact."""
         return json.dumps([round(weight, 4) for weight in self.vector] if self.mode == "auto" else list(self.vector))
 
     def metrics(self) -> dict[str, float]:
-        """The vector in full precision, under metric names."""
+        """The vector in full precision, by metric name."""
         return {f"alpha/{name}": weight for name, weight in zip(SENTIMENTS, self.vector, strict=True)}
 
     def write(self, file: Path) -> None:
-        """Write alpha.json: all of it, or nothing."""
+        """Write alpha.json atomically."""
         tree: dict[str, Any] = {"formula": FORMULA if self.mode == "auto" else None, "order": SENTIMENTS}
         tree |= asdict(self)
         tree["per_aspect_alpha"] = {
@@ -66,7 +67,7 @@ class Alpha:
 
     @classmethod
     def read(cls, file: Path) -> "Alpha":
-        """Read what `write` wrote.
+        """Read a file that `write` wrote.
 
         Raises:
             UserError: the file cannot be read, or is not an alpha.json.
@@ -93,7 +94,7 @@ class Alpha:
 
 
 def count_sentiments(labels: npt.NDArray[np.int8], repeats: npt.NDArray[np.float64] | None = None) -> Counts:
-    """Labelled cells of each aspect and sentiment. labels [N, A] -> [A, 3]
+    """Count the labelled cells of each aspect and sentiment. labels [N, A] -> [A, 3]
 
     `repeats`: [N], how often each review counts; the sums are rounded.
     """
@@ -104,50 +105,49 @@ def count_sentiments(labels: npt.NDArray[np.int8], repeats: npt.NDArray[np.float
 
 
 def auto_alpha(counts: Sequence[int] | Counts, dropped: str = "") -> tuple[float, float, float]:
-    """total / (3 * count) of each sentiment. counts: [3]; dropped: what the error says of cells that were dropped
+    """total / (3 * count) of each sentiment. counts: [3]; dropped: a note on dropped cells for the error
 
     Raises:
         UserError: a sentiment has no example.
     """
     positive, negative, neutral = (int(count) for count in counts)
     total = positive + negative + neutral
-    among = f"{total} labelled cells ({dropped})" if dropped else f"{total} labelled cells"
+    cells = f"{total} labelled cells ({dropped})" if dropped else f"{total} labelled cells"
     for name, count in zip(SENTIMENTS, (positive, negative, neutral), strict=True):
         if not count:
             raise UserError(
-                f"alpha: no {name} label among {among}, so auto alpha has no weight for it; give "
+                f"alpha: no {name} label among {cells}, so auto alpha has no weight for it; give "
                 f"training data with {name} labels, or multi_label.focal_alpha as a list of 3 numbers or null"
             )
     return total / (3 * positive), total / (3 * negative), total / (3 * neutral)
 
 
-def alpha_of(
+def compute_alpha(
     reviews: Reviews,
     detection_only: Sequence[str],
     focal_alpha: Literal["auto"] | tuple[float, float, float] | None,
     repeats: npt.NDArray[np.float64] | None = None,
 ) -> Alpha:
-    """Alpha of a training split; `detection_only` aspects do not count. null (None) are ones.
+    """Alpha of a training split without its `detection_only` aspects; None is ones.
 
     `repeats`: [N], how often each review counts; None = once.
 
     Raises:
-        UserError: no labelled cell at all, or auto and a sentiment without one.
+        UserError: there is no labelled cell, or alpha is auto and a sentiment has none.
     """
-    per_aspect = count_sentiments(without_polarity(reviews, detection_only).labels, repeats)
+    per_aspect = count_sentiments(reviews.without_polarity(detection_only).labels, repeats)
     counts = per_aspect.sum(axis=0)
-    dropped = reviews.dropped_cells()
+    dropped = _dropped_cells(reviews)
     if not counts.sum():
-        none = f"no labelled cell at all: {dropped}" if dropped else "no labelled cell at all"
-        raise UserError(f"{reviews.source}: {none}; allowed: reviews with sentiments to learn from")
+        reason = f"no labelled cell at all: {dropped}" if dropped else "no labelled cell at all"
+        raise UserError(f"{reviews.source}: {reason}; allowed: reviews with sentiments to learn from")
     mode: Mode = "auto" if focal_alpha == "auto" else "ones" if focal_alpha is None else "custom"
-    ones = (1.0, 1.0, 1.0)
-    vector = auto_alpha(counts, dropped) if focal_alpha == "auto" else ones if focal_alpha is None else focal_alpha
+    vector = auto_alpha(counts, dropped) if focal_alpha == "auto" else focal_alpha or (1.0, 1.0, 1.0)
     return Alpha(
         mode=mode,
         vector=vector,
-        counts=_three(counts),
-        per_aspect_counts=tuple(_three(row) for row in per_aspect),
+        counts=_triple(counts),
+        per_aspect_counts=tuple(map(_triple, per_aspect)),
         aspects=reviews.aspects,
         detection_only=tuple(detection_only),
         labelled_cells=int(counts.sum()),
@@ -156,6 +156,16 @@ def alpha_of(
     )
 
 
-def _three(counts: Counts) -> tuple[int, int, int]:
+def _dropped_cells(reviews: Reviews) -> str:
+    """How many label cells were dropped, and the first one; empty if none was."""
+    if not reviews.dropped:
+        return ""
+    first = reviews.dropped[0]
+    count = len({(label.row, label.column) for label in reviews.dropped})
+    where = f"row {first.row}, column {first.column}: {quoted(first.value)}"
+    return f"{count} of {reviews.cells} cells are no labels (first: {where})"
+
+
+def _triple(counts: Counts) -> tuple[int, int, int]:
     positive, negative, neutral = counts.tolist()
     return positive, negative, neutral

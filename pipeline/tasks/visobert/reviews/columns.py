@@ -1,4 +1,4 @@
-"""Files of reviews as columns of cells."""
+"""Review files as named columns of cells: CSV, JSONL and Parquet."""
 
 import codecs
 import csv
@@ -18,47 +18,49 @@ from pipeline.config.strict_config import nearest
 from pipeline.errors import UserError
 from pipeline.storage.files import check_file
 
-Columns = Mapping[str, Sequence[object]]  # cells are text or None; of JSONL and Parquet also what else they hold
+Columns = Mapping[str, Sequence[object]]  # cells are text or None; JSONL and Parquet may hold other values
+NamesAndCells = tuple[list[str], list[Sequence[object]]]
 
 UNNAMED = re.compile(r"|Unnamed: \d+|__index_level_\d+__")  # how pandas writes its index
+HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")  # half of a surrogate pair: JSON can escape it, UTF-8 cannot hold it
 
 
 def read_columns(file: Path) -> tuple[str, Columns]:
-    """SHA-256 (hex) of the file's bytes, and its columns by name (NFC, without spaces around it).
+    """Read the SHA-256 (hex) of the file's bytes, and its columns by name (NFC, without surrounding spaces).
 
-    Every cell of a CSV is text: nothing is taken for a number or for missing. Blank lines are no rows.
+    Every CSV cell is text: none is parsed as a number or as missing. Blank lines are skipped.
 
     Raises:
         UserError: the file cannot be read, is damaged, not UTF-8, or of another format; names line or row.
     """
     content = _content(file)
     names, columns = _READERS[file.suffix.lower()](file, content)
-    names = [tidy(name) for name in names]
-    twice = [name for name, count in Counter(names).items() if count > 1 and not UNNAMED.fullmatch(name)]
-    if twice:
-        raise UserError(f"{file}: column {twice[0]} is there twice")
+    names = [clean_name(name) for name in names]
+    for name, count in Counter(names).items():
+        if count > 1 and not UNNAMED.fullmatch(name):
+            raise UserError(f"{file}: column {name} is there twice")
     return hashlib.sha256(content).hexdigest(), dict(zip(names, columns, strict=True))
 
 
-def tidy(name: str) -> str:
-    """A column's or an aspect's name: NFC, without spaces around it."""
+def clean_name(name: str) -> str:
+    """The name of a column or an aspect in NFC, without surrounding spaces."""
     return unicodedata.normalize("NFC", name).strip()
 
 
-def as_text(cell: object) -> str:
-    """A label cell as text: nothing (also a Parquet column's NaN) is empty."""
+def cell_text(cell: object) -> str:
+    """A label cell as text; None and NaN are empty."""
     if isinstance(cell, str):
         return cell
     return "" if cell is None or cell != cell else json.dumps(cell, ensure_ascii=False, default=str)  # noqa: PLR0124
 
 
-def shown(text: str) -> str:
-    """A cell as a message shows it."""
+def quoted(text: str) -> str:
+    """A cell as messages show it."""
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
-def absent(kind: str, name: str, names: Sequence[str]) -> str:
-    """`no column X`, and what may have been meant."""
+def no_such(kind: str, name: str, names: Sequence[str]) -> str:
+    """`no column X`, with the nearest name or a list of names."""
     hint = nearest(name, list(names))
     if "did you mean" not in hint:
         hint = f"; there are: {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}"
@@ -81,9 +83,9 @@ def _content(file: Path) -> bytes:
     return content
 
 
-def _decoded(file: Path, content: bytes) -> str:
+def _decode(file: Path, content: bytes) -> str:
     try:
-        text = content.decode("utf-8").removeprefix("\ufeff")
+        text = content.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise UserError(f"{file}: not UTF-8 ({error.reason} at byte {error.start}, line {line})") from None
@@ -92,9 +94,9 @@ def _decoded(file: Path, content: bytes) -> str:
     return text
 
 
-def _csv(file: Path, content: bytes) -> tuple[list[str], list[Sequence[object]]]:
-    reader = csv.reader(io.StringIO(_decoded(file, content), newline=""), strict=True)
-    limit = csv.field_size_limit(len(content))  # its own is 131,072 characters a cell, and no other format has one
+def _read_csv(file: Path, content: bytes) -> NamesAndCells:
+    reader = csv.reader(io.StringIO(_decode(file, content), newline=""), strict=True)
+    limit = csv.field_size_limit(len(content))  # the default limit is 131,072 characters a cell
     try:
         names, *rows = (row for row in reader if row)
     except csv.Error as error:
@@ -108,53 +110,34 @@ def _csv(file: Path, content: bytes) -> tuple[list[str], list[Sequence[object]]]
     return names, list(zip(*rows, strict=True)) if rows else [()] * len(names)
 
 
-def _jsonl(file: Path, content: bytes) -> tuple[list[str], list[Sequence[object]]]:
+def _read_jsonl(file: Path, content: bytes) -> NamesAndCells:
     records = []
-    for number, line in enumerate(_decoded(file, content).split("\n"), 1):
+    for number, line in enumerate(_decode(file, content).split("\n"), 1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line, object_pairs_hook=_once)
+            record = json.loads(line, object_pairs_hook=_unique_keys)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{file}: line {number}: not JSON ({error})") from None
         if not isinstance(record, dict):
             raise UserError(f"{file}: line {number}: found a {type(record).__name__}, allowed: an object of columns")
+        if "\\u" in line and HALF_CHARACTER.search(json.dumps(record, ensure_ascii=False)):
+            raise UserError(f"{file}: line {number}: found half a character (an unpaired surrogate)")
         records.append(record)
     names = list(dict.fromkeys(name for record in records for name in record))
-    columns: list[Sequence[object]] = [[record.get(name) for record in records] for name in names]
-    if b"\\u" in content:  # an escape may stand for half a character, or for a zero
-        _refuse_halves(file, names, columns)
-    return names, columns
+    return names, [[record.get(name) for record in records] for name in names]
 
 
-def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object; a key that is there twice is refused, where json takes the last."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"key {twice!r} is there twice")
-    return found
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object; json itself keeps the last of two equal keys."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"key {repeated!r} is there twice")
+    return record
 
 
-def _refuse_halves(file: Path, names: Sequence[str], columns: Sequence[Sequence[object]]) -> None:
-    for name, cells in zip(names, columns, strict=True):
-        if "\0" in name or half_character(name):
-            raise UserError(f"{file}: column {name!r}: allowed: a name of whole characters other than zero")
-        for row, cell in enumerate(cells, 1):
-            if isinstance(cell, str | list | dict) and (reason := half_character(as_text(cell))):
-                raise UserError(f"{file}: row {row}, column {name}: found half a character ({reason})")
-
-
-def half_character(text: str) -> str | None:
-    """What is wrong with a text that holds half a character, which no file can; None where all are whole."""
-    try:
-        text.encode()
-        return None
-    except UnicodeEncodeError as error:
-        return error.reason
-
-
-def _parquet(file: Path, content: bytes) -> tuple[list[str], list[Sequence[object]]]:
+def _read_parquet(file: Path, content: bytes) -> NamesAndCells:
     try:
         table = pq.read_table(pa.BufferReader(content))
         return list(table.column_names), [column.to_pylist() for column in table.columns]
@@ -163,8 +146,8 @@ def _parquet(file: Path, content: bytes) -> tuple[list[str], list[Sequence[objec
         raise UserError(f"{file}: not a readable Parquet file ({reason})") from None
 
 
-_READERS: dict[str, Callable[[Path, bytes], tuple[list[str], list[Sequence[object]]]]] = {
-    ".csv": _csv,
-    ".jsonl": _jsonl,
-    ".parquet": _parquet,
+_READERS: dict[str, Callable[[Path, bytes], NamesAndCells]] = {
+    ".csv": _read_csv,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
 }

@@ -1,9 +1,9 @@
-"""Generated Vietnamese phone reviews, with the sentiment that each one expresses about eleven aspects.
+"""Generated Vietnamese phone reviews, labelled with the sentiment about each of eleven aspects.
 
-A buyer in some mood says something about a few aspects and about nothing; then writes it down in a manner of his own
-(short forms, typos, no tones, emoticons); then an annotator labels it, and errs at times. Each of the three has random
-numbers of its own, so the same reviews can be had cleanly written or correctly labelled. Why no model reaches 100%:
-phrases that fit two sentiments or two aspects, opinions that do not name theirs, praise that is not meant, and errors.
+A buyer in some mood writes opinions on a few aspects, and filler, with personal habits (short forms, typos, missing
+tones, emoticons); an annotator labels them, with some errors. The three steps have random generators of their own, so
+that the same reviews can be generated cleanly written. No model reaches 100%: some phrases fit two sentiments or two
+aspects, some opinions do not name their aspect, some praise is ironic, and some labels are wrong.
 """
 
 import csv
@@ -24,25 +24,25 @@ Labels = dict[str, str]  # aspect -> sentiment
 
 SPLITS = ("train", "validation", "test")
 SENTIMENTS = ("Positive", "Negative", "Neutral")
-# What is said, and how often (weights). A mood is named after the sentiment that prevails in it.
+# What reviews say, with weights. A mood is named after its prevailing sentiment.
 MOODS = {"Positive": 0.50, "Neutral": 0.18, "Negative": 0.32}
 SENTIMENT_IN = {"Positive": (0.94, 0.02, 0.04), "Neutral": (0.43, 0.37, 0.20), "Negative": (0.04, 0.90, 0.06)}
 ASPECTS_SAID = {0: 0.03, 1: 0.37, 2: 0.33, 3: 0.165, 4: 0.065, 5: 0.025, 6: 0.015}
 ASPECT_IN = {"Battery": 13, "Camera": 12, "Performance": 13, "Display": 9, "Design": 10, "Packaging": 7, "Price": 11,
              "Shop_Service": 10, "Shipping": 10, "General": 14, "Others": 2}  # fmt: skip
 ASPECTS = tuple(ASPECT_IN)
-TIMES_SAID = {1: 0.70, 2: 0.19, 3: 0.07, 5: 0.04}  # of an opinion, in other words
+TIMES_SAID = {1: 0.70, 2: 0.19, 3: 0.07, 5: 0.04}  # repetitions of an opinion in other words
 FILLERS_SAID = {0: 0.46, 1: 0.28, 2: 0.16, 3: 0.05, 6: 0.02, 12: 0.03}
-# How it is written: the share of words that are shortened or mistyped; what stands between and after sentences.
+# How they are written: shares of shortened or mistyped words; separators and endings of sentences.
 SHORTENED, MISTYPED = {0.0: 0.6, 0.2: 0.27, 0.6: 0.13}, {0.0: 0.7, 0.03: 0.25, 0.08: 0.05}
 BREAKS = {". ": 40, ", ": 22, " ": 10, "... ": 6, "! ": 4, "\n": 13, ".\n": 7}
 ENDS = {".": 40, "": 40, "!": 6, "...": 5, "!!!": 3, " ạ": 3, " .": 3}
 AND = (", ", ", ", " và ", ", lại còn ", " mà ", " + ", ", rồi ")
 BUT = (" nhưng ", " nhưng ", ", tuy nhiên ", ", còn ", " mà ", ", bù lại ", ", mỗi tội ", ", có điều ", ", ")
-# How it is labelled: a label is lost, a label is another sentiment, a review has one aspect more than it speaks of.
+# How they are labelled: rates of lost labels, of wrong sentiments, and of reviews with an extra aspect.
 LOST, CONFUSED, SPURIOUS = 0.01, 0.02, 0.01
 
-# Phrases: of an aspect its nouns, + praise, - blame, = neither. A word in braces is one of WORDS, {} one of the nouns.
+# Phrases: nouns of an aspect, then + praise, - blame, = neither. {word} is replaced from WORDS, {} by a noun.
 _PHRASES = """
 Battery: pin | pin | pin máy | thời lượng pin | cục pin | pin với sạc
 Battery+: pin {rất} trâu | dùng cả ngày chưa hết pin | pin xài {2} ngày mới phải sạc | chẳng lo hết pin giữa đường
@@ -142,7 +142,7 @@ MARKS = {"Positive": "+", "Negative": "-", "Neutral": "="}
 
 
 def _words(text: str) -> dict[str, list[str]]:
-    """Entries `name=word/word`; an empty word leaves the place empty."""
+    """Parse entries `name=word/word`; an empty word inserts nothing."""
     return {name: words.split("/") for name, _, words in (entry.partition("=") for entry in re.split(r"[|\n]", text))}
 
 
@@ -162,24 +162,24 @@ _SHORT = re.compile(rf"\b({'|'.join(sorted(SHORT_FORMS, key=len, reverse=True))}
 @dataclass(frozen=True)
 class Review:
     text: str
-    labels: Labels  # as annotated
-    truth: Labels  # as meant
+    labels: Labels  # annotated, with errors
+    truth: Labels
 
 
 def embedded_reviews(config: EmbeddedReviewsConfig, cache: Path) -> Path:
-    """The folder with train.csv, validation.csv and test.csv; made on first use, kept in the cache.
+    """The folder with train.csv, validation.csv and test.csv, generated on first use and kept in the cache.
 
     Raises:
         UserError: the cache folder cannot be written.
     """
-    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # other phrases are other data
+    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # other phrases give other data
     folder = cache / f"reviews-{config.rows}-{config.seed}-{source}"
     files = [f"{split}.csv" for split in SPLITS]
     return made_once(folder, files, lambda work: generate(work, config.rows, config.seed), "data.cache")
 
 
 def generate(folder: Path, rows: int, seed: int) -> None:
-    """Write `rows` reviews, 80% train, 10% validation, 10% test, with a column `data` and one an aspect."""
+    """Write `rows` reviews, 80% train, 10% validation, 10% test, with a column `data` and one per aspect."""
     train, validation = rows * 8 // 10, rows // 10
     for split, count in zip(SPLITS, (train, validation, rows - train - validation), strict=True):
         with (folder / f"{split}.csv").open("w", encoding="utf-8", newline="") as file:
@@ -190,62 +190,62 @@ def generate(folder: Path, rows: int, seed: int) -> None:
 
 
 def reviews(split: str, count: int, seed: int, clean: bool = False) -> Iterator[Review]:
-    """`count` reviews of the split. clean: the very same ones, written without any habit or error of the writers."""
+    """Generate `count` reviews of a split. clean: the same reviews without the writers' habits and typos."""
     content, habits, annotator = (random.Random(f"{seed} {split} {kind}") for kind in range(3))  # noqa: S311
     for _ in range(count):
-        mood, truth = _one(content, MOODS), Labels()
-        for _ in range(_one(content, ASPECTS_SAID)):
-            aspect = _one(content, {name: weight for name, weight in ASPECT_IN.items() if name not in truth})
+        mood, truth = _pick(content, MOODS), Labels()
+        for _ in range(_pick(content, ASPECTS_SAID)):
+            aspect = _pick(content, {name: weight for name, weight in ASPECT_IN.items() if name not in truth})
             likely = dict(zip(SENTIMENTS, SENTIMENT_IN[mood], strict=True))
-            truth[aspect] = "Neutral" if aspect == "Others" else _one(content, likely)
+            truth[aspect] = "Neutral" if aspect == "Others" else _pick(content, likely)
         sentences = _sentences(content, truth)
-        text = ". ".join(sentences) if clean else _written(habits, sentences, mood)
-        yield Review(text, _annotated(annotator, truth), truth)
+        text = ". ".join(sentences) if clean else _type(habits, sentences, mood)
+        yield Review(text, _annotate(annotator, truth), truth)
 
 
-def _one(draw: random.Random, weights: Mapping[T, float]) -> T:
+def _pick(draw: random.Random, weights: Mapping[T, float]) -> T:
     return draw.choices(list(weights), list(weights.values()))[0]
 
 
 def _sentences(draw: random.Random, truth: Labels) -> list[str]:
-    """What is said of every aspect, and of nothing; without stops or capitals."""
+    """Sentences about every aspect, and fillers; without punctuation and capitals."""
     sentences, before = list[str](), ""
     for aspect, sentiment in truth.items():
-        for _ in range(_one(draw, TIMES_SAID)):
+        for _ in range(_pick(draw, TIMES_SAID)):
             clause = _clause(draw, aspect, MARKS[sentiment])
             if sentences and draw.random() < 0.55 and clause not in sentences[-1]:
                 sentences[-1] += draw.choice(AND if sentiment == before else BUT) + clause
             else:
                 sentences.append(clause)
             before = sentiment
-    for _ in range(max(_one(draw, FILLERS_SAID), not truth)):
-        filler = _filled(draw, draw.choice(PHRASES["decoys" if draw.random() < 0.08 else "fillers"]))
+    for _ in range(max(_pick(draw, FILLERS_SAID), not truth)):
+        filler = _fill(draw, draw.choice(PHRASES["decoys" if draw.random() < 0.08 else "fillers"]))
         sentences.insert(draw.randrange(len(sentences) + 1), filler)
     return sentences
 
 
 def _clause(draw: random.Random, aspect: str, mark: str) -> str:
-    """A phrase of the aspect's own, or one of any aspect, where the noun alone tells of which."""
+    """A phrase of this aspect, or a general one in which only the noun names the aspect."""
     phrase, nouns = draw.choice(PHRASES[aspect + mark]), PHRASES.get(aspect, ())
     if nouns and draw.random() < 0.25:
         phrase = draw.choice(PHRASES["any" + mark])
     elif nouns and draw.random() < 0.6 and not any(noun in phrase for noun in nouns):
         phrase = f"{draw.choice(PHRASES['leads'])} {phrase}"
-    return _filled(draw, phrase.replace("{}", draw.choice(nouns)) if nouns else phrase)
+    return _fill(draw, phrase.replace("{}", draw.choice(nouns)) if nouns else phrase)
 
 
-def _filled(draw: random.Random, phrase: str) -> str:
+def _fill(draw: random.Random, phrase: str) -> str:
     return " ".join(re.sub(r"\{(.+?)\}", lambda slot: draw.choice(WORDS[slot[1]]), phrase).split())
 
 
-def _written(draw: random.Random, sentences: list[str], mood: str) -> str:
-    """The sentences as one writer types them."""
-    capital, shortened, mistyped = draw.random() < 0.55, _one(draw, SHORTENED), _one(draw, MISTYPED)
-    text = _one(draw, BREAKS).join(sentence.capitalize() if capital else sentence for sentence in sentences)
-    text += _one(draw, ENDS)
+def _type(draw: random.Random, sentences: list[str], mood: str) -> str:
+    """Join the sentences as one writer types them."""
+    capital, shortened, mistyped = draw.random() < 0.55, _pick(draw, SHORTENED), _pick(draw, MISTYPED)
+    text = _pick(draw, BREAKS).join(sentence.capitalize() if capital else sentence for sentence in sentences)
+    text += _pick(draw, ENDS)
 
-    def rewrite(words: str | re.Pattern[str], share: float, other: Callable[[str], str]) -> str:
-        return re.sub(words, lambda word: other(word[0]) if draw.random() < share else word[0], text)
+    def rewrite(words: str | re.Pattern[str], share: float, change: Callable[[str], str]) -> str:
+        return re.sub(words, lambda word: change(word[0]) if draw.random() < share else word[0], text)
 
     if shortened:
         text = rewrite(_SHORT, shortened, lambda word: draw.choice(SHORT_FORMS[word.lower()]))
@@ -260,19 +260,20 @@ def _written(draw: random.Random, sentences: list[str], mood: str) -> str:
 
 
 def _typo(draw: random.Random, word: str) -> str:
-    """A letter is missing, there twice, or after its neighbour."""
-    at = draw.randrange(1, len(word) - 1)
-    one, other = word[at], word[at + 1]
-    return word[:at] + draw.choice((other, one + one + other, other + one)) + word[at + 2 :]
+    """Drop or double a letter, or swap it with the next one."""
+    index = draw.randrange(1, len(word) - 1)
+    letter, following = word[index], word[index + 1]
+    typo = draw.choice((following, letter + letter + following, following + letter))
+    return word[:index] + typo + word[index + 2 :]
 
 
 def without_tones(text: str) -> str:
-    """Vietnamese as typed without its marks: đẹp lắm -> dep lam."""
+    """Vietnamese without its diacritics: đẹp lắm -> dep lam."""
     letters = unicodedata.normalize("NFD", text.replace("đ", "d").replace("Đ", "D"))
     return "".join(letter for letter in letters if not "\u0300" <= letter <= "\u036f")
 
 
-def _annotated(draw: random.Random, truth: Labels) -> Labels:
+def _annotate(draw: random.Random, truth: Labels) -> Labels:
     labels = Labels()
     for aspect, sentiment in truth.items():
         if draw.random() >= LOST:

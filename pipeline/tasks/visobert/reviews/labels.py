@@ -1,4 +1,4 @@
-"""Labels of reviews, from a column an aspect or from one column of all labels."""
+"""Labels of reviews, from one column per aspect or from one column with all labels."""
 
 import ast
 import difflib
@@ -15,13 +15,13 @@ import numpy as np
 from pipeline.errors import UserError
 from pipeline.tasks.visobert.config import ReviewFormatConfig
 from pipeline.tasks.visobert.reviews.columns import (
+    HALF_CHARACTER,
     UNNAMED,
     Columns,
-    absent,
-    as_text,
-    half_character,
-    shown,
-    tidy,
+    cell_text,
+    clean_name,
+    no_such,
+    quoted,
 )
 from pipeline.tasks.visobert.reviews.sentiments import (
     MENTIONED,
@@ -34,14 +34,13 @@ from pipeline.tasks.visobert.reviews.sentiments import (
 
 WORDS = tuple(sentiment.capitalize() for sentiment in SENTIMENTS)
 _CODES = {sentiment: code for code, sentiment in enumerate(SENTIMENTS)}
-_CODES_OR_NOTHING = _CODES | {"": NOT_MENTIONED}
-_BAD = -9  # while reading: a cell that holds no label
+_CODES_OR_EMPTY = _CODES | {"": NOT_MENTIONED}
 
 _BRACES = re.compile(r"\{([^{}]+)\}")
 _OBJECT = re.compile(r"""\s*\{\s*["'}]""")
-# What no name holds: `{A:Positive}`, `{A#Positive, B#Negative}` and their kind are labels in another program's form.
+# Not in any name: `{A:Positive}`, `{A#Positive, B#Negative}` and the like are labels in another program's format.
 _NO_NAME = re.compile(r"""["“”«»`]|(?<!\w)['‘’]|['‘’](?!\w)|(?<![^\W_])(?:positive|negative|neutral)(?![^\W_])""")
-# Nor one without a polarity: `{A:good}`, `{A=1}`, `{A, B}`, `{A neg}`, `{A+}`
+# Nor in a name without a polarity: `{A:good}`, `{A=1}`, `{A, B}`, `{A neg}`, `{A+}`
 _NO_MENTION = re.compile(
     r"[:=,|<>\[\]\\→]|[\W_](?:pos|neg|neut?)$|(?:tích|tiêu) cực|trung (?:tính|lập)|\+\s*\d*$|-$|(?<!\w)-\s*\d+$"
 )
@@ -49,7 +48,7 @@ _NO_MENTION = re.compile(
 
 @dataclass(frozen=True)
 class BadLabel:
-    """A cell, or a piece of one, that holds no label."""
+    """A cell, or a piece of one, that is not a label."""
 
     row: int  # data record, from 1
     column: str
@@ -62,71 +61,32 @@ class LabelTable:
 
     labels: Labels  # [rows, A]
     aspects: tuple[str, ...]
-    cells: int  # that hold something
+    cells: int  # that are not empty
     bad: list[BadLabel]  # by row
     notes: list[str]
     explain: Callable[[BadLabel], str]
 
 
-def _wanted(form: ReviewFormatConfig) -> tuple[str, ...] | None:
-    """`data.aspects`, each once."""
-    if form.aspects is None:
-        return None
-    names = [tidy(name) for name in form.aspects]
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise UserError(f"data.aspects: {twice[0]} is there twice")
-    return tuple(names)
+# ---------------------------------------------------------------- one column per aspect
 
 
-def _close(text: str) -> str | None:
-    """The sentiment that was probably meant."""
-    return next(iter(difflib.get_close_matches(text.strip().capitalize(), WORDS, 1, 0.6)), None)
-
-
-# ---------------------------------------------------------------- a column an aspect
-
-
-def labels_of_columns(
+def read_aspect_columns(
     file: Path, columns: Columns, text_column: str, form: ReviewFormatConfig, training: tuple[str, ...] | None
 ) -> LabelTable:
-    """A column an aspect, each cell a sentiment or nothing. `training`: aspects of the training file."""
+    """Read one column per aspect, each cell a sentiment or empty. `training`: aspects of the training file."""
     aspects, notes = _aspect_columns(file, columns, text_column, form, training)
     labels = np.stack([_codes(columns[aspect]) for aspect in aspects], axis=1)
     bad = [
-        BadLabel(int(row) + 1, aspects[column], as_text(columns[aspects[column]][row]))
-        for row, column in np.argwhere(labels == _BAD)
+        BadLabel(int(row) + 1, aspects[column], cell_text(columns[aspects[column]][row]))
+        for row, column in np.argwhere(labels == UNKNOWN)
     ]
     used = labels != NOT_MENTIONED
     if training is None:
         notes += [f"{file}: no review mentions {aspects[column]}" for column in np.flatnonzero(~used.any(axis=0))]
         if form.aspects is None:
             polar = labelled(labels).any(axis=0)
-            _refuse_strangers(file, bad, {aspects[column] for column in np.flatnonzero(polar)})
-    labels[labels == _BAD] = UNKNOWN
+            _refuse_other_columns(file, bad, {aspects[column] for column in np.flatnonzero(polar)})
     return LabelTable(labels, aspects, int(used.sum()), bad, notes, _explain_cell)
-
-
-def _codes(cells: Sequence[object]) -> Labels:
-    """The label of each cell of a column; _BAD where it is none."""
-    texts = list(map(as_text, cells))
-    codes = {text: _CODES_OR_NOTHING.get(text.strip().casefold(), _BAD) for text in set(texts)}
-    return np.fromiter(map(codes.__getitem__, texts), np.int8, len(texts))
-
-
-def _explain_cell(label: BadLabel) -> str:
-    close = _close(label.value)
-    meant = f"; did you mean {close}?" if close else ""
-    return f"found {shown(label.value)}, allowed: {', '.join(WORDS)} or nothing{meant}"
-
-
-def _refuse_strangers(file: Path, bad: Sequence[BadLabel], used: set[str]) -> None:
-    """A column without any sentiment is something else, and dropping its every cell would hide that."""
-    meant = used | {label.column for label in bad if _close(label.value)}
-    for label in bad:
-        if label.column not in meant:
-            hint = f"if {label.column} is no aspect, name the aspects with data.aspects"
-            raise UserError(f"{file}: row {label.row}, column {label.column}: {_explain_cell(label)}; {hint}")
 
 
 def _aspect_columns(
@@ -134,24 +94,24 @@ def _aspect_columns(
 ) -> tuple[tuple[str, ...], list[str]]:
     """The columns to read, and notes.
 
-    With the training file's aspects, no other column may hold labels, unless `data.aspects` says what to read.
+    Where the training file decides the aspects, no other column may hold labels, unless `data.aspects` is set.
     """
-    wanted = _wanted(form)
+    configured = _configured_aspects(form)
     others = [name for name in columns if name != text_column and not UNNAMED.fullmatch(name)]
-    aspects = training or wanted or tuple(others)
+    aspects = training or configured or tuple(others)
     missing = [aspect for aspect in aspects if aspect not in columns]
     if text_column in aspects:
         raise UserError(f"{file}: column {text_column} holds the texts, it cannot be an aspect too")
-    if wanted is not None:
+    if configured is not None:
         if missing:
-            raise UserError(f"{file}: data.aspects: {absent('column', missing[0], others)}")
+            raise UserError(f"{file}: data.aspects: {no_such('column', missing[0], others)}")
         return aspects, []
     if training is None:
         if not aspects:
             raise UserError(f"{file}: no aspect: column {text_column} is the only one")
         unnamed = len(columns) - 1 - len(others)
         return aspects, [f"{file}: a column without a name is left out"] * bool(unnamed)
-    extra = [name for name in others if name not in aspects and any(as_text(cell).strip() for cell in columns[name])]
+    extra = [name for name in others if name not in aspects and any(cell_text(cell).strip() for cell in columns[name])]
     if missing:
         found = f"column {extra[0]}, which is no aspect there" if extra else f"columns {', '.join(others) or 'none'}"
         raise UserError(f"{file}: no column {missing[0]}, an aspect of the training file; found {found}")
@@ -163,98 +123,143 @@ def _aspect_columns(
     return aspects, []
 
 
+def _configured_aspects(form: ReviewFormatConfig) -> tuple[str, ...] | None:
+    """`data.aspects`, checked to be different."""
+    if form.aspects is None:
+        return None
+    names = [clean_name(name) for name in form.aspects]
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise UserError(f"data.aspects: {name} is there twice")
+    return tuple(names)
+
+
+def _codes(cells: Sequence[object]) -> Labels:
+    """The label of each cell of a column; UNKNOWN where it is bad."""
+    texts = list(map(cell_text, cells))
+    codes = {text: _CODES_OR_EMPTY.get(text.strip().casefold(), UNKNOWN) for text in set(texts)}
+    return np.fromiter(map(codes.__getitem__, texts), np.int8, len(texts))
+
+
+def _refuse_other_columns(file: Path, bad: Sequence[BadLabel], with_sentiment: set[str]) -> None:
+    """Raise where a column has no sentiment at all: it is no aspect, and dropping its every cell would hide that."""
+    aspects = with_sentiment | {label.column for label in bad if _closest(label.value)}
+    for label in bad:
+        if label.column not in aspects:
+            hint = f"if {label.column} is no aspect, name the aspects with data.aspects"
+            raise UserError(f"{file}: row {label.row}, column {label.column}: {_explain_cell(label)}; {hint}")
+
+
+def _explain_cell(label: BadLabel) -> str:
+    word = _closest(label.value)
+    hint = f"; did you mean {word}?" if word else ""
+    return f"found {quoted(label.value)}, allowed: {', '.join(WORDS)} or nothing{hint}"
+
+
+def _closest(text: str) -> str | None:
+    """The sentiment that was probably meant."""
+    return next(iter(difflib.get_close_matches(text.strip().capitalize(), WORDS, 1, 0.6)), None)
+
+
 # ---------------------------------------------------------------- all labels in one column
 
 
 @dataclass(frozen=True)
 class _Cell:
-    """What one cell of the label column says."""
+    """The content of one cell of the label column."""
 
     labels: Mapping[str, int]  # aspect -> label; UNKNOWN where it is bad
     bad: tuple[str, ...]
-    vague: bool  # a bad part does not even tell its aspect
+    unclear: bool  # a bad piece does not even name its aspect
 
 
-def labels_of_column(
+def read_label_column(
     file: Path, column: str, cells: Sequence[object], form: ReviewFormatConfig, training: tuple[str, ...] | None
 ) -> LabelTable:
-    """All labels in one column, each cell as `{ASPECT#Polarity};{ASPECT};` or a JSON object of aspects."""
-    wanted, notes = _wanted(form), list[str]()
-    texts = list(map(as_text, cells))
+    """Read all labels from one column, each cell `{ASPECT#Polarity};{ASPECT};` or a JSON object of aspects."""
+    texts = list(map(cell_text, cells))
     parsed = {text: _parse(text) for text in dict.fromkeys(texts)}
-    counts = Counter(texts)
-    named = Counter[str]()
-    for text, cell in parsed.items():
-        named.update({aspect: counts[text] for aspect, code in cell.labels.items() if code != UNKNOWN})
-    aspects = training or wanted or tuple(sorted(named))
-    others = sorted(set(named) - set(aspects))
-    if wanted:
-        notes += [f"{file}: {named[name]} labels of {name} are left out: not in data.aspects" for name in others]
-    elif others:
-        row = next(row for row, text in enumerate(texts, 1) if parsed[text].labels.get(others[0], UNKNOWN) != UNKNOWN)
-        raise UserError(f"{file}: row {row}, column {column}: {absent('aspect', others[0], aspects)} (training file)")
-    if training is None:
-        for aspect in aspects:
-            if aspect not in named:
-                raise UserError(f"{file}: data.aspects: {absent('aspect', aspect, sorted(named))}")
-        notes += _alike(file, aspects)
-
-    position = {text: number for number, text in enumerate(parsed)}
+    aspects, notes = _aspects_of(file, column, [parsed[text] for text in texts], form, training)
     distinct = np.full((len(parsed), len(aspects)), NOT_MENTIONED, dtype=np.int8)
     for number, cell in enumerate(parsed.values()):
-        if cell.vague:
-            distinct[number] = UNKNOWN  # the bad part may have been any aspect that the others do not name
-        for at, aspect in enumerate(aspects):
-            distinct[number, at] = cell.labels.get(aspect, distinct[number, at])
-    labels: Labels = distinct[np.fromiter(map(position.__getitem__, texts), np.int64, len(texts))]
-    bad = [BadLabel(row, column, part) for row, text in enumerate(texts, 1) for part in parsed[text].bad]
+        if cell.unclear:
+            distinct[number] = UNKNOWN  # the bad piece may be about any aspect that the others do not name
+        for position, aspect in enumerate(aspects):
+            distinct[number, position] = cell.labels.get(aspect, distinct[number, position])
+    numbers = {text: number for number, text in enumerate(parsed)}
+    labels: Labels = distinct[np.fromiter(map(numbers.__getitem__, texts), np.int64, len(texts))]
+    bad = [BadLabel(row, column, piece) for row, text in enumerate(texts, 1) for piece in parsed[text].bad]
     if not aspects and not bad:
         raise UserError(f"{file}: column {column}: found no label in any of {len(texts)} rows")
     return LabelTable(labels, aspects, sum(map(bool, map(str.strip, texts))), bad, notes, _explain_piece)
 
 
+def _aspects_of(
+    file: Path, column: str, rows: Sequence[_Cell], form: ReviewFormatConfig, training: tuple[str, ...] | None
+) -> tuple[tuple[str, ...], list[str]]:
+    """The aspects to read, and notes."""
+    configured, notes = _configured_aspects(form), list[str]()
+    counts = Counter(aspect for cell in rows for aspect, code in cell.labels.items() if code != UNKNOWN)
+    aspects = training or configured or tuple(sorted(counts))
+    others = sorted(set(counts) - set(aspects))
+    if configured:
+        notes += [f"{file}: {counts[name]} labels of {name} are left out: not in data.aspects" for name in others]
+    elif others:
+        row = next(row for row, cell in enumerate(rows, 1) if cell.labels.get(others[0], UNKNOWN) != UNKNOWN)
+        raise UserError(f"{file}: row {row}, column {column}: {no_such('aspect', others[0], aspects)} (training file)")
+    if training is None:
+        by_spelling: dict[str, str] = {}  # without case and spaces
+        for aspect in aspects:
+            if aspect not in counts:
+                raise UserError(f"{file}: data.aspects: {no_such('aspect', aspect, sorted(counts))}")
+            first = by_spelling.setdefault("".join(aspect.casefold().split()), aspect)
+            if first != aspect:
+                notes.append(f"{file}: {first} and {aspect} are read as two aspects")
+    return aspects, notes
+
+
 def _parse(cell: str) -> _Cell:
-    found: dict[str, set[int]] = {}
-    bad, vague = list[str](), False
+    codes_of: dict[str, set[int]] = {}
+    bad, unclear = list[str](), False
     for aspects, code, piece in _pieces(cell):
         for aspect in aspects:
-            found.setdefault(aspect, set()).add(code)
+            codes_of.setdefault(aspect, set()).add(code)
         if code == UNKNOWN:
             bad.append(piece)
-            vague |= not aspects
+            unclear |= not aspects
     labels = {}
-    for aspect, codes in found.items():
+    for aspect, codes in codes_of.items():
         polarities = sorted(codes - {MENTIONED})
         labels[aspect] = polarities[0] if polarities else MENTIONED
         if len(polarities) > 1:
             labels[aspect] = UNKNOWN
             if UNKNOWN not in polarities:
                 bad.append(";".join(f"{{{aspect}#{WORDS[code]}}}" for code in polarities))
-    return _Cell(labels, tuple(bad), vague)
+    return _Cell(labels, tuple(bad), unclear)
 
 
 def _pieces(cell: str) -> Iterator[tuple[tuple[str, ...], int, str]]:
-    """The label of each piece of a cell: the aspects that it may be of (none where it does not tell), and its text."""
+    """Each piece of a cell: the aspects it may be about (none if it does not name one), its label, and its text."""
     pairs = _object(cell)
     if pairs is None:
         for piece in filter(None, map(str.strip, cell.split(";"))):
             yield *_in_braces(piece), piece
         return
-    labels = [_CODES_OR_NOTHING.get(as_text(value).strip().casefold(), UNKNOWN) for _, value in pairs]
+    labels = [_CODES_OR_EMPTY.get(cell_text(value).strip().casefold(), UNKNOWN) for _, value in pairs]
     if not all(
-        isinstance(name, str) and name.strip() and not half_character(name)
-        and (code != UNKNOWN or _close(as_text(value)))
+        isinstance(name, str) and name.strip() and not HALF_CHARACTER.search(name)
+        and (code != UNKNOWN or _closest(cell_text(value)))
         for (name, value), code in zip(pairs, labels, strict=True)
     ):  # fmt: skip
         yield (), UNKNOWN, cell  # an object of something else
         return
     for (name, value), code in zip(pairs, labels, strict=True):
         if code != NOT_MENTIONED:
-            yield (tidy(str(name)),), code, f"{{{name!r}: {value!r}}}"
+            yield (clean_name(str(name)),), code, f"{{{name!r}: {value!r}}}"
 
 
 def _object(cell: str) -> list[tuple[object, object]] | None:
-    """The pairs of a JSON object, or of a dict as Python prints it; None where the cell is neither."""
+    """The pairs of a JSON object, or of a dict as Python prints it; None if the cell is neither."""
     if not _OBJECT.match(cell):
         return None
     try:
@@ -275,33 +280,22 @@ def _object(cell: str) -> list[tuple[object, object]] | None:
 def _in_braces(piece: str) -> tuple[tuple[str, ...], int]:
     """Aspect and label of `{ASPECT#Polarity}` or `{ASPECT}`; the polarity is what follows the last `#`."""
     match = _BRACES.fullmatch(piece)
-    parts = [tidy(part) for part in match[1].split("#")] if match else [""]
+    parts = [clean_name(part) for part in match[1].split("#")] if match else [""]
     names = parts[:-1] or parts
     plain = unicodedata.normalize("NFKC", "#".join(names)).casefold()
     if not all(names) or _NO_NAME.search(plain) or (len(parts) == 1 and _NO_MENTION.search(plain)):
         return (), UNKNOWN
     code = MENTIONED if len(parts) == 1 else _CODES.get(parts[-1].casefold(), UNKNOWN)
-    # a polarity that is none may belong to the name: {ROOMS#DESIGN}
+    # a bad polarity may belong to the name: {ROOMS#DESIGN}
     return ("#".join(names), "#".join(parts))[: 1 + (code == UNKNOWN)], code
-
-
-def _alike(file: Path, aspects: Sequence[str]) -> list[str]:
-    """Aspects whose names differ in case or spaces alone."""
-    seen: dict[str, str] = {}
-    notes = []
-    for aspect in aspects:
-        first = seen.setdefault("".join(aspect.casefold().split()), aspect)
-        if first != aspect:
-            notes.append(f"{file}: {first} and {aspect} are read as two aspects")
-    return notes
 
 
 def _explain_piece(label: BadLabel) -> str:
     if "};{" in label.value:
-        return f"found {shown(label.value)}, allowed: one sentiment an aspect"
+        return f"found {quoted(label.value)}, allowed: one sentiment an aspect"
     aspects, _ = _in_braces(label.value)
-    close = _close(label.value.rstrip("}").rpartition("#")[2]) if aspects else None
-    meant = f"; did you mean {{{aspects[0]}#{close}}}?" if close else ""
+    word = _closest(label.value.rstrip("}").rpartition("#")[2]) if aspects else None
+    hint = f"; did you mean {{{aspects[0]}#{word}}}?" if word else ""
     forms = ", ".join(f"{{ASPECT#{word}}}" for word in WORDS)
     allowed = f'{forms} or {{ASPECT}}, joined by ;, or a JSON object {{"ASPECT": "{WORDS[0]}"}}'
-    return f"found {shown(label.value)}, allowed: {allowed}{meant}"
+    return f"found {quoted(label.value)}, allowed: {allowed}{hint}"

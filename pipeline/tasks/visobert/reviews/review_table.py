@@ -23,11 +23,13 @@ from pipeline.tasks.base import Rows
 from pipeline.tasks.visobert.encoders.tokenizer import Tokenizer, Tokens
 from pipeline.tasks.visobert.reviews.sentiments import SENTIMENTS
 
-LENGTH_JITTER = 0.04  # reviews are sorted by a length that is up to this much longer: other neighbours every epoch
+LENGTH_JITTER = 0.04  # random share added to a length before sorting, so that neighbours differ between epochs
 
 
 @dataclass(frozen=True)
 class ReviewBatch:
+    """Padded token ids of some reviews, with their labels."""
+
     ids: Tensor  # [B, L] int32
     mask: Tensor  # [B, L] bool, false where padded
     labels: Tensor  # [B, A] int8, codes as in `sentiments`
@@ -42,19 +44,19 @@ class ReviewBatch:
 
 
 class ReviewTable:
-    """A split in memory: `batch(rows)` gathers and pads any rows."""
+    """The tokens and labels of a split in memory."""
 
     def __init__(self, tokens: Tokens, labels: npt.NDArray[np.int8], pad_id: int) -> None:
         self.lengths = torch.from_numpy(tokens.lengths)
         self.starts = self.lengths.cumsum(0) - self.lengths
         self.labels, self.pad_id = torch.from_numpy(labels), pad_id
-        self.ids = torch.from_numpy(np.append(tokens.ids, np.int32(pad_id)))  # the last one is what padding reads
+        self.ids = torch.from_numpy(np.append(tokens.ids, np.int32(pad_id)))  # padding reads the last one
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def batch(self, rows: Rows) -> ReviewBatch:
-        """The rows, in their order, padded to the longest of them."""
+        """Gather rows in the given order, padded to the longest of them."""
         index = torch.from_numpy(rows)
         lengths = self.lengths[index]
         position = torch.arange(int(lengths.max()))
@@ -64,10 +66,10 @@ class ReviewTable:
 
 
 class LengthBuckets(Sequence[Rows]):
-    """The micro-batches of one epoch, from (seed, epoch) alone.
+    """The micro-batches of one epoch, decided by the generator alone.
 
-    Rows are shuffled and sorted by their slightly jittered length, so that a batch holds similar lengths and yet
-    other reviews every epoch; then the batches are shuffled. A batch holds at most `batch_size` rows and `batch_tokens`
+    Rows are shuffled and sorted by slightly jittered length, so that a batch holds similar lengths but different
+    reviews every epoch; then the batches are shuffled. A batch holds at most `batch_size` rows and `batch_tokens`
     tokens, padding included; a longer review is a batch of its own.
     """
 
@@ -79,9 +81,9 @@ class LengthBuckets(Sequence[Rows]):
         generator: np.random.Generator | None = None,
         repeats: npt.NDArray[np.float64] | None = None,
     ) -> None:
-        """`generator`: None = sorted by length throughout, for evaluation.
+        """`generator`: None = sorted by length, for evaluation.
 
-        `repeats`: [N], how often each row comes: a whole part, and one more with the probability of the rest.
+        `repeats`: [N], expected copies of each row: the integer part, plus one with the probability of the rest.
         """
         rows = np.arange(len(lengths))
         if generator is None:
@@ -92,7 +94,7 @@ class LengthBuckets(Sequence[Rows]):
             shuffled = generator.permutation(rows)
             jittered = lengths[shuffled] * (1 + LENGTH_JITTER * generator.random(len(shuffled)))
             order = shuffled[np.argsort(jittered, kind="stable")]
-        bounds = _cut(lengths[order], batch_size, batch_tokens)
+        bounds = _bounds(lengths[order], batch_size, batch_tokens)
         self.batches = [order[first:last] for first, last in pairwise(bounds)]
         if generator is not None:
             self.batches = [self.batches[index] for index in generator.permutation(len(self.batches))]
@@ -104,8 +106,8 @@ class LengthBuckets(Sequence[Rows]):
         return self.batches[index]
 
 
-def _cut(lengths: npt.NDArray[np.int64], batch_size: int, batch_tokens: int) -> list[int]:
-    """Bounds of the batches of rows in the given order, each as large as the budgets allow."""
+def _bounds(lengths: npt.NDArray[np.int64], batch_size: int, batch_tokens: int) -> list[int]:
+    """Boundaries of consecutive batches, each as large as both budgets allow."""
     bounds = [0]
     while bounds[-1] < len(lengths):
         first = bounds[-1]
@@ -116,37 +118,37 @@ def _cut(lengths: npt.NDArray[np.int64], batch_size: int, batch_tokens: int) -> 
 
 
 def capped_repeats(labels: npt.NDArray[np.int8], ratio: float) -> npt.NDArray[np.float64]:
-    """[N], how often oversampling draws each review, on average.
+    """How often oversampling draws each review, on average. labels: [N, A] -> [N]
 
-    A review counts for its rarest sentiment: as often as the most frequent sentiment has labels for one of its own,
-    but at most `ratio` times. Reviews without a sentiment come once.
+    A review is repeated as its rarest sentiment needs to become as frequent as the most frequent one, but at most
+    `ratio` times. Reviews without a sentiment come once.
     """
     counts = np.array([(labels == sentiment).sum() for sentiment in range(len(SENTIMENTS))])
-    wanted = np.minimum(ratio, counts.max() / np.maximum(1, counts))
+    times = np.minimum(ratio, counts.max() / np.maximum(1, counts))
     repeats = np.ones(len(labels))
-    for sentiment, times in enumerate(wanted):
-        repeats = np.where((labels == sentiment).any(1), np.maximum(repeats, times), repeats)
+    for sentiment in range(len(SENTIMENTS)):
+        repeats = np.where((labels == sentiment).any(1), np.maximum(repeats, times[sentiment]), repeats)
     return repeats
 
 
 def padding_efficiency(lengths: npt.NDArray[np.int64], batches: Sequence[Rows]) -> float:
-    """Share of the batches' cells that hold a token of a review."""
+    """Share of the batches' cells that hold a token."""
     padded = sum(len(rows) * int(lengths[rows].max()) for rows in batches)
     return sum(int(lengths[rows].sum()) for rows in batches) / padded
 
 
 def tokenise(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int, cache: Path) -> Tokens:
-    """The texts' tokens, kept in `cache` under a digest of tokenizer and texts, so that they are made once."""
+    """Tokenise texts once: `cache` keeps the tokens under a digest of tokenizer and texts."""
     digest = hashlib.sha256(f"{tokenizer.digest} {max_tokens}".encode())
     for text in texts:
-        coded = text.encode()
-        digest.update(len(coded).to_bytes(8, "little") + coded)
+        encoded = text.encode()
+        digest.update(len(encoded).to_bytes(8, "little") + encoded)
     file = cache / "tokens" / f"{digest.hexdigest()[:32]}.npz"
     try:
-        with np.load(file, allow_pickle=False) as found:
-            return Tokens(found["ids"], found["lengths"])
+        with np.load(file, allow_pickle=False) as arrays:
+            return Tokens(arrays["ids"], arrays["lengths"])
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
-        pass  # not there yet, or not whole: made anew
+        pass  # missing or damaged: tokenise again
     tokens = tokenizer.encode(texts, max_tokens)
     with os_errors(f"data.cache {cache}"):
         file.parent.mkdir(parents=True, exist_ok=True)

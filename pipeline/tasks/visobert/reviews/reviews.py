@@ -1,7 +1,7 @@
-"""Reviews and their labels, from any of the forms that people keep them in.
+"""Reviews and their labels, read from CSV, JSONL or Parquet files.
 
-A file is a CSV (UTF-8, with or without BOM), JSONL or Parquet file. Its labels stand either in a column an aspect, each
-cell a sentiment or nothing, or all in one column, as `{ASPECT#Polarity};{ASPECT};` or as a JSON object.
+Labels stand either in one column per aspect, each cell a sentiment or empty, or all in one column, as
+`{ASPECT#Polarity};{ASPECT};` or as a JSON object.
 """
 
 import unicodedata
@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from pipeline.errors import UserError
 from pipeline.tasks.visobert.config import ReviewFormatConfig
-from pipeline.tasks.visobert.reviews.columns import Columns, absent, as_text, read_columns, shown, tidy
-from pipeline.tasks.visobert.reviews.labels import WORDS, BadLabel, labels_of_column, labels_of_columns
+from pipeline.tasks.visobert.reviews.columns import Columns, cell_text, clean_name, no_such, quoted, read_columns
+from pipeline.tasks.visobert.reviews.labels import WORDS, BadLabel, read_aspect_columns, read_label_column
 from pipeline.tasks.visobert.reviews.sentiments import MENTIONED, labelled
 
 TEXT_COLUMNS = ("data", "text", "comment", "review", "content", "sentence")
@@ -32,19 +32,19 @@ class Reviews:
 
     source: str  # path of the file, or "embedded"
     digest: str  # SHA-256 of the file's bytes, hex
-    texts: tuple[str, ...]  # [N], NFC; of a review without one only its labels are known
+    texts: tuple[str, ...]  # [N], NFC; blank where only the labels are known
     labels: npt.NDArray[np.int8]  # [N, A]
     aspects: tuple[str, ...]
     rows: npt.NDArray[np.int64]  # [N], the file's data record of each review, from 1
     dropped: tuple[BadLabel, ...] = ()
-    notes: tuple[str, ...] = ()  # what the user should know of how the file was read, a line each
-    cells: int = 0  # of the file's label cells, those that hold something
+    notes: tuple[str, ...] = ()  # warnings about how the file was read, one line each
+    cells: int = 0  # label cells that are not empty
     text_column: str = ""
 
     def __len__(self) -> int:
         return len(self.texts)
 
-    def part(self, which: npt.NDArray[np.generic]) -> "Reviews":
+    def select(self, which: npt.NDArray[np.generic]) -> "Reviews":
         """Some of the reviews, by flags [N] or by positions (which may repeat)."""
         positions = np.arange(len(self))[which]
         texts = tuple(self.texts[position] for position in positions.tolist())
@@ -53,19 +53,16 @@ class Reviews:
     def with_text(self) -> "Reviews":
         """The reviews that have a text."""
         has_text = np.array([bool(text.strip()) for text in self.texts], dtype=bool)
-        return self if has_text.all() else self.part(has_text)
+        return self if has_text.all() else self.select(has_text)
 
-    def dropped_cells(self) -> str:
-        """How many label cells were dropped, and the first one; empty where none was."""
-        if not self.dropped:
-            return ""
-        first = self.dropped[0]
-        count = len({(label.row, label.column) for label in self.dropped})
-        where = f"row {first.row}, column {first.column}: {shown(first.value)}"
-        return f"{count} of {self.cells} cells are no labels (first: {where})"
+    def without_polarity(self, aspects: Sequence[str]) -> "Reviews":
+        """The same reviews, with plain mentions in place of the sentiments of these aspects."""
+        chosen = np.isin(self.aspects, list(aspects))
+        labels = np.where(chosen & labelled(self.labels), np.int8(MENTIONED), self.labels)
+        return replace(self, labels=labels)
 
     def labels_text(self, review: int) -> str:
-        """The labels of one review as `{ASPECT#Polarity};{ASPECT}`; unknown ones are left out."""
+        """The labels of one review as `{ASPECT#Polarity};{ASPECT}`, without unknown ones."""
         return ";".join(
             f"{{{aspect}}}" if code == MENTIONED else f"{{{aspect}#{WORDS[code]}}}"
             for aspect, code in zip(self.aspects, self.labels[review].tolist(), strict=True)
@@ -76,8 +73,8 @@ class Reviews:
 def read_reviews(file: Path, form: ReviewFormatConfig, aspects: tuple[str, ...] | None = None) -> Reviews:
     """Read a CSV, JSONL or Parquet file. `aspects`: those of the training file, which this one must share.
 
-    A label that is none is an error, or is dropped and listed with `on_bad_label: drop`. A row without a text is kept
-    for its labels, and left out where it has none.
+    A bad label is an error, or is dropped and listed with `on_bad_label: drop`. A row without a text is kept for its
+    labels, and left out if it has none.
 
     Raises:
         UserError: names the file, and row and column where there is one.
@@ -89,12 +86,13 @@ def read_reviews(file: Path, form: ReviewFormatConfig, aspects: tuple[str, ...] 
     texts = _texts(file, text_column, columns[text_column])
     label_column = _label_column(file, columns, form, text_column)
     if label_column is None:
-        table = labels_of_columns(file, columns, text_column, form, aspects)
+        table = read_aspect_columns(file, columns, text_column, form, aspects)
     else:
-        table = labels_of_column(file, label_column, columns[label_column], form, aspects)
-    bad, notes = table.bad, list(table.notes)
-    if bad and form.on_bad_label == "error":
-        raise UserError(f"{file}: row {bad[0].row}, column {bad[0].column}: {table.explain(bad[0])}")
+        table = read_label_column(file, label_column, columns[label_column], form, aspects)
+    if table.bad and form.on_bad_label == "error":
+        first = table.bad[0]
+        raise UserError(f"{file}: row {first.row}, column {first.column}: {table.explain(first)}")
+    notes = list(table.notes)
     blank = np.array([not text.strip() for text in texts])
     empty = blank & (table.labels < 0).all(axis=1)
     if count := int((blank & ~empty).sum()):
@@ -108,90 +106,75 @@ def read_reviews(file: Path, form: ReviewFormatConfig, aspects: tuple[str, ...] 
         labels=table.labels[~empty],
         aspects=table.aspects,
         rows=np.flatnonzero(~empty) + 1,
-        dropped=tuple(bad),
+        dropped=tuple(table.bad),
         notes=tuple(notes),
         cells=table.cells,
         text_column=text_column,
     )
 
 
-def detection_only(training: Reviews, named: Sequence[str]) -> tuple[str, ...]:
-    """Aspects of which only the mention counts: mentioned, but never with a polarity, or named by the user.
+def detection_only_aspects(training: Reviews, configured: Sequence[str]) -> tuple[str, ...]:
+    """Aspects that are only detected: mentioned, but never with a polarity, or configured as such.
 
-    An aspect that no review mentions is not among them: nothing is known of how it is labelled.
+    An aspect that no review mentions is not among them: nothing says how it is labelled.
 
     Raises:
-        UserError: a named aspect does not exist.
+        UserError: a configured aspect does not exist.
     """
-    for name in named:
+    for name in configured:
         if name not in training.aspects:
-            raise UserError(f"data.detection_only: {absent('aspect', name, training.aspects)}")
+            raise UserError(f"data.detection_only: {no_such('aspect', name, training.aspects)}")
     mentioned = (training.labels == MENTIONED).any(axis=0)
     polar = labelled(training.labels).any(axis=0)
-    return tuple(
-        aspect
-        for aspect, only in zip(training.aspects, mentioned & ~polar, strict=True)
-        if only or aspect in named
-    )  # fmt: skip
-
-
-def without_polarity(reviews: Reviews, aspects: Sequence[str]) -> Reviews:
-    """The same reviews, where a sentiment of these aspects is a mention and no more."""
-    chosen = np.isin(reviews.aspects, list(aspects))
-    labels = np.where(chosen & labelled(reviews.labels), np.int8(MENTIONED), reviews.labels)
-    return replace(reviews, labels=labels)
-
-
-# ---------------------------------------------------------------- which column is what
+    only = (mentioned & ~polar) | np.isin(training.aspects, list(configured))
+    return tuple(aspect for aspect, flag in zip(training.aspects, only, strict=True) if flag)
 
 
 def _text_column(file: Path, columns: Columns, form: ReviewFormatConfig) -> str:
     if form.text_column is not None:
-        name = tidy(form.text_column)
-        if name not in columns:
-            raise UserError(f"{file}: data.text_column: {absent('column', name, list(columns))}")
-        return name
-    folded = {name.casefold(): name for name in reversed(list(columns))}
-    found = next((folded[name] for name in TEXT_COLUMNS if name in folded), None)
-    if found is None:
+        return _configured_column(file, columns, "text_column", form.text_column)
+    column = _first_of(TEXT_COLUMNS, columns)
+    if column is None:
         raise UserError(
             f"{file}: no text column ({', '.join(TEXT_COLUMNS)}) among {', '.join(list(columns)[:12])}; "
             "name it with data.text_column"
         )
-    return found
+    return column
 
 
 def _label_column(file: Path, columns: Columns, form: ReviewFormatConfig, text_column: str) -> str | None:
-    """The column of all labels: the one that is named, or else `label`, unless `data.aspects` are columns."""
+    """The column with all labels: the configured one, or else `label`, unless `data.aspects` are columns."""
     if form.label_column is not None:
-        name = tidy(form.label_column)
-        if name not in columns:
-            raise UserError(f"{file}: data.label_column: {absent('column', name, list(columns))}")
+        name = _configured_column(file, columns, "label_column", form.label_column)
         if name == text_column:
             raise UserError(f"{file}: column {name} cannot be both data.text_column and data.label_column")
         return name
-    if form.aspects and all(tidy(aspect) in columns for aspect in form.aspects):
+    if form.aspects and all(clean_name(aspect) in columns for aspect in form.aspects):
         return None
-    folded = {name.casefold(): name for name in reversed(list(columns)) if name != text_column}
-    return next((folded[name] for name in LABEL_COLUMNS if name in folded), None)
+    return _first_of(LABEL_COLUMNS, [name for name in columns if name != text_column])
 
 
-# ---------------------------------------------------------------- texts
+def _configured_column(file: Path, columns: Columns, key: str, value: str) -> str:
+    name = clean_name(value)
+    if name not in columns:
+        raise UserError(f"{file}: data.{key}: {no_such('column', name, list(columns))}")
+    return name
+
+
+def _first_of(names: Sequence[str], columns: Sequence[str] | Columns) -> str | None:
+    """The column with the first of the names that exists, ignoring case."""
+    columns_by_name = {column.casefold(): column for column in reversed(list(columns))}
+    return next((columns_by_name[name] for name in names if name in columns_by_name), None)
 
 
 def _texts(file: Path, column: str, cells: Sequence[object]) -> list[str]:
-    """All texts in NFC; blank where there is none."""
+    """All texts in NFC; empty cells are empty texts."""
     texts = []
     for row, cell in enumerate(cells, 1):
-        text = "" if cell is None or cell != cell else cell  # noqa: PLR0124 (NaN alone differs from itself)
+        text = "" if cell is None or cell != cell else cell  # noqa: PLR0124 (only NaN differs from itself)
         if not isinstance(text, str):
-            raise UserError(f"{file}: row {row}, column {column}: found {shown(as_text(cell))}, allowed: text")
+            raise UserError(f"{file}: row {row}, column {column}: found {quoted(cell_text(cell))}, allowed: text")
         texts.append(unicodedata.normalize("NFC", text))
     if not any(map(str.strip, texts)):
         raise UserError(f"{file}: column {column}: found no text in any of {len(texts)} rows")
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError as error:
-        row = 1 + int(np.searchsorted(np.cumsum([len(text) for text in texts]), error.start, side="right"))
-        raise UserError(f"{file}: row {row}, column {column}: found half a character ({error.reason})") from None
     return texts

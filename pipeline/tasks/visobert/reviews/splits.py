@@ -11,12 +11,12 @@ import numpy.typing as npt
 from pipeline.errors import UserError
 from pipeline.tasks.visobert.config import EMBEDDED, ReviewFormatConfig, TrainDataConfig
 from pipeline.tasks.visobert.reviews.embedded_reviews import embedded_reviews
-from pipeline.tasks.visobert.reviews.reviews import Reviews, detection_only, read_reviews, without_polarity
+from pipeline.tasks.visobert.reviews.reviews import Reviews, detection_only_aspects, read_reviews
 
 
 @dataclass(frozen=True)
 class Splits:
-    """All with the training file's aspects; a detection-only aspect's labels are mentions in every split."""
+    """Reviews with the training file's aspects; labels of detection-only aspects are mentions in every split."""
 
     train: Reviews
     valid: Reviews
@@ -24,25 +24,25 @@ class Splits:
     detection_only: tuple[str, ...]
 
     @property
-    def named(self) -> dict[str, Reviews]:
-        """Those that there are, as `train`, `valid` and `test`."""
-        named = {"train": self.train, "valid": self.valid, "test": self.test}
-        return {name: reviews for name, reviews in named.items() if reviews is not None}
+    def by_name(self) -> dict[str, Reviews]:
+        """The splits that exist, as `train`, `valid` and `test`."""
+        splits = {"train": self.train, "valid": self.valid, "test": self.test}
+        return {name: reviews for name, reviews in splits.items() if reviews is not None}
 
     @property
     def digest(self) -> str:
         """SHA-256 of all files together, hex."""
-        told = " ".join(f"{name} {reviews.digest} {len(reviews)}" for name, reviews in self.named.items())
-        return hashlib.sha256(told.encode()).hexdigest()
+        parts = " ".join(f"{name} {reviews.digest} {len(reviews)}" for name, reviews in self.by_name.items())
+        return hashlib.sha256(parts.encode()).hexdigest()
 
 
 def read_splits(
     files: Mapping[str, str | None], form: ReviewFormatConfig
 ) -> tuple[dict[str, Reviews], tuple[str, ...]]:
-    """The splits that have a file, by name, and the detection-only aspects.
+    """Read the splits that have a file, by name, and the detection-only aspects.
 
-    `files`: train, validation and test. The training file decides which aspects there are and which are
-    detection-only; without one all three are the embedded reviews.
+    `files`: train, validation and test. The training file decides the aspects and which are detection-only; without
+    one all three are the embedded reviews.
 
     Raises:
         UserError: a file cannot be read as reviews.
@@ -52,37 +52,36 @@ def read_splits(
         folder = embedded_reviews(form.embedded, Path(form.cache))
         files = {name: str(folder / f"{name}.csv") for name in files}
     train = read_reviews(Path(files["train"] or ""), form)
-    only = detection_only(train, form.detection_only)
-    found = {name: read_reviews(Path(file), form, train.aspects)
-             for name, file in files.items() if file and name != "train"}  # fmt: skip
-    found = {"train": replace(train, source=EMBEDDED) if embedded else train} | found
-    return {name: without_polarity(reviews, only) for name, reviews in found.items()}, only
+    only = detection_only_aspects(train, form.detection_only)
+    splits = {"train": replace(train, source=EMBEDDED) if embedded else train}
+    splits |= {name: read_reviews(Path(file), form, train.aspects)
+               for name, file in files.items() if file and name != "train"}  # fmt: skip
+    return {name: reviews.without_polarity(only) for name, reviews in splits.items()}, only
 
 
 def load_splits(config: TrainDataConfig) -> Splits:
-    """Read the files, or the embedded reviews; without a validation file, a share of the training file validates.
+    """Read the files, or the embedded reviews; without a validation file, hold out a share of the training file.
 
     Raises:
         UserError: a file cannot be read as reviews, or a split would be empty.
     """
     files = {"train": config.train, "validation": config.validation, "test": config.test}
-    found, only = read_splits(files, config)
-    found = {name: reviews.with_text() for name, reviews in found.items()}
-    train, valid = found["train"], found.get("validation")
+    splits, only = read_splits(files, config)
+    splits = {name: reviews.with_text() for name, reviews in splits.items()}
+    train, valid = splits["train"], splits.get("validation")
     if valid is None:
-        drawn = _drawn(train.texts, config.validation_share)
-        if drawn.all() or not drawn.any():
+        held_out = _hash_fractions(train.texts) < config.validation_share
+        if held_out.all() or not held_out.any():
             raise UserError(
                 f"{train.source}: {len(train)} reviews cannot be split by data.validation_share "
                 f"{config.validation_share:g}, allowed: enough for both splits, or data.validation"
             )
-        # what there is to say of the file is said of the training split
-        train, valid = train.part(~drawn), replace(train.part(drawn), dropped=(), notes=())
-    return Splits(train, valid, found.get("test"), only)
+        # notes on the file stay with the training split alone
+        train, valid = train.select(~held_out), replace(train.select(held_out), dropped=(), notes=())
+    return Splits(train, valid, splits.get("test"), only)
 
 
-def _drawn(texts: tuple[str, ...], share: float) -> npt.NDArray[np.bool_]:
-    """[N], whether a review validates: by the hash of its text, so that copies of it stay together."""
+def _hash_fractions(texts: tuple[str, ...]) -> npt.NDArray[np.float64]:
+    """A hash of each text between 0 and 1, the same for copies, so that they stay in one split. [N]"""
     folded = (" ".join(text.lower().split()) for text in texts)
-    values = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64 for text in folded]
-    return np.array(values) < share
+    return np.array([int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64 for text in folded])
