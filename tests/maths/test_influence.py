@@ -37,7 +37,7 @@ from pipeline.tasks.visobert.config import VisobertConfig
 from pipeline.tasks.visobert.model import Output
 from pipeline.tasks.visobert.reviews.reviews import Reviews
 from pipeline.tasks.visobert.reviews.sentiments import NOT_MENTIONED, UNKNOWN
-from pipeline.tasks.visobert.scoring.predictions import Answers
+from pipeline.tasks.visobert.scoring.predictions import Predictions
 from pipeline.tasks.visobert.scoring.report import write_pair_rows
 from pipeline.tasks.visobert.scoring.scores import score
 from pipeline.tasks.visobert.task import VisobertTask
@@ -693,7 +693,7 @@ def test_the_pairs_of_any_answers_by_sets(tmp_path: Path, seed: int) -> None:
     sentiment = np.where(random.random(labels.shape) < 0.6, labels.clip(0, 2), random.integers(0, 3, labels.shape))
     mentioned = random.random(labels.shape) < 0.6
     output = Output(torch.eye(3)[torch.from_numpy(sentiment)], torch.from_numpy(np.where(mentioned, 1.0, -1.0)))
-    answers = Answers(output, np.full(4, 0.5), tuple("abcd"), polar)
+    answers = Predictions(output, np.full(4, 0.5), tuple("abcd"), polar)
     reviews = Reviews("x", "0" * 64, ("",) * 60, labels, tuple("abcd"), np.arange(1, 61))
     write_pair_rows(tmp_path, reviews, answers)
     rows = pd.read_parquet(tmp_path / "evaluation" / "test_rows.parquet")
@@ -703,7 +703,7 @@ def test_the_pairs_of_any_answers_by_sets(tmp_path: Path, seed: int) -> None:
         told = {(a, sentiment[row, a]) for a in judged if mentioned[row, a]}
         assert rows.iloc[row].tolist() == [2 * len(gold & told), len(gold) + len(told)], row
     numerator, denominator = rows.sum()
-    logged = score(labels, answers.prediction, tuple("abcd"), polar)["pair_f1_micro"]
+    logged = score(labels, answers.labels, tuple("abcd"), polar)["pair_f1_micro"]
     assert numerator / denominator == pytest.approx(logged, abs=1e-12)
 
 

@@ -1,4 +1,4 @@
-"""A logged aspect sentiment model: texts in, sentiments of every aspect out."""
+"""A logged aspect sentiment model: texts in, the sentiments of every aspect out."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -17,49 +17,50 @@ from pipeline.tasks.visobert.config import EMBEDDED, VisobertConfig
 from pipeline.tasks.visobert.encoders.tokenizer import load_saved
 from pipeline.tasks.visobert.model import AspectSentimentModel, Output, build_model
 from pipeline.tasks.visobert.reviews.review_table import LengthBuckets, ReviewTable
-from pipeline.tasks.visobert.scoring.predictions import ASPECTS_FILE, ENCODER_FOLDER, TOKENIZER_FOLDER, Answers
+from pipeline.tasks.visobert.scoring.predictions import Predictions
+
+WEIGHTS_FILE, CONFIG_FILE, ASPECTS_FILE = "model.safetensors", "config.yaml", "aspects.json"
+TOKENIZER_FOLDER, ENCODER_FOLDER = "tokenizer", "encoder"
 
 
 def load(folder: Path) -> Callable[..., pd.DataFrame]:
-    """The predictor that `VisobertTask.export` wrote into the folder: predict(texts, raw=False).
+    """The predictor in a folder that `VisobertTask.export` wrote: predict(texts, raw=False).
 
-    raw: probabilities as trained, without calibration.
+    raw: probabilities without calibration.
     """
-    config = load_config(VisobertConfig, folder / "config.yaml")
-    told = json.loads((folder / ASPECTS_FILE).read_text(encoding="utf-8"))
-    aspects, polar = told["aspects"], ~np.isin(told["aspects"], told["detection_only"])
+    config = load_config(VisobertConfig, folder / CONFIG_FILE)
+    saved = json.loads((folder / ASPECTS_FILE).read_text(encoding="utf-8"))
+    aspects, polar = saved["aspects"], ~np.isin(saved["aspects"], saved["detection_only"])
     tokenizer = load_saved(folder / TOKENIZER_FOLDER, config.model.name)
     encoder = EMBEDDED if config.model.name == EMBEDDED else str(folder / ENCODER_FOLDER)
-    built = config.model.model_copy(update={"name": encoder})
-    model = build_model(built, len(aspects), tokenizer, weights=False)
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    model = build_model(config.model.model_copy(update={"name": encoder}), len(aspects), tokenizer, weights=False)
+    model.load_state_dict(load_file(folder / WEIGHTS_FILE))
     model.eval()
     size, budget = config.evaluation.batch_size, config.training.batch_tokens
     thresholds, calibration = model.thresholds.double().numpy(), read_calibration(folder)
 
     def predict(texts: Any, raw: bool = False) -> pd.DataFrame:
-        column = text_column(texts, told["text_column"])
-        listed = [_text(row, text) for row, text in enumerate(column, 1)]
-        tokens = tokenizer.encode(listed, config.model.max_tokens)
-        table = ReviewTable(tokens, np.empty((len(listed), 0), np.int8), tokenizer.pad_id)
+        column = text_column(texts, saved["text_column"])
+        tokens = tokenizer.encode([_text(row, text) for row, text in enumerate(column, 1)], config.model.max_tokens)
+        table = ReviewTable(tokens, np.empty((len(column), 0), np.int8), tokenizer.pad_id)
         output = predict_logits(model, table, size, budget)
-        answers = Answers(output, thresholds, aspects, polar, {} if raw else calibration)
-        return answers.frame().set_index(column.index)
+        predictions = Predictions(output, thresholds, aspects, polar, {} if raw else calibration)
+        return predictions.frame().set_index(column.index)
 
     return predict
 
 
-def text_column(given: Any, name: str) -> pd.Series:
+def text_column(texts: Any, name: str) -> pd.Series:
     """The texts of a list, a Series, or the column `name` of a frame or of dicts.
 
     Raises:
-        UserError: found columns of other names, or several without one.
+        UserError: the columns have other names, or there are several without names.
     """
-    if isinstance(given, pd.Series):
-        return given
-    if isinstance(given, str | Mapping):
-        given = [given]
-    frame = given if isinstance(given, pd.DataFrame) else pd.DataFrame(list(given), dtype=object)
+    if isinstance(texts, pd.Series):
+        return texts
+    if isinstance(texts, str | Mapping):
+        texts = [texts]
+    frame = texts if isinstance(texts, pd.DataFrame) else pd.DataFrame(list(texts), dtype=object)
     columns = list(frame.columns)
     unnamed = all(str(column).isdigit() for column in columns)
     if unnamed and len(columns) <= 1:
@@ -69,8 +70,9 @@ def text_column(given: Any, name: str) -> pd.Series:
     else:
         found = f"{len(columns)} columns without names" if unnamed else f"column {', '.join(map(repr, columns))}"
         raise UserError(f"texts: found {found}; allowed: column {name!r}, or a list of texts")
-    several = len(column) == 1 and isinstance(column.iloc[0], list | tuple | np.ndarray)
-    return pd.Series(list(column.iloc[0]), dtype=object) if several else column  # {"text": [...]}, in MLflow's hands
+    if len(column) == 1 and isinstance(column.iloc[0], list | tuple | np.ndarray):
+        return pd.Series(list(column.iloc[0]), dtype=object)  # {"text": [...]}, as MLflow passes it on
+    return column
 
 
 def _text(row: int, value: Any) -> str:
@@ -96,15 +98,14 @@ def predict_logits(
     The model must be in evaluation mode.
     """
     batches = LengthBuckets(table.lengths[first:last].numpy(), batch_size, batch_tokens)
-    parts: list[Output] = []
+    outputs: list[Output] = []
     with torch.inference_mode():
         for rows in batches:
             batch = table.batch(rows + first).to(device)
-            parts.append(model(batch.ids, batch.mask))
-    if not parts:
+            outputs.append(model(batch.ids, batch.mask))
+    if not outputs:
         aspect = torch.empty(0, model.aspects) if model.detects else None
         return Output(torch.empty(0, model.aspects, 3), aspect)
-    back = torch.from_numpy(np.argsort(np.concatenate(batches.batches)))
-    sentiment = torch.cat([part.sentiment for part in parts]).float().cpu()[back]
-    found = [part.aspect for part in parts if part.aspect is not None]
-    return Output(sentiment, torch.cat(found).float().cpu()[back] if found else None)
+    order = torch.from_numpy(np.argsort(np.concatenate(batches.batches)))
+    heads = zip(*(output.parts for output in outputs), strict=True)
+    return Output(*(torch.cat(logits).float().cpu()[order] for logits in heads))

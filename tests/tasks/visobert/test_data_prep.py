@@ -20,7 +20,6 @@ from pipeline.tasks.visobert.prepare import duplicates
 from pipeline.tasks.visobert.prepare.duplicates import (
     distinct,
     find_duplicates,
-    folded,
     in_conflict,
     near_components,
     summary,
@@ -28,7 +27,7 @@ from pipeline.tasks.visobert.prepare.duplicates import (
 )
 from pipeline.tasks.visobert.prepare.review_statistics import distribution, token_lengths, write_distribution
 from pipeline.tasks.visobert.reviews.alpha import ALPHA_FILE, Alpha, auto_alpha, compute_alpha, count_sentiments
-from pipeline.tasks.visobert.reviews.reviews import Reviews
+from pipeline.tasks.visobert.reviews.reviews import Reviews, folded
 from pipeline.tasks.visobert.reviews.sentiments import MENTIONED, NOT_MENTIONED, UNKNOWN
 
 P, N, U = range(3)

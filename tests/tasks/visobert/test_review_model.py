@@ -19,15 +19,14 @@ from pipeline.config.strict_config import load
 from pipeline.errors import UserError
 from pipeline.runtime.console import Console
 from pipeline.tasks.base import evaluate, evaluating, undefined
-from pipeline.tasks.visobert import predict
-from pipeline.tasks.visobert import task as task_module
+from pipeline.tasks.visobert import evaluation, predict
 from pipeline.tasks.visobert.config import EMBEDDED, EmbeddedModelConfig, ModelConfig, VisobertConfig
 from pipeline.tasks.visobert.encoders.embedded_encoder import ChannelDropout, Convolution, EmbeddedEncoder, Recurrence
 from pipeline.tasks.visobert.encoders.tokenizer import Tokens
 from pipeline.tasks.visobert.model import AspectSentimentModel, Output, build_model, by_depth
 from pipeline.tasks.visobert.reviews.review_table import ReviewBatch
 from pipeline.tasks.visobert.reviews.sentiments import MENTIONED, NOT_MENTIONED, UNKNOWN
-from pipeline.tasks.visobert.scoring import report
+from pipeline.tasks.visobert.scoring import baselines, report
 from pipeline.tasks.visobert.scoring.scores import tuned_thresholds
 from pipeline.tasks.visobert.task import VisobertTask
 from pipeline.tracking.mlflow_run import MemoryRun
@@ -629,7 +628,7 @@ def test_unknown_cells_take_no_part(make: Make) -> None:
     def losses_and_slopes(codes: list[list[int]]) -> tuple[dict[str, float], Tensor, Tensor]:
         labels = torch.tensor(codes, dtype=torch.int8)
         output = Output(torch.randn(2, 3, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True))
-        losses = task._losses(output, labels, task.counts(ReviewBatch(labels, labels, labels)))
+        losses = task.objective.terms(output, labels, task.counts(ReviewBatch(labels, labels, labels)))
         losses["loss_total"].backward()
         values = {name: loss.item() for name, loss in losses.items()}
         return values, *((part.grad != 0) for part in output.parts if part.grad is not None)
@@ -878,8 +877,12 @@ def test_what_a_run_can_do_without_is_left_out(
     def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError("broken\nfor good")
 
-    for name in ("TfidfBaseline", "write_pair_rows", "fit_temperature"):
-        monkeypatch.setattr(task_module, name, fail)
+    for module, name in (
+        (baselines, "TfidfBaseline"),
+        (evaluation, "write_pair_rows"),
+        (evaluation, "fit_temperature"),
+    ):
+        monkeypatch.setattr(module, name, fail)
     monkeypatch.setattr(report.plots, "confusion", fail)
     task = make(baselines="true")
     model = trained(task)
@@ -898,7 +901,7 @@ def test_what_a_run_can_do_without_is_left_out(
         for what in ("the TF-IDF baseline", "the calibration of sentiment", "the calibration of aspect",
                      "plots/test_confusion.png", "evaluation/test_rows.parquet")
     ]  # fmt: skip
-    monkeypatch.setattr(task_module, "write_report", fail)
+    monkeypatch.setattr(evaluation, "write_report", fail)
     with evaluating(model):
         task.report(model, tmp_path / "no", "cpu")
     assert "warning: the report of test is left out: RuntimeError: broken for good" in capsys.readouterr().err
@@ -930,7 +933,7 @@ def test_known_metrics_are_those_that_an_evaluation_gives(make: Make, options: d
 def test_what_splits_lack_for_a_metric_is_named(make: Make) -> None:
     task = make(**{"data.test": "null"})
     assert set(task.known_metrics("test").values()) == {"needs a test split: there is none"}
-    camera = task.names.index("Camera")
+    camera = task.evaluation.names.index("Camera")
     task.reviews.valid.labels[:, camera] = X
     lacks = task.known_metrics("valid")
     assert set(evaluate(task, task.model(), "valid", "cpu")) == {name for name, why in lacks.items() if not why}
@@ -962,11 +965,11 @@ def test_an_exported_model_answers_as_the_task_does(make: Make, tmp_path: Path, 
     table, reviews = task.table("test"), task.reviews.test
     assert table is not None
     assert reviews is not None
-    expected = task._answers(model, task._predict(model, table, "cpu")).frame()
+    expected = task.evaluation.predictions(model, task.evaluation.predict(model, "test", "cpu")).frame()
     found = predict.load(tmp_path / "model")(list(reviews.texts))
     assert_same_answers(found, expected)
-    task.calibration = {}
-    plain = task._answers(model, task._predict(model, table, "cpu")).frame()
+    task.evaluation.calibration = {}
+    plain = task.evaluation.predictions(model, task.evaluation.predict(model, "test", "cpu")).frame()
     assert_same_answers(predict.load(tmp_path / "model")(list(reviews.texts), raw=True), plain)
     assert (found.filter(like="/") - plain.filter(like="/")).abs().max().max() > 1e-3
     assert list(found.columns) == list(export.outputs)
@@ -1044,7 +1047,7 @@ def test_a_pretrained_model_there_and_back(make: Make, folders: dict[str, Path],
     reviews, table = task.reviews.test, task.table("test")
     assert reviews is not None
     assert table is not None
-    expected = task._answers(model, task._predict(model, table, "cpu")).frame()
+    expected = task.evaluation.predictions(model, task.evaluation.predict(model, "test", "cpu")).frame()
     for file in folder.iterdir():
         file.unlink()
     folder.rmdir()

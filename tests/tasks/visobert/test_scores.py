@@ -21,8 +21,8 @@ from pipeline.tasks.visobert.prepare.review_statistics import ALL
 from pipeline.tasks.visobert.reviews.reviews import Reviews
 from pipeline.tasks.visobert.reviews.sentiments import MENTIONED, NOT_MENTIONED, SENTIMENTS, UNKNOWN
 from pipeline.tasks.visobert.scoring.baselines import TfidfBaseline, majority
-from pipeline.tasks.visobert.scoring.predictions import Answers, Prediction, column_types
-from pipeline.tasks.visobert.scoring.report import MOST_CONFIDENT, confident_errors, write_report
+from pipeline.tasks.visobert.scoring.predictions import PredictedLabels, Predictions, column_types
+from pipeline.tasks.visobert.scoring.report import MAX_ERRORS, confident_errors, write_report
 from pipeline.tasks.visobert.scoring.scores import aspect_table, confusion, known_scores, score, tuned_thresholds
 
 torch.set_num_threads(1)
@@ -46,7 +46,7 @@ def reviews_of(labels: Labels, aspects: Sequence[str], texts: Sequence[str] | No
 
 # pin, camera with sentiments; khác is detection-only
 LABELS = table([[P, O, M], [N, U, O], [P, X, M], [O, M, O], [U, N, X]])
-SAID = Prediction(
+SAID = PredictedLabels(
     sentiment=table([[P, P, P], [P, U, P], [P, N, N], [N, N, N], [U, P, P]]),
     mentioned=np.array([[1, 1, 1], [1, 1, 1], [0, 1, 0], [0, 1, 0], [1, 0, 1]], dtype=bool),
 )
@@ -90,7 +90,7 @@ def test_by_hand() -> None:
 
 
 def test_without_detection_nothing_is_said_of_aspects_and_pairs() -> None:
-    found = score(LABELS, Prediction(SAID.sentiment, None), NAMES, POLAR)
+    found = score(LABELS, PredictedLabels(SAID.sentiment, None), NAMES, POLAR)
     assert found["sentiment_f1_macro"] == pytest.approx(5 / 9)
     assert not [name for name in found if name.startswith(("aspect", "pair", "exact"))]
 
@@ -98,7 +98,7 @@ def test_without_detection_nothing_is_said_of_aspects_and_pairs() -> None:
 def test_an_aspect_without_gold_counts_nothing_in_detection_and_has_no_sentiment_score() -> None:
     labels, polar = table([[P, O], [N, O]]), np.array([True, True])
     mentioned = np.array([[True, False], [True, False]])
-    found = score(labels, Prediction(table([[P, P], [N, P]]), mentioned), ("pin", "sạc"), polar)
+    found = score(labels, PredictedLabels(table([[P, P], [N, P]]), mentioned), ("pin", "sạc"), polar)
     assert "f1/sạc" not in found
     assert found["aspect_f1/sạc"] == 0
     assert found["aspect_f1_macro"] == 0.5
@@ -110,7 +110,7 @@ def test_an_aspect_without_gold_counts_nothing_in_detection_and_has_no_sentiment
 def test_a_split_in_which_an_aspect_is_unknown_throughout() -> None:
     """Every cell of a column was a bad label that was dropped: it is not judged, and the others are."""
     labels = table([[P, X], [N, X]])
-    said = Prediction(table([[P, P], [N, P]]), np.ones((2, 2), dtype=bool))
+    said = PredictedLabels(table([[P, P], [N, P]]), np.ones((2, 2), dtype=bool))
     found = score(labels, said, ("pin", "sạc"), np.array([True, True]))
     assert found["pair_f1_micro"] == 1
     assert found["aspect_f1/pin"] == 1
@@ -134,7 +134,9 @@ def test_known_scores_are_those_that_there_are_whatever_is_predicted(
     )
     truth[:, ~flags] = np.where(np.isin(truth[:, ~flags], (P, N, U)), M, truth[:, ~flags])
     mentioned = generator.random(truth.shape) < 0.5 if detection else None
-    scores = score(truth, Prediction(generator.integers(0, 3, truth.shape, dtype=np.int8), mentioned), NAMES, flags)
+    scores = score(
+        truth, PredictedLabels(generator.integers(0, 3, truth.shape, dtype=np.int8), mentioned), NAMES, flags
+    )
     known = known_scores(truth, NAMES, flags, detection)
     assert set(scores) == {name for name, lacks in known.items() if not lacks}
     assert list(known_scores(None, NAMES, flags, detection)) == list(known)
@@ -145,8 +147,8 @@ def test_known_scores_are_those_that_there_are_whatever_is_predicted(
 def test_a_split_without_reviews_or_without_sentiments() -> None:
     nothing = np.zeros((0, 2), dtype=np.int8)
     polar = np.array([True, True])
-    assert score(nothing, Prediction(nothing, None), ("a", "b"), polar) == {}
-    said = Prediction(table([[P, P]]), np.array([[False, True]]))
+    assert score(nothing, PredictedLabels(nothing, None), ("a", "b"), polar) == {}
+    said = PredictedLabels(table([[P, P]]), np.array([[False, True]]))
     found = score(table([[O, M]]), said, ("a", "b"), polar)
     assert found == {"aspect_f1/a": 0, "aspect_f1/b": 1, "aspect_f1_macro": 0.5, "aspect_f1_micro": 1}
 
@@ -157,7 +159,7 @@ codes = st.sampled_from([P, N, U, O, O, O, M, X])
 
 
 @st.composite
-def judged(draw: st.DrawFn) -> tuple[Labels, Prediction, npt.NDArray[np.bool_]]:
+def judged(draw: st.DrawFn) -> tuple[Labels, PredictedLabels, npt.NDArray[np.bool_]]:
     rows, aspects = draw(st.integers(1, 12)), draw(st.integers(1, 4))
     seed = draw(st.integers(0, 2**31))
     random = np.random.Generator(np.random.PCG64(seed))
@@ -168,7 +170,7 @@ def judged(draw: st.DrawFn) -> tuple[Labels, Prediction, npt.NDArray[np.bool_]]:
     sentiment = random.integers(0, 3, (rows, aspects)).astype(np.int8)
     agree = random.random((rows, aspects)) < 0.6
     sentiment = np.where(agree & (labels >= 0) & (labels < 3), labels, sentiment).astype(np.int8)
-    return labels, Prediction(sentiment, random.random((rows, aspects)) < 0.5), polar
+    return labels, PredictedLabels(sentiment, random.random((rows, aspects)) < 0.5), polar
 
 
 def f1_of_sets(wanted: set[Any], given_: set[Any]) -> float:
@@ -178,7 +180,7 @@ def f1_of_sets(wanted: set[Any], given_: set[Any]) -> float:
 
 @settings(deadline=None, max_examples=60)
 @given(judged())
-def test_pairs_are_the_arithmetic_of_sets(case: tuple[Labels, Prediction, npt.NDArray[np.bool_]]) -> None:
+def test_pairs_are_the_arithmetic_of_sets(case: tuple[Labels, PredictedLabels, npt.NDArray[np.bool_]]) -> None:
     labels, said, polar = case
     assert said.mentioned is not None
     wanted, given_, right = set(), set(), 0
@@ -210,7 +212,7 @@ def test_pairs_are_the_arithmetic_of_sets(case: tuple[Labels, Prediction, npt.ND
 @settings(deadline=None, max_examples=30)
 @given(judged())
 def test_sentiments_and_mentions_are_those_of_scikit_learn(
-    case: tuple[Labels, Prediction, npt.NDArray[np.bool_]],
+    case: tuple[Labels, PredictedLabels, npt.NDArray[np.bool_]],
 ) -> None:
     labels, said, polar = case
     assert said.mentioned is not None
@@ -256,7 +258,7 @@ def test_the_table_of_aspects_by_hand() -> None:
     assert [pin[f"support_{name}"] for name in SENTIMENTS] == [2, 1, 1]
     assert camera["sentiment_f1_macro"] == pytest.approx(1 / 3)
     assert set(other) == {"aspect", "mentions", "aspect_f1"}
-    assert "aspect_f1" not in aspect_table(LABELS, Prediction(SAID.sentiment, None), NAMES, POLAR)[0]
+    assert "aspect_f1" not in aspect_table(LABELS, PredictedLabels(SAID.sentiment, None), NAMES, POLAR)[0]
 
 
 # ---------------------------------------------------------------- thresholds
@@ -394,7 +396,7 @@ def test_tfidf_where_no_word_comes_twice() -> None:
 
 
 ASPECTS = ("pin", "giá cả", "khác")
-SAY = Answers(
+SAY = Predictions(
     Output(
         torch.log(torch.tensor([[[0.5, 0.3, 0.2]] * 3, [[0.1, 0.2, 0.7]] * 3, [[0.2, 0.6, 0.2]] * 3])),
         torch.logit(torch.tensor([[0.9, 0.3, 0.6], [0.2, 0.5, 0.4], [0.7, 0.1, 0.1]])),
@@ -441,22 +443,22 @@ def test_calibration_changes_probabilities_and_no_word() -> None:
 
 def test_a_probability_at_its_threshold_is_a_mention() -> None:
     output = Output(torch.zeros(2, 1, 3), torch.tensor([[0.0], [-1e-6]]))
-    answers = Answers(output, np.array([0.5]), ("pin",), np.array([True]))
-    assert answers.prediction.mentioned is not None
-    assert answers.prediction.mentioned.tolist() == [[True], [False]]
+    answers = Predictions(output, np.array([0.5]), ("pin",), np.array([True]))
+    assert answers.labels.mentioned is not None
+    assert answers.labels.mentioned.tolist() == [[True], [False]]
     assert_cells(answers.frame()["pin"], ["positive", None])
 
 
 def test_columns_that_are_all_none() -> None:
-    frame = Answers(SAY.output, np.ones(3), ASPECTS, SAY.polar).frame()
+    frame = Predictions(SAY.output, np.ones(3), ASPECTS, SAY.polar).frame()
     for aspect in ASPECTS:
         assert_cells(frame[aspect], [None, None, None])
 
 
 def test_answers_without_detection() -> None:
-    answers = Answers(Output(SAY.output.sentiment, None), SAY.thresholds, ASPECTS, SAY.polar)
+    answers = Predictions(Output(SAY.output.sentiment, None), SAY.thresholds, ASPECTS, SAY.polar)
     frame = answers.frame()
-    assert answers.prediction.mentioned is None
+    assert answers.labels.mentioned is None
     assert_cells(frame["pin"], ["positive", "neutral", "negative"])
     assert_cells(frame["khác"], [None, None, None])
     assert list(frame.columns) == [*ASPECTS, *(f"{aspect}/{name}" for aspect in ASPECTS[:2] for name in SENTIMENTS)]
@@ -465,7 +467,7 @@ def test_answers_without_detection() -> None:
 @pytest.mark.parametrize("detection", [True, False])
 def test_no_review_is_an_empty_frame(detection: bool) -> None:
     output = Output(torch.empty(0, 3, 3), torch.empty(0, 3) if detection else None)
-    frame = Answers(output, SAY.thresholds, ASPECTS, SAY.polar).frame()
+    frame = Predictions(output, SAY.thresholds, ASPECTS, SAY.polar).frame()
     types = column_types(ASPECTS, SAY.polar, detection)
     assert len(frame) == 0
     assert list(frame.columns) == list(types)
@@ -493,11 +495,11 @@ def test_the_most_confident_errors_come_first() -> None:
 
 
 def test_at_most_so_many_errors_are_listed() -> None:
-    count = MOST_CONFIDENT + 50
+    count = MAX_ERRORS + 50
     output = Output(torch.zeros(count, 1, 3), torch.linspace(1, 5, count).unsqueeze(1))
-    answers = Answers(output, np.array([0.5]), ("pin",), np.array([True]))
+    answers = Predictions(output, np.array([0.5]), ("pin",), np.array([True]))
     found = confident_errors(reviews_of(np.full((count, 1), O, np.int8), ("pin",)), answers)
-    assert len(found) == MOST_CONFIDENT
+    assert len(found) == MAX_ERRORS
     assert found["text"][0] == f"review {count - 1}"
 
 
@@ -532,7 +534,7 @@ def test_a_report_where_an_aspect_has_no_labelled_cell(tmp_path: Path) -> None:
 def test_a_report_of_aspects_with_any_name(tmp_path: Path) -> None:
     """`text` and `labels` are columns of ours, but may be aspects of theirs."""
     names = ("text", "labels", "khác")
-    answers = Answers(SAY.output, SAY.thresholds, names, SAY.polar)
+    answers = Predictions(SAY.output, SAY.thresholds, names, SAY.polar)
     write_report(tmp_path, "valid", reviews_of(table([[P, O, M], [N, U, O], [X, M, O]]), names), answers)
     assert (tmp_path / "evaluation" / "valid_predictions.csv").exists()
 

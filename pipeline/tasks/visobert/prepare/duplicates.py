@@ -13,7 +13,6 @@ then joined through one another.
 
 import csv
 import json
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -27,7 +26,7 @@ from scipy.sparse.csgraph import connected_components
 from sklearn.feature_extraction.text import CountVectorizer
 
 from pipeline.storage.csv_table import cell
-from pipeline.tasks.visobert.reviews.reviews import Reviews
+from pipeline.tasks.visobert.reviews.reviews import Reviews, folded
 from pipeline.tasks.visobert.reviews.sentiments import UNKNOWN
 
 SHINGLE = 5  # characters
@@ -50,11 +49,6 @@ class Group:
 
     def count(self, split: str) -> int:
         return sum(name == split for name, _ in self.members)
-
-
-def folded(text: str) -> str:
-    """What exact copies have in common."""
-    return " ".join(unicodedata.normalize("NFC", text).lower().split())
 
 
 def find_duplicates(splits: Mapping[str, Reviews]) -> list[Group]:

@@ -93,6 +93,24 @@ class Alpha:
         return alpha
 
 
+def check_same_data(alpha: Alpha, train: Reviews, detection_only: Sequence[str], run: str) -> None:
+    """Check that alpha was counted on the same file in the same way. `run`: where alpha comes from, for the error.
+
+    Raises:
+        UserError: it was not.
+    """
+    if alpha.digest != train.digest:
+        raise UserError(
+            f"{run}: its alpha is of {alpha.source} (SHA-256 {alpha.digest[:12]}...), but the training file is "
+            f"{train.source} ({train.digest[:12]}...); allowed: a data_prep run of the same file"
+        )
+    if alpha.aspects != train.aspects or set(alpha.detection_only) != set(detection_only):
+        raise UserError(
+            f"{run}: it counted {', '.join(alpha.aspects)} with detection-only {list(alpha.detection_only)}, "
+            f"this run {', '.join(train.aspects)} with {list(detection_only)}; allowed: the same"
+        )
+
+
 def count_sentiments(labels: npt.NDArray[np.int8], repeats: npt.NDArray[np.float64] | None = None) -> Counts:
     """Count the labelled cells of each aspect and sentiment. labels [N, A] -> [A, 3]
 

@@ -70,6 +70,11 @@ class Reviews:
         )
 
 
+def folded(text: str) -> str:
+    """The text in NFC and lower case with single spaces: equal for exact copies."""
+    return " ".join(unicodedata.normalize("NFC", text).lower().split())
+
+
 def read_reviews(file: Path, form: ReviewFormatConfig, aspects: tuple[str, ...] | None = None) -> Reviews:
     """Read a CSV, JSONL or Parquet file. `aspects`: those of the training file, which this one must share.
 

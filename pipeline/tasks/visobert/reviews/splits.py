@@ -11,7 +11,7 @@ import numpy.typing as npt
 from pipeline.errors import UserError
 from pipeline.tasks.visobert.config import EMBEDDED, ReviewFormatConfig, TrainDataConfig
 from pipeline.tasks.visobert.reviews.embedded_reviews import embedded_reviews
-from pipeline.tasks.visobert.reviews.reviews import Reviews, detection_only_aspects, read_reviews
+from pipeline.tasks.visobert.reviews.reviews import Reviews, detection_only_aspects, folded, read_reviews
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,11 @@ class Splits:
         """The splits that exist, as `train`, `valid` and `test`."""
         splits = {"train": self.train, "valid": self.valid, "test": self.test}
         return {name: reviews for name, reviews in splits.items() if reviews is not None}
+
+    @property
+    def polar(self) -> npt.NDArray[np.bool_]:
+        """Aspects with sentiments, which are not detection-only. [A]"""
+        return ~np.isin(self.train.aspects, self.detection_only)
 
     @property
     def digest(self) -> str:
@@ -83,5 +88,5 @@ def load_splits(config: TrainDataConfig) -> Splits:
 
 def _hash_fractions(texts: tuple[str, ...]) -> npt.NDArray[np.float64]:
     """A hash of each text between 0 and 1, the same for copies, so that they stay in one split. [N]"""
-    folded = (" ".join(text.lower().split()) for text in texts)
-    return np.array([int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64 for text in folded])
+    digests = (hashlib.sha256(folded(text).encode()).digest() for text in texts)
+    return np.array([int.from_bytes(digest[:8]) / 2**64 for digest in digests])

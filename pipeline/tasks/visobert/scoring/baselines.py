@@ -1,7 +1,8 @@
-"""What a model has to beat: the majority, and TF-IDF with logistic regression, fitted on the same training split."""
+"""Baselines on the same splits: the majority, and TF-IDF with logistic regression."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cache, cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -10,59 +11,89 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
 
+from pipeline.runtime.console import optional
 from pipeline.tasks.visobert.reviews.sentiments import NOT_MENTIONED, SENTIMENTS, UNKNOWN, Labels, labelled
-from pipeline.tasks.visobert.scoring.predictions import Prediction
-from pipeline.tasks.visobert.scoring.scores import tuned_thresholds
+from pipeline.tasks.visobert.reviews.splits import Splits
+from pipeline.tasks.visobert.scoring.predictions import PredictedLabels
+from pipeline.tasks.visobert.scoring.scores import score, tuned_thresholds
+
+BASELINES = ("majority", "tfidf")
+BASELINE_METRICS = ("aspect_f1_macro", "sentiment_f1_macro", "pair_f1_micro", "pair_f1_macro")
 
 INVERSE_REGULARISATION = 4.0
-FEW_REVIEWS = 50  # so few that what occurs once counts too
+FEW_REVIEWS = 50  # up to which terms that occur once count too
 WORD = r"\w+|[^\w\s]"
 
 
-def majority(training: Labels, rows: int) -> Prediction:
-    """Every aspect's most frequent sentiment; mentioned where more than half of the training reviews mention it."""
+class Baselines:
+    """The scores of the baselines on a run's splits, computed when first asked for."""
+
+    def __init__(self, reviews: Splits) -> None:
+        self.reviews = reviews
+        self.scores = cache(self._scores)
+
+    def _scores(self, split: str) -> dict[str, float]:
+        """BASELINE_METRICS of each baseline, as `<metric>_<baseline>`."""
+        reviews = self.reviews.by_name[split]
+        predictions = {"majority": majority(self.reviews.train.labels, len(reviews))}
+        if self._tfidf:
+            predictions["tfidf"] = self._tfidf.predict(reviews.texts)
+        metrics: dict[str, float] = {}
+        for name, predicted in predictions.items():
+            scores = score(reviews.labels, predicted, reviews.aspects, self.reviews.polar)
+            metrics |= {f"{metric}_{name}": scores[metric] for metric in BASELINE_METRICS if metric in scores}
+        return metrics
+
+    @cached_property
+    def _tfidf(self) -> "TfidfBaseline | None":
+        train, valid = self.reviews.train, self.reviews.valid
+        with optional("the TF-IDF baseline"):
+            return TfidfBaseline(train.texts, train.labels, (valid.texts, valid.labels))
+        return None
+
+
+def majority(training: Labels, rows: int) -> PredictedLabels:
+    """Each aspect's most frequent sentiment; mentioned if more than half of the training reviews mention it."""
     counts = np.stack([(training == sentiment).sum(0) for sentiment in range(len(SENTIMENTS))])  # [3, A]
     mentioned = (training > NOT_MENTIONED).sum(0) * 2 > (training != UNKNOWN).sum(0)
-    return Prediction(np.tile(counts.argmax(0).astype(np.int8), (rows, 1)), np.tile(mentioned, (rows, 1)))
+    return PredictedLabels(np.tile(counts.argmax(0).astype(np.int8), (rows, 1)), np.tile(mentioned, (rows, 1)))
 
 
 class TfidfBaseline:
-    """Logistic regression an aspect on TF-IDF of words, pairs of words and letters in words.
+    """Logistic regressions on TF-IDF of words, pairs of words and letters in words.
 
-    One tells whether the aspect is mentioned, with a threshold tuned on the validation split like the model's own; one
-    against the rest a sentiment tells which, from the labelled cells.
+    For each aspect one classifies whether it is mentioned, with a threshold tuned on the validation split like the
+    model's own, and one per sentiment against the others is fitted on the labelled cells.
     """
 
     def __init__(self, texts: Sequence[str], labels: Labels, validation: tuple[Sequence[str], Labels]) -> None:
-        """Fit on the features that there are.
+        """Fit on the training reviews.
 
         Raises:
-            ValueError: there are none.
+            ValueError: no term is frequent enough.
         """
-        twice, thrice = (2, 3) if len(texts) > FEW_REVIEWS else (1, 1)
-        words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=twice, token_pattern=WORD)
-        letters = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), sublinear_tf=True, min_df=thrice)
-        self.features, parts = list[TfidfVectorizer](), []
-        for features in (words, letters):
-            with suppress(ValueError):  # it has none: where words are not separated, hardly one comes twice
-                parts.append(features.fit_transform(texts))
-                self.features.append(features)
-        if not parts:
-            raise ValueError(f"no word is in {twice} of the training reviews, and no letters are in {thrice}")
-        matrix = csr_matrix(hstack(parts))
-        columns = range(labels.shape[1])
-        self.detectors = [_fit(matrix, labels[:, column] > NOT_MENTIONED, labels[:, column] != UNKNOWN)
-                          for column in columns]  # fmt: skip
-        self.sentiments = [_fit(matrix, labels[:, column], labelled(labels[:, column])) for column in columns]
+        min_words, min_letters = (2, 3) if len(texts) > FEW_REVIEWS else (1, 1)
+        words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=min_words, token_pattern=WORD)
+        letters = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), sublinear_tf=True, min_df=min_letters)
+        self.vectorizers, matrices = list[TfidfVectorizer](), []
+        for vectorizer in (words, letters):
+            with suppress(ValueError):  # no term left: where words are not separated, hardly one comes twice
+                matrices.append(vectorizer.fit_transform(texts))
+                self.vectorizers.append(vectorizer)
+        if not matrices:
+            raise ValueError(f"no word is in {min_words} of the training reviews, and no letters are in {min_letters}")
+        matrix = csr_matrix(hstack(matrices))
+        self.detectors = [_fit(matrix, column > NOT_MENTIONED, column != UNKNOWN) for column in labels.T]
+        self.sentiments = [_fit(matrix, column, labelled(column)) for column in labels.T]
         self.thresholds = tuned_thresholds(validation[1], self._mentioned(self._matrix(validation[0])))
 
-    def predict(self, texts: Sequence[str]) -> Prediction:
+    def predict(self, texts: Sequence[str]) -> PredictedLabels:
         matrix = self._matrix(texts)
         sentiment = np.stack([predict(matrix).argmax(1) for predict in self.sentiments], 1)
-        return Prediction(sentiment.astype(np.int8), self._mentioned(matrix) >= self.thresholds)
+        return PredictedLabels(sentiment.astype(np.int8), self._mentioned(matrix) >= self.thresholds)
 
     def _matrix(self, texts: Sequence[str]) -> csr_matrix:
-        return csr_matrix(hstack([features.transform(texts) for features in self.features]))
+        return csr_matrix(hstack([vectorizer.transform(texts) for vectorizer in self.vectorizers]))
 
     def _mentioned(self, matrix: csr_matrix) -> npt.NDArray[np.float64]:
         return np.stack([predict(matrix)[:, 1] for predict in self.detectors], 1)
@@ -71,21 +102,21 @@ class TfidfBaseline:
 def _fit(
     matrix: csr_matrix, target: npt.NDArray[np.generic], rows: npt.NDArray[np.bool_]
 ) -> Callable[[csr_matrix], npt.NDArray[np.float64]]:
-    """A function from features to a column a class, at the class's own index (0 and 1 for a yes or no)."""
+    """A function from features to the probability of each class, a column per class (0 and 1 for a yes or no)."""
     classes = np.unique(target[rows]).astype(np.int64)
     width = 2 if target.dtype == np.bool_ else len(SENTIMENTS)
-    if len(classes) < 2:  # nothing to tell apart
+    if len(classes) < 2:  # nothing to fit
         constant = np.zeros(width)
         constant[classes] = 1
-        return lambda other: np.tile(constant, (other.shape[0], 1))
+        return lambda features: np.tile(constant, (features.shape[0], 1))
     model = LogisticRegression(C=INVERSE_REGULARISATION, solver="liblinear", random_state=0)
     if len(classes) > 2:
-        model = OneVsRestClassifier(model)  # liblinear tells two apart
+        model = OneVsRestClassifier(model)  # liblinear is binary
     model.fit(matrix[rows], target[rows])
 
-    def predict(other: csr_matrix) -> npt.NDArray[np.float64]:
-        columns = np.zeros((other.shape[0], width))
-        columns[:, classes] = model.predict_proba(other)
+    def predict(features: csr_matrix) -> npt.NDArray[np.float64]:
+        columns = np.zeros((features.shape[0], width))
+        columns[:, classes] = model.predict_proba(features)
         return columns
 
     return predict

@@ -1,4 +1,4 @@
-"""From logits to what a user reads: aspects with sentiment and probability."""
+"""Predicted labels, and probabilities as users read them, from a model's logits."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,31 +13,29 @@ from pipeline.maths.calibration import Fitted
 from pipeline.tasks.visobert.model import Output
 from pipeline.tasks.visobert.reviews.sentiments import SENTIMENTS
 
-Floats = npt.NDArray[np.float64]
-MENTIONED_TEXT = "mentioned"
-# of a logged model's folder
-ASPECTS_FILE, TOKENIZER_FOLDER, ENCODER_FOLDER = "aspects.json", "tokenizer", "encoder"
-
 Flags = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float64]
+
+MENTIONED_TEXT = "mentioned"
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """What a model says of every cell."""
+class PredictedLabels:
+    """Labels of N reviews and A aspects."""
 
-    sentiment: npt.NDArray[np.int8]  # [N, A], index of SENTIMENTS, whether the aspect is mentioned or not
-    mentioned: Flags | None  # [N, A]; None where the model does not detect aspects
+    sentiment: npt.NDArray[np.int8]  # [N, A], index of SENTIMENTS, also where the aspect is not mentioned
+    mentioned: Flags | None  # [N, A]; None without aspect detection
 
 
 @dataclass(frozen=True)
-class Answers:
-    """A model's answers for N reviews and A aspects."""
+class Predictions:
+    """A model's predictions for N reviews and A aspects."""
 
     output: Output  # logits [N, A, 3] and [N, A], on the CPU
-    thresholds: npt.NDArray[np.float64]  # [A]
+    thresholds: Floats  # [A]
     aspects: Sequence[str]
     polar: Flags  # [A], aspects with sentiments
-    calibration: Fitted = field(default_factory=dict)  # of probabilities; predictions do not depend on it
+    calibration: Fitted = field(default_factory=dict)  # of the probabilities; labels do not depend on it
 
     @cached_property
     def sentiment(self) -> Floats:
@@ -53,33 +51,41 @@ class Answers:
         return self.calibration[head]["temperature"] if head in self.calibration else 1.0
 
     @cached_property
-    def prediction(self) -> Prediction:
-        """By the probabilities without calibration: those that the thresholds were tuned on."""
+    def labels(self) -> PredictedLabels:
+        """Labels by the uncalibrated probabilities, on which the thresholds were tuned."""
         probability = _mentioned(self.output)
         mentioned = None if probability is None else probability >= self.thresholds
-        return Prediction(_sentiment(self.output).argmax(-1).astype(np.int8), mentioned)
+        return PredictedLabels(_sentiment(self.output).argmax(-1).astype(np.int8), mentioned)
 
     def frame(self) -> pd.DataFrame:
-        """A row a review: a column an aspect (the sentiment, `mentioned`, or None), then the probabilities.
+        """One row per review: one column per aspect (its sentiment, `mentioned`, or None), then the probabilities.
 
         Without aspect detection every aspect has a sentiment.
         """
         words = np.array(SENTIMENTS, dtype=object)
-        found: dict[str, object] = {}
+        columns: dict[str, object] = {}
         for index, aspect in enumerate(self.aspects):
-            said: npt.NDArray[np.object_] = words[self.prediction.sentiment[:, index]]
+            cells: npt.NDArray[np.object_] = words[self.labels.sentiment[:, index]]
             if not self.polar[index]:
-                said = np.full(len(said), MENTIONED_TEXT if self.mentioned is not None else None, dtype=object)
-            if self.prediction.mentioned is not None:
-                said = np.where(self.prediction.mentioned[:, index], said, np.array(None, dtype=object))
-            found[aspect] = pd.Series(said, dtype=object)  # else pandas makes NaN of None
-        for index, aspect in enumerate(self.aspects):
+                cells = np.full(len(cells), MENTIONED_TEXT if self.mentioned is not None else None, dtype=object)
+            if self.labels.mentioned is not None:
+                cells = np.where(self.labels.mentioned[:, index], cells, np.array(None, dtype=object))
+            columns[aspect] = pd.Series(cells, dtype=object)  # or pandas turns None into NaN
             if self.mentioned is not None:
-                found[f"{aspect}/{MENTIONED_TEXT}"] = self.mentioned[:, index]
+                columns[f"{aspect}/{MENTIONED_TEXT}"] = self.mentioned[:, index]
             if self.polar[index]:
                 for position, name in enumerate(SENTIMENTS):
-                    found[f"{aspect}/{name}"] = self.sentiment[:, index, position]
-        return pd.DataFrame(found, columns=list(column_types(self.aspects, self.polar, self.mentioned is not None)))
+                    columns[f"{aspect}/{name}"] = self.sentiment[:, index, position]
+        return pd.DataFrame(columns, columns=list(column_types(self.aspects, self.polar, self.mentioned is not None)))
+
+
+def column_types(aspects: Sequence[str], polar: Flags, detection: bool) -> dict[str, str]:
+    """The columns of `Predictions.frame` with MLflow's types."""
+    types = dict.fromkeys(aspects, "string")
+    for aspect, has_sentiments in zip(aspects, polar, strict=True):
+        parts = ([MENTIONED_TEXT] if detection else []) + (list(SENTIMENTS) if has_sentiments else [])
+        types |= {f"{aspect}/{part}": "double" for part in parts}
+    return types
 
 
 def _sentiment(output: Output, temperature: float = 1.0) -> Floats:
@@ -88,12 +94,3 @@ def _sentiment(output: Output, temperature: float = 1.0) -> Floats:
 
 def _mentioned(output: Output, temperature: float = 1.0) -> Floats | None:
     return None if output.aspect is None else torch.sigmoid(output.aspect.double() / temperature).numpy()
-
-
-def column_types(aspects: Sequence[str], polar: Flags, detection: bool) -> dict[str, str]:
-    """The columns of `Answers.frame` with MLflow's types."""
-    kinds = dict.fromkeys(aspects, "string")
-    for aspect, has_sentiments in zip(aspects, polar, strict=True):
-        parts = ([MENTIONED_TEXT] if detection else []) + (list(SENTIMENTS) if has_sentiments else [])
-        kinds |= {f"{aspect}/{part}": "double" for part in parts}
-    return kinds
