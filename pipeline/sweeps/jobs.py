@@ -1,66 +1,81 @@
-"""What a sweep asks to be trained, and who trains it."""
+"""A sweep's jobs, and the interface of the workers that do them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from pipeline.config.strict_config import to_yaml
 from pipeline.sweeps.requests import Evaluated, JobDone, JobFailed, JobRequest, TrainRun
 from pipeline.sweeps.sweep_plan import Arm, Plan
-
-if TYPE_CHECKING:
-    from pipeline.tracking.messages import StoredRun
+from pipeline.tracking.messages import StoredRun
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
-    """What a worker is asked, and what came of it."""
+    """A request to a worker, and its reply."""
 
     name: str
     request: JobRequest
-    needs: "Job | None" = None
+    needs: "Job | None" = None  # the job that must end first, in success or failure
     finished: Callable[["Job"], None] = lambda job: None  # noqa: ARG005
     reply: JobDone | None = None
 
     @property
-    def failed(self) -> str | None:
+    def error(self) -> str | None:
         return self.reply.error if isinstance(self.reply, JobFailed) else None
 
 
+OnProgress = Callable[[Job, Evaluated], None]
+
+
+def ready_jobs(jobs: Sequence[Job], running: Collection[Job]) -> list[Job]:
+    """The jobs that can be started now."""
+    return [job for job in jobs if job.reply is None and job not in running
+            and (job.needs is None or job.needs.reply is not None)]  # fmt: skip
+
+
 class Workers(Protocol):
-    """Processes that do jobs: on this machine or on a Ray cluster."""
+    """Processes that do jobs, on this machine or on a Ray cluster."""
 
-    def work(self, jobs: list[Job], on_progress: Callable[[Job, Evaluated], None] = ...) -> None:
-        """Do the jobs, in their order as far as what they need allows. `on_progress` gets a watched run's evaluations.
+    def work(self, jobs: list[Job], on_progress: OnProgress | None = None) -> None:
+        """Do all jobs, in order as far as their dependencies allow. A job's `finished` may append further ones.
 
-        `jobs` may grow meanwhile, by a job's `finished`.
+        on_progress: called with each evaluation of a watched run.
         """
 
     def stop(self, job: Job) -> None:
-        """Let the run of this job end after its next evaluation."""
+        """End the run of this job after its next evaluation."""
 
     def close(self) -> None:
-        """End every worker; what they are at is ended as KILLED."""
+        """End every worker; runs in training end as KILLED."""
 
 
 @dataclass(frozen=True)
 class SweepContext:
-    """What every part of a running sweep needs to know."""
+    """What all parts of a running sweep share."""
 
     id: str
-    digest: str  # of the data
-    entry: str  # the entry point that trains
+    data_digest: str
     plan: Plan
     folder: Path
     workers: Workers
+    stored: Mapping[str, StoredRun]  # run key -> run in the store when the sweep started
 
-
-def train_request(
-    entry: str, arm: Arm, seed: int, tags: Mapping[str, str], begun: "StoredRun | None", *, watched: str | None = None
-) -> TrainRun:
-    """The request to train an arm with a seed. begun: the run of it that is in the store, which goes on."""
-    return TrainRun(
-        entry, to_yaml(arm.at(seed)), arm.run_name(seed), tags, tuple(sorted(arm.overridden)),
-        run_id=begun.run_id if begun else None, folder=begun.tags.get("run_dir") if begun else None, watched=watched,
-    )  # fmt: skip
+    def train_request(
+        self, arm: Arm, seed: int, tags: Mapping[str, str], *, prefix: Path | None = None, watched: str | None = None
+    ) -> TrainRun:
+        """The request to train an arm with a seed, or to resume that run where the store has it."""
+        config = arm.at(seed)
+        run = self.stored.get(config.fingerprint(self.data_digest))
+        return TrainRun(
+            self.plan.sweep.task,
+            to_yaml(config),
+            arm.run_name(seed),
+            {"sweep_id": self.id, "arm": arm.name, **tags},
+            tuple(sorted(arm.overridden)),
+            run_id=run.run_id if run else None,
+            folder=run.tags.get("run_dir") if run else None,
+            prefix=str(prefix) if prefix else None,
+            watched=watched,
+        )

@@ -1,20 +1,15 @@
-"""What a sweep asks of its workers, local processes or Ray tasks, and what they reply."""
+"""Requests of a sweep to its workers (local processes or Ray tasks), and their replies."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import get_args
 
-# ---------------------------------------------------------------- requests: a job each, but for `StopRun`
-
-
-@dataclass(frozen=True)
-class LoadModules:
-    """Import what takes seconds, while another worker loads the data. Reply: `JobDone`."""
+# ---------------------------------------------------------------- requests: each is a job, except `StopRun`
 
 
 @dataclass(frozen=True)
 class DigestData:
-    """Compute the digest of the data that the config names, and see which metrics they define. Reply: `DataDigest`."""
+    """Compute the digest of the config's data and check which metrics the data define. Reply: `DataDigest`."""
 
     entry: str  # the task's entry point
     config: str  # YAML
@@ -23,11 +18,11 @@ class DigestData:
 
 @dataclass(frozen=True)
 class TrainPrefix:
-    """Train what several runs share, and leave its states in the folders. Reply: `PrefixTrained`."""
+    """Train a shared prefix and save its states in the folders. Reply: `PrefixTrained`."""
 
     entry: str
     config: str
-    folders: Mapping[str, str]  # optimizer step -> folder of the state there
+    folders: Mapping[str, str]  # optimizer step -> folder of the state at that step
 
 
 @dataclass(frozen=True)
@@ -38,21 +33,20 @@ class TrainRun:
     config: str
     name: str
     tags: Mapping[str, str]
-    given: tuple[str, ...]  # dotted keys that the sweep's file overrides
-    run_id: str | None = None  # a run that was begun before
-    folder: str | None = None  # its folder
-    prefix: str | None = None  # folder of the state where it branches from a shared prefix
+    overridden: tuple[str, ...]  # dotted keys that the sweep file overrides
+    run_id: str | None = None  # the run to resume
+    folder: str | None = None  # of the run to resume
+    prefix: str | None = None  # folder of the shared prefix's state from which the run branches
     watched: str | None = None  # a validation metric
 
-    def alone(self) -> "TrainRun":
-        """The same run without its prefix."""
+    def without_prefix(self) -> "TrainRun":
         tags = {name: value for name, value in self.tags.items() if name not in ("branched_from", "branch_step")}
         return replace(self, prefix=None, tags=tags)
 
 
 @dataclass(frozen=True)
 class StopRun:
-    """End the run at hand after its next evaluation. No reply of its own."""
+    """End the current run after its next evaluation. No reply of its own."""
 
 
 # ---------------------------------------------------------------- replies
@@ -60,7 +54,7 @@ class StopRun:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """An evaluation of a watched run, on the way."""
+    """An evaluation of a watched run that is still training."""
 
     step: int
     value: float
@@ -68,10 +62,7 @@ class Evaluated:
 
 @dataclass(frozen=True, kw_only=True)
 class JobDone:
-    """A job is done."""
-
-    seconds: float = 0.0  # that it took
-    leaving: bool = False  # the worker takes no further job, and ends
+    seconds: float = 0.0  # duration of the job
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +73,7 @@ class JobFailed(JobDone):
 @dataclass(frozen=True, kw_only=True)
 class DataDigest(JobDone):
     digest: str
-    undefined: Mapping[str, str]  # key -> why its metric is undefined
+    undefined: Mapping[str, str]  # key -> why its metric is undefined on these data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +89,8 @@ class RunTrained(JobDone):
     stopped: bool = False  # by `StopRun`
 
 
-JobRequest = LoadModules | DigestData | TrainPrefix | TrainRun
+JobRequest = DigestData | TrainPrefix | TrainRun
 WorkerRequest = JobRequest | StopRun
-WorkerReply = Evaluated | JobDone | JobFailed | DataDigest | PrefixTrained | RunTrained
+WorkerReply = Evaluated | JobFailed | DataDigest | PrefixTrained | RunTrained
 WORKER_REQUESTS: tuple[type[WorkerRequest], ...] = get_args(WorkerRequest)
 WORKER_REPLIES: tuple[type[WorkerReply], ...] = get_args(WorkerReply)

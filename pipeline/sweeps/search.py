@@ -1,9 +1,10 @@
-"""Arms found rather than listed: Optuna proposes settings, the best one is then compared to the baseline.
+"""The search of a sweep: Optuna proposes settings, and the best one is then compared with the baseline.
 
-Trials are runs of one seed, judged on validation. The winner of many trials looks better than it is, so its trial is
-no evidence: the sweep runs it again on seeds that had no say in the choice.
+Trials are runs of one seed, judged on validation. The best of many trials looks better than it is, so it counts as no
+evidence: the sweep runs its settings again on other seeds.
 
-The study lies in the sweep's folder. A trial that is RUNNING there when a search starts was cut off: it goes on.
+The study is stored in the sweep's folder. Trials that are RUNNING there when a search starts were interrupted; they are
+resumed.
 """
 
 from collections.abc import Mapping
@@ -17,45 +18,41 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from pipeline.errors import TrainingError
 from pipeline.runtime.console import say
-from pipeline.sweeps.jobs import Job, SweepContext, train_request
+from pipeline.sweeps.jobs import Job, SweepContext
 from pipeline.sweeps.requests import Evaluated, RunTrained
-from pipeline.sweeps.sweep_config import SearchConfig, SpaceConfig
-from pipeline.sweeps.sweep_plan import Arm, Plan, controls_of, overridden
-from pipeline.tracking.messages import StoredRun
+from pipeline.sweeps.sweep_config import SpaceConfig
+from pipeline.sweeps.sweep_plan import Arm, Plan, controls_of, with_overrides
 from pipeline.tracking.stored_runs import tag_run
 
-TRIAL = "trial"  # the role of these runs: no comparison takes them for arms
-DONE = (TrialState.COMPLETE, TrialState.PRUNED)
+TRIAL = "trial"  # role of the trials' runs, which comparisons leave out
+EVALUATED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
-Failures = dict[tuple[str, int], str]  # (name of the trial, seed) -> why
+def search(context: SweepContext) -> tuple[Plan, dict[tuple[str, int], str]]:
+    """Run the missing trials.
 
-
-def search(sweep: SweepContext, known: Mapping[str, StoredRun]) -> tuple[Plan, Failures]:
-    """Run what is missing of the trials; the plan that compares the best of them to the baseline, and what failed.
-
-    known: the runs that are in the store, by run key.
+    Returns: the plan that compares the best setting with the baseline, and the errors of failed trials by name and
+    seed.
 
     Raises:
         TrainingError: no trial finished.
     """
-    config = sweep.plan.sweep.search
-    assert config
-    trials = _Trials(sweep, config, known)
+    trials = _Trials(context)
     trials.run()
-    best = trials.best()
-    say(f"best of {len(trials.of(*DONE))} trials on {trials.metric} (seed {config.seed}): {best.name}")
-    found = (best, *(controls_of([best]) if sweep.plan.sweep.controls == "reweight" else ()))
-    return replace(sweep.plan, arms=(sweep.plan.baseline, *found)), trials.failed
+    best, plan = trials.best(), context.plan
+    count = len(trials.in_state(*EVALUATED))
+    say(f"best of {count} trials on {trials.metric} (seed {trials.config.seed}): {best.name}")
+    controls = controls_of([best]) if plan.sweep.controls == "reweight" else []
+    return replace(plan, arms=(plan.baseline, best, *controls)), trials.failures
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """A trial that is to be brought to its end."""
+class _OpenTrial:
+    """A trial that has not ended."""
 
     trial: Trial
     arm: Arm
-    key: str  # of its run
+    run_key: str
     values: dict[int, float]  # step of an evaluation -> metric
 
     @property
@@ -63,154 +60,155 @@ class _Asked:
         return f"trial {self.trial.number}: {self.arm.name}"
 
 
-class _End(NamedTuple):
-    """How the trial of a setting ended."""
-
+class _Outcome(NamedTuple):
     state: TrialState
     value: float | None = None
 
 
 class _Trials:
-    """The study and its runs."""
+    """The study and the runs of its trials."""
 
-    def __init__(self, sweep: SweepContext, config: SearchConfig, known: Mapping[str, StoredRun]) -> None:
+    def __init__(self, context: SweepContext) -> None:
+        assert context.plan.sweep.search
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.sweep, self.config, self.known = sweep, config, known
-        evaluation = sweep.plan.baseline.config.evaluation
-        self.metric = config.metric or evaluation.metric
-        less = (config.mode or evaluation.mode) == "min"
-        self.better = min if less else max
-        file = str(sweep.folder.resolve() / "search.db")
-        self.storage = RDBStorage(f"sqlite:///{file.replace('{', '{{').replace('}', '}}')}")  # it fills in braces
+        self.context, self.baseline, self.config = context, context.plan.baseline, context.plan.sweep.search
+        evaluation = self.baseline.config.evaluation
+        self.metric = self.config.metric or evaluation.metric
+        minimize = (self.config.mode or evaluation.mode) == "min"
+        self.best_of = min if minimize else max
+        file = str(context.folder.resolve() / "search.db").replace("{", "{{").replace("}", "}}")  # Optuna formats it
+        self.storage = RDBStorage(f"sqlite:///{file}")
         self.study = optuna.create_study(
             storage=self.storage,
-            study_name=f"{sweep.id} {self.metric}",
+            study_name=f"{context.id} {self.metric}",
             load_if_exists=True,
-            direction="minimize" if less else "maximize",
-            pruner=optuna.pruners.MedianPruner(n_startup_trials=config.startup_trials),
+            direction="minimize" if minimize else "maximize",
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=self.config.startup_trials),
         )
-        self.cut_off = self.of(TrialState.RUNNING)
+        self.interrupted = self.in_state(TrialState.RUNNING)  # by an earlier start
         self.jobs: list[Job] = []
-        self.training: dict[str, _Asked] = {}  # by the name of their job
-        self.waiting: list[_Asked] = []  # for the trial that trains the same setting
-        self.failed: Failures = {}  # of this start
-        self.failed_keys: set[str] = set()  # of their runs
-        self.broken = 0  # trials without a value, of this start
-        self.pruned: dict[int, int] = {}  # trial -> the step of the evaluation at which the median stopped it
+        self.training: dict[str, _OpenTrial] = {}  # by the name of their job
+        self.waiting: list[_OpenTrial] = []  # for a trial in training with the same settings
+        self.pruned: dict[int, int] = {}  # trial -> step of the evaluation at which the median pruned it
+        # of this start; trials that failed in an earlier one are tried again:
+        self.failures: dict[tuple[str, int], str] = {}  # (trial, seed) -> error
+        self.failed_keys: set[str] = set()  # run keys
+        self.failed_count = 0
 
     def run(self) -> None:
         """Bring all trials to their end."""
-        self._advance()
-        self.sweep.workers.work(self.jobs, self._told)
+        self._submit_trials()
+        self.context.workers.work(self.jobs, self._on_evaluation)
 
     def best(self) -> Arm:
-        """The setting of the best trial that was trained to its end."""
-        if not self.of(TrialState.COMPLETE):
+        """The setting of the best completed trial.
+
+        Raises:
+            TrainingError: there is none.
+        """
+        if not self.in_state(TrialState.COMPLETE):
             raise TrainingError("no trial of the search finished; the workers' logs say why")
         arm = self._arm(self.study.best_trial.user_attrs["settings"])
-        return replace(arm, role="arm", name=f"best {arm.name}")
+        return replace(arm, name=f"best {arm.name}")
 
-    def of(self, *states: TrialState) -> list[FrozenTrial]:
-        """The study's trials in these states."""
+    def in_state(self, *states: TrialState) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=states)
 
     def _arm(self, values: Mapping[str, Any]) -> Arm:
-        arm = overridden(self.sweep.plan.baseline, self.config.settings | dict(values), TRIAL)
+        arm = with_overrides(self.baseline, self.config.settings | dict(values))
         return replace(arm, name=arm.config.arm_name())
 
-    # ---------------------------------------------------------------- what there is to do
+    # ---------------------------------------------------------------- proposing and submitting
 
-    def _advance(self) -> None:
-        """Settle what waited, and take trials until every worker has one or there is none to take."""
+    def _submit_trials(self) -> None:
+        """Submit waiting and further trials until every worker has one or none is left."""
         waiting, self.waiting = self.waiting, []
-        for asked in waiting:
-            self._place(asked)
-        while len(self.training) < self.sweep.plan.sweep.jobs and self.broken < self.config.trials:
-            if self.cut_off:
-                self._place(self._again(self.cut_off.pop(0)))
-            elif len(self.of(*DONE, TrialState.RUNNING)) < self.config.trials:
+        for trial in waiting:
+            self._submit(trial)
+        while len(self.training) < self.context.plan.sweep.jobs and self.failed_count < self.config.trials:
+            if self.interrupted:
+                self._submit(self._resume(self.interrupted.pop(0)))
+            elif len(self.in_state(*EVALUATED, TrialState.RUNNING)) < self.config.trials:
                 self.study.sampler = self._sampler(len(self.study.get_trials(deepcopy=False)))
-                self._place(self._asked(self.study.ask(), {}))
+                self._submit(self._open(self.study.ask(), {}))
             else:
                 break
 
-    def _again(self, cut_off: FrozenTrial) -> _Asked:
-        """The trial that an earlier start was at, with what it had drawn and reported."""
+    def _resume(self, interrupted: FrozenTrial) -> _OpenTrial:
+        """The interrupted trial with what it had drawn and reported."""
         study_id = self.storage.get_study_id_from_name(self.study.study_name)
-        self.study.sampler = self._sampler(cut_off.number)  # for what it had not drawn yet
-        trial = Trial(self.study, self.storage.get_trial_id_from_study_id_trial_number(study_id, cut_off.number))
-        return self._asked(trial, dict(cut_off.intermediate_values))
+        self.study.sampler = self._sampler(interrupted.number)  # for what it had not drawn yet
+        trial = Trial(self.study, self.storage.get_trial_id_from_study_id_trial_number(study_id, interrupted.number))
+        return self._open(trial, dict(interrupted.intermediate_values))
 
-    def _asked(self, trial: Trial, values: dict[int, float]) -> _Asked:
+    def _open(self, trial: Trial, values: dict[int, float]) -> _OpenTrial:
         settings = {key: _suggest(trial, key, space) for key, space in self.config.space.items()}
         arm = self._arm(settings)
-        key = arm.at(self.config.seed).fingerprint(self.sweep.digest)
+        run_key = arm.at(self.config.seed).fingerprint(self.context.data_digest)
         trial.set_user_attr("settings", settings)
-        trial.set_user_attr("run_key", key)
-        return _Asked(trial, arm, key, values)
+        trial.set_user_attr("run_key", run_key)
+        return _OpenTrial(trial, arm, run_key, values)
 
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
-        """Draws of its own for each trial: the same whichever start asks for it."""
+        """A sampler seeded by the trial's number, so that a resumed search draws the same."""
         seed = int(np.random.SeedSequence((self.config.seed, number)).generate_state(1)[0])
         return optuna.samplers.TPESampler(n_startup_trials=self.config.startup_trials, seed=seed, constant_liar=True)
 
-    def _place(self, asked: _Asked) -> None:
-        """Train the trial, or let it wait for the one that trains the same setting, or give it that one's end."""
-        if any(other.key == asked.key for other in self.training.values()):
-            self.waiting.append(asked)
-        elif end := self._end_of(asked.key):
-            self._tell(asked, end)
+    def _submit(self, trial: _OpenTrial) -> None:
+        """Train the trial. One with the settings of another waits for that trial's outcome, or gets it."""
+        if any(other.run_key == trial.run_key for other in self.training.values()):
+            self.waiting.append(trial)
+        elif outcome := self._outcome_of(trial.run_key):
+            self._record(trial, outcome)
         else:
-            tags = {"sweep_id": self.sweep.id, "arm": asked.arm.name, "role": TRIAL, "trial": str(asked.trial.number)}
-            begun = self.known.get(asked.key)
-            request = train_request(self.sweep.entry, asked.arm, self.config.seed, tags, begun, watched=self.metric)
-            self.training[asked.name] = asked
-            self.jobs.append(Job(asked.name, request, finished=self._finished))
+            tags = {"role": TRIAL, "trial": str(trial.trial.number)}
+            request = self.context.train_request(trial.arm, self.config.seed, tags, watched=self.metric)
+            self.training[trial.name] = trial
+            self.jobs.append(Job(trial.name, request, finished=self._on_end))
 
-    def _end_of(self, key: str) -> _End | None:
-        """How the setting with this key ended; None where it has to be trained (again: failures of earlier starts)."""
-        for trial in self.of(*DONE):
-            if trial.user_attrs.get("run_key") == key:
-                return _End(trial.state, trial.value if trial.state == TrialState.COMPLETE else None)
-        return _End(TrialState.FAIL) if key in self.failed_keys else None
+    def _outcome_of(self, run_key: str) -> _Outcome | None:
+        """How the run with this key ended; None if it has to be trained."""
+        for trial in self.in_state(*EVALUATED):
+            if trial.user_attrs.get("run_key") == run_key:
+                return _Outcome(trial.state, trial.value if trial.state == TrialState.COMPLETE else None)
+        return _Outcome(TrialState.FAIL) if run_key in self.failed_keys else None
 
-    # ---------------------------------------------------------------- what came of it
+    # ---------------------------------------------------------------- results
 
-    def _told(self, job: Job, news: Evaluated) -> None:
-        """An evaluation of a running trial: the median of the others decides whether it goes on."""
-        asked = self.training[job.name]
-        if news.step not in asked.values:  # a run that goes on tells its earlier ones again
-            asked.values[news.step] = news.value
-            asked.trial.report(news.value, news.step)
-        if asked.trial.number not in self.pruned and asked.trial.should_prune():
-            self.pruned[asked.trial.number] = news.step
-            self.sweep.workers.stop(job)
+    def _on_evaluation(self, job: Job, evaluated: Evaluated) -> None:
+        """Prune the trial if its evaluations have fallen behind the median of the others."""
+        trial = self.training[job.name]
+        if evaluated.step not in trial.values:  # a resumed run repeats its earlier evaluations
+            trial.values[evaluated.step] = evaluated.value
+            trial.trial.report(evaluated.value, evaluated.step)
+        if trial.trial.number not in self.pruned and trial.trial.should_prune():
+            self.pruned[trial.trial.number] = evaluated.step
+            self.context.workers.stop(job)
 
-    def _finished(self, job: Job) -> None:
-        asked = self.training.pop(job.name)
-        step = self.pruned.get(asked.trial.number)
-        failed = job.failed or (None if asked.values else f"no evaluation of it has {self.metric}")
-        if failed:
-            end = _End(TrialState.FAIL)
-            self.failed[asked.name, self.config.seed] = failed
-            self.failed_keys.add(asked.key)
-            say(f"{job.name}: failed: {failed}")
+    def _on_end(self, job: Job) -> None:
+        trial = self.training.pop(job.name)
+        step = self.pruned.get(trial.trial.number)
+        if error := job.error or (None if trial.values else f"no evaluation of it has {self.metric}"):
+            outcome, line = _Outcome(TrialState.FAIL), f"failed: {error}"
+            self.failures[trial.name, self.config.seed] = error
+            self.failed_keys.add(trial.run_key)
         else:
             assert isinstance(job.reply, RunTrained)
             if step is not None and job.reply.stopped:
-                end = _End(TrialState.PRUNED)
+                outcome, value = _Outcome(TrialState.PRUNED), trial.values[max(trial.values)]
+                line = f"{self.metric} {value:.4f}, stopped by the median of the others at step {step}"
                 tag_run(job.reply.run_id, {"pruned": str(step)})
-                last = asked.values[max(asked.values)]
-                say(f"{job.name}: {self.metric} {last:.4f}, stopped by the median of the others at step {step}")
             else:
-                end = _End(TrialState.COMPLETE, self.better(asked.values.values()))
-                say(f"{job.name}: {self.metric} {end.value:.4f}, {job.reply.seconds:.0f} s")
-        self._tell(asked, end)
-        self._advance()
+                value = self.best_of(trial.values.values())
+                outcome = _Outcome(TrialState.COMPLETE, value)
+                line = f"{self.metric} {value:.4f}, {job.reply.seconds:.0f} s"
+        say(f"{job.name}: {line}")
+        self._record(trial, outcome)
+        self._submit_trials()
 
-    def _tell(self, asked: _Asked, end: _End) -> None:
-        self.study.tell(asked.trial, end.value, state=end.state)
-        self.broken += end.state == TrialState.FAIL
+    def _record(self, trial: _OpenTrial, outcome: _Outcome) -> None:
+        self.study.tell(trial.trial, outcome.value, state=outcome.state)
+        self.failed_count += outcome.state == TrialState.FAIL
 
 
 def _suggest(trial: Trial, key: str, space: SpaceConfig) -> Any:

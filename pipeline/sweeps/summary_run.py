@@ -1,9 +1,9 @@
-"""The run that stands for a whole sweep: it holds the report and what the sweep is made of."""
+"""The summary run of a sweep: it holds the report and the sweep's resolved settings."""
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline.comparison.tables import plain
 from pipeline.comparison.verdicts import compare, load_runs, to_markdown, to_text, write
@@ -16,108 +16,105 @@ from pipeline.tracking.mlflow_run import MlflowRun, Writer, end_early
 from pipeline.tracking.stored_runs import end_run, runs_of_ids, runs_of_sweep, runs_of_tag, store_exists, tag_run
 
 
-@dataclass(frozen=True)
-class KnownRuns:
-    """What the store has of a sweep already."""
+class StoredSweep(NamedTuple):
+    """The runs of a sweep that are already in the store."""
 
-    by_key: Mapping[str, StoredRun]  # by run key, the finished one where there are several
+    by_key: Mapping[str, StoredRun]  # by run key; a finished run where there are several
     summary: StoredRun | None
 
 
 def claim_launcher(plan_id: str) -> None:
     """Tag the run that `mlflow run` opened for this start; end those of earlier starts that were killed.
 
-    We hold the plan's lock, so no other process is at it: what such starts left RUNNING is dead. One that was killed
-    before it had tagged its run is known by what was typed.
+    This process holds the sweep's lock, so such a run that is still RUNNING has no process. A start that was killed
+    before it tagged its run is recognised by the same command-line params.
     """
     launcher = os.environ.get("MLFLOW_RUN_ID")
     if not store_exists():
         return
-    (ours,) = runs_of_ids([launcher]) if launcher else (None,)
-    if ours:
-        tag_run(ours.run_id, {"role": "launcher", "sweep_plan": plan_id})
-    left = [run for run in runs_of_tag("sweep_plan", plan_id) if run.tags.get("role") == "launcher"]
-    left += [run for run in runs_of_tag("mlflow.project.entryPoint", "sweep")
-             if ours and "role" not in run.tags and run.params == ours.params]  # fmt: skip
-    for run in left:
+    (own,) = runs_of_ids([launcher]) if launcher else (None,)
+    if own:
+        tag_run(own.run_id, {"role": "launcher", "sweep_plan": plan_id})
+    launchers = [run for run in runs_of_tag("sweep_plan", plan_id) if run.tags.get("role") == "launcher"]
+    launchers += [run for run in runs_of_tag("mlflow.project.entryPoint", "sweep")
+                  if own and "role" not in run.tags and run.params == own.params]  # fmt: skip
+    for run in launchers:
         if run.status == "RUNNING" and run.run_id != launcher:
             end_run(run.run_id, "KILLED")
 
 
-def known_runs(sweep_id: str) -> KnownRuns:
-    """Look the sweep up."""
+def stored_sweep(sweep_id: str) -> StoredSweep:
     runs = runs_of_sweep(sweep_id) if store_exists() else []
     summary = next((run for run in runs if run.tags.get("role") == "summary"), None)
-    runs = [run for run in runs if "run_key" in run.tags]
-    return KnownRuns({run.tags["run_key"]: run for run in sorted(runs, key=_finished)}, summary)
+    runs.sort(key=lambda run: run.status == "FINISHED")
+    return StoredSweep({run.tags["run_key"]: run for run in runs if "run_key" in run.tags}, summary)
 
 
-def _finished(run: StoredRun) -> bool:
-    return run.status == "FINISHED"
+class SummaryRun:
+    """The open summary run."""
 
+    def __init__(self, run: MlflowRun, sweep_id: str) -> None:
+        self.run, self.sweep_id, self.ending = run, sweep_id, False
 
-class Summary:
-    """Opens the summary run: the one of an earlier start, else the one that `mlflow run` opened, else a new one."""
-
-    def __init__(self, writer: Writer, plan: Plan, sweep_id: str, known: KnownRuns) -> None:
-        self.plan, self.sweep_id = plan, sweep_id
-        launcher = os.environ.get("MLFLOW_RUN_ID")
-        config, before = plan.baseline.config, known.summary
+    @classmethod
+    def open(cls, writer: Writer, plan: Plan, sweep_id: str, earlier: StoredRun | None) -> "SummaryRun":
+        """Open the summary run of an earlier start, else the run that `mlflow run` opened, else a new one."""
+        launcher, config = os.environ.get("MLFLOW_RUN_ID"), plan.baseline.config
         request = RunRequest(
             name=f"sweep {plan.title}"[:40],
             experiment=config.experiment,
-            run_id=before.run_id if before else launcher,
-            launcher=launcher if before and before.run_id != launcher else None,
-            # the role last: until then a launcher's run is one that the next start ends
+            run_id=earlier.run_id if earlier else launcher,
+            launcher=launcher if earlier and earlier.run_id != launcher else None,
+            # the role comes last: a run without it is a launcher's, which the next start ends
             tags={"sweep_id": sweep_id, "sweep_plan": plan.identity(), "task": config.task, "metric": plan.metric}
             | {"mode": plan.sweep.mode or "", "role": "summary"},
-            resume=before is not None,
-            folder=before.tags.get("run_dir") if before else None,
+            resume=earlier is not None,
+            folder=earlier.tags.get("run_dir") if earlier else None,
         )  # fmt: skip
-        self.run = MlflowRun(writer, request, Path(config.output_dir))
-        self.finishing = False
+        return cls(MlflowRun(writer, request, Path(config.output_dir)), sweep_id)
 
-    def abandon(self, error: BaseException) -> None:
-        """End the run that an error cut off; what cannot be delivered is told, but does not hide the error."""
-        if self.finishing:
-            return
-        self.finishing = True
-        end_early(self.run, error)
+    def conclude(self, plan: Plan, folder: Path, failures: Mapping[tuple[str, int], str]) -> None:
+        """Compare the finished runs, print and store the report, and end the summary run.
 
-    def conclude(self, folder: Path, failed: Mapping[tuple[str, int], str]) -> None:
-        """Compare what finished, show it, and end the run."""
+        Raises:
+            TrainingError: there is nothing to compare.
+        """
         with optional("sweep.yaml"):
             file = folder / "sweep.yaml"
-            file.write_text(to_yaml(self.plan), encoding="utf-8")
+            file.write_text(to_yaml(plan), encoding="utf-8")
             self.run.log_artifact(file)
-        note = _failures(failed)
-        if note:
-            say(f"\nfailed:\n{note}")
-            note = _failures(failed, plain)
-        files, refused = list[Path](), None
+        if failures:
+            say(f"\nfailed:\n{_listed(failures)}")
+        note, files, refusal = _listed(failures, plain), list[Path](), None
         try:
-            found = compare(load_runs(self.sweep_id), self.plan.metric, self.plan.sweep.mode, title=self.plan.title)
-            say("\n" + to_text(found))
+            comparison = compare(load_runs(self.sweep_id), plan.metric, plan.sweep.mode, title=plan.title)
+        except UserError as error:
+            refusal, note = error, f"{plain(str(error))}\n\n{note}"
+        else:
+            say("\n" + to_text(comparison))
             with optional("the report"):
-                files = write(found, folder)
+                files = write(comparison, folder)
             for file in files:
                 self.run.log_artifact(file)
             with optional("the summary run's note"):
-                note = f"{to_markdown(found, NOTE_LENGTH - len(note) - 2)}\n\n{note}"
-        except UserError as error:
-            refused = error
-            note = f"{plain(str(error))}\n\n{note}"
+                note = f"{to_markdown(comparison, NOTE_LENGTH - len(note) - 2)}\n\n{note}"
         self.run.set_tags({"mlflow.note.content": note[:NOTE_LENGTH]})
-        self.finishing = True
-        self.run.finish("FAILED" if failed or refused else "FINISHED")
-        if refused:
-            raise TrainingError(f"sweep {self.sweep_id}: nothing to compare: {refused}")
+        self.ending = True
+        self.run.finish("FAILED" if failures or refusal else "FINISHED")
+        if refusal:
+            raise TrainingError(f"sweep {self.sweep_id}: nothing to compare: {refusal}")
         for file in files:
             if file.suffix == ".html":
                 say(f"\nreport: {file.resolve().as_uri()}")
         say(f"sweep {self.sweep_id} in {self.run.tracking_uri}; summary run {self.run.id}")
         say("next: open the report; `make ui` opens MLflow on these runs")
 
+    def abandon(self, error: BaseException) -> None:
+        """End the run after an error, unless it has been ended."""
+        if not self.ending:
+            self.ending = True
+            end_early(self.run, error)
 
-def _failures(failed: Mapping[tuple[str, int], str], written: Callable[[str], str] = str) -> str:
-    return "\n".join(f"- {written(arm)} s{seed}: {written(why)}" for (arm, seed), why in failed.items())
+
+def _listed(failures: Mapping[tuple[str, int], str], escape: Callable[[str], str] = str) -> str:
+    return "\n".join(f"- {escape(arm)} s{seed}: {escape(why)}" for (arm, seed), why in failures.items())

@@ -1,4 +1,4 @@
-"""The keys of `sweep`: a baseline, arms and seeds."""
+"""Config of the entry point `sweep`: a baseline, arms and seeds."""
 
 import itertools
 import json
@@ -13,12 +13,12 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class GridConfig(Config):
-    """All combinations of the keys' values."""
+    """Arms as all combinations of the keys' values."""
 
     grid: dict[str, list[Any]]
     """key: list of values; every combination is an arm"""
     where: dict[str, dict[str, Any]] = Field({})
-    """key: {other key: value}; the key varies only in combinations that have this value, elsewhere it is left out"""
+    """key: {other key: value}; the key varies only where the other key has this value and is left out elsewhere"""
 
     @model_validator(mode="after")
     def _nothing_empty(self) -> Self:
@@ -34,19 +34,19 @@ class GridConfig(Config):
         return self
 
     def combinations(self) -> list[Overrides]:
-        """Each once, in the order of the file."""
-        found: dict[str, Overrides] = {}
+        """The distinct combinations, in the order of the file."""
+        arms: dict[str, Overrides] = {}
         for values in itertools.product(*self.grid.values()):
             arm = dict(zip(self.grid, values, strict=True))
             dropped = [key for key, conditions in self.where.items()
                        if any(arm[other] != value for other, value in conditions.items())]  # fmt: skip
             arm = {key: value for key, value in arm.items() if key not in dropped}
-            found.setdefault(json.dumps(arm, sort_keys=True, default=str), arm)
-        return list(found.values())
+            arms.setdefault(json.dumps(arm, sort_keys=True, default=str), arm)
+        return list(arms.values())
 
 
 class SpaceConfig(Config):
-    """One key of a search: a range, or a list of choices."""
+    """Search space of one key: a range, or a list of choices."""
 
     low: float | None = None
     """smallest value"""
@@ -55,7 +55,7 @@ class SpaceConfig(Config):
     log: bool = False
     """draw evenly on a logarithmic scale"""
     integer: bool = False
-    """whole numbers alone"""
+    """whole numbers only"""
     choices: list[Any] | None = Field(None, min_length=1)
     """the values to choose from"""
 
@@ -72,7 +72,7 @@ class SpaceConfig(Config):
 
 
 class SearchConfig(Config):
-    """Arms found by Optuna: TPE proposes, the median of earlier trials prunes; the best is then run on all seeds."""
+    """Search by Optuna: TPE proposes settings, the median of earlier trials prunes, the best is run on all seeds."""
 
     trials: Positive = 20
     """settings to try"""
@@ -81,49 +81,48 @@ class SearchConfig(Config):
     settings: Overrides = Field({})
     """overrides of every trial, on top of the baseline's"""
     seed: Seed = 1000
-    """of the proposals and of the trials' runs; not one of `seeds`, so that the best is confirmed by runs that did not
-    choose it"""
+    """seed of the proposals and of the trials' runs; must not be one of `seeds`, whose runs confirm the best trial"""
     metric: str | None = Field(None, pattern=r"^valid/.+")
-    """what is optimised; null = evaluation.metric of the task. Never a test metric: it would be used up"""
+    """validation metric to optimise; null = evaluation.metric of the task"""
     mode: Literal["max", "min"] | None = None
     """whether a higher or a lower search.metric is better; null = evaluation.mode of the task"""
     startup_trials: int = Field(5, ge=0)
-    """trials before the median prunes, and before TPE proposes (until then at random)"""
+    """random trials before the median prunes and TPE proposes"""
 
 
 class SweepConfig(Config):
     short: ClassVar[dict[str, str]] = {}
 
     task: Literal["train_mmoe", "train_visobert"]
-    """the entry point that every run is one of"""
+    """entry point of every run"""
     file: str = Field(alias="config", min_length=1)
-    """YAML of the task, where every run starts from; relative to the sweep file, or to the working folder"""
+    """YAML of the task that every run starts from; relative to the working folder, the sweep file or the project"""
     settings: Overrides = Field({})
-    """overrides of every run; keys of the task that are typed (data=FOLDER, max_steps=100) join them"""
+    """overrides of every run; task keys on the command line (data=FOLDER, max_steps=100) are added to them"""
     baseline: Overrides
-    """overrides of the baseline, which every arm is compared to"""
+    """overrides of the baseline, with which every arm is compared"""
     arms: list[Overrides] | GridConfig | None = None
     """a list of overrides (with an optional `name`), or a grid with conditions"""
     search: SearchConfig | None = None
-    """in place of arms: let Optuna look for one"""
+    """instead of arms: let Optuna search for one"""
     controls: Literal["off", "reweight"] = "off"
-    """reweight: beside each focal arm a run that adds lambda to the weight of conversions instead"""
+    """reweight: for each focal arm also a run that adds lambda to the weight of conversions instead"""
     seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1)
-    """every arm runs once with each; differences are taken within a seed"""
+    """every arm runs once with each seed; differences are taken within a seed"""
     metric: str | None = Field(None, pattern=r"^(valid|test)/.+")
-    """the primary metric of the verdict; null = evaluation.metric of the task, on test"""
+    """primary metric of the verdict; null = evaluation.metric of the task, on the test split"""
     mode: Literal["max", "min"] | None = None
     """whether a higher or a lower metric is better; null = by its name"""
     jobs: Positive = 2
-    """processes that train at once, with one thread each unless settings has training.threads"""
+    """processes that train at the same time, with one thread each unless settings has training.threads"""
     engine: Literal["local", "ray"] = "local"
-    """local: processes on this machine; ray: tasks on a Ray cluster, to the same results"""
+    """local: processes on this machine; ray: tasks on a Ray cluster, with the same results"""
     ray_address: str | None = Field(None, pattern=r"^(auto|local|[^\s/]+:\d+)$")
-    """host:port of the cluster that this machine is in, auto or local; null = RAY_ADDRESS, else one for this sweep"""
+    """host:port of the cluster of this machine, auto or local; null = RAY_ADDRESS, else a cluster for this sweep"""
     share_prefix: bool = True
-    """train what the arms of a seed share up to the gate once; false trains each alone, to the same bits"""
+    """train what the arms of a seed share up to the gate once; false trains each alone, with identical results"""
     title: str | None = Field(None, min_length=1)
-    """of the report; null = the file's name"""
+    """title of the report; null = the file's name"""
 
     @model_validator(mode="after")
     def _one_kind_of_arms(self) -> Self:

@@ -1,10 +1,10 @@
-"""From a sweep's file to the configs of its runs, all checked before the first one starts."""
+"""The plan of a sweep: the configs of its runs, all resolved and checked before the first one starts."""
 
 import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,15 +16,15 @@ from pipeline.config.strict_config import canonical, keys, load, nearest, read_y
 from pipeline.errors import UserError
 from pipeline.sweeps.sweep_config import GridConfig, Overrides, SearchConfig, SweepConfig
 
-NAME = "name"  # what an arm in a list may call itself
-UNSAID = ("baseline", "run")  # what tasks call a run in which nothing is special
-# What every run of a sweep starts from, before the sweep's own settings.
+NAME = "name"  # key of an arm in a list
+DEFAULT_NAMES = ("baseline", "run")  # what tasks call a run whose settings are the usual ones
+# Defaults of every run of a sweep; the sweep's own settings override them.
 DEFAULTS: Overrides = {"tracking.log_model": False, "tracking.log_report": False, "training.threads": 1}
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One setting of a sweep, whatever the seed."""
+    """One setting of a sweep, for any seed."""
 
     name: str
     role: Literal["baseline", "arm", "control"]
@@ -33,11 +33,10 @@ class Arm:
     control_of: tuple[str, ...] = ()
 
     def at(self, seed: int) -> RunConfig:
-        """The config of its run with the seed."""
+        """The config of the run with this seed."""
         return self.config.with_values(seed=seed)
 
     def run_name(self, seed: int) -> str:
-        """Short enough for a chart's legend."""
         return f"{self.name} s{seed}"
 
 
@@ -55,25 +54,20 @@ class Plan:
     def baseline(self) -> Arm:
         return self.arms[0]
 
-    def units(self) -> Iterator[tuple[Arm, int]]:
-        """Every run: all arms of a seed, then the next seed."""
-        for seed in self.sweep.seeds:
-            for arm in self.arms:
-                yield arm, seed
-
     def identity(self, data_digest: str = "") -> str:
-        """Names the sweep: the same settings, seeds, data and experiment, whatever the order, processes and metric."""
-        found = sorted((arm.name, arm.role, arm.at(seed).fingerprint(data_digest)) for arm, seed in self.units())
+        """Hash of the settings, seeds, data and experiment; independent of their order, of jobs and of the metric."""
+        runs = sorted((arm.name, arm.role, arm.at(seed).fingerprint(data_digest))
+                      for seed in self.sweep.seeds for arm in self.arms)  # fmt: skip
         search = [self.sweep.search.model_dump(), self.sweep.controls] if self.sweep.search else None
-        where = self.baseline.config.experiment or _chosen_experiment()
-        text = json.dumps([self.sweep.task, found, search, self.sweep.share_prefix, where])
+        experiment = self.baseline.config.experiment or _environment_experiment()
+        text = json.dumps([self.sweep.task, runs, search, self.sweep.share_prefix, experiment])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _chosen_experiment() -> str | None:
-    """Where runs go that name no experiment, as MLflow and `mlflow run` pass it on; None = the default one."""
-    found = os.environ.get("MLFLOW_EXPERIMENT_NAME") or os.environ.get("MLFLOW_EXPERIMENT_ID")
-    return None if found in ("0", "Default") else found
+def _environment_experiment() -> str | None:
+    """The experiment of runs that name none, as MLflow and `mlflow run` choose it; None = the default one."""
+    experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or os.environ.get("MLFLOW_EXPERIMENT_ID")
+    return None if experiment in ("0", "Default") else experiment
 
 
 def resolve(
@@ -83,110 +77,136 @@ def resolve(
     places: Sequence[Path],
     typed: Mapping[str, str] | None = None,
 ) -> Plan:
-    """Every arm's config, checked before anything runs.
+    """Resolve and check every arm's config.
 
-    places: folders where the task's YAML may lie. typed: settings of every run from the command line.
+    places: folders to search for the task's YAML. typed: settings of every run from the command line.
 
     Raises:
         UserError: names the sweep file and the arm.
     """
     base = next((path for place in places if (path := place / sweep.file).is_file()), Path(sweep.file))
     read_yaml(base)
-    common = DEFAULTS | _plain(sweep.settings, model, f"{file}: settings") | _plain(typed or {}, model, "")
+    typed_settings = _dotted(typed or {}, model, "")
+    common = DEFAULTS | _dotted(sweep.settings, model, f"{file}: settings") | typed_settings
     if "seed" in common:
         raise UserError(f"{file}: seed is not a setting of every run; allowed: seeds, a list")
+    listed = sweep.arms.combinations() if isinstance(sweep.arms, GridConfig) else sweep.arms or []
+    for key in typed_settings:
+        arm_settings = [_dotted(_without_name(entry), model, str(file)) for entry in (sweep.baseline, *listed)]
+        values = sorted({canonical(settings[key]) for settings in arm_settings if key in settings})
+        if len(values) > 1:
+            raise UserError(f"{key}: the arms of {file} differ in it ({', '.join(values)}), allowed: another key")
 
-    fixed = _plain(typed or {}, model, "")
-    for key in fixed:
-        found = [entry[key] for entry in (_plain(one, model, str(file)) for one in _entries(sweep)) if key in entry]
-        told = sorted({canonical(value) for value in found})
-        if len(told) > 1:
-            raise UserError(f"{key}: the arms of {file} differ in it ({', '.join(told)}), allowed: another key")
-
-    def made(overrides: Overrides, where: str, name: str | None = None, role: Any = "arm") -> Arm:
-        plain = _plain(overrides, model, where)
-        plain |= {path: value for path, value in fixed.items() if path in plain}
-        for key in ("seed", "run_name"):
-            if key in plain:
-                raise UserError(f"{where}: found {key}, allowed: seeds of the sweep, and `name` of an arm")
-        texts = {path: canonical(value) for path, value in (common | plain).items()}
-        typed = {path: alias for alias, path in model.short.items() if alias in overrides}
-        try:
-            config = load(model, base, texts, shown_as=typed)
-        except UserError as error:
-            raise UserError(f"{where}: {str(error).removeprefix('--')}") from None
-        return Arm(name or config.arm_name(), role, config, frozenset(plain))
-
-    baseline = made(sweep.baseline, f"{file}: baseline", "baseline", "baseline")
+    builder = _ArmBuilder(model, base, common, typed_settings)
+    baseline = builder.build(sweep.baseline, f"{file}: baseline", "baseline", "baseline")
     notes: list[str] = []
     if isinstance(sweep.arms, GridConfig):
-        arms = _distinct(sweep.arms.combinations(), baseline, lambda overrides: made(
-            overrides, f"{file}: arms.grid {json.dumps(overrides, default=str)}"), notes)  # fmt: skip
+        arms, notes = _grid_arms(builder, listed, baseline, file)
     else:
-        arms = [_listed(entry, f"{file}: arm {number}", made) for number, entry in enumerate(sweep.arms or [], 1)]
-        _refuse_twins([baseline, *arms], file)
-        given = [entry[NAME] for entry in sweep.arms or [] if NAME in entry]
-        again = next((name for name in given if given.count(name) > 1), None)
-        if again:
-            raise UserError(f"{file}: two arms are called {again}, allowed: each its own name")
+        arms = [builder.build_listed(entry, f"{file}: arm {number}") for number, entry in enumerate(listed, 1)]
+        _refuse_equal_settings([baseline, *arms], file)
+        _refuse_equal_names([entry[NAME] for entry in listed if NAME in entry], file)
     if not arms and not sweep.search:
         raise UserError(f"{file}: arms.grid has nothing beside the baseline, allowed: at least one other setting")
-    arms = _with_names(arms, baseline)
+    arms = _with_distinct_names(arms, baseline)
     if sweep.controls == "reweight":
-        listed = {arm.config.fingerprint() for arm in arms}
-        controls = [control for control in controls_of(arms) if control.config.fingerprint() not in listed]
-        if not controls_of(arms) and not sweep.search:
+        controls = controls_of(arms)
+        if not controls and not sweep.search:
             raise UserError(f"{file}: controls is reweight, but no arm has a focal loss with lambda > 0; allowed: off")
-        arms += controls
-    names = [arm.name for arm in (baseline, *arms)]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice:
-        raise UserError(f"{file}: two arms are called {twice}, allowed: each its own name")
+        fingerprints = {arm.config.fingerprint() for arm in arms}
+        arms += [control for control in controls if control.config.fingerprint() not in fingerprints]
+    _refuse_equal_names([arm.name for arm in (baseline, *arms)], file)
     if sweep.search:
         _check_space(sweep.search, baseline, file)
     metric = sweep.metric or baseline.config.evaluation.metric.replace("valid/", "test/", 1)
     return Plan(sweep.title or file.stem, sweep, (baseline, *arms), metric, tuple(notes))
 
 
-def overridden(arm: Arm, values: Overrides, name: str, where: str = "search.space") -> Arm:
-    """The arm with more overrides.
+def with_overrides(arm: Arm, values: Overrides, where: str = "search.space") -> Arm:
+    """An arm with more overrides, under the same name.
 
     Raises:
-        UserError: a value outside of what its key allows.
+        UserError: a value that its key does not allow.
     """
     model = type(arm.config)
-    plain = _plain(values, model, where)
+    settings = _dotted(values, model, where)
     tree = arm.config.model_dump(by_alias=True)
-    for path, value in plain.items():
+    for path, value in settings.items():
         *blocks, leaf = path.split(".")
         block = tree
-        for part in blocks:
-            block = block[part]
+        for name in blocks:
+            block = block[name]
         block[leaf] = value
     try:
-        return Arm(name, "arm", validate(model, tree, None), arm.overridden | frozenset(plain))
+        config = validate(model, tree, None)
     except UserError as error:
         raise UserError(f"{where}: {str(error).removeprefix('config: ')}") from None
+    return Arm(arm.name, "arm", config, arm.overridden | frozenset(settings))
 
 
-def _entries(sweep: SweepConfig) -> list[Overrides]:
-    """What baseline and arms override, without their names."""
-    listed = sweep.arms.combinations() if isinstance(sweep.arms, GridConfig) else sweep.arms or []
-    return [{key: value for key, value in entry.items() if key != NAME} for entry in (sweep.baseline, *listed)]
+def controls_of(arms: Sequence[Arm]) -> list[Arm]:
+    """The controls of the arms that have one; arms that differ only in what the control lacks share it."""
+    controls: dict[str, Arm] = {}
+    for arm in arms:
+        config = arm.config.control()
+        if config is None:
+            continue
+        key = config.fingerprint()
+        control_of = (*controls[key].control_of, arm.name) if key in controls else (arm.name,)
+        overridden = frozenset(name for name in arm.overridden if not name.startswith("loss.aux_focal."))
+        controls[key] = Arm(config.arm_name(), "control", config, overridden, control_of)
+    return list(controls.values())
 
 
-def _listed(entry: Overrides, where: str, made: Any) -> Arm:
-    overrides = {key: value for key, value in entry.items() if key != NAME}
-    name = entry.get(NAME)
-    if name is not None and (not isinstance(name, str) or not name.strip()):
-        raise UserError(f"{where}: name: found {name!r}, allowed: text")
-    return made(overrides, where, name)  # type: ignore[no-any-return]
+def to_yaml(plan: Plan) -> str:
+    """The resolved sweep as YAML: what all arms have in common, and by arm the settings that differ."""
+    settings = {arm.name: arm.config.decisive() for arm in plan.arms}
+    baseline = settings["baseline"]
+    differing = [key for key in baseline if len({own[key] for own in settings.values()}) > 1 and key != "seed"]
+    arms = {name: {key: own[key] for key in differing} for name, own in settings.items()}
+    common = {key: value for key, value in baseline.items() if key not in (*differing, "seed")}
+    tree = {"task": plan.sweep.task, "metric": plan.metric, "seeds": list(plan.sweep.seeds), "arms": arms}
+    return yaml.safe_dump(tree | {"common": common}, sort_keys=False, allow_unicode=True)
 
 
-def _plain(overrides: Mapping[str, Any], model: type[RunConfig], where: str) -> Overrides:
-    """Short names and nested blocks as dotted keys."""
+@dataclass(frozen=True)
+class _ArmBuilder:
+    """Makes arms from overrides."""
+
+    model: type[RunConfig]
+    base: Path  # the task's YAML
+    common: Overrides
+    typed: Overrides  # replace an arm's own values
+
+    def build(self, overrides: Overrides, where: str, name: str | None = None, role: Any = "arm") -> Arm:
+        settings = _dotted(overrides, self.model, where)
+        settings |= {path: value for path, value in self.typed.items() if path in settings}
+        for key in ("seed", "run_name"):
+            if key in settings:
+                raise UserError(f"{where}: found {key}, allowed: seeds of the sweep, and `name` of an arm")
+        texts = {path: canonical(value) for path, value in (self.common | settings).items()}
+        shown_as = {path: alias for alias, path in self.model.short.items() if alias in overrides}
+        try:
+            config = load(self.model, self.base, texts, shown_as)
+        except UserError as error:
+            raise UserError(f"{where}: {str(error).removeprefix('--')}") from None
+        return Arm(name or config.arm_name(), role, config, frozenset(settings))
+
+    def build_listed(self, entry: Overrides, where: str) -> Arm:
+        name = entry.get(NAME)
+        if name is not None and (not isinstance(name, str) or not name.strip()):
+            raise UserError(f"{where}: name: found {name!r}, allowed: text")
+        return self.build(_without_name(entry), where, name)
+
+
+def _without_name(entry: Overrides) -> Overrides:
+    return {key: value for key, value in entry.items() if key != NAME}
+
+
+def _dotted(overrides: Mapping[str, Any], model: type[RunConfig], where: str) -> Overrides:
+    """Overrides with short names and nested blocks as dotted keys."""
     known = {key.path for key in keys(model)}
-    found: Overrides = {}
+    dotted: Overrides = {}
 
     def walk(block: Mapping[str, Any], prefix: str) -> None:
         for key, value in block.items():
@@ -198,96 +218,77 @@ def _plain(overrides: Mapping[str, Any], model: type[RunConfig], where: str) -> 
                 candidates = [*model.short, *(key.path for key in keys(SweepConfig)), *sorted(known)]
                 place = f"{where}: " if where else ""
                 raise UserError(f"{place}unknown key {prefix}{key}{nearest(path, candidates)}")
-            elif path in found:
+            elif path in dotted:
                 raise UserError(f"{where or 'command line'}: {path} is there twice")
             else:
-                found[path] = value
+                dotted[path] = value
 
     walk(overrides, "")
-    return found
+    return dotted
 
 
-def _distinct(
-    grid: Sequence[Overrides], baseline: Arm, made: Callable[[Overrides], Arm], notes: list[str]
-) -> list[Arm]:
-    """Of a grid, each setting once and without the baseline's own."""
-    seen = {baseline.config.fingerprint(): "baseline"}
-    kept = []
+def _grid_arms(
+    builder: _ArmBuilder, grid: Sequence[Overrides], baseline: Arm, file: Path
+) -> tuple[list[Arm], list[str]]:
+    """The distinct arms of a grid without the baseline, and a note for each combination left out."""
+    first = {baseline.config.fingerprint(): "baseline"}
+    arms, notes = [], []
     for overrides in grid:
-        arm, written = made(overrides), ", ".join(f"{key} {canonical(value)}" for key, value in overrides.items())
+        arm = builder.build(overrides, f"{file}: arms.grid {json.dumps(overrides, default=str)}")
+        text = ", ".join(f"{key} {canonical(value)}" for key, value in overrides.items())
         key = arm.config.fingerprint()
-        if key in seen:
-            notes.append(f"arms.grid: {written} is the same run as {seen[key]} and is left out")
+        if key in first:
+            notes.append(f"arms.grid: {text} is the same run as {first[key]} and is left out")
         else:
-            seen[key] = written
-            kept.append(arm)
-    return kept
+            first[key] = text
+            arms.append(arm)
+    return arms, notes
 
 
-def _refuse_twins(arms: list[Arm], file: Path) -> None:
-    """`arms`: the baseline first."""
-    seen: dict[str, int] = {}
+def _refuse_equal_settings(arms: Sequence[Arm], file: Path) -> None:
+    """arms: the baseline first."""
+    first: dict[str, int] = {}
     for number, arm in enumerate(arms):
-        other = seen.setdefault(arm.config.fingerprint(), number)
+        other = first.setdefault(arm.config.fingerprint(), number)
         if other != number:
-            named = f"arm {other} ({arms[other].name})" if other else "baseline"
-            raise UserError(f"{file}: arm {number} has the same settings as {named}, allowed: arms that differ")
+            name = f"arm {other} ({arms[other].name})" if other else "baseline"
+            raise UserError(f"{file}: arm {number} has the same settings as {name}, allowed: arms that differ")
 
 
-def _with_names(arms: list[Arm], baseline: Arm) -> list[Arm]:
-    """Where the task's names do not tell arms apart, the overrides in which they differ do."""
-    found = []
+def _refuse_equal_names(names: Sequence[str], file: Path) -> None:
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated:
+        raise UserError(f"{file}: two arms are called {repeated}, allowed: each its own name")
+
+
+def _with_distinct_names(arms: Sequence[Arm], baseline: Arm) -> list[Arm]:
+    """Arms whose names are ambiguous are named by the overrides in which they differ."""
+    renamed = []
     for arm in arms:
-        unsaid = arm.name in UNSAID
-        rivals = [baseline] if unsaid else [other for other in arms if other.name == arm.name and other is not arm]
-        told = [] if unsaid else [arm.name]
-        flat, others = arm.config.decisive(), [rival.config.decisive() for rival in rivals]
-        for key in sorted(arm.overridden & flat.keys()):
-            if any(other[key] != flat[key] for other in others):
-                told.append(f"{key.rsplit('.', 1)[-1]} {flat[key]}")
-        found.append(replace(arm, name=" ".join(told)))
-    return found
-
-
-def controls_of(arms: Sequence[Arm]) -> list[Arm]:
-    """The control of every arm that has one; arms that differ only in what it lacks share it."""
-    found: dict[str, Arm] = {}
-    for arm in arms:
-        config = arm.config.control()
-        if config is None:
-            continue
-        other = found.get(config.fingerprint())
-        of = (*other.control_of, arm.name) if other else (arm.name,)
-        typed = frozenset(key for key in arm.overridden if not key.startswith("loss.aux_focal."))
-        found[config.fingerprint()] = Arm(config.arm_name(), "control", config, typed, of)
-    return list(found.values())
+        usual = arm.name in DEFAULT_NAMES
+        others = [baseline] if usual else [other for other in arms if other.name == arm.name and other is not arm]
+        settings, other_settings = arm.config.decisive(), [other.config.decisive() for other in others]
+        parts = [] if usual else [arm.name]
+        for key in sorted(arm.overridden & settings.keys()):
+            if any(other[key] != settings[key] for other in other_settings):
+                parts.append(f"{key.rsplit('.', 1)[-1]} {settings[key]}")
+        renamed.append(replace(arm, name=" ".join(parts)))
+    return renamed
 
 
 def _check_space(search: SearchConfig, baseline: Arm, file: Path) -> None:
-    """Both ends of every range and every choice are values that the key allows."""
+    """Check that keys allow both ends of every range, and every choice."""
     try:
-        baseline = overridden(baseline, search.settings, "trial", "search.settings")
+        baseline = with_overrides(baseline, search.settings, "search.settings")
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
-    together = list(_plain(dict.fromkeys(search.space), type(baseline.config), f"{file}: search.space"))
-    for key in together:
+    for key in _dotted(dict.fromkeys(search.space), type(baseline.config), f"{file}: search.space"):
         if key in ("seed", "run_name") or key.startswith("data."):
             raise UserError(f"{file}: search.space: found {key}, allowed: keys that leave seed and data alone")
     for key, space in search.space.items():
-        ends = space.choices if space.choices is not None else [space.low, space.high]
-        for value in ends:
+        for value in space.choices if space.choices is not None else [space.low, space.high]:
             number = int(value) if space.integer and isinstance(value, float) and math.isfinite(value) else value
             try:
-                overridden(baseline, {key: number}, "trial")
+                with_overrides(baseline, {key: number})
             except UserError as error:
                 raise UserError(f"{file}: {error}") from None
-
-
-def to_yaml(plan: Plan) -> str:
-    """What a sweep runs, with everything resolved: arms by name with their decisive settings that differ."""
-    flats = {arm.name: arm.config.decisive() for arm in plan.arms}
-    differing = [key for key in flats["baseline"] if len({flat[key] for flat in flats.values()}) > 1 and key != "seed"]
-    arms = {name: {key: flat[key] for key in differing} for name, flat in flats.items()}
-    common = {key: value for key, value in flats["baseline"].items() if key not in (*differing, "seed")}
-    tree = {"task": plan.sweep.task, "metric": plan.metric, "seeds": list(plan.sweep.seeds), "arms": arms}
-    return yaml.safe_dump(tree | {"common": common}, sort_keys=False, allow_unicode=True)

@@ -1,7 +1,7 @@
-"""A process that trains run after run for a sweep: torch, mlflow and the data are loaded once.
+"""A worker process of a sweep: it trains run after run and loads torch and the data once.
 
-`python -m pipeline.sweeps.worker` takes requests (`pipeline.sweeps.requests`) on its standard input, and ends when that
-does: a run that it is in the middle of is ended as KILLED first.
+`python -m pipeline.sweeps.worker` reads requests (`pipeline.sweeps.requests`) from standard input and writes replies to
+standard output. When its input closes, it ends; a run in training ends as KILLED first.
 """
 
 import os
@@ -31,7 +31,6 @@ from pipeline.sweeps.requests import (
     JobDone,
     JobFailed,
     JobRequest,
-    LoadModules,
     PrefixTrained,
     RunTrained,
     StopRun,
@@ -43,11 +42,36 @@ from pipeline.tasks.registry import TASKS
 if TYPE_CHECKING:
     from pipeline.tracking.mlflow_run import Writer
 
-PATIENCE_SECONDS = 15  # how long a worker that is asked to end may take
+PATIENCE_SECONDS = 15  # how long a worker may take to end when asked
+
+
+def main() -> None:
+    """Serve requests from standard input until it closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the sweep handles Ctrl-C and then closes our input
+    send_reply = take_standard_output()
+    requests = _Requests()
+
+    import pipeline.runs.launch  # noqa: F401 (takes seconds, best while another worker loads the data)
+    from pipeline.tracking.mlflow_run import Writer
+
+    with interruptible(), Writer() as writer:
+        work = Work(writer, send_reply, requests.stop)
+        while (request := next_of(requests.queue)) is not None:
+            requests.stop.clear()
+            try:
+                requests.busy = True
+                if requests.closed:
+                    break
+                reply = work.do(request)
+            except KeyboardInterrupt:
+                break
+            finally:
+                requests.busy = False
+            send_reply(reply)
 
 
 class _Requests:
-    """Standard input as a queue. Its end interrupts the work at hand."""
+    """Standard input as a queue. Its end interrupts the current job."""
 
     def __init__(self) -> None:
         self.queue: queue.Queue[JobRequest | None] = queue.Queue()
@@ -68,124 +92,92 @@ class _Requests:
                 os.kill(os.getpid(), signal.SIGTERM)
 
 
-def main() -> None:
-    """Serve requests from standard input until it closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the sweep, which then closes our input
-    reply = take_standard_output()
-    requests = _Requests()
-
-    from pipeline.tracking.mlflow_run import Writer
-
-    with interruptible(), Writer() as writer:
-        work = Work(writer, reply, requests.stop)
-        while (request := next_of(requests.queue)) is not None:
-            requests.stop.clear()
-            try:
-                requests.busy = True
-                if requests.closed:
-                    break
-                done = work.do(request)
-            except KeyboardInterrupt:
-                break
-            finally:
-                requests.busy = False
-            leaving = writer.process.poll() is not None  # nothing can be tracked any more: another worker is needed
-            reply(replace(done, leaving=leaving))
-            if leaving:
-                break
-
-
 class Work:
-    """What a worker does, with the task of the last request at hand so that data is not loaded again."""
+    """Does jobs one after the other and keeps the last task, so that its data need not be loaded again."""
 
-    def __init__(self, writer: "Writer", reply: Callable[[Evaluated], None], stop: threading.Event) -> None:
-        """reply: takes the evaluations of a watched run. stop: set to end it after the next one."""
-        self.writer, self.reply, self.stop = writer, reply, stop
+    def __init__(self, writer: "Writer", report: Callable[[Evaluated], None], stop: threading.Event) -> None:
+        """report: called with each evaluation of a watched run. stop: set to end that run after its next evaluation."""
+        self.writer, self.report, self.stop = writer, report, stop
         self.task: Any = None
 
     def do(self, request: JobRequest) -> JobDone:
-        """Do a job; an error becomes the reply, with its traceback in the log where it is not the user's."""
-        started = time.perf_counter()
+        """Do a job. An error becomes the reply; if it is not a UserError, its traceback goes to the log."""
+        start = time.perf_counter()
+        reply: JobDone
         try:
-            done = self._do(request)
+            match request:
+                case DigestData():
+                    reply = self.digest(request)
+                case TrainPrefix():
+                    reply = self.train_prefix(request)
+                case TrainRun():
+                    reply = self.train(request)
         except UserError as error:
-            done = JobFailed(error=str(error))
-        except Exception as error:  # one run's failure must not take the others along
+            reply = JobFailed(error=str(error))
+        except Exception as error:  # the failure of one run must not end the others
             traceback.print_exc()
-            done = JobFailed(error=f"{type(error).__name__}: {' '.join(str(error).split())}")
-        return replace(done, seconds=time.perf_counter() - started)
-
-    def _do(self, request: JobRequest) -> JobDone:
-        match request:
-            case LoadModules():
-                import pipeline.runs.launch  # noqa: F401
-
-                return JobDone()
-            case DigestData():
-                return self.digest(request)
-            case TrainPrefix():
-                return self.train_prefix(request)
-            case TrainRun():
-                return self.train(request)
-
-    def make_task(self, entry: str, config: Any) -> Any:
-        """The task, sharing what the last one had loaded."""
-        shared = self.task.with_config(config) if self.task is not None else None
-        self.task = shared or import_reference(TASKS[entry].make)(config)
-        return self.task
+            reply = JobFailed(error=f"{type(error).__name__}: {' '.join(str(error).split())}")
+        return replace(reply, seconds=time.perf_counter() - start)
 
     def digest(self, request: DigestData) -> DataDigest:
-        """The data's digest, and which of the metrics they leave undefined; a UserError names one that is none."""
+        """Load the data.
+
+        Raises:
+            UserError: one of the metrics does not exist.
+        """
         from pipeline.tasks.base import undefined
 
-        task = self.make_task(request.entry, config_of(request.entry, request.config))
+        task = self.make_task(request.entry, parse_config(request))
         reasons = {key: undefined(task, key, metric) for key, metric in request.metrics.items()}
         return DataDigest(digest=task.dataset.digest, undefined={key: why for key, why in reasons.items() if why})
 
     def train_prefix(self, request: TrainPrefix) -> PrefixTrained:
-        """Train what runs share; leave its states in the folders."""
         from pipeline.runs.launch import prepare_torch
         from pipeline.runs.shared_prefix import grow
 
-        config = config_of(request.entry, request.config)
+        config = parse_config(request)
         device = prepare_torch(config)
-        task = self.make_task(request.entry, config)
         folders = {int(step): Path(folder) for step, folder in request.folders.items()}
-        return PrefixTrained(steps=grow(task, folders, device))
+        return PrefixTrained(steps=grow(self.make_task(request.entry, config), folders, device))
 
     def train(self, request: TrainRun) -> RunTrained:
-        """Train one run."""
         from pipeline.runs.launch import train_run
         from pipeline.tracking.messages import RunRequest
 
-        stopped, watched = False, request.watched
+        stopped = False
 
         def watch(step: int, metrics: Mapping[str, float]) -> bool:
             nonlocal stopped
-            if watched and watched in metrics:
-                self.reply(Evaluated(step, metrics[watched]))
+            if request.watched and request.watched in metrics:
+                self.report(Evaluated(step, metrics[request.watched]))
             stopped = self.stop.is_set()
             return stopped
 
-        trained = train_run(
-            config_of(request.entry, request.config),
-            lambda validated: self.make_task(request.entry, validated),
+        run = train_run(
+            parse_config(request),
+            lambda config: self.make_task(request.entry, config),
             self.writer,
             RunRequest(name=request.name, run_id=request.run_id, tags=request.tags, resume=request.run_id is not None,
                        folder=request.folder),
-            given=frozenset(request.given),
+            given=frozenset(request.overridden),
             trunk=Path(request.prefix) if request.prefix else None,
-            watch=watch if watched else None,
+            watch=watch if request.watched else None,
             quiet=True,
         )  # fmt: skip
-        return RunTrained(run_id=trained.id, metrics=trained.metrics, steps=trained.steps, stopped=stopped)
+        return RunTrained(run_id=run.id, metrics=run.metrics, steps=run.steps, stopped=stopped)
+
+    def make_task(self, entry: str, config: Any) -> Any:
+        """The task of a config; it shares loaded data with the previous one where it can."""
+        shared = self.task.with_config(config) if self.task is not None else None
+        self.task = shared or import_reference(TASKS[entry].make)(config)
+        return self.task
 
 
-def config_of(entry: str, text: str) -> Any:
+def parse_config(request: JobRequest) -> Any:
     """The validated config of a request."""
     from pipeline.config.strict_config import validate
 
-    return validate(import_reference(TASKS[entry].config), yaml.safe_load(text), None)
+    return validate(import_reference(TASKS[request.entry].config), yaml.safe_load(request.config), None)
 
 
 if __name__ == "__main__":

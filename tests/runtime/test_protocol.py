@@ -64,7 +64,7 @@ def test_names_are_unique_and_no_field_hides_the_type() -> None:
         ('{"type": "StopRun", "now": true}', "StopRun: found field now"),
         ('{"type": "DigestData", "entry": "x"}', "DigestData: .*'config'"),
         ('{"type": "DigestData", "entry": "x", "config": "", "__class__": 1}', "DigestData: found field __class__"),
-        ('{"type": "TrainRun", "entry": "", "config": "", "name": "", "tags": {}, "given": 3}', "TrainRun: "),
+        ('{"type": "TrainRun", "entry": "", "config": "", "name": "", "tags": {}, "overridden": 3}', "TrainRun: "),
     ],
 )
 def test_what_is_no_message_is_refused(line: str, told: str) -> None:

@@ -24,7 +24,7 @@ from conftest import Call, only_full, store_in
 from test_sweep import assert_same_results, by_arm, by_arm_summary, sweep_file, sweep_id_of, table_of
 
 from pipeline.errors import UserError
-from pipeline.sweeps.ray_workers import refuse_local_store
+from pipeline.sweeps.ray_cluster import refuse_local_store
 
 ARMS: list[dict[str, Any]] = [{"lambda": 5.0}, {"lambda": 0.0}, {"lambda": 1.0}, {"lambda": 5.0, "gamma": 2.0},
                               {"lambda": 1.0, "gamma": 2.0}]  # fmt: skip

@@ -29,13 +29,13 @@ from pipeline.config.strict_config import load
 from pipeline.data.schema import DataSchema
 from pipeline.errors import UserError
 from pipeline.names import MEASURED
+from pipeline.sweeps.data_check import check_data
 from pipeline.sweeps.jobs import Job
 from pipeline.sweeps.local_workers import LocalWorkers
-from pipeline.sweeps.requests import DigestData, JobDone, LoadModules
-from pipeline.sweeps.summary_run import Summary
-from pipeline.sweeps.sweep import Sweep
+from pipeline.sweeps.requests import DataDigest, DigestData
+from pipeline.sweeps.summary_run import SummaryRun
 from pipeline.sweeps.sweep_config import SweepConfig
-from pipeline.sweeps.sweep_plan import resolve
+from pipeline.sweeps.sweep_plan import Plan, resolve
 from pipeline.sweeps.worker import Work
 from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tracking.mlflow_run import MemoryRun
@@ -261,7 +261,7 @@ def _newest_sweep(client: Any) -> str:
     return str(found[0].data.tags["sweep_id"]) if found else "none"
 
 
-crew_tests = pytest.mark.xdist_group("crew")  # starts its worker once
+shares_worker = pytest.mark.xdist_group("workshop")  # starts its worker once
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ class Workshop:
 
     folder: Path
     client: Any  # MLflow's
-    crew: LocalWorkers
+    workers: LocalWorkers
 
 
 @pytest.fixture(scope="module")
@@ -283,31 +283,31 @@ def started_workshop(tmp_path_factory: pytest.TempPathFactory, empty_store: Path
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("MLFLOW_TRACKING_URI", uri)
-        crew = LocalWorkers(1, folder / "workers")
-    yield Workshop(folder, MlflowClient(uri), crew)
-    crew.close()
-    assert [worker.poll() for worker in crew.workers] == [0]  # it saw the end of its input
+        workers = LocalWorkers(1, folder / "workers")
+    yield Workshop(folder, MlflowClient(uri), workers)
+    workers.close()
+    assert [worker.poll() for worker in workers.workers] == [0]  # it saw the end of its input
 
 
 @pytest.fixture
 def workshop(started_workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Workshop:
-    """Sweeps that are started in this process have its worker."""
+    """Sweeps that are started in this process use its worker."""
 
-    class Lent(LocalWorkers):
+    class SharedWorkers(LocalWorkers):
         def __init__(self, size: int, folder: Path) -> None:  # noqa: ARG002
             folder.mkdir(parents=True)
-            self.__dict__ = started_workshop.crew.__dict__
+            self.__dict__ = started_workshop.workers.__dict__
 
         def close(self) -> None:
-            """Its owner does that."""
+            """The fixture does that."""
 
-    monkeypatch.setattr("pipeline.sweeps.sweep.LocalWorkers", Lent)
+    monkeypatch.setattr("pipeline.sweeps.sweep.LocalWorkers", SharedWorkers)
     monkeypatch.chdir(started_workshop.folder)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{started_workshop.folder / 'mlflow.db'}")
     return started_workshop
 
 
-@crew_tests
+@shares_worker
 def test_an_arm_that_fails_leaves_the_others(workshop: Workshop, impressions: Path, run_sweep: Call) -> None:
     client = workshop.client
     arms = [{"lambda": 5.0}, {"name": "wild", "aux_focal": False, "optim.dense.lr": 1e30}]
@@ -375,7 +375,7 @@ def test_a_sweep_does_not_run_beside_itself(finished: Laboratory, run_sweep: Cal
     assert "already running" in result.stderr.splitlines()[-1]
 
 
-@crew_tests
+@shares_worker
 def test_a_search_finds_an_arm_and_confirms_it_on_other_seeds(
     workshop: Workshop, impressions: Path, run_sweep: Call
 ) -> None:
@@ -408,17 +408,15 @@ def test_a_search_finds_an_arm_and_confirms_it_on_other_seeds(
     assert "trial" not in table_of(result.stderr)
 
 
-@crew_tests
+@shares_worker
 def test_arms_on_different_data_are_refused(tmp_path: Path, impressions: Path, workshop: Workshop) -> None:
     settings = {"data.embedded.cache": str(tmp_path / "cache"), "output_dir": str(tmp_path / "outputs"), "data": None}
     rows = [{"data.embedded.rows": 1000}, {"data.embedded.rows": 1200}]
     file = sweep_file(tmp_path, impressions, baseline=rows[0] | {"aux_focal": False}, arms=rows, settings=settings)
-    sweep = Sweep(resolve(load(SweepConfig, file), file, MmoeConfig, [ROOT]))
-    sweep.workers = workshop.crew
-    with pytest.raises(
-        UserError, match=r"baseline has data \w{12}\.\.\., .* has \w{12}\.\.\.: a sweep is on one data set"
-    ):
-        sweep._data_digest()
+    plan = resolve(load(SweepConfig, file), file, MmoeConfig, [ROOT])
+    refusal = r"baseline has data \w{12}\.\.\., .* has \w{12}\.\.\.: a sweep is on one data set"
+    with pytest.raises(UserError, match=refusal):
+        check_data(plan, workshop.workers)
 
 
 @pytest.mark.faults
@@ -518,8 +516,8 @@ def _session(leader: int) -> list[int]:
     return found
 
 
-class Inline:
-    """A crew that does its jobs in this process."""
+class InlineWorkers:
+    """Workers that do jobs in this process."""
 
     def __init__(self) -> None:
         self.worker = Work(None, print, threading.Event())  # type: ignore[arg-type]
@@ -530,12 +528,9 @@ class Inline:
             job.reply = self.worker.do(job.request)
 
 
-def checked(file: Path) -> Sweep:
-    """The sweep of the file, with its data and metrics looked at."""
-    sweep = Sweep(resolve(load(SweepConfig, file), file, MmoeConfig, [file.parent]))
-    sweep.workers = Inline()  # type: ignore[assignment]
-    sweep.digest = sweep._data_digest()
-    return sweep
+def checked_plan(file: Path) -> Plan:
+    plan, _ = check_data(resolve(load(SweepConfig, file), file, MmoeConfig, [file.parent]), InlineWorkers())  # type: ignore[arg-type]
+    return plan
 
 
 SEARCH = {"trials": 2, "space": {"lambda": {"low": 0.01, "high": 0.5}}}
@@ -557,7 +552,7 @@ def test_a_misspelt_metric_is_refused_before_any_run(
     tmp_path: Path, impressions: Path, changes: dict[str, Any], told: str
 ) -> None:
     with pytest.raises(UserError, match=f"^{told}"):
-        checked(sweep_file(tmp_path, impressions, **changes))
+        checked_plan(sweep_file(tmp_path, impressions, **changes))
 
 
 def test_an_undefined_metric_is_refused_or_replaced_before_any_run(
@@ -566,12 +561,12 @@ def test_an_undefined_metric_is_refused_or_replaced_before_any_run(
     schema, changed = DataSchema.read(impressions), tmp_path / "data"
     shutil.copytree(impressions, changed)
 
-    def plan(lacking: dict[str, str], **changes: Any) -> Any:
+    def plan(lacking: dict[str, str], **changes: Any) -> Plan:
         """As if there were no conversions (or clicks) in the splits."""
         splits = {name: split.model_copy(update={lacking[name]: 0} if name in lacking else {})
                   for name, split in schema.splits.items()}  # fmt: skip
         schema.model_copy(update={"splits": splits}).write(changed)
-        return checked(sweep_file(tmp_path, changed, **changes)).plan
+        return checked_plan(sweep_file(tmp_path, changed, **changes))
 
     none = {"validation": "conversions", "test": "conversions"}
     rows = schema.splits["validation"].rows
@@ -601,12 +596,12 @@ def test_a_report_that_cannot_be_written_takes_no_sweep_down(
     finished: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = finished.folder / "mmoe.yaml"
-    summary, run = object.__new__(Summary), MemoryRun(folder=tmp_path)
-    summary.plan = resolve(load(SweepConfig, file), file, MmoeConfig, [finished.folder])
-    summary.sweep_id, summary.finishing, summary.run = sweep_id_of(finished.printed), False, run  # type: ignore[assignment]
+    run = MemoryRun(folder=tmp_path)
+    plan = resolve(load(SweepConfig, file), file, MmoeConfig, [finished.folder])
+    summary = SummaryRun(run, sweep_id_of(finished.printed))  # type: ignore[arg-type]
     monkeypatch.setattr(run, "tracking_uri", "here", raising=False)
     monkeypatch.setattr("pipeline.comparison.verdicts.write_page", lambda *_: 1 / 0)
-    summary.conclude(tmp_path, {})
+    summary.conclude(plan, tmp_path, {})
     told = capsys.readouterr().err
     assert re.search(r"^warning: the report is left out: ZeroDivisionError: division by zero \(", told, re.MULTILINE)
     assert run.status == "FINISHED"
@@ -615,16 +610,17 @@ def test_a_report_that_cannot_be_written_takes_no_sweep_down(
     assert run.artifacts == ["sweep.yaml"]
 
 
-@crew_tests
-def test_a_worker_that_dies_is_replaced_and_its_job_alone_fails(workshop: Workshop) -> None:
-    crew = workshop.crew
-    (first,) = crew.workers
+@shares_worker
+def test_a_worker_that_dies_is_replaced_and_its_job_alone_fails(workshop: Workshop, impressions: Path) -> None:
+    workers = workshop.workers
+    (first,) = workers.workers
     os.kill(first.pid, signal.SIGSTOP)  # it takes a job and does nothing
     threading.Timer(0.5, os.kill, (first.pid, signal.SIGKILL)).start()
-    jobs = [Job("lost", LoadModules()), Job("fine", LoadModules()), Job("wrong", DigestData("train_mmoe", "x: 1"))]
-    crew.work(jobs)
-    lost, fine, wrong = jobs
-    assert lost.failed == f"its process ended with code -9; see {crew.folder / 'worker-0.log'}"
-    assert type(fine.reply) is JobDone
-    assert wrong.failed == "config: unknown key x; --help lists the keys"
-    assert list(crew.workers) != [first]
+    config = f"data: {{path: {impressions}}}"
+    requests = {"lost": config, "fine": config, "wrong": "x: 1"}
+    lost, fine, wrong = jobs = [Job(name, DigestData("train_mmoe", text)) for name, text in requests.items()]
+    workers.work(jobs)
+    assert lost.error == f"its process ended with code -9; see {workers.folder / 'worker-0.log'}"
+    assert isinstance(fine.reply, DataDigest)
+    assert wrong.error == "config: unknown key x; --help lists the keys"
+    assert list(workers.workers) != [first]

@@ -15,8 +15,9 @@ from pipeline.config.strict_config import load
 from pipeline.entries import ENTRIES
 from pipeline.errors import UserError
 from pipeline.runtime.importing import import_reference
+from pipeline.sweeps.arm_runs import ArmRuns
+from pipeline.sweeps.jobs import SweepContext
 from pipeline.sweeps.requests import TrainPrefix, TrainRun
-from pipeline.sweeps.sweep import Sweep
 from pipeline.sweeps.sweep_config import GridConfig, SweepConfig
 from pipeline.sweeps.sweep_plan import Plan, resolve
 from pipeline.tasks.mmoe.config import MmoeConfig
@@ -56,7 +57,7 @@ def test_the_shipped_sweep_holds_the_five_arms() -> None:
     assert plan.arms[1].run_name(2) == "l.05 g1 w2000 s2"
     assert plan.metric == "test/auc_ctcvr"
     assert all(not arm.config.tracking.log_model for arm in plan.arms)
-    assert len(list(plan.units())) == 15
+    assert len(plan.sweep.seeds) == 3
 
 
 def test_the_shipped_alpha_sweep_is_a_grid_without_its_baseline() -> None:
@@ -152,9 +153,8 @@ def test_what_arms_share_is_the_run_until_the_gate(tmp_path: Path) -> None:
 def test_arms_branch_at_their_own_gates_from_what_logs_as_they_do(tmp_path: Path) -> None:
     arms = [{"warmup_steps": 300}, {"warmup_steps": 700}, {"warmup_steps": 500, "tracking.log_every": 5}]
     plan = plan_of(tmp_path, arms=arms, seeds=[0, 1], settings={"output_dir": str(tmp_path)})
-    sweep = Sweep(plan)
-    sweep.digest, sweep.id = "d" * 64, "5eed"
-    requests = [job.request for job in sweep.jobs({})]
+    context = SweepContext("5eed", "d" * 64, plan, tmp_path, workers=None, stored={})  # type: ignore[arg-type]
+    requests = [job.request for job in ArmRuns(context).jobs()]
     trained = [request for request in requests if isinstance(request, TrainPrefix)]
     assert [sorted(request.folders) for request in trained] == [["300", "700"]] * 2  # a prefix a seed
     assert not set(trained[0].folders.values()) & set(trained[1].folders.values())

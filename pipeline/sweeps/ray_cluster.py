@@ -1,0 +1,121 @@
+"""The connection to a Ray cluster, and what every node of it must have."""
+
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.runtime.interrupts import Interrupted, check
+from pipeline.storage.journal import Record
+
+PROBE_SECONDS = 5.0  # how long a cluster may take to accept a connection
+START_ATTEMPTS = 3  # to start a cluster: on a busy machine Ray's own time limit is too short
+OBJECT_STORE_BYTES = 100_000_000  # of a cluster of our own: replies are a few hundred bytes
+MLFLOW_PREFIX = "MLFLOW_"  # of environment variables
+
+
+@dataclass(frozen=True)
+class Place:
+    """The launcher's working folder and MLflow settings, which a task takes over."""
+
+    folder: str
+    sweep_folder: str
+    settings: Mapping[str, str] = field(repr=False)  # may hold logins
+
+    @classmethod
+    def here(cls, sweep_folder: Path) -> "Place":
+        settings = {name: value for name, value in os.environ.items() if name.startswith(MLFLOW_PREFIX)}
+        settings.pop("MLFLOW_RUN_ID", None)
+        return cls(str(Path.cwd()), str(sweep_folder.resolve()), settings)
+
+    def enter(self) -> None:
+        """Change to the folder and set the environment.
+
+        Raises:
+            UserError: this node does not have the folders.
+        """
+        for folder in (self.folder, self.sweep_folder):
+            if not Path(folder).is_dir():
+                raise UserError(f"Ray node {socket.gethostname()} has no folder {folder}; allowed: working folder and "
+                                "output_dir on storage that every node has at the same path")  # fmt: skip
+        os.chdir(self.folder)
+        for name in [name for name in os.environ if name.startswith(MLFLOW_PREFIX)]:
+            del os.environ[name]
+        os.environ.update(self.settings)
+
+
+def connect(address: str | None) -> Any:
+    """Connect to the cluster at the address or in RAY_ADDRESS, or start one on this machine; returns the module `ray`.
+
+    Raises:
+        UserError: Ray is not installed, or the cluster does not answer or has another version.
+    """
+    try:
+        import ray
+        import ray.exceptions
+        import ray.util.scheduling_strategies
+    except ImportError:
+        raise UserError("engine ray: Ray is not installed; install it with `pip install --editable '.[ray]'`, or use "
+                        "engine local") from None  # fmt: skip
+    where = f"ray_address {address}" if address else f"RAY_ADDRESS {os.environ.get('RAY_ADDRESS')}"
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    if "/" in address:
+        raise UserError(f"{where}: allowed: host:port of the cluster that this machine is in, auto or local")
+    if address not in ("auto", "local"):
+        _probe(address, where)
+    own = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES} if address == "local" else {}
+    handler = signal.getsignal(signal.SIGTERM)
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            ray.init(address, logging_level=logging.ERROR, log_to_driver=False, **own)
+            break
+        except Exception as error:  # Ray raises a plain Exception when a node starts too slowly
+            ray.shutdown()
+            if attempt == START_ATTEMPTS or "timed out during startup" not in str(error):
+                raise UserError(f"{where if address != 'local' else 'engine ray'}: {str(error).strip()}") from None
+        finally:
+            signal.signal(signal.SIGTERM, handler)  # Ray installs its own
+    return ray
+
+
+def _probe(address: str, where: str) -> None:
+    """Check within seconds that the cluster answers; Ray would try for a minute."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), PROBE_SECONDS).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise UserError(f"{where}: the cluster does not answer: {error}") from None
+
+
+def refuse_local_store(uri: str, nodes: list[Record]) -> None:
+    """Refuse a tracking store in a file if the cluster has several machines.
+
+    uri: of the store, empty = MLflow's default. nodes: the live ones of `ray.nodes()`.
+
+    Raises:
+        UserError: names the machines.
+    """
+    machines = sorted({f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})" for node in nodes})
+    scheme, separator, _ = uri.partition("://")
+    if len(machines) > 1 and (not separator or scheme.partition("+")[0] in ("sqlite", "file")):
+        raise UserError(f"MLFLOW_TRACKING_URI is {f'a {scheme} store' if separator else 'not that of a server'}, and "
+                        f"the Ray cluster has machines {', '.join(machines)}; allowed: a server that all of them reach "
+                        "(http:// or https://) or its database (postgresql://, mysql://)")  # fmt: skip
+
+
+@contextmanager
+def named_interrupts() -> Iterator[None]:
+    """Restore the `Interrupted` that Ray's calls turn into a bare KeyboardInterrupt."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except KeyboardInterrupt:
+        check()
+        raise

@@ -1,0 +1,125 @@
+"""A job of a sweep in a process of Ray's, and the actor through which it talks to the launcher.
+
+The task looks up its run in the store, so that Ray's retry after the loss of a process or node resumes the run from its
+last checkpoint in the shared output folder.
+"""
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.runtime.interrupts import Interrupted, interruptible
+from pipeline.storage.ownership import alive_owner
+from pipeline.sweeps.ray_cluster import Place, named_interrupts
+from pipeline.sweeps.requests import Evaluated, JobDone, JobFailed, JobRequest, RunTrained, TrainRun
+from pipeline.sweeps.worker import Work, parse_config
+from pipeline.tracking.messages import StoredRun
+
+SETTLE_SECONDS = 2.0  # in which the tracking writer of a lost process ends
+LOST_SECONDS = 60.0  # in which a process on a lost node notices its loss
+
+_work: "_RayWork | None" = None  # of this process, for all its tasks: torch and the data are loaded once
+
+
+@dataclass(frozen=True)
+class Started:
+    """News: a task has started."""
+
+    host: str
+    again: bool  # after its process or node was lost
+
+
+class Board:
+    """Actor on the launcher's node: takes the news of tasks, and tells them whether to stop."""
+
+    def __init__(self) -> None:
+        self.news: list[tuple[int, Started | Evaluated]] = []
+        self.started: set[int] = set()
+        self.stopping: set[int] = set()
+
+    def start(self, number: int, host: str) -> bool:
+        """Note the start of a task; returns whether it had started before."""
+        again = number in self.started
+        self.started.add(number)
+        self.news.append((number, Started(host, again)))
+        return again
+
+    def report(self, number: int, evaluated: Evaluated) -> bool:
+        """Pass an evaluation to the launcher; returns whether the task is to stop."""
+        self.news.append((number, evaluated))
+        return number in self.stopping
+
+    def stop(self, number: int) -> None:
+        self.stopping.add(number)
+
+    def take(self) -> list[tuple[int, Started | Evaluated]]:
+        """The news since the last call."""
+        news, self.news = self.news, []
+        return news
+
+
+def run_job(number: int, request: JobRequest, place: Place, board: Any) -> JobDone:
+    """Do a job.
+
+    number: of the task, for the board.
+    """
+    import ray
+
+    from pipeline.tracking.mlflow_run import STOPPED_SECONDS, Writer
+
+    global _work  # noqa: PLW0603
+    try:
+        place.enter()
+        with interruptible(), named_interrupts():
+            if ray.get(board.start.remote(number, socket.gethostname())):
+                time.sleep(SETTLE_SECONDS)
+            _work = work = _work or _RayWork(Writer(), lambda _: None, threading.Event())
+
+            def report(evaluated: Evaluated) -> None:
+                if ray.get(board.report.remote(number, evaluated)):
+                    work.stop.set()
+
+            work.stop.clear()
+            work.report = report
+            return work.do(request)
+    except UserError as error:
+        return JobFailed(error=str(error))
+    except Interrupted as error:
+        if _work:
+            _work.writer.close(STOPPED_SECONDS)  # deliver what it has
+        if error.exit_code != 128 + signal.SIGINT:  # this node is shutting down; a cancellation is a SIGINT
+            sys.stderr.flush()
+            os._exit(error.exit_code)  # Ray retries a lost process on another node
+        raise
+
+
+class _RayWork(Work):
+    """Work that resumes runs which an earlier attempt began."""
+
+    def train(self, request: TrainRun) -> RunTrained:
+        config = parse_config(request)
+        run_key = config.fingerprint(self.make_task(request.entry, config).dataset.digest)
+        runs = [run for run in self.writer.find(run_key=run_key)
+                if run.tags.get("sweep_id") == request.tags["sweep_id"]]  # fmt: skip
+        if runs:
+            run = max(runs, key=lambda run: (run.status == "FINISHED", run.start_time))
+            if run.status == "FINISHED" and not request.watched:
+                return RunTrained(run_id=run.first_id, metrics=run.metrics, steps=0)
+            request = replace(request, run_id=run.first_id, folder=run.tags.get("run_dir"))
+            _wait_for_owner(run)
+        return super().train(request)
+
+
+def _wait_for_owner(run: StoredRun) -> None:
+    """Wait for the process that trained the run to end; opening the run fails with its name if it does not."""
+    deadline = time.monotonic() + LOST_SECONDS
+    folder = Path(run.tags["run_dir"]) if "run_dir" in run.tags else None
+    while folder and folder.is_dir() and alive_owner(folder) and time.monotonic() < deadline:
+        time.sleep(0.5)
