@@ -27,10 +27,21 @@ class Predictor:
         return self._predict(model_input, raw=bool((params or {}).get(RAW, False)))
 
 
+def load_predictor(task: str, folder: Path) -> Callable[..., pd.DataFrame]:
+    """The predict function of a task's exported folder: `predict(input, raw=False)`.
+
+    Raises:
+        ValueError: it is not the name of a task.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", task):
+        raise ValueError(f"task {task!r} is not the name of a task; allowed: letters a-z, digits and _")
+    module = importlib.import_module(f".tasks.{task}.predict", __package__)
+    predict: Callable[..., pd.DataFrame] = module.load(folder)
+    return predict
+
+
 def _load_pyfunc(path: str) -> Predictor:
     """MLflow's entry to a logged model."""
     folder = Path(path)
     task = json.loads((folder / SERVING_FILE).read_text(encoding="utf-8"))["task"]
-    if not re.fullmatch(r"[a-z_]+", task):
-        raise ValueError(f"{SERVING_FILE}: task {task!r} is not the name of a task")
-    return Predictor(importlib.import_module(f".tasks.{task}.predict", __package__).load(folder))
+    return Predictor(load_predictor(task, folder))

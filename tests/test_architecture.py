@@ -11,7 +11,8 @@ from conftest import ROOT
 
 FLOORS = (
     ("errors", "names", "serving"), ("runtime",), ("maths",), ("config",), ("compute", "storage"), ("tracking",),
-    ("data",), ("tasks",), ("training",), ("runs",), ("comparison",), ("sweeps",), ("entries", "demo"), ("__main__",),
+    ("data",), ("tasks",), ("training",), ("runs",), ("comparison",), ("sweeps",),
+    ("conformance", "entries", "demo"), ("__main__",),
 )  # fmt: skip
 LEVEL = {folder: level for level, floor in enumerate(FLOORS) for folder in floor}
 REPEATED = {"config", "task", "objective", "evaluation", "model", "predict"}  # in every task's folder

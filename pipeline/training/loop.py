@@ -86,6 +86,7 @@ class Training:
         self.evaluated_at, self.due = -1, False  # due: the evaluation after the last step has not run yet
         self.saver = saver or Saver(None)
         self.done = False  # the model holds the best weights, no longer those in training
+        self.random = _random_state(device)  # of this training, wherever the generators are used in between
 
     def train(self) -> Result:
         """Train, evaluate, keep the best weights, and evaluate those once on the test split.
@@ -142,21 +143,26 @@ class Training:
     def advance(self, until: int | None = None) -> None:
         """Train to the end, or until `until` optimizer steps are completed (and evaluated, if due)."""
         self.model.train()
-        if self.due:
-            self._evaluate()
-        last = self.total_steps if until is None else min(until, self.total_steps)
-        for window, batches in self._loaded(self._remaining(last)):
-            if self._is_over():
-                break
-            check()
-            self._step(window, batches)
+        _set_random_state(self.random)
+        try:
             if self.due:
                 self._evaluate()
-            if self.saver.is_due(self.result.steps, self.keeper.step):
-                self._save()
-            self.console.flush()
+            last = self.total_steps if until is None else min(until, self.total_steps)
+            for window, batches in self._loaded(self._remaining(last)):
+                if self._is_over():
+                    break
+                check()
+                self._step(window, batches)
+                if self.due:
+                    self._evaluate()
+                if self.saver.is_due(self.result.steps, self.keeper.step):
+                    self._save()
+                self.console.flush()
+        finally:
+            self.random = _random_state(self.device)
 
     def _save(self) -> None:
+        self.random = _random_state(self.device)
         seconds = self.saver.save(self.result.steps, self.keeper.step, self.state, self.files)
         self.recorder.last_log += seconds  # not part of the throughput's time
 
@@ -192,7 +198,7 @@ class Training:
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "scaler": self.scaler.state_dict(),
             "keeper": self.keeper.state(),
-            "random": _random_state(self.device),
+            "random": self.random,
         }
 
     def files(self) -> dict[str, Path]:
@@ -217,7 +223,7 @@ class Training:
             optimizer.load_state_dict(state["optimizers"][name])
         self.scaler.load_state_dict(state["scaler"])
         self.keeper.load_state(state["keeper"], None)
-        _set_random_state(state["random"])
+        self.random = state["random"]
 
     def _is_over(self) -> bool:
         return self.result.steps >= self.total_steps or self.keeper.exhausted or self.stopped
