@@ -62,7 +62,7 @@ def main(data: Path, overrides: Mapping[str, str]) -> None:
     from bench.workshop import Trainer, reference_config
     from pipeline.runs.launch import prepare_torch
     from pipeline.tasks.mmoe.task import MmoeTask
-    from pipeline.tracking.mlflow_run import MemoryRun
+    from pipeline.tracking.run import MemoryRun
 
     answers = os.fdopen(os.dup(1), "w")
 

@@ -20,7 +20,7 @@ from pipeline.tasks.visobert.config import VisobertConfig
 from pipeline.tasks.visobert.encoders.tokenizer import PAD, START, UNKNOWN, EmbeddedTokenizer
 from pipeline.tasks.visobert.reviews.review_table import ReviewBatch, padding_efficiency
 from pipeline.tasks.visobert.task import VisobertTask
-from pipeline.tracking.mlflow_run import MemoryRun
+from pipeline.tracking.run import MemoryRun
 from pipeline.training.loop import Training, Window
 
 REVIEWS, LAYERS, ASPECTS, PAIRS, FEW_PAIRS = 6000, 2, 11, 5, 3

@@ -13,7 +13,10 @@ from pipeline.config.strict_config import load
 from pipeline.runtime.console import Console
 from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.task import MmoeTask
-from pipeline.tracking.mlflow_run import MemoryRun, MlflowRun, Run, RunRequest, Writer
+from pipeline.tracking.messages import RunRequest
+from pipeline.tracking.mlflow_run import MlflowRun
+from pipeline.tracking.run import MemoryRun, Run
+from pipeline.tracking.writer import Writer
 from pipeline.training.loop import Training
 
 ROWS = 1_000_000

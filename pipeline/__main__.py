@@ -51,8 +51,8 @@ def command(name: str, entry: Entry) -> click.Command:
         source = Path(config) if config else ROOT / entry.file if entry.file else None
         shown = {path: names[path][0] for path in overrides if path in names}
         validated = load(model, source, overrides, shown_as=shown)
-        if not entry.trains and ranks.size() > 1:
-            raise UserError(f"{name}: found WORLD_SIZE {ranks.size()}, allowed: 1 (torchrun is for "
+        if not entry.trains and ranks.world_size() > 1:
+            raise UserError(f"{name}: found WORLD_SIZE {ranks.world_size()}, allowed: 1 (torchrun is for "
                             f"{' and '.join(other for other, found in ENTRIES.items() if found.trains)})")  # fmt: skip
         if entry.trains:
             _train(validated, entry.target, frozenset(overrides))
@@ -119,7 +119,7 @@ class Entries(click.Group):
 
 def _train(config: Any, target: str, given: frozenset[str]) -> None:
     """Train one run; its writer imports mlflow while torch is imported here."""
-    with import_reference("pipeline.tracking.mlflow_run:writer_for")(config.tracking) as writer:
+    with import_reference("pipeline.tracking.writer:writer_for")(config.tracking) as writer:
         import_reference("pipeline.runs.launch:launch")(config, import_reference(target), given, writer)
 
 
@@ -173,7 +173,7 @@ def _identifier(path: str) -> str:
 
 def _fail(message: str, code: int) -> NoReturn:
     line = visible(" ".join(message.split()))  # click's own messages hold what was typed as it was typed
-    whose = f"rank {ranks.number()}: " if ranks.size() > 1 and not line.startswith("rank ") else ""
+    whose = f"rank {ranks.rank()}: " if ranks.world_size() > 1 and not line.startswith("rank ") else ""
     print(f"error: {whose}{line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + ' ...'}", file=sys.stderr)
     sys.exit(code)
 

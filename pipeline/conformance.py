@@ -26,7 +26,7 @@ from pipeline.runs.shared_prefix import branch, grow
 from pipeline.runtime.console import Console
 from pipeline.serving import load_predictor
 from pipeline.tasks.base import TOTAL, Task, evaluate, evaluating
-from pipeline.tracking.mlflow_run import MemoryRun
+from pipeline.tracking.run import MemoryRun
 from pipeline.training.loop import Training, count_steps
 
 MakeTask = Callable[[Any], Task[Any]]

@@ -15,7 +15,6 @@ LAUNCHED = "launches"  # tag of a run that only started another one: its id
 OWNER = "owner"  # tag: who writes the run: its process and a random number
 THREADS = "threads"  # tag: the CPU threads that a run began with
 TEST_ROWS_FILE = "evaluation/test_rows.parquet"  # artifact: what metrics of the test split are made of
-DELIVERED_FILE = "delivered.json"  # in a run's folder: how far its journal came, in which store
 CONTROLLED = " | "  # between the names of arms that share a control, in its tag control_of
 ROWS_PER_SECOND = "system/rows_per_second"  # MLflow shows what begins with system/ in a tab of its own
 TRAIN_SECONDS = "system/train_seconds"

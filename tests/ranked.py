@@ -19,7 +19,7 @@ from pipeline.runs.launch import prepare_torch
 from pipeline.runtime import process_rank
 from pipeline.runtime.console import Console
 from pipeline.runtime.importing import import_reference
-from pipeline.tracking.mlflow_run import MemoryRun
+from pipeline.tracking.run import MemoryRun
 from pipeline.training.loop import Training
 
 
@@ -49,7 +49,7 @@ def main(file: Path) -> None:
         for kept in sorted(Path(asked["compared"]).glob("*.state")):
             training.load_state(torch.load(kept, weights_only=False))
             found = gradients(training, int(kept.stem))
-            if process_rank.leads():
+            if process_rank.is_main_process():
                 out[kept.stem] = found
     elif "steps" not in asked:
         training.train()
@@ -57,13 +57,13 @@ def main(file: Path) -> None:
     else:
         training.model.train()
         for step in range(asked["steps"]):
-            if step in asked.get("states", ()) and process_rank.leads():
+            if step in asked.get("states", ()) and process_rank.is_main_process():
                 torch.save(training.state(), file.parent / f"{step}.state")
             training.advance(step + 1)
         training._evaluate()
         training.recorder.drain()
         out = {"points": run.points, "metrics": training.result.metrics, "weights": training.model.state_dict()}
-    if process_rank.leads():
+    if process_rank.is_main_process():
         torch.save(out, f"{file}.out")
     ranks.leave()
     run.discard()

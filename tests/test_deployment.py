@@ -202,8 +202,9 @@ def test_a_wrong_password_in_the_uri_is_told_in_one_line(
 ) -> None:
     """As the writer process opens a run, which is called here; what it refuses becomes the trainer's one line."""
     from pipeline.tracking.messages import RunRequest
-    from pipeline.tracking.opening import Opening
-    from pipeline.tracking.store import CLIENT_SETTINGS, refusal
+    from pipeline.tracking.run_opening import Opening
+    from pipeline.tracking.store import CLIENT_SETTINGS
+    from pipeline.tracking.store_errors import refusal
 
     address = served["MLFLOW_TRACKING_URI"].replace("//", "//trainer:n0t-the-one@")
     for name, value in CLIENT_SETTINGS.items():

@@ -39,8 +39,9 @@ from pipeline.errors import UserError
 from pipeline.names import NOTE_LENGTH
 from pipeline.runtime.console import aligned, say
 from pipeline.runtime.text import visible
-from pipeline.storage.checkpoints import Damaged, read, write
+from pipeline.storage.checkpoint_format import read_checkpoint, write_checkpoint
 from pipeline.storage.csv_table import cell, write_csv
+from pipeline.storage.files import Damaged
 from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.impressions.impression_table import read_split
 from pipeline.tasks.mmoe.task import MmoeTask
@@ -173,8 +174,8 @@ def test_a_pickle_in_the_cache_of_tokens(tmp_path: Path, sentinel: Path) -> None
 def test_a_pickle_in_a_checkpoint(signed: bool, tmp_path: Path, sentinel: Path) -> None:
     folder = tmp_path / "000000005"
     folder.mkdir()
-    write(folder, {"weights": {"a": torch.ones(3)}, "step": 5}, 5)
-    assert read(folder).step == 5
+    write_checkpoint(folder, {"weights": {"a": torch.ones(3)}, "step": 5}, 5)
+    assert read_checkpoint(folder).step == 5
     for bomb in bombs(sentinel, tmp_path):
         before = (folder / "state.pt").read_bytes()
         (folder / "state.pt").write_bytes(bomb)
@@ -183,7 +184,7 @@ def test_a_pickle_in_a_checkpoint(signed: bool, tmp_path: Path, sentinel: Path) 
             manifest = manifest.replace(sha256(before).hexdigest(), sha256(bomb).hexdigest())
             (folder / "manifest.json").write_text(manifest.replace(f'"size": {len(before)}', f'"size": {len(bomb)}'))
         with pytest.raises(Damaged):
-            read(folder)
+            read_checkpoint(folder)
 
 
 CODE = [

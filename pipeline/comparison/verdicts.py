@@ -42,8 +42,9 @@ from pipeline.names import COLORS, CONTROLLED, NOTE_LENGTH
 from pipeline.runtime.console import say
 from pipeline.storage.csv_table import write_csv
 from pipeline.tracking.messages import RunRequest
-from pipeline.tracking.mlflow_run import MlflowRun, Writer, end_early
+from pipeline.tracking.mlflow_run import MlflowRun, end_early
 from pipeline.tracking.store import tracking_uri
+from pipeline.tracking.writer import Writer
 
 __all__ = ["Arm", "Comparison", "compare", "load_history", "load_runs", "to_frame", "to_markdown", "to_text", "write"]
 

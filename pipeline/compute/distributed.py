@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import RankLost, UserError
 from pipeline.runtime import process_rank
-from pipeline.runtime.interrupts import ending, held
-from pipeline.runtime.process_rank import leads, number, size
+from pipeline.runtime.interrupts import deferred, raise_or_disable
+from pipeline.runtime.process_rank import is_main_process, world_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,11 +31,13 @@ def join(device: str) -> None:
         UserError: the environment does not say where.
         RankLost: they did not come.
     """
-    if size() == 1:
+    if world_size() == 1:
         return
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
-        raise UserError(f"found WORLD_SIZE {size()} without {', '.join(missing)}, allowed: what torchrun sets, or none")
+        raise UserError(
+            f"found WORLD_SIZE {world_size()} without {', '.join(missing)}, allowed: what torchrun sets, or none"
+        )
     import torch
     from torch import distributed
 
@@ -47,7 +49,7 @@ def join(device: str) -> None:
 
 def leave() -> None:
     """Go on alone: what is left is for rank 0."""
-    if size() == 1:
+    if world_size() == 1:
         return
     from torch import distributed
 
@@ -58,14 +60,14 @@ def leave() -> None:
 @contextmanager
 def _together() -> Iterator[None]:
     """A block that fails where another process is gone. What is asked of this one meanwhile is heard after it."""
-    with held():
+    with deferred():
         try:
             yield
         except RuntimeError as error:  # what gloo and NCCL say
-            ending()  # torchrun's signal to those that are left follows; the cause is this
+            raise_or_disable()  # torchrun's signal to those that are left follows; the cause is this
             reason = str(error).strip().splitlines()[-1]
-            raise RankLost(f"rank {number()} of {size()}: another process of this training is gone ({reason}); "
-                           "torchrun names the first that ended") from None  # fmt: skip
+            raise RankLost(f"rank {process_rank.rank()} of {world_size()}: another process of this training is gone "
+                           f"({reason}); torchrun names the first that ended") from None  # fmt: skip
 
 
 def agree(facts: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
@@ -74,11 +76,11 @@ def agree(facts: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     Raises:
         UserError: names a rank that differs.
     """
-    if size() == 1:
+    if world_size() == 1:
         return facts
     from torch import distributed
 
-    found: list[Any] = [None] * size()
+    found: list[Any] = [None] * world_size()
     with _together():
         distributed.all_gather_object(found, None if facts is None else dict(facts))
     for rank, other in enumerate(found):
@@ -93,20 +95,20 @@ def agree(facts: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
 
 def first_of(make: Callable[[], Any]) -> Any:
     """What rank 0 makes, on every rank: plain values with tensors in them."""
-    if size() == 1:
+    if world_size() == 1:
         return make()
     import torch
     from torch import distributed
 
     tensors: list[Tensor] = []
     told: list[Any] = [None]
-    if leads():
+    if is_main_process():
         plain = _without_tensors(make(), tensors)
         told = [(plain, [(tensor.shape, tensor.dtype, tensor.device.type) for tensor in tensors])]
     with _together():
         distributed.broadcast_object_list(told, 0)
         plain, kinds = told[0]
-        if not leads():
+        if not is_main_process():
             tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in kinds]
         for tensor in tensors:
             distributed.broadcast(tensor if tensor.is_contiguous() else tensor.contiguous(), 0)
@@ -142,17 +144,17 @@ def _with_tensors(value: Any, tensors: "Sequence[Tensor]") -> Any:
 
 def share(rows: Any) -> Any:
     """This rank's rows of a micro-batch. Where there are fewer than ranks, each takes all (see `weight`)."""
-    return rows if len(rows) < size() else rows[number() :: size()]
+    return rows if len(rows) < world_size() else rows[process_rank.rank() :: world_size()]
 
 
 def weight(rows: int) -> float:
     """Of this rank's part of a micro-batch of so many rows, in sums over the ranks."""
-    return 1 / size() if rows < size() else 1.0
+    return 1 / world_size() if rows < world_size() else 1.0
 
 
 def summed(named: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
     """The tensors added up over the ranks, by name."""
-    if size() == 1 or not named:
+    if world_size() == 1 or not named:
         return dict(named)
     import torch
     from torch import distributed
@@ -175,7 +177,7 @@ def mean(values: "Tensor") -> "Tensor":
     do the gradients.
     """
     own = values.mean(0)
-    if size() == 1:
+    if world_size() == 1:
         return own
     total = summed({"sum": values.sum(0), "rows": values.new_tensor(float(len(values)))})
     return total["sum"] / total["rows"] + (own - own.detach())
@@ -183,7 +185,7 @@ def mean(values: "Tensor") -> "Tensor":
 
 def sum_gradients(parameters: "Iterable[Tensor]") -> None:
     """Add up the gradients over the ranks, in place; of a sparse one, the rows that any rank has."""
-    if size() == 1:
+    if world_size() == 1:
         return
     bucket: list[Tensor] = []
     filled = 0
@@ -227,13 +229,13 @@ def _summed_rows(gradient: "Tensor") -> "Tensor":
 
 def joined(part: "Tensor") -> "Tensor":
     """The parts of all ranks, in their order, along the first dimension."""
-    if size() == 1:
+    if world_size() == 1:
         return part
     import torch
     from torch import distributed
 
-    lengths = torch.zeros(size(), dtype=torch.int64, device=part.device)
-    lengths[number()] = len(part)
+    lengths = torch.zeros(world_size(), dtype=torch.int64, device=part.device)
+    lengths[process_rank.rank()] = len(part)
     with _together():
         distributed.all_reduce(lengths)
         counts = lengths.tolist()
@@ -246,17 +248,19 @@ def joined(part: "Tensor") -> "Tensor":
 
 def each_its_part(rows: int, work: "Callable[[int, int], Sequence[Tensor]]") -> "list[Tensor]":
     """`work(first, last)` of this rank's part of the rows, each of its tensors joined with the other ranks'."""
-    if size() == 1 or rows < size():
+    if world_size() == 1 or rows < world_size():
         return list(work(0, rows))
-    borders = [rows * rank // size() for rank in (number(), number() + 1)]
+    borders = [rows * rank // world_size() for rank in (process_rank.rank(), process_rank.rank() + 1)]
     return [joined(part) for part in work(*borders)]
 
 
 def seed(own: int, step: int) -> None:
     """Random numbers of a step that no other rank draws. Rank 0 goes on with those that it has, as if it were alone."""
-    if leads():
+    if is_main_process():
         return
     import numpy as np
     import torch
 
-    torch.manual_seed(int(np.random.SeedSequence([own, number(), step]).generate_state(1, np.uint64)[0] >> 1))
+    torch.manual_seed(
+        int(np.random.SeedSequence([own, process_rank.rank(), step]).generate_state(1, np.uint64)[0] >> 1)
+    )

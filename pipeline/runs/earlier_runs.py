@@ -14,13 +14,12 @@ from pipeline.errors import UserError, os_errors
 from pipeline.names import FORKED_FROM
 from pipeline.runs.run_artifacts import CONFIG_FILE
 from pipeline.runtime.console import warn
-from pipeline.storage.files import check_file
-from pipeline.storage.journal import JOURNAL_FILE, Record, beginning, parsed
-from pipeline.storage.ownership import alive_owner
+from pipeline.storage.journal import Record, read_opening
+from pipeline.storage.ownership import alive_error, live_owner
+from pipeline.storage.run_folder import RunFolder
 from pipeline.tracking.messages import StoredRun
-from pipeline.tracking.mlflow_run import Writer
+from pipeline.tracking.writer import Writer
 
-TAIL_BYTES = 1 << 16  # at the end of a journal, which hold its last record
 SHOWN = 5  # differences that an error names
 
 
@@ -58,7 +57,7 @@ def find_earlier(
     """The run that `config.resume` names; None = there is none. `identity`: the tags of such a run.
 
     opened: the run id that this start was given (`mlflow run`, or the environment of a restarted pod). Where an earlier
-    start has written to it, it is resumed even without `resume`: from the beginning it would hold every point twice.
+    start has written to it, it is resumed even without `resume`: from the read_opening it would hold every point twice.
 
     Raises:
         UserError: another process writes the run, there is none with the id, or its config or data differ.
@@ -81,7 +80,7 @@ def find_earlier(
 
 def _has_begun(run_id: str, config: RunConfig, writer: Writer) -> bool:
     """An earlier start has written to the run: its folder is here, or it has a run key in the store."""
-    if (Path(config.output_dir) / run_id / JOURNAL_FILE).exists():
+    if RunFolder(Path(config.output_dir) / run_id).journal.exists():
         return True
     stored = query_store(config, writer, run_id=run_id)
     return bool(stored and "run_key" in stored[0].tags)
@@ -115,12 +114,13 @@ def _of_id(run_id: str, config: RunConfig, output_dir: Path, writer: Writer) -> 
                         f"restore --run-id {stored[0].run_id}`), or start anew")  # fmt: skip
     if stored:
         return _of_store(stored[0], output_dir)
-    if not (folder / JOURNAL_FILE).exists():
+    journal = RunFolder(folder).journal
+    if not journal.exists():
         raise UserError(f"resume {run_id}: there is no such run; allowed: auto, or the id of a run")
-    with os_errors(f"journal {folder / JOURNAL_FILE}"):
-        opened = beginning(folder / JOURNAL_FILE)
+    with os_errors(f"journal {journal}"):
+        opened = read_opening(journal)
     if opened is None:
-        raise UserError(f"{folder / JOURNAL_FILE}: found no record of the run's beginning; it cannot go on")
+        raise UserError(f"{journal}: found no record of the run's read_opening; it cannot go on")
     return _of_folder(folder, opened)
 
 
@@ -138,20 +138,20 @@ def query_store(config: RunConfig, writer: Writer, **criteria: str | None) -> li
 def _local_runs(output_dir: Path) -> list[tuple[Path, Record]]:
     """Folders of runs with the first record of their journals, oldest first."""
     runs = []
-    for file in output_dir.glob(f"*/{JOURNAL_FILE}"):
+    for folder in RunFolder.below(output_dir):
         try:
-            opened = beginning(file)
+            opened = folder.opening()
         except OSError as error:
-            warn(f"{file}: {error.strerror or error}; the run is passed over")
+            warn(f"{folder.journal}: {error.strerror or error}; the run is passed over")
             continue
         if opened:
-            runs.append((file.parent, opened))
+            runs.append((folder.path, opened))
     return sorted(runs, key=lambda run: run[1]["time"])
 
 
 def _of_store(run: StoredRun, output_dir: Path) -> EarlierRun:
     folder = folder_of(run, output_dir)
-    ended = _ended_as(folder / JOURNAL_FILE)
+    ended = RunFolder(folder).final_status()
     return EarlierRun(run.first_id, run.name, folder, run.status == "FINISHED", ended, run.tags, run.metrics,
                       run.canonical_params)  # fmt: skip
 
@@ -159,31 +159,19 @@ def _of_store(run: StoredRun, output_dir: Path) -> EarlierRun:
 def folder_of(run: StoredRun, output_dir: Path) -> Path:
     """The run's folder below `output_dir`, which may have been moved; else the one that the run was last written to."""
     here, there = output_dir / run.first_id, Path(run.tags.get("run_dir", output_dir / run.first_id))
-    return there if (there / JOURNAL_FILE).exists() and not (here / JOURNAL_FILE).exists() else here
+    return there if RunFolder(there).journal.exists() and not RunFolder(here).journal.exists() else here
 
 
 def _of_folder(folder: Path, opened: Record) -> EarlierRun:
     return EarlierRun(
-        folder.name, opened["name"], folder, False, _ended_as(folder / JOURNAL_FILE), opened["tags"], {}, {}
+        folder.name, opened["name"], folder, False, RunFolder(folder).final_status(), opened["tags"], {}, {}
     )
-
-
-def _ended_as(journal: Path) -> str | None:
-    """The status at the end of a journal; None where it was cut off."""
-    try:
-        check_file(journal)
-        with journal.open("rb") as stream:
-            stream.seek(max(0, stream.seek(0, 2) - TAIL_BYTES))
-            last = parsed(stream.read().rstrip(b"\n").rpartition(b"\n")[2])
-    except OSError:
-        return None
-    return last["status"] if last and last["op"] == "finish" else None
 
 
 def _check_abandoned(folder: Path) -> None:
     """Raise a UserError where a process writes the run."""
-    if folder.is_dir() and (owner := alive_owner(folder)):
-        raise UserError(f"run {folder.name} is alive: {owner} writes it; wait for its end, or end it first")
+    if folder.is_dir() and (owner := live_owner(folder)):
+        raise alive_error(folder.name, owner)
 
 
 def _check_same(config: RunConfig, identity: Mapping[str, str], run: EarlierRun) -> None:

@@ -23,7 +23,9 @@ from pipeline.runtime import process_rank
 from pipeline.runtime.console import Console, say, warn
 from pipeline.tasks.base import Task, precision, undefined
 from pipeline.tracking.messages import RunRequest
-from pipeline.tracking.mlflow_run import MemoryRun, MlflowRun, Run, Writer, end_early
+from pipeline.tracking.mlflow_run import MlflowRun, end_early
+from pipeline.tracking.run import MemoryRun, Run
+from pipeline.tracking.writer import Writer
 from pipeline.training.loop import Training, Watch, amp_warning, count_steps, resolve_device
 from pipeline.training.saver import Saver
 
@@ -46,7 +48,7 @@ class Trained:
 
 def launch(config: RunConfig, make_task: TaskFactory, overrides: frozenset[str], writer: Writer | None) -> None:
     """Train one run, in the MLflow run that `mlflow run` opened if there is one; untracked without a writer."""
-    if not process_rank.leads():
+    if not process_rank.is_main_process():
         follow(config, make_task, overrides)
         return
     request = RunRequest(run_id=os.environ.get("MLFLOW_RUN_ID"))
@@ -158,8 +160,8 @@ def _prepared(
         fork(training, tracked, opened.origin)
     elif trunk:
         branch(training, trunk)
-    if process_rank.size() > 1:
-        run.set_tags({"processes": str(process_rank.size())})
+    if process_rank.world_size() > 1:
+        run.set_tags({"processes": str(process_rank.world_size())})
         _synchronise(training, identity)
     return training
 
@@ -175,7 +177,7 @@ def _synchronise(training: Training, identity: Mapping[str, str]) -> bool:
     if distributed.agree(facts) is None:
         return False
     state = distributed.first_of(lambda: training.state() | {"threads": torch.get_num_threads()})
-    if not process_rank.leads():
+    if not process_rank.is_main_process():
         torch.set_num_threads(state["threads"])
         training.load_state(state)
     return True
@@ -237,7 +239,7 @@ def _ending_early(run: Run) -> Iterator[None]:
         yield
     except BaseException as error:
         status = end_early(run, explained(error))
-        if process_rank.size() > 1 and isinstance(error, KeyboardInterrupt):
+        if process_rank.world_size() > 1 and isinstance(error, KeyboardInterrupt):
             say("torchrun stops all its processes when one of them has ended: its report names that one")
         if isinstance(run, MlflowRun) and not run.lost:
             say(f"{run.name}: run {run.id} is {status}; the same command with resume=auto goes on with it")

@@ -10,9 +10,11 @@ from pipeline.errors import UserError
 from pipeline.names import FORKED_FROM, THREADS
 from pipeline.runs.earlier_runs import folder_of, query_store
 from pipeline.runtime.console import say, warn
-from pipeline.storage.checkpoints import Checkpoints, Generation
-from pipeline.storage.journal import JOURNAL_FILE, Record, beginning, points
-from pipeline.tracking.mlflow_run import MlflowRun, Writer
+from pipeline.storage.checkpoint_format import Checkpoint
+from pipeline.storage.journal import Record, read_points
+from pipeline.storage.run_folder import RunFolder
+from pipeline.tracking.mlflow_run import MlflowRun
+from pipeline.tracking.writer import Writer
 from pipeline.training.loop import Training
 
 
@@ -23,30 +25,30 @@ def identity_tags(config: RunConfig, digest: str) -> dict[str, str]:
     return tags | ({FORKED_FROM: config.fork} if config.fork else {})
 
 
-def newest_state(run: MlflowRun) -> Generation | None:
-    """The run's newest intact checkpoint; points that are in the journal from there on are not logged again."""
-    generation = Checkpoints(run.folder).latest()
-    run.go_on(generation.facts["position"] if generation else 0)
-    return generation
+def newest_state(run: MlflowRun) -> Checkpoint | None:
+    """The run's newest intact checkpoint; read_points that are in the journal from there on are not logged again."""
+    checkpoint = RunFolder(run.folder).checkpoints().latest()
+    run.resume_from(checkpoint.facts["position"] if checkpoint else 0)
+    return checkpoint
 
 
-def restore(training: Training, generation: Generation) -> None:
+def restore(training: Training, checkpoint: Checkpoint) -> None:
     """Load a checkpoint into a training, and set its number of threads: another number rounds differently.
 
     Raises:
         UserError: the state is of another model.
     """
     try:
-        training.restore(generation)
+        training.restore(checkpoint)
     except (KeyError, RuntimeError, ValueError) as error:
-        raise UserError(f"{generation.folder}: its state does not fit this config: {error}") from None
-    facts = generation.facts
+        raise UserError(f"{checkpoint.folder}: its state does not fit this config: {error}") from None
+    facts = checkpoint.facts
     _set_threads(facts["threads"])
     if facts["torch"] != torch.__version__:
         warn(f"the checkpoint is of torch {facts['torch']}, this is {torch.__version__}: numbers may differ")
 
 
-def find_origin(config: RunConfig, writer: Writer) -> Generation | None:
+def find_origin(config: RunConfig, writer: Writer) -> Checkpoint | None:
     """The checkpoint `<run id>@<step>` that `config.fork` names; None without one.
 
     Raises:
@@ -60,14 +62,14 @@ def find_origin(config: RunConfig, writer: Writer) -> Generation | None:
     if not folder.is_dir():
         raise UserError(f"fork {config.fork}: found no folder of run {run_id}; allowed: one whose checkpoints are here")
     try:
-        return Checkpoints(folder).at(int(step))
+        return RunFolder(folder).checkpoints().at(int(step))
     except UserError as error:
         raise UserError(f"fork {config.fork}: {error}") from None
 
 
 def use_first_threads(run: MlflowRun) -> None:
     """Set the number of threads that a run began with: it has no checkpoint, but points that must repeat exactly."""
-    opened = beginning(run.folder / JOURNAL_FILE) or {"tags": {}}
+    opened = RunFolder(run.folder).opening() or {"tags": {}}
     _set_threads(int(opened["tags"].get(THREADS, torch.get_num_threads())))
 
 
@@ -77,8 +79,8 @@ def _set_threads(number: int) -> None:
         torch.set_num_threads(number)
 
 
-def fork(training: Training, run: MlflowRun, origin: Generation) -> None:
-    """Start from another run's checkpoint, with that run's points up to it and this config's optimizer settings.
+def fork(training: Training, run: MlflowRun, origin: Checkpoint) -> None:
+    """Start from another run's checkpoint, with that run's read_points up to it and this config's optimizer settings.
 
     Raises:
         UserError: the state is of another model.
@@ -93,13 +95,13 @@ def fork(training: Training, run: MlflowRun, origin: Generation) -> None:
         run.log_metrics(record["step"], record["values"], record["time"])
 
 
-def _points_before(generation: Generation) -> Iterator[Record]:
+def _points_before(checkpoint: Checkpoint) -> Iterator[Record]:
     """Points of the steps before a checkpoint, and of the evaluation at its step if that came first.
 
     The journal may hold later ones, of a start that came further before it was killed.
     """
-    was_evaluated = generation.state["evaluated_at"] == generation.step
-    for record in points(generation.folder.parent.parent / JOURNAL_FILE):
+    was_evaluated = checkpoint.state["evaluated_at"] == checkpoint.step
+    for record in read_points(RunFolder(checkpoint.folder.parent.parent).journal):
         of_evaluation = any(name.startswith("valid/") for name in record["values"])
-        if record["step"] < generation.step or (record["step"] == generation.step and was_evaluated and of_evaluation):
+        if record["step"] < checkpoint.step or (record["step"] == checkpoint.step and was_evaluated and of_evaluation):
             yield record

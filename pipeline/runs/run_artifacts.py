@@ -10,7 +10,7 @@ from pipeline.names import NOTE_LENGTH
 from pipeline.runtime.console import optional
 from pipeline.tasks.base import Task, evaluating
 from pipeline.tracking import plots
-from pipeline.tracking.mlflow_run import Run
+from pipeline.tracking.run import Run
 from pipeline.training.loop import Result, Training
 
 CONFIG_FILE = "config.yaml"

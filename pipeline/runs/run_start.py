@@ -10,9 +10,12 @@ from pipeline.names import THREADS
 from pipeline.runs.earlier_runs import EarlierRun, find_earlier, one_at_a_time
 from pipeline.runs.resume import find_origin
 from pipeline.runtime.console import warn
-from pipeline.storage.checkpoints import Checkpoints, Generation
+from pipeline.storage.checkpoint_format import Checkpoint
+from pipeline.storage.run_folder import RunFolder
 from pipeline.tracking.messages import RunRequest
-from pipeline.tracking.mlflow_run import MemoryRun, MlflowRun, Run, Writer
+from pipeline.tracking.mlflow_run import MlflowRun
+from pipeline.tracking.run import MemoryRun, Run
+from pipeline.tracking.writer import Writer
 
 MEMORY_EVENTS = Path("/sys/fs/cgroup/memory.events")
 
@@ -20,7 +23,7 @@ MEMORY_EVENTS = Path("/sys/fs/cgroup/memory.events")
 class OpenedRun(NamedTuple):
     run: Run
     resumed: bool  # an earlier start began it
-    origin: Generation | None  # where a fork starts
+    origin: Checkpoint | None  # where a fork starts
 
 
 def open_run(
@@ -37,8 +40,8 @@ def open_run(
             request = _continuing(request, earlier)
         if request.resume and request.run_id:  # checked first: a run that cannot go on stays as it is
             folder = Path(request.folder) if request.folder else Path(config.output_dir) / request.run_id
-            Checkpoints(folder).check_format()
-        fresh = earlier is None or not Checkpoints(earlier.folder).steps()
+            RunFolder(folder).checkpoints().check_format()
+        fresh = earlier is None or not RunFolder(earlier.folder).checkpoints().steps()
         origin = find_origin(config, writer) if fresh else None
         run = MlflowRun(writer, request, Path(config.output_dir), config.tracking.offline)
     return OpenedRun(run, request.resume, origin)

@@ -10,10 +10,10 @@ from typing import Any
 
 from pipeline.names import TRUNK_FILES
 from pipeline.runtime.console import Console
-from pipeline.storage.checkpoints import read, write
+from pipeline.storage.checkpoint_format import read_checkpoint, write_checkpoint
 from pipeline.storage.folders import made_once
 from pipeline.tasks.base import Task
-from pipeline.tracking.mlflow_run import MemoryRun
+from pipeline.tracking.run import MemoryRun
 from pipeline.training.loop import Training
 
 POINTS_FILE = TRUNK_FILES[0]
@@ -50,7 +50,7 @@ def branch(training: Training, folder: Path) -> None:
             if "global_step" in values:
                 values |= {name: value for name, value in training.task.settings(step).items() if name in values}
             training.run.log_metrics(step, values, time_ms)
-    training.restore(read(folder))
+    training.restore(read_checkpoint(folder))
 
 
 def _save(training: Training, run: MemoryRun, folder: Path) -> None:
@@ -58,4 +58,4 @@ def _save(training: Training, run: MemoryRun, folder: Path) -> None:
     with (folder / POINTS_FILE).open("w", encoding="utf-8") as lines:
         for (step, values), time_ms in zip(run.points, run.times, strict=True):
             lines.write(json.dumps([step, time_ms, values]) + "\n")
-    write(folder, state, training.result.steps, links=training.files())
+    write_checkpoint(folder, state, training.result.steps, links=training.files())

@@ -1,1 +1,1 @@
-"""What a process needs, whatever it does: child processes and the messages between them."""
+"""What every process needs: console, interrupts, child processes and messages between them."""

@@ -1,6 +1,6 @@
 """What the user sees while training: messages on standard error, steps on standard output.
 
-In a terminal a step is a progress bar; elsewhere it is one JSON object a line, for programs to read.
+In a terminal the steps are a progress bar; elsewhere each is a JSON object on a line of its own.
 """
 
 import contextlib
@@ -19,62 +19,66 @@ from tqdm import tqdm
 
 from pipeline.errors import TrainingError
 from pipeline.names import ROWS_PER_SECOND
-from pipeline.runtime.process_rank import leads
+from pipeline.runtime.process_rank import is_main_process
 from pipeline.runtime.text import visible
 
-CLOSE_SECONDS = 1.0  # that the last lines may wait for a reader
-SAY_SECONDS = 1.0  # that a message may
-KEPT_BYTES = 1 << 20  # of steps that nobody reads
+CLOSE_SECONDS = 1.0  # for a reader of the last lines
+MESSAGE_SECONDS = 1.0  # for a reader of a message
+BUFFER_BYTES = 1 << 20  # of steps that nobody reads
 LONGEST_REASON = 300  # characters of an error
 
 
-def say(message: str) -> None:
-    """A line on standard error; of several processes that train together, the first one's.
+def info(message: str) -> None:
+    """Print a line on standard error, in the main process of a training.
 
-    Where it is closed, full or not read for a second, the line is lost.
+    The line is lost if standard error is closed, full or not read for a second.
     """
-    if leads() and _takes(sys.stderr):
+    if is_main_process() and _is_writable(sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             tqdm.write(visible(message), file=sys.stderr)
 
 
 def warn(message: str) -> None:
-    say(f"warning: {message}")
+    info(f"warning: {message}")
+
+
+say = info  # former name
 
 
 @contextmanager
 def optional(what: str) -> Iterator[None]:
-    """A block that a training can do without, as a picture: an error in it is one line, with where it arose.
+    """A block that a training can do without, such as a plot: an error in it becomes a warning with its place.
 
     Raises:
         TrainingError: the run itself cannot go on.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):  # of letters that a font lacks, a line each
+        with warnings.catch_warnings(action="ignore"):  # such as a line for each letter that a font lacks
             yield
     except TrainingError:
         raise
-    except Exception as error:  # whatever it is, the training is done
+    except Exception as error:  # the training is done, whatever it is
         place = extract_tb(error.__traceback__)[-1]
         reason = " ".join(str(error).split())[:LONGEST_REASON]
         warn(f"{what} is left out: {type(error).__name__}: {reason} ({Path(place.filename).name}, line {place.lineno})")
 
 
-def _takes(stream: TextIO) -> bool:
+def _is_writable(stream: TextIO) -> bool:
     try:
-        return bool(select.select([], [stream.fileno()], [], SAY_SECONDS)[1])
-    except (OSError, ValueError, AttributeError):  # a notebook's, or a test's
+        return bool(select.select([], [stream.fileno()], [], MESSAGE_SECONDS)[1])
+    except (OSError, ValueError, AttributeError):  # a stream of a notebook or a test
         return True
 
 
 class Console:
-    """Shows logged steps; `total` optimizer steps make a full bar. `quiet` shows none.
+    """Shows logged steps.
 
-    Standard output that is closed, full or read by nobody costs no training: what is logged is in the run's journal.
+    Standard output that is closed, full or not read does not disturb the training: the journal has every step.
     """
 
     def __init__(self, total: int, quiet: bool = False) -> None:
-        self.quiet, self.bar, self.waiting, self.left_out = quiet, None, bytearray(), 0
+        """`total`: optimizer steps of a full bar. `quiet`: show nothing."""
+        self.quiet, self.bar, self.buffer, self.dropped = quiet, None, bytearray(), 0
         if quiet:
             return
         try:
@@ -87,89 +91,85 @@ class Console:
         if self.quiet:
             return
         if self.bar is None:
-            if len(self.waiting) < KEPT_BYTES:
-                self.waiting += json.dumps(metrics).encode() + b"\n"
+            if len(self.buffer) < BUFFER_BYTES:
+                self.buffer += json.dumps(metrics).encode() + b"\n"
             else:
-                self.left_out += 1
+                self.dropped += 1
             return
-        shown = {name.removeprefix("loss_"): f"{value:.4g}" for name, value in metrics.items()
-                 if name.startswith("loss_")}  # fmt: skip
-        self.bar.set_postfix({"rows/s": f"{metrics[ROWS_PER_SECOND]:,.0f}"} | shown, refresh=False)
+        losses = {name.removeprefix("loss_"): f"{value:.4g}" for name, value in metrics.items()
+                  if name.startswith("loss_")}  # fmt: skip
+        self.bar.set_postfix({"rows/s": f"{metrics[ROWS_PER_SECOND]:,.0f}"} | losses, refresh=False)
         try:
             self.bar.update(int(metrics["global_step"]) + 1 - self.bar.n)
         except (OSError, ValueError) as error:
             self._give_up(error)
 
     def flush(self, seconds: float = 0.0) -> None:
-        """Write as much of what waits as somebody takes, within `seconds` from one piece to the next."""
-        if not self.waiting:
+        """Write as much of the buffer as is read, waiting at most `seconds` between two pieces."""
+        if not self.buffer:
             return
         try:
-            del self.waiting[: _write(self.waiting, seconds)]
+            del self.buffer[: _write(self.buffer, seconds)]
         except (OSError, ValueError) as error:
             self._give_up(error)
 
     def close(self) -> None:
         self.flush(CLOSE_SECONDS)
-        unread = self.left_out + self.waiting.count(b"\n")
+        unread = self.dropped + self.buffer.count(b"\n")
         if unread:
             warn(f"standard output: nobody read the last {unread} steps there; they are logged")
         if self.bar is not None:
             self.bar.close()
 
     def _give_up(self, error: Exception) -> None:
-        """Show nothing more; told once."""
-        self.quiet, self.bar, self.left_out = True, None, 0
-        self.waiting.clear()
+        """Show nothing more."""
+        self.quiet, self.bar, self.dropped = True, None, 0
+        self.buffer.clear()
         warn(f"standard output: {getattr(error, 'strerror', None) or error}; the training goes on, and logs as before")
 
 
 def _write(data: bytearray, seconds: float) -> int:
-    """To standard output, past Python's buffer, which would wait for a reader; returns how many bytes it took.
-
-    Raises:
-        OSError, ValueError: it is closed, full, or its reader is gone.
-    """
+    """Write to standard output, past Python's buffer, which blocks; returns the number of bytes written."""
     try:
         descriptor = sys.stdout.fileno()
-    except (OSError, AttributeError):  # a notebook's, or a test's
+    except (OSError, AttributeError):  # a stream of a notebook or a test
         sys.stdout.write(data.decode())
         sys.stdout.flush()
         return len(data)
     sys.stdout.flush()
-    taken = 0
-    while taken < len(data) and select.select([], [descriptor], [], seconds)[1]:
-        taken += os.write(descriptor, data[taken : taken + select.PIPE_BUF])
-    return taken
+    count = 0
+    while count < len(data) and select.select([], [descriptor], [], seconds)[1]:
+        count += os.write(descriptor, data[count : count + select.PIPE_BUF])
+    return count
 
 
 def open_standard_streams() -> None:
-    """Let a standard stream that the parent has closed lead nowhere: a file that is opened would take its place."""
+    """Open standard streams that the parent has closed on the null device; another file would take their numbers."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest that is free
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
 
 
 def table(rows: Iterable[tuple[str, Mapping[str, float | None]]]) -> str:
-    """Rows of named numbers as aligned text, a column a name."""
-    listed = list(rows)
-    names = list(dict.fromkeys(name for _, values in listed for name in values))
+    """Rows of named numbers as aligned text, a column per name."""
+    labelled = list(rows)
+    names = list(dict.fromkeys(name for _, numbers in labelled for name in numbers))
     cells = [["", *names]]
-    for label, values in listed:
-        numbers = [values.get(name) for name in names]
-        cells.append([label, *("-" if number is None else f"{number:.4f}" for number in numbers)])
+    for label, numbers in labelled:
+        row = [numbers.get(name) for name in names]
+        cells.append([label, *("-" if number is None else f"{number:.4f}" for number in row)])
     return aligned(cells)
 
 
 def aligned(rows: Sequence[Sequence[str]], left: Container[int] = (0,)) -> str:
-    """Columns of text, those in `left` to the left, the others to the right.
+    """Columns of text; those in `left` are aligned left, the others right.
 
-    A cell may have several lines; shorter ones of its row stand at the bottom.
+    A cell may have several lines; shorter cells of its row are aligned at the bottom.
     """
     lines = list[tuple[str, ...]]()
     for row in rows:
@@ -179,8 +179,8 @@ def aligned(rows: Sequence[Sequence[str]], left: Container[int] = (0,)) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if at in left else cell.rjust(width)
-            for at, (cell, width) in enumerate(zip(line, widths, strict=True))
+            cell.ljust(width) if index in left else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
     )

@@ -1,4 +1,4 @@
-"""Imports by a text reference, and large ones made quicker."""
+"""Imports by text reference, and faster imports of large libraries."""
 
 import gc
 import importlib
@@ -9,9 +9,9 @@ from typing import Any
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Within the block nothing is searched for garbage: an import makes a million objects, and they all stay.
+    """Disable garbage collection within the block: an import creates a million objects, which all stay.
 
-    A fifth of the time that mlflow takes, a tenth of torch's.
+    It saves a fifth of mlflow's import time, and a tenth of torch's.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -23,7 +23,7 @@ def uncollected() -> Iterator[None]:
 
 
 def import_reference(reference: str) -> Any:
-    """`module:name` as the thing itself."""
+    """Import `module:name`."""
     module, name = reference.split(":")
     with uncollected():
         return getattr(importlib.import_module(module), name)

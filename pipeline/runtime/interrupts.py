@@ -1,7 +1,7 @@
-"""Requests to end: Ctrl-C, a scheduler's signal, the death of `mlflow run`. They come as one exception.
+"""Requests to end the process, all of which raise `Interrupted`: Ctrl-C, signals, the death of `mlflow run`.
 
-Kubernetes sends SIGTERM, Slurm SIGTERM or what its `--signal` names (SIGUSR1, SIGUSR2), a terminal that closes SIGHUP.
-`mlflow run` passes none of them on, so a process that it started watches its parent.
+Kubernetes sends SIGTERM; Slurm SIGTERM or the signal of `--signal` (SIGUSR1, SIGUSR2); a closed terminal SIGHUP.
+`mlflow run` forwards none of them, so a process that it started watches its parent.
 """
 
 import os
@@ -16,10 +16,10 @@ from typing import TypeVar
 T = TypeVar("T")
 
 SIGNALS = tuple(signal.Signals[f"SIG{name}"] for name in ("INT", "TERM", "HUP", "USR1", "USR2", "XCPU"))
-WATCH_SECONDS = 0.5  # how often the parent is looked for
+WATCH_SECONDS = 0.5  # between two checks of the parent
 
-_holds = 0  # blocks of `held` that are being run
-_told: list[int] = []  # the signals that came
+_deferrals = 0  # active `deferred` blocks
+_received: list[int] = []
 _raised = False
 
 
@@ -33,18 +33,18 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Within the block the first signal raises `Interrupted` in the main thread; later ones change nothing.
+    """Within the block the first signal raises `Interrupted` in the main thread; later ones have no effect.
 
-    What the caller has told to ignore (nohup: SIGHUP) stays ignored.
+    Signals that the caller ignores (nohup: SIGHUP) stay ignored.
     """
-    global _raised  # noqa: PLW0603 (signals are the process')
+    global _raised  # noqa: PLW0603 (signals belong to the process)
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _told.clear()
+    _received.clear()
     _raised = False
-    before = {number: signal.signal(number, _note) for number in SIGNALS
-              if signal.getsignal(number) is not signal.SIG_IGN}  # fmt: skip
+    handlers = {number: signal.signal(number, _receive) for number in SIGNALS
+                if signal.getsignal(number) is not signal.SIG_IGN}  # fmt: skip
     over = threading.Event()
     if "MLFLOW_RUN_ID" in os.environ:  # `mlflow run` is the parent
         threading.Thread(target=_watch_parent, args=(os.getppid(), over), daemon=True).start()
@@ -52,57 +52,57 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         over.set()
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
-        _told.clear()
+        _received.clear()
 
 
 @contextmanager
-def held() -> Iterator[None]:
-    """A block that a request to end does not cut in two: it is raised once the block is done."""
-    global _holds  # noqa: PLW0603
-    _holds += 1
+def deferred() -> Iterator[None]:
+    """Within the block interrupts are deferred to its end."""
+    global _deferrals  # noqa: PLW0603
+    _deferrals += 1
     try:
         yield
     finally:
-        _holds -= 1
+        _deferrals -= 1
     _raise_once()
 
 
-def ending() -> None:
-    """Raise what was asked so far; what is asked from now on changes nothing, since the process ends of an error."""
+def raise_or_disable() -> None:
+    """Raise a signal received so far; ignore later ones, since the process ends with another error."""
     global _raised
     first, _raised = not _raised, True
-    if _told and first:
-        raise Interrupted(_told[0])
+    if _received and first:
+        raise Interrupted(_received[0])
 
 
 def check() -> None:
-    """Raise what came and was lost: Python drops what is raised in a finalizer."""
-    if _told:
-        raise Interrupted(_told[0])
+    """Raise a signal whose exception was lost: Python drops those that are raised in a finalizer."""
+    if _received:
+        raise Interrupted(_received[0])
 
 
-def next_of(waiting: "Queue[T]") -> T:
-    """The next item of a queue; a request to end interrupts the wait, whichever thread has got the signal."""
+def next_item(queue: "Queue[T]") -> T:
+    """Wait for the next item of a queue; interrupts end the wait, whichever thread received the signal."""
     while True:
         check()
         try:
-            return waiting.get(timeout=WATCH_SECONDS)
+            return queue.get(timeout=WATCH_SECONDS)
         except Empty:
             continue
 
 
-def _note(number: int, _: FrameType | None) -> None:
-    _told.append(number)
+def _receive(number: int, _: FrameType | None) -> None:
+    _received.append(number)
     _raise_once()
 
 
 def _raise_once() -> None:
     global _raised  # noqa: PLW0603
-    if _told and not _raised and not _holds:
+    if _received and not _raised and not _deferrals:
         _raised = True
-        raise Interrupted(_told[0])
+        raise Interrupted(_received[0])
 
 
 def _watch_parent(parent: int, over: threading.Event) -> None:

@@ -1,31 +1,31 @@
-"""Which of the processes that train together this one is, as torchrun says in the environment."""
+"""This process's rank among those that train together, from torchrun's environment variables."""
 
 import os
 
-_over = False
+_alone = False
 
 
-def number() -> int:
+def rank() -> int:
     """The rank of this process, from 0."""
-    return _given("RANK", 0) if "WORLD_SIZE" in os.environ else 0
+    return _variable("RANK", 0) if "WORLD_SIZE" in os.environ else 0
 
 
-def size() -> int:
-    """How many processes train together; 1 = this one is alone, or alone again."""
-    return 1 if _over else _given("WORLD_SIZE", 1)
+def world_size() -> int:
+    """The number of processes that train together."""
+    return 1 if _alone else _variable("WORLD_SIZE", 1)
 
 
-def _given(name: str, default: int) -> int:
-    text = os.environ.get(name, str(default))
-    return int(text) if text.isdecimal() else default  # not torchrun's
-
-
-def leads() -> bool:
-    """This process is the one that tracks and writes."""
-    return number() == 0
+def is_main_process() -> bool:
+    """Whether this process is the one that tracks and writes."""
+    return rank() == 0
 
 
 def go_alone() -> None:
-    """The others have gone: from now on this process is the only one."""
-    global _over  # noqa: PLW0603 (as the group is the process')
-    _over = True
+    """Make this process the only one: the others have ended."""
+    global _alone  # noqa: PLW0603 (as the process group is global)
+    _alone = True
+
+
+def _variable(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    return int(text) if text.isdecimal() else default  # not torchrun's

@@ -1,7 +1,6 @@
-"""Child processes that receive requests and send replies, a line each (`pipeline.runtime.protocol`).
+"""Child processes that receive requests and send replies, one message per line (`pipeline.runtime.protocol`).
 
-Requests come on the child's standard input; its end asks the child to end. Replies have the child's standard output to
-themselves.
+Requests go to the child's standard input, whose end asks it to exit; replies come from its standard output.
 """
 
 import contextlib
@@ -23,9 +22,9 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Ended:
-    """Stands after a child's last reply: it has ended."""
+    """Follows a child's last reply."""
 
-    code: int  # negative: the signal
+    code: int  # exit code; negative: the signal
 
 
 class ChildProcess(Generic[R]):
@@ -41,10 +40,13 @@ class ChildProcess(Generic[R]):
         log: Path | None = None,
         own_session: bool = False,
     ) -> None:
-        """Start it; this returns at once.
+        """Start it without waiting.
 
-        replies: the types that it may send. inbox: gets each reply, and `Ended` once, with this object. log: takes its
-        standard error, behind what is there; None = that of this process. own_session: Ctrl-C does not reach it.
+        Args:
+            replies: types of its replies.
+            inbox: gets this object with each reply, and with `Ended` once.
+            log: its standard error is appended there; None: that of this process.
+            own_session: Ctrl-C does not reach it.
         """
         self.log = log
         with log.open("ab") if log else contextlib.nullcontext() as stream:
@@ -56,24 +58,24 @@ class ChildProcess(Generic[R]):
         return self._process.pid
 
     def poll(self) -> int | None:
-        """Its exit code, negative for a signal; None while it runs."""
+        """The exit code (negative: the signal), or None while it runs."""
         return self._process.poll()
 
     def send(self, request: Any) -> None:
-        """Send a message; one to a process that has ended is lost, and `Ended` says so."""
+        """Send a message; it is lost if the process has ended."""
         assert self._process.stdin
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(encode(request))
             self._process.stdin.flush()
 
     def end_input(self) -> None:
-        """Ask it to end."""
+        """Ask it to exit."""
         assert self._process.stdin
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
 
     def close(self, seconds: float | None = None) -> None:
-        """Ask it to end and wait for that; after so many seconds it is killed. None: wait for as long as it takes."""
+        """Ask it to exit and wait; kill it after these seconds, if any."""
         self.end_input()
         try:
             self._process.wait(seconds)
@@ -81,7 +83,6 @@ class ChildProcess(Generic[R]):
             self.kill()
 
     def kill(self) -> None:
-        """End it at once."""
         self._process.kill()
         self._process.wait()
         self.end_input()
@@ -96,7 +97,7 @@ class ChildProcess(Generic[R]):
             with self._process.stdout as lines:
                 for reply in read_messages(lines, replies):
                     inbox.put((self, reply))
-        except MessageError:  # not a process of ours, or of another version
+        except MessageError:  # another program, or another version
             traceback.print_exc()
             self._process.kill()
         finally:
@@ -104,7 +105,7 @@ class ChildProcess(Generic[R]):
 
 
 def start(module: str, environment: Mapping[str, str], stderr: Any, own_session: bool) -> "subprocess.Popen[str]":
-    """Start `python -m module` with pipes: the one place where the writer and workers are started."""
+    """Start `python -m module` with pipes."""
     return subprocess.Popen(
         [sys.executable, "-m", module],
         stdin=subprocess.PIPE,
@@ -117,9 +118,9 @@ def start(module: str, environment: Mapping[str, str], stderr: Any, own_session:
 
 
 def take_standard_output() -> Callable[[Any], None]:
-    """In a child: keep standard output for replies. What is printed goes to standard error from now on.
+    """In a child: reserve standard output for replies, and redirect prints to standard error.
 
-    Returns the function that sends a reply; one to a parent that is gone is lost.
+    Returns the function that sends a reply; replies to a parent that is gone are lost.
     """
     stream = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

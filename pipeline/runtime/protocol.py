@@ -1,4 +1,4 @@
-"""Messages between processes: frozen dataclasses, each written as one line of JSON with the name of its type."""
+"""Messages between processes: frozen dataclasses, each written as a line of JSON with the name of its type."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -11,36 +11,36 @@ TYPE = "type"  # key of the type's name
 
 
 class MessageError(ValueError):
-    """A line that is no message of the protocol."""
+    """A line is not a message of the protocol."""
 
 
 def encode(message: Any) -> str:
-    """The message, a dataclass, as a line of JSON."""
+    """Write a dataclass as a line of JSON."""
     return json.dumps({TYPE: type(message).__name__} | asdict(message)) + "\n"
 
 
 def decode(line: str, kinds: Iterable[type[M]]) -> M:
-    """The message of a line, one of the kinds.
+    """Read a message of one of the kinds.
 
     Raises:
-        MessageError: the line is not JSON, names another type, lacks a field, or has one that the type does not know.
+        MessageError: the line is not JSON, names another type, or lacks or adds a field.
     """
     try:
         values = json.loads(line)
     except ValueError as error:
         raise MessageError(f"found a line that is not JSON: {error}") from None
-    known = {kind.__name__: kind for kind in kinds}
+    types = {kind.__name__: kind for kind in kinds}
     name = values.pop(TYPE, None) if isinstance(values, dict) else None
-    if not isinstance(name, str) or name not in known:
-        raise MessageError(f"found message type {name!r}, allowed: {', '.join(known)}")
-    return _build(known[name], values)
+    if not isinstance(name, str) or name not in types:
+        raise MessageError(f"found message type {name!r}, allowed: {', '.join(types)}")
+    return _build(types[name], values)
 
 
 def read_messages(stream: Iterable[str], kinds: Iterable[type[M]]) -> Iterator[M]:
-    """The messages of a stream; a last line that is not whole (its writer was killed) is left out.
+    """The messages of a stream; an incomplete last line, left by a kill, is skipped.
 
     Raises:
-        MessageError: a line is none of them.
+        MessageError
     """
     return (decode(line, kinds) for line in stream if line.endswith("\n"))
 
@@ -58,7 +58,7 @@ def _build(kind: type[M], values: Any) -> M:
 
 
 def _value(hint: Any, value: Any) -> Any:
-    """Restore the dataclasses and tuples that JSON lacks."""
+    """Restore dataclasses and tuples, which JSON does not have."""
     if isinstance(hint, type) and is_dataclass(hint):
         return _build(hint, value)
     if get_origin(hint) is tuple:

@@ -1,1 +1,1 @@
-"""A run's folder on disk; knows neither MLflow nor training."""
+"""A run's folder on disk. Nothing here knows MLflow or training."""

@@ -1,4 +1,4 @@
-"""The calibration in a logged model's folder: a JSON object of the heads, empty where the model is not calibrated."""
+"""The calibration in a logged model's folder: a JSON object by head, empty if the model is not calibrated."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ def write_calibration(folder: Path, fitted: Fitted) -> None:
 
 
 def read_calibration(folder: Path) -> Fitted:
-    """What was written; empty for a model of an earlier version, which has no such file."""
+    """Read the calibration; models of earlier versions have no such file, and no calibration."""
     file = folder / CALIBRATION_FILE
     fitted: Fitted = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     return fitted

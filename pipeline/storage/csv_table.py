@@ -13,23 +13,18 @@ NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 def cell(value: object) -> object:
-    r"""A value as a cell: of a text the control characters are escaped, and one that a spreadsheet would take for a
-    formula (it begins with `=`, `+`, `-`, `@`, a tab or a carriage return) begins with an apostrophe.
+    r"""Escape a text for a cell: its control characters, and by an apostrophe what a spreadsheet takes for a formula.
 
     >>> [cell(value) for value in ("=1+1", "-1e-4", "-", -0.5, None)]
     ["'=1+1", '-1e-4', '-', -0.5, None]
     """
     if not isinstance(value, str):
         return value
-    formula = FORMULA.match(value) and not NUMBER.fullmatch(value)
-    return f"'{visible(value)}" if formula else visible(value)
+    is_formula = FORMULA.match(value) and not NUMBER.fullmatch(value)
+    return f"'{visible(value)}" if is_formula else visible(value)
 
 
 def write_csv(frame: pd.DataFrame, file: Path) -> None:
-    """Write a frame, without its index, as `cell` has its values and names.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Write a frame without its index; values and column names are escaped as `cell` does."""
     columns = [column if is_numeric_dtype(column) else column.map(cell) for _, column in frame.items()]
     pd.concat(columns, axis=1).set_axis([cell(name) for name in frame], axis=1).to_csv(file, index=False)

@@ -1,4 +1,4 @@
-"""Files that are whole: replaced at once, hashed while they are written, on the disk when they are done."""
+"""Whole files: replaced atomically, hashed while they are written, synced to the disk."""
 
 import errno
 import hashlib
@@ -10,9 +10,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from pipeline.errors import UserError
+
 
 class NotAFileError(OSError):
     """A path leads to a folder, a pipe or a device."""
+
+
+class Damaged(UserError):  # noqa: N818 (callers read it as an adjective)
+    """A file of a run is not as it was written; the message names the file and the difference."""
 
 
 class Entry(NamedTuple):
@@ -25,7 +31,7 @@ class Entry(NamedTuple):
 class HashedStream:
     """A stream that hashes what is written to it.
 
-    The first error is kept for `write_hashed` to raise: `torch.save` would put an error of its own in its place.
+    It keeps the first error for `write_hashed` to raise: `torch.save` would replace it by an error of its own.
     """
 
     def __init__(self, stream: IO[bytes]) -> None:
@@ -47,11 +53,7 @@ class HashedStream:
 
 
 def write_hashed(file: Path, write: Callable[[HashedStream], object]) -> Entry:
-    """Create the file, let `write` fill it, and sync it to the disk.
-
-    Raises:
-        OSError: the disk does not take it.
-    """
+    """Create the file, let `write` fill it, and sync it to the disk."""
     with file.open("wb") as stream:
         hashed = HashedStream(stream)
         write(hashed)
@@ -63,18 +65,18 @@ def write_hashed(file: Path, write: Callable[[HashedStream], object]) -> Entry:
 
 
 @contextmanager
-def replacing(file: Path, own: str = "", *, durable: bool = False) -> Iterator[Path]:
-    """A hidden path beside the file, to write to: it gets the file's name at the end, and is gone after an error.
+def replacing(file: Path, suffix: str = "", *, durable: bool = False) -> Iterator[Path]:
+    """Yield a hidden path beside the file, which replaces the file at the end, or is removed after an error.
 
-    Whoever opens the file finds the old one or the new one, whole. What a kill leaves, the next writer writes over.
+    Readers see the old file or the new one, never a part.
 
     Args:
-        own: sets a writer apart from others that may write the file at the same time.
-        durable: a power cut, too, leaves the old one or the new one; else it may leave an empty one.
+        suffix: distinguishes writers that may write the file at the same time.
+        durable: sync first, so that a power cut cannot leave an empty file.
     """
-    work = file.with_name(f".{file.name}.{own}" if own else f".{file.name}")
+    work = file.with_name(f".{file.name}.{suffix}" if suffix else f".{file.name}")
     try:
-        work.unlink(missing_ok=True)  # a link there would lead the writer elsewhere
+        work.unlink(missing_ok=True)  # left by a kill; a symbolic link would lead the writer elsewhere
         yield work
         if durable:
             sync(work)
@@ -86,7 +88,7 @@ def replacing(file: Path, own: str = "", *, durable: bool = False) -> Iterator[P
 
 
 def sync(path: Path) -> None:
-    """Sync a file, or the names in a folder, to the disk."""
+    """Sync a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -95,22 +97,18 @@ def sync(path: Path) -> None:
 
 
 def check_file(file: Path) -> None:
-    """See that a path leads to a file, before it is opened: a pipe would wait for its other end, for good.
+    """Check that a path leads to a regular file before it is opened: opening a pipe would block forever.
 
     Raises:
-        NotAFileError: it is a folder, a pipe or a device.
-        OSError: there is nothing, or it cannot be asked about.
+        NotAFileError: it leads to something else.
+        OSError: it does not exist, or cannot be examined.
     """
     if not stat.S_ISREG(file.stat().st_mode):
         raise NotAFileError(errno.EINVAL, "not a file", str(file))
 
 
 def copy_contents(source: Path, target: Path) -> None:
-    """Copy the files below a folder, without their modes: what is copied can be written and removed.
-
-    Raises:
-        OSError: something cannot be copied, or is no file.
-    """
+    """Copy the files below a folder, but not their modes: the copies can be written and removed."""
     target.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
         if path.is_dir():

@@ -13,32 +13,31 @@ from pipeline.errors import UserError, os_errors
 
 
 def made_once(folder: Path, files: Sequence[str], make: Callable[[Path], object], key: str) -> Path:
-    """`folder`, filled by `make` (which gets an empty one) unless all `files` are there: whole or not at all.
+    """Create `folder` with `make`, which fills an empty folder, unless all `files` exist.
 
-    Several processes may ask at once, if `make` writes the same for all of them. `key` is the config key that names
-    the parent folder.
+    Several processes may do so at once, if `make` writes the same for all. `key`: config key of the parent folder.
 
     Raises:
         UserError: the parent folder cannot be written.
     """
 
-    def whole() -> bool:
+    def is_complete() -> bool:
         return all((folder / file).exists() for file in files)
 
-    if whole():
+    if is_complete():
         return folder
     with os_errors(f"{key} {folder.parent}"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
             make(work)
-            work.chmod(0o755)  # temporary folders are closed to others
-            if folder.exists() and not whole():
-                shutil.rmtree(folder)  # what is left of a damaged one
+            work.chmod(0o755)  # temporary folders are closed to other users
+            if folder.exists() and not is_complete():
+                shutil.rmtree(folder)
             try:
                 work.rename(folder)
             except OSError:
-                if not whole():  # else another process was first, with the same data
+                if not is_complete():  # else another process was first, with the same data
                     raise
         finally:
             shutil.rmtree(work, ignore_errors=True)
@@ -47,13 +46,13 @@ def made_once(folder: Path, files: Sequence[str], make: Callable[[Path], object]
 
 @contextmanager
 def published(folder: Path, files: Sequence[str]) -> Iterator[Path]:
-    """A work folder inside of `folder`, whose `files` move up at the end, in this order; on an error all is as it was.
+    """Yield a work folder inside `folder`, whose `files` move up at the end, in this order; an error changes nothing.
 
     Raises:
         UserError: the folder (config key output_dir) cannot be written, or another process is writing there.
     """
     with os_errors(f"output_dir {folder}"):
-        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        created = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         work, lock = folder / ".work", FileLock(folder / ".work.lock", blocking=False, fallback_to_soft=False)
         try:
@@ -61,23 +60,23 @@ def published(folder: Path, files: Sequence[str]) -> Iterator[Path]:
         except Timeout:
             raise UserError(f"output_dir {folder}: another process is writing there") from None
         try:
-            shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
+            shutil.rmtree(work, ignore_errors=True)  # of a killed process
             work.mkdir()
             yield work
             _move_up(work, folder, files)
-            made = []
+            created = []
         finally:
             shutil.rmtree(work, ignore_errors=True)
-            with suppress(OSError):  # Windows refuses, and then it stays
+            with suppress(OSError):  # Windows refuses
                 Path(lock.lock_file).unlink()
             lock.release()
-            for path in made:
+            for path in created:
                 with suppress(OSError):
                     path.rmdir()
 
 
 def _move_up(work: Path, folder: Path, files: Sequence[str]) -> None:
-    """Old files out, the last first, and new files in."""
+    """Move the old files out, the last first, and the new ones in; on an error restore the old ones."""
     old = work / "old"
     old.mkdir()
     try:

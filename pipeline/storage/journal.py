@@ -1,8 +1,7 @@
-"""The queue between training and the tracking store: an append-only file of JSON lines in the run's folder.
+"""The journal: an append-only file of JSON lines that queues a run's calls to MLflow.
 
-Every call to MLflow is first a record here, in order. Training only ever appends; a writer process reads on from where
-it was. A record is whole once its line ends, so a reader never sees half of one. Every start of a run begins with a
-record `open`; `finish` ends one.
+Training appends; the writer process reads on from where it was and delivers. A record is whole once its line ends, so
+a reader never sees half of one. Every start of a run begins with a record `open`, and `finish` ends it.
 """
 
 import json
@@ -11,7 +10,6 @@ import struct
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,85 +18,86 @@ from pipeline.names import MEASURED
 from pipeline.storage.files import check_file
 
 JOURNAL_FILE = "journal.jsonl"
-CHUNK_BYTES = 1 << 20  # of the journal in memory at a time
-BUFFER_BYTES = 1 << 16  # what waits for a flush at most
-LARGEST = 2**63 - 1  # of a step, a time in milliseconds, or a whole number among the values
+CHUNK_BYTES = 1 << 20  # read at a time
+BUFFER_BYTES = 1 << 16  # buffered before a flush
+LARGEST = 2**63 - 1  # largest step, time in milliseconds, or whole number among the values
 
 Record = dict[str, Any]
-
-
-def write_at(descriptor: int, data: bytes, position: int) -> int:
-    """The one place where the journal is written; returns how much the file system took."""
-    return os.pwrite(descriptor, data, position)
 
 
 class JournalWriter:
     """Appends records; `flush` makes them visible to readers, `sync` makes them survive a power cut."""
 
     def __init__(self, file: Path, check: Callable[[], None] = lambda: None) -> None:
-        """Open the journal, without what a kill left of its last record.
+        """Open the journal and cut off a last record that a kill left incomplete.
 
-        check: called before anything is written; raises where the journal is another process' by now.
+        check: called before every write; raises if another process owns the journal now.
         """
         self.file, self.check = file, check
-        if os.path.lexists(file):  # it is cut where its last line ends: nothing else may be
+        if os.path.lexists(file):  # only a regular file may be truncated
             check_file(file)
         self.descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-        self.size = _whole(self.descriptor)
+        self.size = _whole_size(self.descriptor)
         os.ftruncate(self.descriptor, self.size)
-        self.waiting, self.refused = bytearray(), False
+        self.buffer, self.failed = bytearray(), False
 
     def append(self, record: Record) -> None:
-        self.waiting += json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-        if len(self.waiting) >= BUFFER_BYTES and not self.refused:
+        self.buffer += json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+        if len(self.buffer) >= BUFFER_BYTES and not self.failed:
             self.flush()
 
     def flush(self) -> None:
-        """Hand what waits to the file system.
+        """Write the buffer to the file.
 
         Raises:
-            TrainingError: it did not take all of it. Whole records are in the file, the others go on waiting.
+            TrainingError: the disk is full or fails. Whole records are in the file, the others stay in the buffer.
         """
         self.check()
-        taken = 0
+        count = 0
         try:
-            while taken < len(self.waiting):
-                taken += write_at(self.descriptor, bytes(self.waiting[taken:]), self.size + taken)
+            while count < len(self.buffer):
+                count += write_at(self.descriptor, bytes(self.buffer[count:]), self.size + count)
         except OSError as error:
-            self.refused = True
-            self._keep(self.waiting.rfind(b"\n", 0, taken) + 1)
+            self.failed = True
+            self._drop(self.buffer.rfind(b"\n", 0, count) + 1)
             os.ftruncate(self.descriptor, self.size)
             raise TrainingError(f"journal {self.file}: {error.strerror or error}") from None
-        self._keep(taken)
-        self.refused = False
-
-    def _keep(self, count: int) -> None:
-        self.size += count
-        del self.waiting[:count]
+        self._drop(count)
+        self.failed = False
 
     def sync(self) -> int:
-        """Flush, and wait for the disk; returns the journal's length in bytes."""
+        """Flush to the disk; returns the journal's size in bytes."""
         self.flush()
         with os_errors(f"journal {self.file}", TrainingError):
             os.fsync(self.descriptor)
         return self.size
 
     def close(self) -> None:
-        """Sync and close; the file is closed even where that raises."""
+        """Sync and close; the file is closed even if that raises."""
         try:
             self.sync()
         finally:
             os.close(self.descriptor)
 
+    def _drop(self, count: int) -> None:
+        """Drop bytes from the buffer that are in the file."""
+        self.size += count
+        del self.buffer[:count]
 
-def _whole(descriptor: int) -> int:
-    """The length of the file up to the end of its last whole line."""
+
+def write_at(descriptor: int, data: bytes, position: int) -> int:
+    """Write to the journal's file; returns the number of bytes written."""
+    return os.pwrite(descriptor, data, position)
+
+
+def _whole_size(descriptor: int) -> int:
+    """Size of the file up to the end of its last complete line."""
     end = os.fstat(descriptor).st_size
     while end:
         start = max(0, end - CHUNK_BYTES)
-        found = os.pread(descriptor, end - start, start).rfind(b"\n")
-        if found >= 0:
-            return start + found + 1
+        newline = os.pread(descriptor, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
         end = start
     return 0
 
@@ -110,102 +109,33 @@ class JournalReader:
         check_file(file)
         self.stream = file.open("rb")
         self.stream.seek(start)
-        self.damaged = 0  # whole lines that are no record: a power cut can leave such, or another program
+        self.damaged = 0  # lines that are no record, as a power cut or another program leaves them
 
-    def read(self, limit_bytes: int = CHUNK_BYTES) -> list[tuple[int, Record]]:
-        """The next records, each with where it ends in the file; empty when there are no more for now."""
-        found: list[tuple[int, Record]] = []
-        while not found:
+    def read(self) -> list[tuple[int, Record]]:
+        """The next records, each with its end position in the file; empty if there are none for now."""
+        records: list[tuple[int, Record]] = []
+        while not records:
             position = self.stream.tell()
-            lines = self.stream.readlines(limit_bytes)
+            lines = self.stream.readlines(CHUNK_BYTES)
             if not lines:
                 break
             for line in lines:
                 if not line.endswith(b"\n"):  # still being written
                     self.stream.seek(position)
-                    return found
+                    return records
                 position += len(line)
-                record = parsed(line)
+                record = parse_record(line)
                 if record is None:
                     self.damaged += 1
                 else:
-                    found.append((position, record))
-        return found
+                    records.append((position, record))
+        return records
 
     def close(self) -> None:
         self.stream.close()
 
 
-def parsed(line: bytes) -> Record | None:
-    """The record in a line of a journal; None where it is none."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return record if is_record(record) else None
-
-
-def is_record(value: object) -> bool:
-    """Whether it is a record with the fields of its `op`, each of its type; of an `op` of a later version, any are."""
-    if not isinstance(value, dict) or not isinstance(op := value.get("op"), str):
-        return False
-    return all(name in value and fits(value[name]) for name, fits in FIELDS.get(op, {}).items())
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _is_text_or_none(value: object) -> bool:
-    return value is None or isinstance(value, str)
-
-
-def _is_flag(value: object) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_mapping(value: object) -> bool:
-    return isinstance(value, dict)
-
-
-def _is_texts(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
-
-
-def _is_list_of_texts_or_none(value: object) -> bool:
-    return value is None or (isinstance(value, list) and all(isinstance(text, str) for text in value))
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and -LARGEST - 1 <= value <= LARGEST
-
-
-def _is_points(value: object) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(number, float) or (isinstance(number, int) and abs(number) <= LARGEST) for number in value.values()
-    )
-
-
-def _is_status(value: object) -> bool:
-    return value in ("FINISHED", "FAILED", "KILLED")
-
-
-_POINTS: dict[str, Callable[[object], bool]] = {"step": _is_whole, "time": _is_whole, "values": _is_points}
-FIELDS: dict[str, dict[str, Callable[[object], bool]]] = {
-    "open": {"id": _is_text, "time": _is_whole, "name": _is_text, "experiment": _is_text_or_none, "tags": _is_texts,
-             "online": _is_flag, "host": _is_text},
-    "params": {"values": _is_texts},
-    "tags": {"values": _is_texts},
-    "metrics": _POINTS,
-    "known": _POINTS,
-    "artifact": {"file": _is_text, "folder": _is_text},
-    "input": {"name": _is_text, "digest": _is_text, "source": _is_text, "profile": _is_mapping},
-    "model": {"folder": _is_text, "task": _is_text, "inputs": _is_list_of_texts_or_none, "outputs": _is_texts},
-    "finish": {"status": _is_status, "time": _is_whole},
-}  # fmt: skip
-
-
-def read_all(file: Path, start: int = 0) -> Iterator[Record]:
+def read_records(file: Path, start: int = 0) -> Iterator[Record]:
     """Every whole record of a journal."""
     reader = JournalReader(file, start)
     try:
@@ -216,50 +146,106 @@ def read_all(file: Path, start: int = 0) -> Iterator[Record]:
         reader.close()
 
 
-def beginning(file: Path) -> Record | None:
-    """The first record `open` of a journal; None where there is none, or no journal.
+def read_points(file: Path) -> Iterator[Record]:
+    """The records that hold points: `metrics` were logged, `known` were read back from the store."""
+    return (record for record in read_records(file) if record["op"] in ("metrics", "known"))
 
-    Points that were read back from the store may stand before it, where a run's folder was lost.
+
+def read_opening(file: Path) -> Record | None:
+    """The first record `open` of a journal.
+
+    Points that were read back from the store may precede it, if the run's folder was lost.
     """
     if not file.exists():
         return None
-    return next((record for record in read_all(file) if record["op"] == "open"), None)
+    return next((record for record in read_records(file) if record["op"] == "open"), None)
 
 
-def points(file: Path) -> Iterator[Record]:
-    """The records of a journal that hold points: those that were logged, and those read back from the store."""
-    return (record for record in read_all(file) if record["op"] in ("metrics", "known"))
+def parse_record(line: bytes) -> Record | None:
+    """Parse a line of a journal; None unless it is a record with the fields of its `op`, each of its type.
+
+    A record of an unknown `op`, as later versions may write, is accepted.
+    """
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not isinstance(op := record.get("op"), str):
+        return None
+    fields = FIELDS.get(op, {}).items()
+    return record if all(name in record and is_valid(record[name]) for name, is_valid in fields) else None
+
+
+Check = Callable[[Any], bool]
+
+
+def _is(*types: type) -> Check:
+    return lambda value: type(value) in types
+
+
+def _list_of_texts_or_none(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(text, str) for text in value))
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
+def _integer(value: Any) -> bool:
+    return type(value) is int and -LARGEST - 1 <= value <= LARGEST
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(number, float) or (isinstance(number, int) and abs(number) <= LARGEST) for number in value.values()
+    )
+
+
+_TEXT = _is(str)
+_POINTS: dict[str, Check] = {"step": _integer, "time": _integer, "values": _numbers}
+FIELDS: dict[str, dict[str, Check]] = {
+    "open": {"id": _TEXT, "time": _integer, "name": _TEXT, "experiment": _is(str, type(None)), "tags": _texts,
+             "online": _is(bool), "host": _TEXT},
+    "params": {"values": _texts},
+    "tags": {"values": _texts},
+    "metrics": _POINTS,
+    "known": _POINTS,
+    "artifact": {"file": _TEXT, "folder": _TEXT},
+    "input": {"name": _TEXT, "digest": _TEXT, "source": _TEXT, "profile": _is(dict)},
+    "model": {"folder": _TEXT, "task": _TEXT, "inputs": _list_of_texts_or_none, "outputs": _texts},
+    "finish": {"status": lambda value: value in ("FINISHED", "FAILED", "KILLED"), "time": _integer},
+}  # fmt: skip
 
 
 def is_measured(metric: str) -> bool:
-    """A time or a speed: no second run repeats it."""
+    """Whether the metric is a time or a speed, which no second run reproduces."""
     return metric.startswith(MEASURED)
 
 
 def same_value(one: float, other: float) -> bool:
-    """Bit for bit; one NaN is like another."""
+    """Whether two numbers are equal in every bit; all NaN are equal."""
     return struct.pack("d", one) == struct.pack("d", other) or (one != one and other != other)  # noqa: PLR0124
 
 
-@dataclass
-class Known:
-    """The points that a journal holds already; 16 bytes each."""
+class LoggedPoints:
+    """The points that a journal holds, 16 bytes each, and its tags."""
 
-    columns: dict[str, tuple["array[int]", "array[float]"]] = field(default_factory=dict)  # metric -> steps, values
-    tags: dict[str, str] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.columns: dict[str, tuple[array[int], array[float]]] = {}  # metric -> steps, values
+        self.tags: dict[str, str] = {}
 
     def read(self, file: Path, start: int = 0) -> int:
-        """Take in a journal from there on; returns where it ends."""
+        """Add the records of a journal from a position on; returns its end."""
         reader, end = JournalReader(file, start), start
         try:
             while records := reader.read():
                 for end, record in records:  # noqa: B007
-                    self._take(record)
+                    self.add_record(record)
         finally:
             reader.close()
         return end
 
-    def _take(self, record: Mapping[str, Any]) -> None:
+    def add_record(self, record: Mapping[str, Any]) -> None:
         if record["op"] == "tags":
             self.tags |= record["values"]
         elif record["op"] in ("metrics", "known"):
@@ -267,17 +253,17 @@ class Known:
                 self.add(key, record["step"], float(value))
 
     def add(self, key: str, step: int, value: float) -> None:
-        """The first value of a step is the one that counts."""
+        """Add a point; the first value of a step counts."""
         steps, values = self.columns.setdefault(key, (array("q"), array("d")))
-        at = len(steps) if not steps or step > steps[-1] else bisect_left(steps, step)
-        if at == len(steps) or steps[at] != step:
-            steps.insert(at, step)
-            values.insert(at, value)
+        index = len(steps) if not steps or step > steps[-1] else bisect_left(steps, step)
+        if index == len(steps) or steps[index] != step:
+            steps.insert(index, step)
+            values.insert(index, value)
 
     def value(self, key: str, step: int) -> float | None:
         steps, values = self.columns.get(key, ((), ()))
-        at = bisect_left(steps, step)
-        return values[at] if at < len(steps) and steps[at] == step else None
+        index = bisect_left(steps, step)
+        return values[index] if index < len(steps) and steps[index] == step else None
 
     def last_steps(self) -> dict[str, int]:
         return {key: steps[-1] for key, (steps, _) in self.columns.items()}

@@ -1,9 +1,9 @@
-"""Who may write a run's folder: one process at a time.
+"""The right to write a run's folder, which one process has at a time.
 
-A file lock says it, which the kernel takes from a process that dies; filelock closes it in a forked child (a loader's
-worker), which would keep it otherwise. Every owner has a number above the one before, in a file: whoever works for an
-older one stops before it writes. Where a lock does not reach, between hosts of some network file systems, the tracking
-store says who writes: see `pipeline.tracking.opening`.
+It is a file lock, which the kernel releases when the process dies; filelock closes it in forked children (data loader
+workers), which would keep it otherwise. Every owner also writes a number above its predecessor's to a file: who works
+for an older owner stops before it writes. Between hosts whose network file system does not share locks, the tracking
+store decides: see `pipeline.tracking.run_opening`.
 """
 
 import json
@@ -20,13 +20,13 @@ from pipeline.storage.files import check_file, replacing
 
 LOCK_FILE = "owner.lock"
 OWNER_FILE = "owner.json"
-LOCK_SECONDS = 2.0  # a process that was killed just now may take so long to let go
-ASK_SECONDS = 2.0  # another process that only asks has the lock for a moment
+LOCK_SECONDS = 2.0  # a killed process may take this long to release the lock
+ASK_SECONDS = 2.0  # a process that calls `live_owner` holds the lock for a moment
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Who owns a folder, or did last."""
+    """The current or last owner of a folder."""
 
     host: str
     pid: int
@@ -37,27 +37,26 @@ class Owner:
 
 
 class Ownership:
-    """The right to write a run's folder: one process at a time, by a lock that a dead process cannot hold."""
+    """This process's ownership of a run's folder."""
 
     def __init__(self, folder: Path) -> None:
-        """Lock the folder, which is made if need be; `take` makes it ours.
+        """Lock the folder, which is created if necessary; `take` makes this process its owner.
 
         Raises:
-            UserError: another process has it (told within 2 s), or the folder cannot be written or locked.
+            UserError: another process has it (after 2 s), or the folder cannot be written or locked.
         """
         self.folder, self.number, self._pid = folder, 0, os.getpid()
-        # of the process, whichever thread releases it; a file system without locks is an error, not a reason for less
+        # any thread may release it; a file system without locks is an error
         self._lock = FileLock(folder / LOCK_FILE, LOCK_SECONDS, thread_local=False, fallback_to_soft=False)
         with os_errors(f"run folder {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
             try:
                 self._lock.acquire()
             except Timeout:
-                told = f"run {folder.name} is alive: {_read(folder) or 'another process'} writes it"
-                raise UserError(f"{told}; wait for its end, or end it first") from None
+                raise alive_error(folder.name, str(_read_owner(folder) or "another process")) from None
 
     def take(self) -> "Ownership":
-        """Stop whoever works for an earlier owner.
+        """Replace the owner in the folder, which stops whoever works for an earlier one.
 
         Raises:
             UserError: the folder cannot be written.
@@ -70,31 +69,36 @@ class Ownership:
 
     def check(self) -> None:
         """Raise a TrainingError if another process has taken the run over. Reads a small file."""
-        owner = _read(self.folder)
+        owner = _read_owner(self.folder)
         if owner and (owner.number, owner.host, owner.pid) > (self.number, socket.gethostname(), self._pid):
             raise TrainingError(f"run {self.folder.name} was taken over by {owner}; process {self._pid} ends here")
 
     def release(self) -> None:
-        """Give the folder up. A second call, or one of a forked child, does nothing."""
+        """Release the lock. A second call, or one in a forked child, does nothing."""
         if os.getpid() == self._pid:
             self._lock.release()
 
 
 def owner_number(folder: Path) -> int:
-    """The number of the folder's newest owner; 0 = never owned."""
-    owner = _read(folder)
+    """The number of the folder's newest owner, from 1; 0 if it never had one."""
+    owner = _read_owner(folder)
     return owner.number if owner else 0
 
 
-def alive_owner(folder: Path) -> str | None:
-    """Who holds the folder now (`process 12 on host`), without taking it; None = nobody."""
-    return str(_read(folder) or "another process") if _is_locked(folder / LOCK_FILE) else None
+def live_owner(folder: Path) -> str | None:
+    """The process that has the folder locked (`process 12 on host`)."""
+    return str(_read_owner(folder) or "another process") if _is_locked(folder / LOCK_FILE) else None
+
+
+def alive_error(run: str, owner: str) -> UserError:
+    """The error of a start for a run that another process is writing."""
+    return UserError(f"run {run} is alive: {owner} writes it; wait for its end, or end it first")
 
 
 def _is_locked(file: Path) -> bool:
-    """Whether a process has the lock; makes no file, as a `FileLock` would."""
+    """Whether a process has the lock. Creates no file, as a `FileLock` would."""
     try:
-        # NFS locks only what is open for writing; a folder that is another user's may still be asked about
+        # NFS locks only files that are open for writing; another user's folder may be readable only
         descriptor = os.open(file, os.O_RDWR if os.access(file, os.W_OK) else os.O_RDONLY)
     except FileNotFoundError:
         return False
@@ -104,18 +108,16 @@ def _is_locked(file: Path) -> bool:
             if time.monotonic() > end:
                 return True
             time.sleep(0.02)
-        unlock_descriptor(descriptor)  # closing it would leave the lock to a child that was forked just now
+        unlock_descriptor(descriptor)  # after closing alone, a child that was forked just now would keep the lock
         return False
     finally:
         os.close(descriptor)
 
 
-def _read(folder: Path) -> Owner | None:
-    """The owner that is named; None where there is none, or something else."""
+def _read_owner(folder: Path) -> Owner | None:
     try:
         check_file(folder / OWNER_FILE)
         owner = Owner(**json.loads((folder / OWNER_FILE).read_bytes()))
     except (OSError, ValueError, TypeError, RecursionError):
         return None
-    kinds = (str, int, int)
-    return owner if tuple(map(type, (owner.host, owner.pid, owner.number))) == kinds else None
+    return owner if (type(owner.host), type(owner.pid), type(owner.number)) == (str, int, int) else None

@@ -1,4 +1,4 @@
-"""The file of a training's state: `torch.save`, read with `weights_only=True`, so that it cannot run code.
+"""The file of a training's state, written by `torch.save` and read with `weights_only=True`, which runs no code.
 
 A state is a nested structure of dicts (keys: text or whole numbers), lists, tuples, None, bool, int, float, str and
 dense tensors.
@@ -14,15 +14,15 @@ from torch import Tensor
 
 from pipeline.storage.files import Entry, write_hashed
 
-TENSOR_BYTES, VALUE_BYTES = 1 << 10, 1 << 5  # what a tensor takes beside its numbers, and a value with its key
+TENSOR_BYTES, VALUE_BYTES = 1 << 10, 1 << 5  # overhead of a tensor, and of a value with its key
 
 
 def write_state(file: Path, state: Mapping[str, Any]) -> Entry:
-    """Write a state; numpy's numbers become Python's, mappings dicts, and parameters tensors.
+    """Write a state; numpy scalars become Python numbers, mappings dicts, and parameters tensors.
 
     Raises:
-        TypeError: names the path of a value that is no part of a state.
-        OSError: the disk does not take it.
+        TypeError: names the path of a value that a state cannot hold.
+        OSError: the disk is full or fails.
     """
     plain = _plain(state, "", set())
     return write_hashed(file, lambda stream: torch.save(plain, cast(IO[bytes], stream)))
@@ -39,7 +39,7 @@ def read_state(file: Path) -> dict[str, Any]:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # torch raises anything at all over a file that it did not write
+    except Exception as error:  # torch raises all kinds over a file that it did not write
         if "can't allocate memory" in str(error):
             raise
         raise ValueError("found no state in it") from error
@@ -49,7 +49,7 @@ def read_state(file: Path) -> dict[str, Any]:
 
 
 def state_bytes(value: Any) -> int:
-    """Size of a state's file, estimated from above."""
+    """Upper estimate of the size of a state's file."""
     if isinstance(value, Tensor):
         return value.nbytes + TENSOR_BYTES
     if isinstance(value, Mapping):
@@ -60,7 +60,7 @@ def state_bytes(value: Any) -> int:
 
 
 def _plain(value: Any, path: str, storages: set[int]) -> Any:
-    """A part of a state as it is saved. path: the keys that lead to it. storages: addresses of those already saved."""
+    """Convert a part of a state. path: its keys. storages: addresses of the tensor storages converted before."""
 
     def inner(key: object, part: Any) -> Any:
         return _plain(part, f"{path}/{key}" if path else str(key), storages)
@@ -70,7 +70,7 @@ def _plain(value: Any, path: str, storages: set[int]) -> Any:
     if isinstance(value, Tensor):
         if value.layout != torch.strided:
             raise TypeError(f"state {path}: found a tensor of {value.dtype}, {value.layout}, allowed: a dense one")
-        return _alone(value.detach(), storages)
+        return _separate(value.detach(), storages)
     if isinstance(value, Mapping):
         for key in value:
             if type(key) not in (str, int):
@@ -84,11 +84,8 @@ def _plain(value: Any, path: str, storages: set[int]) -> Any:
     raise TypeError(f"state {path}: found {type(value).__name__}, which is no part of a state")
 
 
-def _alone(tensor: Tensor, storages: set[int]) -> Tensor:
-    """The tensor, or a copy where it is not all of its storage: `torch.save` writes whole storages, each once.
-
-    A transposed matrix keeps its strides.
-    """
+def _separate(tensor: Tensor, storages: set[int]) -> Tensor:
+    """Copy the tensor, with its strides, if it is a part of its storage or shares it: `torch.save` writes storages."""
     storage = tensor.untyped_storage()
     dense = torch.empty_like(tensor, device="meta").stride() == tensor.stride()  # empty_like drops gaps and overlaps
     if not dense or storage.nbytes() != tensor.nbytes or storage.data_ptr() in storages:

@@ -6,7 +6,7 @@ import time
 from itertools import count
 from pathlib import Path
 
-from pipeline.runtime.interrupts import next_of
+from pipeline.runtime.interrupts import next_item
 from pipeline.runtime.processes import ChildProcess, Ended
 from pipeline.sweeps.jobs import Job, OnProgress, ready_jobs
 from pipeline.sweeps.requests import WORKER_REPLIES, Evaluated, JobFailed, StopRun, WorkerReply
@@ -35,7 +35,7 @@ class LocalWorkers:
             for worker, job in zip(idle, ready, strict=False):
                 self.workers[worker] = job
                 worker.send(job.request)
-            self._handle(*next_of(self.inbox), on_progress)
+            self._handle(*next_item(self.inbox), on_progress)
 
     def stop(self, job: Job) -> None:
         """See `Workers.stop`."""

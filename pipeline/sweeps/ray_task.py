@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.runtime.interrupts import Interrupted, interruptible
-from pipeline.storage.ownership import alive_owner
+from pipeline.storage.ownership import live_owner
 from pipeline.sweeps.ray_cluster import Place, named_interrupts
 from pipeline.sweeps.requests import Evaluated, JobDone, JobFailed, JobRequest, RunTrained, TrainRun
 from pipeline.sweeps.worker import Work, parse_config
@@ -72,7 +72,7 @@ def run_job(number: int, request: JobRequest, place: Place, board: Any) -> JobDo
     """
     import ray
 
-    from pipeline.tracking.mlflow_run import STOPPED_SECONDS, Writer
+    from pipeline.tracking.writer import STOPPED_SECONDS, Writer
 
     global _work  # noqa: PLW0603
     try:
@@ -121,5 +121,5 @@ def _wait_for_owner(run: StoredRun) -> None:
     """Wait for the process that trained the run to end; opening the run fails with its name if it does not."""
     deadline = time.monotonic() + LOST_SECONDS
     folder = Path(run.tags["run_dir"]) if "run_dir" in run.tags else None
-    while folder and folder.is_dir() and alive_owner(folder) and time.monotonic() < deadline:
+    while folder and folder.is_dir() and live_owner(folder) and time.monotonic() < deadline:
         time.sleep(0.5)

@@ -12,8 +12,9 @@ from pipeline.names import NOTE_LENGTH
 from pipeline.runtime.console import optional, say
 from pipeline.sweeps.sweep_plan import Plan, to_yaml
 from pipeline.tracking.messages import RunRequest, StoredRun
-from pipeline.tracking.mlflow_run import MlflowRun, Writer, end_early
+from pipeline.tracking.mlflow_run import MlflowRun, end_early
 from pipeline.tracking.stored_runs import end_run, runs_of_ids, runs_of_sweep, runs_of_tag, store_exists, tag_run
+from pipeline.tracking.writer import Writer
 
 
 class StoredSweep(NamedTuple):

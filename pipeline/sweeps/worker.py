@@ -20,7 +20,7 @@ import yaml
 
 from pipeline.errors import UserError
 from pipeline.runtime.importing import import_reference
-from pipeline.runtime.interrupts import interruptible, next_of
+from pipeline.runtime.interrupts import interruptible, next_item
 from pipeline.runtime.processes import take_standard_output
 from pipeline.runtime.protocol import read_messages
 from pipeline.sweeps.requests import (
@@ -40,7 +40,7 @@ from pipeline.sweeps.requests import (
 from pipeline.tasks.registry import TASKS
 
 if TYPE_CHECKING:
-    from pipeline.tracking.mlflow_run import Writer
+    from pipeline.tracking.writer import Writer
 
 PATIENCE_SECONDS = 15  # how long a worker may take to end when asked
 
@@ -52,11 +52,11 @@ def main() -> None:
     requests = _Requests()
 
     import pipeline.runs.launch  # noqa: F401 (takes seconds, best while another worker loads the data)
-    from pipeline.tracking.mlflow_run import Writer
+    from pipeline.tracking.writer import Writer
 
     with interruptible(), Writer() as writer:
         work = Work(writer, send_reply, requests.stop)
-        while (request := next_of(requests.queue)) is not None:
+        while (request := next_item(requests.queue)) is not None:
             requests.stop.clear()
             try:
                 requests.busy = True

@@ -1,6 +1,6 @@
-"""All that talks to MLflow.
+"""Everything that talks to MLflow.
 
-`python -m pipeline.tracking` is the writer process: it delivers the journals of runs to the tracking store. In between
-requests it reads the run's journal as it grows; if the trainer dies, it delivers what there is and marks the run
-FAILED. `reading` brings runs and their histories back.
+A training logs to a run (`mlflow_run.py`), which appends to the journal in its folder. The writer process
+(`writer.py` starts it, `__main__.py` is its program) delivers the journal to the tracking store (`delivery.py`); if the
+trainer dies, it delivers the rest and marks the run FAILED. `stored_runs.py` reads runs back.
 """

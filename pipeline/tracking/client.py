@@ -1,5 +1,6 @@
-"""MLflow's client on a store that is there, and what it finds."""
+"""MLflow's client: connecting, and queries as the rest of this folder needs them. Errors are MLflow's own."""
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.names import ORIGINAL
-from pipeline.tracking.creation import ensure_store
+from pipeline.storage.journal import Record
 from pipeline.tracking.messages import StoredRun
-from pipeline.tracking.store import settle, tracking_uri
+from pipeline.tracking.store import configure_mlflow, tracking_uri
+from pipeline.tracking.store_creation import ensure_store
+from pipeline.tracking.store_errors import is_duplicate
 
 PAGE_ROWS = 1000
+BATCH_POINTS = 1000  # MLflow's limit for one log_batch
+BATCH_PARAMS = 100
+DIGEST_LENGTH = 32  # of a data set's hash: MLflow accepts 36 characters; a tag has all of it
 OLDEST_FIRST = ["attributes.start_time ASC"]
 
 
@@ -25,63 +31,54 @@ class Point:
 
 
 def connect() -> Any:
-    """MLflow's client, on a store that is there."""
+    """MLflow's client, after creating a SQLite store that does not exist yet."""
     import mlflow
 
-    settle()
+    configure_mlflow()
     ensure_store(str(mlflow.get_tracking_uri()))
     return mlflow.MlflowClient()
 
 
 def experiments(client: Any) -> list[Any]:
-    """All of them."""
-    return _pages(client.search_experiments)
+    """All active experiments."""
+    return _all_pages(client.search_experiments)
 
 
 def find_experiment(client: Any, text: str) -> Any | None:
-    """The experiment with this name, else the one with this id; None where there is neither.
+    """The experiment with this name, or else with this id.
 
     Raises:
         ValueError: it is deleted.
     """
     from mlflow.entities import ViewType
 
-    found = client.get_experiment_by_name(text)
-    if found is None:  # of an id that is none, each kind of store says something else: all are looked through
-        listed = _pages(client.search_experiments, view_type=ViewType.ALL)
-        found = next((each for each in listed if each.experiment_id == text), None)
-    if found is not None and found.lifecycle_stage != "active":
+    experiment = client.get_experiment_by_name(text)
+    if experiment is None:  # kinds of stores differ in their errors for an unknown id: search all
+        every = _all_pages(client.search_experiments, view_type=ViewType.ALL)
+        experiment = next((each for each in every if each.experiment_id == text), None)
+    if experiment is not None and experiment.lifecycle_stage != "active":
         raise ValueError(f"experiment {text} is deleted; restore it, or name another")
-    return found
+    return experiment
 
 
 def search(
     client: Any, filter_string: str, experiment_ids: Sequence[str] | None = None, deleted: bool = False
 ) -> list[Any]:
-    """Every run that the filter finds, oldest first, in these experiments; None = in all of them.
+    """Every run that the filter matches, oldest first, in these experiments (None: in all).
 
-    deleted: those in MLflow's trash too.
+    deleted: include runs in MLflow's trash.
     """
     from mlflow.entities import ViewType
 
     if experiment_ids is None:
-        experiment_ids = [found.experiment_id for found in experiments(client)]
-    return _pages(client.search_runs, experiment_ids=experiment_ids, filter_string=filter_string, order_by=OLDEST_FIRST,
-                  run_view_type=ViewType.ALL if deleted else ViewType.ACTIVE_ONLY)  # fmt: skip
-
-
-def _pages(ask: Any, **arguments: Any) -> list[Any]:
-    found, token = [], None
-    while True:
-        page = ask(max_results=PAGE_ROWS, page_token=token, **arguments)
-        found += page
-        token = page.token
-        if not token:
-            return found
+        experiment_ids = [experiment.experiment_id for experiment in experiments(client)]
+    return _all_pages(client.search_runs, experiment_ids=experiment_ids, filter_string=filter_string,
+                      order_by=OLDEST_FIRST,
+                      run_view_type=ViewType.ALL if deleted else ViewType.ACTIVE_ONLY)  # fmt: skip
 
 
 def find_by_id(client: Any, run_id: str) -> Any | None:
-    """The run with this id, a deleted one too, or the one that was made on this server for it; None = neither."""
+    """The run with this id, even if deleted, or the run that was created on this server for it."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -89,22 +86,34 @@ def find_by_id(client: Any, run_id: str) -> Any | None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-    made = search(client, f"tags.{ORIGINAL} = '{run_id}'", deleted=True) if run_id.isalnum() else []
-    return next(iter(sorted(made, key=is_deleted)), None)
+    runs = search(client, f"tags.{ORIGINAL} = '{run_id}'", deleted=True) if run_id.isalnum() else []
+    return next(iter(sorted(runs, key=is_deleted)), None)
 
 
 def is_deleted(run: Any) -> bool:
-    """The run is in MLflow's trash."""
+    """Whether the run is in MLflow's trash."""
     return bool(run.info.lifecycle_stage != "active")
 
 
-def told_deleted(run_id: str) -> str:
-    """That the run is in MLflow's trash, and how it comes back."""
+def deletion_message(run_id: str) -> str:
     return f"run {run_id} was deleted in {tracking_uri()}; restore it there (`mlflow runs restore --run-id {run_id}`)"
 
 
+def is_random_name(name: str) -> bool:
+    """Whether MLflow made the run's name up (`legendary-gnat-695`)."""
+    first, _, number = name.rpartition("-")
+    return number.isdigit() and first.replace("-", "").isalpha()
+
+
+def context_tags() -> dict[str, str]:
+    """Tags for user, source and git commit, as `mlflow run` sets them."""
+    from mlflow.tracking.context import registry
+
+    return dict(registry.resolve_tags()) | {"mlflow.source.name": "python -m pipeline"}
+
+
 def stored_run(run: Any) -> StoredRun:
-    """MLflow's run as ours."""
+    """Convert a run of MLflow's."""
     return StoredRun(
         run.info.run_id,
         run.info.run_name or "",
@@ -112,7 +121,7 @@ def stored_run(run: Any) -> StoredRun:
         run.info.start_time,
         run.info.artifact_uri or "",
         dict(run.data.params),
-        {name: _value(value) for name, value in run.data.metrics.items()},
+        {name: _number(value) for name, value in run.data.metrics.items()},
         dict(run.data.tags),
         is_deleted(run),
     )
@@ -120,20 +129,14 @@ def stored_run(run: Any) -> StoredRun:
 
 def stored_points(client: Any, run_id: str, metric: str) -> list[Point]:
     """All points of a run's metric."""
-    return [Point(point.step, _value(point.value), point.timestamp)
+    return [Point(point.step, _number(point.value), point.timestamp)
             for point in client.get_metric_history(run_id, metric)]  # fmt: skip
 
 
-def _value(stored: float) -> float:
-    """A database keeps the largest float for infinity; no loss is ever that."""
-    largest = sys.float_info.max
-    return {largest: float("inf"), -largest: float("-inf")}.get(stored, stored)
-
-
 def download(client: Any, run_id: str, file: str, folder: Path) -> Path | None:
-    """Copy a run's artifact below the folder; None = it has none of that name."""
+    """Copy a run's artifact below the folder; None if the run does not have it."""
     parent = Path(file).parent.as_posix()
-    if file not in [found.path for found in client.list_artifacts(run_id, None if parent == "." else parent)]:
+    if file not in [entry.path for entry in client.list_artifacts(run_id, None if parent == "." else parent)]:
         return None
     folder.mkdir(parents=True, exist_ok=True)
     return Path(client.download_artifacts(run_id, file, str(folder)))
@@ -143,3 +146,59 @@ def set_tags(client: Any, run_id: str, tags: Mapping[str, str]) -> None:
     from mlflow.entities import RunTag
 
     client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+
+def log_points(client: Any, run_id: str, points: Sequence[Any]) -> None:
+    """Log at most BATCH_POINTS of MLflow's metrics."""
+    client.log_batch(run_id, metrics=points)
+
+
+def log_params(client: Any, run_id: str, params: Mapping[str, str]) -> None:
+    """Log at most BATCH_PARAMS params."""
+    from mlflow.entities import Param
+
+    client.log_batch(run_id, params=[Param(key, value) for key, value in params.items()])
+
+
+def log_file(client: Any, run_id: str, file: Path, folder: str = "") -> None:
+    client.log_artifact(run_id, str(file), folder or None)
+
+
+def log_dataset(client: Any, run_id: str, record: Record) -> None:
+    """Log the data set of a journal's record `input`."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    dataset = Dataset(
+        name=record["name"],
+        digest=record["digest"][:DIGEST_LENGTH],
+        source_type="local",
+        source=json.dumps({"uri": record["source"]}),
+        profile=json.dumps(record["profile"]),
+    )
+    inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
+    try:
+        client.log_inputs(run_id, inputs)
+    except Exception as error:
+        if not is_duplicate(error):
+            raise
+        client.log_inputs(run_id, inputs)  # another run has just created the data set, which MLflow now finds
+
+
+def end_run(client: Any, run_id: str, status: str, time_ms: int | None = None) -> None:
+    client.set_terminated(run_id, status, time_ms)
+
+
+def _all_pages(query: Any, **arguments: Any) -> list[Any]:
+    entries, token = [], None
+    while True:
+        page = query(max_results=PAGE_ROWS, page_token=token, **arguments)
+        entries += page
+        token = page.token
+        if not token:
+            return entries
+
+
+def _number(stored: float) -> float:
+    """Databases store the largest float for infinity; no loss is ever that."""
+    largest = sys.float_info.max
+    return {largest: float("inf"), -largest: float("-inf")}.get(stored, stored)

@@ -1,4 +1,4 @@
-"""What the trainer asks of the writer process, and whether it is still there to ask."""
+"""The writer process's requests, and whether its trainer still exists."""
 
 import math
 import os
@@ -10,71 +10,66 @@ from typing import IO
 from pipeline.runtime.protocol import read_messages
 from pipeline.tracking.messages import WRITER_REQUESTS, FinishRun, WriterRequest
 
-GONE_SECONDS = 5.0  # how long what is left is tried without any progress once the trainer is gone
-HANGING_SECONDS = 1.0  # then a call that does not return ends with the process
+GONE_SECONDS = 5.0  # without progress, after which delivery ends once the trainer is gone
+HANGING_SECONDS = 1.0  # after that, a call that does not return ends with the process
 WATCH_SECONDS = 0.2
 
 
 class Inbox:
-    """Requests, as a thread reads them. `FinishRun` and the stream's end interrupt a pause; the rest waits in line."""
+    """Requests, read by a thread. `FinishRun` and the stream's end interrupt a pause; the others are queued."""
 
     def __init__(self, stream: IO[str] | None, finish: FinishRun | None = None) -> None:
-        """`stream` None: there is only the one request `finish`."""
+        """`stream` None: `finish` is the only request."""
         self.finish, self.gone = finish, False
-        self.moved = self.asked = time.monotonic()
-        self._news, self._queue = threading.Event(), queue.Queue[WriterRequest | None]()
+        self.progress_at = self.finish_at = time.monotonic()
+        self._interrupt, self._queue = threading.Event(), queue.Queue[WriterRequest | None]()
         if stream is not None:
             threading.Thread(target=self._read, args=(stream,), daemon=True).start()
 
     def next(self) -> WriterRequest | None:
-        """The next request in line; None when there will be none."""
+        """Wait for the next request; None at the end of the stream."""
         return self._queue.get()
 
     def wait(self, seconds: float) -> None:
-        """Until something new is there, at most so long."""
-        self._news.wait(seconds)
-        self._news.clear()
+        """Pause, until `FinishRun` or the stream's end at most."""
+        self._interrupt.wait(seconds)
+        self._interrupt.clear()
 
     def progress(self) -> None:
-        """The store took something."""
-        self.moved = time.monotonic()
+        """Note that the store accepted something."""
+        self.progress_at = time.monotonic()
 
     @property
-    def leaving(self) -> bool:
-        """What is in the journal now is all there will be."""
+    def ending(self) -> bool:
+        """Whether the journal is complete."""
         return self.gone or self.finish is not None
 
     @property
     def seconds_left(self) -> float:
-        """Until the rest is left in the journal, if the store goes on to take nothing; infinite before the end."""
-        if not self.leaving:
+        """Time for a store that accepts nothing, after which the rest stays in the journal; infinite before the end."""
+        if not self.ending:
             return math.inf
         patience = GONE_SECONDS if self.gone or self.finish is None else self.finish.patience
-        since = self.asked if self.hurried else max(self.moved, self.asked)
+        since = self.finish_at if self.hurried else max(self.progress_at, self.finish_at)
         return max(0.0, since + patience - time.monotonic())
 
     @property
-    def impatient(self) -> bool:
-        """The store has taken nothing for so long that the rest is left in the journal."""
-        return self.seconds_left == 0
-
-    @property
     def hurried(self) -> bool:
-        """The patience is all the time there is, progress or not."""
+        """Whether the patience is the total time, with or without progress."""
         return self.finish is not None and self.finish.hurry
 
     def _read(self, stream: IO[str]) -> None:
         try:
             for request in read_messages(stream, WRITER_REQUESTS):
                 if isinstance(request, FinishRun):
-                    self.asked, self.finish = time.monotonic(), request
-                    self._news.set()
+                    self.finish_at, self.finish = time.monotonic(), request
+                    self._interrupt.set()
                 else:
                     self._queue.put(request)
         finally:
-            self.asked, self.gone = time.monotonic(), True
+            self.finish_at, self.gone = time.monotonic(), True
             self._queue.put(None)
-            self._news.set()
-        while time.monotonic() - max(self.moved, self.asked) < GONE_SECONDS + HANGING_SECONDS:
+            self._interrupt.set()
+        while time.monotonic() - max(self.progress_at, self.finish_at) < GONE_SECONDS + HANGING_SECONDS:
             time.sleep(WATCH_SECONDS)
         os._exit(1)  # a call to the store hangs, and nobody waits for it any more

@@ -11,15 +11,15 @@ from pipeline.names import CANONICAL, ORIGINAL
 
 @dataclass(frozen=True)
 class RunRequest:
-    """How a run is to be opened."""
+    """How to open a run."""
 
     name: str = ""
-    experiment: str | None = None  # None = MLflow's own choice
-    run_id: str | None = None  # a run that is there already (`mlflow run` opens one)
+    experiment: str | None = None  # None: MLflow's own choice
+    run_id: str | None = None  # an existing run (`mlflow run` opens one)
     launcher: str | None = None  # a run that only started this one
     tags: Mapping[str, str] = field(default_factory=dict)
-    resume: bool = False  # `run_id` was begun before and goes on: points that are there are not written again
-    folder: str | None = None  # of a resumed run; None = below the output folder
+    resume: bool = False  # an earlier start began `run_id`: points that it logged are not logged again
+    folder: str | None = None  # of a resumed run; None: below the output folder
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class OpenRun:
 
 @dataclass(frozen=True)
 class AbandonRun:
-    """End the run that was opened as FAILED: its journal was never begun. No reply."""
+    """End the opened run as FAILED: its journal was never begun. No reply."""
 
     failure: str
 
@@ -44,26 +44,23 @@ class FollowRun:
     """Deliver the run's journal as it grows. Reply: a `DeliveryReport`, after `FinishRun`."""
 
     folder: str
-    owner: int  # the fencing number of the run's owner
-    claim: str  # its tag `owner`: who has another one has taken the run over
+    owner: int  # number of the run's owner
+    claim: str  # the run's tag `owner`, which another process replaces if it takes the run over
 
 
 @dataclass(frozen=True)
 class FinishRun:
-    """Deliver the rest of the journal. Replies: `Progress` or `Away` now and then, and the `DeliveryReport`."""
+    """Deliver the rest of the journal. Replies: `Progress` or `Away` now and then, then the `DeliveryReport`."""
 
-    status: str | None  # the run's end, where the journal does not hold it
+    status: str | None  # final status, if the journal does not contain it
     failure: str = ""
-    patience: float = 0.0  # seconds without any progress after which the rest stays in the journal
-    hurry: bool = False  # `patience` is all the time there is
+    patience: float = 0.0  # seconds without progress after which the rest stays in the journal
+    hurry: bool = False  # `patience` is the total time
 
 
 @dataclass(frozen=True)
 class FindRuns:
-    """Find the run with this id, a deleted one too, or those with this key that were forked from there (or not).
-
-    Reply: `FoundRuns`.
-    """
+    """Find the run with this id, even if deleted, or the runs with this key and fork. Reply: `FoundRuns`."""
 
     run_id: str | None = None
     run_key: str | None = None
@@ -72,7 +69,7 @@ class FindRuns:
 
 @dataclass(frozen=True)
 class FetchArtifact:
-    """Copy an artifact of a run into the folder. Reply: `FetchedArtifact`."""
+    """Copy a run's artifact into the folder. Reply: `FetchedArtifact`."""
 
     run_id: str
     file: str
@@ -84,21 +81,21 @@ class FetchArtifact:
 
 @dataclass(frozen=True)
 class OpenedRun:
-    """What the journal says of the run, and how it was opened."""
+    """How a run was opened; the journal's record `open` is made of it."""
 
     run_id: str
     name: str
     experiment: str | None
     tags: Mapping[str, str]
     tracking_uri: str
-    online: bool  # the store has it
+    online: bool  # the store has the run
     ahead: bool = False  # the store had points that the journal had lost
-    reason: str = ""  # why it is not online
+    reason: str = ""  # why the run is not online
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the delivery of the rest is."""
+    """Progress in delivering the rest."""
 
     delivered: int  # records
     of: int
@@ -107,7 +104,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Away:
-    """The store takes nothing just now, and the end of the run was asked for."""
+    """The store accepts nothing at the moment."""
 
     waiting: int  # records that it does not have
     reason: str
@@ -115,7 +112,7 @@ class Away:
 
 @dataclass(frozen=True)
 class TakenOver:
-    """The store says that another process writes the run: nothing more is delivered."""
+    """According to the store another process writes the run: nothing more is delivered."""
 
     by: str
 
@@ -124,7 +121,7 @@ class TakenOver:
 class DeliveryReport:
     """How the delivery of a run ended."""
 
-    problems: tuple[str, ...]  # what the store refused
+    problems: tuple[str, ...]  # refused by the store
     waiting: int  # records that the store does not have
     reason: str  # why they wait
     run_id: str  # in the store
@@ -133,7 +130,7 @@ class DeliveryReport:
 
 @dataclass(frozen=True)
 class StoredRun:
-    """A run as the store has it: no points but the last of each metric."""
+    """A run in the store, with the last value of each metric."""
 
     run_id: str
     name: str
@@ -147,12 +144,12 @@ class StoredRun:
 
     @property
     def first_id(self) -> str:
-        """The id that it began with, maybe elsewhere or before the store had it."""
+        """The id that the run began with, maybe in another store or before the store had it."""
         return self.tags.get(ORIGINAL, self.run_id)
 
     @property
     def canonical_params(self) -> dict[str, str]:
-        """The params; a key that was typed in another spelling has its canonical text in a tag."""
+        """The params in canonical spelling, which is in a tag if the user typed another one."""
         typed = {key.removeprefix(CANONICAL): text for key, text in self.tags.items() if key.startswith(CANONICAL)}
         return {**self.params, **typed}
 

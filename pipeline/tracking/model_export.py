@@ -1,7 +1,8 @@
-"""Logging a model: its files, its code, and proof that a process without the project can load it."""
+"""Logging a run's model: its files, its code, and proof that a process without the project can load it."""
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -13,36 +14,86 @@ from typing import Any
 
 import mlflow
 import pandas as pd
+from mlflow.entities import LoggedModelOutput, Metric
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types.schema import AnyType, ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
 from pipeline.errors import UserError
 from pipeline.serving import RAW, SERVING_FILE
+from pipeline.storage.journal import Record, read_records
+from pipeline.storage.run_folder import RunFolder
+from pipeline.tracking.client import BATCH_POINTS, DIGEST_LENGTH
 from pipeline.tracking.model_package import PROJECT, write_package
 
 MODEL_NAME = "model"
+ORIGIN_TAGS = ("mlflow.source.", "mlflow.user")  # of a run, copied to its model
 PARAMS = ParamSchema([ParamSpec(RAW, DataType.boolean, False)])
-CAUSE = re.compile(r"^\w[\w.]*(?:Error|Exception): .*$", re.MULTILINE)  # the last line of a traceback
-NOT_HERE = "raise ImportError('a logged model is loaded without the project that trained it')\n"
+ERROR_LINE = re.compile(r"^\w[\w.]*(?:Error|Exception): .*$", re.MULTILINE)  # last line of a traceback
+CHECK_SETTINGS = {"MLFLOW_REQUIREMENTS_INFERENCE_RAISE_ERRORS": "true", "MLFLOW_UV_AUTO_DETECT": "false"}
+HIDDEN_PROJECT = "raise ImportError('a logged model is loaded without the project that trained it')\n"
 
 
-def log_model(export: Mapping[str, Any], make: Callable[[], str]) -> str:
+def log_run_model(client: Any, run_id: str, folder: RunFolder, record: Record) -> None:
+    """Log the model of a journal's record `model` unless the run has it; an incomplete one is deleted first.
+
+    The model is created explicitly, since MLflow would read back every point of an active run.
+    """
+    run = client.get_run(run_id)
+    experiment = run.info.experiment_id
+    for model in client.search_logged_models([experiment], f"source_run_id = '{run_id}'"):
+        if model.status == "READY":
+            _log_test_metrics(client, run, folder, model.model_id)
+            return
+        client.delete_logged_model(model.model_id)
+    origin = {name: value for name, value in run.data.tags.items() if name.startswith(ORIGIN_TAGS)}
+
+    def create() -> str:
+        model = client.create_logged_model(experiment, MODEL_NAME, run_id, origin, run.data.params)
+        return str(model.model_id)
+
+    model_id = log_model(record | {"folder": str(folder.folder(record["folder"]))}, create)
+    _log_test_metrics(client, run, folder, model_id)
+
+
+def _log_test_metrics(client: Any, run: Any, folder: RunFolder, model_id: str) -> None:
+    """Make the model an output of the run, and log the test metrics as the model's, for MLflow's pages of models.
+
+    The store keeps a point once per key, step, time and value, so the run's own history does not change.
+    """
+    dataset: dict[str, str] = {}
+    metrics = []
+    for record in read_records(folder.journal):
+        if record["op"] == "input":
+            dataset = {"dataset_name": record["name"], "dataset_digest": record["digest"][:DIGEST_LENGTH]}
+        elif record["op"] in ("metrics", "known"):
+            metrics += [Metric(key, float(value), record["time"], record["step"], model_id, **dataset)
+                        for key, value in record["values"].items()
+                        if key.startswith("test/") and math.isfinite(value)]  # fmt: skip
+    for start in range(0, len(metrics), BATCH_POINTS):
+        client.log_batch(run.info.run_id, metrics=metrics[start : start + BATCH_POINTS])
+    outputs = run.outputs.model_outputs if run.outputs else []
+    if model_id not in [output.model_id for output in outputs]:
+        step = max((metric.step for metric in metrics), default=0)
+        client.log_outputs(run.info.run_id, [LoggedModelOutput(model_id, step)])
+
+
+def log_model(export: Mapping[str, Any], create: Callable[[], str]) -> str:
     """Log an exported folder (the fields of `pipeline.tasks.base.ModelExport`); returns the model's id.
 
-    make: called once the model has been tried; makes it in the store, and returns its id.
+    create: creates the model in the store and returns its id; called once the model has passed its check.
 
-    MLflow loads the model in a process of its own, which cannot import the project, asks it for its example, and
-    notes as requirements what was imported.
+    MLflow loads the model in another process, which cannot import the project, predicts its example, and records what
+    was imported as requirements.
 
     Raises:
-        UserError: it cannot be loaded there, or does not answer.
+        UserError: it cannot be loaded there, or cannot predict.
     """
     folder = Path(export["folder"])
     (folder / SERVING_FILE).write_text(json.dumps({"task": export["task"]}) + "\n", encoding="utf-8")
     inputs, example = export["inputs"], export["example"]
-    # Any: a column is an integer, a float or text, as pandas happened to read it. None: MLflow passes on what it is
-    # given; of a frame, a schema of one column would let through the first one, whatever it is called
+    # AnyType: pandas may read a column as integer, float or text. None: MLflow passes the input on as it is; a schema
+    # of one column would accept the first column of a frame, whatever its name
     columns = None if inputs is None else Schema([ColSpec(AnyType(), name) for name in inputs])  # type: ignore[no-untyped-call]
     outputs: list[ColSpec | TensorSpec] = [ColSpec(DataType[kind], name) for name, kind in export["outputs"].items()]
     with tempfile.TemporaryDirectory() as work:
@@ -56,24 +107,24 @@ def log_model(export: Mapping[str, Any], make: Callable[[], str]) -> str:
         }
         with _project_hidden(Path(work)):
             model["pip_requirements"] = _check_model(model, Path(work) / "saved")
-            model_id = make()
+            model_id = create()
             mlflow.pyfunc.log_model(name=MODEL_NAME, model_id=model_id, **model)
     return model_id
 
 
 def _check_model(model: Mapping[str, Any], saved: Path) -> list[str]:
-    """Load the model in another process and ask it for its example; returns the requirements that it imported there."""
+    """Load the model in another process and predict its example; returns the requirements that were imported."""
     mlflow.pyfunc.save_model(saved, pip_requirements=[], **model)
     (saved / "requirements.txt").unlink()  # MLflow would compare it with what is installed, for a second
     try:
-        found = mlflow.models.infer_pip_requirements(str(saved), "python_function")  # type: ignore[no-untyped-call]
+        imported = mlflow.models.infer_pip_requirements(str(saved), "python_function")  # type: ignore[no-untyped-call]
     except MlflowException as error:
-        if reasons := CAUSE.findall(str(error)):
+        if reasons := ERROR_LINE.findall(str(error)):
             raise UserError(f"the model cannot be loaded and used: {reasons[-1]}") from None
         raise
     finally:
         shutil.rmtree(saved)
-    plain = {requirement.partition("+")[0] for requirement in found}  # PyPI has no torch==2.13.0+cpu
+    plain = {requirement.partition("+")[0] for requirement in imported}  # PyPI has no torch==2.13.0+cpu
     return sorted(plain | {f"mlflow=={mlflow.__version__}"})
 
 
@@ -81,15 +132,15 @@ def _check_model(model: Mapping[str, Any], saved: Path) -> list[str]:
 def _project_hidden(work: Path) -> Iterator[None]:
     """Let processes that MLflow starts import the model's code, and fail where it imports the project."""
     (work / "hidden").mkdir()
-    (work / "hidden" / f"{PROJECT.name}.py").write_text(NOT_HERE, encoding="utf-8")
-    path, before = list(sys.path), dict(os.environ)
+    (work / "hidden" / f"{PROJECT.name}.py").write_text(HIDDEN_PROJECT, encoding="utf-8")
+    path, before = list(sys.path), {name: os.environ.get(name) for name in CHECK_SETTINGS}
     sys.path[:0] = [str(work), str(work / "hidden")]
-    os.environ |= {"MLFLOW_REQUIREMENTS_INFERENCE_RAISE_ERRORS": "true", "MLFLOW_UV_AUTO_DETECT": "false"}
+    os.environ |= CHECK_SETTINGS
     try:
         yield
     finally:
         sys.path[:] = path
-        for name in ("MLFLOW_REQUIREMENTS_INFERENCE_RAISE_ERRORS", "MLFLOW_UV_AUTO_DETECT"):
+        for name, value in before.items():
             os.environ.pop(name)
-            if name in before:
-                os.environ[name] = before[name]
+            if value is not None:
+                os.environ[name] = value

@@ -1,7 +1,7 @@
-"""The code that travels with a logged model: the modules that its predictor imports, as a package of their own.
+"""The code of a logged model: the modules that its predictor imports, as a package of their own.
 
-It is called `focal_model_<digest of its content>` and imports itself by relative names, so that it collides neither
-with a checkout of the project nor with another version of a model in the same process.
+The package is called `focal_model_<digest of its content>` and imports its modules by relative names, so that it
+collides neither with a checkout of the project nor with another version of a model in the same process.
 """
 
 import ast
@@ -16,13 +16,13 @@ LOADER = f"{ROOT}.serving"
 
 
 def write_package(task: str, folder: Path) -> str:
-    """Write the package of a task's logged models below the folder, and return its name.
+    """Write the package for a task's logged models below the folder; returns its name.
 
     Raises:
-        ImportError: a module imports what is not there, or the project in a way that cannot be made relative.
+        ImportError: a module does not exist, or imports the project in a way that cannot be made relative.
     """
-    modules = _needed([LOADER, f"{ROOT}.tasks.{task}.predict"])
-    sources = {module: _relative(module, source) for module, source in modules.items()}
+    modules = _collect([LOADER, f"{ROOT}.tasks.{task}.predict"])
+    sources = {module: _with_relative_imports(module, source) for module, source in modules.items()}
     content = "\0".join(f"{module}\0{source}" for module, source in sorted(sources.items()))
     package = folder / f"focal_model_{hashlib.sha256(content.encode()).hexdigest()[:12]}"
     for module, source in sources.items():
@@ -35,10 +35,10 @@ def write_package(task: str, folder: Path) -> str:
     return package.name
 
 
-def _needed(first: list[str]) -> dict[str, str]:
-    """The sources of these modules and of all that they import of the project, late imports too."""
+def _collect(modules: list[str]) -> dict[str, str]:
+    """The sources of modules and of every project module that they import, late imports too."""
     sources: dict[str, str] = {}
-    waiting = list(first)
+    waiting = list(modules)
     while waiting:
         module = waiting.pop()
         if module in sources:
@@ -47,13 +47,15 @@ def _needed(first: list[str]) -> dict[str, str]:
         if not file.is_file():
             raise ImportError(f"{module}: no such module of the project")
         sources[module] = file.read_text(encoding="utf-8")
-        for node in _imports(ast.parse(sources[module])):
-            waiting += _modules(node)
+        for node in _project_imports(ast.parse(sources[module])):
+            name = str(node.module)
+            is_package = PROJECT.parent.joinpath(*name.split(".")).is_dir()
+            waiting += [f"{name}.{alias.name}" for alias in node.names] if is_package else [name]
     return sources
 
 
-def _imports(tree: ast.AST) -> Iterator[ast.ImportFrom]:
-    """Every `from pipeline... import ...` of a module but those for type checkers alone."""
+def _project_imports(tree: ast.AST) -> Iterator[ast.ImportFrom]:
+    """Every `from pipeline... import ...` of a module, except those for type checkers only."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             continue
@@ -61,23 +63,15 @@ def _imports(tree: ast.AST) -> Iterator[ast.ImportFrom]:
             raise ImportError(f"import {node.names[0].name}: write from ... import ..., which can be made relative")
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == ROOT:
             yield node
-        yield from _imports(node)
+        yield from _project_imports(node)
 
 
-def _modules(node: ast.ImportFrom) -> list[str]:
-    """The modules that an import names: a module, or modules of a package."""
-    name = str(node.module)
-    if PROJECT.parent.joinpath(*name.split(".")).is_dir():
-        return [f"{name}.{alias.name}" for alias in node.names]
-    return [name]
+def _with_relative_imports(module: str, source: str) -> str:
+    """A module's source with its imports of the project made relative.
 
-
-def _relative(module: str, source: str) -> str:
-    """A module's source with its imports of the project relative.
-
-    >>> _relative("pipeline.tasks.mmoe.predict", "from pipeline.config.strict_config import load")
-    'from ...config import load'
+    >>> _with_relative_imports("pipeline.tasks.mmoe.predict", "from pipeline.config.strict_config import load")
+    'from ...config.strict_config import load'
     """
     dots = "." * module.count(".")
-    return re.sub(rf"(?m)^(\s*from ){ROOT}(?:\.(\S+))?(?= import )", lambda found: f"{found[1]}{dots}{found[2] or ''}",
-                  source)  # fmt: skip
+    return re.sub(rf"(?m)^(\s*from ){ROOT}(?:\.(\S+))?(?= import )",
+                  lambda match: f"{match[1]}{dots}{match[2] or ''}", source)  # fmt: skip

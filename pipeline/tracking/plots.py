@@ -1,4 +1,4 @@
-"""Pictures of a run, as PNG files."""
+"""Plots of a run, as PNG files."""
 
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,20 +11,11 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 
 
-def _figure(columns: int, rows: int = 1) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.6 * columns, 3.4 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False).ravel()
-
-
 def calibration(curves: Mapping[str, tuple[Floats, Floats, Floats]], file: Path) -> None:
-    """Predicted against observed rates, a panel an event; on the diagonal they agree."""
+    """Predicted against observed rates, a panel per event; a calibrated model lies on the diagonal."""
     if not curves:
         return
-    figure, axes = _figure(len(curves))
+    figure, axes = _figure(len(curves), len(curves))
     for axis, (event, (predicted, observed, _)) in zip(axes, curves.items(), strict=True):
         low = max(1e-6, min(predicted.min(), observed[observed > 0].min(initial=1.0)) / 2)
         axis.plot([low, 1], [low, 1], color="0.7", linewidth=1)
@@ -35,11 +26,10 @@ def calibration(curves: Mapping[str, tuple[Floats, Floats, Floats]], file: Path)
 
 
 def confusion(matrices: Mapping[str, npt.NDArray[np.int64]], names: Sequence[str], file: Path) -> None:
-    """Counts of truth by prediction, a panel a matrix [C, C], coloured by the share of each truth."""
-    columns = min(4, len(matrices))
-    figure, axes = _figure(columns, -(-len(matrices) // columns))
+    """Counts of truth by prediction, a panel per matrix [C, C], coloured by the share of each truth."""
+    figure, axes = _figure(len(matrices), 4)
     ticks = range(len(names))
-    for axis, (title, counts) in zip(axes, matrices.items(), strict=False):
+    for axis, (title, counts) in zip(axes, matrices.items(), strict=True):
         shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
         axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         for (truth, predicted), count in np.ndenumerate(counts):
@@ -48,49 +38,43 @@ def confusion(matrices: Mapping[str, npt.NDArray[np.int64]], names: Sequence[str
             axis.text(predicted, truth, text, ha="center", va="center", color=colour)
         axis.set(xticks=ticks, yticks=ticks, xticklabels=names, yticklabels=names, xlabel="predicted", ylabel="truth")
         axis.set_title(title)
-    for axis in axes[len(matrices) :]:
-        axis.set_axis_off()
     figure.savefig(file, dpi=110)
 
 
 def losses(history: Iterable[tuple[int, Mapping[str, float]]], file: Path) -> None:
-    """Every logged loss over the steps, smoothed, a panel a loss; a line marks where a loss first joins in."""
+    """Every logged loss over the steps, smoothed, a panel per loss; a line marks where another loss begins."""
     curves: dict[str, tuple[array[float], array[float]]] = {}
-    for step, logged in history:
-        for name, value in logged.items():
+    for step, metrics in history:
+        for name, value in metrics.items():
             if name.startswith("loss_"):
-                of_steps, of_values = curves.setdefault(name, (array("d"), array("d")))
-                of_steps.append(step)
-                of_values.append(value)
+                steps, values = curves.setdefault(name, (array("d"), array("d")))
+                steps.append(step)
+                values.append(value)
     if not curves:
         return
-    first = [of_steps[0] for of_steps, _ in curves.values()]
-    gates = set(first) - {min(first)}
-    columns = min(3, len(curves))
-    figure, axes = _figure(columns, -(-len(curves) // columns))
-    for axis, (name, curve) in zip(axes, curves.items(), strict=False):
-        steps, values = (np.array(part) for part in curve)
-        axis.plot(steps, values, color="C0", alpha=0.2, linewidth=0.6)
-        width = max(1, len(values) // 100)
-        axis.plot(steps[width - 1 :], np.convolve(values, np.full(width, 1 / width), "valid"), color="C0")
-        for gate in gates:
-            axis.axvline(gate, color="C3", linestyle="--", linewidth=1)
-        low, high = np.quantile(values, [0.005, 0.995])
+    beginnings = {steps[0] for steps, _ in curves.values()}
+    figure, axes = _figure(len(curves), 3)
+    for axis, (name, curve) in zip(axes, curves.items(), strict=True):
+        x, y = map(np.array, curve)
+        axis.plot(x, y, color="C0", alpha=0.2, linewidth=0.6)
+        width = max(1, len(y) // 100)
+        axis.plot(x[width - 1 :], np.convolve(y, np.full(width, 1 / width), "valid"), color="C0")
+        for beginning in beginnings - {min(beginnings)}:
+            axis.axvline(beginning, color="C3", linestyle="--", linewidth=1)
+        low, high = np.quantile(y, [0.005, 0.995])
         axis.set(title=name, xlabel="global step", ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low) + 1e-12))
         axis.grid(alpha=0.3)
-    for axis in axes[len(curves) :]:
-        axis.set_axis_off()
     figure.savefig(file, dpi=110)
 
 
 def sentiments(counts: Mapping[str, Sequence[int]], names: Sequence[str], file: Path) -> None:
-    """Labels of each sentiment, as counts and as shares. counts: of each name, first over all aspects, then of each."""
-    figure, axes = _figure(2)
+    """Labels of each sentiment, as counts and as shares. counts: by row, the first of which is all aspects."""
+    figure, axes = _figure(2, 2)
     figure.set_figheight(1.7 + 0.26 * len(counts))
     values = np.array(list(counts.values()), dtype=np.float64)
     shares = values / np.maximum(1, values.sum(1, keepdims=True))
-    of_aspects = np.where(np.arange(len(values))[:, None] == 0, 0, values)  # a bar for all would dwarf theirs
-    for axis, shown, title in ((axes[0], of_aspects, "labelled cells"), (axes[1], shares, "share")):
+    aspect_counts = np.where(np.arange(len(values))[:, None] == 0, 0, values)  # a bar for all would dwarf the others
+    for axis, shown, title in ((axes[0], aspect_counts, "labelled cells"), (axes[1], shares, "share")):
         left = np.zeros(len(counts))
         for name, column, colour in zip(names, shown.T, ("C2", "C3", "0.65"), strict=True):
             axis.barh(range(len(counts)), column, left=left, color=colour, label=name)
@@ -99,8 +83,23 @@ def sentiments(counts: Mapping[str, Sequence[int]], names: Sequence[str], file: 
         axis.invert_yaxis()
         axis.locator_params(axis="x", nbins=6)
         axis.grid(alpha=0.3, axis="x")
-    rows = [row.replace("$", r"\$") for row in counts]  # else two of them would open a formula
+    rows = [row.replace("$", r"\$") for row in counts]  # two dollars would enclose a formula
     axes[0].set_yticklabels([f"{row}: {int(total):,}" for row, total in zip(rows, values.sum(1), strict=True)])
     axes[1].set(xlim=(0, 1))
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
     figure.savefig(file, dpi=110)
+
+
+def _figure(panels: int, most_columns: int) -> tuple[Any, list[Any]]:
+    """A figure and the axes of its panels."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(most_columns, panels)
+    rows = -(-panels // columns)
+    figure = Figure(figsize=(4.6 * columns, 3.4 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = list(figure.subplots(rows, columns, squeeze=False).ravel())
+    for axis in axes[panels:]:
+        axis.set_axis_off()
+    return figure, axes[:panels]

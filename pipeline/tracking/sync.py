@@ -1,4 +1,4 @@
-"""`python -m pipeline sync <folder>`: deliver what waits in the journals of runs whose trainer is gone."""
+"""`python -m pipeline sync <folder>`: deliver what waits in the journals of runs without a trainer."""
 
 import os
 from dataclasses import replace
@@ -7,149 +7,134 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pipeline.errors import TrainingError, Undelivered, UserError
-from pipeline.runtime.console import say, warn
+from pipeline.runtime.console import info, warn
 from pipeline.runtime.text import visible
-from pipeline.storage.journal import JOURNAL_FILE, JournalWriter, beginning
-from pipeline.storage.ownership import Ownership
-from pipeline.tracking.client import connect, find_by_id, is_deleted, told_deleted
-from pipeline.tracking.delivery import Cursor, Delivery
+from pipeline.storage.journal import JOURNAL_FILE, JournalWriter
+from pipeline.storage.run_folder import RunFolder
+from pipeline.tracking.client import connect, deletion_message, find_by_id, is_deleted
+from pipeline.tracking.cursor import Cursor
+from pipeline.tracking.delivery import Delivery
 from pipeline.tracking.inbox import Inbox
 from pipeline.tracking.messages import DeliveryNews, DeliveryReport, FinishRun, Progress
-from pipeline.tracking.opening import refuse_alive
-from pipeline.tracking.store import (
-    CLIENT_SETTINGS,
-    Answer,
-    answer_of,
-    one_line,
-    probe,
-    refusal,
-    store_key,
-    tracking_uri,
-)
+from pipeline.tracking.run_opening import refuse_alive
+from pipeline.tracking.store import CLIENT_SETTINGS, probe, store_key, tracking_uri
+from pipeline.tracking.store_errors import Answer, classify, one_line, refusal
 
 PATIENCE_SECONDS = 30.0  # without any progress
 
 
 def sync(folder: Path, again: bool = False) -> None:
-    """Deliver the run of the folder, or of each folder in it, to the store that MLFLOW_TRACKING_URI names.
+    """Deliver the run of a folder, or of each folder in it, to the store that MLFLOW_TRACKING_URI names.
 
-    A run is ended as its journal says. One that this store never had, or has lost, is made there, with tag
-    `original_run_id`. again: all of the journal once more; what the store has already stays as it is.
+    A run is ended as its journal says. One that this store does not have is created there, with tag
+    `original_run_id`. again: deliver the whole journal once more; the store keeps what it has.
 
     Raises:
         UserError: there is no journal, or a single run that is alive.
-        Undelivered: the store does not answer, or stopped to.
+        Undelivered: the store does not answer.
         TrainingError: the store refused something.
     """
-    single = (folder / JOURNAL_FILE).is_file()
-    folders = [folder] if single else sorted(file.parent for file in folder.glob(f"*/{JOURNAL_FILE}"))
+    single = RunFolder(folder).journal.is_file()
+    folders = [RunFolder(folder)] if single else sorted(RunFolder.below(folder), key=lambda each: each.path)
     if not folders:
         raise UserError(f"{folder}: found no {JOURNAL_FILE}, allowed: a run's folder, or a folder of such folders")
     os.environ |= CLIENT_SETTINGS
-    _check_store(folders)
-    failed: list[UserError] = []
-    for each in folders:
-        try:
-            say(f"run {each.name}: {_sync_run(each, again)}")
-            continue
-        except UserError as error:
-            refused = error
-        except Exception as error:  # whatever is wrong with one folder must not keep the others from the store
-            refused = TrainingError(f"run folder {each}: {type(error).__name__}: {one_line(error)}")
-            refused.__cause__ = error
-        if single:
-            raise refused
-        say(f"error: {refused}")
-        failed.append(refused)
-    if failed:
-        worst = max(failed, key=lambda error: error.exit_code)
-        raise type(worst)(f"{len(failed)} of {len(folders)} runs of {folder} are not whole in {tracking_uri()}")
-
-
-def _check_store(folders: list[Path]) -> None:
     try:
         probe()
         connect().search_experiments(max_results=1)
-    except Exception as error:  # whatever the store says becomes the user's one line
-        raise _told(error, folders[0].parent) from None
+    except Exception as error:  # any error of the store becomes one line
+        raise _delivery_error(error, folders[0].path.parent) from None
+    failures: list[UserError] = []
+    for each in folders:
+        try:
+            info(f"run {each.path.name}: {_sync_run(RunFolder(each.path.resolve()), again)}")
+            continue
+        except UserError as error:
+            failure = error
+        except Exception as error:  # one damaged folder must not keep the others from the store
+            failure = TrainingError(f"run folder {each.path}: {type(error).__name__}: {one_line(error)}")
+            failure.__cause__ = error
+        if single:
+            raise failure
+        info(f"error: {failure}")
+        failures.append(failure)
+    if failures:
+        worst = max(failures, key=lambda failure: failure.exit_code)
+        raise type(worst)(f"{len(failures)} of {len(folders)} runs of {folder} are not whole in {tracking_uri()}")
 
 
-def _told(error: Exception, stays: Path) -> UserError:
-    """What the store says against a delivery."""
-    kind = UserError if answer_of(error) is Answer.REFUSED else Undelivered
-    return kind(f"{refusal(error)}; everything stays in {stays}")
+def _delivery_error(error: Exception, folder: Path) -> UserError:
+    kind = UserError if classify(error) is Answer.REFUSED else Undelivered
+    return kind(f"{refusal(error)}; everything stays in {folder}")
 
 
-def _sync_run(folder: Path, again: bool) -> str:
-    """Deliver one run; what became of it, in a few words."""
-    folder = folder.resolve()
-    owner = Ownership(folder)
+def _sync_run(folder: RunFolder, again: bool) -> str:
+    """Deliver one run; returns the outcome in a few words."""
+    owner = folder.lock()
     try:
         owner.take()
-        JournalWriter(folder / JOURNAL_FILE).close()  # without what a kill left of its last record
-        opened = beginning(folder / JOURNAL_FILE)
+        JournalWriter(folder.journal).close()  # cuts off an incomplete last record
+        opened = folder.opening()
         if opened is None:
-            raise UserError(f"{folder / JOURNAL_FILE}: found no record of the run's beginning; it cannot be delivered")
-        _refuse_alive(folder, opened["id"])
+            raise UserError(f"{folder.journal}: found no record of the run's beginning; it cannot be delivered")
+        _refuse_alive(folder.path, opened["id"])
         report, delivered = _deliver(folder, owner.number, again)
     except OSError as error:
-        raise TrainingError(f"run folder {folder}: {error.strerror or error}") from None
+        raise TrainingError(f"run folder {folder.path}: {error.strerror or error}") from None
     finally:
         owner.release()
     if report.waiting:
-        raise Undelivered(f"run {folder.name}: {report.waiting:,} records wait: {report.reason}; deliver them "
-                          f"with `python -m pipeline sync {folder}`")  # fmt: skip
+        raise Undelivered(f"run {folder.path.name}: {report.waiting:,} records wait: {report.reason}; deliver them "
+                          f"with `python -m pipeline sync {folder.path}`")  # fmt: skip
     if report.problems:
-        raise TrainingError(f"run {folder.name}: {'; '.join(report.problems)}")
+        raise TrainingError(f"run {folder.path.name}: {'; '.join(report.problems)}")
     if not delivered:
         return f"nothing to deliver, all of it is in {tracking_uri()}"
-    as_other = "" if report.run_id == opened["id"] else f" as run {report.run_id}"
-    return f"{delivered:,} records delivered to {tracking_uri()}{as_other}"
+    as_other_run = "" if report.run_id == opened["id"] else f" as run {report.run_id}"
+    return f"{delivered:,} records delivered to {tracking_uri()}{as_other_run}"
 
 
 def _refuse_alive(folder: Path, run_id: str) -> None:
-    """Raise a UserError where the folder is a copy, and another process still writes the run."""
+    """Raise a UserError if the folder is a copy of a run that another process writes."""
     try:
         client = connect()
         run = find_by_id(client, run_id)
-    except Exception as error:  # whatever the store says becomes the user's one line
-        raise _told(error, folder) from None
+    except Exception as error:  # any error of the store becomes one line
+        raise _delivery_error(error, folder) from None
     if run:
         refuse_alive(client, run, folder)
 
 
-def _deliver(folder: Path, number: int, again: bool) -> tuple[DeliveryReport, int]:
-    """The report, and how many records were brought over."""
+def _deliver(folder: RunFolder, owner: int, again: bool) -> tuple[DeliveryReport, int]:
+    """Returns the report, and the number of delivered records."""
     cursor = Cursor(folder, store_key())
     if cursor.problems or again:
-        cursor.rewind()  # what was refused before may be taken now
+        cursor.rewind()  # what was refused before may be accepted now
         cursor.save()
     inbox = Inbox(None, FinishRun(None, patience=PATIENCE_SECONDS))
-    with tqdm(unit=" records", desc=visible(folder.name), leave=False) as bar:
+    with tqdm(unit=" records", desc=visible(folder.path.name), leave=False) as bar:
 
-        def tell(news: DeliveryNews) -> None:
+        def show(news: DeliveryNews) -> None:
             if isinstance(news, Progress):
                 bar.total = news.of
                 bar.update(news.delivered - bar.n)
 
-        delivery = Delivery(folder, number, inbox, tell)
-        if delivery.is_done and _is_there(delivery):
+        delivery = Delivery(folder.path, owner, inbox, show)
+        if delivery.is_done and _is_stored(cursor.run_id, folder.path):
             delivery.reader.close()
             return replace(delivery.report(), run_id=cursor.run_id or ""), 0
         report = delivery.follow()
     if delivery.reader.damaged:
-        warn(f"{delivery.journal}: damaged lines, which were passed over: {delivery.reader.damaged:,}")
+        warn(f"{folder.journal}: damaged lines, which were passed over: {delivery.reader.damaged:,}")
     return report, max(1, delivery.delivered)
 
 
-def _is_there(delivery: Delivery) -> bool:
-    """The run that all was delivered to is still in the store."""
-    run_id = delivery.cursor.run_id
+def _is_stored(run_id: str | None, folder: Path) -> bool:
+    """Whether a run that was delivered before is still in the store."""
     try:
         run = find_by_id(connect(), run_id) if run_id else None
         if run and is_deleted(run):
-            raise UserError(told_deleted(run.info.run_id))
-    except Exception as error:  # whatever the store says becomes the user's one line
-        delivery.reader.close()
-        raise _told(error, delivery.folder) from None
+            raise UserError(deletion_message(run.info.run_id))
+    except Exception as error:  # any error of the store becomes one line
+        raise _delivery_error(error, folder) from None
     return run is not None

@@ -1,7 +1,8 @@
 """`make ui`: MLflow's own pages, opened on the newest sweep.
 
-MLflow draws only the first ten runs of a list and a chart for each of a hundred metrics. The sweep therefore gets a
-shared view, as MLflow's button Share makes one: its runs alone, all of them drawn, the charts of its question on top.
+MLflow draws only the first ten runs of a list, and a chart for each of a hundred metrics. The sweep therefore gets a
+shared view, as MLflow's button Share creates one: its runs only, all of them drawn, with its most important charts on
+top.
 """
 
 import json
@@ -25,30 +26,55 @@ from urllib.request import urlopen
 import click
 
 from pipeline.errors import UserError
-from pipeline.runtime.console import say
+from pipeline.runtime.console import info, warn
 from pipeline.runtime.text import visible
 from pipeline.tracking.client import connect, experiments
-from pipeline.tracking.creation import ensure_store
-from pipeline.tracking.store import one_line, settle, tracking_uri
+from pipeline.tracking.store import configure_mlflow, tracking_uri
+from pipeline.tracking.store_creation import ensure_store
+from pipeline.tracking.store_errors import one_line
 from pipeline.tracking.stored_runs import runs_of_sweep, runs_of_tag, store_exists
 
 HOST = "127.0.0.1"
-START_SECONDS = 120  # how long the server may take until it answers
-STOP_SECONDS = 5  # how long it may take to end by itself
+START_SECONDS = 120  # until the server must answer
+STOP_SECONDS = 5  # until it is killed
 DEFAULT_EXPERIMENT = "0"
-VIEW_TAG = "mlflow.sharedViewState."  # of an experiment; what follows is the key in the link
-TRAINING = "workflowType=machine_learning"  # in a link: without it a new browser gets MLflow's pages for GenAI
-LOSSES = ("loss_ctcvr_bce", "loss_ctcvr_focal", "loss_sentiment")  # charted where a sweep has them
+VIEW_TAG = "mlflow.sharedViewState."  # prefix of an experiment's tag; the rest is the key in the link
+TRAINING = "workflowType=machine_learning"  # in a link: a new browser would show MLflow's pages for GenAI
+LOSSES = ("loss_ctcvr_bce", "loss_ctcvr_focal", "loss_sentiment")  # charted if the sweep logged them
 QUIET = {
-    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # seven processes for judging chats, which nobody here has
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # seven processes for judging chats
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "PYTHONWARNINGS": "ignore",
 }
 
 
+@click.command(help="Open MLflow on the newest sweep of the tracking store (MLFLOW_TRACKING_URI, else ./mlflow.db).")
+@click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True, help="where to serve")
+def ui(port: int) -> None:
+    """Serve until Ctrl-C; if the store is a server, only print its link."""
+    configure_mlflow()
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # report within seconds that a server is away
+    uri = tracking_uri()
+    if uri.startswith(("http://", "https://")):
+        sweep = newest_sweep()
+        show(link(uri.rstrip("/"), sweep), sweep)
+        return
+    base = f"http://{HOST}:{port}"
+    check_free(port)
+    address = link(base, sweep := newest_sweep())  # before the server starts: both may create the store
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # `nohup make ui &` outlives its terminal
+            signal.signal(number, _end)
+    with suppress(KeyboardInterrupt), serving(port) as server:
+        wait_until_up(server, base)
+        show(address, sweep)
+        info("Ctrl-C ends the server")
+        raise UserError(f"MLflow's server ended with code {server.wait()}")
+
+
 @dataclass(frozen=True)
 class SweepView:
-    """A sweep, and what the charts on top of its page show."""
+    """A sweep, and the charts on top of its page."""
 
     sweep_id: str
     experiment_id: str
@@ -57,34 +83,35 @@ class SweepView:
 
     @property
     def filter(self) -> str:
-        """MLflow's filter for the runs that are compared, without the one that stands for the whole."""
+        """MLflow's filter for the runs that are compared."""
         return f"tags.sweep_id = '{self.sweep_id}' and tags.role != 'summary'"
 
     @property
     def state(self) -> dict[str, Any]:
-        """The view in the words of MLflow's page: what is not named stays as it is without a view."""
+        """The view's state in the format of MLflow's page, where missing keys have their defaults."""
         return {
             "searchFilter": self.filter,
-            "orderByAsc": True,  # by time of start: baseline, then the arms, seed by seed
+            "orderByAsc": True,  # by start time: the baseline, then the arms, seed by seed
             "selectedColumns": [f"metrics.`{self.metric}`"],
             "runsHiddenMode": "SHOW_ALL",
             "isAccordionReordered": True,  # else the sections are sorted by name
             "compareRunSections": [{"uuid": "sweep", "name": "The sweep", "display": True, "isReordered": True}],
-            "compareRunCharts": [_chart(metric) for metric in self.charts],
+            "compareRunCharts": [_line_chart(metric) for metric in self.charts],
         }
 
 
-def _chart(metric: str) -> dict[str, Any]:
-    """A line for each run over steps."""
-    own = {"type": "LINE", "uuid": f"sweep {metric}", "metricSectionId": "sweep", "metricKey": metric}
-    plain = {"selectedXAxisMetricKey": "", "lineSmoothness": 0, "deleted": False, "isGenerated": False}
-    scales = {"xAxisKey": "step", "xAxisScaleType": "linear", "yAxisKey": "metric", "scaleType": "linear"}
-    shared = {"useGlobalXaxisKey": True, "useGlobalLineSmoothing": True}
-    return own | {"selectedMetricKeys": [metric], "displayName": metric} | scales | plain | shared
+def _line_chart(metric: str) -> dict[str, Any]:
+    return {
+        "type": "LINE", "uuid": f"sweep {metric}", "metricSectionId": "sweep", "metricKey": metric,
+        "selectedMetricKeys": [metric], "displayName": metric,
+        "xAxisKey": "step", "xAxisScaleType": "linear", "yAxisKey": "metric", "scaleType": "linear",
+        "selectedXAxisMetricKey": "", "lineSmoothness": 0, "deleted": False, "isGenerated": False,
+        "useGlobalXaxisKey": True, "useGlobalLineSmoothing": True,
+    }  # fmt: skip
 
 
 def newest_sweep() -> SweepView | None:
-    """The sweep that was started last, if there is one.
+    """The sweep that was started last.
 
     Raises:
         UserError: the store does not answer.
@@ -97,23 +124,24 @@ def newest_sweep() -> SweepView | None:
     summary = summaries[-1]
     sweep_id, metric = summary.tags["sweep_id"], summary.tags["metric"]
     logged = {name for run in runs_of_sweep(sweep_id) for name in run.metrics}
-    validated = metric.replace("test/", "valid/", 1)
+    validation_metric = metric.replace("test/", "valid/", 1)
     experiment_id = mlflow.MlflowClient().get_run(summary.run_id).info.experiment_id
-    return SweepView(sweep_id, experiment_id, metric, tuple(name for name in (validated, *LOSSES) if name in logged))
+    charts = tuple(name for name in (validation_metric, *LOSSES) if name in logged)
+    return SweepView(sweep_id, experiment_id, metric, charts)
 
 
 def newest_experiment() -> str:
-    """The experiment of the run that was started last; MLflow's default where there is none."""
+    """The id of the experiment of the run that was started last."""
     if not store_exists():
         return DEFAULT_EXPERIMENT
     client = connect()
-    ids = [found.experiment_id for found in experiments(client)]
+    ids = [experiment.experiment_id for experiment in experiments(client)]
     runs = client.search_runs(ids, order_by=["attributes.start_time DESC"], max_results=1)
     return runs[0].info.experiment_id if runs else DEFAULT_EXPERIMENT
 
 
 def link(base: str, sweep: SweepView | None) -> str:
-    """Where the sweep's charts are, on the server at `base`; without a sweep, the newest run's experiment."""
+    """The link to the sweep's charts, or else to the newest run's experiment, on the server at `base`."""
     import mlflow
     from mlflow.exceptions import MlflowException
 
@@ -123,37 +151,37 @@ def link(base: str, sweep: SweepView | None) -> str:
     try:
         key = VIEW_TAG + sweep.sweep_id
         mlflow.MlflowClient().set_experiment_tag(sweep.experiment_id, key, json.dumps(sweep.state))
-    except MlflowException as error:  # a store that we may only read: its runs are shown all the same
-        say(f"warning: no view of the sweep could be saved: {one_line(error)}")
+    except MlflowException as error:  # the store may be read-only for this user
+        warn(f"no view of the sweep could be saved: {one_line(error)}")
         return f"{page}&searchFilter={quote(sweep.filter, safe='')}&compareRunsMode=CHART"
     return f"{page}&viewStateShareKey={quote(sweep.sweep_id, safe='')}&compareRunsMode=CHART"
 
 
-def has_desktop() -> bool:
-    """Whether a browser that we open is in front of the user."""
-    if "SSH_CONNECTION" in os.environ:
-        return False
-    return sys.platform in ("darwin", "win32") or bool({"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys())
-
-
 def show(address: str, sweep: SweepView | None) -> None:
-    """Print the link on standard output, and open it where there is a desktop."""
-    say(f"sweep {sweep.sweep_id}:" if sweep else f"no sweep in {tracking_uri()} yet:")
+    """Print the link on standard output, and open it in the user's browser."""
+    info(f"sweep {sweep.sweep_id}:" if sweep else f"no sweep in {tracking_uri()} yet:")
     print(address, flush=True)
     if has_desktop():
         webbrowser.open(address)
 
 
+def has_desktop() -> bool:
+    """Whether a browser that is opened here appears on the user's screen."""
+    if "SSH_CONNECTION" in os.environ:
+        return False
+    return sys.platform in ("darwin", "win32") or bool({"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys())
+
+
 @contextmanager
 def serving(port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """MLflow's server on the tracking store, for as long as the block lasts."""
+    """Run MLflow's server on the tracking store within the block."""
     import mlflow
 
     ensure_store(mlflow.get_tracking_uri())
-    artifacts = str(Path("mlruns").resolve())  # of experiments to come: where a client without a server has them
+    artifacts = str(Path("mlruns").resolve())  # for new experiments, as without a server
     command = [sys.executable, "-m", "mlflow", "ui", "--host", HOST, "--port", str(port), "--workers", "1",
                "--default-artifact-root", artifacts, "--uvicorn-opts", "--log-level warning"]  # fmt: skip
-    # by the environment: a database's password is not for every user's list of processes
+    # in the environment: every user can list the arguments of processes, and the URI may have a password
     environment = QUIET | os.environ | {"MLFLOW_BACKEND_STORE_URI": mlflow.get_tracking_uri()}
     server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
@@ -163,11 +191,11 @@ def serving(port: int) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def check_free(port: int) -> None:
-    """Raise a UserError where another program has the port."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else one that was closed just now is in use
+    """Raise a UserError if another program uses the port."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was just closed is free
         try:
-            probe.bind((HOST, port))
+            listener.bind((HOST, port))
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"port {port}: {reason}, allowed: a free one, as in `make ui PORT={port + 1}`") from None
@@ -190,44 +218,20 @@ def wait_until_up(server: subprocess.Popen[bytes], base: str) -> None:
 
 
 def _stop(server: subprocess.Popen[bytes]) -> None:
-    """End the server and all that it started."""
+    """End the server and the processes that it started."""
     with suppress(ProcessLookupError):
         os.killpg(server.pid, signal.SIGTERM)
         end = time.monotonic() + STOP_SECONDS
         while time.monotonic() < end:
-            server.poll()  # a child that ended counts until it is asked for
+            server.poll()  # an ended child exists until it is polled
             os.killpg(server.pid, 0)
             time.sleep(0.05)
         os.killpg(server.pid, signal.SIGKILL)
     server.wait()
 
 
-def _end(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001 (a signal's handler)
+def _end(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001 (a signal handler)
     raise KeyboardInterrupt
-
-
-@click.command(help="Open MLflow on the newest sweep of the tracking store (MLFLOW_TRACKING_URI, else ./mlflow.db).")
-@click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True, help="where to serve")
-def ui(port: int) -> None:
-    """Serve until Ctrl-C; a store that is a server already needs only the link."""
-    settle()
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # a server that is away is told within seconds
-    where = tracking_uri()
-    if where.startswith(("http://", "https://")):
-        sweep = newest_sweep()
-        show(link(where.rstrip("/"), sweep), sweep)
-        return
-    base = f"http://{HOST}:{port}"
-    check_free(port)
-    address = link(base, sweep := newest_sweep())  # before the server: two at once must not make a store
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # `nohup make ui &` outlives its terminal
-            signal.signal(number, _end)
-    with suppress(KeyboardInterrupt), serving(port) as server:
-        wait_until_up(server, base)
-        show(address, sweep)
-        say("Ctrl-C ends the server")
-        raise UserError(f"MLflow's server ended with code {server.wait()}")
 
 
 if __name__ == "__main__":

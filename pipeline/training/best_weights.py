@@ -10,8 +10,8 @@ from torch import nn
 
 from pipeline.config.run_config import EvaluationConfig
 from pipeline.runtime import process_rank
-from pipeline.storage.checkpoints import load_tensors, save_weights
 from pipeline.storage.files import replacing
+from pipeline.storage.weights import load_weights, save_weights
 
 
 class BestWeights:
@@ -34,7 +34,7 @@ class BestWeights:
         score = self.sign * metrics[self.metric]
         if score > self.best:
             self.best, self.step, self.without_gain = score, step, 0
-            if process_rank.leads():
+            if process_rank.is_main_process():
                 save_weights(model.state_dict(), self.file)
         else:
             self.without_gain += 1
@@ -57,4 +57,4 @@ class BestWeights:
     def restore(self, model: nn.Module) -> None:
         """Load the best weights into the model; without any evaluation of the metric it keeps the last weights."""
         if self.step is not None:
-            model.load_state_dict(load_tensors(self.file))
+            model.load_state_dict(load_weights(self.file))

@@ -21,11 +21,12 @@ from pipeline.maths.schedules import learning_rate_factor
 from pipeline.names import CALIBRATION, TRAIN_SECONDS
 from pipeline.runtime import process_rank
 from pipeline.runtime.console import Console, optional, say, warn
-from pipeline.runtime.interrupts import check, held
+from pipeline.runtime.interrupts import check, deferred
 from pipeline.runtime.memory import keep_freed_memory
-from pipeline.storage.checkpoints import Generation, load_tensors, save_weights
+from pipeline.storage.checkpoint_format import Checkpoint
+from pipeline.storage.weights import load_weights, save_weights
 from pipeline.tasks.base import TOTAL, Rows, Task, autocast, evaluate, evaluating
-from pipeline.tracking.mlflow_run import Run
+from pipeline.tracking.run import Run
 from pipeline.training.best_weights import BestWeights
 from pipeline.training.recorder import Recorder
 from pipeline.training.saver import Saver
@@ -103,7 +104,7 @@ class Training:
             self.recorder.drain()
             self.console.flush()
             ranks.leave()
-            if process_rank.leads():
+            if process_rank.is_main_process():
                 self._finish(time.perf_counter() - started)
         except (KeyboardInterrupt, RankLost):
             self.save_interrupted()
@@ -133,7 +134,7 @@ class Training:
     def save_interrupted(self) -> None:
         """Save a checkpoint before the process ends."""
         if self.done:  # a checkpoint holds the weights in training
-            self.model.load_state_dict(load_tensors(self.run.folder / FINAL_FILE))
+            self.model.load_state_dict(load_weights(self.run.folder / FINAL_FILE))
             self.done = False
         try:
             self._save()
@@ -205,7 +206,7 @@ class Training:
         """Files that belong to the state: name in a checkpoint -> path."""
         return {BEST_LINK: self.keeper.file} if self.keeper.step is not None else {}
 
-    def restore(self, generation: Generation) -> None:
+    def restore(self, generation: Checkpoint) -> None:
         """Load a checkpoint of the same task.
 
         Raises:
@@ -239,13 +240,13 @@ class Training:
                 for group, peak in zip(optimizer.param_groups, self.peaks[name], strict=True):
                     group["lr"] = peak * factor
             losses, influence = self._backward(window, batches, step)
-            with held():
+            with deferred():
                 norms = self._update()
                 self.result.steps = step + 1
                 self.due = self.result.steps % every == 0 if every else window.ends_epoch and not self._is_over()
                 rates = {f"lr/{name}": optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
                 settings = rates | dict(self.task.settings(step))
-                if process_rank.leads():
+                if process_rank.is_main_process():
                     self.recorder.step(step, losses, norms | influence, settings, sum(map(len, window.rows)))
         except (KeyboardInterrupt, RankLost):
             if self.result.steps == step:
@@ -300,7 +301,7 @@ class Training:
         self.saver.check_data()
         self.recorder.pause()
         metrics = evaluate(self.task, self.model, "valid", self.device)
-        with held():
+        with deferred():
             self.run.log_metrics(step, metrics)
             self.run.flush()
             self.result.metrics |= metrics

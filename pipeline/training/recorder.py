@@ -15,8 +15,8 @@ from torch import Tensor
 from pipeline.errors import TrainingError
 from pipeline.names import ROWS_PER_SECOND
 from pipeline.runtime.console import Console
-from pipeline.runtime.interrupts import held
-from pipeline.tracking.mlflow_run import Run, now_ms
+from pipeline.runtime.interrupts import deferred
+from pipeline.tracking.run import Run, now_ms
 
 DRAIN_STEPS, DRAIN_SECONDS = 64, 0.5
 
@@ -78,7 +78,7 @@ class Recorder:
         Raises:
             NonFiniteError: names the first loss that is not finite and its step; the steps before it are logged.
         """
-        with held():  # an interrupt in the middle would lose steps
+        with deferred():  # an interrupt in the middle would lose steps
             self._drain()
 
     def _drain(self) -> None:

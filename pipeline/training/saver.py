@@ -10,7 +10,7 @@ import torch
 from pipeline.config.run_config import CheckpointConfig
 from pipeline.errors import TrainingError
 from pipeline.names import CHECKPOINT_MEGABYTES, CHECKPOINT_SECONDS
-from pipeline.runtime.interrupts import held
+from pipeline.runtime.interrupts import deferred
 from pipeline.storage.checkpoints import Checkpoints
 from pipeline.tracking.mlflow_run import MlflowRun
 
@@ -35,7 +35,7 @@ class Saver:
         self.checkpoints: Checkpoints | None = None
         if run is not None and self.config.enabled:
             limit = None if self.config.max_gb is None else int(self.config.max_gb * 1e9)
-            self.checkpoints = Checkpoints(run.folder, self.config.keep_steps, limit)
+            self.checkpoints = run.run_folder.checkpoints(self.config.keep_steps, limit)
         self.saved_at, self.seconds, self.last = 0, FIRST_SECONDS, time.monotonic()
 
     def is_due(self, step: int, best: int | None) -> bool:
@@ -69,7 +69,7 @@ class Saver:
         if self.checkpoints is None or self.run is None or step == self.saved_at:
             return 0.0
         self.check_data()
-        with held():
+        with deferred():
             values = state()  # logs the buffered steps, so it comes before the position
             facts = self.facts | {"position": self.run.position(), "threads": torch.get_num_threads()}
             saved = self.checkpoints.save(step, values, facts, files(), best)

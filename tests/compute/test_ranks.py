@@ -161,8 +161,8 @@ def test_alone_nothing_is_added_up() -> None:
     values = {"a": torch.ones(2), "b": torch.tensor(3)}
     assert ranks.summed(values) == values
     assert ranks.agree({"x": 1}) == {"x": 1}
-    assert process_rank.leads()
-    assert process_rank.size() == 1
+    assert process_rank.is_main_process()
+    assert process_rank.world_size() == 1
     rows = np.arange(5)
     assert ranks.share(rows).tolist() == rows.tolist()
 

@@ -19,12 +19,12 @@ from server import HOST, MlflowServer
 
 from pipeline.errors import Undelivered, UserError
 from pipeline.tracking import __main__ as writing
-from pipeline.tracking import delivery, opening
+from pipeline.tracking import run_opening, store_calls
 from pipeline.tracking.delivery import Delivery
 from pipeline.tracking.inbox import Inbox
-from pipeline.tracking.messages import AbandonRun, DeliveryReport, FinishRun, OpenedRun, Refused
-from pipeline.tracking.mlflow_run import MlflowRun, RunRequest
-from pipeline.tracking.opening import Opening
+from pipeline.tracking.messages import AbandonRun, DeliveryReport, FinishRun, OpenedRun, Refused, RunRequest
+from pipeline.tracking.mlflow_run import MlflowRun
+from pipeline.tracking.run_opening import Opening
 from pipeline.tracking.sync import sync
 
 pytestmark = [pytest.mark.faults, only_full]
@@ -175,11 +175,11 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, proxy: Proxy) -> None
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(writing, "OPEN_SECONDS", 0.5)
     monkeypatch.setattr(writing, "ABANDON_SECONDS", 0.05)
-    monkeypatch.setattr(opening, "LATE_SECONDS", 0.3)
-    monkeypatch.setattr(opening, "PAUSE_SECONDS", 0.05)
-    monkeypatch.setattr(delivery, "FAILING_SECONDS", 0.3)
-    monkeypatch.setattr(delivery, "CLAIM_SECONDS", 0.0)
-    for module in (writing, delivery):
+    monkeypatch.setattr(run_opening, "LATE_SECONDS", 0.3)
+    monkeypatch.setattr(run_opening, "PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(store_calls, "FAILING_SECONDS", 0.3)
+    monkeypatch.setattr(store_calls, "CLAIM_SECONDS", 0.0)
+    for module in (writing, store_calls):
         monkeypatch.setattr(module, "PAUSE_SECONDS", (0.05, 0.1))
     monkeypatch.setattr("pipeline.tracking.sync.PATIENCE_SECONDS", 5.0)
 

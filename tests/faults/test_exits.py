@@ -18,7 +18,7 @@ from server import MlflowServer
 from test_kills import Job, points, runs, weights
 
 from pipeline.sweeps import worker
-from pipeline.tracking import mlflow_run as run
+from pipeline.tracking import mlflow_run, writer
 
 LONG = 100_000  # steps: longer than any test waits
 END_SECONDS = 10  # that a run may take to end, on a machine with nothing else to do
@@ -107,7 +107,7 @@ def output_is_full(process: "subprocess.Popen[str]") -> bool:
 
 
 def test_the_waits_make_up_what_is_promised() -> None:
-    assert run.STOPPED_SECONDS + run.HURRY_SECONDS < END_SECONDS < worker.PATIENCE_SECONDS
+    assert writer.STOPPED_SECONDS + mlflow_run.HURRY_SECONDS < END_SECONDS < worker.PATIENCE_SECONDS
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)

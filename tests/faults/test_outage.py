@@ -250,7 +250,9 @@ def test_a_server_that_never_comes_back_costs_nothing(
 LONG_RUN = """
 import sys, threading
 from pathlib import Path
-from pipeline.tracking.mlflow_run import MlflowRun, RunRequest, Writer
+from pipeline.tracking.messages import RunRequest
+from pipeline.tracking.mlflow_run import MlflowRun
+from pipeline.tracking.writer import Writer
 
 steps = int(sys.argv[1])
 with Writer() as writer:

@@ -41,7 +41,7 @@ from pipeline.tasks.visobert.scoring.predictions import Predictions
 from pipeline.tasks.visobert.scoring.report import write_pair_rows
 from pipeline.tasks.visobert.scoring.scores import score
 from pipeline.tasks.visobert.task import VisobertTask
-from pipeline.tracking.mlflow_run import MemoryRun
+from pipeline.tracking.run import MemoryRun
 from pipeline.training.loop import Training
 
 Floats = npt.NDArray[np.float64]

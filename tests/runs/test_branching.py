@@ -17,7 +17,7 @@ from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.task import MmoeTask
 from pipeline.tasks.visobert.config import VisobertConfig
 from pipeline.tasks.visobert.task import VisobertTask
-from pipeline.tracking.mlflow_run import MemoryRun
+from pipeline.tracking.run import MemoryRun
 from pipeline.training.loop import Training
 from pipeline.training.recorder import NonFiniteError
 

@@ -22,13 +22,13 @@ from pipeline.names import CHECKPOINT_MEGABYTES, CHECKPOINT_SECONDS, MEASURED
 from pipeline.runs.machine_errors import explained
 from pipeline.runs.resume import fork, restore
 from pipeline.runtime.console import Console
-from pipeline.runtime.interrupts import Interrupted, held, interruptible
+from pipeline.runtime.interrupts import Interrupted, deferred, interruptible
 from pipeline.storage.checkpoints import Checkpoints
 from pipeline.tasks.base import Task
 from pipeline.tasks.mmoe.task import MmoeTask
 from pipeline.tasks.visobert.config import VisobertConfig
 from pipeline.tasks.visobert.task import VisobertTask
-from pipeline.tracking.mlflow_run import MemoryRun
+from pipeline.tracking.run import MemoryRun
 from pipeline.training.loop import Training
 from pipeline.training.saver import Saver
 
@@ -390,10 +390,10 @@ def test_what_gives_in_is_told_in_one_line() -> None:
 def test_a_signal_waits_for_the_end_of_a_held_block() -> None:
     done = []
     with interruptible(), pytest.raises(Interrupted) as caught:  # noqa: PT012
-        with held():
+        with deferred():
             signal.raise_signal(signal.SIGUSR1)
             done.append("first")
-            with held():
+            with deferred():
                 done.append("second")
         done.append("never")
     assert done == ["first", "second"]

@@ -8,7 +8,7 @@ import pytest
 from pipeline.storage.files import replacing
 from pipeline.storage.journal import JournalReader, JournalWriter
 from pipeline.storage.ownership import owner_number
-from pipeline.storage.run_files import own_file, own_folder, take_in
+from pipeline.storage.run_folder import RunFolder
 
 
 def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path: Path) -> None:
@@ -58,13 +58,13 @@ def test_a_path_of_the_run_folder_is_relative_and_what_lies_elsewhere_is_copied(
         file.write_text(file.name)
         file.chmod(0o444)
     (real / "link.txt").symlink_to(elsewhere / "part" / "other.txt")
-    run = tmp_path / "run"
-    assert take_in(run / "notes" / "own.txt", run, "logged/own.txt") == "notes/own.txt"
-    assert own_file(run, "notes/own.txt").read_text() == "own.txt"
-    for source, place in ((elsewhere / "part" / "other.txt", "logged//other.txt"), (run / "link.txt", "logged/l.txt")):
-        assert own_file(run, take_in(source, run, place)).read_text() == "other.txt"
+    run = RunFolder(tmp_path / "run")
+    assert run.copy_in(run.path / "notes" / "own.txt", "own.txt") == "notes/own.txt"
+    assert run.file("notes/own.txt").read_text() == "own.txt"
+    for source, name in ((elsewhere / "part" / "other.txt", "/other.txt"), (run.path / "link.txt", "l.txt")):
+        assert run.file(run.copy_in(source, name)).read_text() == "other.txt"
     for _ in range(2):  # the second time over the first
-        folder = own_folder(run, take_in(elsewhere, run, "logged/model"))
+        folder = run.folder(run.copy_in(elsewhere, "model"))
         assert (folder / "part" / "other.txt").read_text() == "other.txt"
         assert (folder / "part" / "other.txt").stat().st_mode & 0o200  # can be written, whatever the original is
 
@@ -77,7 +77,7 @@ def test_a_pipe_in_a_run_folder_is_no_file_and_does_not_hang(tmp_path: Path) -> 
         with pytest.raises(OSError, match="not a file"):
             opened(tmp_path / "journal.jsonl")
     with pytest.raises(OSError, match="not a file"):
-        take_in(tmp_path / "artifact", tmp_path / "run", "logged/artifact")
+        RunFolder(tmp_path / "run").copy_in(tmp_path / "artifact", "artifact")
 
 
 def test_a_journal_behind_a_link_is_left_as_it_is(tmp_path: Path) -> None:

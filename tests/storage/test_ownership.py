@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import TrainingError, UserError
 from pipeline.storage import ownership
-from pipeline.storage.ownership import LOCK_FILE, OWNER_FILE, Ownership, alive_owner, owner_number
+from pipeline.storage.ownership import LOCK_FILE, OWNER_FILE, Ownership, live_owner, owner_number
 
 HOST = socket.gethostname()
 
@@ -97,7 +97,7 @@ def test_a_second_process_is_refused_until_the_first_gives_up(folder: Path, quic
             with pytest.raises(UserError, match=rf"^run 5eed is alive: process {process.pid} on {HOST} .*$") as refused:
                 Ownership(folder)
             assert type(refused.value) is UserError  # exit code 2: usage, not training
-            assert alive_owner(folder) == f"process {process.pid} on {HOST}"
+            assert live_owner(folder) == f"process {process.pid} on {HOST}"
         assert owner_number(folder) == 1
         os.kill(process.pid, signal.SIGCONT)
         assert line_of(process, "check") == "ours"
@@ -115,7 +115,7 @@ def test_a_second_owner_in_the_same_process_is_refused_and_leaves_no_handle(fold
     with pytest.raises(UserError, match=f"process {os.getpid()} on"):
         Ownership(folder)
     owner.check()  # the attempt took nothing from it
-    alive_owner(folder)
+    live_owner(folder)
     assert handles() == before
     owner.release()
     assert handles() == max(0, before - 1)
@@ -127,12 +127,12 @@ def test_a_killed_owner_leaves_the_folder_at_once(folder: Path, child: str) -> N
     with owner_process(folder) as process:
         pid = int(line_of(process, child)) if child else 0  # a forked one has tried to release by now
         try:
-            assert alive_owner(folder) == f"process {process.pid} on {HOST}"
+            assert live_owner(folder) == f"process {process.pid} on {HOST}"
             process.kill()
             process.wait()
             if pid:
                 os.kill(pid, 0)  # it lives
-            assert alive_owner(folder) is None
+            assert live_owner(folder) is None
             owner = Ownership(folder).take()
         finally:
             if pid:
@@ -146,13 +146,13 @@ ASKER = """
 import select, sys
 from pathlib import Path
 from pipeline.storage import ownership
-from pipeline.storage.ownership import alive_owner
+from pipeline.storage.ownership import live_owner
 
 ownership.ASK_SECONDS = 300
 print("ready", flush=True)
 told = set()
 while not select.select([sys.stdin], [], [], 0.003)[0]:
-    told.add(alive_owner(Path(sys.argv[1])))
+    told.add(live_owner(Path(sys.argv[1])))
 print(told, flush=True)
 """
 
@@ -171,7 +171,7 @@ def test_processes_that_only_ask_are_no_owner_to_each_other_and_keep_none_away(
     try:
         for asker in askers:
             assert line_of(asker) == "ready"
-        assert {alive_owner(folder) for _ in range(200)} == {None}
+        assert {live_owner(folder) for _ in range(200)} == {None}
         owner = Ownership(folder).take()
         owner.check()
         owner.release()
@@ -254,21 +254,21 @@ def test_release_can_be_repeated(folder: Path) -> None:
     owner = Ownership(folder).take()
     owner.release()
     owner.release()
-    assert alive_owner(folder) is None
+    assert live_owner(folder) is None
     following = Ownership(folder).take()
     owner.release()  # the number of its lock's handle may be another's now
-    assert alive_owner(folder) == f"process {os.getpid()} on {HOST}"
+    assert live_owner(folder) == f"process {os.getpid()} on {HOST}"
     assert following.number == 2
     following.release()
 
 
 def test_asking_makes_nothing(tmp_path: Path) -> None:
     missing = tmp_path / "missing"
-    assert alive_owner(missing) is None
+    assert live_owner(missing) is None
     assert owner_number(missing) == 0
     assert list(tmp_path.iterdir()) == []
     missing.mkdir()
-    assert alive_owner(missing) is None
+    assert live_owner(missing) is None
     assert list(missing.iterdir()) == []
 
 

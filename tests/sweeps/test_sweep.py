@@ -38,7 +38,7 @@ from pipeline.sweeps.sweep_config import SweepConfig
 from pipeline.sweeps.sweep_plan import Plan, resolve
 from pipeline.sweeps.worker import Work
 from pipeline.tasks.mmoe.config import MmoeConfig
-from pipeline.tracking.mlflow_run import MemoryRun
+from pipeline.tracking.run import MemoryRun
 
 SETTINGS: dict[str, Any] = {key: yaml.safe_load(value) for key, value in SHRUNK.items()}
 

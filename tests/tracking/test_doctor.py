@@ -11,11 +11,12 @@ import torch
 from conftest import Place, one_writer
 
 from pipeline.errors import TrainingError, UserError
-from pipeline.storage import checkpoints as checkpoint
+from pipeline.storage import checkpoint_format
 from pipeline.storage.checkpoints import Checkpoints
 from pipeline.storage.journal import JOURNAL_FILE
 from pipeline.tracking.doctor import doctor
-from pipeline.tracking.mlflow_run import MlflowRun, RunRequest
+from pipeline.tracking.messages import RunRequest
+from pipeline.tracking.mlflow_run import MlflowRun
 from pipeline.tracking.sync import sync
 
 pytestmark = one_writer
@@ -113,7 +114,7 @@ def test_a_checkpoint_of_another_format(run: Path, capsys: pytest.CaptureFixture
     manifest = run / "checkpoints" / f"{20:09d}" / "manifest.json"
     content = json.loads(manifest.read_text()) | {"format": 1}
     del content["sha256"]
-    manifest.write_text(json.dumps(content | {"sha256": checkpoint._seal(content)}))
+    manifest.write_text(json.dumps(content | {"sha256": checkpoint_format._seal(content)}))
     found = told(run.name, capsys)
     assert "DIFFERS checkpoint of step 20: " in found
     assert "found checkpoint format 1, this program reads 2" in found
@@ -124,7 +125,7 @@ def test_a_store_that_dies_midway_is_told_in_one_line(run: Path, monkeypatch: py
     def dies(*_: object) -> None:
         raise ConnectionError("died just now")
 
-    monkeypatch.setattr("pipeline.tracking.doctor._points_in_store", dies)
+    monkeypatch.setattr("pipeline.tracking.doctor._stored_points", dies)
     with pytest.raises(TrainingError, match=r"tracking store .*: died just now"):
         doctor(str(run))
 

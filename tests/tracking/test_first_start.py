@@ -18,8 +18,8 @@ import pytest
 from conftest import ROOT, Call, only_full
 
 from pipeline.errors import UserError
-from pipeline.tracking import creation
-from pipeline.tracking.creation import ensure_store
+from pipeline.tracking import store_creation
+from pipeline.tracking.store_creation import ensure_store
 
 STATEMENTS = 1500  # of the 1,700 that make a store, before the schema is whole
 
@@ -31,9 +31,9 @@ import json, os, signal, sys, time
 from pathlib import Path
 import mlflow, sqlalchemy
 import mlflow.store.tracking.sqlalchemy_store
-from pipeline.tracking import creation
+from pipeline.tracking import store_creation
 from pipeline.tracking.messages import RunRequest
-from pipeline.tracking.opening import Opening
+from pipeline.tracking.run_opening import Opening
 
 def tell(**values):
     line = json.dumps({"folder": folder, **values})
@@ -216,9 +216,9 @@ def made(monkeypatch: pytest.MonkeyPatch, empty_store: Path) -> list[Path]:
         calls.append(file)
         work = file.with_name("copy")
         shutil.copyfile(empty_store, work)
-        creation._name(work, file)
+        store_creation._rename(work, file)
 
-    monkeypatch.setattr(creation, "_make", copy)
+    monkeypatch.setattr(store_creation, "_create", copy)
     return calls
 
 
@@ -319,7 +319,7 @@ def test_store_that_mlflow_named_meanwhile_is_kept(
     shutil.copyfile(empty_store, file)
     before = change(file, RUN)
     shutil.copyfile(empty_store, work)
-    creation._name(work, file)
+    store_creation._rename(work, file)
     assert file.read_bytes() == before
     assert not work.exists()
 
@@ -348,7 +348,9 @@ def test_place_that_cannot_hold_a_store_is_one_line(tmp_path: Path) -> None:
 TRAINER = """
 import sys, time
 from pathlib import Path
-from pipeline.tracking.mlflow_run import MlflowRun, RunRequest, Writer
+from pipeline.tracking.messages import RunRequest
+from pipeline.tracking.mlflow_run import MlflowRun
+from pipeline.tracking.writer import Writer
 
 number, steps, metrics = map(int, sys.argv[1:])
 with Writer() as writer:

@@ -18,13 +18,14 @@ from server import free_port
 
 from pipeline.errors import TrainingError, Undelivered, UserError
 from pipeline.storage.journal import JOURNAL_FILE, JournalWriter
-from pipeline.storage.ownership import Ownership, alive_owner
+from pipeline.storage.ownership import Ownership, live_owner
 from pipeline.tracking import sync as syncing
-from pipeline.tracking.delivery import NO_WORD, Delivery, GaveUpError
+from pipeline.tracking.delivery import NO_WORD, Delivery
 from pipeline.tracking.inbox import Inbox
-from pipeline.tracking.messages import FinishRun, OpenedRun, OpenRun, TakenOver
-from pipeline.tracking.mlflow_run import MlflowRun, RunRequest
-from pipeline.tracking.opening import Opening
+from pipeline.tracking.messages import FinishRun, OpenedRun, OpenRun, RunRequest, TakenOver
+from pipeline.tracking.mlflow_run import MlflowRun
+from pipeline.tracking.run_opening import Opening
+from pipeline.tracking.store_calls import GaveUpError
 from pipeline.tracking.sync import sync
 
 pytestmark = one_writer
@@ -193,7 +194,7 @@ def test_a_run_of_one_store_is_made_in_another(place: Place, other: str, monkeyp
     monkeypatch.setattr("pipeline.tracking.sync.find_by_id", dies)
     with pytest.raises(Undelivered, match="died just now; everything stays in"):
         sync(run.folder)
-    assert alive_owner(run.folder) is None
+    assert live_owner(run.folder) is None
 
 
 def test_in_a_hurry_the_end_comes_before_the_history(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,7 +316,9 @@ def test_a_killed_run_is_ended_as_failed(place: Place) -> None:
     code = """
 import os, signal
 from pathlib import Path
-from pipeline.tracking.mlflow_run import MlflowRun, RunRequest, Writer
+from pipeline.tracking.messages import RunRequest
+from pipeline.tracking.mlflow_run import MlflowRun
+from pipeline.tracking.writer import Writer
 run = MlflowRun(writer := Writer(), RunRequest("doomed"), Path("outputs"))
 for step in range(50):
     run.log_metrics(step, {"loss_total": step / 3}, 1000 + step)

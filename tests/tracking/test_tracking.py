@@ -17,40 +17,21 @@ from conftest import Place, one_writer
 
 from pipeline.config.run_config import is_operational
 from pipeline.errors import TrainingError, UserError
-from pipeline.storage.journal import JournalReader, JournalWriter, read_all
-from pipeline.tracking import opening
+from pipeline.tracking import run_opening as opening
 from pipeline.tracking.__main__ import _open
+from pipeline.tracking.client import is_random_name
 from pipeline.tracking.inbox import Inbox
-from pipeline.tracking.messages import OpenRun, Refused
-from pipeline.tracking.mlflow_run import MlflowRun, RunRequest, Writer
-from pipeline.tracking.opening import Opening, experiment_of
-from pipeline.tracking.store import is_random
+from pipeline.tracking.messages import OpenRun, Refused, RunRequest
+from pipeline.tracking.mlflow_run import MlflowRun
+from pipeline.tracking.run_opening import Opening, experiment_id
 from pipeline.tracking.stored_runs import runs_of_filter
+from pipeline.tracking.writer import Writer
 
 pytestmark = one_writer
 
 
 def open_run(writer: Writer, **request: Any) -> MlflowRun:
     return MlflowRun(writer, RunRequest(**{"name": "test"} | request), Path("outputs"))
-
-
-def test_journal_reader_sees_whole_records_only(tmp_path: Path) -> None:
-    file = tmp_path / "journal.jsonl"
-    writer = JournalWriter(file)
-    reader = JournalReader(file)
-    assert reader.read() == []
-    writer.append({"op": "one"})
-    assert reader.read() == []  # not flushed
-    writer.flush()
-    assert reader.read() == [(13, {"op": "one"})]
-    with file.open("ab") as stream:
-        stream.write(b'{"op":"tw')
-        stream.flush()
-        assert reader.read() == []
-        stream.write(b'o"}\n{"op":"three"}\n')
-        stream.flush()
-    assert reader.read() == [(26, {"op": "two"}), (41, {"op": "three"})]
-    assert [record["op"] for record in read_all(file)] == ["one", "two", "three"]
 
 
 def test_everything_arrives_in_mlflow_and_in_history(place: Place) -> None:
@@ -104,7 +85,11 @@ def test_a_name_the_user_gave_is_kept(place: Place) -> None:
     run = open_run(place.writer, run_id=opened.info.run_id)
     run.finish("FINISHED")
     assert run.name == place.client.get_run(opened.info.run_id).info.run_name == "my best one"
-    assert [is_random(name) for name in ("legendary-gnat-695", "mmoe l.1 g1 w2000 s0", "try-3")] == [True, False, True]
+    assert [is_random_name(name) for name in ("legendary-gnat-695", "mmoe l.1 g1 w2000 s0", "try-3")] == [
+        True,
+        False,
+        True,
+    ]
 
 
 def test_another_experiment_than_the_launchers_gets_a_run_of_its_own(place: Place) -> None:
@@ -342,7 +327,7 @@ def test_a_fork_starts_from_an_old_state(place: Place, small: Any, tmp_path: Pat
 
 def test_a_checkpoint_of_another_format_is_refused_and_the_run_stays_as_it_is(place: Place, small: Any) -> None:
     from pipeline.runs.launch import train_run
-    from pipeline.storage import checkpoints as checkpoint
+    from pipeline.storage import checkpoint_format
     from pipeline.tasks.mmoe.task import MmoeTask
 
     overrides = PLAIN | {"seed": 77}
@@ -356,7 +341,7 @@ def test_a_checkpoint_of_another_format_is_refused_and_the_run_stays_as_it_is(pl
     for file in manifests:
         content = json.loads(file.read_text()) | {"format": 1}
         del content["sha256"]
-        file.write_text(json.dumps(content | {"sha256": checkpoint._seal(content)}))
+        file.write_text(json.dumps(content | {"sha256": checkpoint_format._seal(content)}))
     journal = (folder / "journal.jsonl").read_bytes()
     with pytest.raises(UserError, match=r"found checkpoint format 1, this program reads 2; .* or delete ") as refused:
         train_run(config, MmoeTask, place.writer, quiet=True)
@@ -441,13 +426,13 @@ def test_an_experiment_is_meant_by_its_name_or_else_its_id(place: Place, monkeyp
         run_id = opened.run_id
         assert [run.run_id for run in runs_of_filter(asked, None)] == [run_id]
         place.client.set_terminated(run_id)
-    assert experiment_of(place.client, "0") == "0"
+    assert experiment_id(place.client, "0") == "0"
     with pytest.raises(UserError, match=f"no experiment {mine}0 in sqlite"):
         runs_of_filter(f"{mine}0", None)
     named = place.client.create_experiment(mine)
-    assert experiment_of(place.client, mine) == named != mine
+    assert experiment_id(place.client, mine) == named != mine
     assert runs_of_filter(mine, None) == []
-    new = experiment_of(place.client, f"{mine}0")
+    new = experiment_id(place.client, f"{mine}0")
     assert place.client.get_experiment(new).name == f"{mine}0"
 
 

@@ -22,7 +22,7 @@ from pipeline.tasks.base import evaluate, evaluating, precision, undefined
 from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.impressions.embedded_impressions import generate
 from pipeline.tasks.mmoe.task import MmoeTask
-from pipeline.tracking.mlflow_run import MemoryRun
+from pipeline.tracking.run import MemoryRun
 from pipeline.training.loop import Result, Training, amp_warning, resolve_device
 from pipeline.training.recorder import NonFiniteError
 

@@ -16,7 +16,7 @@ from pipeline.data.shuffle import Shuffle
 from pipeline.maths.calibration import Fitted
 from pipeline.runtime.importing import uncollected
 from pipeline.storage.calibration_file import write_calibration
-from pipeline.storage.checkpoints import save_weights
+from pipeline.storage.weights import save_weights
 from pipeline.tasks.base import Dataset, ModelExport, Rows, Task
 from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.evaluation import EVENTS, Evaluation

@@ -19,7 +19,7 @@ from pipeline.maths.calibration import Fitted
 from pipeline.runtime.console import say, warn
 from pipeline.runtime.importing import uncollected
 from pipeline.storage.calibration_file import write_calibration
-from pipeline.storage.checkpoints import save_weights
+from pipeline.storage.weights import save_weights
 from pipeline.tasks.base import Dataset, ModelExport, Rows, Task
 from pipeline.tasks.visobert.config import EMBEDDED, VisobertConfig
 from pipeline.tasks.visobert.encoders.model_folder import model_folder
@@ -42,7 +42,7 @@ from pipeline.tasks.visobert.reviews.sentiments import NOT_MENTIONED, SENTIMENTS
 from pipeline.tasks.visobert.reviews.splits import load_splits
 from pipeline.tasks.visobert.scoring.baselines import Baselines
 from pipeline.tasks.visobert.scoring.predictions import column_types
-from pipeline.tracking.mlflow_run import fetch_artifact
+from pipeline.tracking.writer import fetch_artifact
 
 EXAMPLE_LETTERS = 200
 MANY_TRUNCATED = 0.01  # share of truncated training reviews above which a warning is given

@@ -657,7 +657,7 @@ def test_columns_names_and_a_byte_order_mark_may_stand_first(tmp_path: Path) -> 
 def test_training_reads_it(tmp_path: Path) -> None:
     from pipeline.runtime.console import Console
     from pipeline.tasks.mmoe.task import MmoeTask
-    from pipeline.tracking.mlflow_run import MemoryRun
+    from pipeline.tracking.run import MemoryRun
     from pipeline.training.loop import Training
 
     prepare(tmp_path, _generated(tmp_path), tmp_path / "out")

@@ -17,7 +17,7 @@ from pipeline.maths.schedules import learning_rate_factor
 from pipeline.runs.launch import announce_epochs
 from pipeline.runs.run_artifacts import log_files
 from pipeline.tasks.visobert.config import FROM_SCRATCH, VisobertConfig
-from pipeline.tracking.mlflow_run import MemoryRun
+from pipeline.tracking.run import MemoryRun
 
 SHIPPED, SMALL = ROOT / "configs/config_multi.yaml", ROOT / "configs/config_multi_embedded.yaml"
 

@@ -29,7 +29,7 @@ from pipeline.tasks.visobert.reviews.sentiments import MENTIONED, NOT_MENTIONED,
 from pipeline.tasks.visobert.scoring import baselines, report
 from pipeline.tasks.visobert.scoring.scores import tuned_thresholds
 from pipeline.tasks.visobert.task import VisobertTask
-from pipeline.tracking.mlflow_run import MemoryRun
+from pipeline.tracking.run import MemoryRun
 from pipeline.training.loop import Training, Window
 
 torch.set_num_threads(1)

@@ -16,7 +16,7 @@ from pipeline.runtime.console import Console
 from pipeline.tasks.base import evaluate
 from pipeline.tasks.visobert.config import VisobertConfig
 from pipeline.tasks.visobert.task import VisobertTask
-from pipeline.tracking.mlflow_run import MemoryRun
+from pipeline.tracking.run import MemoryRun
 from pipeline.training.loop import Training
 
 EMBEDDED = {"config": "configs/config_multi_embedded.yaml"}

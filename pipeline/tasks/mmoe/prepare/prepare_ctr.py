@@ -14,8 +14,9 @@ from pipeline.runtime.text import visible
 from pipeline.tasks.mmoe.config import PrepareCtrConfig
 from pipeline.tasks.mmoe.prepare.preparation import prepare
 from pipeline.tracking.messages import RunRequest
-from pipeline.tracking.mlflow_run import MlflowRun, Writer, writer_for
+from pipeline.tracking.mlflow_run import MlflowRun
 from pipeline.tracking.store import check_uri
+from pipeline.tracking.writer import Writer, writer_for
 
 OUT_OF_VOCABULARY_WARNING = 0.2
 IRREGULARITIES = {  # of raw Ali-CCP files

@@ -34,7 +34,8 @@ from pipeline.tasks.visobert.reviews.sentiments import SENTIMENTS
 from pipeline.tasks.visobert.reviews.splits import read_splits
 from pipeline.tracking import plots
 from pipeline.tracking.messages import RunRequest
-from pipeline.tracking.mlflow_run import MlflowRun, Writer, writer_for
+from pipeline.tracking.mlflow_run import MlflowRun
+from pipeline.tracking.writer import Writer, writer_for
 
 PICTURE = "sentiment_distribution.png"
 FILES = (

@@ -1,7 +1,7 @@
-"""The first start: a new embedded store appears whole, however many start at once and whenever one is killed.
+"""Creation of a new SQLite store, safe for several processes at once and for kills.
 
-MLflow makes a SQLite store by its whole history of migrations, in the file itself: two at once fail, and a kill leaves
-a file that no later start accepts. Here one process at a time makes it in a temporary file, which then gets the name.
+MLflow creates a SQLite store in place, by its whole history of migrations: two processes at once fail, and a kill
+leaves a file that no later start accepts. Here one process at a time creates it in a temporary file and renames that.
 """
 
 import contextlib
@@ -15,16 +15,17 @@ from filelock import FileLock
 
 from pipeline.errors import UserError
 from pipeline.storage.files import sync
-from pipeline.tracking.store import one_line, settle
+from pipeline.tracking.store import configure_mlflow
+from pipeline.tracking.store_errors import one_line
 
-SIDE_FILES = ("-journal", "-wal", "-shm")  # SQLite's own, beside the database
+SQLITE_SUFFIXES = ("-journal", "-wal", "-shm")  # of SQLite's files beside the database
 
 
 def ensure_store(uri: str) -> None:
-    """Make the SQLite store of a tracking URI where there is no file or an empty one; MLflow judges anything else.
+    """Create the SQLite store of a tracking URI if its file is missing or empty.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: it cannot be created.
     """
     file = _sqlite_file(uri)
     if file is None or not _is_missing(file):
@@ -33,8 +34,8 @@ def ensure_store(uri: str) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with _locked(file.with_name(f"{file.name}.lock")):
             if _is_missing(file):
-                _refuse_left(file)
-                _make(uri, file)
+                _refuse_leftovers(file)
+                _create(uri, file)
     except FileExistsError:
         raise UserError(f"tracking store {file}: {file.parent} is not a folder") from None
     except OSError as error:
@@ -42,7 +43,6 @@ def ensure_store(uri: str) -> None:
 
 
 def _sqlite_file(uri: str) -> Path | None:
-    """The database file of the URI, where it is one."""
     if not uri.startswith("sqlite"):
         return None
     import sqlalchemy
@@ -60,21 +60,21 @@ def _is_missing(file: Path) -> bool:
         return True
 
 
-def _parts(file: Path) -> list[Path]:
-    """A database, and what SQLite may keep beside it."""
-    return [file, *(file.with_name(file.name + end) for end in SIDE_FILES)]
+def _side_files(database: Path) -> list[Path]:
+    return [database.with_name(database.name + suffix) for suffix in SQLITE_SUFFIXES]
 
 
-def _refuse_left(file: Path) -> None:
-    """Raise a UserError where SQLite would read what it kept beside an earlier store into the new one."""
-    if left := [part.name for part in _parts(file)[1:] if part.exists()]:
-        raise UserError(f"tracking store {file}: found none, but {' and '.join(left)} of an earlier one, which SQLite "
-                        "would read into a new one; delete or rename what is left, then start again")  # fmt: skip
+def _refuse_leftovers(file: Path) -> None:
+    if leftovers := [side.name for side in _side_files(file) if side.exists()]:
+        raise UserError(
+            f"tracking store {file}: found none, but {' and '.join(leftovers)} of an earlier one, which "
+            "SQLite would read into a new one; delete or rename what is left, then start again"
+        )
 
 
 @contextlib.contextmanager
 def _locked(file: Path) -> Iterator[None]:
-    """Hold the lock; its file is gone afterwards (filelock sends whoever waits at a removed file to the new one)."""
+    """Hold a lock whose file is removed afterwards; filelock makes processes that wait for it use the new file."""
     with FileLock(file, fallback_to_soft=False):
         try:
             yield
@@ -82,48 +82,48 @@ def _locked(file: Path) -> Iterator[None]:
             file.unlink(missing_ok=True)
 
 
-def _make(uri: str, file: Path) -> None:
-    """Make a store in a temporary file, and give it the name; nothing where MLflow itself was first."""
+def _create(uri: str, file: Path) -> None:
+    """Create a store in a temporary file and rename it, unless MLflow itself was first."""
     import sqlalchemy
     from mlflow.tracking._tracking_service.utils import _get_sqlalchemy_store
 
-    settle()
+    configure_mlflow()
     work = file.with_name(f"{file.name}.new")
-    _remove(work)  # of an earlier maker, which is gone: the lock is ours
+    _remove(work)  # left by a killed process
     url = sqlalchemy.make_url(uri).set(database=str(work))
     sqlalchemy.event.listen(sqlalchemy.pool.Pool, "connect", _without_syncs)
     try:
-        # As MLflow does it for the URI itself; where artifacts go does not depend on the file's name.
+        # As MLflow does for the URI itself; the artifact location does not depend on the file's name.
         store = _get_sqlalchemy_store(str(url), None)  # type: ignore[no-untyped-call]
         store.engine.dispose()
-    except Exception as error:  # whatever SQLite says becomes the user's one line
+    except Exception as error:  # any error of SQLite becomes one line
         _remove(work)
         raise UserError(f"tracking store {file}: {one_line(error)}") from None
     finally:
         sqlalchemy.event.remove(sqlalchemy.pool.Pool, "connect", _without_syncs)
     sync(work)
-    _name(work, file)
+    _rename(work, file)
     sync(file.parent)
 
 
 def _remove(database: Path) -> None:
-    for part in _parts(database):
-        part.unlink(missing_ok=True)
+    for file in (database, *_side_files(database)):
+        file.unlink(missing_ok=True)
 
 
 def _without_syncs(connection: Any, record: Any) -> None:  # noqa: ARG001 (a listener)
-    """Skip the syncs of hundreds of commits: the file counts for nothing until it is whole, and is synced then."""
+    """Skip the syncs of hundreds of commits: the file is synced once, before it gets its name."""
     connection.execute("PRAGMA synchronous = OFF")
 
 
-def _name(work: Path, file: Path) -> None:
-    """Rename the store, never over a file with something in it."""
+def _rename(work: Path, file: Path) -> None:
+    """Rename the store, but never over a file with content."""
     if file.exists() and not file.stat().st_size:
         shutil.copymode(file, work)
         work.replace(file)
         return
     try:
-        os.link(work, file)  # a rename would replace what MLflow itself has made meanwhile
+        os.link(work, file)  # a rename would replace what MLflow itself has created meanwhile
     except FileExistsError:
         work.unlink()
     except OSError:

@@ -1,0 +1,169 @@
+"""One checkpoint on disk: a folder that is complete and unchanged, or recognised as damaged.
+
+- `state.pt`: the training's state (`pipeline.storage.state_file`);
+- linked files, which existed before;
+- `manifest.json`, written last: format version, step, facts, and size and SHA-256 of every file.
+
+Reading none of them can run code.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipeline.errors import UserError
+from pipeline.storage.files import Damaged, Entry, sync, write_hashed
+from pipeline.storage.state_file import read_state, write_state
+
+FORMAT = 2  # 1: tensors and values in two files of our own
+STATE_FILE, MANIFEST_FILE = "state.pt", "manifest.json"
+
+
+class OtherFormat(UserError):  # noqa: N818 (callers read it as a noun)
+    """A checkpoint is intact, but was written by a version with another format."""
+
+
+class Manifest(NamedTuple):
+    """Content of a manifest, and the size in bytes of the whole checkpoint."""
+
+    step: int
+    facts: Mapping[str, Any]
+    files: Mapping[str, Entry]
+    size: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read: its tensors are on the CPU, `folder` holds the linked files too."""
+
+    folder: Path
+    step: int
+    facts: Mapping[str, Any]
+    state: dict[str, Any]
+
+
+def write_checkpoint(
+    folder: Path,
+    state: Mapping[str, Any],
+    step: int,
+    facts: Mapping[str, Any] = {},
+    links: Mapping[str, Path] = {},
+) -> int:
+    """Write a checkpoint into an empty folder, synced to the disk; returns its size in bytes.
+
+    Args:
+        facts: plain values for the manifest.
+        links: name in the checkpoint -> file to link, or to copy where the file system cannot link. The file may be
+            replaced later, but not changed in place.
+
+    Raises:
+        TypeError, ValueError: the state, facts or links contain something that cannot be saved.
+        OSError: the disk is full or fails.
+    """
+    files = {STATE_FILE: write_state(folder / STATE_FILE, state)}
+    for name, source in links.items():
+        if not _is_file_name(name) or name in (*files, MANIFEST_FILE):
+            raise ValueError(f"links: found {name!r}, allowed: the name of a file that is not the state's own")
+        files[name] = _link(source.resolve(), folder / name)
+    content = _manifest(step, facts, files)
+    manifest = write_hashed(folder / MANIFEST_FILE, lambda stream: stream.write(content))
+    sync(folder)
+    return sum(entry.size for entry in files.values()) + manifest.size
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read and verify a checkpoint.
+
+    Raises:
+        Damaged, OtherFormat
+    """
+    manifest = verify(folder)
+    try:
+        state = read_state(folder / STATE_FILE)
+    except OSError as error:
+        raise Damaged(f"{folder / STATE_FILE}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise Damaged(f"{folder / STATE_FILE}: {error}") from None
+    return Checkpoint(folder, manifest.step, manifest.facts, state)
+
+
+def verify(folder: Path) -> Manifest:
+    """Check every file of a checkpoint against its manifest.
+
+    Raises:
+        Damaged: names the first file that differs.
+        OtherFormat
+    """
+    manifest = read_manifest(folder)
+    for name, entry in manifest.files.items():
+        file = folder / name
+        try:
+            size = file.stat().st_size
+            if size != entry.size:
+                raise Damaged(f"{file}: found {size:,} bytes, expected {entry.size:,}")
+            with file.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            raise Damaged(f"{file}: {error.strerror or error}") from None
+        if digest != entry.sha256:
+            raise Damaged(f"{file}: found SHA-256 {digest[:12]}..., expected {entry.sha256[:12]}...")
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a checkpoint's manifest.
+
+    Raises:
+        Damaged, OtherFormat
+    """
+    file = folder / MANIFEST_FILE
+    try:
+        text = file.read_bytes()
+        content = json.loads(text)
+        version, seal = content["format"], content.pop("sha256")
+        if seal != _seal(content):
+            raise Damaged(f"{file}: found other content than was written")
+        if version != FORMAT:  # checked second: a flipped bit is damage, not another format
+            raise OtherFormat(f"{file}: found checkpoint format {version!r}, this program reads {FORMAT}; resume with "
+                              "the version of focal-pipeline that wrote it, or delete "
+                              f"{file.parent.parent} to train from the beginning")  # fmt: skip
+        files = {name: Entry(entry["size"], entry["sha256"]) for name, entry in content["files"].items()}
+        if STATE_FILE not in files or not all(map(_is_file_name, files)):
+            raise Damaged(f"{file}: found files {', '.join(map(repr, files))}")
+        size = sum(entry.size for entry in files.values()) + len(text)
+        return Manifest(content["step"], content["facts"], files, size)
+    except OSError as error:
+        raise Damaged(f"{file}: {error.strerror or error}") from None
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        raise Damaged(f"{file}: found no manifest in it") from None
+
+
+def _link(source: Path, target: Path) -> Entry:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        with source.open("rb") as stream:
+            return write_hashed(target, lambda copy: shutil.copyfileobj(stream, copy))
+    with target.open("rb") as stream:
+        os.fsync(stream.fileno())
+        return Entry(os.fstat(stream.fileno()).st_size, hashlib.file_digest(stream, "sha256").hexdigest())
+
+
+def _manifest(step: int, facts: Mapping[str, Any], files: Mapping[str, Entry]) -> bytes:
+    entries = {name: entry._asdict() for name, entry in files.items()}
+    content = {"format": FORMAT, "step": step, "facts": dict(facts), "files": entries}
+    return json.dumps(content | {"sha256": _seal(content)}, indent=2, allow_nan=False).encode()
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest's other content."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _is_file_name(name: str) -> bool:
+    return name == Path(name).name and name not in ("", "..") and "\0" not in name

@@ -1,0 +1,147 @@
+"""A run's folder: the paths of its files, and the objects that read and write them."""
+
+import shutil
+import stat
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from pipeline.storage.files import check_file, copy_contents, replacing
+from pipeline.storage.journal import JOURNAL_FILE, Record, parse_record, read_opening
+from pipeline.storage.ownership import Ownership, live_owner, owner_number
+
+if TYPE_CHECKING:
+    from pipeline.storage.checkpoints import Checkpoints
+
+COPIES = "logged"  # subfolder for copies of files that were logged from elsewhere
+TAIL_BYTES = 1 << 16  # of a journal, enough for its last record
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of a run, which may not exist yet.
+
+    A journal names files by relative paths within the folder. It may come from elsewhere, and its reader may have
+    rights that its author had not: `file` and `folder` refuse paths that leave the folder.
+    """
+
+    path: Path
+
+    @staticmethod
+    def below(parent: Path) -> "Iterator[RunFolder]":
+        """The run folders with a journal in a folder."""
+        return (RunFolder(file.parent) for file in parent.glob(f"*/{JOURNAL_FILE}"))
+
+    @property
+    def journal(self) -> Path:
+        return self.path / JOURNAL_FILE
+
+    @property
+    def delivered(self) -> Path:
+        """How much of the journal was delivered to which store."""
+        return self.path / "delivered.json"
+
+    @property
+    def writer_lock(self) -> Path:
+        """Held by the writer process that delivers the journal."""
+        return self.path / "writer.lock"
+
+    @property
+    def history(self) -> Path:
+        return self.path / "history.parquet"
+
+    def opening(self) -> Record | None:
+        """The journal's first record `open`."""
+        return read_opening(self.journal)
+
+    def final_status(self) -> str | None:
+        """The status with which the journal ends; None if it ends without one."""
+        try:
+            check_file(self.journal)
+            with self.journal.open("rb") as stream:
+                stream.seek(max(0, stream.seek(0, 2) - TAIL_BYTES))
+                last = parse_record(stream.read().rstrip(b"\n").rpartition(b"\n")[2])
+        except OSError:
+            return None
+        return last["status"] if last and last["op"] == "finish" else None
+
+    def checkpoints(
+        self, keep_steps: Collection[int] = (), max_bytes: int | None = None, last: int = 2
+    ) -> "Checkpoints":
+        from pipeline.storage.checkpoints import Checkpoints  # imports torch, which takes seconds
+
+        return Checkpoints(self.path, keep_steps, max_bytes, last)
+
+    def lock(self) -> Ownership:
+        """Lock the folder for this process; see `Ownership`."""
+        return Ownership(self.path)
+
+    def live_owner(self) -> str | None:
+        """The process that has the folder locked."""
+        return live_owner(self.path)
+
+    def owner_number(self) -> int:
+        return owner_number(self.path)
+
+    def copy_in(self, source: Path, destination: str) -> str:
+        """The relative path of a file or folder within the run's folder; one from elsewhere is copied first.
+
+        Raises:
+            OSError: it cannot be copied, or is neither a file nor a folder.
+        """
+        root, resolved = self.path.resolve(), source.resolve()
+        if resolved.is_relative_to(root) and resolved.name == source.name:
+            return resolved.relative_to(root).as_posix()
+        relative = f"{COPIES}/{destination}"
+        copy = root / relative
+        if resolved.is_dir():
+            shutil.rmtree(copy, ignore_errors=True)
+            copy_contents(resolved, copy)
+        else:
+            check_file(resolved)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(copy) as work:
+                shutil.copyfile(resolved, work)
+        return PurePosixPath(relative).as_posix()
+
+    def file(self, name: str) -> Path:
+        """The file with this relative path.
+
+        Raises:
+            ValueError: the path leaves the folder or follows a link, or it is not a file.
+            OSError: it does not exist, or cannot be read.
+        """
+        return self._resolve(name, stat.S_ISREG, "not a file")
+
+    def folder(self, name: str) -> Path:
+        """The subfolder with this relative path; it contains only files and folders.
+
+        Raises:
+            ValueError: the path leaves the run's folder or follows a link, or the subfolder contains something else.
+            OSError: it does not exist, or cannot be read.
+        """
+        folder = self._resolve(name, stat.S_ISDIR, "not a folder")
+        for path in folder.rglob("*"):
+            self._resolve(path.relative_to(self.path).as_posix(),
+                          lambda mode: stat.S_ISREG(mode) or stat.S_ISDIR(mode), "not a file")  # fmt: skip
+        return folder
+
+    def _resolve(self, name: str, is_allowed: Callable[[int], bool], otherwise: str) -> Path:
+        relative, path, mode = PurePosixPath(name), self.path, 0
+        if relative.is_absolute() or ".." in relative.parts or not relative.parts:
+            raise ValueError(f"{name}: its path leaves the run's folder")
+        for part in relative.parts:
+            path /= part
+            mode = path.lstat().st_mode
+            if stat.S_ISLNK(mode):
+                raise ValueError(f"{name}: {part} is a symbolic link")
+        if not is_allowed(mode):
+            raise ValueError(f"{name}: {otherwise}")
+        return path
+
+
+def leaves_folder(name: str) -> bool:
+    """Whether a relative path is absolute after all, or leads out of its folder."""
+    path = PurePosixPath(name)
+    return path.is_absolute() or ".." in path.parts or "\\" in name

@@ -1,0 +1,57 @@
+"""Files of model weights in the safetensors format."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline.errors import TrainingError
+from pipeline.storage.files import Damaged, replacing
+
+
+def save_weights(weights: Mapping[str, Tensor], file: Path) -> None:
+    """Write a state dict; the file is replaced atomically.
+
+    Raises:
+        TrainingError: the disk is full or fails.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in file.parent.glob(".tmp*"):  # safetensors' own, after a kill
+            leftover.unlink()
+        with replacing(file, durable=True) as work:
+            save_file(_separate(weights), work)
+            work.chmod(0o644)  # safetensors closes its files to other users
+    except OSError as error:
+        raise TrainingError(f"{file}: {error.strerror or error}") from None
+    except SafetensorError as error:
+        raise TrainingError(f"{file}: {error}") from None
+
+
+def load_weights(file: Path) -> dict[str, Tensor]:
+    """Read a safetensors file; the tensors are on the CPU, in memory of their own.
+
+    Raises:
+        Damaged: the file cannot be read, or is no safetensors file.
+    """
+    try:  # mapping the file and copying is faster than reading it
+        return {name: tensor.clone() for name, tensor in load_file(file).items()}
+    except OSError as error:
+        raise Damaged(f"{file}: {error.strerror or error}") from None
+    except SafetensorError as error:
+        raise Damaged(f"{file}: found no file of tensors: {error}") from None
+
+
+def _separate(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Move the weights to the CPU, each contiguous and in its own storage, as safetensors requires."""
+    separate: dict[str, Tensor] = {}
+    storages = set[int]()
+    for name, weight in weights.items():
+        tensor = weight.detach().cpu().contiguous()
+        if tensor.untyped_storage().data_ptr() in storages:
+            tensor = tensor.clone()
+        storages.add(tensor.untyped_storage().data_ptr())
+        separate[name] = tensor
+    return separate

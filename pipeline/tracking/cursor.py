@@ -1,0 +1,91 @@
+"""How much of a run's journal was delivered to which store: the file `delivered.json` of the run's folder.
+
+It is replaced after every batch, so that a killed writer's successor goes on there. A batch that is delivered twice
+changes nothing, since every point has its time from the journal.
+"""
+
+import json
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.runtime.console import warn
+from pipeline.storage.files import check_file, replacing
+from pipeline.storage.run_folder import RunFolder
+
+MAX_PROBLEMS = 20
+
+
+class Saved(BaseModel):
+    """What the file says of one store."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    run_id: str | None = None
+    offset: Annotated[int, Field(ge=0)] = 0
+    ended: str | None = None
+    problems: list[str] = []
+    more_problems: int = 0
+
+
+class Cursor:
+    """Position of the delivery to one store."""
+
+    def __init__(self, folder: RunFolder, store: str) -> None:
+        self.file, self.journal, self.store = folder.delivered, folder.journal, store
+        size = folder.journal.stat().st_size if folder.journal.exists() else 0
+        # a journal that lost its tail is delivered again
+        self.stores = {name: saved for name, saved in self._read().items() if saved.offset <= size}
+        saved = self.stores.get(store, Saved())
+        self.run_id = saved.run_id  # in the store
+        self.offset = saved.offset  # bytes of the journal that the store has
+        self.ended = saved.ended  # final status in the store
+        self.problems = list(saved.problems)  # refused by the store
+        self.more_problems = saved.more_problems  # number of those that `problems` does not list
+
+    def rewind(self) -> None:
+        """Deliver the whole journal again."""
+        self.offset, self.ended, self.problems, self.more_problems = 0, None, [], 0
+
+    def add_problem(self, problem: str) -> bool:
+        """Add a problem; returns whether it is listed."""
+        if len(self.problems) < MAX_PROBLEMS:
+            self.problems.append(problem)
+            return True
+        self.more_problems += 1
+        return False
+
+    def remaining(self) -> int:
+        """Number of whole records that the store does not have."""
+        count = 0
+        with self.journal.open("rb") as stream:
+            stream.seek(self.offset)
+            while chunk := stream.read(1 << 20):
+                count += chunk.count(b"\n")
+        return count
+
+    def save(self) -> None:
+        """Write the file; if that fails, a successor delivers some records again."""
+        self.stores[self.store] = Saved(run_id=self.run_id, offset=self.offset, ended=self.ended,
+                                        problems=self.problems, more_problems=self.more_problems)  # fmt: skip
+        text = json.dumps({name: saved.model_dump() for name, saved in self.stores.items()}, indent=1)
+        try:
+            with replacing(self.file) as work:
+                work.write_text(text, encoding="utf-8")
+        except OSError as error:
+            warn(f"{self.file}: {error.strerror or error}; what was delivered may be delivered once more")
+
+    def _read(self) -> dict[str, Saved]:
+        """Read the file, without entries that are damaged or another program's."""
+        try:
+            check_file(self.file)
+            content = json.loads(self.file.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return {}
+        stores = {}
+        for name, saved in content.items() if isinstance(content, dict) else ():
+            try:
+                stores[name] = Saved.model_validate(saved)
+            except ValidationError:
+                continue
+        return stores

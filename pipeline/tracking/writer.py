@@ -1,0 +1,113 @@
+"""The trainer's side of the writer process, which delivers runs to MLflow."""
+
+import contextlib
+import os
+import queue
+from pathlib import Path
+from typing import TypeVar
+
+from pipeline.config.run_config import TrackingSwitch
+from pipeline.errors import TrainingError, UserError
+from pipeline.runtime.interrupts import next_item
+from pipeline.runtime.process_rank import is_main_process
+from pipeline.runtime.processes import ChildProcess, Ended
+from pipeline.tracking.messages import (
+    WRITER_REPLIES,
+    FetchArtifact,
+    FetchedArtifact,
+    FindRuns,
+    FoundRuns,
+    OpenedRun,
+    Refused,
+    StoredRun,
+    WriterReply,
+    WriterRequest,
+)
+from pipeline.tracking.store import CLIENT_SETTINGS, check_uri
+
+STOPPED_SECONDS = 4.0  # in total for the delivery when a run is stopped by a signal
+R = TypeVar("R", OpenedRun, FoundRuns, FetchedArtifact)
+
+
+class Writer:
+    """The writer process; it serves one run after the other.
+
+    Starting it returns at once: it imports mlflow while this process loads its data.
+    """
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """Start the process, or another one after it has ended.
+
+        Raises:
+            UserError: MLFLOW_TRACKING_URI cannot be parsed.
+        """
+        check_uri()
+        environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_RUN_ID"}
+        environment |= CLIENT_SETTINGS | {"OMP_NUM_THREADS": "1"}
+        self.inbox = queue.Queue[tuple[ChildProcess[WriterReply], WriterReply | Ended]]()
+        # own session: Ctrl-C reaches the trainer only, which then ends the run in order
+        self.process = ChildProcess("pipeline.tracking", WRITER_REPLIES, self.inbox, environment=environment,
+                                    own_session=True)  # fmt: skip
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(STOPPED_SECONDS if kind and issubclass(kind, KeyboardInterrupt) else None)
+
+    def close(self, seconds: float | None = None) -> None:
+        """Let it deliver the rest and end, at most for these seconds."""
+        self.process.close(seconds)
+
+    def send(self, request: WriterRequest) -> None:
+        """Send a request; nothing happens if the process has ended."""
+        self.process.send(request)
+
+    def ask(self, request: WriterRequest, expected: type[R]) -> R:
+        """Send a request and return its reply.
+
+        Raises:
+            UserError: the store refused it, or does not answer.
+            TrainingError: the process has ended.
+        """
+        if self.process.poll() is not None:  # it ended since the store hung, or was killed
+            self.start()
+        self.send(request)
+        _, reply = next_item(self.inbox)
+        if isinstance(reply, Ended):
+            raise TrainingError(f"the tracking writer ended with code {reply.code}")
+        if isinstance(reply, Refused):
+            raise UserError(reply.error)
+        assert isinstance(reply, expected)
+        return reply
+
+    def find(
+        self, *, run_id: str | None = None, run_key: str | None = None, fork: str | None = None
+    ) -> list[StoredRun]:
+        """The run with this id, or the runs tagged with this key and fork (None: not forked), oldest first.
+
+        A run that began in another store has its first id there too (`first_id`), and is found by it.
+
+        Raises:
+            UserError: the store does not answer.
+        """
+        return list(self.ask(FindRuns(run_id, run_key, fork), FoundRuns).runs)
+
+
+def writer_for(tracking: TrackingSwitch) -> contextlib.AbstractContextManager[Writer | None]:
+    """Start a writer; None if tracking is switched off, or in processes of a training other than the main one."""
+    return Writer() if tracking.enabled and is_main_process() else contextlib.nullcontext()
+
+
+def fetch_artifact(run_id: str, file: str, folder: Path) -> Path:
+    """Copy an artifact of another run into the folder.
+
+    Raises:
+        UserError: there is no such run or artifact, or the store does not answer.
+    """
+    with Writer() as writer:
+        request = FetchArtifact(run_id, file, str(folder.resolve()))
+        return Path(writer.ask(request, FetchedArtifact).path)
