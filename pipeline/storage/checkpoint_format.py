@@ -62,13 +62,11 @@ def write_checkpoint(
             replaced later, but not changed in place.
 
     Raises:
-        TypeError, ValueError: the state, facts or links contain something that cannot be saved.
+        TypeError, ValueError: the state or facts contain something that cannot be saved.
         OSError: the disk is full or fails.
     """
     files = {STATE_FILE: write_state(folder / STATE_FILE, state)}
     for name, source in links.items():
-        if not _is_file_name(name) or name in (*files, MANIFEST_FILE):
-            raise ValueError(f"links: found {name!r}, allowed: the name of a file that is not the state's own")
         files[name] = _link(source.resolve(), folder / name)
     content = _manifest(step, facts, files)
     manifest = write_hashed(folder / MANIFEST_FILE, lambda stream: stream.write(content))

@@ -16,24 +16,11 @@ from pipeline.runtime.importing import uncollected
 from pipeline.runtime.interrupts import SIGNALS
 from pipeline.runtime.processes import take_standard_output
 from pipeline.storage.run_folder import RunFolder
+from pipeline.tracking import messages
 from pipeline.tracking.client import connect, context_tags, download, find_by_id, search, stored_run
 from pipeline.tracking.cursor import Cursor
 from pipeline.tracking.delivery import NO_WORD, Delivery, wait_for_turn
 from pipeline.tracking.inbox import Inbox
-from pipeline.tracking.messages import (
-    AbandonRun,
-    DeliveryNews,
-    DeliveryReport,
-    FetchArtifact,
-    FetchedArtifact,
-    FindRuns,
-    FollowRun,
-    FoundRuns,
-    OpenedRun,
-    OpenRun,
-    Refused,
-    WriterReply,
-)
 from pipeline.tracking.redaction import shown_uri
 from pipeline.tracking.run_opening import Opening
 from pipeline.tracking.store import configure_mlflow, probe, store_key, tracking_uri
@@ -55,17 +42,17 @@ def main() -> None:
     opening: Opening | None = None  # of a run whose journal is not followed yet
     while (request := inbox.next()) is not None:
         match request:
-            case AbandonRun(failure):
+            case messages.AbandonRun(failure):
                 _abandon(opening, failure)
                 opening = None
-            case FollowRun():
+            case messages.FollowRun():
                 importing.join()  # two threads that import mlflow take twice as long
                 opening = None
                 reply(_follow(request, inbox, reply))
-            case OpenRun():
+            case messages.OpenRun():
                 opening = Opening(request.run, Path(request.output_dir), request.last_steps)
                 reply(_open(request, opening, inbox, importing))
-            case FindRuns() | FetchArtifact():
+            case messages.FindRuns() | messages.FetchArtifact():
                 reply(_query(request, importing))
     _abandon(opening, NO_WORD)
     sys.stderr.flush()
@@ -80,7 +67,9 @@ def _import_mlflow() -> None:
     gc.freeze()  # modules stay: keep garbage collections from searching them
 
 
-def _follow(request: FollowRun, inbox: Inbox, send: Callable[[DeliveryNews], None]) -> DeliveryReport:
+def _follow(
+    request: messages.FollowRun, inbox: Inbox, send: Callable[[messages.DeliveryNews], None]
+) -> messages.DeliveryReport:
     """Deliver a run's journal to its end; returns the report once the trainer asks for it."""
     delivery = Delivery(Path(request.folder), request.owner, inbox, send, request.claim)
     delivery.follow()
@@ -100,38 +89,40 @@ def _unreachable() -> str:
     return ""
 
 
-def _refused(reason: str) -> Refused:
-    return Refused(f"tracking store {shown_uri(os.environ['MLFLOW_TRACKING_URI'])}: {reason}")
+def _refused(reason: str) -> messages.Refused:
+    return messages.Refused(f"tracking store {shown_uri(os.environ['MLFLOW_TRACKING_URI'])}: {reason}")
 
 
-def _query(request: FindRuns | FetchArtifact, importing: threading.Thread) -> WriterReply:
-    if isinstance(request, FindRuns) and (reason := _unreachable()):
+def _query(request: messages.FindRuns | messages.FetchArtifact, importing: threading.Thread) -> messages.WriterReply:
+    if isinstance(request, messages.FindRuns) and (reason := _unreachable()):
         return _refused(reason)
     importing.join()
     try:
-        return _find(request) if isinstance(request, FindRuns) else _fetch(request)
+        return _find(request) if isinstance(request, messages.FindRuns) else _fetch(request)
     except Exception as error:  # any error of the store becomes one line
-        return Refused(refusal(error))
+        return messages.Refused(refusal(error))
 
 
-def _find(request: FindRuns) -> FoundRuns:
+def _find(request: messages.FindRuns) -> messages.FoundRuns:
     client = connect()
     if request.run_id is not None:
         runs = [run for run in [find_by_id(client, request.run_id)] if run]
     else:
         runs = [run for run in search(client, f"tags.run_key = '{request.run_key}'")
                 if run.data.tags.get(FORKED_FROM) == request.fork]  # fmt: skip
-    return FoundRuns(tuple(map(stored_run, runs)))
+    return messages.FoundRuns(tuple(map(stored_run, runs)))
 
 
-def _fetch(request: FetchArtifact) -> FetchedArtifact | Refused:
+def _fetch(request: messages.FetchArtifact) -> messages.FetchedArtifact | messages.Refused:
     path = download(connect(), request.run_id, request.file, Path(request.folder))
     if path is None:
-        return Refused(f"run {request.run_id} in {tracking_uri()} has no artifact {request.file}")
-    return FetchedArtifact(str(path))
+        return messages.Refused(f"run {request.run_id} in {tracking_uri()} has no artifact {request.file}")
+    return messages.FetchedArtifact(str(path))
 
 
-def _open(request: OpenRun, opening: Opening, inbox: Inbox, importing: threading.Thread) -> WriterReply:
+def _open(
+    request: messages.OpenRun, opening: Opening, inbox: Inbox, importing: threading.Thread
+) -> messages.WriterReply:
     """Open the run, or begin it without a store that is away."""
     unreachable = _unreachable()
     if unreachable and not request.offline:
@@ -153,10 +144,10 @@ def _open(request: OpenRun, opening: Opening, inbox: Inbox, importing: threading
                 _abandon(opening, one_line(error))
             if request.offline and classify(error) is not Answer.REFUSED:
                 return opening.without_store(f"{one_line(error)}; the run begins without it")
-            return Refused(refusal(error))
+            return messages.Refused(refusal(error))
 
 
-def _open_with_retries(opening: Opening, inbox: Inbox) -> OpenedRun:
+def _open_with_retries(opening: Opening, inbox: Inbox) -> messages.OpenedRun:
     end, (pause, longest) = time.monotonic() + OPEN_SECONDS, PAUSE_SECONDS
     while True:
         try:

@@ -22,18 +22,7 @@ from pipeline.runtime.console import info, warn
 from pipeline.runtime.processes import Ended
 from pipeline.storage.journal import JournalWriter, LoggedPoints, is_measured, read_points, same_value
 from pipeline.storage.run_folder import RunFolder, leaves_folder
-from pipeline.tracking.messages import (
-    AbandonRun,
-    Away,
-    DeliveryReport,
-    FinishRun,
-    FollowRun,
-    OpenedRun,
-    OpenRun,
-    Progress,
-    RunRequest,
-    TakenOver,
-)
+from pipeline.tracking import messages
 from pipeline.tracking.run import PATIENCE_SECONDS, Points, Run, now_ms
 from pipeline.tracking.writer import STOPPED_SECONDS, Writer
 
@@ -47,7 +36,7 @@ LONGEST_TAG = 5000  # characters that MLflow accepts
 class MlflowRun:
     """A run in MLflow, written through its journal."""
 
-    def __init__(self, writer: Writer, request: RunRequest, output_dir: Path, offline: bool = False) -> None:
+    def __init__(self, writer: Writer, request: messages.RunRequest, output_dir: Path, offline: bool = False) -> None:
         """Open the run, which this process owns until it is finished.
 
         offline: begin even if the store does not answer; the run is created there later.
@@ -64,7 +53,7 @@ class MlflowRun:
         self.logged_bytes = 0  # of the journal, by earlier starts
         self.points, self.writer_cpu_seconds, self.failure = 0, 0.0, ""
         self._taken_over: TrainingError | None = None
-        opening = OpenRun(request, str(output_dir.resolve()), offline)
+        opening = messages.OpenRun(request, str(output_dir.resolve()), offline)
         with contextlib.ExitStack() as cleanup:
             cleanup.push(self._abandon)
             if request.resume:
@@ -74,7 +63,7 @@ class MlflowRun:
                 cleanup.callback(self.owner.release)
                 opened = self._reopen(opening)
             else:
-                opened = writer.ask(opening, OpenedRun)
+                opened = writer.ask(opening, messages.OpenedRun)
                 self.folder = output_dir / opened.run_id
                 self.owner = self.run_folder.lock()
                 cleanup.callback(self.owner.release)
@@ -155,7 +144,7 @@ class MlflowRun:
                 journal_error, self.failure = error, self.failure or str(error)
                 status = "FAILED" if status == "FINISHED" else status  # which the message takes past the journal
             try:
-                report = self._deliver_rest(FinishRun(status, self.failure, patience, hurry))
+                report = self._deliver_rest(messages.FinishRun(status, self.failure, patience, hurry))
             except KeyboardInterrupt:
                 self.writer.process.kill()
                 warn(f"run {self.id}: stopped while the rest of {self.journal.file} was delivered; deliver it with "
@@ -180,22 +169,22 @@ class MlflowRun:
         failure = str(error)
         if is_disk_error:
             failure = f"run folder {self.folder}: {getattr(error, 'strerror', None) or error}"
-        self.writer.send(AbandonRun(failure))
+        self.writer.send(messages.AbandonRun(failure))
         if is_disk_error:
             raise TrainingError(failure) from None
 
-    def _reopen(self, opening: OpenRun) -> OpenedRun:
+    def _reopen(self, opening: messages.OpenRun) -> messages.OpenedRun:
         """Open a run that was begun before, and load its points, including those that only the store has."""
         journal = self.run_folder.journal
         self.logged = LoggedPoints()
         self.logged_bytes = self.logged.read(journal) if journal.exists() else 0
         run = replace(opening.run, folder=str(self.folder.resolve()))
-        opened = self.writer.ask(replace(opening, run=run, last_steps=self.logged.last_steps()), OpenedRun)
+        opened = self.writer.ask(replace(opening, run=run, last_steps=self.logged.last_steps()), messages.OpenedRun)
         if opened.ahead:
             self.logged.read(journal, self.logged_bytes)
         return opened
 
-    def _begin(self, opened: OpenedRun) -> None:
+    def _begin(self, opened: messages.OpenedRun) -> None:
         """Begin the journal, or a start within it."""
         self.id, self.name, self.tracking_uri = opened.run_id, opened.name, opened.tracking_uri
         self.claim = opened.tags[OWNER]
@@ -235,7 +224,7 @@ class MlflowRun:
         """Note if the writer reports another owner in the store."""
         with contextlib.suppress(queue.Empty):
             _, news = self.writer.inbox.get_nowait()
-            if isinstance(news, TakenOver):
+            if isinstance(news, messages.TakenOver):
                 self._taken_over = TrainingError(
                     f"run {self.id} was taken over by {news.by}; process {os.getpid()} ends here"
                 )
@@ -263,7 +252,7 @@ class MlflowRun:
 
     def _follow(self) -> None:
         """Let the writer deliver the journal from now on."""
-        self.writer.send(FollowRun(str(self.folder.resolve()), self.owner.number, self.claim))
+        self.writer.send(messages.FollowRun(str(self.folder.resolve()), self.owner.number, self.claim))
 
     def _restart_writer(self) -> None:
         """Start another writer if it died; it continues the delivery."""
@@ -272,7 +261,7 @@ class MlflowRun:
             self.writer.start()
             self._follow()
 
-    def _deliver_rest(self, request: FinishRun) -> DeliveryReport | None:
+    def _deliver_rest(self, request: messages.FinishRun) -> messages.DeliveryReport | None:
         """Wait while the writer makes progress, then kill it; returns its last report."""
         self._restart_writer()
         self.writer.send(request)
@@ -287,7 +276,7 @@ class MlflowRun:
                 self.writer.process.kill()
                 return last_report
             match reply:
-                case DeliveryReport():
+                case messages.DeliveryReport():
                     return reply
                 case Ended():
                     restarts += 1
@@ -296,9 +285,9 @@ class MlflowRun:
                     self._restart_writer()
                     self.writer.send(request)
                     end = time.monotonic() + request.patience + 1
-                case Away(waiting, reason):
-                    last_report = DeliveryReport((), max(1, waiting), reason, self.id, 0.0)
-                case Progress(delivered, total, busy):
+                case messages.Away(waiting, reason):
+                    last_report = messages.DeliveryReport((), max(1, waiting), reason, self.id, 0.0)
+                case messages.Progress(delivered, total, busy):
                     end, last_report = time.monotonic() + max(request.patience + 1, busy), None
                     if time.monotonic() - progress_at > PROGRESS_SECONDS:
                         progress_at = time.monotonic()

@@ -83,7 +83,7 @@ def _locked(file: Path) -> Iterator[None]:
 
 
 def _create(uri: str, file: Path) -> None:
-    """Create a store in a temporary file and rename it, unless MLflow itself was first."""
+    """Create a store in a temporary file and rename it."""
     import sqlalchemy
     from mlflow.tracking._tracking_service.utils import _get_sqlalchemy_store
 
@@ -117,16 +117,10 @@ def _without_syncs(connection: Any, record: Any) -> None:  # noqa: ARG001 (a lis
 
 
 def _rename(work: Path, file: Path) -> None:
-    """Rename the store, but never over a file with content."""
-    if file.exists() and not file.stat().st_size:
-        shutil.copymode(file, work)
-        work.replace(file)
+    """Give the store its name, unless MLflow itself has created one meanwhile."""
+    if not _is_missing(file):
+        _remove(work)
         return
-    try:
-        os.link(work, file)  # a rename would replace what MLflow itself has created meanwhile
-    except FileExistsError:
-        work.unlink()
-    except OSError:
-        work.rename(file)  # a file system without hard links
-    else:
-        work.unlink()
+    if file.exists():
+        shutil.copymode(file, work)
+    work.replace(file)

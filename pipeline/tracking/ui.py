@@ -221,11 +221,8 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
     """End the server and the processes that it started."""
     with suppress(ProcessLookupError):
         os.killpg(server.pid, signal.SIGTERM)
-        end = time.monotonic() + STOP_SECONDS
-        while time.monotonic() < end:
-            server.poll()  # an ended child exists until it is polled
-            os.killpg(server.pid, 0)
-            time.sleep(0.05)
+        with suppress(subprocess.TimeoutExpired):
+            server.wait(STOP_SECONDS)
         os.killpg(server.pid, signal.SIGKILL)
     server.wait()
 

@@ -11,22 +11,11 @@ from pipeline.errors import TrainingError, UserError
 from pipeline.runtime.interrupts import next_item
 from pipeline.runtime.process_rank import is_main_process
 from pipeline.runtime.processes import ChildProcess, Ended
-from pipeline.tracking.messages import (
-    WRITER_REPLIES,
-    FetchArtifact,
-    FetchedArtifact,
-    FindRuns,
-    FoundRuns,
-    OpenedRun,
-    Refused,
-    StoredRun,
-    WriterReply,
-    WriterRequest,
-)
+from pipeline.tracking import messages
 from pipeline.tracking.store import CLIENT_SETTINGS, check_uri
 
 STOPPED_SECONDS = 4.0  # in total for the delivery when a run is stopped by a signal
-R = TypeVar("R", OpenedRun, FoundRuns, FetchedArtifact)
+R = TypeVar("R", messages.OpenedRun, messages.FoundRuns, messages.FetchedArtifact)
 
 
 class Writer:
@@ -47,9 +36,9 @@ class Writer:
         check_uri()
         environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_RUN_ID"}
         environment |= CLIENT_SETTINGS | {"OMP_NUM_THREADS": "1"}
-        self.inbox = queue.Queue[tuple[ChildProcess[WriterReply], WriterReply | Ended]]()
+        self.inbox = queue.Queue[tuple[ChildProcess[messages.WriterReply], messages.WriterReply | Ended]]()
         # own session: Ctrl-C reaches the trainer only, which then ends the run in order
-        self.process = ChildProcess("pipeline.tracking", WRITER_REPLIES, self.inbox, environment=environment,
+        self.process = ChildProcess("pipeline.tracking", messages.WRITER_REPLIES, self.inbox, environment=environment,
                                     own_session=True)  # fmt: skip
 
     def __enter__(self) -> "Writer":
@@ -62,11 +51,11 @@ class Writer:
         """Let it deliver the rest and end, at most for these seconds."""
         self.process.close(seconds)
 
-    def send(self, request: WriterRequest) -> None:
+    def send(self, request: messages.WriterRequest) -> None:
         """Send a request; nothing happens if the process has ended."""
         self.process.send(request)
 
-    def ask(self, request: WriterRequest, expected: type[R]) -> R:
+    def ask(self, request: messages.WriterRequest, expected: type[R]) -> R:
         """Send a request and return its reply.
 
         Raises:
@@ -79,14 +68,14 @@ class Writer:
         _, reply = next_item(self.inbox)
         if isinstance(reply, Ended):
             raise TrainingError(f"the tracking writer ended with code {reply.code}")
-        if isinstance(reply, Refused):
+        if isinstance(reply, messages.Refused):
             raise UserError(reply.error)
         assert isinstance(reply, expected)
         return reply
 
     def find(
         self, *, run_id: str | None = None, run_key: str | None = None, fork: str | None = None
-    ) -> list[StoredRun]:
+    ) -> list[messages.StoredRun]:
         """The run with this id, or the runs tagged with this key and fork (None: not forked), oldest first.
 
         A run that began in another store has its first id there too (`first_id`), and is found by it.
@@ -94,7 +83,7 @@ class Writer:
         Raises:
             UserError: the store does not answer.
         """
-        return list(self.ask(FindRuns(run_id, run_key, fork), FoundRuns).runs)
+        return list(self.ask(messages.FindRuns(run_id, run_key, fork), messages.FoundRuns).runs)
 
 
 def writer_for(tracking: TrackingSwitch) -> contextlib.AbstractContextManager[Writer | None]:
@@ -109,5 +98,5 @@ def fetch_artifact(run_id: str, file: str, folder: Path) -> Path:
         UserError: there is no such run or artifact, or the store does not answer.
     """
     with Writer() as writer:
-        request = FetchArtifact(run_id, file, str(folder.resolve()))
-        return Path(writer.ask(request, FetchedArtifact).path)
+        request = messages.FetchArtifact(run_id, file, str(folder.resolve()))
+        return Path(writer.ask(request, messages.FetchedArtifact).path)

@@ -54,7 +54,7 @@ def test_names_are_unique_and_no_field_hides_the_type() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "error"),
     [
         ("{", "not JSON"),
         ("[]", "message type None"),
@@ -67,8 +67,8 @@ def test_names_are_unique_and_no_field_hides_the_type() -> None:
         ('{"type": "TrainRun", "entry": "", "config": "", "name": "", "tags": {}, "overridden": 3}', "TrainRun: "),
     ],
 )
-def test_what_is_no_message_is_refused(line: str, told: str) -> None:
-    with pytest.raises(MessageError, match=told):
+def test_what_is_no_message_is_refused(line: str, error: str) -> None:
+    with pytest.raises(MessageError, match=error):
         decode(line, (DigestData, TrainRun, StopRun))
 
 
@@ -85,9 +85,9 @@ def test_numbers_that_json_does_not_know_survive() -> None:
     class Measured:
         metrics: Mapping[str, float]
 
-    (found,) = read_messages([encode(Measured({"a": float("inf"), "b": float("nan")}))], (Measured,))
-    assert found.metrics["a"] == float("inf")
-    assert found.metrics["b"] != found.metrics["b"]
+    (message,) = read_messages([encode(Measured({"a": float("inf"), "b": float("nan")}))], (Measured,))
+    assert message.metrics["a"] == float("inf")
+    assert message.metrics["b"] != message.metrics["b"]
 
 
 def test_a_line_that_a_kill_cut_off_is_left_out() -> None:

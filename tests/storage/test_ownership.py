@@ -150,10 +150,10 @@ from pipeline.storage.ownership import live_owner
 
 ownership.ASK_SECONDS = 300
 print("ready", flush=True)
-told = set()
+owners = set()
 while not select.select([sys.stdin], [], [], 0.003)[0]:
-    told.add(live_owner(Path(sys.argv[1])))
-print(told, flush=True)
+    owners.add(live_owner(Path(sys.argv[1])))
+print(owners, flush=True)
 """
 
 
@@ -176,8 +176,8 @@ def test_processes_that_only_ask_are_no_owner_to_each_other_and_keep_none_away(
         owner.check()
         owner.release()
         for asker in askers:
-            told = asker.communicate(timeout=300)[0].strip()
-            assert set(told.strip("{}").replace("'", "").split(", ")) <= {"None", f"process {os.getpid()} on {HOST}"}
+            output = asker.communicate(timeout=300)[0].strip()
+            assert set(output.strip("{}").replace("'", "").split(", ")) <= {"None", f"process {os.getpid()} on {HOST}"}
     finally:
         for asker in askers:
             asker.kill()
@@ -195,8 +195,8 @@ def test_a_stopped_owner_learns_that_it_was_taken_over(folder: Path) -> None:
         os.kill(process.pid, signal.SIGCONT)
         assert line_of(process, "check") == "ours"  # to have the lock takes nothing yet: the store is asked first
         assert owner.take().number == 2
-        told = f"run 5eed was taken over by process {os.getpid()} on {HOST}; process {process.pid} ends here"
-        assert line_of(process, "check") == told
+        output = f"run 5eed was taken over by process {os.getpid()} on {HOST}; process {process.pid} ends here"
+        assert line_of(process, "check") == output
         owner.check()
         owner.release()
 
@@ -292,5 +292,5 @@ def test_file_system_without_locks_is_one_line(folder: Path, monkeypatch: pytest
 
 def test_owning_needs_neither_mlflow_nor_torch() -> None:
     code = "import pipeline.storage.ownership, sys; print({'mlflow', 'torch', 'pandas'} & set(sys.modules))"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert told.stdout.strip() == "set()"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert output.stdout.strip() == "set()"

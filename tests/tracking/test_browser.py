@@ -72,9 +72,9 @@ def page() -> Iterator[Any]:
     quiet = ["--disable-gpu", "--disable-background-networking", "--disable-sync", "--disable-dev-shm-usage"]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=quiet, chromium_sandbox=os.geteuid() != 0)
-        found = browser.new_page(viewport={"width": 1600, "height": 900})
-        found.set_default_timeout(60_000)
-        yield found
+        new_page = browser.new_page(viewport={"width": 1600, "height": 900})
+        new_page.set_default_timeout(60_000)
+        yield new_page
         browser.close()
 
 

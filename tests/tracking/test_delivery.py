@@ -166,18 +166,18 @@ def test_an_outage_of_the_server_loses_nothing(
     door.open()
     wait_for(lambda: says("is back"))
     second.finish("FINISHED")
-    (found,) = writer.find(run_id=second.id)
-    assert (found.first_id, found.status) == (second.id, "FINISHED")
+    (stored,) = writer.find(run_id=second.id)
+    assert (stored.first_id, stored.status) == (second.id, "FINISHED")
     third = resume(writer, first.id)
     log_steps(third, range(1490, 1600))
     third.finish("FINISHED")
-    (found,) = writer.find(run_id=first.id)
+    (stored,) = writer.find(run_id=first.id)
 
     assert says("is back") == 1
     assert points(client, first.id) == expected(range(1600))
-    assert (found.status, found.start_time) == ("FINISHED", client.get_run(first.id).info.start_time)
-    assert "failure" not in found.tags  # what the earlier start said of its end reached the store after the next began
-    assert found.tags.items() >= {"branched_from": "prefix 1", "host": socket.gethostname()}.items()
+    assert (stored.status, stored.start_time) == ("FINISHED", client.get_run(first.id).info.start_time)
+    assert "failure" not in stored.tags  # what the earlier start said of its end reached the store after the next began
+    assert stored.tags.items() >= {"branched_from": "prefix 1", "host": socket.gethostname()}.items()
     assert Path(client.download_artifacts(first.id, "notes/note.txt")).read_text() == "read me"
     assert len(pd.read_parquet(client.download_artifacts(first.id, "history.parquet"))) == 1600
     assert live_owner(first.folder) is None
@@ -303,9 +303,9 @@ signal.pause()
     log_steps(run, range(60))
     run.finish("FINISHED")
     assert points(client, run_id) == expected(range(60))
-    found = client.get_run(run_id)
-    assert found.info.status == "FINISHED"
-    assert "failure" not in found.data.tags
+    stored = client.get_run(run_id)
+    assert stored.info.status == "FINISHED"
+    assert "failure" not in stored.data.tags
     assert len(pd.read_parquet(client.download_artifacts(run_id, "history.parquet"))) == 60
 
 
@@ -338,9 +338,9 @@ def test_an_earlier_owner_and_its_writer_stop_at_once(
     wait_for(lambda: isinstance(writer.inbox.get(timeout=300)[1], DeliveryReport))
     assert not isinstance(caught.value, Undelivered)
     assert run.journal.file.read_bytes() == whole
-    found = client.get_run(run.id)
-    assert found.info.status == "RUNNING"  # it is the other's
-    assert "failure" not in found.data.tags
+    stored = client.get_run(run.id)
+    assert stored.info.status == "RUNNING"  # it is the other's
+    assert "failure" not in stored.data.tags
 
 
 def test_an_interrupt_while_the_rest_is_delivered_ends_the_wait(
@@ -415,10 +415,10 @@ def test_a_run_goes_on_once_the_last_writer_has_left_its_call(client: Any, write
 
 def test_a_writer_that_hangs_is_not_waited_for_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delivery, "TURN_SECONDS", 0.3)
-    asked = []
+    checks = []
     with FileLock(RunFolder(tmp_path).writer_lock, is_singleton=False):
-        assert not wait_for_turn(RunFolder(tmp_path), lambda: asked.append(1)).is_locked
-    assert asked  # the caller can give up meanwhile
+        assert not wait_for_turn(RunFolder(tmp_path), lambda: checks.append(1)).is_locked
+    assert checks  # the caller can give up meanwhile
     lock = wait_for_turn(RunFolder(tmp_path))
     assert lock.is_locked
     lock.release()
@@ -438,12 +438,12 @@ def test_what_was_logged_before_is_compared_and_not_logged_again(client: Any, wr
         *((step, step / 3) for step in range(15)), (15, 1.0, 1.0)
     ]  # fmt: skip
     again.finish("FINISHED")
-    found = client.get_run(before.id)
+    stored = client.get_run(before.id)
     assert run.folder == before.folder
     assert points(client, before.id) == expected(range(15))
     assert [value for _, value, _ in points(client, before.id, "system/rows_per_second")] == [1.0]
-    assert "determinism" not in found.data.tags
-    assert found.info.status == "FINISHED"
+    assert "determinism" not in stored.data.tags
+    assert stored.info.status == "FINISHED"
 
 
 def test_another_value_than_before_is_told_and_mlflows_stays(
@@ -484,11 +484,11 @@ def test_a_launcher_of_a_resumed_run_is_tagged_and_dead_ones_are_ended(client: A
     resume(writer, before.id, launcher=dead).finish("KILLED")
     resume(writer, before.id, launcher=alive).finish("FINISHED")
     for run_id, status in {dead: "KILLED", alive: "RUNNING"}.items():
-        found = client.get_run(run_id)
-        assert (found.info.status, found.data.tags["role"], found.data.tags["launches"]) == (
+        stored = client.get_run(run_id)
+        assert (stored.info.status, stored.data.tags["role"], stored.data.tags["launches"]) == (
             status, "launcher", before.id
         )  # fmt: skip
-        assert not found.data.metrics
+        assert not stored.data.metrics
 
 
 def test_runs_are_found_by_key_and_fork(client: Any, writer: Writer, here: Path) -> None:
@@ -497,14 +497,14 @@ def test_runs_are_found_by_key_and_fork(client: Any, writer: Writer, here: Path)
     plain.finish("FINISHED")
     fork = open_run(writer, tags={"run_key": "k1", "forked_from": "x@3"})
     fork.finish("KILLED")
-    (found,) = writer.find(run_key="k1")
-    assert (found.run_id, found.name, found.status, found.metrics) == (
+    (stored,) = writer.find(run_key="k1")
+    assert (stored.run_id, stored.name, stored.status, stored.metrics) == (
         plain.id,
         "test",
         "FINISHED",
         {"loss_total": 0.5},
     )
-    assert found.tags["run_dir"] == str(plain.folder.resolve())
+    assert stored.tags["run_dir"] == str(plain.folder.resolve())
     assert [run.run_id for run in writer.find(run_key="k1", fork="x@3")] == [fork.id]
     assert writer.find(run_key="k2") == []
     assert writer.find(run_id="0" * 32) == []
@@ -551,8 +551,8 @@ def test_what_another_program_says_was_delivered_counts_for_nothing(saved: Any, 
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for found in (saved, {"store": saved}, {"store": WHOLE | {field: saved}, "other": WHOLE}):
-            RunFolder(folder).delivered.write_text(json.dumps(found))
+        for stored in (saved, {"store": saved}, {"store": WHOLE | {field: saved}, "other": WHOLE}):
+            RunFolder(folder).delivered.write_text(json.dumps(stored))
             cursor = Cursor(RunFolder(folder), "store")
             assert cursor.offset == 0  # there is no journal, of which anything could have been delivered
             assert all(isinstance(saved.run_id, str | None) for saved in cursor.stores.values())
@@ -612,13 +612,13 @@ def test_a_journal_names_files_of_its_run_alone(client: Any, writer: Writer, her
     run.log_artifact(run.folder / "good.txt")
     with pytest.raises(TrainingError, match="not delivered") as refused:
         run.finish("FINISHED")
-    told = str(refused.value)
+    message = str(refused.value)
     for text in (f"{secret}: its path leaves the run's folder", "link.txt: link.txt is a symbolic link",
                  "linked/secret.txt: linked is a symbolic link", "pipe: not a file", "weights/part: part is a symbolic "
                  "link", f"model not delivered: {secret.parent}: its path leaves the run's folder"):  # fmt: skip
-        assert text in told
-    assert told.count("not delivered") == len(files) + 1 + len(models)
-    assert [found.path for found in client.list_artifacts(run.id)] == ["good.txt", "history.parquet"]
+        assert text in message
+    assert message.count("not delivered") == len(files) + 1 + len(models)
+    assert [stored.path for stored in client.list_artifacts(run.id)] == ["good.txt", "history.parquet"]
     assert not client.search_logged_models(["0"], f"source_run_id = '{run.id}'")
     assert os.listdir(secret.parent) == ["secret.txt"]
 
@@ -638,9 +638,9 @@ def test_a_full_disk_fails_the_run_in_one_line(
         run.finish("FAILED")
     monkeypatch.undo()
     monkeypatch.chdir(here)
-    found = client.get_run(run.id)
-    assert found.info.status == "FAILED"
-    assert found.data.tags["failure"] == str(caught.value)
+    stored = client.get_run(run.id)
+    assert stored.info.status == "FAILED"
+    assert stored.data.tags["failure"] == str(caught.value)
     arrived = points(client, run.id)
     assert arrived == expected(range(len(arrived)))
     assert len(arrived) == sum(record["op"] == "metrics" for record in read_records(run.journal.file)) > 5

@@ -45,7 +45,7 @@ def run(place: Place) -> Path:
     return tracked.folder.resolve()
 
 
-def told(run: str, capsys: pytest.CaptureFixture[str]) -> str:
+def differences(run: str, capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
     with pytest.raises(TrainingError, match="are not as they should be"):
         doctor(run)
@@ -62,12 +62,12 @@ def base(run: Path, workplace: Path, statement: str) -> None:
 def test_a_run_that_is_whole(run: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in (run.name, str(run)):
         doctor(name)
-        found = capsys.readouterr().err
-        assert "DIFFERS" not in found
+        output = capsys.readouterr().err
+        assert "DIFFERS" not in output
         for line in ("no process writes it", "40 points of 2 metrics", "ends as FINISHED",
                      "checkpoint of step 10: whole", "checkpoint of step 20: whole", "0 bytes of the journal wait",
                      "is FINISHED", "2 of 2 params", "40 of 40 points", "1 of 1 artifacts"):  # fmt: skip
-            assert line in found
+            assert line in output
 
 
 def test_what_the_store_lost_is_named_and_sent_again(
@@ -77,10 +77,10 @@ def test_what_the_store_lost_is_named_and_sent_again(
     base(run, workplace, "delete from metrics where step >= 15 and key = 'loss_total' and run_uuid = :run")
     base(run, workplace, "delete from params where key = 'loss.aux_focal.lambda' and run_uuid = :run")
     shutil.rmtree(workplace / "mlruns" / "0" / run.name / "artifacts" / "notes")
-    found = told(run.name, capsys)
-    assert "store: 35 of 40 points 5 are missing, of loss_total: python -m pipeline sync" in found
-    assert f"store: 1 of 2 params loss.aux_focal.lambda: python -m pipeline sync {run} --again" in found
-    assert "store: 0 of 1 artifacts notes/note.txt:" in found
+    output = differences(run.name, capsys)
+    assert "store: 35 of 40 points 5 are missing, of loss_total: python -m pipeline sync" in output
+    assert f"store: 1 of 2 params loss.aux_focal.lambda: python -m pipeline sync {run} --again" in output
+    assert "store: 0 of 1 artifacts notes/note.txt:" in output
     sync(run, again=True)
     doctor(run.name)
 
@@ -91,11 +91,11 @@ def test_what_the_store_has_beside(run: Path, workplace: Path, capsys: pytest.Ca
         base(run, workplace, f"{columns} values ('loss_total', 9.0, 7, :run, {step}, 0)")
     base(run, workplace, "update metrics set value = 5 where step = 4 and key = 'loss_total' and run_uuid = :run")
     base(run, workplace, "update runs set status = 'RUNNING' where run_uuid = :run")
-    found = told(run.name, capsys)
-    assert "1 points are there more than once, of loss_total" in found
-    assert "1 points have another value than in the journal, of loss_total" in found
-    assert "1 points that the journal has not, of loss_total" in found
-    assert f"run {run.name} is RUNNING python -m pipeline sync" in found
+    output = differences(run.name, capsys)
+    assert "1 points are there more than once, of loss_total" in output
+    assert "1 points have another value than in the journal, of loss_total" in output
+    assert "1 points that the journal has not, of loss_total" in output
+    assert f"run {run.name} is RUNNING python -m pipeline sync" in output
 
 
 def test_a_torn_journal_and_a_damaged_checkpoint(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,11 +103,11 @@ def test_a_torn_journal_and_a_damaged_checkpoint(run: Path, capsys: pytest.Captu
     journal.write_bytes(journal.read_bytes()[:-9])
     state = run / "checkpoints" / f"{20:09d}" / "state.pt"
     state.write_bytes(b"\0" * state.stat().st_size)
-    found = told(run.name, capsys)
-    assert "bytes of a torn one the next start (resume=auto) cuts the torn line off" in found
-    assert "ends as a run that goes on, or was cut off without a word start it again with resume=auto" in found
-    assert "checkpoint of step 10: whole" in found
-    assert "DIFFERS checkpoint of step 20: " in found
+    output = differences(run.name, capsys)
+    assert "bytes of a torn one the next start (resume=auto) cuts the torn line off" in output
+    assert "ends as a run that goes on, or was cut off without a word start it again with resume=auto" in output
+    assert "checkpoint of step 10: whole" in output
+    assert "DIFFERS checkpoint of step 20: " in output
 
 
 def test_a_checkpoint_of_another_format(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,10 +115,10 @@ def test_a_checkpoint_of_another_format(run: Path, capsys: pytest.CaptureFixture
     content = json.loads(manifest.read_text()) | {"format": 1}
     del content["sha256"]
     manifest.write_text(json.dumps(content | {"sha256": checkpoint_format._seal(content)}))
-    found = told(run.name, capsys)
-    assert "DIFFERS checkpoint of step 20: " in found
-    assert "found checkpoint format 1, this program reads 2" in found
-    assert "resume=auto refuses it" in found
+    output = differences(run.name, capsys)
+    assert "DIFFERS checkpoint of step 20: " in output
+    assert "found checkpoint format 1, this program reads 2" in output
+    assert "resume=auto refuses it" in output
 
 
 def test_a_store_that_dies_midway_is_told_in_one_line(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,5 +138,5 @@ def test_a_store_that_never_had_it_and_no_run_at_all(
     other = tmp_path / "other.db"
     shutil.copyfile(empty_store, other)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{other}")
-    found = told(str(run), capsys)
-    assert f"has no such run python -m pipeline sync {run} makes it there" in found
+    output = differences(str(run), capsys)
+    assert f"has no such run python -m pipeline sync {run} makes it there" in output

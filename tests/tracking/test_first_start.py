@@ -35,9 +35,9 @@ from pipeline.tracking import store_creation
 from pipeline.tracking.messages import RunRequest
 from pipeline.tracking.run_opening import Opening
 
-def tell(**values):
+def report_line(**values):
     line = json.dumps({"folder": folder, **values})
-    os.write(1, line.encode() + b"\\n")  # in one piece, whoever else tells something
+    os.write(1, line.encode() + b"\\n")  # in one piece, whoever else prints
 
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -45,7 +45,7 @@ def die(*_):
 def start():
     run_id = Opening(RunRequest("first"), Path("outputs").resolve(), {}).open().run_id
     run = mlflow.MlflowClient().get_run(run_id)  # nothing is configured
-    tell(run_id=run.info.run_id, artifacts=run.info.artifact_uri)
+    report_line(run_id=run.info.run_id, artifacts=run.info.artifact_uri)
 
 def forked(function, *arguments):
     child = os.fork()
@@ -54,7 +54,7 @@ def forked(function, *arguments):
     try:
         function(*arguments)
     except BaseException as error:
-        tell(error=str(error))
+        report_line(error=str(error))
         os._exit(1)
     os._exit(0)
 
@@ -68,10 +68,8 @@ def killed(moment):
             die()
     if kind == "statement":
         sqlalchemy.event.listen(sqlalchemy.Engine, "before_cursor_execute", tick)
-    elif kind == "link":
-        os.link = die
-    elif kind == "linked":
-        Path.unlink = lambda path, missing_ok=False: die() if path.name.endswith(".new") and path.exists() else None
+    elif kind == "rename":
+        Path.replace = die
     start()
 
 def report(child):
@@ -92,22 +90,21 @@ def one_by_one(*moments):
             time.sleep(int(moment.partition(":")[2]) / 1000)
             os.kill(child, signal.SIGKILL)
         code = report(child)
-        found = {"moment": moment, "code": code, "there": os.path.exists("mlflow.db")}
-        found["bytes"] = os.path.getsize("mlflow.db") if found["there"] else 0
-        if found["there"]:
+        exists = os.path.exists("mlflow.db")
+        if exists:
             os.system("cp mlflow.db seen.db")  # judged by the test
-        tell(**found)
+        report_line(moment=moment, code=code, there=exists)
         report(forked(start))
         os.chdir("..")
 
-for asked in sys.argv[1:]:
-    folder, what, *rest = asked.split()
+for arguments in sys.argv[1:]:
+    folder, what, *rest = arguments.split()
     os.makedirs(folder)
     os.chdir(folder)
     together(*rest) if what == "together" else one_by_one(*rest)
     os.chdir("..")
 """
-DEADLY = (f"statement:{STATEMENTS // 2}", "link", "statement:0", f"statement:{STATEMENTS}")
+DEADLY = (f"statement:{STATEMENTS // 2}", "rename", "statement:0", f"statement:{STATEMENTS}")
 STARTERS = 8  # at once, beside those that are killed
 
 
@@ -118,11 +115,11 @@ def moments(statements: int) -> list[str]:
     return spread + timed
 
 
-KILLS = [*moments(STATEMENTS), "link", "linked"]
+KILLS = [*moments(STATEMENTS), "rename"]
 
 
 @dataclass(frozen=True)
-class Told:
+class Starts:
     """What the starts in a folder printed, a JSON object a line."""
 
     folder: Path
@@ -130,21 +127,23 @@ class Told:
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Told]:
+def starts_by_folder(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Starts]:
     """Every start of this file that is a real one, by folder: one process imports mlflow for all of them."""
     place = tmp_path_factory.mktemp("starts")
-    asked = {
+    arguments = {
         "together": ["together", str(len(DEADLY) + STARTERS), *DEADLY],
         "killed": ["killed", *KILLS],
     }
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
     done = subprocess.run(
-        [sys.executable, "-c", STARTS, *(" ".join([folder, *words]) for folder, words in asked.items())],
+        [sys.executable, "-c", STARTS, *(" ".join([folder, *words]) for folder, words in arguments.items())],
         cwd=place, env=environment, capture_output=True, text=True, timeout=1800, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    return {folder: Told(place / folder, [line for line in lines if line["folder"] == folder]) for folder in asked}
+    return {
+        folder: Starts(place / folder, [line for line in lines if line["folder"] == folder]) for folder in arguments
+    }
 
 
 def query(file: Path, statement: str) -> list[Any]:
@@ -154,11 +153,11 @@ def query(file: Path, statement: str) -> list[Any]:
 
 def schema(file: Path) -> set[tuple[str, ...]]:
     """Every table and index with its columns, and the version. MLflow writes a table's checks in any order."""
-    made = {
+    created = {
         (name, *sorted((sql or "").replace(",", " ").split()))
         for name, sql in query(file, "select name, sql from sqlite_master")
     }
-    return made | set(query(file, "select * from alembic_version"))
+    return created | set(query(file, "select * from alembic_version"))
 
 
 MADE = {"mlflow.db", "mlruns"}  # by a start, whose run gets a folder for its artifacts
@@ -170,9 +169,9 @@ def files(folder: Path) -> set[str]:
 
 @pytest.mark.faults
 @only_full
-def test_starts_at_the_same_moment_share_one_store(told: dict[str, Told], empty_store: Path) -> None:
+def test_starts_at_the_same_moment_share_one_store(starts_by_folder: dict[str, Starts], empty_store: Path) -> None:
     """Some are killed while they make the store, some while they wait for it."""
-    folder, starts = told["together"].folder, told["together"].lines
+    folder, starts = starts_by_folder["together"].folder, starts_by_folder["together"].lines
     assert len({start["run_id"] for start in starts}) == len(starts) >= STARTERS, starts
     ours, theirs = folder / "mlflow.db", empty_store
     assert query(ours, "select count(*) from runs")[0][0] >= len(starts)
@@ -190,14 +189,16 @@ def test_starts_at_the_same_moment_share_one_store(told: dict[str, Told], empty_
 
 @pytest.mark.faults
 @only_full
-def test_start_that_was_killed_leaves_no_store_or_a_whole_one(told: dict[str, Told], empty_store: Path) -> None:
-    kills, following = told["killed"].lines[0::2], told["killed"].lines[1::2]
+def test_start_that_was_killed_leaves_no_store_or_a_whole_one(
+    starts_by_folder: dict[str, Starts], empty_store: Path
+) -> None:
+    kills, following = starts_by_folder["killed"].lines[0::2], starts_by_folder["killed"].lines[1::2]
     assert len(kills) == len(following) == len(KILLS)
     assert all("run_id" in start for start in following), following
     for number, kill in enumerate(kills):
-        folder = told["killed"].folder / f"{number}"
+        folder = starts_by_folder["killed"].folder / f"{number}"
         assert kill["code"] == -9 or kill["moment"].startswith("milliseconds"), kill
-        assert kill["there"] == (kill["moment"] == "linked") or kill["moment"].startswith("milliseconds"), kill
+        assert not kill["there"] or kill["moment"].startswith("milliseconds"), kill
         if kill["there"]:
             assert schema(folder / "seen.db") == schema(empty_store)
         assert query(folder / "mlflow.db", "select count(*) from runs")[0][0] >= 1
@@ -208,7 +209,7 @@ def test_start_that_was_killed_leaves_no_store_or_a_whole_one(told: dict[str, To
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch, empty_store: Path) -> list[Path]:
+def created(monkeypatch: pytest.MonkeyPatch, empty_store: Path) -> list[Path]:
     """Stores that were made, by copying, which takes no time."""
     calls: list[Path] = []
 
@@ -235,7 +236,7 @@ RUN = "insert into runs (run_uuid, experiment_id, start_time, lifecycle_stage) v
 
 @pytest.mark.parametrize("rows", [(), (RUN,)], ids=["empty", "with a run"])
 def test_store_of_another_version_is_mlflows_line_and_stays_as_it_is(
-    workplace: Path, made: list[Path], empty_store: Path, call_pipeline: Call, rows: tuple[str, ...]
+    workplace: Path, created: list[Path], empty_store: Path, call_pipeline: Call, rows: tuple[str, ...]
 ) -> None:
     """What MLflow leaves half made, too, once it has begun with its versions."""
     file = workplace / "mlflow.db"
@@ -251,70 +252,68 @@ def test_store_of_another_version_is_mlflows_line_and_stays_as_it_is(
 
 
 @pytest.mark.parametrize("content", [b"#!/bin/sh\n", b"SQLite format 3\0" + b"\xff" * 4096, b"SQLite"])
-def test_what_is_no_database_is_left_alone(tmp_path: Path, made: list[Path], content: bytes) -> None:
+def test_what_is_no_database_is_left_alone(tmp_path: Path, created: list[Path], content: bytes) -> None:
     file = tmp_path / "mlflow.db"
     file.write_bytes(content)
     ensure_store(f"sqlite:///{file}")
     assert file.read_bytes() == content
-    assert not made
+    assert not created
 
 
-def test_store_needs_no_lock_and_no_writing(tmp_path: Path, made: list[Path], empty_store: Path) -> None:
+def test_store_needs_no_lock_and_no_writing(tmp_path: Path, created: list[Path], empty_store: Path) -> None:
     file = tmp_path / "mlflow.db"
     shutil.copyfile(empty_store, file)
     change(file, RUN)
     (tmp_path / "mlflow.db.lock").mkdir()  # a lock that nobody could take
     ensure_store(f"sqlite:///{file}")
-    assert not made
+    assert not created
 
 
 @pytest.mark.parametrize("uri", ["sqlite://", "sqlite:///:memory:", "http://127.0.0.1:1", "postgresql://u:p@h/d", "x"])
 def test_other_uris_are_nothing_to_do(
-    tmp_path: Path, made: list[Path], uri: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, created: list[Path], uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     ensure_store(uri)
     assert files(tmp_path) == set()
-    assert not made
+    assert not created
 
 
-def test_empty_file_becomes_a_store_with_its_rights(tmp_path: Path, made: list[Path], empty_store: Path) -> None:
+def test_empty_file_becomes_a_store_with_its_rights(tmp_path: Path, created: list[Path], empty_store: Path) -> None:
     file = tmp_path / "mlflow.db"
     file.touch()
     file.chmod(0o600)
     ensure_store(f"sqlite:///{file}")
-    assert made == [file]
+    assert created == [file]
     assert schema(file) == schema(empty_store)
     assert file.stat().st_mode & 0o777 == 0o600
     assert files(tmp_path) == {"mlflow.db"}
 
 
 def test_relative_path_folders_and_links_are_as_sqlite_takes_them(
-    tmp_path: Path, made: list[Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, created: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     ensure_store("sqlite:///new folder/50%/a?b#c.db?timeout=5".replace("?b#c", " b"))
-    assert made == [tmp_path / "new folder" / "50%" / "a b.db"]
+    assert created == [tmp_path / "new folder" / "50%" / "a b.db"]
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "mlflow.db").symlink_to(tmp_path / "elsewhere" / "real.db")
     ensure_store("sqlite:///mlflow.db")
     assert (tmp_path / "mlflow.db").is_symlink()
-    assert made[1] == tmp_path / "elsewhere" / "real.db"
+    assert created[1] == tmp_path / "elsewhere" / "real.db"
     assert files(tmp_path / "elsewhere") == {"real.db"}
 
 
-def test_journal_of_a_deleted_store_is_not_played_into_the_new_one(tmp_path: Path, made: list[Path]) -> None:
+def test_journal_of_a_deleted_store_is_not_played_into_the_new_one(tmp_path: Path, created: list[Path]) -> None:
     for end in ("-journal", "-wal"):
         (tmp_path / f"mlflow.db{end}").write_bytes(end.encode())
     with pytest.raises(UserError, match=r"found none, but mlflow\.db-journal and mlflow\.db-wal of an earlier one"):
         ensure_store(f"sqlite:///{tmp_path / 'mlflow.db'}")
     assert files(tmp_path) == {"mlflow.db-journal", "mlflow.db-wal"}
-    assert not made
+    assert not created
 
 
-def test_store_that_mlflow_named_meanwhile_is_kept(
-    tmp_path: Path, made: list[Path], empty_store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_store_that_mlflow_created_meanwhile_is_kept(tmp_path: Path, empty_store: Path) -> None:
     file, work = tmp_path / "mlflow.db", tmp_path / "mlflow.db.new"
     shutil.copyfile(empty_store, file)
     before = change(file, RUN)
@@ -322,18 +321,6 @@ def test_store_that_mlflow_named_meanwhile_is_kept(
     store_creation._rename(work, file)
     assert file.read_bytes() == before
     assert not work.exists()
-
-
-def test_file_system_without_hard_links_renames(
-    tmp_path: Path, made: list[Path], empty_store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object) -> None:
-        raise PermissionError(1, "Operation not permitted")
-
-    monkeypatch.setattr(os, "link", refuse)
-    ensure_store(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    assert schema(tmp_path / "mlflow.db") == schema(empty_store)
-    assert files(tmp_path) == {"mlflow.db"}
 
 
 def test_place_that_cannot_hold_a_store_is_one_line(tmp_path: Path) -> None:
@@ -375,9 +362,9 @@ def test_eight_trainers_log_every_step_to_one_new_store(tmp_path: Path) -> None:
         )
         for number in range(8)
     ]  # fmt: skip
-    told = [trainer.communicate(timeout=600)[1] for trainer in trainers]
-    assert [trainer.returncode for trainer in trainers] == [0] * 8, told
-    lines = [line for text in told for line in text.splitlines()]
+    starts_by_folder = [trainer.communicate(timeout=600)[1] for trainer in trainers]
+    assert [trainer.returncode for trainer in trainers] == [0] * 8, starts_by_folder
+    lines = [line for text in starts_by_folder for line in text.splitlines()]
     assert all(line.startswith("delivered ") for line in lines), lines  # the store was never away for anybody
     file = tmp_path / "mlflow.db"
     runs = query(file, "select name, status, run_uuid from runs order by name")

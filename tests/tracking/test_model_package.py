@@ -107,12 +107,12 @@ def test_name_follows_the_content(toy: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [("from pipeline.nothing import a", r"pipeline\.nothing: no such module"), ("import pipeline.sums", "relative")],
 )
-def test_import_that_cannot_travel_is_refused(toy: Path, tmp_path: Path, line: str, told: str) -> None:
+def test_import_that_cannot_travel_is_refused(toy: Path, tmp_path: Path, line: str, message: str) -> None:
     (toy / "sums.py").write_text(f"def total(frame):\n    {line}\n")
-    with pytest.raises(ImportError, match=told):
+    with pytest.raises(ImportError, match=message):
         write_package("sums", tmp_path / "package")
 
 

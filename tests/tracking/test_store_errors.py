@@ -24,15 +24,17 @@ from pipeline.tracking.store_errors import Answer, classify, one_line
 def test_a_shown_uri_has_no_secret(uri: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown_uri(uri) == shown
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    told = one_line(ValueError(f"connection to {uri} failed, password=secret; login secret"))
-    assert "secret" not in told.replace("login secret", "") or "secret" not in uri
+    message = one_line(ValueError(f"connection to {uri} failed, password=secret; login secret"))
+    assert "secret" not in message.replace("login secret", "") or "secret" not in uri
 
 
 def test_a_secret_of_the_environment_is_in_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://user:p%40ss%2Fw@host/base")
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "abcdef0123")
-    told = without_secrets("wrong password p@ss/w or p%40ss%2Fw, Bearer abcdef0123, at x://a:b@c, ?api_token=xyz&a=b")
-    assert told == "wrong password *** or ***, Bearer ***, at x://c, ?api_token=***&a=b"
+    message = without_secrets(
+        "wrong password p@ss/w or p%40ss%2Fw, Bearer abcdef0123, at x://a:b@c, ?api_token=xyz&a=b"
+    )
+    assert message == "wrong password *** or ***, Bearer ***, at x://c, ?api_token=***&a=b"
 
 
 def test_what_may_be_taken_later_is_tried_again() -> None:

@@ -19,6 +19,7 @@ from server import free_port
 from pipeline.errors import TrainingError, Undelivered, UserError
 from pipeline.storage.journal import JOURNAL_FILE, JournalWriter
 from pipeline.storage.ownership import Ownership, live_owner
+from pipeline.storage.run_folder import RunFolder
 from pipeline.tracking import sync as syncing
 from pipeline.tracking.delivery import NO_WORD, Delivery
 from pipeline.tracking.inbox import Inbox
@@ -139,7 +140,7 @@ def test_all_of_a_run_that_no_store_took_comes_to_a_new_one(
     assert [value != value for _, value, _ in points(client, made.info.run_id, "valid/auc")].index(True) == 5  # noqa: PLR0124
     assert made.inputs.dataset_inputs[0].dataset.digest == "ab" * 16
     assert Path(client.download_artifacts(made.info.run_id, "notes/note.txt")).read_text() == "read me"
-    assert "history.parquet" in [found.path for found in client.list_artifacts(made.info.run_id)]
+    assert "history.parquet" in [stored.path for stored in client.list_artifacts(made.info.run_id)]
     (model,) = models(client, made)
     tested = [("test/auc", 1 / 3, 700, 1800, "data", "ab" * 16), ("test/logloss", 0.25, 700, 1800, "data", "ab" * 16)]
     assert of_model(client, model) == tested
@@ -152,7 +153,7 @@ def test_all_of_a_run_that_no_store_took_comes_to_a_new_one(
     sync(run.folder.parent)
     assert len(client.search_runs([made.info.experiment_id])) == 1
     assert len(points(client, made.info.run_id, "loss_total")) == 700
-    assert [found.model_id for found in models(client, made)] == [model.model_id]
+    assert [stored.model_id for stored in models(client, made)] == [model.model_id]
     assert of_model(client, model) == tested
     assert [len(points(client, made.info.run_id, name)) for name in TESTED] == [1, 1, 1]
 
@@ -164,8 +165,8 @@ def of_model(client: Any, model: Any) -> list[tuple[Any, ...]]:
 
 
 def models(client: Any, run: Any) -> list[Any]:
-    found = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
-    return [model for model in found if model.status == "READY"]
+    stored = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
+    return [model for model in stored if model.status == "READY"]
 
 
 def test_a_run_of_one_store_is_made_in_another(place: Place, other: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +226,7 @@ def test_the_end_is_when_the_run_ended_however_late_it_is_delivered(place: Place
     with pytest.MonkeyPatch.context() as patch:
         client = use(f"sqlite:///{place.folder / 'mlflow.db'}", patch)
         sync(run.folder)
-    (info,) = [found.info for found in client.search_runs(["0"], f"tags.original_run_id = '{run.id}'")]
+    (info,) = [stored.info for stored in client.search_runs(["0"], f"tags.original_run_id = '{run.id}'")]
     assert (info.start_time, info.end_time) == (500_000, 700_000)
 
 
@@ -239,13 +240,13 @@ def test_who_finds_another_owner_in_the_store_delivers_nothing(place: Place) -> 
     run.journal.close()
     place.client.set_tag(run.id, "owner", "77 ab12cd34")
     place.client.set_tag(run.id, "host", "elsewhere")
-    told: list[Any] = []
-    delivery = Delivery(run.folder, 1, Inbox(None, FinishRun("KILLED", patience=60)), told.append, claim)
+    message: list[Any] = []
+    delivery = Delivery(run.folder, 1, Inbox(None, FinishRun("KILLED", patience=60)), message.append, claim)
     report = delivery.follow()
-    assert told == [TakenOver("process 77 on elsewhere")]
+    assert message == [TakenOver("process 77 on elsewhere")]
     assert (report.waiting, report.reason) == (1, f"run {run.id} was taken over by process 77 on elsewhere")
     assert place.client.get_metric_history(run.id, "loss_total") == []
-    theirs = Delivery(run.folder, 1, Inbox(None, FinishRun("KILLED", patience=60)), told.append, "77 ab12cd34")
+    theirs = Delivery(run.folder, 1, Inbox(None, FinishRun("KILLED", patience=60)), message.append, "77 ab12cd34")
     assert theirs.follow().waiting == 0
     assert len(place.client.get_metric_history(run.id, "loss_total")) == 1
 
@@ -307,8 +308,8 @@ def test_a_data_set_that_another_run_makes_at_the_same_moment(place: Place) -> N
     assert others
     assert report.problems == ()
     assert client.get_run(run.id).info.status == "FINISHED"
-    (found,) = client.get_run(run.id).inputs.dataset_inputs
-    assert (found.dataset.name, found.dataset.digest) == ("data", "ab" * 16)
+    (stored,) = client.get_run(run.id).inputs.dataset_inputs
+    assert (stored.dataset.name, stored.dataset.digest) == ("data", "ab" * 16)
 
 
 def test_a_killed_run_is_ended_as_failed(place: Place) -> None:
@@ -339,9 +340,9 @@ signal.pause()
     with (folder / JOURNAL_FILE).open("ab") as stream:
         stream.write(b'{"op":"met')  # and cut off in mid-record
     sync(folder)
-    found = place.client.get_run(run_id)
-    assert found.info.status == "FAILED"
-    assert found.data.tags["failure"] == NO_WORD
+    stored = place.client.get_run(run_id)
+    assert stored.info.status == "FAILED"
+    assert stored.data.tags["failure"] == NO_WORD
     assert points(place.client, run_id, "loss_total") == [(step, step / 3, 1000 + step) for step in range(50)]
 
 
@@ -397,8 +398,8 @@ def test_a_damaged_folder_leaves_the_others(
         runs[name].journal.file.write_text(text + "".join(records if name == "lacking" else records[1:]))
     client, deliver = use(other, monkeypatch), syncing._deliver
 
-    def stumbles(folder: Path, *arguments: Any) -> Any:
-        if folder.name == runs["unforeseen"].id:
+    def stumbles(folder: RunFolder, *arguments: Any) -> Any:
+        if folder.path.name == runs["unforeseen"].id:
             raise KeyError("offset")
         return deliver(folder, *arguments)
 
@@ -445,12 +446,12 @@ def no_beginning(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("make", "message"),
     [(no_journal, r"found no journal\.jsonl, allowed"), (no_beginning, "found no record of the run's")],
 )
 def test_a_folder_without_a_run_is_refused(
-    make: Callable[[Path], None], told: str, client: Any, workplace: Path
+    make: Callable[[Path], None], message: str, client: Any, workplace: Path
 ) -> None:
     make(workplace / "folder")
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         sync(workplace / "folder")

@@ -47,15 +47,15 @@ def test_everything_arrives_in_mlflow_and_in_history(place: Place) -> None:
     assert len(list(run.history())) == 700
     run.finish("FINISHED")
     assert run.writer_cpu_seconds > 0
-    found = place.client.get_run(run.id)
-    assert found.info.status == "FINISHED"
-    assert place.client.get_experiment(found.info.experiment_id).name == "mine"
-    assert found.info.run_name == "test"
-    assert found.data.params == {"loss.aux_focal.lambda": "0.1"} | {f"key{n}": str(n) for n in range(150)}
-    assert found.data.tags["arm"] == "a"
-    assert found.data.tags["data_digest"] == "f" * 64
-    assert found.data.tags["run_dir"] == str((place.folder / "outputs" / run.id).resolve())
-    assert found.inputs.dataset_inputs[0].dataset.digest == "0123456789abcdef" * 2
+    stored = place.client.get_run(run.id)
+    assert stored.info.status == "FINISHED"
+    assert place.client.get_experiment(stored.info.experiment_id).name == "mine"
+    assert stored.info.run_name == "test"
+    assert stored.data.params == {"loss.aux_focal.lambda": "0.1"} | {f"key{n}": str(n) for n in range(150)}
+    assert stored.data.tags["arm"] == "a"
+    assert stored.data.tags["data_digest"] == "f" * 64
+    assert stored.data.tags["run_dir"] == str((place.folder / "outputs" / run.id).resolve())
+    assert stored.inputs.dataset_inputs[0].dataset.digest == "0123456789abcdef" * 2
     assert place.client.list_artifacts(run.id, "notes")[0].path == "notes/note.txt"
     history = pd.read_parquet(place.client.download_artifacts(run.id, "history.parquet"))
     assert len(history) == 2100
@@ -73,11 +73,11 @@ def test_params_that_mlflow_run_wrote_are_left_as_typed(place: Place) -> None:
     run = open_run(place.writer, run_id=opened.info.run_id, name="short name")
     run.log_params({"lambda": "0.1", "loss.aux_focal.lambda": "0.1", "optim.dense.lr": "0.0003"})
     run.finish("FINISHED")
-    found = place.client.get_run(opened.info.run_id)
-    assert found.data.params == {"lambda": "1e-1", "loss.aux_focal.lambda": "0.1", "optim.dense.lr": "3e-4"}
-    assert found.data.tags["canonical.optim.dense.lr"] == "0.0003"
-    assert "canonical.lambda" not in found.data.tags
-    assert found.info.run_name == "short name"
+    stored = place.client.get_run(opened.info.run_id)
+    assert stored.data.params == {"lambda": "1e-1", "loss.aux_focal.lambda": "0.1", "optim.dense.lr": "3e-4"}
+    assert stored.data.tags["canonical.optim.dense.lr"] == "0.0003"
+    assert "canonical.lambda" not in stored.data.tags
+    assert stored.info.run_name == "short name"
 
 
 def test_a_name_the_user_gave_is_kept(place: Place) -> None:
@@ -140,8 +140,8 @@ def test_a_second_start_in_the_same_run_goes_on_with_it(place: Place, small: Any
     config = small(**PLAIN)
 
     def start(**other: Any) -> Any:
-        asked = config.model_copy(update=other)
-        return train_run(asked, MmoeTask, place.writer, RunRequest(run_id=opened), quiet=True)
+        name = config.model_copy(update=other)
+        return train_run(name, MmoeTask, place.writer, RunRequest(run_id=opened), quiet=True)
 
     with cut_off(7):
         start(device="cpu")
@@ -172,8 +172,8 @@ def test_a_second_start_without_its_folder_goes_on_in_the_same_run(place: Place,
     config = small(**PLAIN | {"seed": 41})
 
     def start(**other: Any) -> Any:
-        asked = config.model_copy(update=other)
-        return train_run(asked, MmoeTask, place.writer, RunRequest(run_id=opened), quiet=True)
+        name = config.model_copy(update=other)
+        return train_run(name, MmoeTask, place.writer, RunRequest(run_id=opened), quiet=True)
 
     with cut_off(7):
         start()
@@ -214,9 +214,9 @@ def test_a_run_that_the_store_lost_goes_on_from_its_checkpoint_in_a_new_one(
     SqlAlchemyStore(f"sqlite:///{place.folder / 'mlflow.db'}", "mlruns")._hard_delete_run(lost)
     capsys.readouterr()
     trained = start(resume="auto" if resume == "auto" else lost)
-    told = capsys.readouterr().err
-    assert f"found no run {lost}, whose folder is here; it is made there, with tag original_run_id" in told
-    assert "goes on after step 7 of 12" in told
+    output = capsys.readouterr().err
+    assert f"found no run {lost}, whose folder is here; it is made there, with tag original_run_id" in output
+    assert "goes on after step 7 of 12" in output
     assert (trained.id, trained.steps) == (lost, 12)
     run = only_run(place.client, seed)
     assert (run.info.run_id != lost, run.data.tags["original_run_id"], run.info.status) == (True, lost, "FINISHED")
@@ -409,9 +409,9 @@ def test_a_closed_artifact_folder_is_refused_at_once(place: Place) -> None:
 
 def test_a_deleted_experiment_is_refused(place: Place) -> None:
     place.client.delete_experiment(gone := place.client.create_experiment("gone"))
-    for asked in ("gone", gone):
-        with pytest.raises(UserError, match=f"experiment {asked} is deleted; restore it"):
-            open_run(place.writer, experiment=asked)
+    for name in ("gone", gone):
+        with pytest.raises(UserError, match=f"experiment {name} is deleted; restore it"):
+            open_run(place.writer, experiment=name)
     with pytest.raises(UserError, match=f"experiment {gone} is deleted; restore it"):
         runs_of_filter(gone, None)
 
@@ -419,12 +419,12 @@ def test_a_deleted_experiment_is_refused(place: Place) -> None:
 def test_an_experiment_is_meant_by_its_name_or_else_its_id(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.tracking.client.PAGE_ROWS", 2)
     mine, run_id = place.client.create_experiment("by id"), None
-    for asked in (mine, "by id"):
-        opened = Opening(RunRequest("test", experiment=asked, run_id=run_id), Path("outputs").resolve(), {}).open()
+    for name in (mine, "by id"):
+        opened = Opening(RunRequest("test", experiment=name, run_id=run_id), Path("outputs").resolve(), {}).open()
         assert opened.experiment == "by id"
         assert opened.run_id == (run_id or opened.run_id)  # `mlflow run` opened it there
         run_id = opened.run_id
-        assert [run.run_id for run in runs_of_filter(asked, None)] == [run_id]
+        assert [run.run_id for run in runs_of_filter(name, None)] == [run_id]
         place.client.set_terminated(run_id)
     assert experiment_id(place.client, "0") == "0"
     with pytest.raises(UserError, match=f"no experiment {mine}0 in sqlite"):
@@ -449,10 +449,10 @@ def test_pictures_and_notes_that_fail_leave_the_run_whole(
                  "pipeline.runs.run_artifacts.note", "pipeline.tasks.mmoe.task.MmoeTask.findings"):  # fmt: skip
         monkeypatch.setattr(name, fails)
     trained = train_run(small(seed=77), MmoeTask, place.writer, quiet=True)
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    output = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     left_out = ["what the evaluation shows", "what the evaluation shows", "plots/losses.png",
                 "the report on the finished model", "the run's note"]  # fmt: skip
-    assert [line.partition(" is left out: RuntimeError: no canvas (")[0] for line in told[-5:]] == [
+    assert [line.partition(" is left out: RuntimeError: no canvas (")[0] for line in output[-5:]] == [
         f"warning: {what}" for what in left_out
     ]
     run = place.client.get_run(trained.id)
