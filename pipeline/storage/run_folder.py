@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.storage.files import check_file, copy_contents, replacing
 from pipeline.storage.journal import JOURNAL_FILE, Record, parse_record, read_opening
-from pipeline.storage.ownership import Ownership, live_owner, owner_number
+from pipeline.storage.ownership import Ownership
 
 if TYPE_CHECKING:
     from pipeline.storage.checkpoints import Checkpoints
@@ -76,13 +76,6 @@ class RunFolder:
     def lock(self) -> Ownership:
         """Lock the folder for this process; see `Ownership`."""
         return Ownership(self.path)
-
-    def live_owner(self) -> str | None:
-        """The process that has the folder locked."""
-        return live_owner(self.path)
-
-    def owner_number(self) -> int:
-        return owner_number(self.path)
 
     def copy_in(self, source: Path, destination: str) -> str:
         """The relative path of a file or folder within the run's folder; one from elsewhere is copied first.

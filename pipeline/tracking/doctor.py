@@ -10,6 +10,7 @@ from pipeline.runtime.console import info
 from pipeline.storage.checkpoint_format import OtherFormat
 from pipeline.storage.files import Damaged
 from pipeline.storage.journal import JOURNAL_FILE, JournalReader, Record, same_value
+from pipeline.storage.ownership import live_owner
 from pipeline.storage.run_folder import RunFolder
 from pipeline.tracking.client import connect, find_by_id, stored_points, stored_run
 from pipeline.tracking.cursor import Cursor
@@ -69,7 +70,7 @@ def doctor(run: str, output_dir: Path = Path("outputs")) -> None:
     folder = _find_folder(run, output_dir)
     journal = _read_journal(folder)
     info(f"run {journal.opened['id']} ({journal.opened['name']}) in {folder.path}")
-    findings = [*_check_owner(folder), *_check_journal(journal), *_check_checkpoints(folder), *_check_store(journal)]
+    findings = [*_check_journal(journal), *_check_checkpoints(folder), *_check_store(journal)]
     for finding in findings:
         differs = f"  DIFFERS  {finding.what}\n           {finding.mend}"
         info(f"  ok       {finding.what}" if finding.mend is None else differs)
@@ -107,12 +108,9 @@ def _read_journal(folder: RunFolder) -> Journal:
     return journal
 
 
-def _check_owner(folder: RunFolder) -> Iterator[Finding]:
-    owner = folder.live_owner()
-    yield Finding(f"alive: {owner} writes it; what follows is of this moment" if owner else "no process writes it")
-
-
 def _check_journal(journal: Journal) -> Iterator[Finding]:
+    owner = live_owner(journal.folder.path)
+    yield Finding(f"alive: {owner} writes it; what follows is of this moment" if owner else "no process writes it")
     doubled = [key for key, steps in journal.points.items() if any(len(values) > 1 for values in steps.values())]
     count = sum(map(len, journal.points.values()))
     mend = f"{_listed(doubled)} twice at a step: a defect of ours; please report it" if doubled else None

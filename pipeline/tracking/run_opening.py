@@ -14,7 +14,7 @@ from pipeline.config.run_config import is_operational
 from pipeline.errors import UserError
 from pipeline.names import LAUNCHED, ORIGINAL, OWNER, THREADS
 from pipeline.storage.journal import JournalWriter, Record
-from pipeline.storage.ownership import alive_error
+from pipeline.storage.ownership import alive_error, live_owner
 from pipeline.storage.run_folder import RunFolder
 from pipeline.tracking.client import (
     Point,
@@ -60,7 +60,9 @@ class Opening:
         """
         client, request, resumed = connect(), self.request, self.request.resume
         launcher = request.launcher
-        run = self._requested_run(client) if request.run_id else None
+        run = None
+        if request.run_id:
+            run = find_by_id(client, request.run_id) if resumed else client.get_run(request.run_id)
         if resumed and run is None:
             return self.without_store(f"found no run {request.run_id}, whose folder is here; it is made there, with "
                                       f"tag {ORIGINAL}")  # fmt: skip
@@ -114,10 +116,6 @@ class Opening:
             client.set_terminated(run_id, "FAILED")  # first, since the store may refuse the tag
             set_tags(client, run_id, {"failure": failure})
 
-    def _requested_run(self, client: Any) -> Any | None:
-        run_id = str(self.request.run_id)
-        return find_by_id(client, run_id) if self.request.resume else client.get_run(run_id)
-
     def _create(self, client: Any, tags: Mapping[str, str]) -> Any:
         """Create a run with its tags, unless an earlier attempt has, whose answer was lost."""
         if late := self._late_runs(client) if self.requested_at else []:
@@ -155,7 +153,7 @@ def refuse_alive(client: Any, run: Any, own_folder: Path | None) -> None:
     folder, owner = Path(tags.get("run_dir", "")), None
     if tags.get("host") == socket.gethostname() and folder.is_dir():
         is_own = own_folder and own_folder.resolve() == folder.resolve()
-        owner = None if is_own else RunFolder(folder).live_owner()
+        owner = None if is_own else live_owner(folder)
     elif _changes(client, run):
         owner = f"process {tags[OWNER].partition(' ')[0]} on {tags.get('host')}"
     if owner:

@@ -6,6 +6,7 @@ from typing import Any
 
 from pipeline.names import OWNER
 from pipeline.runtime.console import info, warn
+from pipeline.storage.ownership import owner_number
 from pipeline.storage.run_folder import RunFolder
 from pipeline.tracking.client import deletion_message, is_deleted, set_tags
 from pipeline.tracking.cursor import Cursor
@@ -94,7 +95,7 @@ class StoreCalls:
 
     def check(self) -> None:
         """Give up if the folder has a newer owner, or a hurried end has no time left."""
-        if self.folder.owner_number() > self.owner:
+        if owner_number(self.folder.path) > self.owner:
             self.superseded = True
             raise GaveUpError
         if self.inbox.hurried and self.inbox.seconds_left == 0:

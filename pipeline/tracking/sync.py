@@ -1,6 +1,8 @@
 """`python -m pipeline sync <folder>`: deliver what waits in the journals of runs without a trainer."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,11 +41,9 @@ def sync(folder: Path, again: bool = False) -> None:
     if not folders:
         raise UserError(f"{folder}: found no {JOURNAL_FILE}, allowed: a run's folder, or a folder of such folders")
     os.environ |= CLIENT_SETTINGS
-    try:
+    with _delivery_errors(folders[0].path.parent):
         probe()
         connect().search_experiments(max_results=1)
-    except Exception as error:  # any error of the store becomes one line
-        raise _delivery_error(error, folders[0].path.parent) from None
     failures: list[UserError] = []
     for each in folders:
         try:
@@ -63,9 +63,14 @@ def sync(folder: Path, again: bool = False) -> None:
         raise type(worst)(f"{len(failures)} of {len(folders)} runs of {folder} are not whole in {tracking_uri()}")
 
 
-def _delivery_error(error: Exception, folder: Path) -> UserError:
-    kind = UserError if classify(error) is Answer.REFUSED else Undelivered
-    return kind(f"{refusal(error)}; everything stays in {folder}")
+@contextmanager
+def _delivery_errors(folder: Path) -> Iterator[None]:
+    """Turn any error of the store into one line."""
+    try:
+        yield
+    except Exception as error:
+        kind = UserError if classify(error) is Answer.REFUSED else Undelivered
+        raise kind(f"{refusal(error)}; everything stays in {folder}") from None
 
 
 def _sync_run(folder: RunFolder, again: bool) -> str:
@@ -77,7 +82,11 @@ def _sync_run(folder: RunFolder, again: bool) -> str:
         opened = folder.opening()
         if opened is None:
             raise UserError(f"{folder.journal}: found no record of the run's beginning; it cannot be delivered")
-        _refuse_alive(folder.path, opened["id"])
+        with _delivery_errors(folder.path):
+            client = connect()
+            run = find_by_id(client, opened["id"])
+        if run:  # the folder may be a copy of a run that another process writes
+            refuse_alive(client, run, folder.path)
         report, delivered = _deliver(folder, owner.number, again)
     except OSError as error:
         raise TrainingError(f"run folder {folder.path}: {error.strerror or error}") from None
@@ -92,17 +101,6 @@ def _sync_run(folder: RunFolder, again: bool) -> str:
         return f"nothing to deliver, all of it is in {tracking_uri()}"
     as_other_run = "" if report.run_id == opened["id"] else f" as run {report.run_id}"
     return f"{delivered:,} records delivered to {tracking_uri()}{as_other_run}"
-
-
-def _refuse_alive(folder: Path, run_id: str) -> None:
-    """Raise a UserError if the folder is a copy of a run that another process writes."""
-    try:
-        client = connect()
-        run = find_by_id(client, run_id)
-    except Exception as error:  # any error of the store becomes one line
-        raise _delivery_error(error, folder) from None
-    if run:
-        refuse_alive(client, run, folder)
 
 
 def _deliver(folder: RunFolder, owner: int, again: bool) -> tuple[DeliveryReport, int]:
@@ -131,10 +129,8 @@ def _deliver(folder: RunFolder, owner: int, again: bool) -> tuple[DeliveryReport
 
 def _is_stored(run_id: str | None, folder: Path) -> bool:
     """Whether a run that was delivered before is still in the store."""
-    try:
+    with _delivery_errors(folder):
         run = find_by_id(connect(), run_id) if run_id else None
         if run and is_deleted(run):
             raise UserError(deletion_message(run.info.run_id))
-    except Exception as error:  # any error of the store becomes one line
-        raise _delivery_error(error, folder) from None
     return run is not None

@@ -74,12 +74,6 @@ def line_of(process: subprocess.Popen[str], request: str = "") -> str:
     return process.stdout.readline().strip()
 
 
-def write_foreign(folder: Path, number: int) -> None:
-    """An owner as another host names it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / OWNER_FILE).write_text(json.dumps({"host": "elsewhere", "pid": 77, "number": number}))
-
-
 @pytest.fixture
 def quick_lock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ownership, "LOCK_SECONDS", 0.2)
@@ -228,15 +222,6 @@ def test_of_two_owners_one_goes_on(
                 ended.append(owner.number)
         owner.release()
     assert ended == [min(numbers)]
-
-
-def test_a_take_over_is_told_with_its_owner(folder: Path) -> None:
-    owner = Ownership(folder).take()
-    write_foreign(folder, number=2)
-    with pytest.raises(TrainingError, match="taken over by process 77 on elsewhere"):
-        owner.check()
-    owner.release()
-    assert owner_number(folder) == 2
 
 
 @pytest.mark.parametrize(

@@ -460,24 +460,6 @@ def test_another_value_than_before_is_told_and_mlflows_stays(
     assert capsys.readouterr().err.count("loss_total is") == 1
 
 
-def test_a_batch_that_is_delivered_twice_changes_nothing(client: Any, writer: Writer, here: Path) -> None:
-    note = here / "note.txt"
-    note.write_text("read me")
-    run = open_run(writer)
-    run.log_params({"seed": "3", "optim.lr": "0.1"})
-    run.log_input("data", "ab" * 32, "a file", {"rows": 3})
-    run.log_artifact(note)
-    log_steps(run, range(1200))
-    run.finish("FAILED")
-    before = client.get_run(run.id)
-    run.run_folder.delivered.unlink()
-    resume(writer, run.id).finish("FAILED")
-    after = client.get_run(run.id)
-    assert points(client, run.id) == expected(range(1200))
-    assert after.data.params == before.data.params == {"seed": "3", "optim.lr": "0.1"}
-    assert len(after.inputs.dataset_inputs) == 1
-
-
 def test_a_launcher_of_a_resumed_run_is_tagged_and_dead_ones_are_ended(client: Any, writer: Writer, here: Path) -> None:
     dead, alive = (client.create_run("0").info.run_id for _ in range(2))
     before = interrupted(writer, range(2))
@@ -739,16 +721,3 @@ def test_the_probe_knows_who_answers(server: MlflowServer, monkeypatch: pytest.M
     monkeypatch.setenv("HTTP_PROXY", f"http://{dead}")  # the proxy may reach what we cannot
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host.invalid")
     probe()
-
-
-def test_the_position_is_where_the_journal_ends(client: Any, writer: Writer, here: Path) -> None:
-    run = open_run(writer)
-    run.log_metrics(0, {"loss_total": 1.0})
-    position = run.position()
-    assert position == run.journal.file.stat().st_size
-    run.log_metrics(1, {"loss_total": 1.0})
-    assert run.position() > position
-    run.finish("FINISHED")
-    first = next(read_records(run.journal.file))
-    assert first.items() >= {"op": "open", "id": run.id, "name": "test", "pid": os.getpid(), "online": True}.items()
-    assert {"writer.lock", "delivered.json", "journal.jsonl"} <= {file.name for file in run.folder.iterdir()}
