@@ -16,33 +16,33 @@ from pipeline.config.run_config import (
 )
 from pipeline.config.strict_config import Config, Positive, Probability, with_default
 
-WITHOUT_DETECTION = "valid/sentiment_f1_macro"  # the default of evaluation.metric there
-EMBEDDED = "embedded"  # the model.name and the tokenizer that need nothing from elsewhere
+METRIC_WITHOUT_DETECTION = "valid/sentiment_f1_macro"
+EMBEDDED = "embedded"  # model.name and tokenizer of the small encoder, which need no download
 
 
 class EmbeddedReviewsConfig(Config):
     rows: int = Field(3200, ge=100)
     """reviews to generate; 80% train, 10% validation, 10% test"""
     seed: int = Field(0, ge=0)
-    """of the generator (not of the model)"""
+    """seed of the generator (not of the model)"""
 
 
 class ReviewFormatConfig(Config):
-    """How review files are read: CSV, JSONL or Parquet, labels in a column an aspect or all in one column."""
+    """Review files: CSV, JSONL or Parquet, with one label column per aspect or one for all."""
 
     text_column: str | None = Field(None, min_length=1)
-    """column of the text; null = the first there is of data, text, comment, review, content, sentence"""
+    """column of the text; null = the first existing one of data, text, comment, review, content, sentence"""
     label_column: str | None = Field(None, min_length=1)
-    """of all labels, as {ASPECT#Polarity};{ASPECT} or JSON objects; null = label or labels, else a column an aspect"""
+    """column of all labels, {ASPECT#Polarity};{ASPECT} or JSON; null = label or labels, else one column per aspect"""
     aspects: tuple[str, ...] | None = Field(None, min_length=1)
     """the aspects; null = every other column, or every aspect that the label column names"""
     detection_only: tuple[str, ...] = ()
-    """aspects of which only the mention counts, beside those whose labels carry no polarity"""
+    """aspects that are only detected, in addition to those whose labels have no polarity"""
     on_bad_label: Literal["error", "drop"] = "error"
-    """a label that is none of Positive, Negative, Neutral: error = stop there, drop = leave that cell out and say so"""
+    """a label other than Positive, Negative, Neutral: error = stop, drop = ignore that cell with a warning"""
     embedded: EmbeddedReviewsConfig = EmbeddedReviewsConfig()
     cache: str = Field("data_cache", min_length=1)
-    """folder where generated reviews and tokenised texts are kept"""
+    """folder for generated reviews and tokenised texts"""
 
 
 class PrepDataConfig(ReviewFormatConfig):
@@ -61,17 +61,17 @@ class DataPrepConfig(Config):
 
     data: PrepDataConfig = PrepDataConfig()
     tokenizer: str = Field(EMBEDDED, min_length=1)
-    """whose tokens are counted: embedded = one trained on the training file; else a hub id or a local folder"""
+    """tokenizer for token lengths: embedded = one trained on the training file; else a hub id or a local folder"""
     output_dir: str = Field("outputs/data_prep", min_length=1)
     """folder for the figures, tables and alpha.json"""
     experiment: str | None = Field(None, min_length=1, coerce_numbers_to_str=True)
-    """MLflow experiment, by name or id, made where there is none; null = that of `mlflow run`, or MLflow's default"""
+    """MLflow experiment, by name or id, created if missing; null = that of `mlflow run`, or MLflow's default"""
     runs_dir: str = Field("outputs", min_length=1)
-    """folder of the runs' own files, one folder a run"""
+    """folder of the runs' own files, one folder per run"""
     tracking: TrackingSwitch = TrackingSwitch()
 
     def embedded(self) -> str | None:
-        """A line that says so where the reviews are generated; None = they are the user's own."""
+        """A note that the reviews are generated; None = they are the user's own."""
         return None if self.data.path else embedded_line(self.data.embedded.rows, "reviews", "data.path")
 
 
@@ -83,68 +83,68 @@ class TrainDataConfig(ReviewFormatConfig):
     test: str | None = Field(None, min_length=1)
     """the test file; null = no test"""
     validation_share: float = Field(0.1, gt=0, lt=1)
-    """share of the training file that validates where data.validation is null, by the hash of the text"""
+    """share of the training file held out for validation if data.validation is null, by the hash of the text"""
     oversampling: Literal["none", "capped"] = "none"
     """capped: an epoch repeats training reviews of rare sentiments, each at most data.oversampling_ratio times"""
     oversampling_ratio: float = Field(3.0, ge=1)
-    """with data.oversampling: a review is drawn at most this often an epoch"""
+    """with data.oversampling: a review is drawn at most this often per epoch"""
 
     @model_validator(mode="after")
-    def _files_go_together(self) -> "TrainDataConfig":
+    def _check_files(self) -> "TrainDataConfig":
         if self.train is None and (self.validation or self.test):
             raise ValueError("validation or test is given without train; allowed: all of them embedded, or train too")
         return self
 
 
 class EmbeddedModelConfig(Config):
-    """The small encoder that is trained from scratch."""
+    """The small encoder, trained from scratch."""
 
     vocabulary: int = Field(8000, ge=300)
     """entries of its tokenizer, which is trained on the training split"""
     width: int = Field(192, ge=2, multiple_of=2)
-    """of the token embeddings and of every layer"""
+    """width of the token embeddings and of every layer"""
     layers: Positive = 2
     """residual blocks, each a convolution and a gated recurrence in both directions"""
     dropout: Probability = 0.2
-    """of the channels of embeddings and layers"""
+    """dropout of channels of embeddings and layers"""
     token_dropout: Probability = 0.15
-    """share of the tokens that training hides"""
+    """share of the tokens that are hidden in training"""
 
 
 class ModelConfig(Config):
     name: str = Field("5CD-AI/visobert-14gb-corpus", min_length=1)
-    """a hub id, a local folder, or `embedded`: a small encoder and tokenizer of our own, trained from scratch"""
+    """a hub id, a local folder, or `embedded`: a small encoder and tokenizer, trained from scratch"""
     revision: str | None = Field(None, min_length=1)
     """hub: branch, tag or commit; null = main"""
     init: Literal["pretrained", "random"] = "pretrained"
     """hub or folder: pretrained = its weights, random = its architecture with new weights"""
     pooling: Literal["pooler", "cls", "aspect_attention"] = "aspect_attention"
-    """what a head sees: the model's own pooler, the first token, or an attention of each aspect's own over the text"""
+    """features of the heads: the model's own pooler, the first token, or one attention per aspect over the text"""
     hidden: Positive | None = 512
     """width of the dense layer before the classifier; null = no such layer. Default for the embedded model: null"""
     dropout: Probability = 0.1
-    """dropout on what was pooled and after the dense layer. Default for the embedded model: 0.3"""
+    """dropout on the pooled features and after the dense layer. Default for the embedded model: 0.3"""
     aspect_detection: bool = True
-    """a second head tells whether an aspect is mentioned at all; false: sentiment alone"""
+    """add a head for whether an aspect is mentioned at all; false: sentiments only"""
     max_tokens: int = Field(256, ge=8)
-    """longer texts are cut to this many tokens"""
+    """longer texts are truncated to this many tokens"""
     embedded: EmbeddedModelConfig = EmbeddedModelConfig()
     calibrate: bool = True
     """fit a temperature of each head on the validation split, for the logged model; changes no training"""
 
 
-def _no_flag(value: Any) -> Any:
+def _refuse_flag(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("true and false are not numbers")
     return value
 
 
-Weight = Annotated[float, BeforeValidator(_no_flag), Field(ge=0)]
+Weight = Annotated[float, BeforeValidator(_refuse_flag), Field(ge=0)]
 
 
 class AspectLossConfig(Config):
     loss: Literal["bce", "focal"] = "bce"
-    """of the aspect detection head"""
+    """loss of the aspect detection head"""
     gamma: float = Field(2.0, ge=0, le=100)
     """focal: focusing exponent"""
     alpha: float | None = Field(None, ge=0, le=1)
@@ -159,7 +159,7 @@ class MultiLabelConfig(Config):
     focal_alpha: Literal["auto"] | tuple[Weight, Weight, Weight] | None = "auto"
     """weights of positive, negative, neutral; auto = total / (3 * count) of the training split; null = ones"""
     alpha_from: Literal["original", "oversampled"] = "original"
-    """auto: count the training split as it is, or as data.oversampling repeats it"""
+    """auto alpha counts the training split as it is, or as data.oversampling repeats it"""
     lambda_sentiment: float = Field(1.0, ge=0)
     """weight of loss_sentiment in the total"""
     lambda_aspect: float = Field(2.0, ge=0)
@@ -168,7 +168,7 @@ class MultiLabelConfig(Config):
 
     @field_validator("focal_alpha")
     @classmethod
-    def _some_weight(cls, value: Any) -> Any:
+    def _check_weights(cls, value: Any) -> Any:
         if isinstance(value, tuple) and not any(value):
             raise ValueError("at least one above 0")
         return value
@@ -205,7 +205,7 @@ class HeadOptimizerConfig(AdamConfig):
 
 class VisobertScheduleConfig(ScheduleConfig):
     warmup_ratio: float = Field(0.1, ge=0, lt=1)
-    """the learning rate rises linearly over this share of all steps, or over warmup_steps if those are more"""
+    """the learning rate rises linearly over this share of all steps, or over warmup_steps if that is longer"""
 
 
 class VisobertOptimConfig(Config):
@@ -216,13 +216,13 @@ class VisobertOptimConfig(Config):
 
 class VisobertEvaluationConfig(EvaluationConfig):
     metric: str = Field("valid/pair_f1_micro", pattern=r"^valid/.+")
-    """the validation metric that chooses the best weights. Without aspect detection: valid/sentiment_f1_macro"""
+    """the validation metric that selects the best weights. Without aspect detection: valid/sentiment_f1_macro"""
     batch_size: Positive = 256
     """reviews of an evaluation batch, at most"""
 
 
-# Defaults where model.name is embedded: a small model that starts from new weights.
-FROM_SCRATCH: Mapping[str, Any] = {
+# Defaults for model.name embedded: a small model that starts from new weights.
+EMBEDDED_DEFAULTS: Mapping[str, Any] = {
     "model.hidden": None,
     "model.dropout": 0.3,
     "training.amp": "no",
@@ -244,7 +244,7 @@ class VisobertConfig(RunConfig):
 
     data: TrainDataConfig = TrainDataConfig()
     data_prep_run: str | None = Field(None, min_length=1)
-    """id of a data_prep run of the same training file, whose alpha is taken; null = alpha is counted here"""
+    """id of a data_prep run of the same training file, whose alpha is used; null = alpha is computed here"""
     model: ModelConfig = ModelConfig()
     multi_label: MultiLabelConfig = MultiLabelConfig()
     training: VisobertTrainingConfig = VisobertTrainingConfig()
@@ -255,19 +255,19 @@ class VisobertConfig(RunConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _defaults_that_follow_the_model(cls, tree: Any) -> Any:
-        """Fill in what suits the embedded model, or one without detection, where the user says nothing."""
-        given = tree.get("model")
-        model: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
-        fitting = dict(FROM_SCRATCH) if model.get("name") == EMBEDDED else {}
+    def _fill_defaults(cls, tree: Any) -> Any:
+        """Fill in the defaults of the embedded model, and of one without detection, for keys that are not set."""
+        block = tree.get("model")
+        model: Mapping[str, Any] = block if isinstance(block, Mapping) else {}
+        defaults = dict(EMBEDDED_DEFAULTS) if model.get("name") == EMBEDDED else {}
         if str(model.get("aspect_detection", True)).lower() in ("false", "f", "no", "n", "off", "0"):
-            fitting["evaluation.metric"] = WITHOUT_DETECTION
-        for path, value in fitting.items():
+            defaults["evaluation.metric"] = METRIC_WITHOUT_DETECTION
+        for path, value in defaults.items():
             tree = with_default(tree, path, value)
         return tree
 
     @model_validator(mode="after")
-    def _some_loss(self) -> Self:
+    def _check_losses(self) -> Self:
         if not (self.multi_label.lambda_sentiment or (self.multi_label.lambda_aspect and self.model.aspect_detection)):
             both = "and multi_label.lambda_aspect are" if self.model.aspect_detection else "is"
             raise ValueError(f"multi_label.lambda_sentiment {both} 0, allowed: a loss with a weight above 0")
@@ -278,7 +278,7 @@ class VisobertConfig(RunConfig):
         return self.run_name or f"{kind} {self.arm_name()} s{self.seed}"
 
     def default_metric(self) -> str:
-        return super().default_metric() if self.model.aspect_detection else WITHOUT_DETECTION
+        return super().default_metric() if self.model.aspect_detection else METRIC_WITHOUT_DETECTION
 
     def embedded(self) -> str | None:
         return None if self.data.train else embedded_line(self.data.embedded.rows, "reviews", "data.train")
@@ -292,7 +292,7 @@ class VisobertConfig(RunConfig):
 
     def warnings(self, given: frozenset[str] = frozenset()) -> list[str]:
         loss, embedded = self.multi_label, self.model.name == EMBEDDED
-        idle: list[tuple[bool, str, Sequence[str]]] = [  # (does it hold, why, keys that then do nothing)
+        without_effect: list[tuple[bool, str, Sequence[str]]] = [  # (condition, reason, prefixes of keys)
             (not loss.use_focal_loss, "multi_label.use_focal_loss is false",
              ["multi_label.focal_gamma", "multi_label.focal_alpha", "multi_label.alpha_from", "data_prep_run"]),
             (loss.focal_alpha != "auto", "multi_label.focal_alpha is not auto",
@@ -310,8 +310,8 @@ class VisobertConfig(RunConfig):
             (self.data.train is None, "the data are the embedded reviews", ["data.validation_share"]),
             (self.data.validation is not None, "data.validation is given", ["data.validation_share"]),
         ]  # fmt: skip
-        found = [f"{key} has no effect while {why}" for holds, why, prefixes in idle if holds
-                 for key in sorted(given) if key.startswith(tuple(prefixes))]  # fmt: skip
+        warnings = [f"{key} has no effect while {reason}" for holds, reason, prefixes in without_effect if holds
+                    for key in sorted(given) if key.startswith(tuple(prefixes))]  # fmt: skip
         if loss.use_focal_loss and not 0.5 <= loss.focal_gamma <= 5:
-            found.append(f"multi_label.focal_gamma is {loss.focal_gamma:g}; usual: 0.5-5")
-        return found
+            warnings.append(f"multi_label.focal_gamma is {loss.focal_gamma:g}; usual: 0.5-5")
+        return warnings

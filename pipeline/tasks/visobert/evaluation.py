@@ -52,7 +52,7 @@ class Evaluation:
             probability = torch.sigmoid(output.aspect.double()).numpy()
             model.thresholds.copy_(torch.from_numpy(tuned_thresholds(reviews.labels, probability)))
         labels = torch.from_numpy(reviews.labels)
-        terms = self.objective.terms(output, labels, self.objective.count_cells(labels))
+        terms = self.objective.terms(output, labels, self.objective.counts(labels))
         metrics = {name: value.item() for name, value in terms.items()}
         if split == "test":
             metrics |= self._log_losses(output, labels)

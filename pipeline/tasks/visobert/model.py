@@ -19,6 +19,8 @@ from pipeline.tasks.visobert.encoders.pretrained_encoder import PretrainedEncode
 from pipeline.tasks.visobert.encoders.tokenizer import Tokenizer
 from pipeline.tasks.visobert.reviews.sentiments import SENTIMENTS
 
+NamedParameters = list[tuple[str, nn.Parameter]]
+
 
 class Output(NamedTuple):
     """Logits of both heads."""
@@ -128,24 +130,17 @@ def build_model(
     return AspectSentimentModel(encoder, aspects, config)
 
 
-class Depth(NamedTuple):
-    """Parameters at one distance from the top of the encoder."""
-
-    steps: int  # 0 = the last layer
-    parameters: list[tuple[str, nn.Parameter]]
-
-
-def by_depth(encoder: nn.Module) -> list[Depth]:
-    """The encoder's parameters by layer, the last layer first.
+def layers_from_the_top(encoder: nn.Module) -> dict[int, NamedParameters]:
+    """The encoder's parameters by their distance from the last layer.
 
     Parameters without a layer number in their name are below all layers (embeddings) or with the last one (a pooler, a
     final normalisation).
     """
     numbers = {name: re.search(r"\.(\d+)\.", f".{name}.") for name, _ in encoder.named_parameters()}
     last = max((int(number[1]) for number in numbers.values() if number), default=-1)
-    layers: dict[int, list[tuple[str, nn.Parameter]]] = {}
+    layers: dict[int, NamedParameters] = {}
     for name, parameter in encoder.named_parameters():
         number = numbers[name]
         layer = int(number[1]) if number else -1 if "embed" in name else last
         layers.setdefault(last - layer, []).append((name, parameter))
-    return [Depth(steps, layers[steps]) for steps in sorted(layers)]
+    return dict(sorted(layers.items()))

@@ -15,8 +15,7 @@ from pipeline.maths.losses import (
 )
 from pipeline.tasks.base import TOTAL
 from pipeline.tasks.visobert.config import VisobertConfig
-from pipeline.tasks.visobert.model import AspectSentimentModel, Output, by_depth
-from pipeline.tasks.visobert.reviews.review_table import ReviewBatch
+from pipeline.tasks.visobert.model import AspectSentimentModel, Output, layers_from_the_top
 from pipeline.tasks.visobert.reviews.sentiments import NOT_MENTIONED, SENTIMENTS, UNKNOWN
 
 COMPONENTS = ("loss_sentiment", "loss_aspect")
@@ -28,21 +27,19 @@ class Objective:
     def __init__(self, config: VisobertConfig, alpha: tuple[float, float, float]) -> None:
         self.loss, self.tracking, self.alpha = config.multi_label, config.tracking, alpha
 
-    def counts(self, batch: ReviewBatch) -> Mapping[str, Tensor]:
-        return self.count_cells(batch.labels)
-
-    def count_cells(self, labels: Tensor) -> dict[str, Tensor]:
+    def counts(self, labels: Tensor) -> dict[str, Tensor]:
         """Cells of each sentiment, labelled cells and known ones. labels: [B, A]"""
         counts = {name: (labels == code).sum() for code, name in enumerate(SENTIMENTS)}
         labelled = (labels >= 0) & (labels < len(SENTIMENTS))
         return counts | {"labelled": labelled.sum(), "known": (labels != UNKNOWN).sum()}
 
-    def losses(self, output: Output, batch: ReviewBatch, counts: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
-        losses = self.terms(output, batch.labels, counts)
+    def losses(self, output: Output, labels: Tensor, counts: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
+        """The terms, and at the steps of `tracking.probes` the focal factors. labels: [B, A]"""
+        losses = self.terms(output, labels, counts)
         if self.tracking.probes(step) and self.loss.use_focal_loss:
             # the mean (1 - p_t)^gamma over each sentiment's cells; 0/0 if there is none
-            factor = multi_label_focal_factor(output.sentiment.detach().float(), batch.labels, self.loss.focal_gamma)
-            losses |= {f"influence/focal_factor/{name}": (factor * (batch.labels == code)).sum() / counts[name]
+            factor = multi_label_focal_factor(output.sentiment.detach().float(), labels, self.loss.focal_gamma)
+            losses |= {f"influence/focal_factor/{name}": (factor * (labels == code)).sum() / counts[name]
                        for code, name in enumerate(SENTIMENTS)}  # fmt: skip
         return losses
 
@@ -65,7 +62,7 @@ class Objective:
 
     def probe(self, model: AspectSentimentModel, losses: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Gradients of both heads' losses at the encoder's last layer."""
-        last_layer = [weight for _, weight in by_depth(model.encoder)[0].parameters]
+        last_layer = [weight for _, weight in layers_from_the_top(model.encoder)[0]]
         return {name: flat(gradients(losses[name], last_layer)) for name in COMPONENTS if name in losses}
 
     def influence(self, probed: Mapping[str, Tensor], losses: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -1,6 +1,5 @@
 """Aspect sentiment of reviews: what the training loop in `pipeline.training.loop` calls."""
 
-import json
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
@@ -14,21 +13,24 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from pipeline.config.run_config import AdamConfig, ScheduleConfig
-from pipeline.config.strict_config import to_yaml
 from pipeline.maths.calibration import Fitted
 from pipeline.runtime.console import say, warn
 from pipeline.runtime.importing import uncollected
 from pipeline.storage.calibration_file import write_calibration
-from pipeline.storage.weights import save_weights
 from pipeline.tasks.base import Dataset, ModelExport, Rows, Task
 from pipeline.tasks.visobert.config import EMBEDDED, VisobertConfig
 from pipeline.tasks.visobert.encoders.model_folder import model_folder
-from pipeline.tasks.visobert.encoders.pretrained_encoder import PretrainedEncoder
-from pipeline.tasks.visobert.encoders.tokenizer import MANY_UNKNOWN, load_tokenizer, unknown_share
+from pipeline.tasks.visobert.encoders.tokenizer import MANY_UNKNOWN, Tokenizer, load_tokenizer, unknown_share
 from pipeline.tasks.visobert.evaluation import Evaluation
-from pipeline.tasks.visobert.model import AspectSentimentModel, Output, build_model, by_depth
+from pipeline.tasks.visobert.model import (
+    AspectSentimentModel,
+    NamedParameters,
+    Output,
+    build_model,
+    layers_from_the_top,
+)
 from pipeline.tasks.visobert.objective import Objective
-from pipeline.tasks.visobert.predict import ASPECTS_FILE, CONFIG_FILE, ENCODER_FOLDER, TOKENIZER_FOLDER, WEIGHTS_FILE
+from pipeline.tasks.visobert.predict import save
 from pipeline.tasks.visobert.reviews.alpha import ALPHA_FILE, Alpha, check_same_data, compute_alpha
 from pipeline.tasks.visobert.reviews.review_table import (
     LengthBuckets,
@@ -39,15 +41,13 @@ from pipeline.tasks.visobert.reviews.review_table import (
 )
 from pipeline.tasks.visobert.reviews.reviews import folded
 from pipeline.tasks.visobert.reviews.sentiments import NOT_MENTIONED, SENTIMENTS, UNKNOWN, labelled
-from pipeline.tasks.visobert.reviews.splits import load_splits
+from pipeline.tasks.visobert.reviews.splits import Splits, load_splits
 from pipeline.tasks.visobert.scoring.baselines import Baselines
 from pipeline.tasks.visobert.scoring.predictions import column_types
 from pipeline.tracking.writer import fetch_artifact
 
 EXAMPLE_LETTERS = 200
 MANY_TRUNCATED = 0.01  # share of truncated training reviews above which a warning is given
-
-NamedParameters = Sequence[tuple[str, nn.Parameter]]
 
 
 def make_task(config: VisobertConfig) -> "VisobertTask":
@@ -71,6 +71,10 @@ class VisobertTask(Task[VisobertConfig]):
         self.config, model = config, config.model
         if model.name != EMBEDDED:  # fail on a missing file before anything else
             model_folder(model.name, model.revision, weights=model.init == "pretrained")
+        self.reviews: Splits
+        self.baselines: Baselines
+        self.tokenizer: Tokenizer
+        self.table: Callable[[str], ReviewTable]
         same_data = like is not None and like.config.data == config.data
         if like and same_data:
             self.reviews, self.baselines = like.reviews, like.baselines
@@ -78,7 +82,6 @@ class VisobertTask(Task[VisobertConfig]):
             self.reviews = load_splits(config.data)
             self.baselines = Baselines(self.reviews)
         train = self.reviews.train
-        self.table: Callable[[str], ReviewTable]
         if like and same_data and like.config.model == model:
             self.tokenizer, self.table = like.tokenizer, like.table
         else:
@@ -196,7 +199,9 @@ class VisobertTask(Task[VisobertConfig]):
 
     def optimizers(self, model: Any) -> Mapping[str, Optimizer]:
         encoder, head = self.config.optim.encoder, self.config.optim.head
-        layers = [(encoder.layer_decay**depth.steps, depth.parameters) for depth in by_depth(model.encoder)]
+        layers = [
+            (encoder.layer_decay**steps, parameters) for steps, parameters in layers_from_the_top(model.encoder).items()
+        ]
         heads = [(name, weight) for name, weight in model.named_parameters() if not name.startswith("encoder.")]
         return {
             "encoder": _adamw(layers, encoder, encoder.weight_decay),
@@ -213,7 +218,7 @@ class VisobertTask(Task[VisobertConfig]):
         return self.table("train").batch(rows)
 
     def counts(self, batch: ReviewBatch) -> Mapping[str, Tensor]:
-        return self.objective.counts(batch)
+        return self.objective.counts(batch.labels)
 
     def forward(self, model: nn.Module, batch: ReviewBatch) -> Output:
         return cast(Output, model(batch.ids, batch.mask))
@@ -221,7 +226,7 @@ class VisobertTask(Task[VisobertConfig]):
     def losses(
         self, output: Output, batch: ReviewBatch, counts: Mapping[str, Tensor], step: int
     ) -> Mapping[str, Tensor]:
-        return self.objective.losses(output, batch, counts, step)
+        return self.objective.losses(output, batch.labels, counts, step)
 
     def probe(self, model: Any, losses: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return self.objective.probe(model, losses)
@@ -245,15 +250,8 @@ class VisobertTask(Task[VisobertConfig]):
 
     def export(self, model: Any, folder: Path) -> ModelExport:
         reviews = self.reviews
-        save_weights(model.state_dict(), folder / WEIGHTS_FILE)
-        (folder / CONFIG_FILE).write_text(to_yaml(self.config), encoding="utf-8")
+        save(folder, model, self.config, self.tokenizer, reviews)
         write_calibration(folder, self.evaluation.calibration)
-        self.tokenizer.save(folder / TOKENIZER_FOLDER)
-        if isinstance(model.encoder, PretrainedEncoder):
-            cast(Any, model.encoder.model).config.save_pretrained(str(folder / ENCODER_FOLDER))
-        aspects = {"aspects": reviews.train.aspects, "detection_only": reviews.detection_only,
-                   "text_column": reviews.train.text_column}  # fmt: skip
-        (folder / ASPECTS_FILE).write_text(json.dumps(aspects, ensure_ascii=False) + "\n", encoding="utf-8")
         return ModelExport(
             folder=folder,
             task="visobert",

@@ -68,13 +68,6 @@ def test_alpha_by_hand() -> None:
     assert every.metrics() == {"alpha/positive": 9 / 9, "alpha/negative": 9 / 6, "alpha/neutral": 9 / 12}
 
 
-@settings(deadline=None)
-@given(st.tuples(*[st.integers(1, 10**9)] * 3))
-def test_auto_alpha_gives_every_sentiment_the_same_weight_in_all(counts: tuple[int, int, int]) -> None:
-    shares = np.array(auto_alpha(counts)) * counts
-    np.testing.assert_allclose(shares, sum(counts) / 3, rtol=1e-12)
-
-
 def test_custom_alpha_and_ones_still_carry_the_counts() -> None:
     reviews = reviews_of([[P], [P], [N]])
     custom = compute_alpha(reviews, (), (1.0, 1.23456789, 1.5))
@@ -97,26 +90,22 @@ def test_alpha_file_round_trip(tmp_path: Path) -> None:
     alpha.write(tmp_path / ALPHA_FILE)
     assert Alpha.read(tmp_path / ALPHA_FILE) == alpha
     assert [file.name for file in tmp_path.iterdir()] == [ALPHA_FILE]
-    told = json.loads((tmp_path / ALPHA_FILE).read_text())
-    assert told["per_aspect_alpha"] == {"A": [1.0, 1.0, 1.0], "B": [None, None, 1 / 3]}
-    assert told["formula"].startswith("alpha[s] = labelled_cells / (3 * counts[s])")
-    assert told["order"] == ["positive", "negative", "neutral"]
+    tree = json.loads((tmp_path / ALPHA_FILE).read_text())
+    assert tree["per_aspect_alpha"] == {"A": [1.0, 1.0, 1.0], "B": [None, None, 1 / 3]}
+    assert tree["formula"].startswith("alpha[s] = labelled_cells / (3 * counts[s])")
+    assert tree["order"] == ["positive", "negative", "neutral"]
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
-        (lambda told: told.pop("counts"), "counts: Field required"),
-        (lambda told: told.update(vector=[1, 2]), "vector"),
-        (lambda told: told.update(vector=[1, 2, float("inf")]), "do not add up"),
-        (lambda told: told.update(mode="car"), "mode"),
-        (lambda told: told.update(counts=[-1, 1, 4]), "counts.0"),
-        (lambda told: told.update(counts=[2, 1, 2]), "do not add up"),
-        (lambda told: told.update(labelled_cells=5), "do not add up"),
-        (lambda told: told.update(aspects=["A"]), "do not add up"),
+        (lambda tree: tree.pop("counts"), "counts: Field required"),
+        (lambda tree: tree.update(vector=[1, 2]), "vector"),
+        (lambda tree: tree.update(mode="car"), "mode"),
+        (lambda tree: tree.update(counts=[-1, 1, 4]), "counts.0"),
     ],
 )
-def test_an_alpha_file_that_is_none(tmp_path: Path, change: Any, told: str) -> None:
+def test_an_alpha_file_that_is_none(tmp_path: Path, change: Any, message: str) -> None:
     file = tmp_path / ALPHA_FILE
     compute_alpha(reviews_of([[P, O], [N, U], [U, O]]), (), "auto").write(file)
     tree = json.loads(file.read_text())
@@ -125,7 +114,7 @@ def test_an_alpha_file_that_is_none(tmp_path: Path, change: Any, told: str) -> N
     with pytest.raises(UserError) as caught:
         Alpha.read(file)
     assert str(caught.value).startswith(f"{file}: not an alpha.json of data_prep (")
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [b"[1, 2]", b"{", b"\xff\xfe"])
@@ -165,19 +154,19 @@ def test_mlflow_takes_every_name(name: str) -> None:
 
 
 def test_distribution_by_hand(tmp_path: Path) -> None:
-    found = distribution(reviews_of([[P, M], [P, O], [N, M], [O, O], [X, O]]))
-    assert found["reviews"] == 5
-    assert found["reviews_without_a_mention"] == 2  # a dropped label is no mention
-    assert found["overall"] == {
+    counts = distribution(reviews_of([[P, M], [P, O], [N, M], [O, O], [X, O]]))
+    assert counts["reviews"] == 5
+    assert counts["reviews_without_a_mention"] == 2  # a dropped label is no mention
+    assert counts["overall"] == {
         "counts": {"positive": 2, "negative": 1, "neutral": 0},
         "shares": {"positive": 2 / 3, "negative": 1 / 3, "neutral": 0.0},
         "labelled_cells": 3, "mentions": 5, "without_polarity": 2, "dropped": 1,
     }  # fmt: skip
-    assert found["aspects"]["B"]["shares"] == {"positive": None, "negative": None, "neutral": None}
-    assert (found["aspects"]["B"]["mentions"], found["aspects"]["A"]["dropped"]) == (2, 1)
+    assert counts["aspects"]["B"]["shares"] == {"positive": None, "negative": None, "neutral": None}
+    assert (counts["aspects"]["B"]["mentions"], counts["aspects"]["A"]["dropped"]) == (2, 1)
 
-    write_distribution({"train": found}, {"more": 1}, tmp_path / "d.json", tmp_path / "d.csv")
-    assert json.loads((tmp_path / "d.json").read_text()) == {"splits": {"train": found}, "more": 1}
+    write_distribution({"train": counts}, {"more": 1}, tmp_path / "d.json", tmp_path / "d.csv")
+    assert json.loads((tmp_path / "d.json").read_text()) == {"splits": {"train": counts}, "more": 1}
     frame = pd.read_csv(tmp_path / "d.csv").set_index("aspect")
     assert list(frame.index) == ["all aspects", "A", "B"]
     assert frame.loc["A", ["positive", "negative", "neutral", "labelled_cells"]].tolist() == [2, 1, 0, 3]
@@ -189,15 +178,6 @@ def test_token_lengths_by_hand() -> None:
     lengths = token_lengths(np.array([4, 1, 3, 2], dtype=np.int64))
     assert lengths == {"mean": 2.5, "min": 1, "p1": 1, "p5": 1, "p25": 1, "p50": 2, "p75": 3, "p90": 4, "p95": 4,
                        "p99": 4, "max": 4}  # fmt: skip
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers(1, 500), min_size=1))
-def test_a_percentile_is_the_smallest_length_that_holds_its_share(lengths: list[int]) -> None:
-    found = token_lengths(np.array(lengths, dtype=np.int64))
-    for percent in (1, 5, 25, 50, 75, 90, 95, 99):
-        held = [value for value in lengths if sum(other <= value for other in lengths) * 100 >= percent * len(lengths)]
-        assert found[f"p{percent}"] == min(held)
 
 
 # ---------------------------------------------------------------- copies
@@ -271,21 +251,21 @@ def test_exact_copies_within_and_across_splits(tmp_path: Path) -> None:
         ("exact", (("train", 4), ("test", 3)), False),
         ("near", (("train", 3), ("test", 1)), False),
     ]
-    told = summary(splits, groups)
-    assert told["exact"] == {
+    counts = summary(splits, groups)
+    assert counts["exact"] == {
         "groups": 2, "reviews": 6, "copies": 4, "conflicting_groups": 1,
         "within": {"train": {"groups": 1, "copies": 2}, "test": {"groups": 0, "copies": 0}},
         "across": {"train/test": {"groups": 2, "reviews_of_test": 2}},
     }  # fmt: skip
-    assert (told["near"]["groups"], told["near"]["across"]["train/test"]["reviews_of_test"]) == (1, 1)
+    assert (counts["near"]["groups"], counts["near"]["across"]["train/test"]["reviews_of_test"]) == (1, 1)
     assert not [group for group in find_duplicates({"train": train}) if group.conflict]  # a dropped cell agrees
 
-    write_duplicates(splits, groups, told, tmp_path)
+    write_duplicates(splits, groups, counts, tmp_path)
     frame = pd.read_csv(tmp_path / "duplicates.csv")
     assert list(frame.columns) == ["group", "kind", "split", "row", "text", "labels", "conflict"]
     assert frame["row"].tolist() == [1, 3, 7, 1, 6, 4, 5, 2]  # row 2 of the training file had no text
     assert frame.loc[1, ["group", "text", "labels", "conflict"]].tolist() == [1, "máy đẹp\n", "{A#Positive}", True]
-    assert json.loads((tmp_path / "duplicates.json").read_text()) == told
+    assert json.loads((tmp_path / "duplicates.json").read_text()) == counts
     assert distinct(train).tolist() == [0, 2, 3, 4, 5]  # other labels, another review
 
 
@@ -382,16 +362,16 @@ def test_embedded_reviews(lent: Place, tmp_path: Path, prep: Call, monkeypatch: 
     assert run.data.tags["mlflow.runName"] == "data_prep embedded"
     assert [run.data.metrics[f"rows/{split}"] for split in ("train", "validation", "test")] == [400, 50, 50]
     folder = project / "outputs" / "data_prep"
-    told = json.loads((folder / "sentiment_distribution.json").read_text())
+    tree = json.loads((folder / "sentiment_distribution.json").read_text())
     (train,) = (project / "data_cache").rglob("train.csv")
     frame = pd.read_csv(train)
     aspects = [name for name in frame.columns if name not in ("data", "Others")]
     counts = Counter(frame[aspects].stack())
-    assert told["splits"]["train"]["overall"]["counts"] == {
+    assert tree["splits"]["train"]["overall"]["counts"] == {
         "positive": counts["Positive"], "negative": counts["Negative"], "neutral": counts["Neutral"]
     }  # fmt: skip
-    assert told["splits"]["train"]["aspects"]["Others"]["without_polarity"] == frame["Others"].notna().sum() > 0
-    assert set(told["splits"]) == {"train", "validation", "test"}
+    assert tree["splits"]["train"]["aspects"]["Others"]["without_polarity"] == frame["Others"].notna().sum() > 0
+    assert set(tree["splits"]) == {"train", "validation", "test"}
     alpha = Alpha.read(folder / ALPHA_FILE)
     assert (alpha.source, alpha.detection_only) == ("embedded", ("Others",))
     assert alpha.vector == auto_alpha([counts["Positive"], counts["Negative"], counts["Neutral"]])
@@ -415,8 +395,8 @@ def test_dropped_cells_are_counted_and_listed(lent: Place, tmp_path: Path, prep:
     assert "warning: train: bad cells that are dropped: 1\n  row 4, column A: 'Posititve'\n" in result.stderr
     assert "warning: 3 of 3 validation reviews have exact copies in train" in result.stderr
     assert "data.on_bad_label=drop, data.train=some.csv, data.validation=valid.csv" in result.stderr
-    told = json.loads((tmp_path / "outputs/data_prep/sentiment_distribution.json").read_text())
-    assert told["dropped"]["train"] == [{"row": 4, "column": "A", "value": "Posititve"}]
+    tree = json.loads((tmp_path / "outputs/data_prep/sentiment_distribution.json").read_text())
+    assert tree["dropped"]["train"] == [{"row": 4, "column": "A", "value": "Posititve"}]
     metrics = new_run(lent, before).data.metrics
     assert (metrics["dropped"], metrics["reviews"], metrics["count/positive"]) == (1, 5, 3)
     assert metrics["tokens/unknown_share"] == 0
@@ -425,7 +405,7 @@ def test_dropped_cells_are_counted_and_listed(lent: Place, tmp_path: Path, prep:
     assert metrics["duplicates/share_of_copies"] == 0
 
 
-def test_an_oversampled_file_is_told_with_both_alphas(
+def test_an_oversampled_file_is_reported_with_both_alphas(
     tmp_path: Path, prep: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -438,8 +418,8 @@ def test_an_oversampled_file_is_told_with_both_alphas(
     assert lines["alpha of the file"] == ["5.3333", "5.3333", "0.3810"]  # 1, 1, 14 of 16
     assert lines["alpha of the distinct reviews"] == ["1.3333", "1.3333", "0.6667"]  # 1, 1, 2 of 4
     assert Alpha.read(tmp_path / "outputs/data_prep" / ALPHA_FILE).vector[2] == 16 / 42
-    told = json.loads((tmp_path / "outputs/data_prep/duplicates.json").read_text())
-    assert told["train"]["oversampled"] is True
+    tree = json.loads((tmp_path / "outputs/data_prep/duplicates.json").read_text())
+    assert tree["train"]["oversampled"] is True
 
 
 def test_untracked_leaves_files_alone(tmp_path: Path, prep: Call, monkeypatch: pytest.MonkeyPatch) -> None:

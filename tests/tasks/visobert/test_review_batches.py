@@ -86,8 +86,8 @@ def test_an_epoch_depends_on_its_seed_and_number_alone() -> None:
     assert plan(0, 0) != plan(0, 1)
     assert plan(0, 0) != plan(1, 0)
     # not only another order of the same batches: other neighbours
-    one, other = ({frozenset(rows) for rows in plan(0, epoch)} for epoch in (0, 1))
-    assert len(one & other) < 0.2 * len(one)
+    first, second = ({frozenset(rows) for rows in plan(0, epoch)} for epoch in (0, 1))
+    assert len(first & second) < 0.2 * len(first)
 
 
 def test_batches_do_not_come_by_length() -> None:
@@ -109,20 +109,15 @@ def test_little_is_padding_on_realistic_lengths(batch_size: int, batch_tokens: i
     assert padding_efficiency(lengths, shuffled) < 0.6  # so much is there to win
 
 
-def test_padding_efficiency_by_hand() -> None:
-    """(2 + 4) of 2 * 4 and 3 of 3."""
-    assert padding_efficiency(np.array([2, 3, 4]), [np.array([0, 2]), np.array([1])]) == pytest.approx(9 / 11)
-
-
 def test_oversampled_rows_come_as_often_as_asked_for() -> None:
     lengths = realistic(60)
     repeats = np.tile([1.0, 1.4, 2.0, 2.75], 15)
     drawn: Counter[int] = Counter()
     for epoch in range(400):
         rows = np.concatenate(list(LengthBuckets(lengths, 16, 512, generator(0, epoch), repeats)))
-        found = np.bincount(rows, minlength=60)
-        assert (found >= np.floor(repeats)).all()
-        assert (found <= np.ceil(repeats)).all()
+        counts = np.bincount(rows, minlength=60)
+        assert (counts >= np.floor(repeats)).all()
+        assert (counts <= np.ceil(repeats)).all()
         drawn.update(rows.tolist())
     means = np.array([drawn[row] / 400 for row in range(60)])
     np.testing.assert_allclose(means, repeats, atol=4.5 * 0.5 / np.sqrt(400))  # a share's deviation is at most 1/2
@@ -184,10 +179,10 @@ class Letters:
         raise NotImplementedError
 
 
-def assert_same(found: Tokens, expected: Tokens) -> None:
-    assert found.ids.tolist() == expected.ids.tolist()
-    assert found.lengths.tolist() == expected.lengths.tolist()
-    assert (found.ids.dtype, found.lengths.dtype) == (np.int32, np.int64)
+def assert_same(tokens: Tokens, expected: Tokens) -> None:
+    assert tokens.ids.tolist() == expected.ids.tolist()
+    assert tokens.lengths.tolist() == expected.lengths.tolist()
+    assert (tokens.ids.dtype, tokens.lengths.dtype) == (np.int32, np.int64)
 
 
 TEXTS = ("pin trâu", "máy đẹp", "ok")
@@ -270,17 +265,17 @@ def many(folder: Path, count: int = 3000) -> TrainDataConfig:
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5])
 def test_a_share_of_the_training_file_validates(tmp_path: Path, share: float) -> None:
     config = many(tmp_path).model_copy(update={"validation_share": share})
-    found, again = load_splits(config), load_splits(config)
-    assert not set(found.train.texts) & set(found.valid.texts)
-    assert set(found.train.texts) | set(found.valid.texts) == {f"máy số {number}" for number in range(3000)}
+    splits, again = load_splits(config), load_splits(config)
+    assert not set(splits.train.texts) & set(splits.valid.texts)
+    assert set(splits.train.texts) | set(splits.valid.texts) == {f"máy số {number}" for number in range(3000)}
     deviation = np.sqrt(share * (1 - share) / 3000)
-    assert len(found.valid) / 3000 == pytest.approx(share, abs=4 * deviation)
-    assert (found.train.texts, found.valid.texts) == (again.train.texts, again.valid.texts)
-    assert found.digest == again.digest
-    for part in (found.train, found.valid):  # each review keeps its own label
+    assert len(splits.valid) / 3000 == pytest.approx(share, abs=4 * deviation)
+    assert (splits.train.texts, splits.valid.texts) == (again.train.texts, again.valid.texts)
+    assert splits.digest == again.digest
+    for part in (splits.train, splits.valid):  # each review keeps its own label
         numbers = [int(text.split()[-1]) for text in part.texts]
         assert part.labels[:, 0].tolist() == [(P, N, U, O)[number % 4] for number in numbers]
-    assert found.test is None
+    assert splits.test is None
 
 
 def test_a_review_stays_where_it_is_when_others_come(tmp_path: Path) -> None:
@@ -296,11 +291,11 @@ def test_copies_stay_together(tmp_path: Path) -> None:
     copies = [*texts, *(text.upper() for text in texts), *(text.replace(" ", "  ") + " " for text in texts),
               *(unicodedata.normalize("NFD", text) for text in texts)]  # fmt: skip
     file = written(tmp_path / "train.csv", copies, Battery=["Positive", "Negative"] * 400)
-    found = load_splits(TrainDataConfig(train=file, validation_share=0.3))
-    folded = [{" ".join(text.lower().split()) for text in part.texts} for part in (found.train, found.valid)]
+    splits = load_splits(TrainDataConfig(train=file, validation_share=0.3))
+    folded = [{" ".join(text.lower().split()) for text in part.texts} for part in (splits.train, splits.valid)]
     assert not folded[0] & folded[1]
     assert len(folded[0] | folded[1]) == 200
-    assert len(found.valid) == 4 * len(folded[1])
+    assert len(splits.valid) == 4 * len(folded[1])
 
 
 def test_a_split_without_reviews_is_an_error(tmp_path: Path) -> None:
@@ -320,22 +315,22 @@ def three(folder: Path, only: tuple[str, ...] = ()) -> Splits:
 
 
 def test_files_of_their_own_have_the_training_files_aspects(tmp_path: Path) -> None:
-    found = three(tmp_path)
-    assert found.test is not None
-    assert found.train.aspects == found.valid.aspects == found.test.aspects == ("Pin", "Khác")
-    assert found.train.labels.tolist() == [[P, U], [O, O], [U, O]]
-    assert found.valid.labels.tolist() == [[N, P]]  # its columns stand the other way round
-    assert found.test.labels.tolist() == [[O, N], [O, O]]
-    assert found.detection_only == ()
+    splits = three(tmp_path)
+    assert splits.test is not None
+    assert splits.train.aspects == splits.valid.aspects == splits.test.aspects == ("Pin", "Khác")
+    assert splits.train.labels.tolist() == [[P, U], [O, O], [U, O]]
+    assert splits.valid.labels.tolist() == [[N, P]]  # its columns stand the other way round
+    assert splits.test.labels.tolist() == [[O, N], [O, O]]
+    assert splits.detection_only == ()
 
 
 def test_a_detection_only_aspect_has_mentions_in_every_split(tmp_path: Path) -> None:
-    found = three(tmp_path, ("Khác",))
-    assert found.test is not None
-    assert found.detection_only == ("Khác",)
-    assert found.train.labels.tolist() == [[P, M], [O, O], [U, O]]
-    assert found.valid.labels.tolist() == [[N, M]]
-    assert found.test.labels.tolist() == [[O, M], [O, O]]
+    splits = three(tmp_path, ("Khác",))
+    assert splits.test is not None
+    assert splits.detection_only == ("Khác",)
+    assert splits.train.labels.tolist() == [[P, M], [O, O], [U, O]]
+    assert splits.valid.labels.tolist() == [[N, M]]
+    assert splits.test.labels.tolist() == [[O, M], [O, O]]
 
 
 @pytest.mark.parametrize("carved", [True, False])
@@ -345,32 +340,32 @@ def test_an_aspect_without_polarity_in_training_has_none_elsewhere(tmp_path: Pat
     train = written(tmp_path / "a.csv", texts, label=["{PIN#Positive};{OTHERS};", "{PIN#Negative};"] * 20)
     other = written(tmp_path / "b.csv", ["bốn"], label=["{OTHERS#Positive};{PIN#Neutral};"])
     files = {"test" if carved else "validation": other}
-    found = load_splits(TrainDataConfig(train=train, validation_share=0.4, **files))
-    assert found.detection_only == ("OTHERS",)
-    part = found.test if carved else found.valid
+    splits = load_splits(TrainDataConfig(train=train, validation_share=0.4, **files))
+    assert splits.detection_only == ("OTHERS",)
+    part = splits.test if carved else splits.valid
     assert part is not None
     assert part.labels.tolist() == [[M, U]]
     if carved:
-        assert {code for row in found.valid.labels.tolist() for code in row[:1]} <= {M, O}
+        assert {code for row in splits.valid.labels.tolist() for code in row[:1]} <= {M, O}
 
 
 def test_digests_tell_the_files_apart(tmp_path: Path) -> None:
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
-    one, other = three(tmp_path / "one"), three(tmp_path / "other")
-    assert one.digest == other.digest
-    assert len(one.digest) == 64
+    first, second = three(tmp_path / "one"), three(tmp_path / "other")
+    assert first.digest == second.digest
+    assert len(first.digest) == 64
     train = written(tmp_path / "a.csv", ["một"], Pin=["Positive"])
     swapped = [load_splits(TrainDataConfig(train=train, validation=str(tmp_path / "one" / first),
                                            test=str(tmp_path / "one" / second), aspects=("Pin",)))
                for first, second in (("b.csv", "c.csv"), ("c.csv", "b.csv"))]  # fmt: skip
-    assert len({one.digest, swapped[0].digest, swapped[1].digest}) == 3
+    assert len({first.digest, swapped[0].digest, swapped[1].digest}) == 3
 
 
 def test_the_embedded_reviews(tmp_path: Path) -> None:
     config = TrainDataConfig(embedded=EmbeddedReviewsConfig(rows=200), cache=str(tmp_path))
-    found = load_splits(config)
-    assert found.test is not None
-    assert (len(found.train), len(found.valid), len(found.test)) == (160, 20, 20)
-    assert found.train.source == EMBEDDED
-    assert found.train.aspects == found.valid.aspects == found.test.aspects
+    splits = load_splits(config)
+    assert splits.test is not None
+    assert (len(splits.train), len(splits.valid), len(splits.test)) == (160, 20, 20)
+    assert splits.train.source == EMBEDDED
+    assert splits.train.aspects == splits.valid.aspects == splits.test.aspects

@@ -184,7 +184,7 @@ def test_data_aspects_choose(tmp_path: Path) -> None:
         read_reviews(labelled, form(aspects=("CAMARA",)))
 
 
-def test_aspects_that_differ_in_case_are_told(tmp_path: Path) -> None:
+def test_aspects_that_differ_in_case_are_reported(tmp_path: Path) -> None:
     reviews = read(tmp_path, "text,label\nx,{Camera#Positive};{CAMERA#Negative}\n")
     assert reviews.aspects == ("CAMERA", "Camera")
     assert reviews.notes == (f"{tmp_path / 'reviews.csv'}: CAMERA and Camera are read as two aspects",)
@@ -235,7 +235,7 @@ def test_a_column_that_is_no_aspect(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cell", "labels", "bad", "told"),
+    ("cell", "labels", "bad", "hint"),
     [
         ("{A#Posititve};{B#Negative}", [X, N], ["{A#Posititve}"], "did you mean {A#Positive}?"),
         ("{A#Positive};{A#Negative}", [X, O], ["{A#Positive};{A#Negative}"], "allowed: one sentiment an aspect"),
@@ -246,11 +246,11 @@ def test_a_column_that_is_no_aspect(tmp_path: Path) -> None:
         ("Positive", [X, X], ["Positive"], "found 'Positive'"),
     ],
 )
-def test_bad_pieces_of_a_label_column(tmp_path: Path, cell: str, labels: list[int], bad: list[str], told: str) -> None:
+def test_bad_pieces_of_a_label_column(tmp_path: Path, cell: str, labels: list[int], bad: list[str], hint: str) -> None:
     text = f'data,label\nx,{{A#Positive}};{{B}};{{B}}\ny,"{cell}"\n'
     message = refused(tmp_path, text)
     assert message.startswith("reviews.csv: row 2, column label: found ")
-    assert told in message
+    assert hint in message
     reviews = read(tmp_path, text, on_bad_label="drop")
     assert reviews.labels.tolist() == [[P, M], labels]
     assert reviews.dropped == tuple(BadLabel(2, "label", piece) for piece in bad)
@@ -365,21 +365,21 @@ def test_rows_without_a_text(tmp_path: Path) -> None:
 
 
 def test_encodings(tmp_path: Path) -> None:
-    def told(content: bytes) -> str:
+    def error_of(content: bytes) -> str:
         (tmp_path / "reviews.csv").write_bytes(content)
         with pytest.raises(UserError) as caught:
             read_reviews(tmp_path / "reviews.csv", form())
         return str(caught.value).removeprefix(f"{tmp_path}/reviews.csv: ")
 
-    assert told(WIDE.encode("utf-16")).startswith("not UTF-8 (invalid start byte at byte 0, line 1)")
-    assert told(b"data,A\nx,Positive\n\xfeok,\n") == "not UTF-8 (invalid start byte at byte 18, line 3)"
+    assert error_of(WIDE.encode("utf-16")).startswith("not UTF-8 (invalid start byte at byte 0, line 1)")
+    assert error_of(b"data,A\nx,Positive\n\xfeok,\n") == "not UTF-8 (invalid start byte at byte 18, line 3)"
     bom = "\ufeffdata,A\nx,Positive\n".encode() + "pin tr\u00e2u,\n".encode("cp1258")
-    assert told(bom) == "not UTF-8 (invalid continuation byte at byte 27, line 3)"
-    assert told("data,A\nx,Positive\n".encode("utf-16-le")) == "not UTF-8 text (a zero at byte 1)"
+    assert error_of(bom) == "not UTF-8 (invalid continuation byte at byte 27, line 3)"
+    assert error_of("data,A\nx,Positive\n".encode("utf-16-le")) == "not UTF-8 text (a zero at byte 1)"
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("", "the file is empty"),
         (" \n\n", "the file is empty"),
@@ -393,12 +393,12 @@ def test_encodings(tmp_path: Path) -> None:
         ("data,label\nx,\n", "column label: found no label in any of 1 rows"),
     ],
 )
-def test_damaged_csv(tmp_path: Path, text: str, told: str) -> None:
-    assert refused(tmp_path, text) == f"reviews.csv: {told}"
+def test_damaged_csv(tmp_path: Path, text: str, message: str) -> None:
+    assert refused(tmp_path, text) == f"reviews.csv: {message}"
 
 
 @pytest.mark.parametrize(
-    ("lines", "told"),
+    ("lines", "message"),
     [
         ('{"data": "x", "A": "Positive"}\n\n{"data": "y"\n', "line 3: not JSON (Expecting ',' delimiter"),
         ('{"data": "x", "A": "Positive"}\n["y"]\n', "line 2: found a list, allowed: an object"),
@@ -409,15 +409,15 @@ def test_damaged_csv(tmp_path: Path, text: str, told: str) -> None:
         ('{"data": "x", "A": "Positive", "A": ""}\n', "line 1: not JSON (key 'A' is there twice)"),
     ],
 )
-def test_damaged_jsonl(tmp_path: Path, lines: str, told: str) -> None:
-    assert refused(tmp_path, lines, name="reviews.jsonl").startswith(f"reviews.jsonl: {told}")
+def test_damaged_jsonl(tmp_path: Path, lines: str, message: str) -> None:
+    assert refused(tmp_path, lines, name="reviews.jsonl").startswith(f"reviews.jsonl: {message}")
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "folder.csv").mkdir()
     written(tmp_path, "x", "reviews.xlsx")
     written(tmp_path, "PAR1 and so on", "cut.parquet")
-    for name, told in {
+    for name, message in {
         "absent.csv": "No such file or directory",
         "folder.csv": "found a folder, allowed: a file (.csv, .jsonl, .parquet)",
         "reviews.xlsx": "found .xlsx, allowed: .csv, .jsonl, .parquet",
@@ -425,7 +425,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(UserError) as caught:
             read_reviews(tmp_path / name, form())
-        assert str(caught.value).startswith(f"{tmp_path / name}: {told}")
+        assert str(caught.value).startswith(f"{tmp_path / name}: {message}")
 
 
 # ---------------------------------------------------------------- detection only

@@ -19,10 +19,11 @@ class PretrainedEncoder(nn.Module):
 
     def __init__(self, model: nn.Module, keep_pooler: bool) -> None:
         super().__init__()
-        self.model = model
-        self.width: int = cast(Any, model).config.hidden_size
+        self.model: Any = model
+        self.config: Any = self.model.config
+        self.width: int = self.config.hidden_size
         if not keep_pooler and getattr(model, "pooler", None) is not None:
-            cast(Any, model).pooler = None
+            self.model.pooler = None
 
     def forward(self, ids: Tensor, mask: Tensor) -> Encoded:
         """ids: [B, L]; mask: [B, L], false where padded."""

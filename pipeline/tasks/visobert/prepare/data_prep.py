@@ -1,9 +1,9 @@
-"""`data_prep`: from reviews to their sentiment distribution, alpha, copies and lengths, tracked as a run of its own."""
+"""`data_prep`: sentiment distribution, alpha, copies and lengths of reviews, tracked as a run of its own."""
 
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,9 @@ from pipeline.errors import UserError
 from pipeline.names import metric_names
 from pipeline.runtime.console import optional, say, table, warn
 from pipeline.storage.folders import published
-from pipeline.tasks.visobert.config import (
-    DataPrepConfig,
-    EmbeddedModelConfig,
-    PrepDataConfig,
-)
+from pipeline.tasks.visobert.config import DataPrepConfig, EmbeddedModelConfig
 from pipeline.tasks.visobert.encoders.tokenizer import MANY_UNKNOWN, load_tokenizer, unknown_share
-from pipeline.tasks.visobert.prepare.duplicates import (
-    OVERSAMPLED,
-    Group,
-    distinct,
-    find_duplicates,
-    summary,
-    write_duplicates,
-)
+from pipeline.tasks.visobert.prepare.duplicates import Group, distinct, find_duplicates, summary, write_duplicates
 from pipeline.tasks.visobert.prepare.review_statistics import ALL, distribution, token_lengths, write_distribution
 from pipeline.tasks.visobert.reviews.alpha import ALPHA_FILE, Alpha, auto_alpha, compute_alpha, count_sentiments
 from pipeline.tasks.visobert.reviews.reviews import Reviews
@@ -42,17 +31,18 @@ FILES = (
     "sentiment_distribution.json", "sentiment_distribution.csv", PICTURE,
     "duplicates.csv", "duplicates.json", "token_lengths.json", ALPHA_FILE,
 )  # fmt: skip
-PICTURED = 100  # aspects with the most labels, of which there is a picture; the files hold all
-LISTED = 20  # dropped cells that are shown; the files hold all
+OVERSAMPLED = 0.1  # share of copies in a training split above which it counts as oversampled
+MAX_PLOTTED = 100  # aspects in the picture, those with the most labels; the files hold all
+MAX_LISTED = 20  # dropped cells that are printed; the files hold all
 
 
 @dataclass(frozen=True)
-class Findings:
-    """All that data_prep finds; alpha is of the training split."""
+class Analysis:
+    """The results of data_prep."""
 
     splits: Mapping[str, Reviews]  # train first; detection-only aspects without polarity
-    with_text: Mapping[str, Reviews]  # of these, the reviews that have a text
-    alpha: Alpha
+    with_text: Mapping[str, Reviews]  # the reviews of each split that have a text
+    alpha: Alpha  # of the training split
     copies: int  # training reviews with the text and the labels of an earlier one
     alpha_of_distinct: tuple[float, float, float]  # without those
     distributions: Mapping[str, Mapping[str, Any]]
@@ -65,124 +55,182 @@ class Findings:
         return self.splits["train"]
 
 
-def data_prep(config: DataPrepConfig, given: frozenset[str]) -> None:  # noqa: ARG001 (every key acts)
-    """Read the reviews, say what they hold, and leave it in files and in MLflow."""
+def data_prep(config: DataPrepConfig, given: frozenset[str]) -> None:  # noqa: ARG001 (no key is without effect)
+    """Analyse the reviews, print the results, and keep them in files and in MLflow."""
     with writer_for(config.tracking) as writer:
         _, run_id = prepare_reviews(config, writer, run_id=os.environ.get("MLFLOW_RUN_ID"))
-    _tell_what_next(config, run_id)
+    _print_next_command(config, run_id)
 
 
 def prepare_reviews(
     config: DataPrepConfig, writer: Writer | None, *, run_id: str | None = None, launcher: str | None = None
 ) -> tuple[Alpha, str | None]:
-    """Alpha, and the id of the run that holds it with all else; None where nothing is tracked.
+    """Analyse the reviews; returns alpha, and the id of the run with all results, None if nothing is tracked.
 
-    `run_id`: a run that is there already; `launcher`: a run that only started this one.
+    `run_id`: an existing run to write to; `launcher`: the run that started this one.
     """
-    splits, only = _read(config.data)
-    found = _examine(splits, only, config)
-    metrics = figures(found)  # aspects whose names clash there are refused before anything is written
-    files = _write(found, Path(config.output_dir))
+    analysis = _analyse(config)
+    metrics = _metrics(analysis)  # before writing, because aspects whose metric names clash are an error
+    files = _write(analysis, Path(config.output_dir))
     if generated := config.embedded():
         say(generated)
-    _tell(found)
+    _print(analysis)
+    alpha, train = analysis.alpha, analysis.train
     if writer is None:
-        return found.alpha, None
-    name = f"data_prep {Path(found.train.source).stem}"[:40]
-    run = MlflowRun(writer, RunRequest(name, config.experiment, run_id, launcher), Path(config.runs_dir))
-    train = found.train
-    run.log_params(flatten(config) | {"alpha_vector": found.alpha.text, "alpha_mode": found.alpha.mode})
+        return alpha, None
+    stem = Path(train.source).stem
+    run = MlflowRun(
+        writer, RunRequest(f"data_prep {stem}"[:40], config.experiment, run_id, launcher), Path(config.runs_dir)
+    )
+    run.log_params(flatten(config) | {"alpha_vector": alpha.text, "alpha_mode": alpha.mode})
     run.set_tags({"data_digest": train.digest})
-    profile = {"aspects": len(train.aspects), **{split: len(reviews) for split, reviews in found.splits.items()}}
-    run.log_input(Path(train.source).stem, train.digest, train.source, profile)
+    profile = {"aspects": len(train.aspects), **{split: len(reviews) for split, reviews in analysis.splits.items()}}
+    run.log_input(stem, train.digest, train.source, profile)
     run.log_metrics(0, metrics)
     for file in files:
         run.log_artifact(file)
     run.finish("FINISHED")
-    return found.alpha, run.id
+    return alpha, run.id
 
 
-def _read(data: PrepDataConfig) -> tuple[dict[str, Reviews], tuple[str, ...]]:
-    """The splits there are, and the detection-only aspects."""
+def _analyse(config: DataPrepConfig) -> Analysis:
+    data = config.data
     if data.path is None and (data.validation or data.test):
         raise UserError("data.validation or data.test is given without data.path, the training file")
-    return read_splits({"train": data.path, "validation": data.validation, "test": data.test}, data)
-
-
-def _examine(splits: dict[str, Reviews], only: tuple[str, ...], config: DataPrepConfig) -> Findings:
+    splits, only = read_splits({"train": data.path, "validation": data.validation, "test": data.test}, data)
     train = splits["train"]
     alpha = compute_alpha(train, only, "auto")
-    kept = distinct(train)
     with_text = {split: reviews.with_text() for split, reviews in splits.items()}
     groups = find_duplicates(with_text)
-    told = summary(with_text, groups)
-    alpha_of_distinct = auto_alpha(count_sentiments(train.labels[kept]).sum(axis=0))
+    kept = distinct(train)
     copies = len(train) - len(kept)
-    told["train"] = {
-        "copies_with_the_same_labels": copies,
-        "share_of_reviews": copies / len(train),
-        "oversampled": copies > OVERSAMPLED * len(train),
-        "alpha": alpha.vector,
-        "alpha_of_distinct_reviews": alpha_of_distinct,
+    alpha_of_distinct = auto_alpha(count_sentiments(train.labels[kept]).sum(axis=0))
+    duplicates = summary(with_text, groups) | {
+        "train": {
+            "copies_with_the_same_labels": copies,
+            "share_of_reviews": copies / len(train),
+            "oversampled": copies > OVERSAMPLED * len(train),
+            "alpha": alpha.vector,
+            "alpha_of_distinct_reviews": alpha_of_distinct,
+        }
     }
     try:
         texts = with_text["train"].texts
         tokenizer = load_tokenizer(config.tokenizer, None, texts, EmbeddedModelConfig().vocabulary)
     except UserError as error:
         raise UserError(str(error).replace("model.name", "tokenizer")) from None
-    tokens = {split: tokenizer.encode(reviews.texts) for split, reviews in with_text.items()}
-    return Findings(
-        splits=splits,
-        with_text=with_text,
-        alpha=alpha,
-        copies=copies,
-        alpha_of_distinct=alpha_of_distinct,
-        distributions={split: distribution(reviews) for split, reviews in splits.items()},
-        groups=groups,
-        duplicates=told,
-        tokens={
-            split: token_lengths(found.lengths) | {"unknown_share": unknown_share(tokenizer, found.ids)}
-            for split, found in tokens.items()
-        },
-    )
+    tokens = {}
+    for split, reviews in with_text.items():
+        ids, lengths = tokenizer.encode(reviews.texts)
+        tokens[split] = token_lengths(lengths) | {"unknown_share": unknown_share(tokenizer, ids)}
+    distributions = {split: distribution(reviews) for split, reviews in splits.items()}
+    return Analysis(splits, with_text, alpha, copies, alpha_of_distinct, distributions, groups, duplicates, tokens)
 
 
-# ---------------------------------------------------------------- telling
+def _metrics(analysis: Analysis) -> dict[str, float]:
+    train, names = analysis.distributions["train"], metric_names(analysis.train.aspects)
+    metrics: dict[str, float] = {
+        "reviews": train["reviews"],
+        "labelled_cells": train["overall"]["labelled_cells"],
+        "without_polarity": train["overall"]["without_polarity"],
+        "dropped": len(analysis.train.dropped),
+    }
+    metrics |= {f"rows/{split}": len(reviews) for split, reviews in analysis.splits.items()}
+    metrics |= {f"count/{name}": count for name, count in train["overall"]["counts"].items()}
+    metrics |= {f"share/{name}": share for name, share in train["overall"]["shares"].items()}
+    metrics |= analysis.alpha.metrics()
+    weights = zip(SENTIMENTS, analysis.alpha_of_distinct, strict=True)
+    metrics |= {f"alpha_of_distinct/{name}": weight for name, weight in weights}
+    for aspect, row in train["aspects"].items():
+        metrics |= {f"{name}/{names[aspect]}": count for name, count in row["counts"].items()}
+        metrics[f"mentions/{names[aspect]}"] = row["mentions"]
+    for kind in ("exact", "near"):
+        counts = analysis.duplicates[kind]
+        metrics |= {f"duplicates/{kind}_{name}": counts[name] for name in ("groups", "reviews", "copies")}
+        metrics[f"duplicates/{kind}_conflicts"] = counts["conflicting_groups"]
+        metrics[f"duplicates/{kind}_groups_across_splits"] = sum(
+            group.kind == kind and len({split for split, _ in group.members}) > 1 for group in analysis.groups
+        )
+    metrics["duplicates/share_of_copies"] = analysis.duplicates["train"]["share_of_reviews"]
+    return metrics | {f"tokens/{name}": value for name, value in analysis.tokens["train"].items()}
 
 
-def _tell(found: Findings) -> None:
-    for split, reviews in found.splits.items():
+def _write(analysis: Analysis, output: Path) -> list[Path]:
+    """Write FILES; the picture may be missing."""
+    alpha, files = analysis.alpha, list(FILES)
+    with published(output, files) as folder:
+        more = {
+            "sources": {split: {"source": reviews.source, "digest": reviews.digest}
+                        for split, reviews in analysis.splits.items()},
+            "detection_only": alpha.detection_only,
+            "dropped": {split: [asdict(label) for label in reviews.dropped]
+                        for split, reviews in analysis.splits.items()},
+        }  # fmt: skip
+        write_distribution(analysis.distributions, more, folder / FILES[0], folder / FILES[1])
+        counts = dict(zip(alpha.aspects, alpha.per_aspect_counts, strict=True))
+        largest = set(sorted(counts, key=lambda aspect: -sum(counts[aspect]))[:MAX_PLOTTED])
+        plotted = {ALL: alpha.counts} | {aspect: counts[aspect] for aspect in counts if aspect in largest}
+        with optional(PICTURE):
+            plots.sentiments(plotted, SENTIMENTS, folder / PICTURE)
+        if not (folder / PICTURE).exists():
+            files.remove(PICTURE)
+        write_duplicates(analysis.with_text, analysis.groups, analysis.duplicates, folder)
+        (folder / "token_lengths.json").write_text(json.dumps(analysis.tokens, indent=2) + "\n", encoding="utf-8")
+        alpha.write(folder / ALPHA_FILE)
+    if PICTURE not in files:
+        (output / PICTURE).unlink(missing_ok=True)  # of an earlier run
+    return [output / name for name in files]
+
+
+# ---------------------------------------------------------------- console
+
+
+def _print(analysis: Analysis) -> None:
+    for split, reviews in analysis.splits.items():
         for note in reviews.notes:
             warn(note)
         if reviews.dropped:
             warn(f"{split}: bad cells that are dropped: {len(reviews.dropped)}")
-            for label in reviews.dropped[:LISTED]:
+            for label in reviews.dropped[:MAX_LISTED]:
                 say(f"  row {label.row}, column {label.column}: {label.value!r}")
-            if len(reviews.dropped) > LISTED:
-                say(f"  ... and {len(reviews.dropped) - LISTED} more")
-    for split, row in found.distributions.items():
-        say(f"{split}: {row['reviews']} reviews; {_counted(row['overall'])}")
-    for aspect, row in found.distributions["train"]["aspects"].items():
-        only = " (detection only)" if aspect in found.alpha.detection_only else ""
-        say(f"  {aspect}{only}: {_counted(row)}")
-    lengths = found.tokens["train"]
+            if len(reviews.dropped) > MAX_LISTED:
+                say(f"  ... and {len(reviews.dropped) - MAX_LISTED} more")
+    for split, row in analysis.distributions.items():
+        say(f"{split}: {row['reviews']} reviews; {_counts_text(row['overall'])}")
+    for aspect, row in analysis.distributions["train"]["aspects"].items():
+        only = " (detection only)" if aspect in analysis.alpha.detection_only else ""
+        say(f"  {aspect}{only}: {_counts_text(row)}")
+    lengths = analysis.tokens["train"]
     say(f"tokens of a training review: mean {lengths['mean']:.1f}, p50 {lengths['p50']}, p95 {lengths['p95']}, "
         f"p99 {lengths['p99']}, longest {lengths['max']}")  # fmt: skip
-    for split, tokens in found.tokens.items():
+    for split, tokens in analysis.tokens.items():
         if tokens["unknown_share"] > MANY_UNKNOWN:
             warn(f"{tokens['unknown_share']:.1%} of the tokens of {split} are unknown to the tokenizer")
-    _tell_copies(found)
-    say(f"alpha of {', '.join(SENTIMENTS)}: {found.alpha.text}, from {found.alpha.labelled_cells} labelled cells")
-    if found.duplicates["train"]["oversampled"]:
+    _print_copies(analysis)
+    alpha = analysis.alpha
+    say(f"alpha of {', '.join(SENTIMENTS)}: {alpha.text}, from {alpha.labelled_cells} labelled cells")
+    if analysis.duplicates["train"]["oversampled"]:
         warn(
-            f"{found.copies} of {len(found.train)} training reviews are exact copies of others, labels and all: the "
-            "file looks oversampled, and then its alpha says how it was made, nothing about the data"
+            f"{analysis.copies} of {len(analysis.train)} training reviews are exact copies of others, labels and all: "
+            "the file looks oversampled, and then its alpha says how it was made, nothing about the data"
         )
-        vectors = {"alpha of the file": found.alpha.vector, "alpha of the distinct reviews": found.alpha_of_distinct}
+        vectors = {"alpha of the file": alpha.vector, "alpha of the distinct reviews": analysis.alpha_of_distinct}
         say(table((name, dict(zip(SENTIMENTS, vector, strict=True))) for name, vector in vectors.items()))
 
 
-def _counted(row: Mapping[str, Any]) -> str:
+def _print_copies(analysis: Analysis) -> None:
+    for kind in ("exact", "near"):
+        counts = analysis.duplicates[kind]
+        say(f"{kind} copies: {counts['copies']} in {counts['groups']} groups, {counts['conflicting_groups']} of these "
+            "with labels in conflict")  # fmt: skip
+        for first, second in combinations(analysis.splits, 2):
+            across = counts["across"][f"{first}/{second}"][f"reviews_of_{second}"]
+            if across:
+                total = len(analysis.with_text[second])
+                warn(f"{across} of {total} {second} reviews have {kind} copies in {first}")
+
+
+def _counts_text(row: Mapping[str, Any]) -> str:
     parts = []
     if row["labelled_cells"]:
         parts = [f"{count} {name} ({row['shares'][name]:.2%})" for name, count in row["counts"].items()]
@@ -191,18 +239,7 @@ def _counted(row: Mapping[str, Any]) -> str:
     return ", ".join(parts) or "never mentioned"
 
 
-def _tell_copies(found: Findings) -> None:
-    for kind in ("exact", "near"):
-        told = found.duplicates[kind]
-        say(f"{kind} copies: {told['copies']} in {told['groups']} groups, {told['conflicting_groups']} of these with "
-            "labels in conflict")  # fmt: skip
-        for one, other in combinations(found.splits, 2):
-            across = told["across"][f"{one}/{other}"][f"reviews_of_{other}"]
-            if across:
-                warn(f"{across} of {len(found.with_text[other])} {other} reviews have {kind} copies in {one}")
-
-
-def _tell_what_next(config: DataPrepConfig, run_id: str | None) -> None:
+def _print_next_command(config: DataPrepConfig, run_id: str | None) -> None:
     default = flatten(DataPrepConfig())
     keys = {
         key.replace("data.path", "data.train"): value
@@ -214,67 +251,3 @@ def _tell_what_next(config: DataPrepConfig, run_id: str | None) -> None:
     if run_id:
         keys["data_prep_run"] = run_id
     say(f"next: train_visobert with {', '.join(f'{key}={value}' for key, value in keys.items())}")
-
-
-# ---------------------------------------------------------------- files
-
-
-def _write(found: Findings, output: Path) -> list[Path]:
-    files = list(FILES)
-    with published(output, files) as folder:
-        dropped = {
-            split: [{"row": label.row, "column": label.column, "value": label.value} for label in reviews.dropped]
-            for split, reviews in found.splits.items()
-        }
-        sources = {
-            split: {"source": reviews.source, "digest": reviews.digest} for split, reviews in found.splits.items()
-        }
-        more = {"sources": sources, "detection_only": found.alpha.detection_only, "dropped": dropped}
-        stem = folder / "sentiment_distribution"
-        write_distribution(found.distributions, more, stem.with_suffix(".json"), stem.with_suffix(".csv"))
-        counts = dict(zip(found.alpha.aspects, found.alpha.per_aspect_counts, strict=True))
-        shown = set(sorted(counts, key=lambda aspect: -sum(counts[aspect]))[:PICTURED])
-        pictured = {ALL: found.alpha.counts} | {aspect: counts[aspect] for aspect in counts if aspect in shown}
-        with optional(PICTURE):
-            plots.sentiments(pictured, SENTIMENTS, stem.with_suffix(".png"))
-        if not stem.with_suffix(".png").exists():
-            files.remove(PICTURE)
-        write_duplicates(found.with_text, found.groups, found.duplicates, folder)
-        (folder / "token_lengths.json").write_text(json.dumps(found.tokens, indent=2) + "\n", encoding="utf-8")
-        found.alpha.write(folder / ALPHA_FILE)
-    if PICTURE not in files:
-        (output / PICTURE).unlink(missing_ok=True)  # of an earlier run
-    return [output / name for name in files]
-
-
-# ---------------------------------------------------------------- tracking
-
-
-def figures(found: Findings) -> dict[str, float]:
-    """What was found, under metric names."""
-    train, names = found.distributions["train"], metric_names(found.train.aspects)
-    values: dict[str, float] = {
-        "reviews": train["reviews"],
-        "labelled_cells": train["overall"]["labelled_cells"],
-        "without_polarity": train["overall"]["without_polarity"],
-        "dropped": len(found.train.dropped),
-    }
-    values |= {f"rows/{split}": len(reviews) for split, reviews in found.splits.items()}
-    values |= {f"count/{name}": count for name, count in train["overall"]["counts"].items()}
-    values |= {f"share/{name}": share for name, share in train["overall"]["shares"].items()}
-    values |= found.alpha.metrics()
-    values |= {
-        f"alpha_of_distinct/{name}": weight for name, weight in zip(SENTIMENTS, found.alpha_of_distinct, strict=True)
-    }
-    for aspect, row in train["aspects"].items():
-        values |= {f"{name}/{names[aspect]}": count for name, count in row["counts"].items()}
-        values[f"mentions/{names[aspect]}"] = row["mentions"]
-    for kind in ("exact", "near"):
-        told = found.duplicates[kind]
-        values |= {f"duplicates/{kind}_{name}": told[name] for name in ("groups", "reviews", "copies")}
-        values[f"duplicates/{kind}_conflicts"] = told["conflicting_groups"]
-        values[f"duplicates/{kind}_groups_across_splits"] = len(
-            [group for group in found.groups if group.kind == kind and len({split for split, _ in group.members}) > 1]
-        )
-    values["duplicates/share_of_copies"] = found.duplicates["train"]["share_of_reviews"]
-    return values | {f"tokens/{name}": value for name, value in found.tokens["train"].items()}

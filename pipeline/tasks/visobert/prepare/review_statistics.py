@@ -1,4 +1,4 @@
-"""What reviews hold: sentiments, mentions and lengths."""
+"""Statistics of reviews: sentiments, mentions and lengths."""
 
 import csv
 import json
@@ -19,9 +19,9 @@ ALL = "all aspects"
 
 
 def distribution(reviews: Reviews) -> dict[str, Any]:
-    """Counts of a split overall and per aspect; shares are of labelled cells, None where there is none.
+    """Counts of a split, overall and per aspect; shares are of labelled cells, None if there are none.
 
-    `mentions` are cells with a sentiment or without, `without_polarity` the latter, `dropped` the bad labels.
+    `mentions` are cells with or without a sentiment, `without_polarity` those without, `dropped` the bad labels.
     """
     counts = count_sentiments(reviews.labels)
     without = (reviews.labels == MENTIONED).sum(axis=0)
@@ -50,23 +50,21 @@ def _row(counts: list[int], without: int, dropped: int) -> dict[str, Any]:
 def write_distribution(
     splits: Mapping[str, Mapping[str, Any]], more: Mapping[str, Any], json_file: Path, csv_file: Path
 ) -> None:
-    """The distributions of the splits as JSON, with `more`, and as CSV: a line a split and aspect."""
+    """Write the distributions of the splits as JSON, with `more`, and as CSV, one line per split and aspect."""
     text = json.dumps({"splits": splits, **more}, indent=2, ensure_ascii=False)
     json_file.write_text(text + "\n", encoding="utf-8")
     with csv_file.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
-        shares = [f"{name}_share" for name in SENTIMENTS]
         others = ["labelled_cells", "mentions", "without_polarity", "dropped"]
-        writer.writerow(["split", "aspect", *SENTIMENTS, *shares, *others])
-        for split, found in splits.items():
-            for aspect, row in [(ALL, found["overall"]), *found["aspects"].items()]:
+        writer.writerow(["split", "aspect", *SENTIMENTS, *(f"{name}_share" for name in SENTIMENTS), *others])
+        for split, counts in splits.items():
+            for aspect, row in [(ALL, counts["overall"]), *counts["aspects"].items()]:
                 values = [*row["counts"].values(), *row["shares"].values(), *(row[name] for name in others)]
                 writer.writerow([split, cell(aspect), *values])
 
 
 def token_lengths(lengths: npt.NDArray[np.int64]) -> dict[str, float]:
-    """Mean and percentiles of texts' token counts; p% of the texts are no longer than the p-th. lengths: [N]"""
+    """Mean and percentiles of token counts; p% of the texts are no longer than the p-th percentile. lengths: [N]"""
     values = np.percentile(lengths, PERCENTILES, method="inverted_cdf").tolist()
-    found: dict[str, float] = {"mean": float(lengths.mean()), "min": int(lengths.min())}
-    found |= {f"p{percent}": int(value) for percent, value in zip(PERCENTILES, values, strict=True)}
-    return found | {"max": int(lengths.max())}
+    percentiles = {f"p{percent}": int(value) for percent, value in zip(PERCENTILES, values, strict=True)}
+    return {"mean": float(lengths.mean()), "min": int(lengths.min()), **percentiles, "max": int(lengths.max())}

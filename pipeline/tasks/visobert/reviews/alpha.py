@@ -73,7 +73,7 @@ class Alpha:
             UserError: the file cannot be read, or is not an alpha.json.
         """
         try:
-            alpha = TypeAdapter(cls).validate_python(json.loads(file.read_text(encoding="utf-8")))
+            return TypeAdapter(cls).validate_python(json.loads(file.read_text(encoding="utf-8")))
         except OSError as error:
             raise UserError(f"{file}: {error.strerror or error}") from None
         except ValidationError as error:
@@ -82,15 +82,6 @@ class Alpha:
             raise UserError(f"{file}: not an alpha.json of data_prep ({key}: {first['msg']})") from None
         except (ValueError, RecursionError) as error:  # neither UTF-8 nor JSON
             raise UserError(f"{file}: not an alpha.json of data_prep ({error})") from None
-        sums = np.sum(alpha.per_aspect_counts, axis=0, dtype=np.int64).tolist() if alpha.aspects else [0, 0, 0]
-        if (
-            len(alpha.per_aspect_counts) != len(alpha.aspects)
-            or sums != list(alpha.counts)
-            or sum(sums) != alpha.labelled_cells
-            or not np.isfinite(alpha.vector).all()
-        ):
-            raise UserError(f"{file}: not an alpha.json of data_prep (its counts do not add up)")
-        return alpha
 
 
 def check_same_data(alpha: Alpha, train: Reviews, detection_only: Sequence[str], run: str) -> None:
