@@ -19,7 +19,7 @@ from pipeline.tasks.visobert.config import EMBEDDED, VisobertConfig
 from pipeline.tasks.visobert.encoders.pretrained_encoder import PretrainedEncoder
 from pipeline.tasks.visobert.encoders.tokenizer import Tokenizer, load_saved
 from pipeline.tasks.visobert.model import AspectSentimentModel, Output, build_model
-from pipeline.tasks.visobert.reviews.review_table import LengthBuckets, ReviewTable
+from pipeline.tasks.visobert.reviews.review_table import ReviewTable, length_buckets
 from pipeline.tasks.visobert.reviews.splits import Splits
 from pipeline.tasks.visobert.scoring.predictions import Predictions
 
@@ -115,7 +115,7 @@ def predict_logits(
 
     The model must be in evaluation mode.
     """
-    batches = LengthBuckets(table.lengths[first:last].numpy(), batch_size, batch_tokens)
+    batches = length_buckets(table.lengths[first:last].numpy(), batch_size, batch_tokens)
     outputs: list[Output] = []
     with torch.inference_mode():
         for rows in batches:
@@ -124,6 +124,6 @@ def predict_logits(
     if not outputs:
         aspect = torch.empty(0, model.aspects) if model.detects else None
         return Output(torch.empty(0, model.aspects, 3), aspect)
-    order = torch.from_numpy(np.argsort(np.concatenate(batches.batches)))
+    order = torch.from_numpy(np.argsort(np.concatenate(batches)))
     heads = zip(*(output.parts for output in outputs), strict=True)
     return Output(*(torch.cat(logits).float().cpu()[order] for logits in heads))

@@ -14,13 +14,13 @@ from torch.optim import AdamW, Optimizer
 
 from pipeline.config.run_config import AdamConfig, ScheduleConfig
 from pipeline.maths.calibration import Fitted
-from pipeline.runtime.console import say, warn
+from pipeline.runtime.console import say
 from pipeline.runtime.importing import uncollected
 from pipeline.storage.calibration_file import write_calibration
 from pipeline.tasks.base import Dataset, ModelExport, Rows, Task
 from pipeline.tasks.visobert.config import EMBEDDED, VisobertConfig
 from pipeline.tasks.visobert.encoders.model_folder import model_folder
-from pipeline.tasks.visobert.encoders.tokenizer import MANY_UNKNOWN, Tokenizer, load_tokenizer, unknown_share
+from pipeline.tasks.visobert.encoders.tokenizer import Tokenizer, load_tokenizer
 from pipeline.tasks.visobert.evaluation import Evaluation
 from pipeline.tasks.visobert.model import (
     AspectSentimentModel,
@@ -32,14 +32,14 @@ from pipeline.tasks.visobert.model import (
 from pipeline.tasks.visobert.objective import Objective
 from pipeline.tasks.visobert.predict import save
 from pipeline.tasks.visobert.reviews.alpha import ALPHA_FILE, Alpha, check_same_data, compute_alpha
+from pipeline.tasks.visobert.reviews.data_warnings import data_warnings
 from pipeline.tasks.visobert.reviews.review_table import (
-    LengthBuckets,
     ReviewBatch,
     ReviewTable,
     capped_repeats,
+    length_buckets,
     tokenise,
 )
-from pipeline.tasks.visobert.reviews.reviews import folded
 from pipeline.tasks.visobert.reviews.sentiments import NOT_MENTIONED, SENTIMENTS, UNKNOWN, labelled
 from pipeline.tasks.visobert.reviews.splits import Splits, load_splits
 from pipeline.tasks.visobert.scoring.baselines import Baselines
@@ -47,7 +47,6 @@ from pipeline.tasks.visobert.scoring.predictions import column_types
 from pipeline.tracking.writer import fetch_artifact
 
 EXAMPLE_LETTERS = 200
-MANY_TRUNCATED = 0.01  # share of truncated training reviews above which a warning is given
 
 
 def make_task(config: VisobertConfig) -> "VisobertTask":
@@ -153,32 +152,7 @@ class VisobertTask(Task[VisobertConfig]):
         return self.alpha.metrics()
 
     def warnings(self, total_steps: int) -> Sequence[str]:  # noqa: ARG002
-        warnings: list[str] = []
-        for name, reviews in self.reviews.by_name.items():
-            warnings += reviews.notes
-            if reviews.dropped:
-                warnings.append(f"{reviews.source}: bad cells that are dropped: {len(reviews.dropped)} ({name})")
-            unknown = unknown_share(self.tokenizer, self.table(name).ids[:-1].numpy())
-            if unknown > MANY_UNKNOWN:
-                warnings.append(f"{unknown:.1%} of the tokens of {name} are unknown to the tokenizer")
-            copies = self._copies(name)
-            if copies:
-                warnings.append(f"{copies} of {len(reviews)} {name} reviews are in train")
-        limit = self.config.model.max_tokens
-        truncated = float((self.table("train").lengths.numpy() >= limit).mean())
-        if truncated > MANY_TRUNCATED:
-            warnings.append(f"{truncated:.1%} of the training reviews reach model.max_tokens {limit}")
-        return warnings
-
-    def _copies(self, split: str) -> int:
-        """Reviews of a file that are in the training file too; the embedded reviews have some on purpose."""
-        data = self.config.data
-        if split == "train" or data.train is None or (split == "valid" and data.validation is None):
-            return 0
-        in_train = set(map(folded, self.reviews.train.texts))
-        if data.validation is None:  # a share of the training file
-            in_train |= set(map(folded, self.reviews.valid.texts))
-        return sum(folded(text) in in_train for text in self.reviews.by_name[split].texts)
+        return data_warnings(self.config, self.reviews, self.tokenizer, self.table)
 
     # --- training ----------------------------------------------------------------------------------------------------
 
@@ -190,8 +164,7 @@ class VisobertTask(Task[VisobertConfig]):
         return model
 
     def _build(self, *, weights: bool) -> AspectSentimentModel:
-        aspects = len(self.reviews.train.aspects)
-        return build_model(self.config.model, aspects, self.tokenizer, weights=weights, warn=warn)
+        return build_model(self.config.model, len(self.reviews.train.aspects), self.tokenizer, weights=weights)
 
     @property
     def schedule(self) -> ScheduleConfig:
@@ -212,7 +185,7 @@ class VisobertTask(Task[VisobertConfig]):
         training = self.config.training
         generator = np.random.Generator(np.random.PCG64([self.config.seed, epoch]))
         lengths = self.table("train").lengths.numpy()
-        return LengthBuckets(lengths, training.batch_size, training.batch_tokens, generator, self.repeats)
+        return length_buckets(lengths, training.batch_size, training.batch_tokens, generator, self.repeats)
 
     def batch(self, rows: Rows) -> ReviewBatch:
         return self.table("train").batch(rows)

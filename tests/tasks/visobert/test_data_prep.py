@@ -99,7 +99,7 @@ def test_alpha_file_round_trip(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda tree: tree.pop("counts"), "counts: Field required"),
+        (lambda tree: tree.pop("counts"), "counts Field required"),
         (lambda tree: tree.update(vector=[1, 2]), "vector"),
         (lambda tree: tree.update(mode="car"), "mode"),
         (lambda tree: tree.update(counts=[-1, 1, 4]), "counts.0"),

@@ -18,9 +18,9 @@ from pipeline.errors import UserError
 from pipeline.tasks.visobert.config import EMBEDDED, EmbeddedReviewsConfig, TrainDataConfig
 from pipeline.tasks.visobert.encoders.tokenizer import Tokens
 from pipeline.tasks.visobert.reviews.review_table import (
-    LengthBuckets,
     ReviewTable,
     capped_repeats,
+    length_buckets,
     padding_efficiency,
     tokenise,
 )
@@ -57,7 +57,7 @@ def test_every_row_once_within_both_budgets(
     listed: list[int], batch_size: int, batch_tokens: int, seed: int | None
 ) -> None:
     lengths = np.array(listed, dtype=np.int64)
-    batches = LengthBuckets(lengths, batch_size, batch_tokens, None if seed is None else generator(seed))
+    batches = length_buckets(lengths, batch_size, batch_tokens, None if seed is None else generator(seed))
     assert sorted(row for rows in batches for row in rows.tolist()) == list(range(len(lengths)))
     assert len(batches) == len(list(batches))
     for rows in batches:
@@ -71,16 +71,16 @@ def test_every_row_once_within_both_budgets(
 def test_batches_are_as_large_as_the_budgets_allow() -> None:
     """Sorted: 2 2 3 3 3 5 9. Of 10 tokens: 2 2 3 (9 padded), 3 3 (a third would make 3 * 5 = 15), 5 (2 * 9 = 18), 9."""
     lengths = np.array([3, 9, 2, 5, 3, 2, 3])
-    assert [rows.tolist() for rows in LengthBuckets(lengths, 8, 10)] == [[2, 5, 0], [4, 6], [3], [1]]
-    assert [len(rows) for rows in LengthBuckets(lengths, 2, 10)] == [2, 2, 2, 1]
-    assert [len(rows) for rows in LengthBuckets(lengths, 8, 8)] == [2, 2, 1, 1, 1]  # 9 is longer than the budget
+    assert [rows.tolist() for rows in length_buckets(lengths, 8, 10)] == [[2, 5, 0], [4, 6], [3], [1]]
+    assert [len(rows) for rows in length_buckets(lengths, 2, 10)] == [2, 2, 2, 1]
+    assert [len(rows) for rows in length_buckets(lengths, 8, 8)] == [2, 2, 1, 1, 1]  # 9 is longer than the budget
 
 
 def test_an_epoch_depends_on_its_seed_and_number_alone() -> None:
     lengths = realistic(500)
 
     def plan(*seed: int) -> list[list[int]]:
-        return [rows.tolist() for rows in LengthBuckets(lengths, 16, 512, generator(*seed))]
+        return [rows.tolist() for rows in length_buckets(lengths, 16, 512, generator(*seed))]
 
     assert plan(0, 0) == plan(0, 0)
     assert plan(0, 0) != plan(0, 1)
@@ -92,7 +92,7 @@ def test_an_epoch_depends_on_its_seed_and_number_alone() -> None:
 
 def test_batches_do_not_come_by_length() -> None:
     lengths = realistic(4000)
-    batches = LengthBuckets(lengths, 32, 4096, generator(3))
+    batches = length_buckets(lengths, 32, 4096, generator(3))
     means = np.array([lengths[rows].mean() for rows in batches])
     assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.3
 
@@ -101,7 +101,7 @@ def test_batches_do_not_come_by_length() -> None:
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_little_is_padding_on_realistic_lengths(batch_size: int, batch_tokens: int, seed: int) -> None:
     lengths = realistic(8000, seed)
-    batches = LengthBuckets(lengths, batch_size, batch_tokens, generator(seed, 0))
+    batches = length_buckets(lengths, batch_size, batch_tokens, generator(seed, 0))
     cells = sum(len(rows) * max(lengths[rows]) for rows in batches)
     assert padding_efficiency(lengths, batches) == pytest.approx(lengths.sum() / cells, rel=1e-12)
     assert lengths.sum() / cells >= 0.95
@@ -114,7 +114,7 @@ def test_oversampled_rows_come_as_often_as_asked_for() -> None:
     repeats = np.tile([1.0, 1.4, 2.0, 2.75], 15)
     drawn: Counter[int] = Counter()
     for epoch in range(400):
-        rows = np.concatenate(list(LengthBuckets(lengths, 16, 512, generator(0, epoch), repeats)))
+        rows = np.concatenate(list(length_buckets(lengths, 16, 512, generator(0, epoch), repeats)))
         counts = np.bincount(rows, minlength=60)
         assert (counts >= np.floor(repeats)).all()
         assert (counts <= np.ceil(repeats)).all()

@@ -1,6 +1,5 @@
 """Encoders that transformers loads."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,6 +8,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
+from pipeline.runtime.console import warn
 from pipeline.tasks.visobert.config import ModelConfig
 from pipeline.tasks.visobert.encoders.embedded_encoder import Encoded
 from pipeline.tasks.visobert.encoders.model_folder import model_folder
@@ -31,9 +31,7 @@ class PretrainedEncoder(nn.Module):
         return Encoded(output.last_hidden_state, getattr(output, "pooler_output", None))
 
 
-def load_encoder(
-    config: ModelConfig, vocabulary: int, *, weights: bool, warn: Callable[[str], object]
-) -> PretrainedEncoder:
+def load_encoder(config: ModelConfig, vocabulary: int, *, weights: bool) -> PretrainedEncoder:
     """Load the encoder in fp32. `weights` false: new weights, whatever `model.init` is.
 
     Raises:
@@ -41,14 +39,14 @@ def load_encoder(
     """
     pretrained = weights and config.init == "pretrained"
     folder = model_folder(config.name, config.revision, weights=pretrained)
-    encoder = PretrainedEncoder(_load(folder, config, pretrained, warn), config.pooling == "pooler")
+    encoder = PretrainedEncoder(_load(folder, config, pretrained), config.pooling == "pooler")
     _check_sizes(encoder.model, config, vocabulary)
     if config.pooling == "pooler" and getattr(encoder.model, "pooler", None) is None:
         raise UserError(f"model.pooling: found pooler, but {config.name} has none; allowed: cls, aspect_attention")
     return encoder
 
 
-def _load(folder: Path, config: ModelConfig, pretrained: bool, warn: Callable[[str], object]) -> nn.Module:
+def _load(folder: Path, config: ModelConfig, pretrained: bool) -> nn.Module:
     from transformers import AutoConfig, AutoModel
     from transformers.utils import logging
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import numpy.typing as npt
 from annotated_types import Ge
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from pipeline.errors import UserError
 from pipeline.storage.files import replacing
@@ -74,14 +74,8 @@ class Alpha:
         """
         try:
             return TypeAdapter(cls).validate_python(json.loads(file.read_text(encoding="utf-8")))
-        except OSError as error:
-            raise UserError(f"{file}: {error.strerror or error}") from None
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"]) or "the whole"
-            raise UserError(f"{file}: not an alpha.json of data_prep ({key}: {first['msg']})") from None
-        except (ValueError, RecursionError) as error:  # neither UTF-8 nor JSON
-            raise UserError(f"{file}: not an alpha.json of data_prep ({error})") from None
+        except (OSError, ValueError) as error:  # pydantic's and JSON's are ValueErrors
+            raise UserError(f"{file}: not an alpha.json of data_prep ({' '.join(str(error).split())[:200]})") from None
 
 
 def check_same_data(alpha: Alpha, train: Reviews, detection_only: Sequence[str], run: str) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -65,45 +64,34 @@ class ReviewTable:
         return ReviewBatch(self.ids[source], mask, self.labels[index])
 
 
-class LengthBuckets(Sequence[Rows]):
-    """The micro-batches of one epoch, decided by the generator alone.
+def length_buckets(
+    lengths: npt.NDArray[np.int64],
+    batch_size: int,
+    batch_tokens: int,
+    generator: np.random.Generator | None = None,
+    repeats: npt.NDArray[np.float64] | None = None,
+) -> list[Rows]:
+    """The micro-batches of one epoch, decided by the generator alone; None = all rows by length, for evaluation.
 
     Rows are shuffled and sorted by slightly jittered length, so that a batch holds similar lengths but different
     reviews every epoch; then the batches are shuffled. A batch holds at most `batch_size` rows and `batch_tokens`
     tokens, padding included; a longer review is a batch of its own.
+
+    `repeats`: [N], expected copies of each row: the integer part, plus one with the probability of the rest.
     """
-
-    def __init__(
-        self,
-        lengths: npt.NDArray[np.int64],
-        batch_size: int,
-        batch_tokens: int,
-        generator: np.random.Generator | None = None,
-        repeats: npt.NDArray[np.float64] | None = None,
-    ) -> None:
-        """`generator`: None = sorted by length, for evaluation.
-
-        `repeats`: [N], expected copies of each row: the integer part, plus one with the probability of the rest.
-        """
-        rows = np.arange(len(lengths))
-        if generator is None:
-            order = rows[np.argsort(lengths, kind="stable")]
-        else:
-            if repeats is not None:
-                rows = np.repeat(rows, (repeats + generator.random(len(rows))).astype(np.int64))
-            shuffled = generator.permutation(rows)
-            jittered = lengths[shuffled] * (1 + LENGTH_JITTER * generator.random(len(shuffled)))
-            order = shuffled[np.argsort(jittered, kind="stable")]
-        bounds = _bounds(lengths[order], batch_size, batch_tokens)
-        self.batches = [order[first:last] for first, last in pairwise(bounds)]
-        if generator is not None:
-            self.batches = [self.batches[index] for index in generator.permutation(len(self.batches))]
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.batches[index]
+    rows = np.arange(len(lengths))
+    if generator is None:
+        order = rows[np.argsort(lengths, kind="stable")]
+    else:
+        if repeats is not None:
+            rows = np.repeat(rows, (repeats + generator.random(len(rows))).astype(np.int64))
+        shuffled = generator.permutation(rows)
+        jittered = lengths[shuffled] * (1 + LENGTH_JITTER * generator.random(len(shuffled)))
+        order = shuffled[np.argsort(jittered, kind="stable")]
+    batches = [order[first:last] for first, last in pairwise(_bounds(lengths[order], batch_size, batch_tokens))]
+    if generator is None:
+        return batches
+    return [batches[index] for index in generator.permutation(len(batches))]
 
 
 def _bounds(lengths: npt.NDArray[np.int64], batch_size: int, batch_tokens: int) -> list[int]:
