@@ -105,7 +105,7 @@ def test_alpha_file_round_trip(tmp_path: Path) -> None:
         (lambda tree: tree.update(counts=[-1, 1, 4]), "counts.0"),
     ],
 )
-def test_an_alpha_file_that_is_none(tmp_path: Path, change: Any, message: str) -> None:
+def test_a_bad_alpha_file(tmp_path: Path, change: Any, message: str) -> None:
     file = tmp_path / ALPHA_FILE
     compute_alpha(reviews_of([[P, O], [N, U], [U, O]]), (), "auto").write(file)
     tree = json.loads(file.read_text())
@@ -118,7 +118,7 @@ def test_an_alpha_file_that_is_none(tmp_path: Path, change: Any, message: str) -
 
 
 @pytest.mark.parametrize("content", [b"[1, 2]", b"{", b"\xff\xfe"])
-def test_an_alpha_file_of_something_else(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_json(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / ALPHA_FILE
     with pytest.raises(UserError, match="No such file"):
         Alpha.read(file)

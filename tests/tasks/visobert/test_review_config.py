@@ -41,7 +41,7 @@ def text_of(folder: Path, text: str) -> Path:
 # ---------------------------------------------------------------- the users' keys and the defaults
 
 
-def test_users_keys_stand_under_their_own_names() -> None:
+def test_documented_keys_and_defaults() -> None:
     flat = flatten(config_of(SHIPPED))
     expected = {
         "multi_label.use_focal_loss": "true",
@@ -83,14 +83,12 @@ def test_the_descriptions_name_the_defaults_of_the_embedded_model() -> None:
     ("key", "text", "shown"),
     [
         ("model.hidden", "32", "32"),
-        ("model.hidden", "512", "512"),  # the general default, but said outright
         ("model.dropout", "0.1", "0.1"),
         ("training.amp", "bf16", "bf16"),
-        ("optim.encoder.lr", "3e-5", "3e-05"),
         ("optim.encoder.betas", "[0.9, 0.999]", "[0.9, 0.999]"),
     ],
 )
-def test_what_is_said_outright_wins(tmp_path: Path, key: str, text: str, shown: str) -> None:
+def test_explicit_values_win(tmp_path: Path, key: str, text: str, shown: str) -> None:
     """On the command line and in the file; the other defaults still follow the model."""
     by_hand = flatten(load(VisobertConfig, SMALL, {key: text}))
     *blocks, leaf = key.split(".")
@@ -105,7 +103,7 @@ def test_what_is_said_outright_wins(tmp_path: Path, key: str, text: str, shown: 
         assert others == {path: flatten(config_of(SMALL))[path] for path in others}
 
 
-def test_an_empty_block_has_the_defaults_that_follow(tmp_path: Path) -> None:
+def test_an_empty_block_has_the_defaults_of_the_model(tmp_path: Path) -> None:
     file = text_of(tmp_path, "model: {name: embedded}\noptim:\n  encoder:\ntraining:\n")
     assert load(VisobertConfig, file) == config_of(SMALL)
     assert load(VisobertConfig, text_of(tmp_path, "model:\n")) == VisobertConfig()
@@ -119,11 +117,6 @@ def test_without_detection_sentiments_choose_the_best_weights(text: str) -> None
     assert config.evaluation.metric == "valid/sentiment_f1_macro"
     explicit = config_of(None, model__aspect_detection=text, evaluation__metric="valid/loss_total")
     assert explicit.evaluation.metric == "valid/loss_total"
-
-
-def test_with_detection_pairs_choose_them() -> None:
-    for config in (VisobertConfig(), config_of(None, model__aspect_detection="true"), config_of(SMALL)):
-        assert config.evaluation.metric == "valid/pair_f1_micro"
 
 
 @pytest.mark.parametrize("text", ["model: 3", "model: [a]", "optim: 3\nmodel: {name: embedded}", "evaluation: x"])
@@ -194,7 +187,6 @@ def test_the_resolved_yaml_is_the_same_config(  # noqa: PLR0917
         ("auto", "auto"),
         ("null", None),
         ("[1.0, 1.2, 1.5]", (1.0, 1.2, 1.5)),
-        ("[1, 0, 2]", (1.0, 0.0, 2.0)),
         ("[1e-1, 2, 3]", (0.1, 2.0, 3.0)),
     ],
 )
@@ -208,20 +200,16 @@ def test_alpha(tmp_path: Path, text: str, expected: Any) -> None:
     ("text", "shown"),
     [
         ("[1.0, 1.2]", "[1.0, 1.2]"),
-        ("[1, 2, 3, 4]", "[1, 2, 3, 4]"),
         ("[1.0, -1, 1]", "[1.0, -1, 1]"),
         ("[1.0, .nan, 1]", "[1.0, NaN, 1]"),
         ("[a, 1, 1]", '["a", 1, 1]'),
         ("automatic", "'automatic'"),
-        ("1.5", "1.5"),
-        ("[]", "[]"),
         ("true", "true"),
         ("{positive: 1}", '{"positive": 1}'),
-        ("[[1, 2], [3], 1]", "[[1, 2], [3], 1]"),
         ("[true, 1, 1]", "[true, 1, 1]"),
     ],
 )
-def test_what_is_no_alpha_is_reported_once_with_the_whole_value(tmp_path: Path, text: str, shown: str) -> None:
+def test_a_bad_alpha_is_reported_once_in_full(tmp_path: Path, text: str, shown: str) -> None:
     wanted = f"found {shown}, allowed: auto or list of 3 numbers >= 0 or null"
     assert error_of(None, multi_label__focal_alpha=text) == f"--multi_label.focal_alpha: {wanted}"
     file = text_of(tmp_path, f"multi_label: {{focal_alpha: {text}}}")
@@ -246,13 +234,11 @@ def test_two_errors_are_both_reported() -> None:
     ("key", "value", "allowed"),
     [
         ("data.validation_share", "1", "number > 0 and < 1"),
-        ("data.oversampling_ratio", "0.5", "number >= 1"),
         ("data.aspects", "[]", "list of texts of at least 1 or null"),
         ("model.pooling", "mean", "one of: pooler, cls, aspect_attention"),
         ("model.embedded.width", "7", "integer"),
         ("multi_label.aspect.alpha", "1.5", "number >= 0 and <= 1 or null"),
         ("evaluation.metric", "test/pair_f1_micro", "matching"),
-        ("optim.schedule.warmup_ratio", "1", "number >= 0 and < 1"),
         ("training.num_train_epochs", "0", "integer >= 1"),
     ],
 )
@@ -292,7 +278,7 @@ IDLE = [
 
 
 @pytest.mark.parametrize(("overrides", "idle"), IDLE, ids=lambda value: str(value) if isinstance(value, str) else "")
-def test_keys_that_do_nothing_are_reported(overrides: dict[str, str], idle: str) -> None:
+def test_keys_without_effect_are_reported(overrides: dict[str, str], idle: str) -> None:
     warnings = load(VisobertConfig, None, overrides).warnings(frozenset(overrides))
     assert len(warnings) == 1
     assert warnings[0].startswith(f"{idle} has no effect while ")
@@ -311,7 +297,7 @@ def test_keys_that_do_nothing_are_reported(overrides: dict[str, str], idle: str)
         {"multi_label.use_focal_loss": "false", "multi_label.lambda_aspect": "1"},
     ],
 )
-def test_keys_that_act_are_not_reported(overrides: dict[str, str]) -> None:
+def test_keys_with_effect_are_not_reported(overrides: dict[str, str]) -> None:
     assert load(VisobertConfig, None, overrides).warnings(frozenset(overrides)) == []
 
 
@@ -333,7 +319,7 @@ def test_an_unusual_gamma_is_reported() -> None:
         ({"run_name": "mine"}, "mine"),
     ],
 )
-def test_names_tell_the_arm(overrides: dict[str, str], name: str) -> None:
+def test_run_names_contain_the_arm(overrides: dict[str, str], name: str) -> None:
     assert load(VisobertConfig, None, overrides).name() == name
 
 
@@ -364,7 +350,7 @@ def test_the_warm_up_by_hand() -> None:
 # ---------------------------------------------------------------- what launch tells and keeps
 
 
-def test_epochs_are_reported_with_where_they_come_from(capsys: pytest.CaptureFixture[str]) -> None:
+def test_epochs_are_printed_with_their_source(capsys: pytest.CaptureFixture[str]) -> None:
     announce_epochs(config_of(SHIPPED), frozenset({"seed"}))
     assert capsys.readouterr().err == "Using epochs from config: 15\n"
     announce_epochs(config_of(SHIPPED, training__num_train_epochs="3"), frozenset({"training.num_train_epochs"}))
@@ -373,7 +359,7 @@ def test_epochs_are_reported_with_where_they_come_from(capsys: pytest.CaptureFix
     assert output.out == ""
 
 
-def test_files_become_artifacts_where_they_lie(tmp_path: Path) -> None:
+def test_files_become_artifacts_under_their_paths(tmp_path: Path) -> None:
     for file in ("b.json", "plots/a.png", "plots/deep/c.csv", "evaluation/d e.csv"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text("x")

@@ -304,7 +304,7 @@ def test_pooling_and_heads(folders: dict[str, Path], kind: str, pooling: str, hi
 
 
 @pytest.mark.parametrize("pooling", ["cls", "aspect_attention"])
-def test_a_review_without_any_token_is_no_nan(pooling: str) -> None:
+def test_a_review_without_tokens_has_finite_logits(pooling: str) -> None:
     """Not every tokenizer marks the start: an empty text may have no token at all. Its neighbours do not notice."""
     model = scrambled(built(EMBEDDED, pooling=pooling))
     ids, mask = batch_of([4, 3])
@@ -380,7 +380,7 @@ def test_layers_are_numbered_from_the_last_one(folders: dict[str, Path], kind: s
 
 
 @pytest.mark.parametrize("options", [{"weights": False}, {"init": "random"}])
-def test_new_weights_when_they_are_asked_for(folders: dict[str, Path], options: dict[str, Any]) -> None:
+def test_random_weights(folders: dict[str, Path], options: dict[str, Any]) -> None:
     saved = load_file(folders["bert"] / "model.safetensors")
     torch.manual_seed(0)
     weights = built(folders["bert"], **options).encoder.state_dict()
@@ -430,7 +430,7 @@ def user_error(call: Callable[[], object]) -> str:
     return str(caught.value)
 
 
-def test_weights_that_are_not_all_there(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_incomplete_weights_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = without(folders["bert"], tmp_path, "encoder.layer.1.output.dense")
     message = user_error(lambda: built(folder))
     assert "lack 2 of the encoder's tensors (encoder.layer.1.output.dense.bias" in message
@@ -464,7 +464,7 @@ def test_a_tokenizer_that_is_larger_than_the_model(folders: dict[str, Path]) -> 
 
 
 @pytest.mark.parametrize("kind", [EMBEDDED, "distilbert"])
-def test_a_pooler_that_is_not_there(folders: dict[str, Path], kind: str) -> None:
+def test_a_missing_pooler_is_refused(folders: dict[str, Path], kind: str) -> None:
     name = folders.get(kind, EMBEDDED)
     assert "allowed: cls, aspect_attention" in user_error(lambda: built(name, pooling="pooler"))
 
@@ -754,13 +754,15 @@ def test_a_note_of_the_file_is_reported_once(make: Make, tmp_path: Path, files: 
     assert [note for note in warnings if "Sạc" in note] == [f"{tmp_path / 'train.csv'}: no review mentions Sạc"]
 
 
-def test_texts_that_are_cut_are_reported(make: Make) -> None:
+def test_truncated_texts_are_reported(make: Make) -> None:
     warnings = make(**{"model.max_tokens": 8}).warnings(10)
     assert [note for note in warnings if "model.max_tokens 8" in note]
     assert not [note for note in make().warnings(10) if "max_tokens" in note]
 
 
-def test_what_a_split_lacks_or_shares_is_reported(make: Make, tmp_path: Path, files: dict[str, str]) -> None:
+def test_copies_unknown_tokens_and_missing_texts_are_reported(
+    make: Make, tmp_path: Path, files: dict[str, str]
+) -> None:
     """Copies, tokens that nobody knows, and reviews without a text, which take no part in the training."""
     train = pd.read_csv(files["data.train"], keep_default_na=False)
     assert len(make().reviews.train) == len(train)
@@ -823,7 +825,7 @@ def test_evaluation_scores_the_split_in_its_own_order(make: Make) -> None:
     assert "valid/f1/Khác" not in metrics
 
 
-def test_what_a_run_can_do_without_is_left_out(
+def test_optional_parts_may_fail(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A baseline, a picture, the rows of a metric, the calibration: each costs a line, and nothing else."""
@@ -874,7 +876,7 @@ def test_the_test_split_does_not_move_the_thresholds(make: Make) -> None:
 @pytest.mark.parametrize(
     "options", [{"baselines": "true"}, {"model.aspect_detection": "false"}, {"model.calibrate": "false"}]
 )
-def test_known_metrics_are_those_that_an_evaluation_gives(make: Make, options: dict[str, str]) -> None:
+def test_known_metrics_are_those_of_an_evaluation(make: Make, options: dict[str, str]) -> None:
     task = make(**options)
     model = task.model()
     with evaluating(model):
@@ -884,7 +886,7 @@ def test_known_metrics_are_those_that_an_evaluation_gives(make: Make, options: d
         assert not any(task.known_metrics(split).values())
 
 
-def test_what_splits_lack_for_a_metric_is_named(make: Make) -> None:
+def test_undefined_metrics_name_the_missing_labels(make: Make) -> None:
     task = make(**{"data.test": "null"})
     assert set(task.known_metrics("test").values()) == {"needs a test split: there is none"}
     camera = task.evaluation.names.index("Camera")
@@ -899,7 +901,7 @@ def test_what_splits_lack_for_a_metric_is_named(make: Make) -> None:
         undefined(task, "evaluation.metric", "valid/f1/Pni")
 
 
-def assert_same_answers(frame: pd.DataFrame, expected: pd.DataFrame) -> None:
+def assert_same_predictions(frame: pd.DataFrame, expected: pd.DataFrame) -> None:
     assert list(frame.columns) == list(expected.columns)
     for name in frame.columns:
         if "/" in name:
@@ -910,7 +912,7 @@ def assert_same_answers(frame: pd.DataFrame, expected: pd.DataFrame) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"model.aspect_detection": "false"}, {"model.pooling": "cls"}], ids=str)
-def test_an_exported_model_answers_as_the_task_does(make: Make, tmp_path: Path, options: dict[str, Any]) -> None:
+def test_an_exported_model_predicts_as_the_task_does(make: Make, tmp_path: Path, options: dict[str, Any]) -> None:
     task = make(**options)
     model = trained(task)
     with evaluating(model):
@@ -921,10 +923,10 @@ def test_an_exported_model_answers_as_the_task_does(make: Make, tmp_path: Path, 
     assert reviews is not None
     expected = task.evaluation.predictions(model, task.evaluation.predict(model, "test", "cpu")).frame()
     frame = predict.load(tmp_path / "model")(list(reviews.texts))
-    assert_same_answers(frame, expected)
+    assert_same_predictions(frame, expected)
     task.evaluation.calibration = {}
     plain = task.evaluation.predictions(model, task.evaluation.predict(model, "test", "cpu")).frame()
-    assert_same_answers(predict.load(tmp_path / "model")(list(reviews.texts), raw=True), plain)
+    assert_same_predictions(predict.load(tmp_path / "model")(list(reviews.texts), raw=True), plain)
     assert (frame.filter(like="/") - plain.filter(like="/")).abs().max().max() > 1e-3
     assert list(frame.columns) == list(export.outputs)
     assert frame.filter(like="/").std().max() > 0.01  # not all the same
@@ -949,7 +951,7 @@ def test_texts_in_any_form(answer: Callable[[Any], pd.DataFrame]) -> None:
     for form in forms:
         pd.testing.assert_frame_equal(answer(form), expected)
     for form in (texts[0], {"data": texts[0], "id": "r1"}):
-        assert_same_answers(answer(form), expected[:1])
+        assert_same_predictions(answer(form), expected[:1])
     index = pd.Index(["a", "b", "c", "d"])
     for form in (pd.Series(texts, index=index), pd.DataFrame({"data": texts}, index=index)):
         assert answer(form).index.tolist() == ["a", "b", "c", "d"]
@@ -968,7 +970,7 @@ def test_texts_in_any_form(answer: Callable[[Any], pd.DataFrame]) -> None:
         (pd.Series([b"ok"]), "texts: row 1: found bytes"),
     ],
 )
-def test_what_holds_no_texts_is_refused(answer: Callable[[Any], pd.DataFrame], form: Any, message: str) -> None:
+def test_input_without_texts_is_refused(answer: Callable[[Any], pd.DataFrame], form: Any, message: str) -> None:
     with pytest.raises(UserError) as caught:
         answer(form)
     assert str(caught.value).startswith(message)
@@ -1006,5 +1008,5 @@ def test_a_pretrained_model_there_and_back(make: Make, folders: dict[str, Path],
         file.unlink()
     folder.rmdir()
     answer = predict.load(tmp_path / "model")
-    assert_same_answers(answer(list(reviews.texts)), expected)
+    assert_same_predictions(answer(list(reviews.texts)), expected)
     assert len(answer([])) == 0

@@ -61,7 +61,7 @@ def refused(folder: Path, text: str, **options: Any) -> str:
 # ---------------------------------------------------------------- by hand
 
 
-def test_a_column_an_aspect(tmp_path: Path) -> None:
+def test_one_column_per_aspect(tmp_path: Path) -> None:
     reviews = read(tmp_path, WIDE)
     assert reviews.texts == ("Pin trâu,\nmáy đẹp", "NA", "Tạm")
     assert reviews.aspects == ("Battery", "Camera", "Others")
@@ -413,7 +413,7 @@ def test_damaged_jsonl(tmp_path: Path, lines: str, message: str) -> None:
     assert refused(tmp_path, lines, name="reviews.jsonl").startswith(f"reviews.jsonl: {message}")
 
 
-def test_files_that_are_none(tmp_path: Path) -> None:
+def test_paths_that_are_no_review_files(tmp_path: Path) -> None:
     (tmp_path / "folder.csv").mkdir()
     written(tmp_path, "x", "reviews.xlsx")
     written(tmp_path, "PAR1 and so on", "cut.parquet")

@@ -1,4 +1,4 @@
-"""Scores, thresholds, baselines, answers and reports: against scikit-learn, sets in plain Python, and by hand."""
+"""Scores, thresholds, baselines, predictions and reports: against scikit-learn, sets in plain Python, and by hand."""
 
 import dataclasses
 import itertools
@@ -45,7 +45,7 @@ def reviews_of(labels: Labels, aspects: Sequence[str], texts: Sequence[str] | No
 
 # pin, camera with sentiments; khác is detection-only
 LABELS = table([[P, O, M], [N, U, O], [P, X, M], [O, M, O], [U, N, X]])
-SAID = PredictedLabels(
+PREDICTED = PredictedLabels(
     sentiment=table([[P, P, P], [P, U, P], [P, N, N], [N, N, N], [U, P, P]]),
     mentioned=np.array([[1, 1, 1], [1, 1, 1], [0, 1, 0], [0, 1, 0], [1, 0, 1]], dtype=bool),
 )
@@ -60,7 +60,7 @@ def test_by_hand() -> None:
     (4,cam,N); given (0,pin,P) (0,cam,P) (1,pin,P) (1,cam,U) (4,pin,U): 3 hits of 6 wanted and 5 given.
     By pair: pin P 1 of 2+2, pin N 0 of 1+0, pin U 1 of 1+1, camera N 0, camera U 1 of 1+1; camera P does not occur.
     """
-    scores = score(LABELS, SAID, NAMES, POLAR)
+    scores = score(LABELS, PREDICTED, NAMES, POLAR)
     expected = {
         "sentiment_f1_macro": 5 / 9,
         "sentiment_accuracy": 4 / 6,
@@ -88,7 +88,7 @@ def test_by_hand() -> None:
     assert scores == pytest.approx(expected, abs=1e-12)
 
 
-def test_an_aspect_without_gold_counts_nothing_in_detection_and_has_no_sentiment_score() -> None:
+def test_an_aspect_without_labels() -> None:
     labels, polar = table([[P, O], [N, O]]), np.array([True, True])
     mentioned = np.array([[True, False], [True, False]])
     scores = score(labels, PredictedLabels(table([[P, P], [N, P]]), mentioned), ("pin", "sạc"), polar)
@@ -117,7 +117,7 @@ def test_a_split_in_which_an_aspect_is_unknown_throughout() -> None:
     said=st.integers(0, 99),
     detection=st.booleans(),
 )
-def test_known_scores_are_those_that_there_are_whatever_is_predicted(
+def test_known_scores_do_not_depend_on_predictions(
     labels: list[list[int]], polar: list[bool], said: int, detection: bool
 ) -> None:
     truth, flags, generator = (
@@ -173,7 +173,7 @@ def f1_of_sets(wanted: set[Any], given_: set[Any]) -> float:
 
 @settings(deadline=None, max_examples=60)
 @given(judged())
-def test_pairs_are_the_arithmetic_of_sets(case: tuple[Labels, PredictedLabels, npt.NDArray[np.bool_]]) -> None:
+def test_pair_scores_equal_set_arithmetic(case: tuple[Labels, PredictedLabels, npt.NDArray[np.bool_]]) -> None:
     labels, said, polar = case
     assert said.mentioned is not None
     wanted, given_, right = set(), set(), 0
@@ -203,14 +203,14 @@ def test_pairs_are_the_arithmetic_of_sets(case: tuple[Labels, PredictedLabels, n
 
 
 def test_the_table_of_aspects_by_hand() -> None:
-    pin, camera, other = aspect_table(LABELS, SAID, NAMES, POLAR)
+    pin, camera, other = aspect_table(LABELS, PREDICTED, NAMES, POLAR)
     assert (pin["mentions"], camera["mentions"], other["mentions"]) == (4, 3, 2)
     assert [pin["aspect_f1"], camera["aspect_f1"], other["aspect_f1"]] == pytest.approx([6 / 7, 2 / 3, 1 / 2])
     assert [pin[f"f1_{name}"] for name in SENTIMENTS] == pytest.approx([4 / 5, 0, 1])
     assert [pin[f"support_{name}"] for name in SENTIMENTS] == [2, 1, 1]
     assert camera["sentiment_f1_macro"] == pytest.approx(1 / 3)
     assert set(other) == {"aspect", "mentions", "aspect_f1"}
-    assert "aspect_f1" not in aspect_table(LABELS, PredictedLabels(SAID.sentiment, None), NAMES, POLAR)[0]
+    assert "aspect_f1" not in aspect_table(LABELS, PredictedLabels(PREDICTED.sentiment, None), NAMES, POLAR)[0]
 
 
 # ---------------------------------------------------------------- thresholds
@@ -229,7 +229,7 @@ def best_cut(truth: Sequence[bool], value: Sequence[float]) -> float:
     st.lists(st.tuples(codes, st.integers(1, 20)), min_size=1, max_size=15),
     st.integers(0, 2**31),
 )
-def test_thresholds_are_the_best_cuts_drawn_towards_one_half(listed: list[tuple[int, int]], seed: int) -> None:
+def test_thresholds_are_best_cuts_shrunk_towards_one_half(listed: list[tuple[int, int]], seed: int) -> None:
     """Values are twentieths, so that many are equal."""
     labels = table([[code] for code, _ in listed])
     probability = np.array([[value / 20] for _, value in listed])
@@ -344,11 +344,11 @@ def test_tfidf_where_no_word_comes_twice() -> None:
         TfidfBaseline(things, table([[P]] * 60), (things, table([[P]] * 60)))
 
 
-# ---------------------------------------------------------------- answers
+# ---------------------------------------------------------------- predictions
 
 
 ASPECTS = ("pin", "giá cả", "khác")
-SAY = Predictions(
+PREDICTIONS = Predictions(
     Output(
         torch.log(torch.tensor([[[0.5, 0.3, 0.2]] * 3, [[0.1, 0.2, 0.7]] * 3, [[0.2, 0.6, 0.2]] * 3])),
         torch.logit(torch.tensor([[0.9, 0.3, 0.6], [0.2, 0.5, 0.4], [0.7, 0.1, 0.1]])),
@@ -366,8 +366,8 @@ def assert_cells(column: pd.Series, expected: list[str | None]) -> None:
     assert all(cell is None or isinstance(cell, str) for cell in cells)
 
 
-def test_what_is_answered() -> None:
-    frame = SAY.frame()
+def test_the_frame_by_hand() -> None:
+    frame = PREDICTIONS.frame()
     assert_cells(frame["pin"], ["positive", None, "negative"])
     assert_cells(frame["giá cả"], [None, "neutral", None])
     assert_cells(frame["khác"], ["mentioned", None, None])
@@ -383,34 +383,28 @@ def test_what_is_answered() -> None:
     np.testing.assert_allclose(frame["khác/mentioned"], [0.6, 0.4, 0.1], rtol=1e-5)
 
 
-def test_calibration_changes_probabilities_and_no_word() -> None:
+def test_calibration_changes_probabilities_but_no_label() -> None:
     calibration = {"aspect": {"temperature": 0.5}, "sentiment": {"temperature": 2.0}}
-    frame = dataclasses.replace(SAY, calibration=calibration).frame()
-    pd.testing.assert_frame_equal(frame[list(ASPECTS)], SAY.frame()[list(ASPECTS)])
+    frame = dataclasses.replace(PREDICTIONS, calibration=calibration).frame()
+    pd.testing.assert_frame_equal(frame[list(ASPECTS)], PREDICTIONS.frame()[list(ASPECTS)])
     assert frame["giá cả/mentioned"].tolist() == pytest.approx([9 / 58, 0.5, 1 / 82])  # odds squared: 9:49, 1:1, 1:81
     roots = np.sqrt([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7], [0.2, 0.6, 0.2]])
     probabilities = frame[[f"pin/{name}" for name in ("positive", "negative", "neutral")]].to_numpy()
     np.testing.assert_allclose(probabilities, roots / roots.sum(1, keepdims=True), rtol=1e-5)
 
 
-def test_a_probability_at_its_threshold_is_a_mention() -> None:
-    output = Output(torch.zeros(2, 1, 3), torch.tensor([[0.0], [-1e-6]]))
-    answers = Predictions(output, np.array([0.5]), ("pin",), np.array([True]))
-    assert answers.labels.mentioned is not None
-    assert answers.labels.mentioned.tolist() == [[True], [False]]
-    assert_cells(answers.frame()["pin"], ["positive", None])
-
-
 def test_columns_that_are_all_none() -> None:
-    frame = Predictions(SAY.output, np.ones(3), ASPECTS, SAY.polar).frame()
+    frame = Predictions(PREDICTIONS.output, np.ones(3), ASPECTS, PREDICTIONS.polar).frame()
     for aspect in ASPECTS:
         assert_cells(frame[aspect], [None, None, None])
 
 
-def test_answers_without_detection() -> None:
-    answers = Predictions(Output(SAY.output.sentiment, None), SAY.thresholds, ASPECTS, SAY.polar)
-    frame = answers.frame()
-    assert answers.labels.mentioned is None
+def test_the_frame_without_detection() -> None:
+    predictions = Predictions(
+        Output(PREDICTIONS.output.sentiment, None), PREDICTIONS.thresholds, ASPECTS, PREDICTIONS.polar
+    )
+    frame = predictions.frame()
+    assert predictions.labels.mentioned is None
     assert_cells(frame["pin"], ["positive", "neutral", "negative"])
     assert_cells(frame["khác"], [None, None, None])
     assert list(frame.columns) == [*ASPECTS, *(f"{aspect}/{name}" for aspect in ASPECTS[:2] for name in SENTIMENTS)]
@@ -419,8 +413,8 @@ def test_answers_without_detection() -> None:
 @pytest.mark.parametrize("detection", [True, False])
 def test_no_review_is_an_empty_frame(detection: bool) -> None:
     output = Output(torch.empty(0, 3, 3), torch.empty(0, 3) if detection else None)
-    frame = Predictions(output, SAY.thresholds, ASPECTS, SAY.polar).frame()
-    types = column_types(ASPECTS, SAY.polar, detection)
+    frame = Predictions(output, PREDICTIONS.thresholds, ASPECTS, PREDICTIONS.polar).frame()
+    types = column_types(ASPECTS, PREDICTIONS.polar, detection)
     assert len(frame) == 0
     assert list(frame.columns) == list(types)
     assert {name for name, kind in types.items() if kind == "string"} == set(ASPECTS)
@@ -432,7 +426,7 @@ def test_no_review_is_an_empty_frame(detection: bool) -> None:
 
 def test_the_most_confident_errors_come_first() -> None:
     labels = table([[P, O, O], [N, U, O], [X, M, O]])
-    errors = confident_errors(reviews_of(labels, ASPECTS), SAY)
+    errors = confident_errors(reviews_of(labels, ASPECTS), PREDICTIONS)
     rows = [tuple(row) for row in errors.drop(columns="probability").itertuples(index=False)]
     # review 0: right in pin and price, khác is mentioned but should not be (.6)
     # review 1: pin is negative, said neutral (.7), not mentioned (.8 sure); price right
@@ -446,11 +440,11 @@ def test_the_most_confident_errors_come_first() -> None:
     np.testing.assert_allclose(errors["probability"], [0.9, 0.8, 0.7, 0.6], rtol=1e-5)
 
 
-def test_at_most_so_many_errors_are_listed() -> None:
+def test_the_number_of_errors_is_limited() -> None:
     count = MAX_ERRORS + 50
     output = Output(torch.zeros(count, 1, 3), torch.linspace(1, 5, count).unsqueeze(1))
-    answers = Predictions(output, np.array([0.5]), ("pin",), np.array([True]))
-    errors = confident_errors(reviews_of(np.full((count, 1), O, np.int8), ("pin",)), answers)
+    predictions = Predictions(output, np.array([0.5]), ("pin",), np.array([True]))
+    errors = confident_errors(reviews_of(np.full((count, 1), O, np.int8), ("pin",)), predictions)
     assert len(errors) == MAX_ERRORS
     assert errors["text"][0] == f"review {count - 1}"
 
@@ -458,7 +452,7 @@ def test_at_most_so_many_errors_are_listed() -> None:
 def test_the_files_of_a_report(tmp_path: Path) -> None:
     texts = ["pin\ntrâu", 'giá "rẻ", tốt', "ok"]
     labels = table([[P, O, M], [N, U, O], [X, M, O]])
-    write_report(tmp_path, "test", reviews_of(labels, ASPECTS, texts), SAY)
+    write_report(tmp_path, "test", reviews_of(labels, ASPECTS, texts), PREDICTIONS)
     tables = tmp_path / "evaluation"
     assert (tmp_path / "plots" / "test_confusion.png").read_bytes().startswith(b"\x89PNG")
     counts = pd.read_csv(tables / "test_confusion.csv", index_col=["aspect", "truth"])
@@ -479,13 +473,13 @@ def test_the_files_of_a_report(tmp_path: Path) -> None:
 
 def test_a_report_where_an_aspect_has_no_labelled_cell(tmp_path: Path) -> None:
     """Rare aspects may be missing from a test split."""
-    write_report(tmp_path, "test", reviews_of(table([[P, O, M], [N, M, O], [X, O, O]]), ASPECTS), SAY)
+    write_report(tmp_path, "test", reviews_of(table([[P, O, M], [N, M, O], [X, O, O]]), ASPECTS), PREDICTIONS)
     assert (tmp_path / "evaluation" / "test_errors.csv").exists()
 
 
 def test_a_report_of_aspects_with_any_name(tmp_path: Path) -> None:
     """`text` and `labels` are columns of ours, but may be aspects of theirs."""
     names = ("text", "labels", "khác")
-    answers = Predictions(SAY.output, SAY.thresholds, names, SAY.polar)
-    write_report(tmp_path, "valid", reviews_of(table([[P, O, M], [N, U, O], [X, M, O]]), names), answers)
+    predictions = Predictions(PREDICTIONS.output, PREDICTIONS.thresholds, names, PREDICTIONS.polar)
+    write_report(tmp_path, "valid", reviews_of(table([[P, O, M], [N, U, O], [X, M, O]]), names), predictions)
     assert (tmp_path / "evaluation" / "valid_predictions.csv").exists()

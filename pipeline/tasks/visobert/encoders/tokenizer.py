@@ -140,7 +140,8 @@ class PretrainedTokenizer:
         mask = self.backend.mask_token_id
         self.mask_id = self.pad_id if mask is None else int(mask)
         self.unknown_id = self.backend.unk_token_id
-        self.digest = hashlib.sha256(_definition(self.backend, folder)).hexdigest()
+        files = sorted({file for pattern in (*VOCABULARY_FILES, "*.json", "*.txt") for file in folder.glob(pattern)})
+        self.digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
     def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> Tokens:
         if not len(texts):
@@ -205,13 +206,3 @@ def _special_tokens(folder: Path) -> dict[str, str]:
             if key.endswith("_token") and isinstance(text, str):
                 tokens[key] = text
     return tokens
-
-
-def _definition(backend: Any, folder: Path) -> bytes:
-    """Everything that decides the ids."""
-    if backend.is_fast:
-        backend.backend_tokenizer.no_truncation()
-        backend.backend_tokenizer.no_padding()
-        return bytes(backend.backend_tokenizer.to_str(), "utf-8")
-    files = sorted(file for pattern in (*VOCABULARY_FILES, "*.json", "*.txt") for file in folder.glob(pattern))
-    return repr(type(backend)).encode() + b"".join(file.read_bytes() for file in files)

@@ -212,7 +212,7 @@ def _print(analysis: Analysis) -> None:
     if analysis.duplicates["train"]["oversampled"]:
         warn(
             f"{analysis.copies} of {len(analysis.train)} training reviews are exact copies of others, labels and all: "
-            "the file looks oversampled, and then its alpha says how it was made, nothing about the data"
+            "the file looks oversampled, so that its alpha describes the repetition, not the data"
         )
         vectors = {"alpha of the file": alpha.vector, "alpha of the distinct reviews": analysis.alpha_of_distinct}
         say(table((name, dict(zip(SENTIMENTS, vector, strict=True))) for name, vector in vectors.items()))
