@@ -62,8 +62,8 @@ def write_raw(folder: Path, skeleton: str | bytes, common: str | bytes, **keys: 
 
 
 def columns(folder: Path, split: str = "train") -> dict[str, list[Any]]:
-    found: dict[str, list[Any]] = pq.read_table(folder / f"{split}.parquet").to_pydict()
-    return found
+    values: dict[str, list[Any]] = pq.read_table(folder / f"{split}.parquet").to_pydict()
+    return values
 
 
 def vocabulary(folder: Path) -> list[tuple[str, str, int, int]]:
@@ -145,9 +145,9 @@ def test_the_shipped_yaml_reads_the_published_files(
     ends = [sum(number < sum(shares[: part + 1]) for number in drawn) for part in range(len(shares))]
     expected = [ends[0], *(end - before for before, end in pairwise(ends)), *([2] if own_test else [])]
     assert [schema.splits[split].rows for split in ("train", "validation", "test")] == expected
-    told = f"all of {TEST['skeleton']}; split.train and split.validation divide {SKELETON}, split.test does not"
-    told = told if own_test else f"no test files; split divides {SKELETON} in three"
-    assert f"test: {told}\n" in capsys.readouterr().err
+    message = f"all of {TEST['skeleton']}; split.train and split.validation divide {SKELETON}, split.test does not"
+    message = message if own_test else f"no test files; split divides {SKELETON} in three"
+    assert f"test: {message}\n" in capsys.readouterr().err
     assert load(AliccpSource, SHIPPED) == AliccpSource(format="aliccp")  # what the YAML says is what is so without it
 
 
@@ -159,8 +159,8 @@ def test_the_shipped_yaml_reads_the_published_files(
 def test_rules_for_rows_that_do_not_fit(tmp_path: Path, rule: str, labels: tuple[list[int], list[int]]) -> None:
     keys = {"conversion_without_click": rule, "without_common_features": "drop"}
     schema = prepare(tmp_path, write_raw(tmp_path, SKELETON_TEXT, COMMON_TEXT, **keys), tmp_path / "out")
-    found = columns(tmp_path / "out")
-    assert (found["click"], found["conversion"]) == labels
+    rows = columns(tmp_path / "out")
+    assert (rows["click"], rows["conversion"]) == labels
     assert (schema.counts["conversions_without_click"], schema.counts["without_common_features"]) == (1, 1)
 
 
@@ -198,10 +198,10 @@ def test_a_malformed_line_is_named(tmp_path: Path, call_pipeline: Call) -> None:
         "2,0,0,bacff91692951881,1,205\x027\x031.0\r\r": "two ends",
     }
     lines = SKELETON_TEXT.splitlines(keepends=True)
-    told = rf"^{tmp_path}/{SKELETON}: line 2: found '2,.*allowed: sample_id,click \(0 or 1\),buy \(0 or 1\),common"
+    expected = rf"^{tmp_path}/{SKELETON}: line 2: found '2,.*allowed: sample_id,click \(0 or 1\),buy \(0 or 1\),common"
     for text in wrong:
         schema = write_raw(tmp_path, "".join([lines[0], text, "\n", *lines[1:]]), COMMON_TEXT)
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=expected):
             prepare(tmp_path, schema, tmp_path / "out")
         assert not (tmp_path / "out").exists()
     ended = call_pipeline("prepare_ctr", "--data", str(tmp_path), "--schema", str(schema),
@@ -220,7 +220,7 @@ def test_a_malformed_line_is_named(tmp_path: Path, call_pipeline: Call) -> None:
         prepare(tmp_path, write_raw(tmp_path, SKELETON_TEXT, SKELETON_TEXT), tmp_path / "out")
 
 
-@pytest.mark.parametrize(("keys", "told"), [
+@pytest.mark.parametrize(("keys", "expected"), [
     ({"features": {"206": "categorical"}}, r"features\.206: no such field in the files; there are: 101, 109_14"),
     ({"features": {"207": "categorical"}}, r"features\.207: found in the common features and in the skeleton, allowed"),
     ({"features": {"ä": "multi"}}, "allowed: names of printable ASCII characters but a comma"),
@@ -231,13 +231,13 @@ def test_a_malformed_line_is_named(tmp_path: Path, call_pipeline: Call) -> None:
     ({}, r"features\.click: the prepared files have such a column; allowed"),
     ({"split": {"train": 1e-9, "validation": 1 - 1e-9, "test": 0}}, "4 rows, none of them in the training split"),
 ])  # fmt: skip
-def test_a_schema_that_does_not_fit(tmp_path: Path, keys: dict[str, Any], told: str) -> None:
+def test_a_schema_that_does_not_fit(tmp_path: Path, keys: dict[str, Any], expected: str) -> None:
     common = COMMON_TEXT + line("ffffffffffffffff", "207=1")
     skeleton = SKELETON_TEXT + line("6,1,1,bacff91692951881", "207=1")
     skeleton = skeleton if "207" in keys.get("features", {}) else SKELETON_TEXT
     if not keys:
         skeleton += line("6,0,0,x", "click=7")
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=expected):
         prepare(tmp_path, write_raw(tmp_path, skeleton, common, **keys), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -302,9 +302,9 @@ def read_lines(text: str, pattern: re.Pattern[str], counts: Counter[str]) -> lis
 
 
 def read_features(text: str, claimed: str, counts: Counter[str]) -> list[tuple[str, str, float]]:
-    found = [tuple(re.split("[\x02\x03]", part)) for part in text.split("\x01")] if text else []
-    counts["other_feat_num"] += int(claimed) != len(found)
-    return [(name, number, float(value)) for name, number, value in found]
+    parts = [tuple(re.split("[\x02\x03]", part)) for part in text.split("\x01")] if text else []
+    counts["other_feat_num"] += int(claimed) != len(parts)
+    return [(name, number, float(value)) for name, number, value in parts]
 
 
 def slowly(
@@ -377,7 +377,7 @@ def slowly(
 
 
 def slow_columns(rows: list[Row], known: dict[str, Any], source: AliccpSource) -> dict[str, list[Any]]:
-    found: dict[str, list[Any]] = {label: [row[label] for row in rows] for label in ("click", "conversion")}
+    columns: dict[str, list[Any]] = {label: [row[label] for row in rows] for label in ("click", "conversion")}
     for name, feature in known.items():
         wish = source.features.get(name)
         buckets = source.hash_buckets if wish is None or wish.hash_buckets is None else wish.hash_buckets
@@ -388,12 +388,12 @@ def slow_columns(rows: list[Row], known: dict[str, Any], source: AliccpSource) -
 
         own = [[part for part in row["parts"] if part[0] == name] for row in rows]
         if feature["kind"] == "categorical":
-            found[name] = [number(parts[0][1]) if parts else 1 for parts in own]
+            columns[name] = [number(parts[0][1]) if parts else 1 for parts in own]
         else:
-            found[name] = [[number(part[1]) for part in parts] for parts in own]
+            columns[name] = [[number(part[1]) for part in parts] for parts in own]
             if feature["weighted"]:
-                found[f"{name}.weights"] = [[float(np.float32(part[2])) for part in parts] for parts in own]
-    return found
+                columns[f"{name}.weights"] = [[float(np.float32(part[2])) for part in parts] for parts in own]
+    return columns
 
 
 INDICES = ("bacff91692951881", "0000000000000001", "1", "user 7", "BACFF91692951881", "")
@@ -506,9 +506,9 @@ def _frames_mean_the_same(folder: Path, rows: list[Row], known: dict[str, Any], 
 def test_the_test_files_are_the_test_split(tmp_path: Path, keys: dict[str, Any]) -> None:
     write_test(tmp_path)
     schema = prepare(tmp_path, write_raw(tmp_path, SKELETON_TEXT, COMMON_TEXT, **keys), tmp_path / "out")
-    found = columns(tmp_path / "out", "test")
+    rows = columns(tmp_path / "out", "test")
     # the same index means another user there; 4 and 77 are not in the training split; one user is missing
-    assert (found["click"], found["101"], found["121"], found["205"]) == ([1, 0], [3, 1], [0, 1], [2, 0])
+    assert (rows["click"], rows["101"], rows["121"], rows["205"]) == ([1, 0], [3, 1], [0, 1], [2, 0])
     assert columns(tmp_path / "out")["101"] == [2, 2, 3, 1]
     assert schema.counts["without_common_features"] == 2
     shares = {feature.name: feature.out_of_vocabulary["test"] for feature in schema.features}

@@ -3,7 +3,7 @@
 import errno
 import math
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
@@ -18,7 +18,9 @@ import pytest
 from scipy.stats import chi2
 from sklearn.metrics import roc_auc_score
 
+from pipeline.data.contract import verify
 from pipeline.data.digests import file_sha256
+from pipeline.data.prepared_folder import FILES, arrow_schema
 from pipeline.data.schema import FIRST_ID, SPLITS, DataSchema
 from pipeline.errors import UserError
 from pipeline.tasks.mmoe.config import EmbeddedDataConfig
@@ -88,9 +90,9 @@ def test_labels_and_probabilities(rows: Columns) -> None:
 def standard_scores(
     p: npt.NDArray[Any], events: npt.NDArray[Any], group: npt.NDArray[Any], least: float
 ) -> npt.NDArray[Any]:
-    """Of the number of events in each group, if every row is an event with its own p, independently of the others.
+    """Standard scores of the number of events in each group, if rows are independent events with their own p.
 
-    Groups that expect fewer events than `least` are left out.
+    Groups with fewer than `least` expected events are left out.
     """
     expected, variance = np.bincount(group, weights=p), np.bincount(group, weights=p * (1 - p))
     kept = expected >= least
@@ -116,14 +118,14 @@ def test_the_truth_is_calibrated(rows: Columns) -> None:
 
 @pytest.mark.parametrize("name", ["user", "item", "age", "city", "category", "hour", "device", "slot"])
 def test_the_truth_holds_for_every_value(rows: Columns, name: str) -> None:
-    """Squared standard scores have mean 1: nothing about the row but its p tells of the label."""
+    """Squared standard scores have mean 1: given p, the label does not depend on the features."""
     clicked = rows["click"] == 1
     for p, events, group in (
         (rows["p_ctr"], rows["click"], rows[name]),
         (rows["p_cvr"][clicked], rows["conversion"][clicked], rows[name][clicked]),
     ):
         scores = standard_scores(p, events, group, least=5)
-        # their sum follows chi squared, skewed to the right; sixteen of them are asked
+        # their sum follows chi squared, skewed to the right; there are sixteen of them
         assert 1e-5 < chi2.cdf(np.square(scores).sum(), len(scores)) < 1 - 1e-5, (name, len(scores))
 
 
@@ -150,11 +152,11 @@ def test_users_and_items_are_what_they_are(table: pa.Table) -> None:
     for owner, names in owned.items():
         owners = some[owner].to_pylist()
         for name in names:
-            found = defaultdict(set)
+            values_of = defaultdict(set)
             for one, value in zip(owners, some[name].to_pylist(), strict=True):
-                found[one].add(tuple(value) if isinstance(value, list) else value)
-            assert {len(values) for values in found.values()} == {1}, name
-            assert len(set.union(*found.values())) > 1, name
+                values_of[one].add(tuple(value) if isinstance(value, list) else value)
+            assert {len(values) for values in values_of.values()} == {1}, name
+            assert len(set.union(*values_of.values())) > 1, name
 
 
 def test_popularity_is_skewed(rows: Columns) -> None:
@@ -211,62 +213,22 @@ def one_world(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded, "World", drawn_once)
 
 
-def test_schema_tells_the_truth(prepared: tuple[Path, DataSchema]) -> None:
+def test_the_folder_keeps_the_contract(prepared: tuple[Path, DataSchema], table: pa.Table) -> None:
     folder, schema = prepared
-    assert DataSchema.read(folder) == schema
-    assert {file.name for file in folder.iterdir()} == {
-        "train.parquet", "validation.parquet", "test.parquet", "vocabulary.parquet", "schema.json"
-    }  # fmt: skip
-    for split in schema.splits.values():
-        content = pq.ParquetFile(folder / split.file).read(columns=["click", "conversion"])
-        assert content.num_rows == split.rows
-        assert sum(content["click"].to_pylist()) == split.clicks
-        assert sum(content["conversion"].to_pylist()) == split.conversions
-        assert file_sha256(folder / split.file) == split.sha256
-    assert file_sha256(folder / "vocabulary.parquet") == schema.vocabulary_sha256
-    train = schema.splits["train"]
-    assert schema.base_rates.ctr == pytest.approx(train.clicks / train.rows)
-    assert schema.base_rates.cvr == pytest.approx(train.conversions / train.clicks)
+    assert verify(folder) == schema
     assert schema.truth
-
-
-def test_columns_are_those_of_the_contract(prepared: tuple[Path, DataSchema], table: pa.Table) -> None:
-    expected = {"click": pa.int8(), "conversion": pa.int8(), "p_ctr": pa.float64(), "p_cvr": pa.float64()}
-    for feature in prepared[1].features:
-        if feature.kind == "numeric":
-            expected[feature.name] = pa.float32()
-        elif feature.kind == "categorical":
-            expected[feature.name] = pa.int32()
-        else:
-            expected[feature.name] = pa.list_(pa.int32())
-            if feature.weighted:
-                expected[f"{feature.name}.weights"] = pa.list_(pa.float32())
-    assert {field.name: str(field.type).replace("element", "item") for field in table.schema} == {
-        name: str(kind) for name, kind in expected.items()
-    }
-    assert all(table[name].null_count == 0 for name in expected)
-    kinds = [feature.kind for feature in prepared[1].features]
-    assert {kind: kinds.count(kind) for kind in set(kinds)} == {"categorical": 8, "multi": 2, "numeric": 2}
-
-
-def test_ids_and_vocabulary_agree_with_the_sizes(prepared: tuple[Path, DataSchema], table: pa.Table) -> None:
-    """Ids 0 and 1 are for the unseen and the missing; every other id has one value, and no other id occurs."""
-    folder, schema = prepared
-    vocabulary = pq.read_table(folder / "vocabulary.parquet")
-    assert [str(field.type) for field in vocabulary.schema] == ["string", "string", "int32", "int64"]
-    entries = defaultdict(list)
-    for row in vocabulary.to_pylist():
-        entries[row["feature"]].append((row["id"], row["value"]))
-    features = [feature for feature in schema.features if feature.kind != "numeric"]
-    assert set(entries) == {feature.name for feature in features}
-    for feature in features:
-        ids, values = zip(*entries[feature.name], strict=True)
-        assert sorted(ids) == list(range(2, feature.size))
-        assert len(set(values)) == len(values)
-        column = table[feature.name].combine_chunks()
-        found = (column.flatten() if feature.kind == "multi" else column).unique().to_pylist()
-        assert set(found) <= set(ids), feature.name
-        assert len(found) > 0.9 * len(ids), feature.name
+    assert {file.name for file in folder.iterdir()} == set(FILES)
+    types = {field.name: str(field.type) for field in arrow_schema(schema.features)}
+    assert {field.name: str(field.type).replace("element", "item") for field in table.schema} == types | {
+        "p_ctr": "double", "p_cvr": "double"
+    }  # fmt: skip
+    assert Counter(feature.kind for feature in schema.features) == {"categorical": 8, "multi": 2, "numeric": 2}
+    for feature in schema.features:
+        if feature.kind != "numeric":
+            column = table[feature.name].combine_chunks()
+            ids = (column.flatten() if feature.kind == "multi" else column).unique().to_pylist()
+            assert min(ids) >= FIRST_ID  # no value is missing or out of vocabulary
+            assert len(ids) > 0.9 * (feature.size - FIRST_ID), feature.name
 
 
 def test_bags(table: pa.Table) -> None:

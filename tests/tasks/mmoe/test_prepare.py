@@ -11,7 +11,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -24,61 +23,32 @@ import yaml
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from raw_tables import (
+    GOOD,
+    LABELS,
+    PLAIN,
+    SHOP,
+    SHOP_FEATURES,
+    column,
+    prepare_text,
+    scalar_splitmix,
+    values_of,
+    vocabulary,
+    write_schema,
+)
 
 from pipeline.data import prepared_folder
 from pipeline.data.encoding import Encoder
-from pipeline.data.feature_statistics import Numbers, bin_edges
 from pipeline.data.schema import MISSING_TEXT, DataSchema
 from pipeline.errors import UserError
 from pipeline.storage import folders
 from pipeline.tasks.mmoe.prepare.preparation import prepare
 
 EXAMPLES = 200 if os.environ.get("FAULTS") == "full" else 20  # of whole files: each is prepared up to three times
-LABELS = {"click": "click", "conversion": "bought"}
-ALL_TRAINING = {"train": 1.0, "validation": 0.0, "test": 0.0}
 FILES = {"train.parquet", "validation.parquet", "test.parquet", "vocabulary.parquet", "schema.json"}
 
 
-def write_schema(folder: Path, features: dict[str, Any], **keys: Any) -> Path:
-    file = folder / "schema.yaml"
-    tree = {"labels": LABELS, "features": features, "split": ALL_TRAINING} | keys
-    file.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    return file
-
-
-def prepare_text(folder: Path, text: str, features: dict[str, Any], **keys: Any) -> DataSchema:
-    data = folder / "data.csv"
-    data.write_text(text, encoding="utf-8")
-    return prepare(data, write_schema(folder, features, **keys), folder / "out")
-
-
-def column(folder: Path, name: str, split: str = "train") -> list[Any]:
-    values: list[Any] = pq.read_table(folder / "out" / f"{split}.parquet")[name].to_pylist()
-    return values
-
-
-def vocabulary(folder: Path) -> list[tuple[str, str, int, int]]:
-    table = pq.read_table(folder / "out" / "vocabulary.parquet")
-    assert [str(field.type) for field in table.schema] == ["string", "string", "int32", "int64"]
-    return list(zip(*(table[name].to_pylist() for name in ("feature", "value", "id", "count")), strict=True))
-
-
 # ---------------------------------------------------------------- by hand
-
-SHOP = """\
-click,bought,city,tags,seen,seen_weight,price,note
-1,1, Huế ,a|b|a,7:0.5|8:2,,10,x
-true,0,Hà Nội,b,8:1,,20,
-0,FALSE,Huế,,,,,x
-1,0.0,,c| |NA|a,7:1|:3|9:4,,30,y
-1.0,0,Vinh,NA,9:1e-1,,0,z
-"""
-SHOP_FEATURES = {
-    "city": {"kind": "categorical", "min_count": 1},
-    "tags": {"kind": "multi", "min_count": 2},
-    "seen": {"kind": "multi", "weight_separator": ":"},
-    "price": {"kind": "numeric", "missing": "mean"},
-}
 
 
 def test_a_small_shop_by_hand(tmp_path: Path) -> None:
@@ -193,10 +163,6 @@ def test_missing_values_are_the_users(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- one text for one value
 
 
-def values_of(folder: Path, feature: str) -> list[tuple[str, int]]:
-    return [(value, count) for name, value, _, count in vocabulary(folder) if name == feature]
-
-
 @pytest.mark.parametrize(("cells", "values"), [
     (["123", "123.0", "456", "456.0", ""], [("123", 2), ("456", 2)]),  # a column of pandas with a missing id
     (["007", "007.0", "7", "-3.00"], [("007", 2), ("-3", 1), ("7", 1)]),  # leading zeros stay
@@ -220,7 +186,7 @@ def test_a_value_means_the_same_in_every_format(tmp_path: Path) -> None:
     })  # fmt: skip
     last = frame.iloc[2:].assign(user=[3, np.nan])
     features = dict.fromkeys(["user", "price", "flag", "when"], "categorical") | {"tags": "multi"}
-    found = []
+    prepared = []
     for name, keys, write in (
         ("plain", {}, lambda part, file: part.to_csv(file.with_suffix(".csv"), index=False)),
         ("dialect", {"csv": {"delimiter": r"\t", "escape": "\\"}},
@@ -236,8 +202,8 @@ def test_a_value_means_the_same_in_every_format(tmp_path: Path) -> None:
         for number, part in enumerate((frame.iloc[:2], last)):
             write(part, tmp_path / name / f"day{number}")
         prepare(tmp_path / name, write_schema(tmp_path, features, **keys), tmp_path / "out")
-        found.append((vocabulary(tmp_path), pq.read_table(tmp_path / "out" / "train.parquet").to_pydict()))
-    assert found[0] == found[1] == found[2] == found[3]
+        prepared.append((vocabulary(tmp_path), pq.read_table(tmp_path / "out" / "train.parquet").to_pydict()))
+    assert prepared[0] == prepared[1] == prepared[2] == prepared[3]
     assert values_of(tmp_path, "user") == [("12345678901", 1), ("2", 1), ("3", 1)]
     assert values_of(tmp_path, "price") == [("3.0", 2), ("0.1", 1), ("1e+22", 1)]
     assert values_of(tmp_path, "when") == [("2024-05-01", 2), ("2024-05-01 12:00:00", 1), ("2024-05-01 12:00:00.25", 1)]
@@ -316,8 +282,8 @@ def test_splits_of_their_own_files(tmp_path: Path, capfd: pytest.CaptureFixture[
                 own={"test": test})  # fmt: skip
     days(tmp_path, "NL/more.csv", [7])
     prepare(tmp_path / "NL", schema, tmp_path / "out")
-    assert "more.csv" not in (told := capfd.readouterr().err)
-    assert "test.csv, train.csv are read as one with the others" in told
+    assert "more.csv" not in (warning := capfd.readouterr().err)
+    assert "test.csv, train.csv are read as one with the others" in warning
 
 
 def test_partitioned_folders(tmp_path: Path) -> None:
@@ -332,19 +298,11 @@ def test_partitioned_folders(tmp_path: Path) -> None:
     assert column(tmp_path, "day") == [2, 1]
 
 
-def scalar_splitmix(value: int) -> int:
-    mask = (1 << 64) - 1
-    value = (value + 0x9E3779B97F4A7C15) & mask
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
-    return value ^ (value >> 31)
-
-
 def test_random_split_is_the_hash_of_seed_and_row(tmp_path: Path) -> None:
     assert scalar_splitmix(0) == 0xE220A8397B1DCDAF  # the published first output of SplitMix64
     rows, shares = 20_000, {"train": 0.7, "validation": 0.2, "test": 0.1}
     text = "click,bought,row\n" + "".join(f"0,0,{row}\n" for row in range(rows))
-    found = {}
+    training = {}
     for seed in (0, 2**70 + 3):
         schema = prepare_text(tmp_path, text, {"row": "numeric"}, split=shares | {"seed": seed})
         members: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
@@ -355,8 +313,8 @@ def test_random_split_is_the_hash_of_seed_and_row(tmp_path: Path) -> None:
             assert column(tmp_path, "row", split) == members[split]
             spread = 5 * (rows * share * (1 - share)) ** 0.5
             assert abs(schema.splits[split].rows - rows * share) < spread
-        found[seed] = set(members["train"])
-    assert len(found[0] & found[2**70 + 3]) == pytest.approx(rows * 0.49, rel=0.05)  # the seeds are independent
+        training[seed] = set(members["train"])
+    assert len(training[0] & training[2**70 + 3]) == pytest.approx(rows * 0.49, rel=0.05)  # the seeds are independent
 
 
 def test_split_by_a_column_keeps_its_values_together(tmp_path: Path) -> None:
@@ -374,57 +332,6 @@ def test_split_by_a_column_keeps_its_values_together(tmp_path: Path) -> None:
     # rows without a user are no user: each is on its own
     alone = split_of[frame["user"].isna()].value_counts(normalize=True)
     assert alone.to_dict() == pytest.approx({"train": 0.6, "validation": 0.2, "test": 0.2}, abs=0.05)
-
-
-# ---------------------------------------------------------------- edges and samples
-
-
-def test_edges_by_hand() -> None:
-    assert bin_edges([3.0] * 5, 4) == (3.0, 4.0)
-    assert bin_edges([1e9], 4) == (1e9, 1000000060.0)  # 1e9 + 1 is 1e9 in float32
-    top = float(np.finfo(np.float32).max)
-    low, high = bin_edges([top], 4)
-    assert low < high == float(str(np.float32(top)))
-    assert bin_edges([2, 1, 1, 0.1], 4) == (0.1, 1.0, 2.0)  # few distinct values: all of them
-    assert bin_edges(np.arange(101.0), 4) == (0.0, 25.0, 50.0, 75.0, 100.0)
-
-
-def test_edges_of_a_spiky_column() -> None:
-    gains = np.concatenate([np.zeros(9_600), np.arange(1.0, 401.0)])  # 96% are 0
-    edges = bin_edges(gains, 8)
-    # quantiles of all give 0 and 400 only; the others give eight shares of 1..400
-    assert edges[:2] == (0.0, 1.0)
-    assert edges[-1] == 400.0
-    assert len(edges) == 9
-    assert np.diff(edges[1:]) == pytest.approx([57.0] * 7, abs=1)
-
-
-@given(
-    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=200),
-    st.integers(1, 40),
-)
-def test_edges_increase_within_the_budget(values: list[float], bins: int) -> None:
-    edges = bin_edges(values, bins)
-    assert 2 <= len(edges) <= bins + 1
-    assert (np.diff(np.array(edges, dtype=np.float32)) > 0).all()
-    if len(set(values)) > 1:
-        assert (np.float32(edges[0]), np.float32(edges[-1])) == (min(values), max(values))
-
-
-@given(st.lists(st.integers(1, 400), min_size=1, max_size=20), st.integers(1, 50))
-def test_sample_and_mean_do_not_depend_on_batches(sizes: list[int], kept: int) -> None:
-    rows = sum(sizes)
-    values = np.random.default_rng(rows).lognormal(size=(rows, 2))
-    values[3::7, 1] = np.nan
-    whole, cut = Numbers(2, kept), Numbers(2, kept)
-    whole.add(np.arange(rows), values)
-    for start, size in zip(itertools.accumulate(sizes, initial=0), sizes, strict=False):
-        cut.add(np.arange(start, start + size), values[start : start + size])
-    smallest = sorted(range(rows), key=scalar_splitmix)[:kept]
-    for numbers in (whole, cut):
-        assert sorted(numbers.sample()[:, 0]) == sorted(values[smallest, 0])
-        assert numbers.means() == pytest.approx(np.nanmean(values, axis=0), rel=1e-11)  # 8,000 roundings
-    assert whole.means().tolist() == cut.means().tolist()
 
 
 # ---------------------------------------------------------------- properties over random frames
@@ -636,437 +543,6 @@ def test_a_frame_is_encoded_as_its_file_was(rows: list[dict[str, Any]]) -> None:
             assert list(encoded) == table.column_names[2:]
             for name, values in encoded.items():
                 assert values.equals(table[name].combine_chunks().cast(values.type)), (how, name)
-
-
-# ---------------------------------------------------------------- the encoder on frames
-
-
-def encoder_for(folder: Path, text: str, features: dict[str, Any], **keys: Any) -> Encoder:
-    prepare_text(folder, text, features, **keys)
-    return Encoder.load(folder / "out")
-
-
-def encoded(encoder: Encoder, **columns: Any) -> dict[str, list[Any]]:
-    return {name: values.to_pylist() for name, values in encoder.encode(pd.DataFrame(columns)).items()}
-
-
-def test_numbers_find_the_spelling_of_the_file(tmp_path: Path) -> None:
-    codes = ["07", "07", "08", "008", "1.50", "12", "1e3", "-05", "9007199254740993"]
-    text = "click,bought,code\n" + "".join(f"0,0,{code}\n" for code in codes)
-    encoder = encoder_for(tmp_path, text, {"code": "categorical"})
-    ids = {value: number for _, value, number, _ in vocabulary(tmp_path)}
-    assert encoded(encoder, code=[7, 12, 1000, -5])["code"] == [ids["07"], ids["12"], ids["1e3"], ids["-05"]]
-    assert encoded(encoder, code=[1.5, 7.0, np.nan])["code"] == [ids["1.50"], ids["07"], 1]
-    assert encoded(encoder, code=[8])["code"] == [0]  # 08 or 008? Nobody can tell
-    assert encoded(encoder, code=["7", " 07 ", "08"])["code"] == [0, ids["07"], ids["08"]]  # text says what it means
-    assert encoded(encoder, code=[9007199254740993, 9007199254740992])["code"] == [ids["9007199254740993"], 0]
-    mixed = [7, "08", 12.0, None, pd.NA, float("nan"), np.int64(12)]  # chunks that pandas read as different types
-    assert encoded(encoder, code=mixed)["code"] == [ids["07"], ids["08"], ids["12"], 1, 1, 1, ids["12"]]
-
-
-def test_truth_values_find_the_spelling_of_the_file(tmp_path: Path) -> None:
-    encoder = encoder_for(tmp_path, "click,bought,flag\n0,0,true\n0,0,true\n0,0,FALSE\n", {"flag": "categorical"})
-    assert encoded(encoder, flag=[True, False])["flag"] == [2, 3]
-    assert encoded(encoder, flag=[False, None])["flag"] == [3, 1]
-    assert encoded(encoder, flag=["true", "True", "yes"])["flag"] == [2, 2, 0]
-
-
-def test_missing_numbers_are_missing_in_frames(tmp_path: Path) -> None:
-    text = "click,bought,code,price\n0,0,3,1\n0,0,-1.0,-1.0\n"
-    features = {"code": "categorical", "price": {"kind": "numeric", "missing": 7}}
-    encoder = encoder_for(tmp_path, text, features, missing_values=["-1.0"])
-    found = encoded(encoder, code=[-1, 3], price=[-1, 2])
-    assert found == {"code": [1, 2], "price": [7.0, 2.0]}
-
-
-def test_bags_in_all_their_forms(tmp_path: Path) -> None:
-    features = {
-        "tags": {"kind": "multi", "separator": ";"},
-        "seen": {"kind": "multi", "weight_separator": ":"},
-        "liked": {"kind": "multi", "weights": "how_much"},
-    }
-    text = "click,bought,tags,seen,liked,how_much\n" + '0,0,1;2;2,"5:1|1:2:3",8|8|9,1|2|3\n'
-    encoder = encoder_for(tmp_path, text, features)
-    assert column(tmp_path, "seen") == [[3, 2]]  # ids "5" and "1:2": the weight follows the last separator
-    frame = pd.DataFrame({
-        "tags": ["1;;2", [1, 2.0, None], np.array(["2", "9"]), None, (1,), ""],
-        "seen": ["5:0.5", ["5:1", "1:2:3"], "", None, "NA", " 5:2 | NA "],
-        "liked": [[8], ["9", 8], "8|9", [], None, float("nan")],
-        "how_much": [[0.5], [1, 2], "3|4", [], "", None],
-    })  # fmt: skip
-    found = encoder.encode(frame)
-    assert {name: str(values.type) for name, values in found.items()} == {
-        "tags": "list<item: int32>", "seen": "list<item: int32>", "seen.weights": "list<item: float>",
-        "liked": "list<item: int32>", "liked.weights": "list<item: float>",
-    }  # fmt: skip
-    assert found["tags"].to_pylist() == [[3, 2], [3, 2], [2, 0], [], [3], []]
-    assert found["seen"].to_pylist() == [[3], [3, 2], [], [], [], [3]]
-    assert found["seen.weights"].to_pylist() == [[0.5], [1.0, 3.0], [], [], [], [2.0]]
-    assert found["liked"].to_pylist() == [[2], [3, 2], [2, 3], [], [], []]
-    assert found["liked.weights"].to_pylist() == [[0.5], [1.0, 2.0], [3.0, 4.0], [], [], []]
-    single = pd.DataFrame({"tags": [1, 2], "seen": ["", "5:1"], "liked": [8.0, np.nan], "how_much": [0.5, np.nan]})
-    assert encoder.encode(single)["tags"].to_pylist() == [[3], [2]]
-    assert encoder.encode(single)["liked.weights"].to_pylist() == [[0.5], []]
-
-
-def test_types_that_parquet_has_and_csv_has_not(tmp_path: Path) -> None:
-    when = pd.to_datetime(["2024-05-01 12:00", "2024-05-01 12:00", "2025-01-01 00:00"])
-    arrow = {
-        "click": pa.array([True, False, False]),
-        "bought": pa.array([0, 0, 0], pa.uint8()),
-        "seconds": pa.array(when, pa.timestamp("s")),
-        "zoned": pa.array(when, pa.timestamp("ns", "UTC")),
-        "day": pa.array(when, pa.date32()),
-        "big": pa.array([Decimal(10**30), Decimal(10**30), Decimal(10**30 + 1)], pa.decimal128(38, 0)),
-        "cost": pa.array([Decimal("1.50"), Decimal("1.50"), Decimal(3)], pa.decimal128(5, 2)),
-        "small": pa.array(["a", "a", "b"]).dictionary_encode(),
-        "wide": pa.array(["a", "a", "b"], pa.large_string()),
-        "bytes": pa.array([b"a", b"a", b"b"], pa.binary()),
-        "half": pa.array([0.5, 0.5, None], pa.float16()),
-        "single": pa.array([0.1, 0.1, 3], pa.float32()),
-        "lists": pa.array([[1, 2, 1], None, [1]], pa.large_list(pa.int8())),
-        "pairs": pa.array([[1.0, 2.0], [1.0, None], [None, 2.0]], pa.list_(pa.float64(), 2)),
-        "price": pa.array([Decimal(1), Decimal(2), Decimal(3)], pa.decimal128(5, 2)),
-    }
-    pq.write_table(pa.table(arrow), tmp_path / "data.parquet")
-    features: dict[str, Any] = dict.fromkeys([*arrow][2:-3], "categorical")
-    features |= {"lists": "multi", "pairs": "multi", "price": "numeric"}
-    prepare(tmp_path / "data.parquet", write_schema(tmp_path, features), tmp_path / "out")
-    values: dict[str, list[str]] = {}
-    for feature, value, _, _ in vocabulary(tmp_path):
-        values.setdefault(feature, []).append(value)
-    assert values == {
-        "seconds": ["2024-05-01 12:00:00", "2025-01-01"],
-        "zoned": ["2024-05-01 12:00:00", "2025-01-01"],
-        "day": ["2024-05-01", "2025-01-01"],
-        "big": [str(10**30), str(10**30 + 1)],
-        "cost": ["1.50", "3.00"], "small": ["a", "b"], "wide": ["a", "b"], "bytes": ["a", "b"],
-        "half": ["0.5"], "single": ["0.1", "3.0"], "lists": ["1", "2"], "pairs": ["1", "2"],
-    }  # fmt: skip
-    assert column(tmp_path, "half") == [2, 2, 1]
-    assert column(tmp_path, "lists") == [[2, 3, 2], [], [2]]
-    assert column(tmp_path, "pairs") == [[2, 3], [2], [3]]
-    assert column(tmp_path, "price") == [1, 2, 3]
-    table = pq.read_table(tmp_path / "out" / "train.parquet")
-    for frame in (pa.table(arrow).to_pandas(), pa.table(arrow).to_pandas(types_mapper=pd.ArrowDtype)):
-        for name, found in Encoder.load(tmp_path / "out").encode(frame).items():
-            assert found.equals(table[name].combine_chunks().cast(found.type)), name
-
-
-def test_an_empty_frame_has_the_same_types(tmp_path: Path) -> None:
-    encoder = encoder_for(tmp_path, SHOP, SHOP_FEATURES)
-    full = encoder.encode(pd.read_csv(io.StringIO(SHOP)))
-    empty = encoder.encode(pd.read_csv(io.StringIO(SHOP)).iloc[:0])
-    for name, values in empty.items():
-        assert (len(values), values.type) == (0, full[name].type)
-
-
-def test_frames_that_are_refused(tmp_path: Path) -> None:
-    text = "click,bought,city,price\n0,0,a,1\n"
-    encoder = encoder_for(tmp_path, text, {"city": "categorical", "price": "numeric"})
-    good = pd.DataFrame({"city": ["a"] * 3, "price": [1.0] * 3, "more": 1})
-    encoder.encode(good)
-    for frame, told in [
-        (good.drop(columns="price").rename(columns={"more": "prices"}), "no column price; did you mean prices?"),
-        (good.assign(price=[1, None, 2]), "row 2, column price: found no value, allowed: a number"),
-        (good.assign(price=["1", "2", "3x"]), "row 3, column price: found '3x', allowed: a number"),
-        (good.assign(price=[1, np.inf, 2]), "row 2, column price: found inf, allowed: finite"),
-        (good.assign(price=[1, 2, 1e39]), "row 3, column price: found 1e+39, allowed: finite"),
-        (good.assign(city=[["a"], ["b"], []]), "row 1, column city: found lists, allowed: one value a row"),
-        (good.assign(city=[{"a": 1}] * 3), "column city: found values of type struct"),
-        (pd.concat([good, good["city"]], axis=1), "column city is there twice"),
-    ]:
-        with pytest.raises(UserError) as caught:
-            encoder.encode(frame)
-        assert told in str(caught.value)
-
-
-def test_a_foreign_vocabulary_is_refused(tmp_path: Path) -> None:
-    prepare_text(tmp_path, SHOP, SHOP_FEATURES)
-    file = tmp_path / "out" / "vocabulary.parquet"
-    file.write_bytes(file.read_bytes() + b" ")
-    with pytest.raises(UserError, match=r"not the vocabulary that schema\.json was written with"):
-        Encoder.load(tmp_path / "out")
-    file.unlink()
-    with pytest.raises(UserError, match="No such file"):
-        Encoder.load(tmp_path / "out")
-
-
-# ---------------------------------------------------------------- bad input: one line that says what and where
-
-GOOD = "click,bought,city,price\n1,1,a,1\n1,0,b,2\n0,0,a,3\n"
-PLAIN = {"city": "categorical", "price": "numeric"}
-
-
-def refusal(folder: Path, data: Path, features: dict[str, Any] = PLAIN, **keys: Any) -> str:
-    """The message, which must be one line that names no more than it must."""
-    before = sorted(folder.rglob("*"))
-    schema = write_schema(folder, features, **keys)
-    with pytest.raises(UserError) as caught:
-        prepare(data, schema, folder / "out")
-    schema.unlink()
-    assert sorted(folder.rglob("*")) == before  # nothing is left behind
-    message = str(caught.value)
-    assert "\n" not in message
-    assert len(message) < 600
-    return message
-
-
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        ("click,bought,city,price\n1,1,a,1\n2,0,b,2\n", "row 2, column click: found '2', allowed: 0 or 1"),
-        ("click,bought,city,price\n1,1,a,1\n,0,b,2\n", "row 2, column click: found '', allowed: 0 or 1"),
-        ("click,bought,city,price\n1,maybe,a,1\n", "row 1, column bought: found 'maybe', allowed: 0 or 1"),
-        (
-            "click,bought,city,price\n1,1,a,1\n1,0,a,1\n0,1,b,2\n",
-            "row 3: a conversion (bought) without a click (click)",
-        ),
-        ("click,bought,city,price\n1,1,a,one\n", "row 1, column price: found 'one', allowed: a number"),
-        ("click,bought,city,price\n1,1,a,1\n1,1,a,\n", "row 2, column price: found no value, allowed: a number (its f"),
-        ("click,bought,city,price\n1,1,a,NaN\n", "row 1, column price: found no value, allowed: a number"),
-        ("click,bought,city,price\n1,1,a,1\n1,1,a,-inf\n", "row 2, column price: found -inf, allowed: finite numbers"),
-        ("click,bought,city,price\n1,1,a,1e39\n", "row 1, column price: found 1e+39, allowed: finite numbers up to"),
-        ('click,bought,city,price\n\n1,1,"a\nb",1\n1,1,a\n', "row 2: found 3 columns, allowed: 4"),
-        ("click,bought,city,price\n1,1,a,1\n1,1,a,1,1\n", "row 2: found 5 columns, allowed: 4"),
-        ("click,bought,town,price\n1,1,a,1\n", "schema.yaml: features.city: no column city; allowed: click, bought, t"),
-        ("click,bought,city,prices\n1,1,a,1\n", "schema.yaml: features.price: no column price; did you mean prices?"),
-        ("clack,bought,city,price\n1,1,a,1\n", "labels.click: no column click; did you mean clack?"),
-        ("click,bought,city,city\n1,1,a,1\n", "column city is there twice"),
-        ("click,bought,city,price\n", "no rows, allowed: at least one training row"),
-        ("", "the file is empty"),
-        ("\n\n", "no rows"),
-        ('click,bought,city,price\n1,1,a,1\n1,1,a,"2\n1,1,a,3\n', "row 2: found a quote that is never closed"),
-        (
-            'click,bought,city,price\n1,1,"disk 5\\" SATA",1\n',
-            "row 1: found text after a closing quote, allowed: quotes",
-        ),
-        ('click,bought,city,price\n1,1,a,1\n\n1,1,"b" c,1\n', "row 2: found text after a closing quote"),
-        ("PK\x03\x04", "found a ZIP archive; unpack it, allowed: UTF-8 text"),
-    ],
-)
-def test_bad_csv(tmp_path: Path, text: str, told: str) -> None:
-    data = tmp_path / "data.csv"
-    data.write_text(text, encoding="utf-8")
-    features = PLAIN if text.count("city") < 2 else {"city": "categorical"}
-    message = refusal(tmp_path, data, features)
-    assert told in message
-    assert str(data) in message or "schema.yaml" in message
-
-
-@pytest.mark.parametrize(
-    ("features", "keys", "told"),
-    [
-        (
-            PLAIN | {"click": "categorical"},
-            {},
-            "features.click: a label reads column click; as a feature it would leak",
-        ),
-        (
-            PLAIN,
-            {"labels": LABELS | {"conversion": "click and city == 'a'"}},
-            "features.city: a label reads column city",
-        ),
-        (PLAIN, {"labels": LABELS | {"click": 'price > "1"'}}, "features.price: a label reads column price"),
-        ({"city": {"kind": "multi", "weights": "bought"}}, {}, "features.city: a label reads column bought"),
-        (PLAIN, {"labels": LABELS | {"click": "price >"}}, "neither a column of"),
-        (PLAIN, {"labels": LABELS | {"click": "pricy > 3"}}, "labels.click: no column pricy; did you mean price?"),
-        (
-            PLAIN,
-            {"labels": LABELS | {"click": 'bought != "NA"'}},
-            "compares with 'NA', which missing_values reads as no",
-        ),
-        (
-            {"price": "numeric"},
-            {"labels": {"click": "bought", "conversion": 'click and city == "a"'}},
-            "labels.conversion: click is both a column of",
-        ),
-        (PLAIN, {"split": {"test": {"where": "days > 3"}}}, "split.test.where: no column days"),
-        (PLAIN, {"split": {"test": {"where": "days >"}}}, "split.test.where: neither a column"),
-        (PLAIN, {"split": {"test": {"when": "price > 3"}}}, "split.test"),
-        ({"city": "categorical", False: "categorical"}, {}, "features: found key false, allowed: text; write it in q"),
-        (PLAIN, {"columns": ["click", False]}, "YAML reads it as false: write the name in quotes"),
-        (PLAIN, {"csv": {"delimiter": ",,"}}, "csv.delimiter: found ',,', allowed: an ASCII character"),
-        (PLAIN, {"csv": {"escape": ","}}, "csv.escape: found ',', which is csv.delimiter"),
-        (
-            {"price": "numeric"},
-            {"labels": LABELS | {"click": "city < 3"}},
-            "row 1, column city: found 'a', allowed: a nu",
-        ),
-        (PLAIN, {"split": {"by": "town"}}, "split.by: no column town"),
-        ({"price": {"kind": "multi", "weights": "weight"}}, {}, "features.price.weights: no column weight"),
-        ({"price": {"kind": "numeric", "missing": 1e39}}, {}, "features.price.missing: found 1e+39"),
-        ({"price": {"kind": "categorical", "bins": 3}}, {}, "bins has no meaning for kind categorical"),
-        ({"price": "number"}, {}, "features.price.kind"),
-        (PLAIN, {"csv": {"delimiter": "é"}}, "csv.delimiter: found 'é', allowed: an ASCII character"),
-        (PLAIN, {"columns": ["click", "bought", "city"]}, "row 1: found 4 columns, allowed: 3"),
-        (
-            {"city": {"kind": "multi", "weight_separator": ":"}},
-            {},
-            "row 1, column city: found no value, allowed: a finit",
-        ),
-        (
-            {"city": {"kind": "multi", "weights": "price", "separator": "b"}},
-            {},
-            "row 2, column price: found 1 weights for",
-        ),
-        (
-            PLAIN,
-            {"split": {"train": 1e-9, "validation": 0.5, "test": 0.5 - 1e-9}},
-            "3 rows, none of them in the training",
-        ),
-    ],
-)
-def test_bad_schema(tmp_path: Path, features: dict[str, Any], keys: dict[str, Any], told: str) -> None:
-    data = tmp_path / "data.csv"
-    data.write_text(GOOD, encoding="utf-8")
-    if keys.get("columns"):
-        features = {"city": "categorical"}
-    assert told in refusal(tmp_path, data, features, **keys)
-
-
-@pytest.mark.parametrize(
-    ("text", "features", "told"),
-    [
-        (
-            "click,bought,price\n1,0,\n",
-            {"price": {"kind": "numeric", "missing": "mean"}},
-            "features.price.missing: found mean, but no training row has a value",
-        ),
-        (
-            "click,bought,a,a.weights,w\n1,0,x,1,1\n",
-            {"a": {"kind": "multi", "weights": "w"}, "a.weights": "numeric"},
-            "features.a.weights: the prepared files have a column a.weights already",
-        ),
-    ],
-)
-def test_features_that_the_data_cannot_have(tmp_path: Path, text: str, features: dict[str, Any], told: str) -> None:
-    (tmp_path / "data.csv").write_text(text, encoding="utf-8")
-    assert told in refusal(tmp_path, tmp_path / "data.csv", features)
-
-
-def test_bytes_that_are_no_text(tmp_path: Path) -> None:
-    data = tmp_path / "data.csv"
-    data.write_bytes("click,bought,city,price\n1,1,a,1\n1,1,Huế,1\n".encode("cp1258", "replace") + b"1,1,\xe9,1\n")
-    assert "row 3, column city: found b'\\xe9', allowed: UTF-8 text" in refusal(tmp_path, data)
-    data.write_bytes("click,bought,cité,price\n1,1,a,1\n".encode("latin-1"))
-    assert "the header is not UTF-8 text" in refusal(tmp_path, data)
-    for encoding in ("utf-16", "utf-16-le", "utf-16-be"):
-        data.write_bytes(GOOD.encode(encoding))
-        assert "found UTF-16, allowed: UTF-8 text" in refusal(tmp_path, data)
-    data.write_bytes(gzip.compress(GOOD.encode()))
-    assert "found gzip; call it .csv.gz" in refusal(tmp_path, data)
-
-
-@pytest.mark.parametrize(("text", "told"), [
-    ('{"click": 1, "bought": 0, "city": "a", "price": 1}\n{"click": 1,\n', "row 2: not JSON"),
-    ('{"click": 1, "bought": 0, "city": "a", "price": 1}\n\n[1]\n', "row 2: found b'[1]\\n', allowed: an object"),
-    ('{"click": 1, "click": 1, "bought": 0, "city": "a", "price": 1}', "row 1: not JSON: a key is there twice"),
-    ('{"click": 1, "bought": 0, "city": {"a": 1}, "price": 1}', "row 1, column city: found {'a': '1'}, allowed: texts"),
-    ('{"click": 1, "bought": 0, "town": "a", "price": 1}', "no column city"),
-    ('{"click": 1, "bought": 0, "city": "a", "price": "x"}', "row 1, column price: found 'x', allowed: a number"),
-])  # fmt: skip
-def test_bad_json(tmp_path: Path, text: str, told: str) -> None:
-    (tmp_path / "data.jsonl").write_text(text)
-    assert told in refusal(tmp_path, tmp_path / "data.jsonl")
-
-
-def test_files_cut_in_half(tmp_path: Path) -> None:
-    rows = np.random.default_rng(0).integers(0, 2**40, 20_000)
-    text = "click,bought,city,price\n" + "".join(f"1,0,{row},{row}\n" for row in rows)
-    compressed = gzip.compress(text.encode())
-    data = tmp_path / "data.csv.gz"
-    data.write_bytes(compressed[: len(compressed) // 2])
-    assert f"{data}: not a whole gzip file" in refusal(tmp_path, data)
-    data.write_bytes(compressed[:-6])
-    assert f"{data}: not a whole gzip file" in refusal(tmp_path, data)
-    data.write_text(text)
-    assert f"{data}: not a whole gzip file" in refusal(tmp_path, data)
-
-    parquet = tmp_path / "data.parquet"
-    pd.read_csv(io.StringIO(text)).to_parquet(parquet)
-    whole = parquet.read_bytes()
-    parquet.write_bytes(whole[: len(whole) // 2])
-    assert f"{parquet}: not a whole Parquet file" in refusal(tmp_path, parquet)
-    parquet.write_bytes(whole[:100] + b"\xff" * 2000 + whole[2100:])
-    assert f"{parquet}: not a readable Parquet file" in refusal(tmp_path, parquet)
-
-
-def test_parquet_has_its_own_columns(tmp_path: Path) -> None:
-    parquet = tmp_path / "data.parquet"
-    pd.read_csv(io.StringIO(GOOD)).to_parquet(parquet)
-    message = refusal(tmp_path, parquet, columns=["click", "bought", "city", "price"])
-    assert "columns names a headerless CSV's columns; a Parquet file has its own" in message
-    pd.read_csv(io.StringIO(GOOD)).assign(click=[1, 2, 1]).to_parquet(parquet)
-    assert f"{parquet}: row 2, column click: found 2, allowed: 0 or 1" in refusal(tmp_path, parquet)
-
-
-def test_rows_are_counted_within_a_file_whatever_the_batches(tmp_path: Path) -> None:
-    folder = tmp_path / "parts"
-    folder.mkdir()
-    (folder / "a.csv").write_text(GOOD, encoding="utf-8")
-    (folder / "b.csv").write_text(GOOD + "1,0,a,x\n", encoding="utf-8")
-    schema = write_schema(tmp_path, PLAIN)
-    for batch_rows in (1, 2, 3, 100):
-        with pytest.raises(UserError, match=r"b\.csv: row 4, column price: found 'x'"):
-            prepare(folder, schema, tmp_path / "out", batch_rows=batch_rows)
-    schema.unlink()
-    (folder / "b.csv").write_text(GOOD.replace("price", "prize"), encoding="utf-8")
-    assert f"{folder / 'b.csv'}: no column price; did you mean prize?" in refusal(tmp_path, folder)
-
-
-def test_folders_and_files_that_are_not_there(tmp_path: Path) -> None:
-    assert "nothing.csv: No such file or directory" in refusal(tmp_path, tmp_path / "nothing.csv")
-    folder = tmp_path / "parts"
-    folder.mkdir()
-    (folder / "_SUCCESS").write_text("")
-    (folder / ".hidden.csv").write_text(GOOD, encoding="utf-8")
-    message = refusal(tmp_path, folder)
-    assert f"{folder}: no data file in this folder, allowed: .csv, .csv.gz, .jsonl, .jsonl.gz, .parquet" in message
-    (folder / "a.csv").write_text(GOOD, encoding="utf-8")
-    (folder / "b.parquet").write_bytes(b"PAR1")
-    assert "found CSV and Parquet files, allowed: one format" in refusal(tmp_path, folder)
-    (folder / "b.parquet").rename(folder / "b.csv").write_bytes(b"")
-    assert f"{folder / 'b.csv'}: the file is empty" in refusal(tmp_path, folder)
-
-
-@contextmanager
-def without_privileges() -> Iterator[Path]:
-    """A folder, and no right to more than everybody has (root may read everything)."""
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o777)
-        user = os.geteuid()
-        if user == 0:
-            os.seteuid(65534)
-        try:
-            yield Path(folder)
-        finally:
-            if user == 0:
-                os.seteuid(0)
-
-
-def test_permissions() -> None:
-    with without_privileges() as folder:
-        data, locked = folder / "data.csv", folder / "locked"
-        data.write_text(GOOD, encoding="utf-8")
-        locked.mkdir()
-        locked.chmod(0o500)
-        schema = write_schema(folder, PLAIN)
-        with pytest.raises(UserError, match=r"output_dir .*locked/out: Permission denied"):
-            prepare(data, schema, locked / "out")
-        with pytest.raises(UserError, match=r"output_dir .*locked: Permission denied"):
-            prepare(data, schema, locked)
-        with pytest.raises(UserError, match=r"output_dir .*schema\.yaml: .* exists"):
-            prepare(data, schema, schema)
-        data.chmod(0o000)
-        with pytest.raises(UserError, match=r"data\.csv: Permission denied"):
-            prepare(data, schema, folder / "out")
-        locked.chmod(0o000)
-        with pytest.raises(UserError, match=r"data\.csv: Permission denied"):
-            prepare(locked / "data.csv", schema, folder / "out")
-        locked.chmod(0o700)
-        assert not list(locked.iterdir())
-        assert not (folder / "out").exists()
 
 
 # ---------------------------------------------------------------- all or nothing

@@ -3,10 +3,7 @@
 import itertools
 import math
 import os
-import shutil
-from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,6 @@ from hypothesis import strategies as st
 
 from pipeline.data.layout import Layout
 from pipeline.data.schema import BaseRates, DataSchema, Feature, Split
-from pipeline.data.shuffle import Shuffle
 from pipeline.data.streams import SCHEMA, Streams, record_batch
 from pipeline.errors import UserError
 from pipeline.tasks.mmoe.impressions.embedded_impressions import generate
@@ -86,19 +82,19 @@ def layout_of(features: Sequence[Feature]) -> Layout:
 
 def expected_bags(row: Row, features: Sequence[Feature]) -> list[Bag]:
     """For each id feature, the rows of the fused table with their weights; without weights, the mean."""
-    found, first = [], 0
+    bags, first = [], 0
     for feature in features:
         if feature.kind == "numeric":
             continue
         cell = row[feature.name]
         if feature.kind == "categorical":
-            found.append([(first + cell, 1.0)])
+            bags.append([(first + cell, 1.0)])
         elif feature.weighted:
-            found.append([(first + one, weight) for one, weight in cell])
+            bags.append([(first + one, weight) for one, weight in cell])
         else:
-            found.append([(first + one, float(np.float32(1 / len(cell)))) for one in cell])
+            bags.append([(first + one, float(np.float32(1 / len(cell)))) for one in cell])
         first += feature.size
-    return found
+    return bags
 
 
 def bags_of(batch: Impressions) -> list[list[Bag]]:
@@ -176,14 +172,6 @@ def test_batches_are_all_rows_in_order(table: tuple[list[Feature], list[Row]], s
     assert max(len(part) for part in parts) <= size
 
 
-def test_unweighted_bags_are_means_by_hand() -> None:
-    rows: list[Row] = [{"click": 0, "conversion": 0, "topics": bag} for bag in ([4], [1, 2], [], [0, 0, 3, 1])]
-    found = every(impressions(columns_of(rows, [TOPICS]), layout_of([TOPICS])))
-    assert found.weights.tolist() == [1.0, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25]
-    assert found.ids.tolist() == [4, 1, 2, 0, 0, 3, 1]
-    assert found.starts.tolist() == [0, 1, 3, 3, 7]
-
-
 def test_layout_by_hand() -> None:
     schema = DataSchema(
         features=tuple(ALL.values()), splits={}, base_rates=BaseRates(ctr=0.5, cvr=0.5), vocabulary_sha256=""
@@ -213,49 +201,6 @@ def test_moving_a_batch(features: list[Feature]) -> None:
             other = getattr(moved, name)
             assert other.device.type == "meta"
             assert (other.shape, other.dtype) == (value.shape, value.dtype)
-
-
-@settings(deadline=None, max_examples=100)
-@given(st.integers(1, 200), st.integers(1, 60), st.integers(0, 2**63), st.integers(0, 30))
-def test_shuffle_is_a_permutation_cut_into_batches(rows: int, size: int, seed: int, epoch: int) -> None:
-    shuffle = Shuffle(rows, size, seed, epoch)
-    parts = list(shuffle)
-    assert sorted(row for part in parts for row in part) == list(range(rows))
-    assert len(parts) == len(shuffle) == math.ceil(rows / size)
-    assert [len(part) for part in parts[:-1]] == [size] * (len(parts) - 1)
-    assert 1 <= len(parts[-1]) <= size
-
-
-@settings(deadline=None, max_examples=100)
-@given(st.integers(1, 200), st.integers(1, 60), st.integers(0, 1000), st.integers(0, 30), st.data())
-def test_shuffle_is_addressed_by_position(rows: int, size: int, seed: int, epoch: int, data: st.DataObject) -> None:
-    """The i-th batch, asked for alone, is the i-th of a whole epoch; the order is not the batch size's business."""
-    parts = list(Shuffle(rows, size, seed, epoch))
-    index = data.draw(st.integers(0, len(parts) - 1))
-    np.random.seed(data.draw(st.integers(0, 10)))  # no global generator takes part
-    torch.manual_seed(0)
-    assert Shuffle(rows, size, seed, epoch)[index].tolist() == parts[index].tolist()
-    whole = Shuffle(rows, rows, seed, epoch)[0].tolist()
-    assert [row for part in parts for row in part] == whole
-
-
-def test_shuffle_differs_between_seeds_and_epochs() -> None:
-    keys = [(seed, epoch) for seed in range(5) for epoch in range(5)]
-    orders = {tuple(Shuffle(50, 50, seed, epoch)[0].tolist()) for seed, epoch in keys}
-    assert len(orders) == len(keys)
-
-
-def test_shuffle_takes_every_order() -> None:
-    """600 epochs of three rows: each of 6 orders 100 times, give or take four standard errors of 9.1."""
-    counts = Counter(tuple(Shuffle(3, 3, 0, epoch)[0].tolist()) for epoch in range(600))
-    assert set(counts) == set(permutations(range(3)))
-    assert all(abs(count - 100) < 4 * 9.1 for count in counts.values())
-
-
-@pytest.mark.parametrize("index", [-1, 4, 100])
-def test_shuffle_ends(index: int) -> None:
-    with pytest.raises(IndexError):
-        Shuffle(10, 3, 0, 0)[index]
 
 
 # A prepared folder
@@ -440,12 +385,3 @@ def test_column_of_another_kind(tmp_path: Path, name: str, column: pa.Array) -> 
     """What is not as the schema says is refused, never read as something else."""
     columns = columns_of(ROWS, FEATURES) | {name: column}
     assert name in refused(tmp_path, prepared(tmp_path, columns))
-
-
-def test_a_damaged_copy_leaves_the_original(generated: tuple[Path, DataSchema], tmp_path: Path) -> None:
-    """Reading changes no file of a folder; it adds the streams."""
-    folder, schema = generated
-    shutil.copytree(folder, tmp_path / "copy")
-    read_split(tmp_path / "copy", schema, "train")
-    for file in folder.glob("*.parquet"):
-        assert (tmp_path / "copy" / file.name).read_bytes() == file.read_bytes()
