@@ -1,18 +1,25 @@
 """Where features lie in the fused embedding table and in the model's input."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 
 from pipeline.data.schema import Feature
+from pipeline.errors import UserError
+
+Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Layout:
     """The features in the model's order: id features, each with its rows of the fused table, then numeric ones."""
 
-    features: Sequence[Feature]
+    features: tuple[Feature, ...]
 
     @cached_property
     def id_features(self) -> tuple[Feature, ...]:
@@ -31,3 +38,21 @@ class Layout:
     @property
     def table_rows(self) -> int:
         return sum(feature.size for feature in self.id_features)
+
+    def table_ids(self, column: pa.Array, feature: Feature, file: str) -> Array:
+        """The ids of a feature as rows of the fused table. [ids] int32
+
+        Raises:
+            UserError: an id is outside of the feature's table; names `file`.
+        """
+        ids: Array = column.to_numpy(zero_copy_only=False)
+        if len(ids) and not 0 <= ids.min() <= ids.max() < feature.size:
+            allowed = f"0..{feature.size - 1}"
+            raise UserError(f"{file}: column {feature.name}: id outside of {allowed}; run prepare_ctr again")
+        return ids.astype(np.int32, copy=False) + np.int32(self.offsets[feature.name])
+
+
+def float_values(column: pa.Array) -> Array:
+    """[rows] float32"""
+    values: Array = column.to_numpy(zero_copy_only=False)
+    return values.astype(np.float32, copy=False)

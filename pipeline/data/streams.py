@@ -19,9 +19,8 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from pipeline.compute.compiled import compiled
-from pipeline.data.layout import Layout
+from pipeline.data.layout import Layout, float_values
 from pipeline.data.schema import LABELS, Feature
-from pipeline.errors import UserError
 from pipeline.storage.files import check_file
 
 BATCH_ROWS = 65_536
@@ -106,7 +105,7 @@ def record_batch(columns: Mapping[str, pa.Array], layout: Layout, file: str) -> 
     for position, feature in enumerate(numeric, 1):
         words[first + position] = float_values(columns[feature.name]).view(np.int32)
     for position, feature in enumerate(single, 1 + len(numeric)):
-        words[first + position] = table_ids(columns[feature.name], feature, layout, file)
+        words[first + position] = layout.table_ids(columns[feature.name], feature, file)
     preceding = np.cumsum(lengths, 1, dtype=np.int64) - lengths  # ids of the features before
     pooled = lengths.sum(1, dtype=np.int64)
     for position, feature in enumerate(multi):
@@ -116,7 +115,7 @@ def record_batch(columns: Mapping[str, pa.Array], layout: Layout, file: str) -> 
             float_values(columns[f"{feature.name}.weights"].flatten()) if feature.weighted else np.empty(0, np.float32)
         )
         _place(
-            table_ids(column.flatten(), feature, layout, file), weights, size, first + fixed + preceding[:, position],
+            layout.table_ids(column.flatten(), feature, file), weights, size, first + fixed + preceding[:, position],
             pooled, feature.weighted, words, words.view(np.float32),
         )  # fmt: skip
     return pa.record_batch(
@@ -151,24 +150,6 @@ def mapped(batches: Iterator[pa.RecordBatch], file: Path, made_of: str) -> pa.Bu
         return buffer
     finally:
         work.unlink(missing_ok=True)  # a mapped file stays until it is unmapped
-
-
-def float_values(column: pa.Array) -> Array:
-    """[rows] float32"""
-    values: Array = column.to_numpy(zero_copy_only=False)
-    return values.astype(np.float32, copy=False)
-
-
-def table_ids(column: pa.Array, feature: Feature, layout: Layout, file: str) -> Array:
-    """The ids of a feature as rows of the fused table. [ids] int32
-
-    Raises:
-        UserError: an id is outside of the feature's table; names `file`.
-    """
-    ids: Array = column.to_numpy(zero_copy_only=False)
-    if len(ids) and not 0 <= ids.min() <= ids.max() < feature.size:
-        raise UserError(f"{file}: column {feature.name}: id outside of 0..{feature.size - 1}; run prepare_ctr again")
-    return ids.astype(np.int32, copy=False) + np.int32(layout.offsets[feature.name])
 
 
 @compiled

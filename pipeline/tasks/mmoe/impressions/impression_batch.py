@@ -11,8 +11,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pipeline.data.layout import Layout
-from pipeline.data.streams import float_values, table_ids
+from pipeline.data.layout import Layout, float_values
 from pipeline.tasks.mmoe.impressions.embedding import Groups
 
 
@@ -56,7 +55,7 @@ def assemble(columns: Mapping[str, pa.Array], layout: Layout) -> Impressions:
         flat = column.flatten() if feature.kind == "multi" else column
         within = np.arange(len(flat)) - np.repeat(length.cumsum() - length, length)
         places = np.repeat(starts[position:-1:features], length) + within
-        ids[places] = table_ids(flat, feature, layout, "input")
+        ids[places] = layout.table_ids(flat, feature, "input")
         if feature.weighted:
             weights[places] = float_values(columns[f"{feature.name}.weights"].flatten())
         elif feature.kind == "multi":
