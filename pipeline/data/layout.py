@@ -1,5 +1,6 @@
 """Where features lie in the fused embedding table and in the model's input."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -56,3 +57,16 @@ def float_values(column: pa.Array) -> Array:
     """[rows] float32"""
     values: Array = column.to_numpy(zero_copy_only=False)
     return values.astype(np.float32, copy=False)
+
+
+def bag_weights(columns: Mapping[str, pa.Array], feature: Feature, lengths: Array) -> Array:
+    """The weights of a multi-valued feature's ids; 1 / length of the bag if they have none. [ids] float32"""
+    if feature.weighted:
+        return float_values(columns[f"{feature.name}.weights"].flatten())
+    return np.float32(1) / np.repeat(lengths, lengths).astype(np.float32)
+
+
+def consecutive(starts: Array, lengths: Array) -> Array:
+    """starts[i], starts[i] + 1, ... (lengths[i] numbers) for each i. [lengths.sum()] int64"""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1] if len(ends) else 0)

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from pipeline.compute.compiled import compiled
-from pipeline.data.layout import Layout, float_values
+from pipeline.data.layout import Layout, bag_weights, consecutive, float_values
 from pipeline.data.schema import LABELS, Feature
 from pipeline.storage.files import check_file
 
@@ -109,15 +109,11 @@ def record_batch(columns: Mapping[str, pa.Array], layout: Layout, file: str) -> 
     preceding = np.cumsum(lengths, 1, dtype=np.int64) - lengths  # ids of the features before
     pooled = lengths.sum(1, dtype=np.int64)
     for position, feature in enumerate(multi):
-        size, column = np.ascontiguousarray(lengths[:, position]), columns[feature.name]
+        size = lengths[:, position]
         words[first + fixed - len(multi) + position] = size
-        weights = (
-            float_values(columns[f"{feature.name}.weights"].flatten()) if feature.weighted else np.empty(0, np.float32)
-        )
-        _place(
-            layout.table_ids(column.flatten(), feature, file), weights, size, first + fixed + preceding[:, position],
-            pooled, feature.weighted, words, words.view(np.float32),
-        )  # fmt: skip
+        places = consecutive(first + fixed + preceding[:, position], size)
+        words[places] = layout.table_ids(columns[feature.name].flatten(), feature, file)
+        words.view(np.float32)[places + np.repeat(pooled, size)] = bag_weights(columns, feature, size)
     return pa.record_batch(
         [pa.ListArray.from_arrays(pa.array(starts.astype(np.int32)), pa.array(words))], schema=SCHEMA
     )
@@ -150,22 +146,6 @@ def mapped(batches: Iterator[pa.RecordBatch], file: Path, made_of: str) -> pa.Bu
         return buffer
     finally:
         work.unlink(missing_ok=True)  # a mapped file stays until it is unmapped
-
-
-@compiled
-def _place(
-    ids: Array, weights: Array, lengths: Array, first: Array, pooled: Array, weighted: bool, words: Array,
-    floats: Array,
-) -> None:  # fmt: skip
-    """Write one feature's ids, and `pooled` words later their weights; without weights, the mean: 1 / length."""
-    position = 0
-    for row in range(len(lengths)):
-        size = lengths[row]
-        for number in range(size):
-            place = first[row] + number
-            words[place] = ids[position]
-            floats[place + pooled[row]] = weights[position] if weighted else np.float32(1) / np.float32(size)
-            position += 1
 
 
 @compiled

@@ -18,16 +18,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import FULL, ROOT, SHRUNK, Call
+from conftest import FULL, ROOT, Call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.strict_config import load
 from pipeline.data import prepared_folder
+from pipeline.data.contract import verify
 from pipeline.data.encoding import Encoder
-from pipeline.data.schema import MISSING_TEXT, DataSchema
+from pipeline.data.schema import MISSING_TEXT
 from pipeline.errors import UserError
-from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.prepare import aliccp, aliccp_scan
 from pipeline.tasks.mmoe.prepare.aliccp_config import AliccpSource
 from pipeline.tasks.mmoe.prepare.preparation import prepare
@@ -128,7 +128,7 @@ def test_a_small_shop_by_hand(tmp_path: Path) -> None:
     assert (schema.splits["train"].rows, schema.splits["train"].clicks, schema.splits["train"].conversions) == (4, 2, 1)
     assert figures(schema)["raw/conversions_without_click"] == 1
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(FILES)
-    assert DataSchema.read(tmp_path / "out") == schema
+    assert verify(tmp_path / "out") == schema
 
 
 @pytest.mark.parametrize("own_test", [False, True])
@@ -652,20 +652,6 @@ def test_columns_names_and_a_byte_order_mark_may_stand_first(tmp_path: Path) -> 
     prepared = prepare(tmp_path, schema, tmp_path / "out")
     assert (prepared.counts["lines"], prepared.counts["users"]) == (6, 2)
     assert columns(tmp_path / "out")["101"] == [2, 2, 3, 1]
-
-
-def test_training_reads_it(tmp_path: Path) -> None:
-    from pipeline.runtime.console import Console
-    from pipeline.tasks.mmoe.task import MmoeTask
-    from pipeline.tracking.run import MemoryRun
-    from pipeline.training.loop import Training
-
-    prepare(tmp_path, _generated(tmp_path), tmp_path / "out")
-    keys = SHRUNK | {"data.path": str(tmp_path / "out"), "training.max_steps": "2", "output_dir": str(tmp_path / "run")}
-    run = MemoryRun()
-    task = MmoeTask(load(MmoeConfig, ROOT / "configs/mtl_mmoe.yaml", keys))
-    Training(task, run, Console(0, quiet=True), "cpu").train()
-    assert [step for step, metrics in run.points if "loss_total" in metrics] == [0, 1]
 
 
 def test_the_bar_shows_rows_a_second_and_the_time_left(

@@ -1,6 +1,5 @@
 """The generated impressions: is the truth that comes with them true, and are the files what they say."""
 
-import errno
 import math
 import threading
 from collections import Counter, defaultdict
@@ -376,18 +375,6 @@ def test_a_cache_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("", encoding="utf-8")
     assert "data.embedded.cache" in refused(tmp_path / "cache")
     assert "data.embedded.cache" in refused(tmp_path / "cache" / "inside")
-
-
-@pytest.mark.usefixtures("one_world")
-def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line, and what was written is taken away."""
-
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(embedded.pq, "ParquetWriter", full)
-    assert "No space left on device" in refused(tmp_path)
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("one_world")

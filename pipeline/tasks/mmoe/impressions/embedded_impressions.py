@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data.digests import file_sha256
+from pipeline.data.layout import consecutive
 from pipeline.data.schema import (
     FIRST_ID,
     LABELS,
@@ -61,7 +62,7 @@ class Bags(NamedTuple):
     def take(self, rows: Ints) -> "Bags":
         size = np.diff(self.offsets)[rows]
         offsets = np.concatenate([[0], np.cumsum(size)])
-        flat = np.repeat(self.offsets[rows] - offsets[:-1], size) + np.arange(offsets[-1])
+        flat = consecutive(self.offsets[rows], size)
         return Bags(offsets, self.ids[flat], self.weights[flat])
 
 

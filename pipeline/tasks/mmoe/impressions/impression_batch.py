@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pipeline.data.layout import Layout, float_values
+from pipeline.data.layout import Layout, bag_weights, consecutive, float_values
 from pipeline.tasks.mmoe.impressions.embedding import Groups
 
 
@@ -52,14 +52,10 @@ def assemble(columns: Mapping[str, pa.Array], layout: Layout) -> Impressions:
     ids, weights = np.empty(starts[-1], np.int32), np.ones(starts[-1], np.float32)
     for position, feature in enumerate(layout.id_features):
         column, length = columns[feature.name], lengths[:, position]
-        flat = column.flatten() if feature.kind == "multi" else column
-        within = np.arange(len(flat)) - np.repeat(length.cumsum() - length, length)
-        places = np.repeat(starts[position:-1:features], length) + within
-        ids[places] = layout.table_ids(flat, feature, "input")
-        if feature.weighted:
-            weights[places] = float_values(columns[f"{feature.name}.weights"].flatten())
-        elif feature.kind == "multi":
-            weights[places] = np.float32(1) / np.repeat(length, length).astype(np.float32)
+        places = consecutive(starts[position:-1:features], length)
+        ids[places] = layout.table_ids(column.flatten() if feature.kind == "multi" else column, feature, "input")
+        if feature.kind == "multi":
+            weights[places] = bag_weights(columns, feature, length)
     numeric = [float_values(columns[feature.name]) for feature in layout.numeric_features]
     return Impressions(
         click=torch.zeros(rows),

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from pipeline.data import prepared_folder
 from pipeline.data.cells import Ints
 from pipeline.data.digests import combined_sha256, text_hashes
+from pipeline.data.layout import consecutive
 from pipeline.data.prepared_folder import Vocabularies, arrow_schema, check_training_rows, write_folder
 from pipeline.data.schema import FIRST_ID, MISSING, OUT_OF_VOCABULARY, SPLITS, DataSchema, Feature
 from pipeline.errors import UserError
@@ -171,8 +172,7 @@ def _encoded(scan: Scan, users: Users, table: IdTable) -> Iterator[tuple[pa.Tabl
         user_lengths, ends = users.lengths[rows.users], np.cumsum(rows.lengths)
         for part in _slices(user_lengths + rows.lengths, CHUNK_IDS):
             own, common = rows.lengths[part], user_lengths[part]
-            places = np.arange(common.sum()) - np.repeat(np.cumsum(common) - common, common)
-            places += np.repeat(users.starts[rows.users[part]], common)
+            places = consecutive(users.starts[rows.users[part]], common)
             start, numbers = ends[part.start] - own[0], np.arange(len(own))
             owners = np.concatenate([np.repeat(numbers, common), np.repeat(numbers, own)])
             coded = np.concatenate([users.features[places], rows.features[start : ends[part.stop - 1]]])

@@ -13,11 +13,13 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import Protocol
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.data.cells import Cells, cell_error
+from pipeline.data.raw_table import Batch
 from pipeline.errors import UserError
 
 ALLOWED = (
@@ -32,29 +34,43 @@ _COMPARE: dict[type[ast.cmpop], tuple[str, str]] = {  # the function, and that f
     ast.Gt: ("greater", "less"),
     ast.GtE: ("greater_equal", "less_equal"),
 }
+_LABELS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 EXACT = 2**53  # a double holds every whole number up to here
 _QUOTED = re.compile(rb"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|`[^`]*`""")
 
 
-class Columns(Protocol):
-    """The raw columns of a batch, as conditions read them."""
+class Columns:
+    """A batch as conditions read it; if `click` is not None, that name means the label.
+
+    Raises:
+        UserError: a value is not a number, or not a label.
+    """
+
+    def __init__(self, cells: Cells, batch: Batch, click: pa.Array | None) -> None:
+        self.cells, self.batch, self.click = cells, batch, click
 
     def text(self, column: str) -> pa.Array:
         """Stripped text; null = missing."""
+        values, codes = self.cells.texts(self._raw(column), column, self.batch.place)
+        return values.take(pa.array(codes))
 
     def number(self, column: str) -> pa.Array:
-        """Doubles; NaN = missing.
-
-        Raises:
-            UserError: a value is not a number.
-        """
+        """Doubles; NaN = missing."""
+        return pa.array(self.cells.numbers(self._raw(column), column, self.batch.place))
 
     def label(self, column: str) -> pa.Array:
-        """Truth values, none missing.
+        """Truth values, none missing."""
+        raw = self._raw(column)
+        values, codes = self.cells.texts(raw, column, self.batch.place)
+        truth = [_LABELS.get(text.lower()) if text is not None else None for text in values.to_pylist()]
+        unknown = np.flatnonzero(np.array([value is None for value in truth])[codes])
+        if len(unknown):
+            row = int(unknown[0])
+            raise cell_error(self.batch.place, row, column, raw[row].as_py(), "0 or 1")
+        return pa.array(np.array(truth, dtype=bool)[codes])
 
-        Raises:
-            UserError: a value is not 0 or 1.
-        """
+    def _raw(self, column: str) -> pa.Array:
+        return self.click if self.click is not None and column == "click" else self.batch.columns[column]
 
 
 Evaluate = Callable[[Columns], pa.Array]

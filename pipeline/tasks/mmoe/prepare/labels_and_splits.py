@@ -7,17 +7,16 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.data.cells import Cells, cell_error, no_column, respelt
+from pipeline.data.cells import Cells, no_column, respelt
 from pipeline.data.digests import split_positions, text_hashes
 from pipeline.data.raw_schema import Where
 from pipeline.data.raw_table import Batch, RawTable
 from pipeline.data.schema import LABELS, SPLITS
 from pipeline.errors import UserError
-from pipeline.tasks.mmoe.prepare.conditions import Condition, parse
+from pipeline.tasks.mmoe.prepare.conditions import Columns, Condition, parse
 from pipeline.tasks.mmoe.prepare.source_schema import SourceSchema
 
 CLICK, CONVERSION = LABELS
-_LABEL_VALUES = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 
 
 class LabelsAndSplits:
@@ -68,8 +67,8 @@ class LabelsAndSplits:
         Raises:
             UserError: a value that is not 0 or 1, or a conversion without a click.
         """
-        click = _evaluated(self.click, LabelColumns(self.label_cells, batch, None))
-        conversion = _evaluated(self.conversion, LabelColumns(self.label_cells, batch, click))
+        click = _evaluated(self.click, Columns(self.label_cells, batch, None))
+        conversion = _evaluated(self.conversion, Columns(self.label_cells, batch, click))
         clicks, conversions = (values.to_numpy(zero_copy_only=False) for values in (click, conversion))
         orphans = np.flatnonzero(conversions & ~clicks)
         if len(orphans):
@@ -99,7 +98,7 @@ class LabelsAndSplits:
         shares = [float(getattr(declared, split)) for split in divided]
         numbers = np.array([SPLITS.index(split) for split in divided])
         positions = numbers[split_positions(keys, declared.seed, shares)]
-        columns = LabelColumns(self.label_cells, batch, None)
+        columns = Columns(self.label_cells, batch, None)
         for split, condition in self.conditions.items():  # the last one, test, takes precedence
             holds = condition.evaluate(columns).to_numpy(zero_copy_only=False)
             positions = np.where(holds, SPLITS.index(split), positions)
@@ -148,34 +147,7 @@ class LabelsAndSplits:
         return UserError(f"{self.schema_file}: {key}: {problem}")
 
 
-class LabelColumns:
-    """A batch as conditions read it; if `click` is given, that name means the label."""
-
-    def __init__(self, cells: Cells, batch: Batch, click: pa.Array | None) -> None:
-        self.cells, self.batch, self.click = cells, batch, click
-
-    def text(self, column: str) -> pa.Array:
-        values, codes = self.cells.texts(self._raw(column), column, self.batch.place)
-        return values.take(pa.array(codes))
-
-    def number(self, column: str) -> pa.Array:
-        return pa.array(self.cells.numbers(self._raw(column), column, self.batch.place))
-
-    def label(self, column: str) -> pa.Array:
-        raw = self._raw(column)
-        values, codes = self.cells.texts(raw, column, self.batch.place)
-        truth = [_LABEL_VALUES.get(text.lower()) if text is not None else None for text in values.to_pylist()]
-        unknown = np.flatnonzero(np.array([value is None for value in truth])[codes])
-        if len(unknown):
-            row = int(unknown[0])
-            raise cell_error(self.batch.place, row, column, raw[row].as_py(), "0 or 1")
-        return pa.array(np.array(truth, dtype=bool)[codes])
-
-    def _raw(self, column: str) -> pa.Array:
-        return self.click if self.click is not None and column == CLICK else self.batch.columns[column]
-
-
-def _evaluated(label: str | Condition, columns: LabelColumns) -> pa.Array:
+def _evaluated(label: str | Condition, columns: Columns) -> pa.Array:
     return columns.label(label) if isinstance(label, str) else label.evaluate(columns)
 
 
