@@ -79,7 +79,9 @@ class Streams:
     def labels(self) -> tuple[Array, Array]:
         """click and conversion of all rows: [N] int8 each."""
         labels = np.empty(self.rows, np.int8)
-        _labels(self._words, self._places, labels)
+        for number, (offsets, first) in enumerate(self._places):
+            batch = labels[number * BATCH_ROWS : (number + 1) * BATCH_ROWS]
+            batch[:] = self._words[first + self._words[offsets : offsets + len(batch)]]
         return labels & 1, labels >> 1
 
 
@@ -163,13 +165,6 @@ def _count_ids(words: Array, places: Array, index: Array, fixed: int) -> int:
         begin, end = _row(words, places, row)
         count += (end - begin - fixed) // 2
     return count
-
-
-@compiled
-def _labels(words: Array, places: Array, labels: Array) -> None:
-    for row in range(len(labels)):
-        offsets, first = places[row // BATCH_ROWS]
-        labels[row] = words[first + words[offsets + row % BATCH_ROWS]]
 
 
 @compiled

@@ -1,4 +1,4 @@
-"""Raw Ali-CCP files to training-ready columns: by hand, against a slow reader of its own, and beside a kill."""
+"""Raw Ali-CCP files to training-ready columns: by hand, against a slow reference reader, and after a kill."""
 
 import gzip
 import re
@@ -156,7 +156,7 @@ def test_the_shipped_yaml_reads_the_published_files(
     ("no_conversion", ([0, 1, 1, 0], [0, 1, 0, 0])),
     ("click", ([0, 1, 1, 1], [0, 1, 0, 1])),
 ])  # fmt: skip
-def test_rules_for_rows_that_do_not_fit(tmp_path: Path, rule: str, labels: tuple[list[int], list[int]]) -> None:
+def test_rules_for_irregular_rows(tmp_path: Path, rule: str, labels: tuple[list[int], list[int]]) -> None:
     keys = {"conversion_without_click": rule, "without_common_features": "drop"}
     schema = prepare(tmp_path, write_raw(tmp_path, SKELETON_TEXT, COMMON_TEXT, **keys), tmp_path / "out")
     rows = columns(tmp_path / "out")
@@ -174,7 +174,7 @@ def test_values_as_float32_of_the_double(tmp_path: Path) -> None:
     assert columns(tmp_path / "out")["9.weights"] == [[float(np.float32(float(value)))] for value in texts]
 
 
-def test_a_cut_last_line_is_told_and_left_out(tmp_path: Path) -> None:
+def test_a_cut_last_line_is_counted_and_left_out(tmp_path: Path) -> None:
     last = len(SKELETON_TEXT.splitlines()[-1])
     # 1: the line end alone; 2 and 3: the value 1.0 is 1. and 1, which is the same
     for cut in (1, 2, 3, 4, 5, 14, 15, 17, 20, last - 1, last):
@@ -231,7 +231,7 @@ def test_a_malformed_line_is_named(tmp_path: Path, call_pipeline: Call) -> None:
     ({}, r"features\.click: the prepared files have such a column; allowed"),
     ({"split": {"train": 1e-9, "validation": 1 - 1e-9, "test": 0}}, "4 rows, none of them in the training split"),
 ])  # fmt: skip
-def test_a_schema_that_does_not_fit(tmp_path: Path, keys: dict[str, Any], expected: str) -> None:
+def test_a_schema_that_contradicts_the_files(tmp_path: Path, keys: dict[str, Any], expected: str) -> None:
     common = COMMON_TEXT + line("ffffffffffffffff", "207=1")
     skeleton = SKELETON_TEXT + line("6,1,1,bacff91692951881", "207=1")
     skeleton = skeleton if "207" in keys.get("features", {}) else SKELETON_TEXT
@@ -242,7 +242,7 @@ def test_a_schema_that_does_not_fit(tmp_path: Path, keys: dict[str, Any], expect
     assert not (tmp_path / "out").exists()
 
 
-def test_files_that_are_not_there(tmp_path: Path) -> None:
+def test_missing_files(tmp_path: Path) -> None:
     schema = write_raw(tmp_path, SKELETON_TEXT, "")
     (tmp_path / SKELETON).unlink()
     with pytest.raises(UserError, match=rf"no file {SKELETON}"):
@@ -254,7 +254,7 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
         prepare(tmp_path, schema, tmp_path / "out")
 
 
-# ---------------------------------------------------------------- a slow reader of its own
+# ---------------------------------------------------------------- a slow reference reader
 
 MASK = 2**64 - 1
 NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
@@ -310,7 +310,7 @@ def read_features(text: str, claimed: str, counts: Counter[str]) -> list[tuple[s
 def slowly(
     skeleton: str, common: str, source: AliccpSource
 ) -> tuple[dict[str, list[Row]], dict[str, Any], Counter[str]]:
-    """Rows of each split (id texts and weights), what is known of each feature, and what was met."""
+    """Rows of each split (id texts and weights), properties of each feature, and counts of irregularities."""
     counts: Counter[str] = Counter()
     kinds = {name: feature.kind for name, feature in source.features.items()}
 
@@ -483,7 +483,7 @@ def test_the_same_as_a_slow_reader(
 
 
 def _frames_mean_the_same(folder: Path, rows: list[Row], known: dict[str, Any], source: AliccpSource) -> None:
-    """A logged model encodes a raw frame as the files were."""
+    """A logged model encodes a raw frame like the files."""
     frame: dict[str, list[Any]] = {}
     for name, feature in known.items():
         own = [[part for part in row["parts"] if part[0] == name] for row in rows]
@@ -499,7 +499,7 @@ def _frames_mean_the_same(folder: Path, rows: list[Row], known: dict[str, Any], 
     }
 
 
-# ---------------------------------------------------------------- the test files, and what decides the bytes
+# ---------------------------------------------------------------- test files and reproducibility
 
 
 @pytest.mark.parametrize("keys", [{}, {"test": TEST}])
@@ -515,7 +515,7 @@ def test_the_test_files_are_the_test_split(tmp_path: Path, keys: dict[str, Any])
     assert (shares["121"], shares["205"]) == (1.0, 0.5)
 
 
-def test_test_files_that_are_not_read_or_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_test_files_that_are_ignored_or_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_test(tmp_path)
     schema = prepare(tmp_path, write_raw(tmp_path, SKELETON_TEXT, COMMON_TEXT, test=None), tmp_path / "out")
     assert [split.rows for split in schema.splits.values()] == [4, 0, 0]
@@ -604,7 +604,7 @@ def test_after_a_kill_the_same_command_gives_the_same_bytes(tmp_path: Path, mome
     assert _digests(tmp_path / "out") == _digests(tmp_path / "whole")
 
 
-# ---------------------------------------------------------------- what comes of it
+# ---------------------------------------------------------------- memory, hashing, gzip
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -646,7 +646,7 @@ def test_hashed_ids_of_a_csv(tmp_path: Path) -> None:
     assert encoded == [3 + hashed("Hà Nội") % 5, 2, 1]
 
 
-def test_columns_names_and_a_byte_order_mark_may_stand_first(tmp_path: Path) -> None:
+def test_files_with_a_header_and_a_byte_order_mark(tmp_path: Path) -> None:
     header = "\ufeffsample_id,click,buy,common_feature_index,feat_num,feat_list\r\n"
     schema = write_raw(tmp_path, header + SKELETON_TEXT, "index,feat_num,feat_list\n" + COMMON_TEXT)
     prepared = prepare(tmp_path, schema, tmp_path / "out")
@@ -672,8 +672,8 @@ def test_the_bar_shows_rows_a_second_and_the_time_left(
 
 
 @pytest.mark.parametrize("zeros", [0, 1, 1000])
-def test_gzip_in_parts_and_with_zeros_after_them(zeros: int, tmp_path: Path) -> None:
-    """As tools that compress in parallel and tapes leave them; a file that is cut, or begins with zeros, is refused."""
+def test_gzip_in_parts_with_trailing_zeros(zeros: int, tmp_path: Path) -> None:
+    """As written by parallel compressors and to tapes; a file that is cut, or begins with zeros, is refused."""
     schema = write_raw(tmp_path, SKELETON_TEXT, COMMON_TEXT)
     prepare(tmp_path, schema, tmp_path / "plain")
     (tmp_path / SKELETON).unlink()

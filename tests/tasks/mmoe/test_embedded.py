@@ -1,4 +1,4 @@
-"""The generated impressions: is the truth that comes with them true, and are the files what they say."""
+"""The generated impressions: their true probabilities, and the files."""
 
 import math
 import threading
@@ -208,7 +208,7 @@ drawn_once = cache(embedded.World)
 
 @pytest.fixture
 def one_world(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A seed's world is drawn once: what these tests look at is what is written of it."""
+    """Draw the world of a seed once: these tests only look at the written files."""
     monkeypatch.setattr(embedded, "World", drawn_once)
 
 

@@ -89,7 +89,7 @@ def test_a_small_shop_by_hand(tmp_path: Path) -> None:
         }  # fmt: skip
 
 
-def test_schema_says_what_it_was_made_from(tmp_path: Path) -> None:
+def test_schema_names_its_source(tmp_path: Path) -> None:
     schema = prepare_text(tmp_path, SHOP, SHOP_FEATURES, missing_values=["", "NA"], csv={"strip": True})
     assert schema == DataSchema.read(tmp_path / "out")
     assert schema.source == f"data.csv, SHA-256 {hashlib.sha256(SHOP.encode()).hexdigest()}"
@@ -141,7 +141,7 @@ def test_headerless_gzip_quotes_and_line_ends(tmp_path: Path) -> None:
     assert column(tmp_path, "click") == [1, 0, 1]
 
 
-def test_no_id_is_empty_whatever_is_missing(tmp_path: Path) -> None:
+def test_empty_ids_are_always_missing(tmp_path: Path) -> None:
     text = "click,bought,tags,word\n1,0,,\n1,0,a||NA|,NA\n"
     features = {"tags": "multi", "word": "categorical"}
     prepare_text(tmp_path, text, features, missing_values=["-"])
@@ -539,7 +539,7 @@ def test_a_frame_is_encoded_as_its_file_was(rows: list[dict[str, Any]]) -> None:
             "categories": frame.astype({"word": "category", "code": "category", "flag": "category"}),
         }
         for how, raw in read.items():
-            encoded = encoder.encode(raw.set_index("key"))  # whatever the index is
+            encoded = encoder.encode(raw.set_index("key"))  # the index does not matter
             assert list(encoded) == table.column_names[2:]
             for name, values in encoded.items():
                 assert values.equals(table[name].combine_chunks().cast(values.type)), (how, name)
