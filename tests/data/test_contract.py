@@ -67,7 +67,7 @@ def folder(prepared: Path, tmp_path: Path) -> Path:
 
 
 def in_parts(folder: Path, split: str, sizes: list[int]) -> None:
-    """A split's file as a folder as Spark names things."""
+    """Replace a split file by a folder of parts with the names that Spark uses."""
     table, start = pq.read_table(folder / f"{split}.parquet"), 0
     (folder / split).mkdir()
     for number, size in enumerate([*sizes, table.num_rows]):
@@ -129,7 +129,7 @@ CHANGES: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_what_training_could_not_read_is_not_described(folder: Path, name: str) -> None:
+def test_invalid_data_is_not_described(folder: Path, name: str) -> None:
     file, column, change, expected = CHANGES[name]
     features = DataSchema.read(folder).features
     (folder / "schema.json").unlink()
@@ -147,7 +147,7 @@ def test_the_page_describes_a_folder_as_describe_takes_it() -> None:
         exec(example, {})  # noqa: S102
 
 
-def test_what_schema_json_says_is_held(folder: Path, call_pipeline: Call) -> None:
+def test_verify_refuses_a_schema_that_contradicts_the_files(folder: Path, call_pipeline: Call) -> None:
     schema = verify(folder)
     done = call_pipeline("verify", str(folder))
     assert done.returncode == 0

@@ -42,7 +42,7 @@ COMMON_LOSSES = {
 }
 CALIBRATION_METRICS = ("ece", "logloss", "calibration")
 CALIBRATION_NEEDS = "a conversion, more clicks than conversions, more rows than clicks"  # in validation
-GATE_METRIC = re.compile(r"gate/(?P<task>\w+)/(expert_)?(?P<expert>\d+)")  # runs of earlier versions lack `expert_`
+GATE_METRIC = re.compile(r"gate/(\w+)/expert_(\d+)")
 
 Events = Mapping[str, tuple[Array, LogProbability]]
 
@@ -83,12 +83,11 @@ class Evaluation:
         return known_metrics(self.data.schema, split, calibrated=self.config.model.calibrate)
 
     def findings(self, metrics: Mapping[str, float]) -> Sequence[str]:
-        findings = []
-        for name, share in metrics.items():
-            gate = GATE_METRIC.fullmatch(name)
-            if gate and not 0.01 <= share <= 0.8:
-                findings.append(f"expert {gate['expert']} has {share:.1%} of the {gate['task']} gate; usual: 1%-80%")
-        return findings
+        return [
+            f"expert {gate[2]} has {share:.1%} of the {gate[1]} gate; usual: 1%-80%"
+            for name, share in metrics.items()
+            if (gate := GATE_METRIC.fullmatch(name)) and not 0.01 <= share <= 0.8
+        ]
 
     def calibrate(self, model: nn.Module, device: str) -> Fitted:
         self.calibration = {}

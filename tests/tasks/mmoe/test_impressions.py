@@ -1,4 +1,4 @@
-"""Prepared impressions in memory against plain Python per row, and what a damaged folder says."""
+"""Batches of prepared impressions against plain Python per row, and refusals of damaged folders."""
 
 import itertools
 import math
@@ -62,7 +62,7 @@ def tables(draw: Callable[..., Any]) -> tuple[list[Feature], list[Row]]:
 
 
 def columns_of(rows: Sequence[Row], features: Sequence[Feature]) -> dict[str, pa.Array]:
-    """As the Parquet splits hold them."""
+    """Columns of a Parquet split."""
     columns = {name: pa.array([row[name] for row in rows], pa.int8()) for name in ("click", "conversion")}
     for feature in features:
         values = [row[feature.name] for row in rows]
@@ -98,7 +98,7 @@ def expected_bags(row: Row, features: Sequence[Feature]) -> list[Bag]:
 
 
 def bags_of(batch: Impressions) -> list[list[Bag]]:
-    """[row][feature] -> (table row, weight), read off the stream from left to right."""
+    """[row][feature] -> (table row, weight)"""
     pairs = list(zip(batch.ids.tolist(), batch.weights.tolist(), strict=True))
     starts = batch.starts.tolist()
     assert starts[0] == 0
@@ -188,7 +188,7 @@ def test_layout_by_hand() -> None:
 
 @pytest.mark.parametrize("features", [[COLOUR, PRICE, TAGS, TOPICS], [COLOUR, PRICE]], ids=["bags", "no bags"])
 def test_moving_a_batch(features: list[Feature]) -> None:
-    """To where it is: itself. Elsewhere: all of it but what the CPU's gradient needs."""
+    """To its own device: itself. To another one: all but the groups, which the gradient on the CPU needs."""
     row: Row = {"click": 1, "conversion": 0, "colour": 1, "price": 2.0, "tags": [(1, 2.0)], "topics": [1, 2]}
     batch = impressions(columns_of([row] * 3, features), layout_of(features)).batch(np.arange(3), training=True)
     assert batch.to("cpu") is batch
@@ -280,7 +280,7 @@ def test_reading_an_empty_split(tmp_path: Path) -> None:
 
 
 def refused(folder: Path, schema: DataSchema, *, split: str = "train") -> str:
-    """The one line that reading says, which names the file (or the folder)."""
+    """The one-line error, which names the file or the folder."""
     with pytest.raises(UserError) as caught:
         read_split(folder, schema, split)
     message = str(caught.value)
@@ -289,7 +289,7 @@ def refused(folder: Path, schema: DataSchema, *, split: str = "train") -> str:
     return message
 
 
-def test_what_is_not_there(tmp_path: Path) -> None:
+def test_missing_split_column_or_file(tmp_path: Path) -> None:
     schema = prepared(tmp_path)
     message = refused(tmp_path, schema, split="validation")
     assert "no split validation" in message
@@ -304,7 +304,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.5, 0.99, "text"])
-def test_what_is_not_a_whole_parquet_file(tmp_path: Path, keep: Any) -> None:
+def test_files_that_are_not_whole_parquet(tmp_path: Path, keep: Any) -> None:
     schema = prepared(tmp_path)
     whole = (tmp_path / "train.parquet").read_bytes()
     content = b"click,conversion\n1,0\n" * 100 if keep == "text" else whole[: int(keep * len(whole))]
@@ -320,7 +320,7 @@ def test_file_without_permission(tmp_path: Path) -> None:
 
 
 def test_parquet_damaged_inside(generated: tuple[Path, DataSchema], tmp_path: Path) -> None:
-    """The footer is whole, the pages are not."""
+    """The footer is intact, the pages are not."""
     folder, schema = generated
     content = bytearray((folder / "train.parquet").read_bytes())
     middle = len(content) // 3
@@ -382,6 +382,6 @@ def test_id_out_of_range(tmp_path: Path, name: str, column: pa.Array, largest: i
          "text label", "missing label"],
 )  # fmt: skip
 def test_column_of_another_kind(tmp_path: Path, name: str, column: pa.Array) -> None:
-    """What is not as the schema says is refused, never read as something else."""
+    """A column that contradicts the schema is refused."""
     columns = columns_of(ROWS, FEATURES) | {name: column}
     assert name in refused(tmp_path, prepared(tmp_path, columns))

@@ -400,7 +400,7 @@ def workplace() -> Iterator[Path]:
 def try_prepare(
     folder: Path, data: Path, by: str | None = "key", schema: dict[str, Any] | None = None, **keys: Any
 ) -> DataSchema | None:
-    """None where chance left the training split empty."""
+    """None if the training split is empty by chance."""
     split = {"by": by, "train": 0.7, "validation": 0.2, "test": 0.1}
     schema_file = write_schema(folder, FEATURES, split=split, **schema or {})
     try:
@@ -412,7 +412,7 @@ def try_prepare(
 
 
 def canonical(value: Any) -> str | None:
-    """What a raw cell means, said again in plain Python."""
+    """The text of a raw cell, computed in plain Python."""
     if value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value)):
         return None
     text = str(value).strip()

@@ -19,7 +19,7 @@ from pipeline.tasks.mmoe.prepare.preparation import prepare
 
 
 def refusal(folder: Path, data: Path, features: dict[str, Any] = PLAIN, **keys: Any) -> str:
-    """The message, which must be one line that names no more than it must."""
+    """The error message, which must be one short line."""
     before = sorted(folder.rglob("*"))
     schema = write_schema(folder, features, **keys)
     with pytest.raises(UserError) as caught:
@@ -212,7 +212,7 @@ def test_folders_and_files_that_are_not_there(tmp_path: Path) -> None:
 
 @contextmanager
 def without_privileges() -> Iterator[Path]:
-    """A folder, and no right to more than everybody has (root may read everything)."""
+    """A folder, used without root privileges (root may read everything)."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o777)
         user = os.geteuid()
