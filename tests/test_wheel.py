@@ -15,9 +15,11 @@ from pipeline.comparison.page import view
 from pipeline.comparison.results import Arm, Comparison
 
 arm = Arm("alone", "baseline", None, "#000000", {0: "r"}, {0: 0.5}, 0.5, *[None] * 6, {}, "", None, {}, {})
-runs, history = pd.DataFrame({"run_id": ["r"]}), pd.DataFrame({"run": [], "metric": [], "step": [], "value": []})
+facts = {"run_id": "r", "name": "r", "status": "FINISHED", "arm": "alone", "seed": 0, "sweep_id": None}
+runs = pd.DataFrame([facts | {"metrics.test/auc": 0.5}])
+history = pd.DataFrame({"run": [], "metric": [], "step": [], "value": []})
 print(view.__file__)
-print(view.page(Comparison("", "mmoe", "test/auc", "max", "", "", "alone", (0,), (arm,), (), runs, ()), history))
+print(view.page(Comparison("t", "mmoe", "test/auc", "max", "", "", "alone", (0,), (arm,), (), runs, ()), history))
 """
 
 

@@ -1,4 +1,4 @@
-"""What the entry point `compare` takes."""
+"""Config of the entry point `compare`."""
 
 import re
 from typing import Any, ClassVar, Literal
@@ -10,7 +10,7 @@ from pipeline.errors import UserError
 
 
 class CompareConfig(Config):
-    """Which runs to compare, by what, and against which arm."""
+    """The runs, metric and baseline of a comparison."""
 
     short: ClassVar[dict[str, str]] = {}
 
@@ -21,17 +21,17 @@ class CompareConfig(Config):
     experiment: str | None = Field(None, min_length=1, coerce_numbers_to_str=True)
     """the runs of this MLflow experiment (name or id)"""
     filter: str | None = Field(None, min_length=1)
-    """the runs that this MLflow filter finds, in all experiments or in the one that is named"""
+    """the runs that match this MLflow filter, in all experiments or in `experiment`"""
     metric: str | None = Field(None, min_length=1)
-    """what the verdict is about; null = the sweep's, or what the runs were evaluated by, on the test split"""
+    """metric of the verdict; null = the sweep's, or what the runs were evaluated by, on the test split"""
     mode: Literal["max", "min"] | None = None
-    """whether higher or lower is better; null = as the runs say, else min for losses and errors"""
+    """whether a higher or a lower metric is better; null = as the runs say, else min for losses and errors"""
     baseline: str | None = Field(None, min_length=1)
-    """the arm, by name or by the id of one of its runs, that others are compared with; null = role baseline"""
+    """arm with which the others are compared, by name or by the id of one of its runs; null = role baseline"""
     bootstrap: bool = True
-    """intervals over test rows within each seed, where the runs kept their per-row scores"""
+    """show intervals over test rows within each seed, for runs that kept their per-row scores"""
     output_dir: str = Field("comparisons", min_length=1)
-    """folder of the comparisons, one folder each"""
+    """folder in which each comparison gets a folder of its own"""
 
     @field_validator("runs", mode="before")
     @classmethod
@@ -40,14 +40,14 @@ class CompareConfig(Config):
 
 
 def check_source(sweep_id: object, runs: object, experiment: object, filter_string: object) -> None:
-    """Refuse anything but one source of runs.
+    """Check that runs come from one source.
 
     Raises:
-        UserError: none is given, or more than one.
+        UserError: there is none, or more than one.
     """
     sources = {"sweep_id": sweep_id, "runs": runs, "experiment": experiment, "filter": filter_string}
-    given = [name for name, value in sources.items() if value is not None]
-    if len(given) != 1 and given != ["experiment", "filter"]:
-        found = " and ".join(given) if given else "none"
+    names = [name for name, value in sources.items() if value is not None]
+    if len(names) != 1 and names != ["experiment", "filter"]:
+        found = " and ".join(names) or "none"
         raise UserError(f"runs to compare: found {found}, allowed: one of sweep_id, runs, experiment, filter "
                         "(experiment and filter also together)")  # fmt: skip

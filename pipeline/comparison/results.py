@@ -1,4 +1,4 @@
-"""The results of a comparison: arms, their differences to the baseline, and what was compared."""
+"""Results of a comparison: the arms and their differences to the baseline."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from pipeline.names import CONTROLLED
 
 @dataclass(frozen=True)
 class Arm:
-    """The runs of one setting, a seed each, and what sets them apart from the baseline's."""
+    """The runs of one setting, one per seed, and their differences to the baseline's."""
 
     name: str
     role: str  # baseline, arm or control
-    control_of: str | None  # of a control: the arm, or several that share it, joined by CONTROLLED
+    control_of: str | None  # of a control: its arm, or the arms that share it, joined by CONTROLLED
     color: str
     runs: Mapping[int, str]  # seed -> run id
     values: Mapping[int, float]  # seed -> primary metric
@@ -24,16 +24,16 @@ class Arm:
     best: float | None  # mean over seeds of the best value on the validation split
     best_spread: float | None
     difference: Paired | None  # arm - baseline over the seeds that both have; None for the baseline
-    p_adjusted: float | None  # None for the baseline, controls and fewer than two seeds; so is the next
-    minimum_detectable: float | None
-    rows: Mapping[int, tuple[float, float, float]]  # seed -> (difference, low, high) over test rows within the seed
+    p_adjusted: float | None  # None for the baseline, controls and fewer than two seeds
+    minimum_detectable: float | None  # difference; None as above
+    rows: Mapping[int, tuple[float, float, float]]  # seed -> (difference, low, high) over test rows
     verdict: str  # "" for the baseline, "control" for a control
     against_control: Paired | None  # arm - its control
     side: Mapping[str, Paired]  # side metric -> arm - baseline
-    differing: Mapping[str, str]  # dotted key -> value, of the keys that differ between arms
+    differing: Mapping[str, str]  # dotted key -> value, for the keys that differ between arms
 
     def controls(self, arm: str) -> bool:
-        """It is the control of this arm."""
+        """Whether it is the control of this arm."""
         return self.control_of is not None and arm in self.control_of.split(CONTROLLED)
 
 
@@ -51,5 +51,5 @@ class Comparison:
     seeds: tuple[int, ...]
     arms: tuple[Arm, ...]
     side_metrics: tuple[str, ...]
-    runs: pd.DataFrame  # of load_runs: the runs that are compared
+    runs: pd.DataFrame  # the compared runs, as `load_runs` returns them
     notes: tuple[str, ...]

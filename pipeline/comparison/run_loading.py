@@ -1,12 +1,12 @@
-"""Tracked runs as frames: one row a run, or one row a logged point."""
+"""Tracked runs as data frames: one row per run, or one row per logged point."""
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,13 +24,13 @@ from pipeline.tracking.messages import StoredRun
 from pipeline.tracking.store import tracking_uri
 from pipeline.tracking.stored_runs import artifact, points_of, runs_of_filter, runs_of_ids, runs_of_sweep
 
-# Roles of runs that trained nothing, and of a search's trials: what chose an arm is no evidence for it.
+# Roles that are never compared: runs that trained nothing, and a search's trials, which chose an arm.
 NOT_COMPARED = ("launcher", "summary", "comparison", "trial")
 ROLE_ORDER = {"baseline": 0, "arm": 1, "control": 2}
 FACTS = ("run_id", "name", "status", "task", "arm", "role", "control_of", "seed", "color", "sweep_id", "data_digest",
          "start_time", "artifact_uri")  # fmt: skip
-OWN_TAGS = {"task", "arm", "arm_number", "role", "control_of", "seed", "sweep_id", "data_digest", "mlflow.runColor"}
-READERS = 4
+FACT_TAGS = {"task", "arm", "arm_number", "role", "control_of", "seed", "sweep_id", "data_digest", "mlflow.runColor"}
+READERS = 4  # threads
 
 
 def load_runs(
@@ -41,30 +41,30 @@ def load_runs(
     filter: str | None = None,  # noqa: A002 (MLflow's own word)
     finished: bool = True,
 ) -> pd.DataFrame:
-    """One row a run of a sweep, of run ids, of an experiment or of what an MLflow filter finds.
+    """Load the runs of a sweep, of run ids, of an experiment or of an MLflow filter, one row each.
 
     Columns: run_id, name, status, task, arm, role, control_of, seed (Int64), color, sweep_id, data_digest, start_time
     (UTC), artifact_uri; then `params.<key>` (canonical text), `metrics.<name>` (the last value) and `tags.<name>`.
     What a run lacks is missing (NaN). Baselines come first, then arms, then controls, each by seed.
 
-    `finished`: only the runs that ended well; `attrs["left_out"]` holds the others' status by their names. For a
-    sweep, `attrs` also holds the `metric` and `mode` that it was made for.
+    finished: only the finished runs; `attrs["left_out"]` maps the names of the others to their status. For a sweep,
+    `attrs` also holds its `metric` and `mode`.
 
     Raises:
-        UserError: no or several sources, nothing found, or a store that does not answer.
+        UserError: no or several sources, no such runs, or a store that does not answer.
     """
     check_source(sweep_id, runs, experiment, filter)
     if sweep_id is not None:
-        found, source = runs_of_sweep(sweep_id), f"sweep_id {sweep_id}"
+        stored, source = runs_of_sweep(sweep_id), f"sweep_id {sweep_id}"
     elif runs is not None:
-        found, source = runs_of_ids([runs] if isinstance(runs, str) else runs), "runs"
+        stored, source = runs_of_ids([runs] if isinstance(runs, str) else runs), "runs"
     else:
-        found = runs_of_filter(experiment, filter)
+        stored = runs_of_filter(experiment, filter)
         given = {"experiment": experiment, "filter": filter}
         source = " ".join(f"{name} {value}" for name, value in given.items() if value)
-    trained = [run for run in found if run.tags.get("role") not in NOT_COMPARED]
+    trained = [run for run in stored if run.tags.get("role") not in NOT_COMPARED]
     if not trained:
-        others = f" but {len(found)} that trained nothing" if found else ""
+        others = f" but {len(stored)} that trained nothing" if stored else ""
         raise UserError(f"{source}: found no run{others} in {tracking_uri()}")
     kept = [run for run in trained if run.status == "FINISHED" or not finished]
     if not kept:
@@ -72,38 +72,43 @@ def load_runs(
     frame = _frame(kept)
     frame.attrs["left_out"] = {f"{run.name} ({run.run_id})": run.status for run in trained if run not in kept}
     if sweep_id is not None:
-        summary = next((run.tags for run in found if run.tags.get("role") == "summary"), {})
+        summary = next((run.tags for run in stored if run.tags.get("role") == "summary"), {})
         frame.attrs |= {name: summary[name] for name in ("metric", "mode") if name in summary}
     return frame
 
 
-def count_by(values: Any) -> str:
+def count_by(values: Iterable[str]) -> str:
     """`2 FAILED, 1 RUNNING`."""
-    counts: dict[str, int] = {}
-    for value in values:
-        counts[value] = counts.get(value, 0) + 1
-    return ", ".join(f"{count} {value}" for value, count in sorted(counts.items()))
+    return ", ".join(f"{count} {value}" for value, count in sorted(Counter(values).items()))
 
 
 def _frame(runs: Sequence[StoredRun]) -> pd.DataFrame:
     params = [run.canonical_params for run in runs]
     tags = [{name: value for name, value in run.tags.items()
-             if name not in OWN_TAGS and not name.startswith(CANONICAL)} for run in runs]  # fmt: skip
-    facts = pd.DataFrame([_facts(run, values) for run, values in zip(runs, params, strict=True)], columns=list(FACTS))
+             if name not in FACT_TAGS and not name.startswith(CANONICAL)} for run in runs]  # fmt: skip
+    facts = pd.DataFrame([_facts(run, own) for run, own in zip(runs, params, strict=True)], columns=list(FACTS))
     facts["seed"] = facts["seed"].astype("Int64")
     facts["start_time"] = pd.to_datetime(facts["start_time"], unit="ms", utc=True)
-    metrics = [run.metrics for run in runs]
-    parts = [facts, _prefixed(params, "params."), _prefixed(metrics, "metrics."), _prefixed(tags, "tags.")]
-    frame = pd.concat(parts, axis=1)
-    numbers = [int(run.tags.get("arm_number", 0)) for run in runs]
-    return frame.loc[_order(facts, numbers)].reset_index(drop=True)
+    columns = [
+        pd.DataFrame(params).add_prefix("params."),
+        pd.DataFrame([run.metrics for run in runs]).add_prefix("metrics."),
+        pd.DataFrame(tags).add_prefix("tags."),
+    ]
+    frame = pd.concat([facts, *columns], axis=1)
+    order = pd.DataFrame({
+        "role": facts["role"].map(ROLE_ORDER).fillna(ROLE_ORDER["arm"]),
+        "number": [int(run.tags.get("arm_number", 0)) for run in runs],  # in the sweep: the store has them by time
+        "arm": pd.factorize(facts["arm"].fillna(""))[0],
+        "seed": facts["seed"],
+    })  # fmt: skip
+    order = order.sort_values(["role", "number", "arm", "seed"], kind="stable")
+    return frame.loc[order.index].reset_index(drop=True)
 
 
 def _facts(run: StoredRun, params: Mapping[str, str]) -> dict[str, Any]:
     tags = run.tags
     seed = tags.get("seed", params.get("seed", ""))
-    named = {name: tags.get(name) for name in ("task", "arm", "role", "control_of", "sweep_id", "data_digest")}
-    return named | {
+    return {name: tags.get(name) for name in ("task", "arm", "role", "control_of", "sweep_id", "data_digest")} | {
         "run_id": run.run_id,
         "name": run.name,
         "status": run.status,
@@ -114,63 +119,6 @@ def _facts(run: StoredRun, params: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _prefixed(rows: Sequence[Mapping[str, Any]], prefix: str) -> pd.DataFrame:
-    names = dict.fromkeys(name for row in rows for name in row)
-    return pd.DataFrame({prefix + name: [row.get(name) for row in rows] for name in names}, index=range(len(rows)))
-
-
-def _order(facts: pd.DataFrame, numbers: Sequence[int]) -> pd.Index:
-    """Rows by role, then by the arm's number in its sweep, or when it first appears, then by seed.
-
-    The store gave them by time, which is another order each time that several processes train.
-    """
-    role = facts["role"].map(ROLE_ORDER).fillna(ROLE_ORDER["arm"])
-    arms = facts["arm"].fillna("")
-    first = arms.map({arm: at for at, arm in reversed(list(enumerate(arms)))})
-    keys = pd.DataFrame({"role": role, "number": numbers, "first": first, "seed": facts["seed"]})
-    return keys.sort_values(["role", "number", "first", "seed"], kind="stable").index
-
-
-@dataclass(frozen=True)
-class _Points:
-    """A run's points, ordered by metric and step."""
-
-    counts: Mapping[str, int]  # metric -> how many points, in order
-    steps: npt.NDArray[np.int64]
-    values: npt.NDArray[np.float64]
-
-
-def load_history(runs: pd.DataFrame | Sequence[str], metrics: Sequence[str] | None = None) -> pd.DataFrame:
-    """Every logged point: run (id) and metric (categorical), step (int64), value (float64).
-
-    `runs`: a frame of `load_runs`, or run ids. `metrics`: only those names. Rows are ordered by run (as given), metric
-    and step; at one step, by time. A run's points come from its artifact history.parquet where it has one, else from
-    the tracking store, and are the same either way.
-
-    Raises:
-        UserError: no such run, or a store that does not answer.
-    """
-    where = artifact_uris(runs)
-    wanted = None if metrics is None else frozenset([metrics] if isinstance(metrics, str) else metrics)
-    with tempfile.TemporaryDirectory(prefix="focal-pipeline-") as folder, ThreadPoolExecutor(READERS) as pool:
-        read = partial(_points, wanted=wanted, folder=Path(folder))
-        found = list(pool.map(read, where.keys(), where.values()))
-    names = sorted({name for points in found for name in points.counts})
-    code = {name: number for number, name in enumerate(names)}
-    codes = [code[name] for points in found for name in points.counts]
-    counts = [count for points in found for count in points.counts.values()]
-    kind = np.int16 if len(names) < 2**15 else np.int32
-    metric_codes = np.repeat(np.array(codes, dtype=kind), counts)
-    run_codes = np.repeat(np.arange(len(where), dtype=np.int32), [len(points.steps) for points in found])
-    columns = {
-        "run": pd.Categorical.from_codes(run_codes, pd.Index(list(where), dtype=object)),
-        "metric": pd.Categorical.from_codes(metric_codes, pd.Index(names, dtype=object)),
-        "step": np.concatenate([np.empty(0, dtype=np.int64), *(points.steps for points in found)]),
-        "value": np.concatenate([np.empty(0), *(points.values for points in found)]),
-    }
-    return pd.DataFrame(columns, copy=False)
-
-
 def artifact_uris(runs: pd.DataFrame | Sequence[str]) -> dict[str, str]:
     """Run id -> where its artifacts are."""
     if isinstance(runs, pd.DataFrame):
@@ -178,61 +126,98 @@ def artifact_uris(runs: pd.DataFrame | Sequence[str]) -> dict[str, str]:
     return {run.run_id: run.artifact_uri for run in runs_of_ids([runs] if isinstance(runs, str) else list(runs))}
 
 
-def _points(run_id: str, uri: str, wanted: frozenset[str] | None, folder: Path) -> _Points:
+class Points(NamedTuple):
+    """A run's points, ordered by metric and step."""
+
+    counts: Mapping[str, int]  # metric -> number of points, in order
+    steps: npt.NDArray[np.int64]
+    values: npt.NDArray[np.float64]
+
+
+def load_history(runs: pd.DataFrame | Sequence[str], metrics: Sequence[str] | None = None) -> pd.DataFrame:
+    """Load every logged point: run (id) and metric (categorical), step (int64), value (float64).
+
+    runs: a frame of `load_runs`, or run ids. metrics: only these. Rows are ordered by run (as given), metric and step;
+    at one step, by time. A run's points come from its artifact history.parquet if it has one, else from the tracking
+    store; the result is the same.
+
+    Raises:
+        UserError: no such run, or a store that does not answer.
+    """
+    uris = artifact_uris(runs)
+    wanted = None if metrics is None else frozenset([metrics] if isinstance(metrics, str) else metrics)
+    with tempfile.TemporaryDirectory(prefix="focal-pipeline-") as folder, ThreadPoolExecutor(READERS) as pool:
+        histories = list(pool.map(partial(_read_points, wanted=wanted, folder=Path(folder)), uris, uris.values()))
+    names = sorted({name for points in histories for name in points.counts})
+    code = {name: number for number, name in enumerate(names)}
+    codes = np.array([code[name] for points in histories for name in points.counts], dtype=np.int32)
+    counts = [count for points in histories for count in points.counts.values()]
+    run_codes = np.repeat(np.arange(len(uris), dtype=np.int32), [len(points.steps) for points in histories])
+    columns = {
+        "run": pd.Categorical.from_codes(run_codes, pd.Index(list(uris), dtype=object)),
+        "metric": pd.Categorical.from_codes(np.repeat(codes, counts), pd.Index(names, dtype=object)),
+        "step": np.concatenate([np.empty(0, dtype=np.int64), *(points.steps for points in histories)]),
+        "value": np.concatenate([np.empty(0), *(points.values for points in histories)]),
+    }
+    return pd.DataFrame(columns, copy=False)
+
+
+def _read_points(run_id: str, uri: str, wanted: frozenset[str] | None, folder: Path) -> Points:
     file = artifact(run_id, uri, HISTORY_FILE, folder)
     if file is not None:
         try:
-            return _of_file(file, wanted)
+            return points_of_file(file, wanted)
         except (OSError, KeyError, pa.ArrowException) as error:  # the store has the same points
             warn(f"{file}: {error}; read from the tracking store instead")
     points = points_of(run_id, None if wanted is None else sorted(wanted))
-    return _of_store({name: listed for name, listed in points.items() if listed})
+    return points_of_store({name: own for name, own in points.items() if own})
 
 
-def _of_file(file: Path, wanted: frozenset[str] | None) -> _Points:
+def points_of_file(file: Path, wanted: frozenset[str] | None) -> Points:
+    """The points of a history.parquet."""
     columns = ["metric", "step", "value", "timestamp"]
     table = pq.read_table(file, columns=columns, read_dictionary=["metric"], use_threads=False, partitioning=None)
-    encoded = table["metric"].unify_dictionaries().combine_chunks()
-    if isinstance(encoded, pa.ChunkedArray):
-        encoded = encoded.chunk(0) if encoded.num_chunks else pa.array([], pa.dictionary(pa.int32(), pa.string()))
-    names = encoded.dictionary.to_pylist()
-    arrays = [encoded.indices.to_numpy(), *(table[name].to_numpy() for name in columns[1:])]
+    table = table.unify_dictionaries().combine_chunks()
+    metrics = table["metric"].chunk(0) if table.num_rows else pa.array([], pa.dictionary(pa.int32(), pa.string()))
+    names = metrics.dictionary.to_pylist()
+    arrays = [metrics.indices.to_numpy(), *(table[name].to_numpy() for name in columns[1:])]
     if wanted is not None:
         kept = np.array([name in wanted for name in names], dtype=bool)[arrays[0]]
         arrays = [array[kept] for array in arrays]
-    return _sorted(names, *arrays)
+    return _ordered(names, *arrays)
 
 
-def _of_store(points: Mapping[str, Sequence[Point]]) -> _Points:
-    codes = np.repeat(np.arange(len(points)), [len(listed) for listed in points.values()])
-    flat = [point for listed in points.values() for point in listed]
+def points_of_store(points: Mapping[str, Sequence[Point]]) -> Points:
+    codes = np.repeat(np.arange(len(points)), [len(own) for own in points.values()])
+    flat = [point for own in points.values() for point in own]
     steps = np.array([point.step for point in flat], dtype=np.int64)
     values = np.array([point.value for point in flat], dtype=np.float64)
     times = np.array([point.timestamp for point in flat], dtype=np.int64)
-    return _sorted(list(points), codes, steps, values, times)
+    return _ordered(list(points), codes, steps, values, times)
 
 
-def _sorted(
+def _ordered(
     names: Sequence[str],
     codes: npt.NDArray[Any],
     steps: npt.NDArray[np.int64],
     values: npt.NDArray[np.float64],
     times: npt.NDArray[np.int64],
-) -> _Points:
-    """Points by metric name, step, time and value; those that agree in all four once, as MLflow keeps them."""
-    ordered = sorted(range(len(names)), key=names.__getitem__)
+) -> Points:
+    """Order points by metric name, step, time and value; drop duplicates, as MLflow does.
+
+    codes: of each point, the index of its metric in `names`.
+    """
+    by_name = sorted(range(len(names)), key=names.__getitem__)
     rank = np.empty(len(names), dtype=np.uint16 if len(names) < 2**16 else np.uint32)  # 16 bits: a radix sort
-    rank[ordered] = np.arange(len(names))
-    codes = rank[codes]
-    order = np.argsort(codes, kind="stable")
-    codes, steps, values, times = codes[order], steps[order], values[order], times[order]
-    if ((np.diff(codes.astype(np.int64)) == 0) & (np.diff(steps) <= 0)).any():  # steps out of order, or one twice
+    rank[by_name] = np.arange(len(names))
+    order = np.argsort(rank[codes], kind="stable")
+    codes, steps, values, times = rank[codes][order].astype(np.int64), steps[order], values[order], times[order]
+    if ((np.diff(codes) == 0) & (np.diff(steps) <= 0)).any():  # steps out of order or repeated
         order = np.lexsort((values, times, steps, codes))
         codes, steps, values, times = codes[order], steps[order], values[order], times[order]
-        same = (np.diff(codes.astype(np.int64)) == 0) & (np.diff(steps) == 0) & (np.diff(times) == 0)
-        equal = (values[1:] == values[:-1]) | (np.isnan(values[1:]) & np.isnan(values[:-1]))
-        kept = np.concatenate([[True], ~(same & equal)])
+        same_point = (np.diff(codes) == 0) & (np.diff(steps) == 0) & (np.diff(times) == 0)
+        same_value = (values[1:] == values[:-1]) | (np.isnan(values[1:]) & np.isnan(values[:-1]))
+        kept = np.concatenate([[True], ~(same_point & same_value)])
         codes, steps, values = codes[kept], steps[kept], values[kept]
-    counted = np.bincount(codes, minlength=len(names))
-    counts = {names[at]: int(count) for at, count in zip(ordered, counted, strict=True) if count}
-    return _Points(counts, steps, values)
+    counts = np.bincount(codes, minlength=len(names))
+    return Points({names[at]: int(n) for at, n in zip(by_name, counts, strict=True) if n}, steps, values)

@@ -1,11 +1,12 @@
-"""Which tracked runs are compared: one an arm and seed, of one task and data, with one metric."""
+"""The runs of a comparison: one per arm and seed, of one task and data set, with one metric."""
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from pipeline.comparison.run_loading import count_by
@@ -13,8 +14,9 @@ from pipeline.config.run_config import is_operational
 from pipeline.config.strict_config import nearest
 from pipeline.errors import UserError
 from pipeline.names import CALIBRATED, CALIBRATION
+from pipeline.runtime.text import listed
 
-REFERENCE = re.compile(r"_(bayes|majority|tfidf)$")  # scores that are not the model's
+REFERENCES = ("_bayes", "_majority", "_tfidf")  # ends of the names of scores that are not the model's
 NOT_SET = "not set"
 SIDE_KINDS = ("auc_", "f1_", "ece_", "logloss_", "calibration_")  # in the order in which they are shown
 LOWER_IS_BETTER = re.compile(r"(^|[/_])(loss|logloss|ece|error)")
@@ -26,77 +28,78 @@ def usable_runs(runs: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
     Raises:
         UserError: there is none.
     """
-    open_ends = runs[runs["status"] != "FINISHED"]
-    listed = zip(open_ends["name"], open_ends["run_id"], open_ends["status"], strict=True)
-    left_out = dict(runs.attrs.get("left_out", {})) | {f"{name} ({run})": status for name, run, status in listed}
+    unfinished, usable = runs[runs["status"] != "FINISHED"], runs[runs["status"] == "FINISHED"]
+    left_out = runs.attrs.get("left_out", {}) | dict(zip(_labels(unfinished), unfinished["status"], strict=True))
     if left_out:
-        notes.append(f"not finished and left out: {count_by(left_out.values())}: {some(left_out)}")
-    usable = runs[runs["status"] == "FINISHED"]
-    without = usable[usable["seed"].isna()]
-    if len(without):
-        notes.append(f"without a seed and left out: {some(_labels(without))}")
-    usable = usable[usable["seed"].notna()]
+        notes.append(f"not finished and left out: {count_by(left_out.values())}: {listed(left_out)}")
+    without_seed, usable = usable[usable["seed"].isna()], usable[usable["seed"].notna()]
+    if len(without_seed):
+        notes.append(f"without a seed and left out: {listed(_labels(without_seed))}")
     if usable.empty:
         raise UserError(f"nothing to compare: none of {len(runs) or 'the'} runs is finished and has a seed")
-    commits = _column(usable, "tags.mlflow.source.git.commit")
-    if len(set(commits) - {""}) > 1:
-        notes.append(f"the runs were made by {len(set(commits) - {''})} versions of the code (git commits)")
+    commits = set(_texts(usable, "tags.mlflow.source.git.commit")) - {""}
+    if len(commits) > 1:
+        notes.append(f"the runs were made by {len(commits)} versions of the code (git commits)")
     return usable
 
 
-def only_value(runs: pd.DataFrame, fact: str, unknown_fits: bool = False) -> str:
-    """The one value of a column; "" (runs that do not say) is a value too, unless `unknown_fits` any other.
+def single_value(runs: pd.DataFrame, fact: str, unknown_matches: bool = False) -> str:
+    """The one value of a column; missing ones count as the value "", or match any other if `unknown_matches`.
 
     Raises:
         UserError: there are several.
     """
-    found = _column(runs, fact)
-    values = [value for value in dict.fromkeys(found) if value or not unknown_fits]
+    texts = _texts(runs, fact)
+    values = [value for value in dict.fromkeys(texts) if value or not unknown_matches]
     if len(values) > 1:
-        examples = [f"{value[:16] or 'unknown'} (run {runs['run_id'].iloc[found.index(value)]})" for value in values]
-        raise UserError(f"runs of different {fact} cannot be compared: found {some(examples, 3)}; allowed: one")
+        examples = [f"{value[:16] or 'unknown'} (run {runs['run_id'].iloc[texts.index(value)]})" for value in values]
+        raise UserError(f"runs of different {fact} cannot be compared: found {listed(examples, 3)}; allowed: one")
     return values[0] if values else ""
 
 
-def with_arms(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs with a name in `arm`: where no tag has it, from the settings in which such runs differ."""
+def name_arms(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs with a name in `arm`: without a tag it is made of the settings in which the runs differ."""
     missing = runs["arm"].isna()
     if not missing.any():
         return runs
-    keys = _setting_keys(runs)
-    rows = list(zip(*(_column(runs, f"params.{key}") for key in keys), strict=True)) if keys else [()] * len(runs)
-    differing = [at for at in range(len(keys)) if len({row[at] for row in rows}) > 1]
-    leaves = [keys[at].rsplit(".", 1)[-1] for at in differing]
-    shown = [leaf if leaves.count(leaf) == 1 else keys[at] for leaf, at in zip(leaves, differing, strict=True)]
+    columns = {key: _texts(runs, f"params.{key}") for key in _setting_keys(runs)}
+    columns = {key: values for key, values in columns.items() if len(set(values)) > 1}
+    labels = unique_leaves(list(columns))
     names = [
-        " ".join(f"{leaf} {row[at] or NOT_SET}" for leaf, at in zip(shown, differing, strict=True)) or "run"
-        for row in rows
-    ]
+        " ".join(f"{label} {value or NOT_SET}" for label, value in zip(labels, row, strict=True))
+        for row in zip(*columns.values(), strict=True)
+    ] or ["run"] * len(runs)
     return runs.assign(arm=runs["arm"].where(~missing, pd.Series(names, index=runs.index)))
 
 
-def aim(runs: pd.DataFrame, attrs: Mapping[Any, Any], metric: str | None, mode: str | None) -> tuple[str, str]:
-    """The primary metric and whether more (max) or less (min) of it is better.
+def unique_leaves(keys: list[str]) -> list[str]:
+    """The last part of each dotted key, or the whole key if another ends in the same part."""
+    leaves = [key.rsplit(".", 1)[-1] for key in keys]
+    return [leaf if leaves.count(leaf) == 1 else key for leaf, key in zip(leaves, keys, strict=True)]
+
+
+def choose_metric(
+    runs: pd.DataFrame, attrs: Mapping[Any, Any], metric: str | None, mode: str | None
+) -> tuple[str, str]:
+    """The primary metric and its mode (max or min): as asked for, else the sweep's, else the one of evaluations.
 
     Raises:
-        UserError: it is in no run, or the runs do not agree on one.
+        UserError: no run has the metric, or the runs were evaluated by different ones.
     """
     logged = _finite_metrics(runs)
-    evaluated = dict.fromkeys(zip(_column(runs, "params.evaluation.metric"), _column(runs, "params.evaluation.mode"),
-                                  strict=True))  # fmt: skip
-    if metric is None:
-        metric = attrs.get("metric")
+    evaluated = set(zip(_texts(runs, "params.evaluation.metric"), _texts(runs, "params.evaluation.mode"), strict=True))
+    metric = attrs.get("metric") if metric is None else metric
     if metric is None:
         chosen = {name for name, _ in evaluated} - {""}
         if len(chosen) != 1:
-            raise UserError(f"the runs were evaluated by {some(sorted(chosen)) or 'nothing they tell'}; "
+            raise UserError(f"the runs were evaluated by {listed(sorted(chosen)) or 'nothing they tell'}; "
                             "name the metric to compare by metric=")  # fmt: skip
         on_validation = chosen.pop()
         on_test = on_validation.replace("valid/", "test/", 1)
         metric = on_test if on_test in logged else on_validation
     if metric not in logged:
-        plain = [name for name in logged if name.startswith("test/") and _is_plain(name)] or logged
-        raise UserError(f"metric {metric}: in none of {len(runs)} runs{nearest(metric, plain[:12])}")
+        candidates = [name for name in logged if name.startswith("test/") and _is_plain(name)] or logged
+        raise UserError(f"metric {metric}: in none of {len(runs)} runs{nearest(metric, candidates[:12])}")
     if mode is None and attrs.get("metric") == metric:
         mode = attrs.get("mode") or None
     if mode is None:
@@ -107,69 +110,70 @@ def aim(runs: pd.DataFrame, attrs: Mapping[Any, Any], metric: str | None, mode: 
     return metric, mode
 
 
-def baseline_arm(runs: pd.DataFrame, asked: str | None) -> str:
-    """The arm that others are compared with: `asked` (an arm or a run id), else the one with the role baseline.
+def baseline_arm(runs: pd.DataFrame, baseline: str | None) -> str:
+    """The baseline's name. baseline: an arm or the id of one of its runs; None = the arm with the role baseline.
 
     Raises:
         UserError: there is no such arm, or not exactly one with that role.
     """
     arms = list(dict.fromkeys(runs["arm"]))
-    if asked is not None:
-        of_run = list(runs.loc[runs["run_id"] == asked, "arm"])
-        if asked not in arms and not of_run:
-            raise UserError(f"baseline {asked}: no such arm; allowed: {some(arms, 12)}, or the id of a run")
-        return asked if asked in arms else str(of_run[0])
-    found = list(dict.fromkeys(runs.loc[runs["role"] == "baseline", "arm"]))
-    if len(found) != 1:
-        problem = f"several arms have the role baseline: {some(found)}" if found else "no run has the role baseline"
-        raise UserError(f"no baseline: {problem}; name one by baseline=, allowed: {some(arms, 12)}")
-    return str(found[0])
+    if baseline is not None:
+        arm_of_run = list(runs.loc[runs["run_id"] == baseline, "arm"])
+        if baseline not in arms and not arm_of_run:
+            raise UserError(f"baseline {baseline}: no such arm; allowed: {listed(arms, 12)}, or the id of a run")
+        return baseline if baseline in arms else str(arm_of_run[0])
+    candidates = list(dict.fromkeys(runs.loc[runs["role"] == "baseline", "arm"]))
+    if len(candidates) != 1:
+        problem = "no run has the role baseline"
+        if candidates:
+            problem = f"several arms have the role baseline: {listed(candidates)}"
+        raise UserError(f"no baseline: {problem}; name one by baseline=, allowed: {listed(arms, 12)}")
+    return str(candidates[0])
 
 
-def measured(runs: pd.DataFrame, metric: str, notes: list[str]) -> pd.DataFrame:
-    """The runs whose metric is a number."""
-    finite = np.isfinite(runs[f"metrics.{metric}"].astype(float))
+def with_metric(runs: pd.DataFrame, metric: str, notes: list[str]) -> pd.DataFrame:
+    """The runs whose metric is finite."""
+    finite = _is_finite(runs, metric)
     if not finite.all():
-        notes.append(f"without a number for {metric} and left out: {some(_labels(runs[~finite]))}")
+        notes.append(f"without a number for {metric} and left out: {listed(_labels(runs[~finite]))}")
     lost = [arm for arm in dict.fromkeys(runs["arm"]) if arm not in set(runs.loc[finite, "arm"])]
     if lost:
-        notes.append(f"arms without any run left: {some(lost)}")
+        notes.append(f"arms without any run left: {listed(lost)}")
     return runs[finite]
 
 
-def newest(runs: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
-    """One run an arm and seed."""
-    ordered = runs.sort_values("start_time", kind="stable")
-    kept = runs.loc[runs.index.isin(ordered.drop_duplicates(["arm", "seed"], keep="last").index)]
-    if len(kept) < len(runs):
-        older = runs.loc[~runs.index.isin(kept.index)]
-        notes.append(f"another run of the same arm and seed is newer and counts instead of: {some(_labels(older))}")
-    return kept
+def newest_runs(runs: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
+    """The newest run of each arm and seed."""
+    newest = runs.sort_values("start_time", kind="stable").drop_duplicates(["arm", "seed"], keep="last").index
+    older = runs[~runs.index.isin(newest)]
+    if len(older):
+        notes.append(f"another run of the same arm and seed is newer and counts instead of: {listed(_labels(older))}")
+    return runs[runs.index.isin(newest)]
 
 
-def settings_of(groups: Mapping[str, pd.DataFrame], notes: list[str]) -> dict[str, dict[str, str]]:
-    """Arm -> the settings in which arms differ. `not set`: a key that the arm's runs do not know."""
+def differing_settings(groups: Mapping[str, pd.DataFrame], notes: list[str]) -> dict[str, dict[str, str]]:
+    """Arm -> dotted key -> value, for the settings in which arms differ. `not set`: a key that its runs lack."""
     keys = _setting_keys(next(iter(groups.values())))
-    values = {arm: {key: _column(group, f"params.{key}") for key in keys} for arm, group in groups.items()}
-    for arm, of in values.items():
-        mixed = [key for key, found in of.items() if len(set(found)) > 1]
+    values = {arm: {key: _texts(group, f"params.{key}") for key in keys} for arm, group in groups.items()}
+    for arm, own in values.items():
+        mixed = [key for key, texts in own.items() if len(set(texts)) > 1]
         if mixed:
-            notes.append(f"{arm}: its runs differ among themselves in {some(mixed)}")
-    differing = [key for key in keys if len({tuple(sorted(set(of[key]))) for of in values.values()}) > 1]
-    return {arm: {key: " | ".join(dict.fromkeys(value or NOT_SET for value in of[key])) for key in differing}
-            for arm, of in values.items()}  # fmt: skip
+            notes.append(f"{arm}: its runs differ among themselves in {listed(mixed)}")
+    differing = [key for key in keys if len({tuple(sorted(set(own[key]))) for own in values.values()}) > 1]
+    return {arm: {key: " | ".join(dict.fromkeys(value or NOT_SET for value in own[key])) for key in differing}
+            for arm, own in values.items()}  # fmt: skip
 
 
 def _setting_keys(runs: pd.DataFrame) -> list[str]:
-    """The dotted keys of the config that say what was trained."""
+    """The dotted keys of the config that decide the result."""
     return sorted(key for key in _names(runs, "params.")
                   if "." in key and not is_operational(key) and not key.startswith(CALIBRATION))  # fmt: skip
 
 
 def side_metrics(runs: pd.DataFrame, metric: str) -> tuple[str, ...]:
-    """Other test metrics worth a look, by their names; errors and calibration of the primary's event first.
+    """Other test metrics to show, by name: errors and calibration of the primary metric's event first.
 
-    Those of calibrated probabilities follow the same ones of the model's own.
+    Metrics of calibrated probabilities follow those of the model's own.
     """
     event = _event(metric)
 
@@ -177,9 +181,9 @@ def side_metrics(runs: pd.DataFrame, metric: str) -> tuple[str, ...]:
         kind, calibrated = _side_kind(name), name.endswith(CALIBRATED)
         return (0 if kind < 2 and not calibrated else 1 if _event(name) == event else 2), calibrated, kind, name
 
-    found = [name for name in _finite_metrics(runs)
+    names = [name for name in _finite_metrics(runs)
              if name.startswith("test/") and _is_plain(name) and _side_kind(name) >= 0 and name != metric]  # fmt: skip
-    return tuple(sorted(found, key=rank))
+    return tuple(sorted(names, key=rank))
 
 
 def _event(metric: str) -> str:
@@ -187,13 +191,14 @@ def _event(metric: str) -> str:
 
 
 def _side_kind(name: str) -> int:
+    """Index in SIDE_KINDS; -1 = not a side metric."""
     leaf = name.rsplit("/", maxsplit=1)[-1]
     return next((at for at, kind in enumerate(SIDE_KINDS)
                  if leaf.startswith(kind) or (kind == "f1_" and "_f1_" in leaf)), -1)  # fmt: skip
 
 
 def _is_plain(name: str) -> bool:
-    return name.count("/") == 1 and not REFERENCE.search(name)
+    return name.count("/") == 1 and not name.endswith(REFERENCES)
 
 
 def validation_metric(metric: str) -> str:
@@ -201,41 +206,39 @@ def validation_metric(metric: str) -> str:
     return metric.replace("test/", "valid/", 1) if metric.startswith("test/") else metric
 
 
-def run_ids(group: pd.DataFrame) -> dict[int, str]:
+def runs_by_seed(group: pd.DataFrame) -> dict[int, str]:
     """Seed -> run id."""
     return dict(sorted((int(seed), str(run)) for seed, run in zip(group["seed"], group["run_id"], strict=True)))
 
 
-def by_seed(group: pd.DataFrame, metric: str) -> dict[int, float]:
-    """Seed -> last value, where it is a number."""
+def values_by_seed(group: pd.DataFrame, metric: str) -> dict[int, float]:
+    """Seed -> last value, if finite."""
     pairs = zip(group["seed"], group[f"metrics.{metric}"].astype(float), strict=True)
     return dict(sorted((int(seed), float(value)) for seed, value in pairs if math.isfinite(value)))
 
 
+def _is_finite(runs: pd.DataFrame, metric: str) -> npt.NDArray[np.bool_]:
+    finite: npt.NDArray[np.bool_] = np.isfinite(runs[f"metrics.{metric}"].to_numpy(dtype=float, na_value=np.nan))
+    return finite
+
+
 def _finite_metrics(runs: pd.DataFrame) -> list[str]:
-    return [name for name in _names(runs, "metrics.") if np.isfinite(runs[f"metrics.{name}"].astype(float)).any()]
+    return [name for name in _names(runs, "metrics.") if _is_finite(runs, name).any()]
 
 
 def _names(runs: pd.DataFrame, prefix: str) -> list[str]:
-    """What the columns with this prefix are called without it."""
+    """The names of the columns with this prefix, without it."""
     return [name.removeprefix(prefix) for name in map(str, runs) if name.startswith(prefix)]
 
 
-def text_of(group: pd.DataFrame, column: str) -> str:
-    """What the first run has there; "" for nothing."""
-    return _column(group, column)[0]
+def first_text(group: pd.DataFrame, column: str) -> str:
+    return _texts(group, column)[0]
 
 
-def _column(runs: pd.DataFrame, column: str) -> list[str]:
-    """A column of texts, "" where there is none."""
+def _texts(runs: pd.DataFrame, column: str) -> list[str]:
+    """A column as texts, "" for missing values or a missing column."""
     return [str(value) for value in runs[column].fillna("")] if column in runs else [""] * len(runs)
 
 
 def _labels(runs: pd.DataFrame) -> list[str]:
     return [f"{name} ({run})" for name, run in zip(runs["name"], runs["run_id"], strict=True)]
-
-
-def some(names: Iterable[object], most: int = 5) -> str:
-    """The first names, and how many more there are."""
-    listed = [str(name) for name in names]
-    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")

@@ -1,4 +1,4 @@
-"""A comparison as tables: a frame, Markdown, and text for a terminal."""
+"""Tables of a comparison: a data frame, Markdown, and text for a terminal."""
 
 import re
 import sys
@@ -9,30 +9,31 @@ import pandas as pd
 
 from pipeline.comparison import wording
 from pipeline.comparison.results import Arm, Comparison
+from pipeline.comparison.selection import unique_leaves
 from pipeline.comparison.wording import NOTHING
 from pipeline.maths.statistics import Paired
 from pipeline.runtime.console import aligned
 from pipeline.runtime.text import visible
 
-# In a terminal: columns of side metrics, of settings, of seeds; characters of an arm's name.
+# Limits in a terminal: columns of side metrics, of settings, of seeds; characters of an arm's name.
 SIDE_SHOWN, SETTINGS_SHOWN, SEEDS_SHOWN, LABEL_LENGTH = 6, 8, 3, 30
 IN_TEXT = (wording.MEAN, wording.DIFFERENCE, wording.INTERVAL, wording.P, wording.DETECTABLE, wording.VERDICT)
 CUT = "\n\nThe whole table lies in comparison.md.\n"
 
 
 def to_frame(comparison: Comparison) -> pd.DataFrame:
-    """One row an arm, numbers as they are.
+    """One row per arm, numbers unrounded.
 
     Columns: arm, role, control_of, verdict, seeds; mean, spread, best_valid, best_valid_spread of the primary metric;
-    difference, low, high (95% over seeds, unadjusted), p, p_adjusted, minimum_detectable; the same difference to the
-    control under `control.`; over test rows under `rows.s<seed>`; of side metrics under `side.<metric>`; the settings
-    that differ under `params.<key>`.
+    difference, low, high (95% over seeds, unadjusted), p, p_adjusted, minimum_detectable. The difference to the control
+    is under `control.`, over test rows under `rows.s<seed>.`, of side metrics under `side.<metric>.`; settings that
+    differ are under `params.<key>`.
     """
     return pd.DataFrame([_record(arm, comparison) for arm in comparison.arms])
 
 
 def to_markdown(comparison: Comparison, longest: int = sys.maxsize) -> str:
-    """The comparison as Markdown, at most `longest` characters: first the settings go, then the tables."""
+    """Markdown of at most `longest` characters: settings are left out first, then the tables."""
     facts = [plain(fact) for fact in wording.facts(comparison)]
     verdicts = [f"- **{plain(arm.name)}**: {plain(wording.sentence(arm, comparison))}" for arm in comparison.arms]
     columns = wording.columns(comparison)
@@ -59,7 +60,7 @@ def to_markdown(comparison: Comparison, longest: int = sys.maxsize) -> str:
 
 
 def to_text(comparison: Comparison) -> str:
-    """Aligned text for a terminal, the verdict at the end of an arm's line."""
+    """Aligned text for a terminal; the verdict is at the end of an arm's line."""
     columns, facts = wording.columns(comparison), ", ".join(wording.facts(comparison))
     rows = [[wording.ARM, *IN_TEXT]]
     for at, arm in enumerate(comparison.arms):
@@ -115,9 +116,9 @@ def _record(arm: Arm, comparison: Comparison) -> dict[str, Any]:
     return record | {f"params.{key}": value for key, value in arm.differing.items()}
 
 
-def _paired(prefix: str, found: Paired | None) -> dict[str, float | int | None]:
-    names = {"difference": "mean", "low": "low", "high": "high", "p": "p", "seeds_shared": "n"}
-    return {prefix + name: getattr(found, of) if found else None for name, of in names.items()}
+def _paired(prefix: str, paired: Paired | None) -> dict[str, float | int | None]:
+    fields = {"difference": "mean", "low": "low", "high": "high", "p": "p", "seeds_shared": "n"}
+    return {prefix + name: getattr(paired, field) if paired else None for name, field in fields.items()}
 
 
 def _label(arm: Arm) -> str:
@@ -137,15 +138,14 @@ def _row_cells(comparison: Comparison) -> list[list[str]]:
 
 
 def _setting_cells(comparison: Comparison, short: bool = False) -> list[list[str]]:
-    """A row an arm, a column a dotted key; `short`: its last part where that is unique, and no more than fit."""
+    """A row per arm, a column per dotted key; `short`: only the first columns, headed by the keys' last parts."""
     head = keys = list(comparison.arms[0].differing)
     if not keys:
         return []
     if short:
-        leaves = [key.rsplit(".", 1)[-1] for key in keys]
-        head = [leaf if leaves.count(leaf) == 1 else key for leaf, key in zip(leaves, keys, strict=True)]
-        keys, head = keys[:SETTINGS_SHOWN], head[:SETTINGS_SHOWN]
-        more = len(leaves) - len(keys)
+        head = unique_leaves(keys)[:SETTINGS_SHOWN]
+        more = len(keys) - len(head)
+        keys = keys[:SETTINGS_SHOWN]
         head += [f"and {more} more"] if more else []
     rows = [[_label(arm) if short else arm.name, *(arm.differing[key] for key in keys)] for arm in comparison.arms]
     return [["", *head], *([*row, *[""] * (len(head) - len(keys))] for row in rows)]
@@ -163,6 +163,6 @@ def _markdown_cell(cell: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Names as they are, not as Markdown or HTML; a `<` before a space is neither."""
+    """Escape Markdown and HTML; a `<` before a space is neither."""
     escaped = "".join(f"\\{letter}" if letter in "\\`*_[]" else letter for letter in text)
     return visible(" ".join(re.sub("<(?! )", "&lt;", escaped.replace("&", "&amp;")).split()))

@@ -1,4 +1,4 @@
-"""The words and numbers of a comparison: the same in a terminal, in Markdown, on the page and in MLflow's note."""
+"""The wording and number formats of a comparison, shared by terminal, Markdown, page and MLflow's note."""
 
 import math
 from collections import Counter
@@ -34,7 +34,7 @@ SIDES = "Side effects: untested differences to the baseline; *: the 95% interval
 
 
 class MetricFormat:
-    """Formats one metric's numbers, all with as many decimals as its differences need."""
+    """Formats all numbers of a metric with as many decimals as its differences need."""
 
     def __init__(self, differences: Sequence[Paired | None]) -> None:
         numbers = [number for paired in differences if paired for number in (paired.mean, paired.sd or 0.0)]
@@ -48,7 +48,7 @@ class MetricFormat:
         return f"{value:.{self.decimals}f}".replace("-", MINUS)
 
     def signed(self, value: float | None) -> str:
-        """A difference; one of exactly 0 has neither sign nor decimals."""
+        """A difference; exactly 0 has neither sign nor decimals."""
         if not value:
             return NOTHING if value is None else "0"
         return ("+" if value > 0 else "") + self.number(value)
@@ -76,7 +76,7 @@ def probability(p: float | None) -> str:
 
 
 def short(value: float) -> str:
-    """A number that stands alone, with four significant digits."""
+    """A number with four significant digits."""
     return f"{value:.4g}".replace("-", MINUS)
 
 
@@ -102,13 +102,13 @@ def direction(comparison: Comparison) -> str:
 
 
 def facts(comparison: Comparison) -> list[str]:
-    """What was compared, and on what."""
+    """Task, metric, seeds, baseline and data."""
     seeds = comparison.seeds
-    listed = ", ".join(map(str, seeds[:SEEDS_SHOWN])) + (", ..." if len(seeds) > SEEDS_SHOWN else "")
+    numbers = ", ".join(map(str, seeds[:SEEDS_SHOWN])) + (", ..." if len(seeds) > SEEDS_SHOWN else "")
     parts = [
         comparison.task,
         f"{comparison.metric} ({direction(comparison)})",
-        f"{count(len(seeds), 'seed')} ({listed})",
+        f"{count(len(seeds), 'seed')} ({numbers})",
         f"against {comparison.baseline}",
         f"data {comparison.data_digest[:12]}" if comparison.data_digest else "",
     ]
@@ -116,18 +116,18 @@ def facts(comparison: Comparison) -> list[str]:
 
 
 def tally(comparison: Comparison) -> str:
-    """How many arms got which verdict."""
+    """The number of arms by verdict."""
     verdicts = Counter(
         "without a verdict" if arm.verdict.endswith("no verdict") else arm.verdict
         for arm in comparison.arms if arm.role == "arm"
     )  # fmt: skip
     order = ("better", "worse", "not distinguishable", "without a verdict")
-    listed = ", ".join(f"{verdicts[verdict]} {verdict}" for verdict in order if verdict in verdicts)
-    return f"{count(verdicts.total(), 'arm')}: {listed}" if listed else "no arm beside the baseline"
+    parts = [f"{verdicts[verdict]} {verdict}" for verdict in order if verdict in verdicts]
+    return f"{count(verdicts.total(), 'arm')}: {', '.join(parts)}" if parts else "no arm beside the baseline"
 
 
 def method(comparison: Comparison) -> str:
-    """How verdict and intervals were made, a sentence a line."""
+    """How verdicts and intervals are computed, one sentence per line."""
     arms = count(sum(arm.role == "arm" for arm in comparison.arms), "arm")
     lines = METHOD.format(metric=comparison.metric, arms=arms)
     alone = any(arm.difference and arm.difference.n == 1 for arm in comparison.arms)
@@ -135,7 +135,7 @@ def method(comparison: Comparison) -> str:
 
 
 def legend(comparison: Comparison) -> str:
-    """The method, and what else the whole table shows."""
+    """The method, and explanations of the further columns."""
     lines = [method(comparison)]
     lines += [BOOTSTRAP] if any(arm.rows for arm in comparison.arms) else []
     lines += [SIDES] if comparison.side_metrics else []
@@ -143,7 +143,7 @@ def legend(comparison: Comparison) -> str:
 
 
 def sentence(arm: Arm, comparison: Comparison) -> str:
-    """An arm's verdict with everything that it rests on; it begins with `shown_verdict`."""
+    """An arm's verdict, which comes first (`shown_verdict`), and the numbers behind it."""
     numbers, difference = metric_format(comparison), arm.difference
     words = shown_verdict(arm) + (f" of {arm.control_of}" if arm.role == "control" and arm.control_of else "")
     seeds = difference.n if difference else len(arm.values)
@@ -166,15 +166,15 @@ def _difference(paired: Paired, numbers: MetricFormat) -> str:
 
 
 def columns(comparison: Comparison) -> dict[str, list[str]]:
-    """Heading -> an arm's cell each; a cell's lines after the first are details."""
+    """Heading -> a cell per arm; the lines of a cell after the first are details."""
     numbers, arms = metric_format(comparison), comparison.arms
     differences = [arm.difference if arm.difference and arm.difference.n else None for arm in arms]
     table = {
         ARM: [" ".join(arm.name.split()) for arm in arms],
         MEAN: [f"{numbers.spread(arm.mean, arm.spread)}\n{count(len(arm.values), 'seed')}" for arm in arms],
         BEST: [numbers.spread(arm.best, arm.best_spread) for arm in arms],
-        DIFFERENCE: [numbers.signed(of.mean if of else None) for of in differences],
-        INTERVAL: [numbers.interval(of.low, of.high) if of else NOTHING for of in differences],
+        DIFFERENCE: [numbers.signed(paired.mean if paired else None) for paired in differences],
+        INTERVAL: [numbers.interval(paired.low, paired.high) if paired else NOTHING for paired in differences],
         P: [probability(arm.p_adjusted) for arm in arms],
         DETECTABLE: [numbers.number(arm.minimum_detectable) for arm in arms],
         VERDICT: [shown_verdict(arm) for arm in arms],
@@ -202,7 +202,7 @@ def _over_rows(arm: Arm, numbers: MetricFormat) -> str:
 
 
 def _side(comparison: Comparison, metric: str) -> list[str]:
-    """Differences, with a star where the interval excludes 0; of the baseline its own value."""
+    """Differences, with a star if the interval excludes 0; for the baseline its own value."""
     numbers, runs = metric_format(comparison, metric), comparison.runs
     cells = []
     for arm in comparison.arms:

@@ -1,6 +1,7 @@
 """Text that is safe to show in a terminal."""
 
 import re
+from collections.abc import Iterable
 
 CONTROLS = re.compile(r"\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
@@ -14,3 +15,9 @@ def visible(text: str) -> str:
     '\\x1b[2Jname'
     """
     return CONTROLS.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+def listed(names: Iterable[object], limit: int = 5) -> str:
+    """The first names, and how many more there are."""
+    texts = [str(name) for name in names]
+    return ", ".join(texts[:limit]) + (f" and {len(texts) - limit} more" if len(texts) > limit else "")

@@ -7,7 +7,9 @@ from typing import Any
 
 from pipeline.errors import TrainingError, UserError
 from pipeline.runtime.console import info
+from pipeline.runtime.text import listed
 from pipeline.storage.checkpoint_format import OtherFormat
+from pipeline.storage.checkpoints import Damaged, OtherFormat
 from pipeline.storage.files import Damaged
 from pipeline.storage.journal import JOURNAL_FILE, JournalReader, Record, same_value
 from pipeline.storage.ownership import live_owner
@@ -223,5 +225,4 @@ def _missing_artifacts(client: Any, run_id: str, names: list[str]) -> list[str]:
 
 
 def _listed(names: list[str]) -> str:
-    unique = list(dict.fromkeys(names))
-    return ", ".join(unique[:SHOWN]) + (f" and {len(unique) - SHOWN} others" if len(unique) > SHOWN else "")
+    return listed(dict.fromkeys(names), SHOWN)

@@ -22,7 +22,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from pipeline.__main__ import main
 from pipeline.comparison.compare_config import CompareConfig, check_source
 from pipeline.comparison.row_intervals import MetricRows
-from pipeline.comparison.run_loading import _of_file, _of_store
+from pipeline.comparison.run_loading import points_of_file, points_of_store
 from pipeline.comparison.verdicts import (
     Comparison,
     compare,
@@ -426,10 +426,10 @@ def test_rounding_of_rows_to_float32_is_no_other_metric() -> None:
     rows = MetricRows(label, score.astype(np.float32).astype(np.float64), labelled=True)
     logged = roc_auc_score(label, score)
     assert abs(rows.metric() - logged) > 1e-5
-    assert rows.make(logged)
-    assert not rows.make(logged + 0.2)
-    assert not any(MetricRows(label * 0, score, labelled=True).make(value) for value in (0.0, 0.5, math.nan))
-    assert not any(MetricRows(label, score * 0, labelled=False).make(value) for value in (0.0, math.nan, math.inf))
+    assert rows.reproduce(logged)
+    assert not rows.reproduce(logged + 0.2)
+    assert not any(MetricRows(label * 0, score, labelled=True).reproduce(value) for value in (0.0, 0.5, math.nan))
+    assert not any(MetricRows(label, score * 0, labelled=False).reproduce(value) for value in (0.0, math.nan, math.inf))
 
 
 def test_unfinished_runs_are_counted_in_a_note(comparison: Comparison) -> None:
@@ -731,11 +731,11 @@ def test_any_points_come_back_ordered_and_once(tmp_path_factory: pytest.TempPath
     stored: dict[str, list[Point]] = {}
     for name, step, value, time in kept.values():  # the store has every point once
         stored.setdefault(name, []).append(Point(step, value, time))
-    for found in (_of_file(file, None), _of_store(stored)):
+    for found in (points_of_file(file, None), points_of_store(stored)):
         names = [name for name, count in found.counts.items() for _ in range(count)]
         read = list(zip(names, found.steps.tolist(), found.values.tolist(), strict=True))
         assert same(read, [(name, step, value) for name, step, value, _ in ordered])
-    only = _of_file(file, frozenset({"a"}))
+    only = points_of_file(file, frozenset({"a"}))
     assert dict(only.counts) == {name: count for name, count in found.counts.items() if name == "a"}
 
 

@@ -515,7 +515,7 @@ def test_the_aucs_of_the_file_are_the_logged_ones(small: Make, many: str, tmp_pa
     for metric in ("auc_ctr", "auc_ctcvr"):
         found = roc_auc_score(table[f"label/{metric}"], table[f"score/{metric}"])
         assert found == pytest.approx(logged[f"test/{metric}"], abs=1e-4)
-        assert read_rows(file, f"test/{metric}").make(logged[f"test/{metric}"])
+        assert read_rows(file, f"test/{metric}").reproduce(logged[f"test/{metric}"])
     rows = pd.read_parquet(Path(many) / "test.parquet", columns=["click", "conversion"])
     assert table["label/auc_ctr"].tolist() == rows["click"].tolist()
     assert table["label/auc_ctcvr"].tolist() == rows["conversion"].tolist()
@@ -671,7 +671,7 @@ def test_the_pairs_of_the_file_make_the_logged_f1(make: MakeReviews, tmp_path: P
     assert 0 < hits < pairs
     logged = evaluate(task, model, "test", "cpu")["test/pair_f1_micro"]
     assert hits / pairs == pytest.approx(logged, abs=1e-12)
-    assert read_rows(tmp_path / "evaluation" / "test_rows.parquet", "test/pair_f1_micro").make(logged)
+    assert read_rows(tmp_path / "evaluation" / "test_rows.parquet", "test/pair_f1_micro").reproduce(logged)
     # each review by sets of (aspect, sentiment), from the file and from the predictions that were left
     said = pd.read_csv(tmp_path / "evaluation" / "test_predictions.csv")
     truth = pd.read_csv(task.config.data.test or "")

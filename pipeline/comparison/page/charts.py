@@ -1,4 +1,4 @@
-"""What the charts show and where: scales, ticks, paths. `charts.html` draws them as inline SVG."""
+"""Layout of the page's charts: scales, ticks, paths. `charts.html` draws them as inline SVG."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,16 +17,16 @@ Floats = npt.NDArray[np.float64]
 WIDTH, HEIGHT = 360, 216  # of a panel, in pixels
 LEFT, RIGHT, TOP, BOTTOM = 58, 10, 8, 24  # margins around a panel's plot
 FINE = 10  # a curve's coordinates are whole tenths of pixels: half the size of decimals
-FITTED_FROM = 0.1  # of the steps: the fall of the first tenth would flatten what sets arms apart later
-FEWEST_FITTED = 10  # points of the longest curve; of fewer none is left outside
-LOG_ABOVE = 50  # a panel whose values span more than this factor is drawn by their logarithm
+FITTED_FROM = 0.1  # share of the steps: the initial fall would flatten the later differences between arms
+FEWEST_FITTED = 10  # points of the longest curve from there; with fewer the axis is fitted to all steps
+LOG_ABOVE = 50  # a panel whose values span more than this factor has a logarithmic axis
 FOREST_MARGIN = 9  # per cent of the forest plot's width on either side, for the labels of its axis
-LONGEST_MDD = 3  # times everything else on the forest plot's axis: what is longer would squeeze it
+WIDEST_BAND = 3  # times everything else on the axis: a wider minimum detectable difference is left out
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Values onto positions: `low` lies at `start`, `high` at `end`; with `log` by their logarithms."""
+    """Maps values to positions: `low` to `start` and `high` to `end`; logarithmically if `log`."""
 
     low: float
     high: float
@@ -40,14 +40,14 @@ class Scale:
     def all(self, values: npt.NDArray[np.generic]) -> Floats:
         """Positions [N] of values [N]."""
         numbers, low, high = values.astype(np.float64), self.low, self.high
-        if self.log:  # what is not positive lies far below
+        if self.log:  # values <= 0 are placed far below
             numbers, low, high = np.log(np.maximum(numbers, low / 1e6)), math.log(low), math.log(high)
         positions: Floats = self.start + (numbers - low) / (high - low) * (self.end - self.start)
         return positions
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """At most `most` + 1 round numbers from low to high, evenly spaced by 1, 2 or 5 times a power of ten."""
+    """At most `most` + 1 round numbers from low to high, spaced by 1, 2 or 5 times a power of ten."""
     rough = (high - low) / most
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(times * power for times in (1, 2, 5, 10) if times * power >= rough * (1 - 1e-9))
@@ -56,13 +56,13 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Powers of ten from low to high, every so many that at most `most` + 1 are left."""
+    """At most `most` + 1 powers of ten from low to high, evenly spaced."""
     powers = list(range(math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9) + 1))
     return [10.0**power for power in powers[:: max(1, math.ceil(len(powers) / (most + 1)))]]
 
 
 def tick_text(value: float, step: float, sign: bool = False) -> str:
-    """A tick's label with the decimals that its axis' step needs; 20000 is 20k."""
+    """A tick's label with as many decimals as the step needs; 20000 is 20k."""
     plus = "+" if sign and value > step / 2 else ""
     if abs(value) < step / 2:
         return "0"
@@ -76,14 +76,14 @@ def tick_text(value: float, step: float, sign: bool = False) -> str:
 
 
 def value_range(curves: Sequence[Curve], since: float) -> tuple[float, float, bool]:
-    """(low, high, by logarithm) of a panel: from step `since` on, without the utmost 1% where there are many points."""
+    """(low, high, log) of a panel's axis: fitted from step `since` on, without 1% outliers of long curves."""
     kept = [values[curve.steps >= since] for curve in curves for values in (curve.low, curve.high)]
     if max(map(len, kept)) < FEWEST_FITTED:
         kept = [values for curve in curves for values in (curve.low, curve.high)]
     drawn = np.concatenate(kept)
     beyond = 0.005 if max(len(curve.steps) for curve in curves) > 100 else 0.0
     low, high = (float(value) for value in np.quantile(drawn, [beyond, 1 - beyond]))
-    # where a curve ends is always shown
+    # the ends of curves are always shown
     ends = np.array([[curve.low[-1], curve.high[-1]] for curve in curves])
     low, high = min(low, float(ends.min())), max(high, float(ends.max()))
     if low > 0 and high / low > LOG_ABOVE:
@@ -94,16 +94,16 @@ def value_range(curves: Sequence[Curve], since: float) -> tuple[float, float, bo
 
 
 def line_path(x: Floats, y: Floats) -> str:
-    """A path through points [N] in pixels, in whole tenths, each relative to the one before."""
+    """A path through points [N] in pixels; coordinates are whole tenths, relative to the previous point."""
     points = np.rint(FINE * np.stack([x, y], 1)).astype(np.int64)
     moves = "".join(f"{dx if dx < 0 or not i else f' {dx}'}{dy if dy < 0 else f' {dy}'}"
                     for i, (dx, dy) in enumerate(np.diff(points, axis=0).tolist()))  # fmt: skip
     first_x, first_y = points[0].tolist()
-    return f"M{first_x} {first_y}" + (f"l{moves}" if moves else "h0")  # a line of no length is a dot
+    return f"M{first_x} {first_y}" + (f"l{moves}" if moves else "h0")  # a line of zero length is a dot
 
 
 class Tick(NamedTuple):
-    """A mark of an axis: where it is and what stands at it."""
+    """A mark of an axis."""
 
     at: float
     label: str
@@ -117,12 +117,12 @@ class Gate(NamedTuple):
     step: int
     name: str
     at: float
-    gap: int  # arms that share the step take turns of dashes, so that each is seen
+    gap: int  # dashes of arms that share the step alternate, so that each is visible
     offset: int
 
 
 class Line(NamedTuple):
-    """An arm's curve as paths: the mean and, of several seeds, a band from the lowest to the highest."""
+    """An arm's curve as paths: the mean and, with several seeds, a band from the lowest to the highest."""
 
     arm: int
     mean: str
@@ -142,7 +142,7 @@ class Panel:
     y: Sequence[Tick]
     gates: Sequence[Gate]
     lines: Sequence[Line]
-    last: str  # values in words
+    last: str  # the last value of each curve, as text
 
 
 def panel(
@@ -150,7 +150,7 @@ def panel(
 ) -> Panel:
     """Lay out a metric's curves.
 
-    curves, gates: index of an arm -> its curve, the step at which its gate opens. steps: first and last of the axis.
+    curves, gates: arm's index -> its curve, the step at which its gate opens. steps: first and last of the axis.
     names: of the arms.
     """
     low, high, log = value_range(list(curves.values()), steps[0] + FITTED_FROM * (steps[1] - steps[0]))
@@ -191,13 +191,13 @@ def _y_axis(y: Scale) -> list[Tick]:
 
 def _gate(index: int, gates: Mapping[int, int], x: Scale, names: Sequence[str]) -> Gate:
     step = gates[index]
-    sharing = [other for other, its in gates.items() if its == step]
+    sharing = [other for other, other_step in gates.items() if other_step == step]
     return Gate(index, step, names[index], x.at(step), 5 * len(sharing) - 2, -5 * sharing.index(index))
 
 
 def _line(index: int, curve: Curve, x: Scale, y: Scale) -> Line:
     across = x.all(curve.steps)
-    height = y.start  # what lies outside is cut off: no need to write how far
+    height = y.start  # the plot is clipped, so limit coordinates far outside of it
     mean, low, high = (np.clip(y.all(part), -height, 2 * height) for part in (curve.mean, curve.low, curve.high))
     band = ""
     if curve.seeds > 1 and len(across) > 1:
@@ -219,10 +219,10 @@ class Effect:
 
 
 def forest_scale(effects: Sequence[Effect]) -> Scale:
-    """Differences onto per cent of the width: zero, every interval and seed; minimum differences within reason."""
+    """Scale in per cent of the width over zero, all intervals and seeds, and minimum detectable differences."""
     shown = [0.0] + [v for e in effects for v in (e.mean, e.low, e.high, *e.seeds.values()) if v is not None]
     low, high = min(shown), max(shown)
-    reach = LONGEST_MDD * max(high, -low)
+    reach = WIDEST_BAND * max(high, -low)
     wide = [e.minimum_detectable for e in effects if e.minimum_detectable and e.minimum_detectable <= reach]
     low, high = min([low, *(-w for w in wide)]), max([high, *wide])
     if low == high:
@@ -231,7 +231,6 @@ def forest_scale(effects: Sequence[Effect]) -> Scale:
 
 
 def forest_ticks(x: Scale) -> list[Tick]:
-    """The marks of the forest plot's axis."""
     marks = ticks(x.low, x.high, 6)
     step = _spacing(marks)
     return [Tick(x.at(m), tick_text(m, step, sign=True)) for m in marks]

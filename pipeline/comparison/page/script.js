@@ -4,16 +4,16 @@
   const pair = text => text.split(" ").map(Number);
   const points = path => {
     if (!known.has(path)) {
-      const n = path.getAttribute("d").match(/-?\d+/g).map(Number), found = [[n[0], n[1]]];
+      const n = path.getAttribute("d").match(/-?\d+/g).map(Number), all = [[n[0], n[1]]];
       for (let i = 2; i + 1 < n.length; i += 2) {
-        const last = found[found.length - 1];
-        found.push([last[0] + n[i], last[1] + n[i + 1]]);
+        const last = all[all.length - 1];
+        all.push([last[0] + n[i], last[1] + n[i + 1]]);
       }
-      known.set(path, found);
+      known.set(path, all);
     }
     return known.get(path);
   };
-  // a value read off the drawing has as many digits as the drawing is fine
+  // as many digits as the resolution of the drawing allows
   const shown = (value, unit) => {
     const digits = Math.floor(Math.log10(Math.abs(value) || 1)) + Math.floor(-Math.log10(unit)) + 1;
     return digits < 1 ? "0" : value.toPrecision(Math.min(digits, 12));

@@ -1,4 +1,4 @@
-"""A comparison as one HTML page that needs nothing but a browser: verdicts, tables and curves, offline."""
+"""The HTML page of a comparison: verdicts, tables and curves in one file that opens offline."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,11 +10,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline.comparison import wording
 from pipeline.comparison.page import charts, colors, curves
-from pipeline.comparison.page.charts import Effect, Panel
-from pipeline.comparison.results import Arm, Comparison
-from pipeline.comparison.selection import validation_metric
+from pipeline.comparison.page.charts import Effect
+from pipeline.comparison.results import Comparison
+from pipeline.comparison.selection import REFERENCES, validation_metric
 
-REFERENCES = ("_bayes", "_majority", "_tfidf")  # scores of yardsticks, not of the arms
 SENTIMENTS = ("positive", "negative", "neutral")
 
 TEMPLATES = Environment(
@@ -28,50 +27,41 @@ TEMPLATES.globals |= {"wording": wording, "geometry": charts, "curves": curves, 
 TEMPLATES.filters |= {"px": charts.pixels, "percent": charts.per_cent}
 
 
-def write_page(comparison: Comparison, history: pd.DataFrame, file: Path) -> Path:
-    """Write the comparison's page; returns its path.
-
-    history: columns run, metric, step, value, as `pipeline.comparison.verdicts.load_history` gives them; may be empty.
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
+def write_page(comparison: Comparison, history: pd.DataFrame, file: Path) -> None:
+    """history: columns run, metric, step, value, as `load_history` returns them; may be empty."""
     file.write_text(page(comparison, history), encoding="utf-8")
-    return file
 
 
 def page(comparison: Comparison, history: pd.DataFrame) -> str:
     """The page's HTML."""
-    arms, runs = comparison.arms, comparison.runs
-    sweeps = [sweep for sweep in runs["sweep_id"].dropna().unique() if sweep] if "sweep_id" in runs else []
+    sweeps = comparison.runs["sweep_id"].dropna().unique()
     return TEMPLATES.get_template("page.html").render(
         comparison=comparison,
-        title=comparison.title or f"Comparison on {comparison.metric}",
         facts=[*wording.facts(comparison), *(f"sweep {sweep}" for sweep in sweeps), comparison.tracking_uri],
-        styles=colors.line_styles([arm.color for arm in arms]),
+        styles=colors.line_styles([arm.color for arm in comparison.arms]),
         columns=wording.columns(comparison),
         numbers=wording.metric_format(comparison),
         effects=effects(comparison),
-        settings=list(dict.fromkeys(key for arm in arms for key in arm.differing)),
-        **_drawn(comparison, history),
-        **_alpha(comparison, history),
-        rows=_runs(comparison),
+        settings=list(dict.fromkeys(key for arm in comparison.arms for key in arm.differing)),
+        **_curves(comparison, history),
+        **_alpha(comparison),
+        rows=_run_rows(comparison),
     )
 
 
 def effects(comparison: Comparison) -> list[Effect]:
     """The rows of the forest plot: every arm that shares a seed with the baseline."""
-    base = next((arm.values for arm in comparison.arms if arm.name == comparison.baseline), {})
-    rows = []
+    base, rows = comparison.arms[0].values, []
     for index, arm in enumerate(comparison.arms):
         paired = arm.difference
-        if arm.name == comparison.baseline or paired is None or paired.n == 0:
-            continue
-        seeds = {seed: arm.values[seed] - base[seed] for seed in arm.values if seed in base}
-        rows.append(Effect(index, arm, paired.mean, paired.low, paired.high, seeds, arm.minimum_detectable))
+        if paired and paired.n:
+            seeds = {seed: arm.values[seed] - base[seed] for seed in arm.values if seed in base}
+            rows.append(Effect(index, arm, paired.mean, paired.low, paired.high, seeds, arm.minimum_detectable))
     return rows
 
 
 def panel_metrics(comparison: Comparison, names: Sequence[str]) -> dict[str, list[str]]:
-    """Heading -> metrics that have a panel, in order. names: every metric of the history."""
+    """Heading -> metrics that get a panel, in order. names: every metric of the history."""
     primary = validation_metric(comparison.metric)
     sides = {validation_metric(metric) for metric in comparison.side_metrics}
     own = [name for name in names if not name.endswith(REFERENCES)]
@@ -84,77 +74,52 @@ def panel_metrics(comparison: Comparison, names: Sequence[str]) -> dict[str, lis
     }
 
 
-def _drawn(comparison: Comparison, history: pd.DataFrame) -> Mapping[str, object]:
-    """The panels under their headings, where the gates opened, and how many values are not drawn."""
-    names = [str(name) for name in history["metric"].unique()] if len(history) else []
-    groups = panel_metrics(comparison, names)
+def _curves(comparison: Comparison, history: pd.DataFrame) -> Mapping[str, object]:
+    """The panels by heading, the steps at which gates open, and the number of values that are not drawn."""
+    groups = panel_metrics(comparison, list(map(str, history["metric"].unique())))
     wanted = [metric for metrics in groups.values() for metric in metrics]
     runs = {arm.name: list(arm.runs.values()) for arm in comparison.arms}
-    drawn = curves.curves(history, wanted, runs) if wanted else {}
-    index = {name: position for position, name in enumerate(runs)}
-    opened = {index[name]: step for name, step in curves.gates(history, runs).items()} if drawn else {}
-    every = [curve for of_arms in drawn.values() for curve in of_arms.values()]
-    steps = (min((int(curve.steps[0]) for curve in every), default=0),
-             max((int(curve.steps[-1]) for curve in every), default=0))  # fmt: skip
-
-    def panel(metric: str) -> Panel:
-        of_arms = {index[name]: curve for name, curve in drawn[metric].items()}
-        return charts.panel(metric, of_arms, opened, steps, list(index))
-
-    return {
-        "panels": {
-            heading: [panel(metric) for metric in metrics if metric in drawn] for heading, metrics in groups.items()
-        },
-        "gates": opened,
-        "left_out": curves.left_out(history, wanted),
-    }
+    names, index = list(runs), {name: position for position, name in enumerate(runs)}
+    drawn = {metric: {index[name]: curve for name, curve in by_arm.items()}
+             for metric, by_arm in curves.curves(history, wanted, runs).items()}  # fmt: skip
+    gates = {index[name]: step for name, step in curves.gates(history, runs).items()} if drawn else {}
+    steps = [int(curve.steps[end]) for by_arm in drawn.values() for curve in by_arm.values() for end in (0, -1)]
+    axis = min(steps, default=0), max(steps, default=0)
+    panels = {heading: [charts.panel(metric, drawn[metric], gates, axis, names) for metric in metrics
+                        if metric in drawn] for heading, metrics in groups.items()}  # fmt: skip
+    return {"panels": panels, "gates": gates, "left_out": curves.left_out(history, wanted)}
 
 
-def _alpha(comparison: Comparison, history: pd.DataFrame) -> Mapping[str, object]:
-    """The weights of the classes, an arm each, and the longest bar."""
-    alpha = [_last_values(comparison, arm, history, "alpha/") for arm in comparison.arms]
+def _alpha(comparison: Comparison) -> Mapping[str, object]:
+    """The class weights by arm, averaged over runs, their names, and the largest for the scale of the bars."""
+    runs = comparison.runs
+    names = [str(column).removeprefix("metrics.alpha/") for column in runs
+             if str(column).startswith("metrics.alpha/")]  # fmt: skip
+    alpha = []
+    for arm in comparison.arms:
+        own = runs[runs["run_id"].isin(list(arm.runs.values()))]
+        means = {name: float(own[f"metrics.alpha/{name}"].astype(float).mean()) for name in names}
+        alpha.append({name: mean for name, mean in means.items() if np.isfinite(mean)})
     known = {name for values in alpha for name in values}
     names = [name for name in SENTIMENTS if name in known] + sorted(known - set(SENTIMENTS))
     longest = max((abs(value) for values in alpha for value in values.values()), default=0.0) or 1.0
     return {"alpha": alpha, "alpha_names": names, "longest": longest}
 
 
-def _last_values(comparison: Comparison, arm: Arm, history: pd.DataFrame, prefix: str) -> dict[str, float]:
-    """The mean over an arm's runs of the last value of each metric with the prefix, by the name without it."""
-    runs = list(arm.runs.values())
-    values = comparison.runs[comparison.runs["run_id"].isin(runs)] if "run_id" in comparison.runs else comparison.runs
-    columns = [column for column in values if str(column).startswith(f"metrics.{prefix}")]
-    last = {str(column).removeprefix("metrics."): float(values[column].astype(float).mean()) for column in columns}
-    if len(history):
-        own = history[history["run"].isin(runs) & history["metric"].astype(str).str.startswith(prefix)]
-        of_runs = own.sort_values("step", kind="stable").groupby(["metric", "run"], observed=True)["value"].last()
-        last |= {str(name): float(value) for name, value in of_runs.groupby("metric", observed=True).mean().items()}
-    return {name.removeprefix(prefix): value for name, value in last.items() if np.isfinite(value)}
-
-
-class _Run(NamedTuple):
-    arm: int | None  # index
-    arm_name: str
-    seed: str
+class _RunRow(NamedTuple):
+    arm: int  # index
+    seed: int
     status: str
     value: str
     run_id: str
     name: str
 
 
-def _runs(comparison: Comparison) -> list[_Run]:
-    position = {arm.name: index for index, arm in enumerate(comparison.arms)}
+def _run_rows(comparison: Comparison) -> list[_RunRow]:
+    index = {arm.name: position for position, arm in enumerate(comparison.arms)}
     numbers = wording.metric_format(comparison)
-    rows = []
-    for _, run in comparison.runs.iterrows():
-        arm, value, seed = str(run.get("arm", "")), run.get(f"metrics.{comparison.metric}"), run.get("seed")
-        rows.append(_Run(
-            position.get(arm),
-            arm,
-            wording.NOTHING if pd.isna(seed) else str(seed),
-            str(run.get("status", wording.NOTHING)),
-            numbers.number(None if value is None else float(value)),
-            str(run.get("run_id", "")),
-            str(run.get("name", "")),
-        ))  # fmt: skip
-    return rows
+    columns = ["arm", "seed", "status", f"metrics.{comparison.metric}", "run_id", "name"]
+    return [
+        _RunRow(index[arm], seed, status, numbers.number(value), run_id, name)
+        for arm, seed, status, value, run_id, name in comparison.runs[columns].itertuples(index=False, name=None)
+    ]
