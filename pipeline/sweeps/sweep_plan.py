@@ -99,13 +99,7 @@ def resolve(
 
     builder = _ArmBuilder(model, base, common, typed_settings)
     baseline = builder.build(sweep.baseline, f"{file}: baseline", "baseline", "baseline")
-    notes: list[str] = []
-    if isinstance(sweep.arms, GridConfig):
-        arms, notes = _grid_arms(builder, listed, baseline, file)
-    else:
-        arms = [builder.build_listed(entry, f"{file}: arm {number}") for number, entry in enumerate(listed, 1)]
-        _refuse_equal_settings([baseline, *arms], file)
-        _refuse_equal_names([entry[NAME] for entry in listed if NAME in entry], file)
+    arms, notes = _build_arms(builder, listed, baseline, file, is_grid=isinstance(sweep.arms, GridConfig))
     if not arms and not sweep.search:
         raise UserError(f"{file}: arms.grid has nothing beside the baseline, allowed: at least one other setting")
     arms = _with_distinct_names(arms, baseline)
@@ -227,32 +221,34 @@ def _dotted(overrides: Mapping[str, Any], model: type[RunConfig], where: str) ->
     return dotted
 
 
-def _grid_arms(
-    builder: _ArmBuilder, grid: Sequence[Overrides], baseline: Arm, file: Path
+def _build_arms(
+    builder: _ArmBuilder, entries: Sequence[Overrides], baseline: Arm, file: Path, is_grid: bool
 ) -> tuple[list[Arm], list[str]]:
-    """The distinct arms of a grid without the baseline, and a note for each combination left out."""
-    first = {baseline.config.fingerprint(): "baseline"}
+    """The arms without the baseline, and a note for each combination of a grid that is left out as a duplicate.
+
+    Raises:
+        UserError: an invalid arm, or two in a list with the same settings or name.
+    """
+    labels = {baseline.config.fingerprint(): "baseline"}
     arms, notes = [], []
-    for overrides in grid:
-        arm = builder.build(overrides, f"{file}: arms.grid {json.dumps(overrides, default=str)}")
-        text = ", ".join(f"{key} {canonical(value)}" for key, value in overrides.items())
-        key = arm.config.fingerprint()
-        if key in first:
-            notes.append(f"arms.grid: {text} is the same run as {first[key]} and is left out")
+    for number, entry in enumerate(entries, 1):
+        if is_grid:
+            arm = builder.build(entry, f"{file}: arms.grid {json.dumps(entry, default=str)}")
+            label = ", ".join(f"{key} {canonical(value)}" for key, value in entry.items())
         else:
-            first[key] = text
+            arm = builder.build_listed(entry, f"{file}: arm {number}")
+            label = f"arm {number} ({arm.name})"
+        key = arm.config.fingerprint()
+        if key not in labels:
+            labels[key] = label
             arms.append(arm)
+        elif is_grid:
+            notes.append(f"arms.grid: {label} is the same run as {labels[key]} and is left out")
+        else:
+            raise UserError(f"{file}: arm {number} has the same settings as {labels[key]}, allowed: arms that differ")
+    if not is_grid:
+        _refuse_equal_names([entry[NAME] for entry in entries if NAME in entry], file)
     return arms, notes
-
-
-def _refuse_equal_settings(arms: Sequence[Arm], file: Path) -> None:
-    """arms: the baseline first."""
-    first: dict[str, int] = {}
-    for number, arm in enumerate(arms):
-        other = first.setdefault(arm.config.fingerprint(), number)
-        if other != number:
-            name = f"arm {other} ({arms[other].name})" if other else "baseline"
-            raise UserError(f"{file}: arm {number} has the same settings as {name}, allowed: arms that differ")
 
 
 def _refuse_equal_names(names: Sequence[str], file: Path) -> None:
@@ -278,17 +274,11 @@ def _with_distinct_names(arms: Sequence[Arm], baseline: Arm) -> list[Arm]:
 
 def _check_space(search: SearchConfig, baseline: Arm, file: Path) -> None:
     """Check that keys allow both ends of every range, and every choice."""
-    try:
-        baseline = with_overrides(baseline, search.settings, "search.settings")
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from None
+    baseline = with_overrides(baseline, search.settings, f"{file}: search.settings")
     for key in _dotted(dict.fromkeys(search.space), type(baseline.config), f"{file}: search.space"):
         if key in ("seed", "run_name") or key.startswith("data."):
             raise UserError(f"{file}: search.space: found {key}, allowed: keys that leave seed and data alone")
     for key, space in search.space.items():
         for value in space.choices if space.choices is not None else [space.low, space.high]:
             number = int(value) if space.integer and isinstance(value, float) and math.isfinite(value) else value
-            try:
-                with_overrides(baseline, {key: number})
-            except UserError as error:
-                raise UserError(f"{file}: {error}") from None
+            with_overrides(baseline, {key: number}, f"{file}: search.space")

@@ -238,7 +238,8 @@ def test_where_less_is_better_the_left_is_better(tmp_path: Path) -> None:
 
 
 def effect(mean: float, half: float, reach: float | None) -> Effect:
-    return Effect(1, arm("a", BASE, BASE), mean, mean - half, mean + half, {0: mean}, reach)
+    difference = Paired(3, mean, None, mean - half, mean + half, None)
+    return Effect(1, arm("a", BASE, BASE, minimum_detectable=reach), difference, {0: mean})
 
 
 def test_a_far_wider_minimum_detectable_difference_does_not_squeeze_the_forest() -> None:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from pipeline.comparison.page.curves import Curve
 from pipeline.comparison.results import Arm
 from pipeline.comparison.wording import MINUS, short
+from pipeline.maths.statistics import Paired
 
 Floats = npt.NDArray[np.float64]
 
@@ -162,31 +163,24 @@ def panel(
         (x.low, x.high),
         (low, high),
         log,
-        _x_axis(x),
-        _y_axis(Scale(low, high, bottom, TOP, log)),
+        [tick._replace(anchor="end") if tick.at > WIDTH - 20 else tick for tick in axis_ticks(x, 5)],
+        axis_ticks(Scale(low, high, bottom, TOP, log)),
         [_gate(index, gates, x, names) for index in curves if index in gates],
         [_line(index, curve, inner_x, inner_y) for index, curve in curves.items()],
         ", ".join(f"{names[index]} {short(float(curve.mean[-1]))}" for index, curve in curves.items()),
     )
 
 
-def _spacing(marks: Sequence[float]) -> float:
-    return marks[1] - marks[0] if len(marks) > 1 else 1
-
-
-def _x_axis(x: Scale) -> list[Tick]:
-    marks = ticks(x.low, x.high)
-    step = _spacing(marks)
-    return [Tick(x.at(m), tick_text(m, step), "end" if x.at(m) > WIDTH - 20 else "middle") for m in marks]
-
-
-def _y_axis(y: Scale) -> list[Tick]:
-    marks = log_ticks(y.low, y.high) if y.log else ticks(y.low, y.high, 6)
-    if y.log and len(marks) < 2:
-        few = [10.0 ** math.floor(math.log10(y.low)) * times for times in (1, 2, 5, 10, 20, 50)]
-        marks = [mark for mark in few if y.low <= mark <= y.high]
-    step = _spacing(marks)
-    return [Tick(y.at(m), f"{m:g}" if y.log else tick_text(m, step), "end") for m in marks]
+def axis_ticks(scale: Scale, most: int = 6, sign: bool = False) -> list[Tick]:
+    if scale.log:
+        marks = log_ticks(scale.low, scale.high)
+        if len(marks) < 2:
+            few = [10.0 ** math.floor(math.log10(scale.low)) * times for times in (1, 2, 5, 10, 20, 50)]
+            marks = [mark for mark in few if scale.low <= mark <= scale.high]
+        return [Tick(scale.at(mark), f"{mark:g}") for mark in marks]
+    marks = ticks(scale.low, scale.high, most)
+    step = marks[1] - marks[0] if len(marks) > 1 else 1
+    return [Tick(scale.at(mark), tick_text(mark, step, sign)) for mark in marks]
 
 
 def _gate(index: int, gates: Mapping[int, int], x: Scale, names: Sequence[str]) -> Gate:
@@ -207,33 +201,25 @@ def _line(index: int, curve: Curve, x: Scale, y: Scale) -> Line:
 
 @dataclass(frozen=True)
 class Effect:
-    """A row of the forest plot: differences to the baseline."""
+    """A row of the forest plot: an arm and its differences to the baseline."""
 
     index: int
     arm: Arm
-    mean: float
-    low: float | None
-    high: float | None
+    paired: Paired
     seeds: Mapping[int, float]  # seed -> difference
-    minimum_detectable: float | None
 
 
 def forest_scale(effects: Sequence[Effect]) -> Scale:
     """Scale in per cent of the width over zero, all intervals and seeds, and minimum detectable differences."""
-    shown = [0.0] + [v for e in effects for v in (e.mean, e.low, e.high, *e.seeds.values()) if v is not None]
+    numbers = [v for e in effects for v in (e.paired.mean, e.paired.low, e.paired.high, *e.seeds.values())]
+    shown = [0.0, *(number for number in numbers if number is not None)]
     low, high = min(shown), max(shown)
     reach = WIDEST_BAND * max(high, -low)
-    wide = [e.minimum_detectable for e in effects if e.minimum_detectable and e.minimum_detectable <= reach]
+    wide = [width for e in effects if (width := e.arm.minimum_detectable) and width <= reach]
     low, high = min([low, *(-w for w in wide)]), max([high, *wide])
     if low == high:
         low, high = -1.0, 1.0
     return Scale(low, high, FOREST_MARGIN, 100 - FOREST_MARGIN)
-
-
-def forest_ticks(x: Scale) -> list[Tick]:
-    marks = ticks(x.low, x.high, 6)
-    step = _spacing(marks)
-    return [Tick(x.at(m), tick_text(m, step, sign=True)) for m in marks]
 
 
 def pixels(value: float) -> str:

@@ -56,7 +56,7 @@ def effects(comparison: Comparison) -> list[Effect]:
         paired = arm.difference
         if paired and paired.n:
             seeds = {seed: arm.values[seed] - base[seed] for seed in arm.values if seed in base}
-            rows.append(Effect(index, arm, paired.mean, paired.low, paired.high, seeds, arm.minimum_detectable))
+            rows.append(Effect(index, arm, paired, seeds))
     return rows
 
 
