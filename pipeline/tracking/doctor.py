@@ -9,7 +9,6 @@ from pipeline.errors import TrainingError, UserError
 from pipeline.runtime.console import info
 from pipeline.runtime.text import listed
 from pipeline.storage.checkpoint_format import OtherFormat
-from pipeline.storage.checkpoints import Damaged, OtherFormat
 from pipeline.storage.files import Damaged
 from pipeline.storage.journal import JOURNAL_FILE, JournalReader, Record, same_value
 from pipeline.storage.ownership import live_owner
