@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pipeline.compute import distributed as ranks
+from pipeline.compute import distributed
 from pipeline.config.strict_config import load
 from pipeline.entries import ENTRIES
 from pipeline.runs.launch import prepare_torch
@@ -40,10 +40,10 @@ def main(file: Path) -> None:
     entry = ENTRIES[asked["task"]]
     config = load(import_reference(entry.config), Path(asked["config"]), asked["overrides"])
     device = prepare_torch(config)
-    ranks.join(device)
+    distributed.init(device)
     run = MemoryRun()
     training = Training(import_reference(entry.target)(config), run, Console(0, quiet=True), device)
-    training.load_state(ranks.first_of(training.state))
+    training.load_state(distributed.broadcast(training.state))
     out: dict[str, Any] = {}
     if "compared" in asked:
         for kept in sorted(Path(asked["compared"]).glob("*.state")):
@@ -65,5 +65,5 @@ def main(file: Path) -> None:
         out = {"points": run.points, "metrics": training.result.metrics, "weights": training.model.state_dict()}
     if process_rank.is_main_process():
         torch.save(out, f"{file}.out")
-    ranks.leave()
+    distributed.destroy()
     run.discard()

@@ -1,9 +1,8 @@
-"""One training by several processes: `torchrun --nproc_per_node=2 -m pipeline train_mmoe`. Alone, nothing here acts.
+"""One training in several processes: `torchrun --nproc_per_node=2 -m pipeline train_mmoe`. With one process, a no-op.
 
-Every process (a rank) holds the whole model, and takes its share of the rows of every batch. A step adds up over the
-ranks what it counts, its losses' shares and its gradients; since a loss is a sum divided by the step's counts, the
-result is the one that a single process would have, up to rounding. Then all make the same update. Rank 0 alone opens
-the run, logs, and writes files: what it saves does not say how many processes there were.
+Every process (rank) holds the whole model and takes its rows of every batch. Counts, losses and gradients are summed
+over the ranks. Since every loss is a sum divided by global counts, the result is that of a single process up to
+rounding. Rank 0 opens the run, logs and writes files; a checkpoint does not depend on the number of processes.
 """
 
 import os
@@ -13,23 +12,25 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import RankLost, UserError
-from pipeline.runtime import process_rank
 from pipeline.runtime.interrupts import deferred, raise_or_disable
-from pipeline.runtime.process_rank import is_main_process, world_size
+from pipeline.runtime.process_rank import go_alone, is_main_process, world_size
+from pipeline.runtime.process_rank import leads as is_main_process
+from pipeline.runtime.process_rank import number as rank
+from pipeline.runtime.process_rank import size as world_size
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-PATIENCE = timedelta(minutes=30)  # that ranks wait while one evaluates, or saves
-BUCKET_BYTES = 25 << 20  # of gradients that are added up in one go
+TIMEOUT = timedelta(minutes=30)  # other ranks wait while rank 0 evaluates or saves
+BUCKET_BYTES = 25 << 20  # of gradients per all-reduce
 
 
-def join(device: str) -> None:
-    """Meet the other processes.
+def init(device: str) -> None:
+    """Join the process group.
 
     Raises:
-        UserError: the environment does not say where.
-        RankLost: they did not come.
+        UserError: torchrun's environment variables are missing.
+        RankLost: another process did not join.
     """
     if world_size() == 1:
         return
@@ -43,224 +44,220 @@ def join(device: str) -> None:
 
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    with _together():
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
+    with _collective():
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
 
 
-def leave() -> None:
-    """Go on alone: what is left is for rank 0."""
+def destroy() -> None:
+    """Leave the process group; rank 0 continues alone."""
     if world_size() == 1:
         return
     from torch import distributed
 
     distributed.destroy_process_group()
-    process_rank.go_alone()
+    go_alone()
 
 
 @contextmanager
-def _together() -> Iterator[None]:
-    """A block that fails where another process is gone. What is asked of this one meanwhile is heard after it."""
+def _collective() -> Iterator[None]:
+    """Turn the failure of a collective operation into `RankLost`; interrupts are deferred back meanwhile."""
     with deferred():
         try:
             yield
-        except RuntimeError as error:  # what gloo and NCCL say
-            raise_or_disable()  # torchrun's signal to those that are left follows; the cause is this
+        except RuntimeError as error:  # of gloo and NCCL
+            raise_or_disable()  # torchrun now signals the remaining processes; this error is the cause
             reason = str(error).strip().splitlines()[-1]
-            raise RankLost(f"rank {process_rank.rank()} of {world_size()}: another process of this training is gone "
-                           f"({reason}); torchrun names the first that ended") from None  # fmt: skip
+            raise RankLost(f"rank {rank()} of {world_size()}: another process of this training is gone ({reason}); "
+                           "torchrun names the first that ended") from None  # fmt: skip
 
 
-def agree(facts: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """Rank 0's facts, which must be those of every rank. None of rank 0's: there is nothing to train, all part.
+def check_same(facts: Mapping[str, Any] | None) -> bool:
+    """Compare facts with rank 0's. False: rank 0 passed None, there is nothing to train and the group is destroyed.
 
     Raises:
-        UserError: names a rank that differs.
+        UserError: a rank differs from rank 0.
     """
     if world_size() == 1:
-        return facts
+        return facts is not None
     from torch import distributed
 
-    found: list[Any] = [None] * world_size()
-    with _together():
-        distributed.all_gather_object(found, None if facts is None else dict(facts))
-    for rank, other in enumerate(found):
-        for name, value in (found[0] or {}).items():
-            if other is not None and other[name] != value:
-                raise UserError(f"rank {rank}: {name} is {other[name]}, rank 0: {value}; allowed: the same everywhere")
-    first: Mapping[str, Any] | None = found[0]
-    if first is None:
-        leave()
-    return first
+    gathered: list[Any] = [None] * world_size()
+    with _collective():
+        distributed.all_gather_object(gathered, None if facts is None else dict(facts))
+    expected = gathered[0]
+    if expected is None:
+        destroy()
+        return False
+    for other, values in enumerate(gathered):
+        for name, value in expected.items():
+            if values is not None and values[name] != value:
+                raise UserError(
+                    f"rank {other}: {name} is {values[name]}, rank 0: {value}; allowed: the same everywhere"
+                )
+    return True
 
 
-def first_of(make: Callable[[], Any]) -> Any:
-    """What rank 0 makes, on every rank: plain values with tensors in them."""
+def broadcast(make: Callable[[], Any]) -> Any:
+    """Return on every rank what rank 0 makes: nested dicts, lists and tuples with tensors in them."""
     if world_size() == 1:
         return make()
     import torch
     from torch import distributed
 
     tensors: list[Tensor] = []
-    told: list[Any] = [None]
+    message: list[Any] = [None]
     if is_main_process():
-        plain = _without_tensors(make(), tensors)
-        told = [(plain, [(tensor.shape, tensor.dtype, tensor.device.type) for tensor in tensors])]
-    with _together():
-        distributed.broadcast_object_list(told, 0)
-        plain, kinds = told[0]
+        structure = _extract_tensors(make(), tensors)
+        message = [(structure, [(tensor.shape, tensor.dtype, tensor.device.type) for tensor in tensors])]
+    with _collective():
+        distributed.broadcast_object_list(message, 0)
+        structure, kinds = message[0]
         if not is_main_process():
             tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in kinds]
         for tensor in tensors:
-            distributed.broadcast(tensor if tensor.is_contiguous() else tensor.contiguous(), 0)
-    return _with_tensors(plain, tensors)
+            distributed.broadcast(tensor.contiguous(), 0)
+    return _insert_tensors(structure, tensors)
 
 
-class _Place(int):
-    """Where in the list a tensor is."""
+class _Index(int):
+    """Stands for a tensor by its index in a list."""
 
 
-def _without_tensors(value: Any, tensors: "list[Tensor]") -> Any:
+def _extract_tensors(value: Any, tensors: "list[Tensor]") -> Any:
     import torch
 
     if isinstance(value, torch.Tensor):
         tensors.append(value)
-        return _Place(len(tensors) - 1)
+        return _Index(len(tensors) - 1)
     if isinstance(value, Mapping):
-        return {key: _without_tensors(part, tensors) for key, part in value.items()}
+        return {key: _extract_tensors(part, tensors) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_without_tensors(part, tensors) for part in value)
+        return type(value)(_extract_tensors(part, tensors) for part in value)
     return value
 
 
-def _with_tensors(value: Any, tensors: "Sequence[Tensor]") -> Any:
-    if isinstance(value, _Place):
+def _insert_tensors(value: Any, tensors: "Sequence[Tensor]") -> Any:
+    if isinstance(value, _Index):
         return tensors[value]
     if isinstance(value, dict):
-        return {key: _with_tensors(part, tensors) for key, part in value.items()}
+        return {key: _insert_tensors(part, tensors) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_with_tensors(part, tensors) for part in value)
+        return type(value)(_insert_tensors(part, tensors) for part in value)
     return value
 
 
-def share(rows: Any) -> Any:
-    """This rank's rows of a micro-batch. Where there are fewer than ranks, each takes all (see `weight`)."""
-    return rows if len(rows) < world_size() else rows[process_rank.rank() :: world_size()]
+def local_rows(rows: Any) -> Any:
+    """Select this rank's rows of a micro-batch. If there are fewer rows than ranks, every rank takes all of them."""
+    return rows if len(rows) < world_size() else rows[rank() :: world_size()]
 
 
-def weight(rows: int) -> float:
-    """Of this rank's part of a micro-batch of so many rows, in sums over the ranks."""
+def local_weight(rows: int) -> float:
+    """Weight of this rank's share of a micro-batch with `rows` rows in sums over the ranks, see `local_rows`."""
     return 1 / world_size() if rows < world_size() else 1.0
 
 
-def summed(named: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
-    """The tensors added up over the ranks, by name."""
-    if world_size() == 1 or not named:
-        return dict(named)
+def all_reduce(tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+    """Sum each tensor over the ranks, in float64."""
+    if world_size() == 1 or not tensors:
+        return dict(tensors)
     import torch
     from torch import distributed
 
-    whole = torch.cat([tensor.detach().reshape(-1).double() for tensor in named.values()])
-    with _together():
-        distributed.all_reduce(whole)
-    found, first = {}, 0
-    for name, tensor in named.items():
-        part = whole[first : first + tensor.numel()].view(tensor.shape)
-        first += tensor.numel()
-        found[name] = (part if tensor.is_floating_point() else part.round()).to(tensor.dtype)
-    return found
+    flat = torch.cat([tensor.detach().reshape(-1).double() for tensor in tensors.values()])
+    with _collective():
+        distributed.all_reduce(flat)
+    parts = torch.split(flat, [tensor.numel() for tensor in tensors.values()])
+    return {
+        name: (part if tensor.is_floating_point() else part.round()).view(tensor.shape).to(tensor.dtype)
+        for (name, tensor), part in zip(tensors.items(), parts, strict=True)
+    }
 
 
-def mean(values: "Tensor") -> "Tensor":
-    """The mean over the first dimension, of the rows of all ranks; a gradient flows through this rank's alone.
+def all_reduce_mean(values: "Tensor") -> "Tensor":
+    """Mean over the first dimension and all ranks, with the gradient of this rank's rows only.
 
-    A function of it, times this rank's share of the rows, adds up over the ranks to the function of the whole, and so
+    A function of it, times this rank's share of the rows, sums over the ranks to the function of the whole batch. So
     do the gradients.
     """
     own = values.mean(0)
     if world_size() == 1:
         return own
-    total = summed({"sum": values.sum(0), "rows": values.new_tensor(float(len(values)))})
+    total = all_reduce({"sum": values.sum(0), "rows": values.new_tensor(float(len(values)))})
     return total["sum"] / total["rows"] + (own - own.detach())
 
 
-def sum_gradients(parameters: "Iterable[Tensor]") -> None:
-    """Add up the gradients over the ranks, in place; of a sparse one, the rows that any rank has."""
+def all_reduce_gradients(parameters: "Iterable[Tensor]") -> None:
+    """Sum the gradients over the ranks in place. The rows of sparse gradients are united."""
     if world_size() == 1:
         return
     bucket: list[Tensor] = []
-    filled = 0
     for parameter in parameters:
         if parameter.grad is None:
             continue
         if parameter.grad.is_sparse:
-            parameter.grad = _summed_rows(parameter.grad)
+            parameter.grad = _all_reduce_sparse(parameter.grad)
             continue
         bucket.append(parameter.grad)
-        filled += parameter.grad.nbytes
-        if filled >= BUCKET_BYTES:
-            _sum_bucket(bucket)
-            bucket, filled = [], 0
-    _sum_bucket(bucket)
+        if sum(gradient.nbytes for gradient in bucket) >= BUCKET_BYTES:
+            _all_reduce_bucket(bucket)
+            bucket = []
+    if bucket:
+        _all_reduce_bucket(bucket)
 
 
-def _sum_bucket(bucket: "Sequence[Tensor]") -> None:
+def _all_reduce_bucket(bucket: "Sequence[Tensor]") -> None:
     import torch
     from torch import distributed
 
-    if not bucket:
-        return
-    whole = torch.cat([gradient.reshape(-1) for gradient in bucket])
-    with _together():
-        distributed.all_reduce(whole)
-    for gradient, part in zip(bucket, torch.split(whole, [gradient.numel() for gradient in bucket]), strict=True):
+    flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+    with _collective():
+        distributed.all_reduce(flat)
+    for gradient, part in zip(bucket, torch.split(flat, [gradient.numel() for gradient in bucket]), strict=True):
         gradient.copy_(part.view(gradient.shape))
 
 
-def _summed_rows(gradient: "Tensor") -> "Tensor":
-    """A coalesced sparse gradient: each rank's rows in their order, so that all add up in the same one."""
+def _all_reduce_sparse(gradient: "Tensor") -> "Tensor":
     import torch
 
     from pipeline.compute.sparse import coalesced
 
     own = coalesced(gradient)
-    rows, values = joined(own.indices()[0]), joined(own.values())
+    rows, values = all_gather(own.indices()[0]), all_gather(own.values())  # in the order of ranks on every rank
     return torch.sparse_coo_tensor(rows[None], values, own.shape, check_invariants=False).coalesce()
 
 
-def joined(part: "Tensor") -> "Tensor":
-    """The parts of all ranks, in their order, along the first dimension."""
+def all_gather(part: "Tensor") -> "Tensor":
+    """Concatenate the parts of all ranks along the first dimension; their lengths may differ."""
     if world_size() == 1:
         return part
     import torch
     from torch import distributed
 
     lengths = torch.zeros(world_size(), dtype=torch.int64, device=part.device)
-    lengths[process_rank.rank()] = len(part)
-    with _together():
+    lengths[rank()] = len(part)
+    with _collective():
         distributed.all_reduce(lengths)
         counts = lengths.tolist()
         padded = part.new_zeros(max(counts), *part.shape[1:])
         padded[: len(part)] = part
-        found = [torch.empty_like(padded) for _ in counts]
-        distributed.all_gather(found, padded)
-    return torch.cat([whole[:count] for whole, count in zip(found, counts, strict=True)])
+        gathered = [torch.empty_like(padded) for _ in counts]
+        distributed.all_gather(gathered, padded)
+    return torch.cat([whole[:count] for whole, count in zip(gathered, counts, strict=True)])
 
 
-def each_its_part(rows: int, work: "Callable[[int, int], Sequence[Tensor]]") -> "list[Tensor]":
-    """`work(first, last)` of this rank's part of the rows, each of its tensors joined with the other ranks'."""
+def split_evenly(rows: int, work: "Callable[[int, int], Sequence[Tensor]]") -> "list[Tensor]":
+    """Call `work(first, last)` for this rank's part of the rows and gather each of its tensors."""
     if world_size() == 1 or rows < world_size():
         return list(work(0, rows))
-    borders = [rows * rank // world_size() for rank in (process_rank.rank(), process_rank.rank() + 1)]
-    return [joined(part) for part in work(*borders)]
+    first, last = (rows * index // world_size() for index in (rank(), rank() + 1))
+    return [all_gather(part) for part in work(first, last)]
 
 
-def seed(own: int, step: int) -> None:
-    """Random numbers of a step that no other rank draws. Rank 0 goes on with those that it has, as if it were alone."""
+def seed_rank(seed: int, step: int) -> None:
+    """Seed the random numbers of a step differently on each rank. Rank 0 keeps its state, as with one process."""
     if is_main_process():
         return
     import numpy as np
     import torch
 
-    torch.manual_seed(
-        int(np.random.SeedSequence([own, process_rank.rank(), step]).generate_state(1, np.uint64)[0] >> 1)
-    )
+    torch.manual_seed(int(np.random.SeedSequence([seed, rank(), step]).generate_state(1, np.uint64)[0] >> 1))

@@ -77,7 +77,7 @@ def train_run(
     """
     if writer is None and (config.resume or config.fork):
         raise UserError("resume and fork need tracking.enabled: true; without it nothing of a run is kept")
-    distributed.join(device := prepare_torch(config))
+    distributed.init(device := prepare_torch(config))
     task = _load_task(config, make_task, given)
     identity = identity_tags(config, task.dataset.digest)
     request = request or RunRequest()
@@ -85,7 +85,7 @@ def train_run(
                       tags=identity | dict(request.tags))  # fmt: skip
     opened = open_run(config, writer, request, identity)
     if isinstance(opened, EarlierRun):
-        distributed.agree(None)
+        distributed.check_same(None)
         return _already_trained(opened, request.run_id or request.launcher)
     run = opened.run
     with _ending_early(run):
@@ -103,7 +103,7 @@ def train_run(
 
 def follow(config: RunConfig, make_task: TaskFactory, overrides: frozenset[str]) -> None:
     """Train beside rank 0, which alone tracks: see `pipeline.compute.distributed`."""
-    distributed.join(device := prepare_torch(config))
+    distributed.init(device := prepare_torch(config))
     task = _load_task(config, make_task, overrides)
     run = MemoryRun()
     try:
@@ -174,9 +174,9 @@ def _synchronise(training: Training, identity: Mapping[str, str]) -> bool:
     """
     facts = {name: identity[name] for name in ("task", "data_digest", "run_key")}
     facts |= {"training.amp": precision(training.config.training.amp, training.device), "torch": torch.__version__}
-    if distributed.agree(facts) is None:
+    if not distributed.check_same(facts):
         return False
-    state = distributed.first_of(lambda: training.state() | {"threads": torch.get_num_threads()})
+    state = distributed.broadcast(lambda: training.state() | {"threads": torch.get_num_threads()})
     if not process_rank.is_main_process():
         torch.set_num_threads(state["threads"])
         training.load_state(state)

@@ -118,9 +118,9 @@ class Task(ABC, Generic[C]):
 
     Losses are named. `losses` returns each as this micro-batch's share of the mean over the whole optimizer step
     (accumulation window), so that summing over micro-batches gives the exact mean whatever their sizes: divide sums
-    by the step's `counts`, never by the micro-batch's own. Where several processes train, each sees its rows of a
-    micro-batch, and the same holds: what is no sum over rows takes their mean from `distributed.mean`, and `evaluate`
-    may share its rows out by `distributed.each_its_part`.
+    by the step's `counts`, never by the micro-batch's own. With several processes each gets its rows of a
+    micro-batch, and the same holds: a function of a batch mean takes it from `distributed.all_reduce_mean`, and
+    `evaluate` may divide its rows with `distributed.split_evenly`.
     """
 
     config: C

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from pipeline.compute import distributed as ranks
+from pipeline.compute import distributed
 from pipeline.compute.prefetch import prefetched
 from pipeline.compute.sparse import coalesced
 from pipeline.errors import RankLost, UserError
@@ -103,7 +103,7 @@ class Training:
                 self._evaluate()
             self.recorder.drain()
             self.console.flush()
-            ranks.leave()
+            distributed.destroy()
             if process_rank.is_main_process():
                 self._finish(time.perf_counter() - started)
         except (KeyboardInterrupt, RankLost):
@@ -172,7 +172,7 @@ class Training:
         return prefetched(windows, self._load, PREFETCHED if ahead is None else ahead)
 
     def _load(self, window: Window) -> list[Any]:
-        return [self.task.batch(ranks.share(rows)) for rows in window.rows]
+        return [self.task.batch(distributed.local_rows(rows)) for rows in window.rows]
 
     def _remaining(self, until: int) -> Iterator[Window]:
         """The windows of the steps still to take, up to step `until`."""
@@ -232,7 +232,7 @@ class Training:
     def _step(self, window: Window, batches: Sequence[Any]) -> None:
         """Take one optimizer step; where an interrupt comes before the update, the step is undone."""
         step, every = self.result.steps, self.config.evaluation.every_steps
-        ranks.seed(self.config.seed, step)
+        distributed.seed_rank(self.config.seed, step)
         random = _random_state(self.device)
         try:
             factor = learning_rate_factor(step, self.total_steps, **self.schedule)
@@ -260,8 +260,8 @@ class Training:
         """Compute the gradients of the window's mean losses; returns the losses and their measured influence."""
         amp, probes = self.config.training.amp, self.config.tracking.probes(step)
         batches: list[Any] = [batch.to(self.device) for batch in loaded]
-        weights = [ranks.weight(len(rows)) for rows in window.rows]
-        counts = ranks.summed(_sum([_weighted(self.task.counts(batch), weight)
+        weights = [distributed.local_weight(len(rows)) for rows in window.rows]
+        counts = distributed.all_reduce(_sum([_weighted(self.task.counts(batch), weight)
                                     for batch, weight in zip(batches, weights, strict=True)]))  # fmt: skip
         shares, probed = [], []
         for batch, weight in zip(batches, weights, strict=True):
@@ -272,9 +272,9 @@ class Training:
                 probed.append(self.task.probe(self.model, losses))
             self.scaler.scale(losses[TOTAL]).backward()  # type: ignore[no-untyped-call]
             shares.append({name: loss.detach() for name, loss in losses.items()})
-        ranks.sum_gradients(self.model.parameters())
-        means = ranks.summed(_sum(shares))
-        influence = dict(self.task.influence(ranks.summed(_sum(probed)), means)) if probes else {}
+        distributed.all_reduce_gradients(self.model.parameters())
+        means = distributed.all_reduce(_sum(shares))
+        influence = dict(self.task.influence(distributed.all_reduce(_sum(probed)), means)) if probes else {}
         return {name: loss for name, loss in means.items() if not name.startswith(PREFIX)}, influence
 
     def _update(self) -> dict[str, Tensor]:

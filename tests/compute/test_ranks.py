@@ -17,7 +17,7 @@ import ranked
 import torch
 from conftest import FULL, ROOT, Call, only_full
 
-from pipeline.compute import distributed as ranks
+from pipeline.compute import distributed
 from pipeline.config.strict_config import load
 from pipeline.runtime import process_rank
 from pipeline.tasks.mmoe.config import MmoeConfig
@@ -159,12 +159,12 @@ def test_reviews_are_trained_as_by_one_process(tmp_path: Path) -> None:
 
 def test_alone_nothing_is_added_up() -> None:
     values = {"a": torch.ones(2), "b": torch.tensor(3)}
-    assert ranks.summed(values) == values
-    assert ranks.agree({"x": 1}) == {"x": 1}
+    assert distributed.all_reduce(values) == values
+    assert distributed.check_same({"x": 1})
     assert process_rank.is_main_process()
     assert process_rank.world_size() == 1
     rows = np.arange(5)
-    assert ranks.share(rows).tolist() == rows.tolist()
+    assert distributed.local_rows(rows).tolist() == rows.tolist()
 
 
 @pytest.mark.parametrize(("rows", "size"), [(7, 3), (3, 3), (2, 3), (1, 4)])
@@ -173,7 +173,7 @@ def test_shares_cover_each_row_once(monkeypatch: pytest.MonkeyPatch, rows: int, 
     taken = np.zeros(rows)
     for rank in range(size):
         monkeypatch.setenv("RANK", str(rank))
-        np.add.at(taken, ranks.share(np.arange(rows)), ranks.weight(rows))
+        np.add.at(taken, distributed.local_rows(np.arange(rows)), distributed.local_weight(rows))
     np.testing.assert_allclose(taken, 1)
 
 

@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
-from pipeline.compute import distributed as ranks
+from pipeline.compute import distributed
 from pipeline.config.run_config import CheckpointConfig
 from pipeline.config.strict_config import load
 from pipeline.errors import RankLost, TrainingError, UserError
@@ -153,7 +153,7 @@ def test_a_lost_rank_is_an_interruption_too(small: Make, tmp_path: Path) -> None
             raise RankLost("rank 0 of 2: another process of this training is gone")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ranks, "sum_gradients", lost)
+        patch.setattr(distributed, "all_reduce_gradients", lost)
         with pytest.raises(RankLost):
             training.train()
     assert Checkpoints(before.folder).steps() == [5]

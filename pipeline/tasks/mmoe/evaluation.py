@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from pipeline.compute import distributed as ranks
+from pipeline.compute import distributed
 from pipeline.data.schema import DataSchema, Split
 from pipeline.maths.calibration import Fitted, fit_funnel, rescaled
 from pipeline.maths.losses import (
@@ -136,7 +136,7 @@ class Evaluation:
                     entropies.append(torch.special.entr(output.gates.double()).sum((0, 2)))
             return [torch.cat(logits), *(torch.stack(part) for part in (shares, entropies) if part)]
 
-        logits, *sums = (part.cpu() for part in ranks.each_its_part(len(table), predict_rows))
+        logits, *sums = (part.cpu() for part in distributed.split_evenly(len(table), predict_rows))
         if not sums:
             return Predictions(logits, None, None)
         return Predictions(logits, *(part.sum(0) / len(table) for part in sums))

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pipeline.compute import distributed as ranks
+from pipeline.compute import distributed
 from pipeline.maths.gradients import PREFIX, cosine, flat, gradients, norm
 from pipeline.maths.losses import (
     LogProbability,
@@ -90,7 +90,9 @@ class Objective:
         if output.gates is not None and gate.entropy_weight:
             terms["loss_gate_entropy"] = gate.entropy_weight * gate_entropy_deficit(output.gates).mean() * share
         if output.gates is not None and gate.balance_weight:
-            terms["loss_gate_balance"] = gate.balance_weight * gate_imbalance(ranks.mean(output.gates)[None]) * share
+            terms["loss_gate_balance"] = (
+                gate.balance_weight * gate_imbalance(distributed.all_reduce_mean(output.gates)[None]) * share
+            )
         return terms
 
     def settings(self, step: int) -> Mapping[str, float | bool]:

@@ -120,7 +120,7 @@ class Evaluation:
         table = self.table(split)
         size, budget = self.config.evaluation.batch_size, self.config.training.batch_tokens
         with autocast(self.config.training.amp, device):
-            parts = distributed.each_its_part(
+            parts = distributed.split_evenly(
                 len(table),
                 lambda first, last: predict_logits(model, table, size, budget, device, first=first, last=last).parts,
             )
