@@ -13,10 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import RankLost, UserError
 from pipeline.runtime.interrupts import deferred, raise_or_disable
-from pipeline.runtime.process_rank import go_alone, is_main_process, world_size
-from pipeline.runtime.process_rank import leads as is_main_process
-from pipeline.runtime.process_rank import number as rank
-from pipeline.runtime.process_rank import size as world_size
+from pipeline.runtime.process_rank import go_alone, is_main_process, rank, world_size
 
 if TYPE_CHECKING:
     from torch import Tensor
