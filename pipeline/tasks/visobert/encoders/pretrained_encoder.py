@@ -17,10 +17,9 @@ from pipeline.tasks.visobert.encoders.model_folder import model_folder
 class PretrainedEncoder(nn.Module):
     """An encoder of transformers' AutoModel."""
 
-    def __init__(self, model: nn.Module, keep_pooler: bool) -> None:
+    def __init__(self, model: Any, keep_pooler: bool) -> None:
         super().__init__()
-        self.model: Any = model
-        self.config: Any = self.model.config
+        self.model, self.config = model, model.config
         self.width: int = self.config.hidden_size
         if not keep_pooler and getattr(model, "pooler", None) is not None:
             self.model.pooler = None
