@@ -83,8 +83,8 @@ def naive(task: VisobertTask) -> Timed:
     """CPU seconds of a few steps of the usual script: batches of 16 items, fp32, AdamW as it comes."""
     torch.manual_seed(0)
     model = task.model().train()
-    train = task.reviews.train
-    reviews = NaiveReviews(task.tokenizer.backend, list(train.texts), train.labels)
+    train = task.data.splits.train
+    reviews = NaiveReviews(task.data.tokenizer.backend, list(train.texts), train.labels)
     batches = iter(DataLoader(reviews, NAIVE_BATCH, shuffle=True))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-5)
 
@@ -115,9 +115,9 @@ def ours(task: VisobertTask) -> Timed:
     """
     training = Training(task, MemoryRun(), Console(0, quiet=True), "cpu")
     started = time.process_time()
-    task.tokenizer.encode(task.reviews.train.texts, task.config.model.max_tokens)
+    task.data.tokenizer.encode(task.data.splits.train.texts, task.config.model.max_tokens)
     plan = task.plan(0)
-    lengths = task.table("train").lengths.numpy()
+    lengths = task.data.table("train").lengths.numpy()
     preparing = time.process_time() - started
     training.model.train()
     sample = spread_out(plan, lengths)
@@ -129,7 +129,7 @@ def ours(task: VisobertTask) -> Timed:
             window = Window([part], ends_epoch=False)
             training._step(window, training._load(window))
         training.recorder.drain()
-        return time.process_time() - begun + preparing * rows / len(task.reviews.train)
+        return time.process_time() - begun + preparing * rows / len(task.data.splits.train)
 
     return Timed(steps, rows)
 
@@ -138,8 +138,8 @@ class TokenisedReviews(Dataset[dict[str, Any]]):
     """Token ids and labels, as the Trainer takes them."""
 
     def __init__(self, task: VisobertTask) -> None:
-        train = task.reviews.train
-        tokens = task.tokenizer.encode(train.texts, task.config.model.max_tokens)
+        train = task.data.splits.train
+        tokens = task.data.tokenizer.encode(train.texts, task.config.model.max_tokens)
         self.ids = np.split(tokens.ids, tokens.lengths.cumsum()[:-1])
         self.labels = train.labels
 
@@ -192,7 +192,7 @@ def transformers_trainer(task: VisobertTask, folder: Path) -> Timed:
     def padded(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         lengths = np.array([len(item["input_ids"]) for item in items])
         mask = np.arange(lengths.max()) < lengths[:, None]
-        ids = np.full(mask.shape, task.tokenizer.pad_id, dtype=np.int32)
+        ids = np.full(mask.shape, task.data.tokenizer.pad_id, dtype=np.int32)
         ids[mask] = np.concatenate([item["input_ids"] for item in items])
         labels = np.stack([item["labels"] for item in items])
         found = {"input_ids": ids, "attention_mask": mask, "labels": labels}
@@ -230,7 +230,7 @@ def make_task(folder: Path, amp: str) -> VisobertTask:
 def naive_bf16(shop: Workshop) -> None:
     """Also how much of an epoch's batches is padding."""
     task = make_task(shop.folder, "bf16")
-    lengths = task.table("train").lengths.numpy()
+    lengths = task.data.table("train").lengths.numpy()
     figure("padding_efficiency", padding_efficiency(lengths, task.plan(0)), "tokens of all cells")
     measured("visobert_vs_naive_bf16", ours(task), naive(task), PAIRS, UNIT)
 

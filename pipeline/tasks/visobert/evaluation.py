@@ -1,6 +1,6 @@
 """Metrics of a split, thresholds, calibration, and the report of a finished model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +18,9 @@ from pipeline.tasks.visobert.config import VisobertConfig
 from pipeline.tasks.visobert.model import AspectSentimentModel, Output
 from pipeline.tasks.visobert.objective import Objective
 from pipeline.tasks.visobert.predict import predict_logits
-from pipeline.tasks.visobert.reviews.review_table import ReviewTable
+from pipeline.tasks.visobert.reviews.review_data import ReviewData
 from pipeline.tasks.visobert.reviews.sentiments import NOT_MENTIONED, SENTIMENTS, UNKNOWN, labelled
-from pipeline.tasks.visobert.reviews.splits import Splits
-from pipeline.tasks.visobert.scoring.baselines import BASELINE_METRICS, BASELINES, Baselines
+from pipeline.tasks.visobert.scoring.baselines import BASELINE_METRICS, BASELINES
 from pipeline.tasks.visobert.scoring.predictions import Predictions
 from pipeline.tasks.visobert.scoring.report import write_pair_rows, write_report
 from pipeline.tasks.visobert.scoring.scores import known_scores, score, tuned_thresholds
@@ -30,19 +29,11 @@ from pipeline.tasks.visobert.scoring.scores import known_scores, score, tuned_th
 class Evaluation:
     """Evaluates a model on the run's splits."""
 
-    def __init__(
-        self,
-        config: VisobertConfig,
-        reviews: Splits,
-        table: Callable[[str], ReviewTable],
-        objective: Objective,
-        baselines: Baselines,
-    ) -> None:
-        """`table`: the tokens of a split."""
-        self.config, self.reviews, self.table = config, reviews, table
-        self.objective, self.baselines = objective, baselines
-        self.polar = reviews.polar
-        self.names = list(metric_names(reviews.train.aspects).values())
+    def __init__(self, config: VisobertConfig, data: ReviewData, objective: Objective) -> None:
+        self.config, self.data, self.objective = config, data, objective
+        self.reviews = data.splits
+        self.polar = self.reviews.polar
+        self.names = list(metric_names(self.reviews.train.aspects).values())
         self.calibration: Fitted = {}  # set by `calibrate`
 
     def evaluate(self, model: AspectSentimentModel, split: str, device: str) -> Mapping[str, float]:
@@ -59,7 +50,7 @@ class Evaluation:
         scores = score(reviews.labels, self.predictions(model, output).labels, self.names, self.polar)
         metrics |= scores
         if self.config.baselines:
-            metrics |= {name: value for name, value in self.baselines.scores(split).items()
+            metrics |= {name: value for name, value in self.data.baselines.scores(split).items()
                         if name.rpartition("_")[0] in scores}  # fmt: skip
         return {f"{split}/{name}": value for name, value in metrics.items()}
 
@@ -117,7 +108,7 @@ class Evaluation:
 
     def predict(self, model: AspectSentimentModel, split: str, device: str) -> Output:
         """Logits of all rows, on the CPU in fp32; processes share the rows."""
-        table = self.table(split)
+        table = self.data.table(split)
         size, budget = self.config.evaluation.batch_size, self.config.training.batch_tokens
         with autocast(self.config.training.amp, device):
             parts = distributed.split_evenly(

@@ -1,13 +1,11 @@
 """Aspect sentiment of reviews: what the training loop in `pipeline.training.loop` calls."""
 
 import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import cache
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -20,7 +18,6 @@ from pipeline.storage.calibration_file import write_calibration
 from pipeline.tasks.base import Dataset, ModelExport, Rows, Task
 from pipeline.tasks.visobert.config import EMBEDDED, VisobertConfig
 from pipeline.tasks.visobert.encoders.model_folder import model_folder
-from pipeline.tasks.visobert.encoders.tokenizer import Tokenizer, load_tokenizer
 from pipeline.tasks.visobert.evaluation import Evaluation
 from pipeline.tasks.visobert.model import (
     AspectSentimentModel,
@@ -32,17 +29,9 @@ from pipeline.tasks.visobert.model import (
 from pipeline.tasks.visobert.objective import Objective
 from pipeline.tasks.visobert.predict import save
 from pipeline.tasks.visobert.reviews.alpha import ALPHA_FILE, Alpha, check_same_data, compute_alpha
-from pipeline.tasks.visobert.reviews.data_warnings import data_warnings
-from pipeline.tasks.visobert.reviews.review_table import (
-    ReviewBatch,
-    ReviewTable,
-    capped_repeats,
-    length_buckets,
-    tokenise,
-)
-from pipeline.tasks.visobert.reviews.sentiments import NOT_MENTIONED, SENTIMENTS, UNKNOWN, labelled
-from pipeline.tasks.visobert.reviews.splits import Splits, load_splits
-from pipeline.tasks.visobert.scoring.baselines import Baselines
+from pipeline.tasks.visobert.reviews.review_data import ReviewData
+from pipeline.tasks.visobert.reviews.review_table import ReviewBatch, length_buckets
+from pipeline.tasks.visobert.reviews.sentiments import NOT_MENTIONED, SENTIMENTS, UNKNOWN
 from pipeline.tasks.visobert.scoring.predictions import column_types
 from pipeline.tracking.writer import fetch_artifact
 
@@ -61,6 +50,8 @@ def make_task(config: VisobertConfig) -> "VisobertTask":
 class VisobertTask(Task[VisobertConfig]):
     """Multi-label aspect sentiment with a global-alpha focal loss."""
 
+    data: ReviewData
+
     def __init__(self, config: VisobertConfig, alpha: Alpha | None = None, like: "VisobertTask | None" = None) -> None:
         """Read the data, or share what `like` has read. `alpha`: of a `data_prep` run; None = as the config says.
 
@@ -70,29 +61,11 @@ class VisobertTask(Task[VisobertConfig]):
         self.config, model = config, config.model
         if model.name != EMBEDDED:  # fail on a missing file before anything else
             model_folder(model.name, model.revision, weights=model.init == "pretrained")
-        self.reviews: Splits
-        self.baselines: Baselines
-        self.tokenizer: Tokenizer
-        self.table: Callable[[str], ReviewTable]
-        same_data = like is not None and like.config.data == config.data
-        if like and same_data:
-            self.reviews, self.baselines = like.reviews, like.baselines
-        else:
-            self.reviews = load_splits(config.data)
-            self.baselines = Baselines(self.reviews)
-        train = self.reviews.train
-        if like and same_data and like.config.model == model:
-            self.tokenizer, self.table = like.tokenizer, like.table
-        else:
-            self.tokenizer = load_tokenizer(model.name, model.revision, train.texts, model.embedded.vocabulary)
-            self.table = cache(self._table)
-        self.repeats: npt.NDArray[np.float64] | None = None  # [N], how often an epoch draws each review, on average
-        if config.data.oversampling != "none":
-            self.repeats = capped_repeats(train.labels, config.data.oversampling_ratio)
+        self.data = ReviewData(config, like.data if like else None)
         self.prepared_alpha = alpha
         self.alpha = self._alpha()
         self.objective = Objective(config, self.alpha.vector)
-        self.evaluation = Evaluation(config, self.reviews, self.table, self.objective, self.baselines)
+        self.evaluation = Evaluation(config, self.data, self.objective)
         with uncollected(), torch.device("meta"):  # shapes only; imports torch's compiler, as optimizers do anyway
             self.parameters = sum(weight.numel() for weight in self._build(weights=False).parameters())
 
@@ -102,15 +75,10 @@ class VisobertTask(Task[VisobertConfig]):
             return None
         return VisobertTask(config, self.prepared_alpha if uses_run else None, like=self)
 
-    def _table(self, split: str) -> ReviewTable:
-        reviews = self.reviews.by_name[split]
-        tokens = tokenise(self.tokenizer, reviews.texts, self.config.model.max_tokens, Path(self.config.data.cache))
-        return ReviewTable(tokens, reviews.labels, self.tokenizer.pad_id)
-
     def _alpha(self) -> Alpha:
-        loss, train, only = self.config.multi_label, self.reviews.train, self.reviews.detection_only
+        loss, train, only = self.config.multi_label, self.data.splits.train, self.data.splits.detection_only
         if self.prepared_alpha is None or loss.focal_alpha != "auto":
-            repeats = self.repeats if loss.alpha_from == "oversampled" else None
+            repeats = self.data.repeats if loss.alpha_from == "oversampled" else None
             return compute_alpha(train, only, loss.focal_alpha, repeats)
         check_same_data(self.prepared_alpha, train, only, f"data_prep_run {self.config.data_prep_run}")
         return self.prepared_alpha
@@ -119,16 +87,11 @@ class VisobertTask(Task[VisobertConfig]):
 
     @property
     def dataset(self) -> Dataset:
-        train = self.reviews.train
-        profile: dict[str, object] = {"train_file_digest": train.digest}
-        for name, reviews in self.reviews.by_name.items():
-            cells = int(labelled(reviews.labels).sum())
-            profile[name] = {"reviews": len(reviews), "labelled_cells": cells, "file": reviews.source}
-        return Dataset(Path(train.source).name, self.reviews.digest, train.source, profile)
+        return self.data.dataset
 
     @property
     def splits(self) -> Collection[str]:
-        return [name for name, reviews in self.reviews.by_name.items() if len(reviews)]
+        return [name for name, reviews in self.data.splits.by_name.items() if len(reviews)]
 
     @property
     def files(self) -> Sequence[Path]:
@@ -142,9 +105,9 @@ class VisobertTask(Task[VisobertConfig]):
             "distribution": counts,
             "alpha_vector": self.alpha.text,
             "gamma": f"{self.config.multi_label.focal_gamma}",
-            "aspects": str(len(self.reviews.train.aspects)),
+            "aspects": str(len(self.data.splits.train.aspects)),
             "parameters": str(self.parameters),
-        } | {f"reviews_{name}": str(len(reviews)) for name, reviews in self.reviews.by_name.items()}
+        } | {f"reviews_{name}": str(len(reviews)) for name, reviews in self.data.splits.by_name.items()}
 
     def describe(self, folder: Path) -> Mapping[str, float]:
         say(f"Total parameters: {self.parameters:,}")
@@ -152,19 +115,19 @@ class VisobertTask(Task[VisobertConfig]):
         return self.alpha.metrics()
 
     def warnings(self, total_steps: int) -> Sequence[str]:  # noqa: ARG002
-        return data_warnings(self.config, self.reviews, self.tokenizer, self.table)
+        return self.data.warnings()
 
     # --- training ----------------------------------------------------------------------------------------------------
 
     def model(self) -> AspectSentimentModel:
         model = self._build(weights=True)
-        labels = self.reviews.train.labels
+        labels = self.data.splits.train.labels
         known, mentioned = (labels != UNKNOWN).sum(0), (labels > NOT_MENTIONED).sum(0)
         model.start_from(torch.from_numpy((mentioned + 1) / (known + 2)))  # +1, +2: no rate of 0 or 1
         return model
 
     def _build(self, *, weights: bool) -> AspectSentimentModel:
-        return build_model(self.config.model, len(self.reviews.train.aspects), self.tokenizer, weights=weights)
+        return build_model(self.config.model, len(self.data.splits.train.aspects), self.data.tokenizer, weights=weights)
 
     @property
     def schedule(self) -> ScheduleConfig:
@@ -184,11 +147,11 @@ class VisobertTask(Task[VisobertConfig]):
     def plan(self, epoch: int) -> Sequence[Rows]:
         training = self.config.training
         generator = np.random.Generator(np.random.PCG64([self.config.seed, epoch]))
-        lengths = self.table("train").lengths.numpy()
-        return length_buckets(lengths, training.batch_size, training.batch_tokens, generator, self.repeats)
+        lengths = self.data.table("train").lengths.numpy()
+        return length_buckets(lengths, training.batch_size, training.batch_tokens, generator, self.data.repeats)
 
     def batch(self, rows: Rows) -> ReviewBatch:
-        return self.table("train").batch(rows)
+        return self.data.table("train").batch(rows)
 
     def counts(self, batch: ReviewBatch) -> Mapping[str, Tensor]:
         return self.objective.counts(batch.labels)
@@ -222,8 +185,8 @@ class VisobertTask(Task[VisobertConfig]):
         self.evaluation.report(model, folder, device)
 
     def export(self, model: Any, folder: Path) -> ModelExport:
-        reviews = self.reviews
-        save(folder, model, self.config, self.tokenizer, reviews)
+        reviews = self.data.splits
+        save(folder, model, self.config, self.data.tokenizer, reviews)
         write_calibration(folder, self.evaluation.calibration)
         return ModelExport(
             folder=folder,

@@ -624,7 +624,7 @@ def training_of(task: VisobertTask) -> Training:
 # the same rows in one piece, in pieces of other sizes, and in pieces of one kind: without any label, with few, with all
 def parts_of(task: VisobertTask) -> list[list[npt.NDArray[np.int64]]]:
     rows = np.arange(30)
-    labelled = ((task.reviews.train.labels[:30] >= 0) & (task.reviews.train.labels[:30] < 3)).sum(1)
+    labelled = ((task.data.splits.train.labels[:30] >= 0) & (task.data.splits.train.labels[:30] < 3)).sum(1)
     by_density = rows[np.argsort(labelled, kind="stable")]
     return [[rows], [rows[:1], rows[1:9], rows[9:]], np.split(by_density, [8, 20, 21]), np.split(rows, 30)]
 
@@ -669,7 +669,7 @@ def test_a_window_may_be_cut_anywhere(make: Make, options: dict[str, Any]) -> No
 @pytest.mark.parametrize("pooling", ["cls", "aspect_attention"])
 def test_detection_starts_from_how_often_aspects_are_mentioned(make: Make, pooling: str) -> None:
     task = make(**{"model.pooling": pooling})
-    labels = task.reviews.train.labels
+    labels = task.data.splits.train.labels
     rates = [(np.isin(column, [P, N, U, M]).sum() + 1) / ((column != X).sum() + 2) for column in labels.T]
     bias = task.model().heads["aspect"].bias
     assert torch.sigmoid(bias).flatten().tolist() == pytest.approx(rates, rel=1e-5)
@@ -724,7 +724,7 @@ def test_biases_and_norms_do_not_decay(make: Make, pooling: str) -> None:
 def test_alpha_of_oversampled_data_is_that_of_what_an_epoch_draws(make: Make) -> None:
     task = make(**{"data.oversampling": "capped", "data.oversampling_ratio": 1.4,
                    "multi_label.alpha_from": "oversampled"})  # fmt: skip
-    labels = task.reviews.train.labels
+    labels = task.data.splits.train.labels
     drawn = np.zeros(3)
     for epoch in range(60):
         rows = np.concatenate(list(task.plan(epoch)))
@@ -765,16 +765,16 @@ def test_copies_unknown_tokens_and_missing_texts_are_reported(
 ) -> None:
     """Copies, tokens that nobody knows, and reviews without a text, which take no part in the training."""
     train = pd.read_csv(files["data.train"], keep_default_na=False)
-    assert len(make().reviews.train) == len(train)
+    assert len(make().data.splits.train) == len(train)
     train.loc[:4, "data"] = ""
     train.to_csv(tmp_path / "train.csv", index=False)
     train[5:25].assign(data=lambda frame: frame["data"].str.upper() + " ").to_csv(tmp_path / "copies.csv", index=False)
     train[:6].assign(data="中").to_csv(tmp_path / "unknown.csv", index=False)  # <s>, the mark of a word, <unk>
     values = {"data.train": tmp_path / "train.csv", "data.validation": "null", "data.validation_share": 0.3}
     task = make(**values, **{"data.test": tmp_path / "copies.csv"})
-    sizes = [len(reviews) for reviews in (task.reviews.train, task.reviews.valid)]
+    sizes = [len(reviews) for reviews in (task.data.splits.train, task.data.splits.valid)]
     assert sum(sizes) == len(train) - 5
-    assert all(task.reviews.train.texts)
+    assert all(task.data.splits.train.texts)
     warnings = list(task.warnings(10))
     assert "20 of 20 test reviews are in train" in warnings  # or in the share of it that validates
     assert [note for note in warnings if note.startswith(f"{tmp_path / 'train.csv'}: 5 labelled reviews have no text")]
@@ -801,7 +801,7 @@ def test_evaluation_scores_the_split_in_its_own_order(make: Make) -> None:
     before = model.training
     metrics = evaluate(task, model, "valid", "cpu")
     assert model.training is before
-    table, reviews = task.table("valid"), task.reviews.valid
+    table, reviews = task.data.table("valid"), task.data.splits.valid
     assert table is not None
     with torch.no_grad():
         alone = [model(batch.ids, batch.mask) for row in range(len(table)) for batch in [table.batch(np.array([row]))]]
@@ -890,7 +890,7 @@ def test_undefined_metrics_name_the_missing_labels(make: Make) -> None:
     task = make(**{"data.test": "null"})
     assert set(task.known_metrics("test").values()) == {"needs a test split: there is none"}
     camera = task.evaluation.names.index("Camera")
-    task.reviews.valid.labels[:, camera] = X
+    task.data.splits.valid.labels[:, camera] = X
     lacks = task.known_metrics("valid")
     assert set(evaluate(task, task.model(), "valid", "cpu")) == {name for name, why in lacks.items() if not why}
     assert {name: why for name, why in lacks.items() if why} == {
@@ -918,7 +918,7 @@ def test_an_exported_model_predicts_as_the_task_does(make: Make, tmp_path: Path,
     with evaluating(model):
         assert set(task.calibrate(model, "cpu")) == {"sentiment", *(["aspect"] if model.detects else [])}
     export = task.export(model, tmp_path / "model")
-    table, reviews = task.table("test"), task.reviews.test
+    table, reviews = task.data.table("test"), task.data.splits.test
     assert table is not None
     assert reviews is not None
     expected = task.evaluation.predictions(model, task.evaluation.predict(model, "test", "cpu")).frame()
@@ -1000,7 +1000,7 @@ def test_a_pretrained_model_there_and_back(make: Make, folders: dict[str, Path],
     model = trained(task)
     assert task.parameters == count(model)
     task.export(model, tmp_path / "model")
-    reviews, table = task.reviews.test, task.table("test")
+    reviews, table = task.data.splits.test, task.data.table("test")
     assert reviews is not None
     assert table is not None
     expected = task.evaluation.predictions(model, task.evaluation.predict(model, "test", "cpu")).frame()

@@ -19,10 +19,11 @@ class PretrainedEncoder(nn.Module):
 
     def __init__(self, model: Any, keep_pooler: bool) -> None:
         super().__init__()
-        self.model, self.config = model, model.config
+        self.model = model
+        self.config: Any = model.config
         self.width: int = self.config.hidden_size
         if not keep_pooler and getattr(model, "pooler", None) is not None:
-            self.model.pooler = None
+            model.pooler = None
 
     def forward(self, ids: Tensor, mask: Tensor) -> Encoded:
         """ids: [B, L]; mask: [B, L], false where padded."""

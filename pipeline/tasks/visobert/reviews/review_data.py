@@ -1,0 +1,93 @@
+"""The data of a run: its splits, their tokens, and the scores of the baselines."""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.tasks.base import Dataset
+from pipeline.tasks.visobert.config import VisobertConfig
+from pipeline.tasks.visobert.encoders.tokenizer import MANY_UNKNOWN, Tokenizer, load_tokenizer, unknown_share
+from pipeline.tasks.visobert.reviews.review_table import ReviewTable, capped_repeats, tokenise
+from pipeline.tasks.visobert.reviews.reviews import folded
+from pipeline.tasks.visobert.reviews.sentiments import labelled
+from pipeline.tasks.visobert.reviews.splits import Splits, load_splits
+from pipeline.tasks.visobert.scoring.baselines import Baselines
+
+MANY_TRUNCATED = 0.01  # share of truncated training reviews above which a warning is given
+
+
+class ReviewData:
+    """The splits of a config, tokenised when first asked for."""
+
+    splits: Splits
+    baselines: Baselines
+    tokenizer: Tokenizer
+    _tables: dict[str, ReviewTable]
+
+    def __init__(self, config: VisobertConfig, like: "ReviewData | None" = None) -> None:
+        """Read the files, or share what `like` has read of the same ones.
+
+        Raises:
+            UserError: a file or the tokenizer is missing or damaged.
+        """
+        self.config, model = config, config.model
+        if like and like.config.data == config.data:
+            self.splits, self.baselines = like.splits, like.baselines
+        else:
+            self.splits = load_splits(config.data)
+            self.baselines = Baselines(self.splits)
+        if like and like.splits is self.splits and like.config.model == model:
+            self.tokenizer, self._tables = like.tokenizer, like._tables
+        else:
+            texts = self.splits.train.texts
+            self.tokenizer = load_tokenizer(model.name, model.revision, texts, model.embedded.vocabulary)
+            self._tables = {}
+        self.repeats: npt.NDArray[np.float64] | None = None  # [N], how often an epoch draws each review, on average
+        if config.data.oversampling != "none":
+            self.repeats = capped_repeats(self.splits.train.labels, config.data.oversampling_ratio)
+
+    def table(self, split: str) -> ReviewTable:
+        if split not in self._tables:
+            reviews, limit = self.splits.by_name[split], self.config.model.max_tokens
+            tokens = tokenise(self.tokenizer, reviews.texts, limit, Path(self.config.data.cache))
+            self._tables[split] = ReviewTable(tokens, reviews.labels, self.tokenizer.pad_id)
+        return self._tables[split]
+
+    @property
+    def dataset(self) -> Dataset:
+        train = self.splits.train
+        profile: dict[str, object] = {"train_file_digest": train.digest}
+        for name, reviews in self.splits.by_name.items():
+            cells = int(labelled(reviews.labels).sum())
+            profile[name] = {"reviews": len(reviews), "labelled_cells": cells, "file": reviews.source}
+        return Dataset(Path(train.source).name, self.splits.digest, train.source, profile)
+
+    def warnings(self) -> list[str]:
+        """Notes on the files, dropped cells, unknown tokens, copies across files, truncated texts."""
+        warnings: list[str] = []
+        for name, reviews in self.splits.by_name.items():
+            warnings += reviews.notes
+            if reviews.dropped:
+                warnings.append(f"{reviews.source}: bad cells that are dropped: {len(reviews.dropped)} ({name})")
+            unknown = unknown_share(self.tokenizer, self.table(name).ids[:-1].numpy())
+            if unknown > MANY_UNKNOWN:
+                warnings.append(f"{unknown:.1%} of the tokens of {name} are unknown to the tokenizer")
+            copies = self._copies_of_train(name)
+            if copies:
+                warnings.append(f"{copies} of {len(reviews)} {name} reviews are in train")
+        limit = self.config.model.max_tokens
+        truncated = float((self.table("train").lengths.numpy() >= limit).mean())
+        if truncated > MANY_TRUNCATED:
+            warnings.append(f"{truncated:.1%} of the training reviews reach model.max_tokens {limit}")
+        return warnings
+
+    def _copies_of_train(self, split: str) -> int:
+        """Reviews of a file that are in the training file too; the embedded reviews have some on purpose."""
+        data = self.config.data
+        if split == "train" or data.train is None or (split == "valid" and data.validation is None):
+            return 0
+        training_file = set(map(folded, self.splits.train.texts))
+        if data.validation is None:  # the validation split is a share of it
+            training_file |= set(map(folded, self.splits.valid.texts))
+        return sum(folded(text) in training_file for text in self.splits.by_name[split].texts)
