@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pipeline.config.run_config import RunConfig
 from pipeline.names import MEASURED
-from pipeline.runs.shared_prefix import branch, grow
+from pipeline.runs.shared_prefix import start_from_prefix, train_prefix
 from pipeline.runtime.console import Console
 from pipeline.serving import load_predictor
 from pipeline.tasks.base import TOTAL, Task, evaluate, evaluating
@@ -115,14 +115,14 @@ def check_resumes_exactly(make_task: MakeTask, config: RunConfig, folder: Path) 
 
 
 def check_shared_prefix(make_task: MakeTask, config: RunConfig, folder: Path) -> None:
-    """Started from the prefix that `config.trunk` names, a run has the history and weights that it has alone."""
+    """A run that starts from the prefix of `config.shared_prefix` has the history and weights that it has alone."""
     torch.set_num_threads(1)
-    prefix, step = config.trunk()
+    prefix, step = config.shared_prefix()
     steps = count_steps(make_task(config))
     step = steps if step is None else min(step, steps)
-    grow(make_task(prefix), {step: folder / "prefix"}, "cpu")
+    train_prefix(make_task(prefix), {step: folder / "prefix"}, "cpu")
     alone, branched = _training(make_task(config), folder / "alone"), _training(make_task(config), folder / "branched")
-    branch(branched, folder / "prefix")
+    start_from_prefix(branched, folder / "prefix")
     for training in (alone, branched):
         training.advance()
         training.recorder.drain()

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 # The first is the baseline's. Apart for most eyes, on white and on black.
 COLORS = ("#7f7f7f", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7b3fa0", "#8c510a", "#a6192e")
-TRUNK_FILES = ("points.jsonl", "state.pt", "manifest.json")  # history and state of what runs share, the last file last
+PREFIX_FILES = ("points.jsonl", "state.pt", "manifest.json")  # history and state of what runs share, the last file last
 ORIGINAL = "original_run_id"  # tag of a run that was made on this server for one that began elsewhere
 CALIBRATION = "calibration."  # before a param's key: what was fitted after the training
 CALIBRATED = "_calibrated"  # at the end of a metric's name: of calibrated probabilities

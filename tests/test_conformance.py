@@ -123,8 +123,8 @@ class HiddenState(MmoeTask):
 class LatePrefix(MmoeConfig):
     """Names a prefix that ends two steps after the focal term begins to act."""
 
-    def trunk(self) -> Any:
-        config, step = super().trunk()
+    def shared_prefix(self) -> Any:
+        config, step = super().shared_prefix()
         return config, step + 2
 
 

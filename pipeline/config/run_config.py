@@ -166,10 +166,10 @@ class RunConfig(Config):
         chosen = "evaluation.metric" in given or evaluation.metric != self.default_metric()
         return chosen or evaluation.patience is not None
 
-    def trunk(self) -> "tuple[Self, int | None]":
-        """What this run shares with others: the config that trains alike, and the first step at which it does not.
+    def shared_prefix(self) -> "tuple[Self, int | None]":
+        """A config whose training is the same up to a step, and that step.
 
-        None = never: the whole run is like the trunk.
+        Runs with an equal one share that part of their training. None: the whole training is the same.
         """
         return self, None
 

@@ -18,7 +18,7 @@ from pipeline.runs.machine_errors import explained, one_line_machine_errors
 from pipeline.runs.resume import fork, identity_tags, newest_state, restore, use_first_threads
 from pipeline.runs.run_artifacts import headline, log_description, log_results
 from pipeline.runs.run_start import OpenedRun, open_run
-from pipeline.runs.shared_prefix import branch
+from pipeline.runs.shared_prefix import start_from_prefix
 from pipeline.runtime import process_rank
 from pipeline.runtime.console import Console, say, warn
 from pipeline.tasks.base import Task, precision, undefined
@@ -66,14 +66,14 @@ def train_run(
     request: RunRequest | None = None,
     *,
     given: frozenset[str] = frozenset(),
-    trunk: Path | None = None,
+    prefix: Path | None = None,
     watch: Watch | None = None,
     quiet: bool = False,
 ) -> Trained:
     """Load the data, open the run, train, and log the results. Without a writer nothing is tracked.
 
     request: how the run is opened, beside what config and data say. given: dotted keys that the user overrode.
-    trunk: a folder of `shared_prefix.grow`, where this run starts. watch: see `Training`. quiet: no line a step.
+    prefix: a folder of `train_prefix`, where this run starts. watch: see `Training`. quiet: no console line a step.
     """
     if writer is None and (config.resume or config.fork):
         raise UserError("resume and fork need tracking.enabled: true; without it nothing of a run is kept")
@@ -89,7 +89,7 @@ def train_run(
         return _already_trained(opened, request.run_id or request.launcher)
     run = opened.run
     with _ending_early(run):
-        training = _prepared(opened, task, identity, device, given, trunk=trunk, watch=watch, quiet=quiet)
+        training = _prepared(opened, task, identity, device, given, prefix=prefix, watch=watch, quiet=quiet)
         result = training.train()
         try:
             log_results(run, task, training, device)
@@ -135,7 +135,7 @@ def _load_task(config: RunConfig, make_task: TaskFactory, overrides: frozenset[s
 
 def _prepared(
     opened: OpenedRun, task: Task[Any], identity: Mapping[str, str], device: str, overrides: frozenset[str], *,
-    trunk: Path | None, watch: Watch | None, quiet: bool,
+    prefix: Path | None, watch: Watch | None, quiet: bool,
 ) -> Training:  # fmt: skip
     """The training at its first step, or where an earlier start, a fork's origin or a shared prefix ended."""
     run, config = opened.run, task.config
@@ -158,8 +158,8 @@ def _prepared(
         _repeat_evaluations(run, training, watch)
     elif tracked and opened.origin:
         fork(training, tracked, opened.origin)
-    elif trunk:
-        branch(training, trunk)
+    elif prefix:
+        start_from_prefix(training, prefix)
     if process_rank.world_size() > 1:
         run.set_tags({"processes": str(process_rank.world_size())})
         _synchronise(training, identity)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.names import TRUNK_FILES
+from pipeline.names import PREFIX_FILES
 from pipeline.runtime.console import Console
 from pipeline.storage.checkpoint_format import read_checkpoint, write_checkpoint
 from pipeline.storage.folders import made_once
@@ -16,10 +16,10 @@ from pipeline.tasks.base import Task
 from pipeline.tracking.run import MemoryRun
 from pipeline.training.loop import Training
 
-POINTS_FILE = TRUNK_FILES[0]
+POINTS_FILE = PREFIX_FILES[0]
 
 
-def grow(task: Task[Any], folders: Mapping[int, Path], device: str) -> int:
+def train_prefix(task: Task[Any], folders: Mapping[int, Path], device: str) -> int:
     """Train the prefix: save the state at each step into its folder. Returns the number of trained steps.
 
     folders: completed steps -> folder.
@@ -33,13 +33,13 @@ def grow(task: Task[Any], folders: Mapping[int, Path], device: str) -> int:
         training = Training(task, run, Console(0, quiet=True), device)
         for step, folder in sorted(folders.items()):
             training.advance(step)
-            made_once(folder, TRUNK_FILES, lambda empty: _save(training, run, empty), "output_dir")
+            made_once(folder, PREFIX_FILES, lambda empty: _save(training, run, empty), "output_dir")
         return training.result.steps
     finally:
         run.discard()
 
 
-def branch(training: Training, folder: Path) -> None:
+def start_from_prefix(training: Training, folder: Path) -> None:
     """Load a prefix's state into a new training, and log the prefix's points in its run.
 
     Logged settings are the run's own (a lambda that does not act yet).

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.config.strict_config import to_yaml
-from pipeline.names import COLORS, CONTROLLED, TRUNK_FILES
+from pipeline.names import COLORS, CONTROLLED, PREFIX_FILES
 from pipeline.runtime.console import say, warn
 from pipeline.sweeps.jobs import Job, SweepContext
 from pipeline.sweeps.requests import PrefixTrained, RunTrained, TrainPrefix, TrainRun
@@ -66,7 +66,7 @@ class ArmRuns:
         """Arm -> where it branches, for the arms that share a prefix."""
         groups: dict[str, list[tuple[Arm, int | None]]] = {}
         for arm in arms:
-            config, step = arm.at(seed).trunk()
+            config, step = arm.at(seed).shared_prefix()
             key = config.fingerprint(f"{self.context.data_digest} {config.tracking} {config.device}")
             groups.setdefault(key, []).append((arm, step))
         branches: dict[str, _Branch] = {}
@@ -74,12 +74,12 @@ class ArmRuns:
             steps = sorted({step for _, step in group if step})
             sharing = [(arm, step) for arm, step in group if step != 0]
             folders = {step: self.prefix_folder / key[:16] / str(step) for step in steps}
-            trained = all((folder / name).is_file() for folder in folders.values() for name in TRUNK_FILES)
+            trained = all((folder / name).is_file() for folder in folders.values() for name in PREFIX_FILES)
             if not steps or (len(sharing) < 2 and not trained):
                 continue
             job = None
             if not trained:
-                config, _ = sharing[0][0].at(seed).trunk()
+                config, _ = sharing[0][0].at(seed).shared_prefix()
                 request = TrainPrefix(self.plan.sweep.task, to_yaml(config),
                                       {str(step): str(folder) for step, folder in folders.items()})  # fmt: skip
                 job = Job(f"shared prefix s{seed}", request, finished=partial(self._prefix_ended, len(sharing)))
@@ -104,7 +104,7 @@ class ArmRuns:
         if arm.control_of:
             tags["control_of"] = CONTROLLED.join(arm.control_of)
         if branch:
-            tags |= {"branched_from": f"trunk {branch.folder.parent.name}", "branch_step": str(branch.step)}
+            tags |= {"branched_from": f"prefix {branch.folder.parent.name}", "branch_step": str(branch.step)}
         request = self.context.train_request(arm, seed, tags, prefix=branch.folder if branch else None)
         finished = partial(self._run_ended, (arm.name, seed), branch.step if branch else 0)
         return Job(request.name, request, branch.job if branch else None, finished)

@@ -133,12 +133,12 @@ class Work:
 
     def train_prefix(self, request: TrainPrefix) -> PrefixTrained:
         from pipeline.runs.launch import prepare_torch
-        from pipeline.runs.shared_prefix import grow
+        from pipeline.runs.shared_prefix import train_prefix
 
         config = parse_config(request)
         device = prepare_torch(config)
         folders = {int(step): Path(folder) for step, folder in request.folders.items()}
-        return PrefixTrained(steps=grow(self.make_task(request.entry, config), folders, device))
+        return PrefixTrained(steps=train_prefix(self.make_task(request.entry, config), folders, device))
 
     def train(self, request: TrainRun) -> RunTrained:
         from pipeline.runs.launch import train_run
@@ -160,7 +160,7 @@ class Work:
             RunRequest(name=request.name, run_id=request.run_id, tags=request.tags, resume=request.run_id is not None,
                        folder=request.folder),
             given=frozenset(request.overridden),
-            trunk=Path(request.prefix) if request.prefix else None,
+            prefix=Path(request.prefix) if request.prefix else None,
             watch=watch if request.watched else None,
             quiet=True,
         )  # fmt: skip

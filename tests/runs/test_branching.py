@@ -1,4 +1,4 @@
-"""A branch of a trunk is, bit for bit, the run that it would be alone."""
+"""A branch of a shared prefix is, bit for bit, the run that it would be alone."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from pipeline.config.strict_config import load
 from pipeline.names import MEASURED
-from pipeline.runs.shared_prefix import branch, grow
+from pipeline.runs.shared_prefix import start_from_prefix, train_prefix
 from pipeline.runtime.console import Console
 from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.task import MmoeTask
@@ -55,7 +55,7 @@ def branched(config: MmoeConfig, folder: Path, task: MmoeTask) -> MemoryRun:
     run = MemoryRun()
     training = Training(task.with_config(config), run, Console(0, quiet=True), "cpu")
     torch.rand(7)  # whatever another run left behind
-    branch(training, folder)
+    start_from_prefix(training, folder)
     training.train()
     return run
 
@@ -80,15 +80,15 @@ def weights(run: MemoryRun) -> dict[str, torch.Tensor]:
 )  # fmt: skip
 def test_every_arm_branches_to_the_bits_it_has_alone(small: Make, tmp_path: Path, settings: dict[str, Any]) -> None:
     configs = {name: small(**settings, **arm) for name, arm in ARMS.items()}
-    trunks = {name: config.trunk() for name, config in configs.items()}
-    assert len({config.fingerprint() for config, _ in trunks.values()}) == 1
+    prefixes = {name: config.shared_prefix() for name, config in configs.items()}
+    assert len({config.fingerprint() for config, _ in prefixes.values()}) == 1
     folders = {step: tmp_path / str(step) for step in (5, 8)}
     torch.set_num_threads(1)
-    task = MmoeTask(trunks["off"][0])
-    steps = grow(task, folders, "cpu")
+    task = MmoeTask(prefixes["off"][0])
+    steps = train_prefix(task, folders, "cpu")
     found = {}
     for name, config in configs.items():
-        whole, part = alone(config), branched(config, folders[trunks[name][1] or 8], task)
+        whole, part = alone(config), branched(config, folders[prefixes[name][1] or 8], task)
         assert points(part) == points(whole), name
         one, other = weights(part), weights(whole)
         assert one.keys() == other.keys()
@@ -102,27 +102,27 @@ def test_every_arm_branches_to_the_bits_it_has_alone(small: Make, tmp_path: Path
 
 def test_points_carry_the_arms_own_constants(small: Make, tmp_path: Path) -> None:
     config = small(**{"loss.aux_focal.lambda": 0.5, "loss.aux_focal.gamma": 2})
-    task = MmoeTask(config.trunk()[0])
-    grow(task, {5: tmp_path / "5"}, "cpu")
+    task = MmoeTask(config.shared_prefix()[0])
+    train_prefix(task, {5: tmp_path / "5"}, "cpu")
     run = branched(config, tmp_path / "5", task)
     logged = [values for _, values in run.points if "global_step" in values]
     assert [values["global_step"] for values in logged] == list(range(12))
     assert {(values["aux_focal_lambda"], values["aux_focal_gamma"]) for values in logged} == {(0.5, 2.0)}
     assert [values["aux_focal_on"] for values in logged] == [False] * 5 + [True] * 7
-    assert run.times == sorted(run.times)  # the trunk's points keep the time at which they were made
+    assert run.times == sorted(run.times)  # the prefix's points keep the time at which they were made
 
 
-def test_a_trunk_that_breaks_says_where(small: Make, tmp_path: Path) -> None:
+def test_a_prefix_that_breaks_says_where(small: Make, tmp_path: Path) -> None:
     config = small(**{"optim.dense.lr": 1e30, "loss.aux_focal.enabled": "false"})
     with pytest.raises(NonFiniteError, match="at step"):
-        grow(MmoeTask(config), {5: tmp_path / "5"}, "cpu")
+        train_prefix(MmoeTask(config), {5: tmp_path / "5"}, "cpu")
     assert not list(tmp_path.glob("5*"))
 
 
-def test_a_trunk_longer_than_the_training_is_the_training(small: Make, tmp_path: Path) -> None:
+def test_a_prefix_longer_than_the_training_is_the_training(small: Make, tmp_path: Path) -> None:
     config = small(**{"loss.aux_focal.warmup_steps": 50})
-    task = MmoeTask(config.trunk()[0])
-    assert grow(task, {50: tmp_path / "50"}, "cpu") == 12
+    task = MmoeTask(config.shared_prefix()[0])
+    assert train_prefix(task, {50: tmp_path / "50"}, "cpu") == 12
     assert points(branched(config, tmp_path / "50", task)) == points(alone(config))
 
 

@@ -142,12 +142,22 @@ def test_what_arms_share_is_the_run_until_the_gate(tmp_path: Path) -> None:
                                    {"aux_focal": False} | late, {"warmup_steps": 1500} | late,
                                    {"warmup_steps": 2500} | late,
                                    {"loss.aux_focal.log_components": False}])  # fmt: skip
-    trunks = [arm.config.trunk() for arm in plan.arms]
-    assert [step for _, step in trunks] == [None, 2000, 2000, 1500, 2000, 2000, 1500, 2000, 2000]  # the earlier of two
-    prints = [config.fingerprint() for config, _ in trunks]
+    prefixes = [arm.config.shared_prefix() for arm in plan.arms]
+    assert [step for _, step in prefixes] == [
+        None,
+        2000,
+        2000,
+        1500,
+        2000,
+        2000,
+        1500,
+        2000,
+        2000,
+    ]  # the earlier of two
+    prints = [config.fingerprint() for config, _ in prefixes]
     assert len({prints[0], *prints[1:4], *prints[5:8]}) == 1
     assert len({prints[0], prints[4], prints[8]}) == 3  # what is logged is shared, too
-    assert trunks[0][0].fingerprint() == plan.baseline.config.fingerprint()
+    assert prefixes[0][0].fingerprint() == plan.baseline.config.fingerprint()
 
 
 def test_arms_branch_at_their_own_gates_from_what_logs_as_they_do(tmp_path: Path) -> None:

@@ -224,7 +224,7 @@ class MmoeConfig(RunConfig):
     def embedded(self) -> str | None:
         return None if self.data.path else embedded_line(self.data.embedded.rows, "impressions", "data.path")
 
-    def trunk(self) -> tuple[Self, int | None]:
+    def shared_prefix(self) -> tuple[Self, int | None]:
         focal, late = self.loss.aux_focal, self.loss.late_pos_weight
         steps = [focal.warmup_steps] * focal.enabled + [late.warmup_steps] * (late.ctcvr > 0)
         plain = {"aux_focal": {"log_components": focal.log_components}, "late_pos_weight": {}}
