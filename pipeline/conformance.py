@@ -32,7 +32,7 @@ from pipeline.training.loop import Training, count_steps
 MakeTask = Callable[[Any], Task[Any]]
 Check = Callable[[MakeTask, RunConfig, Path], None]
 
-SUM_TOLERANCE = 1e-4  # relative; fp32 sums in another order
+SUM_TOLERANCE = 1e-4  # relative: fp32 sums depend on the order of summation
 
 
 def check_losses_are_shares(make_task: MakeTask, config: RunConfig, folder: Path) -> None:  # noqa: ARG001

@@ -19,14 +19,14 @@ from pipeline.training.loop import Training
 
 
 def identity_tags(config: RunConfig, digest: str) -> dict[str, str]:
-    """The tags by which a later start finds the run. digest: of the data."""
+    """Tags by which a later start finds the run. digest: SHA-256 of the data."""
     tags = {"task": config.task, "seed": str(config.seed), "data_digest": digest,
             "run_key": config.fingerprint(digest), THREADS: str(torch.get_num_threads())}  # fmt: skip
     return tags | ({FORKED_FROM: config.fork} if config.fork else {})
 
 
 def newest_state(run: MlflowRun) -> Checkpoint | None:
-    """The run's newest intact checkpoint; read_points that are in the journal from there on are not logged again."""
+    """The run's newest intact checkpoint; points that are in the journal already are not logged again."""
     checkpoint = RunFolder(run.folder).checkpoints().latest()
     run.resume_from(checkpoint.facts["position"] if checkpoint else 0)
     return checkpoint

@@ -48,7 +48,7 @@ def open_run(
 
 
 def _continuing(request: RunRequest, earlier: EarlierRun) -> RunRequest:
-    """The request for an earlier run; a run that `mlflow run` opened for this start becomes its launcher."""
+    """The request that resumes an earlier run; a run that `mlflow run` opened for this start is its launcher."""
     launcher = request.launcher if request.run_id in (None, earlier.run_id) else request.run_id
     if earlier.ended_as is None and earlier.folder.is_dir():
         warn(f"{earlier.name}: the last start of run {earlier.run_id} ended without a word: it was killed, or the "
