@@ -120,7 +120,7 @@ def _of_id(run_id: str, config: RunConfig, output_dir: Path, writer: Writer) -> 
     with os_errors(f"journal {journal}"):
         opened = read_opening(journal)
     if opened is None:
-        raise UserError(f"{journal}: found no record of the run's read_opening; it cannot go on")
+        raise UserError(f"{journal}: found no record of the run's beginning; it cannot go on")
     return _of_folder(folder, opened)
 
 
