@@ -136,11 +136,11 @@ def test_a_task_shares_what_is_loaded_where_the_config_names_the_same(small: Mak
     reviews = VisobertTask(load(VisobertConfig, file, overrides))
     same = reviews.with_config(load(VisobertConfig, file, overrides | {"multi_label.focal_alpha": "[1, 2, 3]"}))
     assert same is not None
-    assert same.reviews is reviews.reviews
-    assert same.table("train") is reviews.table("train")
+    assert same.data.splits is reviews.data.splits
+    assert same.data.table("train") is reviews.data.table("train")
     assert list(same.alpha.vector) == [1, 2, 3]
     changed = reviews.with_config(load(VisobertConfig, file, overrides | {"data.embedded.seed": "5"}))
     assert changed is not None
-    assert changed.reviews is not reviews.reviews
+    assert changed.data.splits is not reviews.data.splits
     fetched = load(VisobertConfig, file, overrides | {"data_prep_run": "some run"})
     assert reviews.with_config(fetched) is None  # only the entry point can fetch its alpha
