@@ -57,7 +57,7 @@ def destroy() -> None:
 
 @contextmanager
 def _collective() -> Iterator[None]:
-    """Turn the failure of a collective operation into `RankLost`; interrupts are deferred back meanwhile."""
+    """Turn the failure of a collective operation into `RankLost`; interrupts are deferred meanwhile."""
     with deferred():
         try:
             yield

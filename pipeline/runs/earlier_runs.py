@@ -57,7 +57,7 @@ def find_earlier(
     """The run that `config.resume` names; None = there is none. `identity`: the tags of such a run.
 
     opened: the run id that this start was given (`mlflow run`, or the environment of a restarted pod). Where an earlier
-    start has written to it, it is resumed even without `resume`: from the read_opening it would hold every point twice.
+    start has written to it, it is resumed even without `resume`: from its beginning it would hold every point twice.
 
     Raises:
         UserError: another process writes the run, there is none with the id, or its config or data differ.

@@ -80,7 +80,7 @@ def _set_threads(number: int) -> None:
 
 
 def fork(training: Training, run: MlflowRun, origin: Checkpoint) -> None:
-    """Start from another run's checkpoint, with that run's read_points up to it and this config's optimizer settings.
+    """Start from another run's checkpoint, with that run's points up to it and this config's optimizer settings.
 
     Raises:
         UserError: the state is of another model.
