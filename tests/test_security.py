@@ -230,7 +230,7 @@ def test_a_few_lines_that_stand_for_billions(tmp_path: Path, capsys: pytest.Capt
         2, f"error: {file}: line 6 not valid YAML: found over 50,000 values with every alias written out",
     )  # fmt: skip
     file.write_text("a: &a {b: *a}")
-    assert "a value that holds itself" in exit_of(capsys, "train_mmoe", "--config", str(file))[1]
+    assert "a value that contains itself" in exit_of(capsys, "train_mmoe", "--config", str(file))[1]
     file.write_text("a: " + "[" * 5000)
     assert "nested too deeply" in exit_of(capsys, "train_mmoe", "--config", str(file))[1]
     file.write_text("#" * ((1 << 20) + 1))
