@@ -1,7 +1,7 @@
-"""A training in a process of its own that goes on when it is told to: threads and memory belong to a process.
+"""Training in a separate process, to measure its threads and memory.
 
-`python -m bench.child FOLDER [KEY=VALUE ...]` reads the data, then answers every line `STEPS` on its standard input
-with one line of JSON on its standard output: what those steps took and the process' memory so far.
+`python -m bench.child FOLDER [KEY=VALUE ...]` reads the data. For every line `STEPS` on standard input it trains that
+number of steps and prints one line of JSON: their time and the memory of the process.
 """
 
 import json
@@ -17,7 +17,7 @@ from bench.figures import ROOT
 
 
 class Child:
-    """The parent's side: starts the process, waits until its data is read."""
+    """The parent's side: starts the process and waits until it has read the data."""
 
     def __init__(self, data: Path, overrides: Mapping[str, object], threads: int) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
@@ -50,9 +50,9 @@ class Child:
 
 
 def memory() -> dict[str, int]:
-    """Bytes of this process: the most it had, and what it has now that no file backs.
+    """Peak memory of this process, and its current memory without mapped files, in bytes.
 
-    Not `ru_maxrss`: it starts with what the process had that started this one.
+    `ru_maxrss` would include the memory of the parent process.
     """
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines())
     return {name: 1024 * int(status[key].split()[0]) for name, key in (("peak", "VmHWM"), ("anonymous", "RssAnon"))}

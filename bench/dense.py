@@ -1,7 +1,7 @@
-"""The limit of an MMoE step: forward and backward of its dense part alone, in fp32, on one batch of embeddings.
+"""A lower bound of an MMoE step: forward and backward of its dense part, in fp32, on one batch of embeddings.
 
-Written apart from `pipeline`, as fast as plain torch was found to do it, so that the limit does not move with what is
-measured against it. B = rows, I = F * D inputs, E = experts, H = width of experts and towers, T = 2 tasks.
+Independent of `pipeline`, so that the bound does not change with the code that is measured against it.
+B = rows, I = F * D inputs, E = experts, H = width of experts and towers, T = 2 tasks.
 """
 
 import time

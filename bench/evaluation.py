@@ -20,15 +20,16 @@ def auc_1m(_: object) -> None:
     label = (random.random(ROWS) < 1 / (1 + np.exp(-logit))).astype(np.float64)
     noisy = (logit + random.normal(0, 1, ROWS)).astype(np.float32)
     score = -np.logaddexp(np.float32(0), -noisy).astype(np.float64)
-    taken: dict[str, list[float]] = {"own": [], "library": []}
+    milliseconds: dict[str, list[float]] = {"own": [], "library": []}
     values = {}
     for turn in range(TURNS + 1):
         for name, way in (("own", auc), ("library", roc_auc_score)):
             started = time.process_time()
             values[name] = float(way(label, score))
             if turn:
-                taken[name].append(1000 * (time.process_time() - started))
+                milliseconds[name].append(1000 * (time.process_time() - started))
     if abs(values["own"] - values["library"]) > 1e-12:
         raise ValueError(f"the AUCs differ: {values}")
-    ratios = [own / library for own, library in zip(taken["own"], taken["library"], strict=True)]
-    figure("auc_1m_ms", statistics.median(taken["own"]), "CPU ms", statistics.median(taken["library"]), ratios)
+    ours, reference = milliseconds["own"], milliseconds["library"]
+    ratios = [own / library for own, library in zip(ours, reference, strict=True)]
+    figure("auc_1m_ms", statistics.median(ours), "CPU ms", statistics.median(reference), ratios)

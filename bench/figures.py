@@ -1,4 +1,4 @@
-"""What every bench shares: how a figure is printed and how two ways are measured against each other."""
+"""Printing of figures, and measurement of two alternatives against each other."""
 
 import contextlib
 import json
@@ -15,33 +15,31 @@ RATE = "rows per CPU second"
 
 
 class Timed(NamedTuple):
-    seconds: Callable[[], float]  # does the work, returns the CPU seconds it took
+    seconds: Callable[[], float]  # does the work and returns its CPU seconds
     rows: int  # of that work
 
 
 def figure(name: str, value: float, unit: str, reference: float | None = None, spread_of: Sequence[float] = ()) -> None:
     """Print a figure. `spread_of`: the ratios of all pairs, or the values where there is no reference."""
-    found: dict[str, Any] = {"name": name, "value": _rounded(value), "unit": unit}
-    found["reference"] = None if reference is None else _rounded(reference)
-    ratio = None
+    line: dict[str, Any] = {"name": name, "value": _rounded(value), "unit": unit, "reference": None, "ratio": None}
     if reference is not None:
-        ratio = _rounded(statistics.median(spread_of) if spread_of else value / reference)
-    found["ratio"] = ratio
-    found["spread"] = [_rounded(end) for end in interval(spread_of)] if len(spread_of) > 1 else None
-    print(json.dumps(found), file=_standard_output, flush=True)
+        line["reference"] = _rounded(reference)
+        line["ratio"] = _rounded(statistics.median(spread_of) if spread_of else value / reference)
+    line["spread"] = [_rounded(end) for end in interval(spread_of)] if len(spread_of) > 1 else None
+    print(json.dumps(line), file=_standard_output, flush=True)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The values between which the true median lies with 95% (order statistics); lowest and highest of fewer than 6."""
+    """95% interval of the median (order statistics); with fewer than 6 values the lowest and the highest."""
     ordered, count = sorted(values), len(values)
-    cut = 0  # values left away at each end: P(so few of them fall on one side of the median) stays below 2.5%
+    cut = 0  # values dropped at each end: the probability of missing the median stays below 2.5% on each side
     while sum(math.comb(count, k) for k in range(cut + 2)) / 2**count < 0.025:
         cut += 1
     return ordered[min(cut, (count - 1) // 2)], ordered[max(count - 1 - cut, count // 2)]
 
 
 def measured(name: str, own: Timed, reference: Timed, pairs: int, unit: str = RATE) -> None:
-    """Rows per CPU second of two ways, turn about, after one of each that does not count."""
+    """Measure rows per CPU second of two alternatives in turn; the first of each is discarded."""
     own.seconds(), reference.seconds()
     values, references = [], []
     for pair in range(pairs):
@@ -52,13 +50,13 @@ def measured(name: str, own: Timed, reference: Timed, pairs: int, unit: str = RA
 
 
 def report(name: str, values: Sequence[float], unit: str) -> None:
-    """The median of some values that are compared to nothing."""
+    """Print the median of values without a reference."""
     figure(name, statistics.median(values), unit, spread_of=values)
 
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """What others print goes nowhere; it is written all the same, as in a run whose output goes to a file."""
+    """Discard output; it is still written, as in a run whose output goes to a file."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         yield
 

@@ -27,15 +27,15 @@ def threads_2(shop: Workshop) -> None:
             }, threads))
             for name, (threads, ahead) in ways.items()
         }  # fmt: skip
-        found: dict[str, list[float]] = {name: [] for name in ways}
+        rates: dict[str, list[float]] = {name: [] for name in ways}
         for turn in range(THREAD_PAIRS + 1):
             for name in list(ways)[:: 1 if turn % 2 else -1]:
                 rate = THREAD_STEPS * 4096 / children[name].advance(THREAD_STEPS)["wall"]
                 if turn:  # the first is not counted
-                    found[name].append(rate)
+                    rates[name].append(rate)
     for name, other in (("threads_2", "one"), ("threads_2_prefetched", "prefetched")):
-        ratios = [faster / slower for faster, slower in zip(found["two"], found[other], strict=True)]
-        figure(name, statistics.median(found["two"]), "rows per second", statistics.median(found[other]), ratios)
+        ratios = [faster / slower for faster, slower in zip(rates["two"], rates[other], strict=True)]
+        figure(name, statistics.median(rates["two"]), "rows per second", statistics.median(rates[other]), ratios)
 
 
 def rows(shop: Workshop) -> None:

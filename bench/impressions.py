@@ -89,17 +89,17 @@ def read(folder: Path, rows: int) -> Columns:
     file = pq.ParquetFile(folder / "train.parquet")
     table = file.read_row_groups(range(min(-(-rows // CHUNK_ROWS), file.num_row_groups))).slice(0, rows)
     table = table.combine_chunks()
-    found = {}
+    ids_by_name = {}
     for name, size in SINGLE.items():
         ids = table[name].to_numpy().astype(np.int64)
-        found[name] = Column(size + FIRST_ID, np.arange(len(ids) + 1), ids, np.ones(len(ids), dtype=np.float32))
+        ids_by_name[name] = Column(size + FIRST_ID, np.arange(len(ids) + 1), ids, np.ones(len(ids), dtype=np.float32))
     for name, (size, _) in MULTI.items():
         lists, weights = (table[key].combine_chunks() for key in (name, f"{name}.weights"))
         offsets = lists.offsets.to_numpy().astype(np.int64)
         ids = lists.flatten().to_numpy().astype(np.int64)
-        found[name] = Column(size + FIRST_ID, offsets - offsets[0], ids, weights.flatten().to_numpy())
+        ids_by_name[name] = Column(size + FIRST_ID, offsets - offsets[0], ids, weights.flatten().to_numpy())
     labels = [table[name].to_numpy().astype(np.float32) for name in ("click", "conversion")]
-    return Columns(labels[0], labels[1], found)
+    return Columns(labels[0], labels[1], ids_by_name)
 
 
 def _write_split(file: Path, rows: int, number: int) -> Split:

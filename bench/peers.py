@@ -108,17 +108,17 @@ def rechub(columns: Columns, config: MmoeConfig) -> Run:
 
 def padded(columns: Columns) -> Inputs:
     """Every feature as an array; the ids of bags are one higher, because 0 fills up."""
-    found: Inputs = {}
+    inputs: Inputs = {}
     for name, column in columns.ids.items():
         lengths = np.diff(column.offsets)
         if (lengths == 1).all():
-            found[name] = (column.ids + 1).astype(np.int32)
+            inputs[name] = (column.ids + 1).astype(np.int32)
             continue
         row = np.repeat(np.arange(len(lengths)), lengths)
         table = np.zeros((len(lengths), lengths.max()), dtype=np.int32)
         table[row, np.arange(len(column.ids)) - column.offsets[row]] = column.ids + 1
-        found[name] = table
-    return found
+        inputs[name] = table
+    return inputs
 
 
 def _table_rows(column: Column) -> int:

@@ -29,18 +29,18 @@ class Used(NamedTuple):
 def prepare_ctr(shop: Workshop) -> None:
     """Rows per CPU second as the slope between two sizes; the rest (imports, the users' features) apart."""
     raw = {rows: _raw(shop.folder, rows) for rows in (SMALL, LARGE)}
-    found: dict[int, list[Used]] = {SMALL: [], LARGE: []}
+    runs_of: dict[int, list[Used]] = {SMALL: [], LARGE: []}
     for _ in range(TURNS):
-        for rows, runs in found.items():
+        for rows, runs in runs_of.items():
             runs.append(_used(raw[rows], shop.folder))
     slopes = [
         (LARGE - SMALL) / (large.cpu_seconds - small.cpu_seconds)
-        for small, large in zip(found[SMALL], found[LARGE], strict=True)
+        for small, large in zip(runs_of[SMALL], runs_of[LARGE], strict=True)
     ]
     report("prepare_ctr", slopes, RATE)
-    fixed = [small.cpu_seconds - SMALL / slope for small, slope in zip(found[SMALL], slopes, strict=True)]
+    fixed = [small.cpu_seconds - SMALL / slope for small, slope in zip(runs_of[SMALL], slopes, strict=True)]
     report("prepare_ctr_start_s", fixed, "CPU s without a row: imports, 700,000 users")
-    peaks = {rows: [used.peak_mb for used in runs] for rows, runs in found.items()}
+    peaks = {rows: [used.peak_mb for used in runs] for rows, runs in runs_of.items()}
     ratios = [large / small for small, large in zip(peaks[SMALL], peaks[LARGE], strict=True)]
     figure("prepare_ctr_rss_mb", max(peaks[LARGE]), "MB at 2M rows, reference: at 0.2M",
            statistics.median(peaks[SMALL]), ratios)  # fmt: skip

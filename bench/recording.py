@@ -36,13 +36,13 @@ def logging(shop: Workshop) -> None:
 
 def _turns(tracked: Trainer, plain: Trainer, pairs: int) -> tuple[list[float], list[float], tuple[float, float]]:
     """Ratios of wall and of CPU, and the median milliseconds of a plain step in both."""
-    taken: dict[Trainer, list[tuple[float, float]]] = {tracked: [], plain: []}
+    times_of: dict[Trainer, list[tuple[float, float]]] = {tracked: [], plain: []}
     for pair in range(pairs):
         for trainer in [tracked, plain][:: 1 if pair % 2 else -1]:
-            taken[trainer].append(trainer.advance(STEPS))
-    walls, cpus = ([one[place] / other[place] for one, other in zip(taken[tracked], taken[plain], strict=True)]
+            times_of[trainer].append(trainer.advance(STEPS))
+    walls, cpus = ([one[place] / other[place] for one, other in zip(times_of[tracked], times_of[plain], strict=True)]
                    for place in (0, 1))  # fmt: skip
-    usual = tuple(1000 * statistics.median(times[place] for times in taken[plain]) / STEPS for place in (0, 1))
+    usual = tuple(1000 * statistics.median(times[place] for times in times_of[plain]) / STEPS for place in (0, 1))
     return walls, cpus, (usual[0], usual[1])
 
 

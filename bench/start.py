@@ -22,12 +22,12 @@ def first_step(shop: Workshop) -> None:
         folder.mkdir(exist_ok=True)
     _until_first_step(cache, kept)  # makes data, store and caches
     report("first_step_s", [_until_first_step(cache, kept) for _ in range(TURNS)], "s")
-    found = []
+    seconds = []
     for _ in range(TURNS):
         shutil.rmtree(fresh)
         fresh.mkdir()
-        found.append(_until_first_step(cache, fresh))
-    report("first_step_fresh_s", found, "s")
+        seconds.append(_until_first_step(cache, fresh))
+    report("first_step_fresh_s", seconds, "s")
 
 
 def _until_first_step(cache: Path, folder: Path) -> float:
@@ -60,9 +60,9 @@ def _run(*arguments: str) -> None:
 
 def _timed(turns: int, work: Callable[[], None]) -> list[float]:
     work()
-    found = []
+    seconds = []
     for _ in range(turns):
         started = time.perf_counter()
         work()
-        found.append(time.perf_counter() - started)
-    return found
+        seconds.append(time.perf_counter() - started)
+    return seconds

@@ -61,7 +61,7 @@ def write_model(folder: Path, texts: list[str]) -> None:
 
 
 class NaiveReviews(Dataset[dict[str, Any]]):
-    """What scripts do: tokenise an item when it is asked for, and pad it to the longest there may be."""
+    """The usual script: tokenise each item on access and pad it to the maximum length."""
 
     def __init__(self, tokenizer: Any, texts: list[str], labels: np.ndarray) -> None:
         self.tokenizer, self.texts, self.labels = tokenizer, texts, labels
@@ -70,17 +70,17 @@ class NaiveReviews(Dataset[dict[str, Any]]):
         return len(self.texts)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        found = self.tokenizer(
+        tokens = self.tokenizer(
             self.texts[index], padding="max_length", truncation=True, max_length=NAIVE_LENGTH, return_tensors="pt"
         )
         return {
-            "ids": found["input_ids"][0], "mask": found["attention_mask"][0].bool(),
+            "ids": tokens["input_ids"][0], "mask": tokens["attention_mask"][0].bool(),
             "labels": torch.from_numpy(self.labels[index]),
         }  # fmt: skip
 
 
 def naive(task: VisobertTask) -> Timed:
-    """CPU seconds of a few steps of the usual script: batches of 16 items, fp32, AdamW as it comes."""
+    """CPU seconds of a few steps of the usual script: batches of 16 items, fp32, AdamW."""
     torch.manual_seed(0)
     model = task.model().train()
     train = task.data.splits.train
@@ -91,8 +91,8 @@ def naive(task: VisobertTask) -> Timed:
     def steps() -> float:
         started = time.process_time()
         for _ in range(NAIVE_STEPS):
-            found = next(batches)
-            batch = ReviewBatch(found["ids"], found["mask"], found["labels"])
+            items = next(batches)
+            batch = ReviewBatch(items["ids"], items["mask"], items["labels"])
             optimizer.zero_grad()
             task.losses(task.forward(model, batch), batch, task.counts(batch), 1)[TOTAL].backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -103,7 +103,7 @@ def naive(task: VisobertTask) -> Timed:
 
 
 def spread_out(batches: Sequence[Rows], lengths: npt.NDArray[np.int64]) -> list[Rows]:
-    """A few of an epoch's batches in which all lengths take part as they do in the whole."""
+    """A few batches with the same distribution of lengths as the epoch."""
     ordered = sorted(batches, key=lambda rows: int(lengths[rows].max()))
     return [ordered[int((part + 0.5) * len(ordered) / STEPS)] for part in range(STEPS)]
 
@@ -111,7 +111,7 @@ def spread_out(batches: Sequence[Rows], lengths: npt.NDArray[np.int64]) -> list[
 def ours(task: VisobertTask) -> Timed:
     """CPU seconds of a few steps of our training, with their share of tokenising and of planning the epoch.
 
-    Tokenising is counted whole, as if there were one epoch; the second and the cached runs do without.
+    Tokenising is counted as if there were one epoch only.
     """
     training = Training(task, MemoryRun(), Console(0, quiet=True), "cpu")
     started = time.process_time()
@@ -135,7 +135,7 @@ def ours(task: VisobertTask) -> Timed:
 
 
 class TokenisedReviews(Dataset[dict[str, Any]]):
-    """Token ids and labels, as the Trainer takes them."""
+    """Token ids and labels in the form of the Trainer."""
 
     def __init__(self, task: VisobertTask) -> None:
         train = task.data.splits.train
@@ -151,7 +151,7 @@ class TokenisedReviews(Dataset[dict[str, Any]]):
 
 
 class WithLoss(torch.nn.Module):
-    """The task's model, with its loss in what `forward` returns."""
+    """The task's model, with its loss in the output of `forward`."""
 
     def __init__(self, task: VisobertTask) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ class WithLoss(torch.nn.Module):
 def transformers_trainer(task: VisobertTask, folder: Path) -> Timed:
     """CPU seconds of a few steps of Hugging Face's Trainer with its length grouping, from the first to the last.
 
-    What comes before its first step (tokenising, sorting, making the optimizer) is not counted.
+    The time before its first step (tokenising, sorting, creating the optimizer) is not counted.
     """
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -195,8 +195,8 @@ def transformers_trainer(task: VisobertTask, folder: Path) -> Timed:
         ids = np.full(mask.shape, task.data.tokenizer.pad_id, dtype=np.int32)
         ids[mask] = np.concatenate([item["input_ids"] for item in items])
         labels = np.stack([item["labels"] for item in items])
-        found = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        return {name: torch.from_numpy(values) for name, values in found.items()}
+        arrays = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        return {name: torch.from_numpy(values) for name, values in arrays.items()}
 
     clock = Clock()
     arguments = TrainingArguments(

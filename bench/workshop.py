@@ -1,4 +1,4 @@
-"""What the figures share while they are measured: a scratch folder with data, a tracking store and its writer."""
+"""Shared resources of the figures: a scratch folder with data, a tracking store and its writer."""
 
 import contextlib
 import os
@@ -24,7 +24,7 @@ STORE_FILE = "mlflow.db"
 
 
 def reference_config(data: Path, overrides: Mapping[str, object] | None = None) -> MmoeConfig:
-    """bench/reference.yaml on the data: the focal term acts from the first step on, nothing is evaluated."""
+    """bench/reference.yaml on the data, with the focal term on from the first step and no evaluation."""
     settings: dict[str, object] = {
         "data.path": data,
         "training.threads": 1,
@@ -32,12 +32,12 @@ def reference_config(data: Path, overrides: Mapping[str, object] | None = None) 
         "evaluation.every_steps": 10**9,
         "loss.aux_focal.warmup_steps": 0,
     }
-    given = {key: str(value) for key, value in (settings | dict(overrides or {})).items()}
-    return load(MmoeConfig, ROOT / "bench/reference.yaml", given)
+    texts = {key: str(value) for key, value in (settings | dict(overrides or {})).items()}
+    return load(MmoeConfig, ROOT / "bench/reference.yaml", texts)
 
 
 class Trainer:
-    """A training that goes on by blocks of steps, its lines and all, through the loop that `train_mmoe` runs."""
+    """A training that advances by blocks of steps, in the loop of `train_mmoe` with its output."""
 
     def __init__(self, task: MmoeTask, run: Run) -> None:
         with silence():
@@ -45,7 +45,7 @@ class Trainer:
         self.batch_size = task.config.training.batch_size
 
     def advance(self, steps: int) -> tuple[float, float]:
-        """Wall and CPU seconds of this process for so many further steps."""
+        """Train further steps; returns wall and CPU seconds of this process."""
         with silence():
             wall, cpu = time.perf_counter(), time.process_time()
             self.training.advance(until=self.training.result.steps + steps)
@@ -57,7 +57,7 @@ class Trainer:
 
 
 class Workshop(contextlib.ExitStack):
-    """`folder` keeps data from one start to the next where it is given one that stays."""
+    """folder: keeps the generated data."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()

@@ -19,14 +19,14 @@ from pipeline.tasks.registry import ROOT
 
 LONGEST_LINE = 3000  # characters of an error
 
-# Torch's threads wait for each other by spinning. When another process has one of their cores, a step of 9 ms took
-# 39 (two threads, two cores); with a bounded spin 12, and 9 as before when alone. Acts before torch is loaded.
+# Torch's threads spin while they wait for each other. If another process uses one of two cores, a step of 9 ms takes
+# 39, with limited spinning 12. Must be set before torch is loaded.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def command(name: str, entry: Entry) -> click.Command:
-    """The entry as a click command: an option a key, made from the config's types."""
+    """Make the click command of an entry point, with an option for each key of its config."""
     model: type[Config] = import_reference(entry.config)
     short: dict[str, str] = getattr(model, "short", {})
     names: dict[str, list[str]] = {}
@@ -40,7 +40,7 @@ def command(name: str, entry: Entry) -> click.Command:
             help=f"{key.field.description or key.path}  [{key.allowed}; default: {key.default}]",
         )
         for key in keys(model)
-        if key.path != "config"  # of a sweep's file: the typed one names that file
+        if key.path != "config"  # a key of sweep files; the option --config names that file
     ]
 
     def run(config: str | None, **texts: str | None) -> None:
@@ -53,7 +53,7 @@ def command(name: str, entry: Entry) -> click.Command:
         validated = load(model, source, overrides, shown_as=shown)
         if not entry.trains and ranks.world_size() > 1:
             raise UserError(f"{name}: found WORLD_SIZE {ranks.world_size()}, allowed: 1 (torchrun is for "
-                            f"{' and '.join(other for other, found in ENTRIES.items() if found.trains)})")  # fmt: skip
+                            f"{' and '.join(other for other, each in ENTRIES.items() if each.trains)})")  # fmt: skip
         if entry.trains:
             _train(validated, entry.target, frozenset(overrides))
             return
@@ -70,19 +70,19 @@ def command(name: str, entry: Entry) -> click.Command:
 
 
 def _filled(_: click.Context, parameter: click.Parameter, value: str) -> str:
-    """The value of a tool's argument. As a path, the empty text would be the working folder."""
+    """Refuse an empty argument, which would be the working folder as a path."""
     _refuse_empty(str(parameter.name), value, "a path or an id")
     return value
 
 
-@click.command("sync", help="Deliver what waits in the journals of runs to the store that MLFLOW_TRACKING_URI names.")
+@click.command("sync", help="Deliver the journals of runs to the store in MLFLOW_TRACKING_URI.")
 @click.argument("folder", callback=_filled)
-@click.option("--again", is_flag=True, help="All of it, as for a store that was restored from a backup.")
+@click.option("--again", is_flag=True, help="Deliver everything again, for a store restored from a backup.")
 def sync_command(folder: str, again: bool) -> None:
     import_reference("pipeline.tracking.sync:sync")(Path(folder), again)
 
 
-@click.command("doctor", help="Do journal, store and checkpoints of a run agree? If not: what mends it.")
+@click.command("doctor", help="Compare journal, store and checkpoints of a run, and say how to repair differences.")
 @click.argument("run", callback=_filled)
 @click.option("--output_dir", default="outputs", show_default=True, callback=_filled,
               help="Folder of the runs' own files.")  # fmt: skip
@@ -90,7 +90,7 @@ def doctor_command(run: str, output_dir: str) -> None:
     import_reference("pipeline.tracking.doctor:doctor")(run, Path(output_dir))
 
 
-@click.command("verify", help="Is every file of a prepared folder what its schema.json says? Reads all of it.")
+@click.command("verify", help="Check every file of a prepared folder against its schema.json.")
 @click.argument("folder", callback=_filled)
 def verify_command(folder: str) -> None:
     schema = import_reference("pipeline.data.contract:verify")(Path(folder))
@@ -102,7 +102,7 @@ TOOLS = {str(tool.name): tool for tool in (sync_command, doctor_command, verify_
 
 
 class Entries(click.Group):
-    """Builds the one command that is asked for, so that no other is imported."""
+    """Imports only the command that is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return [*ENTRIES, *TOOLS]
@@ -118,13 +118,13 @@ class Entries(click.Group):
 
 
 def _train(config: Any, target: str, given: frozenset[str]) -> None:
-    """Train one run; its writer imports mlflow while torch is imported here."""
+    """Train one run; the writer process imports mlflow while torch is imported here."""
     with import_reference("pipeline.tracking.writer:writer_for")(config.tracking) as writer:
         import_reference("pipeline.runs.launch:launch")(config, import_reference(target), given, writer)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run an entry point; errors of the user's become one line and exit code 2."""
+    """Run an entry point. User errors are one line and exit code 2."""
     open_standard_streams()
     group = Entries("pipeline", help="Tune focal losses, with every loss component of every run in MLflow.")
     try:
@@ -147,22 +147,22 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _pairs(arguments: list[str]) -> dict[str, str]:
-    """`--key value` and `--key=value` as a mapping."""
-    found, rest = dict[str, str](), list(arguments)
+    """Parse `--key value` and `--key=value`."""
+    pairs, rest = dict[str, str](), list(arguments)
     while rest:
         name = rest.pop(0)
         if not name.startswith("--"):
             raise UserError(f"found {name}, allowed: --key value")
-        key, given, value = name[2:].partition("=")
-        if not given and not rest:
+        key, equals, value = name[2:].partition("=")
+        if not equals and not rest:
             raise UserError(f"--{key} needs a value")
-        found[key] = value if given else rest.pop(0)
-        _refuse_empty(f"--{key}", found[key], "a value, or null")
-    return found
+        pairs[key] = value if equals else rest.pop(0)
+        _refuse_empty(f"--{key}", pairs[key], "a value, or null")
+    return pairs
 
 
 def _refuse_empty(name: str, text: str, allowed: str) -> None:
-    """Refuse a text of nothing, as a variable of the shell that is not set leaves it."""
+    """Refuse an empty value, such as that of an unset shell variable."""
     if not text.strip():
         raise UserError(f"{name}: found {text!r}, allowed: {allowed}")
 
@@ -172,9 +172,9 @@ def _identifier(path: str) -> str:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    line = visible(" ".join(message.split()))  # click's own messages hold what was typed as it was typed
-    whose = f"rank {ranks.rank()}: " if ranks.world_size() > 1 and not line.startswith("rank ") else ""
-    print(f"error: {whose}{line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + ' ...'}", file=sys.stderr)
+    line = visible(" ".join(message.split()))  # click's messages quote raw input
+    prefix = f"rank {ranks.rank()}: " if ranks.world_size() > 1 and not line.startswith("rank ") else ""
+    print(f"error: {prefix}{line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + ' ...'}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -1,4 +1,4 @@
-"""`main`: the whole story on one page: click and conversion with and without the focal loss, and review sentiment."""
+"""`main`, the demo on embedded data: the MMoE with and without the focal loss, and a review model."""
 
 import os
 from pathlib import Path
@@ -25,12 +25,12 @@ REVIEW_METRICS = ("aspect_f1_macro", "sentiment_f1_macro", "pair_f1_micro")
 
 
 def main(config: MmoeConfig, given: frozenset[str]) -> None:
-    """Train the baseline and the focal arm from the same seed, then a review model, and show what came out."""
+    """Train the baseline and the focal arm from the same seed, then a review model, and print the results."""
     if config.fork or config.resume:
         raise UserError("main trains several runs; resume and fork are for train_mmoe and train_visobert")
     if "loss.aux_focal.enabled" in given:
         warn("loss.aux_focal.enabled has no effect here: one arm has it off, the other on")
-    launcher = os.environ.get("MLFLOW_RUN_ID")  # `mlflow run` opens a run; ours are runs of their own
+    launcher = os.environ.get("MLFLOW_RUN_ID")  # the run that `mlflow run` opened
     with writer_for(config.tracking) as writer:
         ranking = _ranking(config, given, writer, launcher)
         reviews = _reviews(config, writer, launcher)
@@ -55,7 +55,7 @@ def main(config: MmoeConfig, given: frozenset[str]) -> None:
 
 
 def _report(run_ids: list[str], output_dir: Path) -> None:
-    """The page that compares the two arms: curves over each other, what differs, and no verdict from one seed."""
+    """Write the page that compares the two arms."""
     from pipeline.comparison.verdicts import compare, load_runs, write
 
     files = write(compare(load_runs(runs=run_ids), title="make demo"), output_dir / "main")
@@ -63,19 +63,18 @@ def _report(run_ids: list[str], output_dir: Path) -> None:
 
 
 def _ranking(config: MmoeConfig, given: frozenset[str], writer: Writer | None, launcher: str | None) -> list[Trained]:
-    """The MMoE without and with the auxiliary focal loss."""
+    """Train the MMoE without and with the auxiliary focal loss."""
     arms = {"baseline": _with_focal(config, enabled=False), "focal": _with_focal(config, enabled=True)}
-    found = []
+    runs = []
     for arm, arm_config in arms.items():
         acting = given - FOCAL_KEYS if arm == "baseline" else given
         tags = {"arm": arm, "role": "baseline" if arm == "baseline" else "arm"}
-        asked = RunRequest(launcher=launcher, tags=tags)
-        found.append(train_run(arm_config, MmoeTask, writer, asked, given=acting))
-    return found
+        runs.append(train_run(arm_config, MmoeTask, writer, RunRequest(launcher=launcher, tags=tags), given=acting))
+    return runs
 
 
 def _reviews(config: MmoeConfig, writer: Writer | None, launcher: str | None) -> Trained:
-    """Alpha of the embedded reviews, then a short training of the small model with it."""
+    """Compute alpha of the embedded reviews, then train the small model with it."""
     shared = {"experiment": config.experiment or "null", "data.cache": config.data.embedded.cache}
     switch = {"tracking.enabled": str(config.tracking.enabled).lower()}
     preparing = load(DataPrepConfig, CONFIGS / "data_prep.yaml", shared | switch | {"runs_dir": config.output_dir})

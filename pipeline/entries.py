@@ -1,4 +1,4 @@
-"""The entry points: what each is about, its config, and what it runs, as text references that import nothing."""
+"""The entry points. Their configs and functions are text references, so that nothing is imported here."""
 
 from typing import NamedTuple
 
@@ -7,36 +7,36 @@ from pipeline.tasks.registry import TASKS
 
 class Entry(NamedTuple):
     about: str
-    config: str  # module:class of its keys
-    target: str  # module:name, what makes a Task from the config, or a function of (config, given)
-    file: str | None = None  # the config where none is named
+    config: str  # module:class
+    target: str  # module:name of a Task class, or of a function (config, given)
+    file: str | None = None  # default config file
     trains: bool = False
-    passes_on: bool = False  # options that are not its own are the task's: the target gets (config, file, options)
+    passes_on: bool = False  # other options are the task's: the function gets (config, file, options)
 
 
 ENTRIES = {
     "main": Entry(
-        "The whole story on the embedded data: a baseline, the focal arm, and both side by side.",
+        "The demo on embedded data: a baseline and the focal arm side by side, and a review model.",
         TASKS["train_mmoe"].config, "pipeline.demo:main", "configs/mtl_mmoe.yaml",
     ),
     "data_prep": Entry(
-        "Reviews to their sentiment distribution and alpha, with copies and lengths.",
+        "Sentiment distribution, alpha, duplicates and lengths of reviews.",
         "pipeline.tasks.visobert.config:DataPrepConfig", "pipeline.tasks.visobert.prepare.data_prep:data_prep",
         "configs/data_prep.yaml",
     ),
     "prepare_ctr": Entry(
-        "Raw impressions (CSV or Parquet, with a schema) to a folder that train_mmoe reads.",
+        "Convert raw impressions (with a schema) to a folder that train_mmoe reads.",
         "pipeline.tasks.mmoe.config:PrepareCtrConfig", "pipeline.tasks.mmoe.prepare.prepare_ctr:prepare_ctr",
         "configs/prepare_ctr.yaml",
     ),
     **{name: Entry(*task, trains=True) for name, task in TASKS.items()},
     "sweep": Entry(
-        "A baseline and arms, each with every seed, to a verdict. Keys of the task go to every run.",
+        "Train a baseline and arms with several seeds and compare them. Keys of the task apply to every run.",
         "pipeline.sweeps.sweep_config:SweepConfig", "pipeline.sweeps.sweep:sweep", "configs/sweeps/aux_focal.yaml",
         passes_on=True,
     ),
     "compare": Entry(
-        "Arms against the baseline: differences over seeds, a verdict in words, and a page that opens offline.",
+        "Compare arms with the baseline: differences over seeds, a verdict, and an HTML page.",
         "pipeline.comparison.compare_config:CompareConfig", "pipeline.comparison.verdicts:compare_runs",
         "configs/compare.yaml",
     ),

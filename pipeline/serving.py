@@ -1,6 +1,6 @@
-"""How MLflow loads a logged model: this module travels with it, beside what the task's predictor imports.
+"""MLflow's entry point to a logged model. A copy of this module is part of the model.
 
-The model is a folder of plain files (safetensors, Parquet, YAML, JSON). Nothing is pickled.
+The model is a folder of plain files (safetensors, Parquet, YAML, JSON); nothing is pickled.
 """
 
 import importlib
@@ -17,13 +17,13 @@ RAW = "raw"
 
 
 class Predictor:
-    """What `mlflow.pyfunc.load_model` returns holds one of these."""
+    """The model behind `mlflow.pyfunc.load_model`."""
 
     def __init__(self, predict: Callable[..., pd.DataFrame]) -> None:
         self._predict = predict
 
     def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> pd.DataFrame:
-        """`params`: `raw`, true for probabilities without calibration."""
+        """Predict. params: `raw` is true for probabilities without calibration."""
         return self._predict(model_input, raw=bool((params or {}).get(RAW, False)))
 
 
@@ -41,7 +41,7 @@ def load_predictor(task: str, folder: Path) -> Callable[..., pd.DataFrame]:
 
 
 def _load_pyfunc(path: str) -> Predictor:
-    """MLflow's entry to a logged model."""
+    """Load the model; called by MLflow."""
     folder = Path(path)
     task = json.loads((folder / SERVING_FILE).read_text(encoding="utf-8"))["task"]
     return Predictor(load_predictor(task, folder))

@@ -1,1 +1,1 @@
-"""What training computes with: compiled loops, optimizers, batches made ready."""
+"""Device and precision, optimizers and sparse updates, prefetching, distributed training."""

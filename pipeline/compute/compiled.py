@@ -1,7 +1,7 @@
-"""Loops compiled by numba: kept on disk for the next process, and free of the interpreter's lock while they run.
+"""Loops compiled by numba, cached on disk, running without the interpreter's lock.
 
-A compiled function uses functions and constants of its own file alone: numba compiles it anew when that file changes,
-and would not see a change elsewhere.
+A compiled function must use only functions and constants of its own file: numba recompiles it when that file changes,
+and does not notice changes elsewhere.
 """
 
 from collections.abc import Callable
@@ -11,8 +11,8 @@ from numba import njit
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """The function in machine code; compiled by each process where no folder can be written to keep it."""
+    """Compile a function; without a cache if no cache folder is writable."""
     try:
         return njit(nogil=True, cache=True, error_model="numpy")(function)
-    except RuntimeError:  # neither the function's folder nor the user's can be written
+    except RuntimeError:  # neither the function's folder nor the user's is writable
         return njit(nogil=True, error_model="numpy")(function)

@@ -1,4 +1,4 @@
-"""Optimizers of an embedding table whose gradient is sparse: a step moves the rows that it has used, and no other.
+"""Optimizers of an embedding table with sparse gradients: a step updates only the rows that the batch used.
 
 R = rows of the table, W = its width.
 """
@@ -14,7 +14,7 @@ from pipeline.compute import sparse
 
 
 class RowOptimizer(torch.optim.Optimizer):
-    """One table, of which a step updates the rows in its sparse gradient."""
+    """Base class: updates the rows of one table that are in its sparse gradient."""
 
     def __init__(self, table: Tensor, **settings: Any) -> None:
         super().__init__([table], settings)
@@ -34,17 +34,17 @@ class RowOptimizer(torch.optim.Optimizer):
 
     @abstractmethod
     def _new_state(self, table: Tensor) -> dict[str, Tensor]:
-        """The state of the table before the first step."""
+        """Initial state of the table."""
 
     @abstractmethod
     def _update(
         self, table: Tensor, rows: Tensor, values: Tensor, group: dict[str, Any], state: dict[str, Any]
     ) -> None:
-        """Update table and state at the rows [u] by their gradients [u, W]."""
+        """Update table and state at `rows` [u] with the gradients `values` [u, W]."""
 
 
 class SparseAdam(RowOptimizer):
-    """Adam on the rows of a step, as `torch.optim.SparseAdam`: the moments of other rows stay as they are."""
+    """Adam on the rows of a step, like `torch.optim.SparseAdam`: moments of other rows do not change."""
 
     def __init__(
         self, table: Tensor, *, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
@@ -52,7 +52,7 @@ class SparseAdam(RowOptimizer):
         super().__init__(table, lr=lr, betas=betas, eps=eps)
 
     def _new_state(self, table: Tensor) -> dict[str, Tensor]:
-        return {"moments": table.new_zeros(len(table), 2, table.shape[1])}  # side by side: read together
+        return {"moments": table.new_zeros(len(table), 2, table.shape[1])}  # adjacent in memory
 
     def _update(
         self, table: Tensor, rows: Tensor, values: Tensor, group: dict[str, Any], state: dict[str, Any]
@@ -63,7 +63,7 @@ class SparseAdam(RowOptimizer):
 
 
 class RowAdagrad(RowOptimizer):
-    """Adagrad (Duchi et al. 2011) with one sum of squares a row, as recommendation models use it."""
+    """Row-wise Adagrad (Duchi et al. 2011): one sum of squares per row."""
 
     def __init__(self, table: Tensor, *, lr: float = 0.05, eps: float = 1e-8) -> None:
         super().__init__(table, lr=lr, eps=eps)

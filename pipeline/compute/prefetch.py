@@ -1,4 +1,4 @@
-"""Batches made ready by a background thread while the training step before them runs."""
+"""Batches prepared by a background thread while earlier training steps run."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -11,10 +11,9 @@ R = TypeVar("R")
 
 
 def prefetched(items: Iterable[T], load: Callable[[T], R], ahead: int) -> Iterator[tuple[T, R]]:
-    """Each item with `load(item)`, in order; `ahead` of them are loaded in advance, 0: each when it is asked for.
+    """Yield each item with `load(item)`, in order; `ahead` items are loaded in advance, 0 = on demand.
 
-    Raises:
-        What `load` raises, where its item would come.
+    An exception of `load` is raised when its item is due.
     """
     source = iter(items)
     if ahead == 0:

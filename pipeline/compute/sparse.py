@@ -1,7 +1,7 @@
-"""Updates of an embedding table at the rows that a step has used: the others are neither read nor written.
+"""In-place updates of the rows of an embedding table that a step used.
 
-Each rule stands here twice: in torch operators, which is what CUDA runs, and as a compiled loop over the rows for the
-CPU, where the operators take several times as long. Both are in place. R = rows of the table, W = its width,
+Each rule exists twice: in torch operators for CUDA, and as a compiled loop over the rows for the CPU, where operators
+take several times as long. R = rows of the table, W = its width,
 u = rows of the step, which are distinct.
 """
 
@@ -18,11 +18,10 @@ Array = npt.NDArray[Any]
 
 
 def coalesced(gradient: Tensor) -> Tensor:
-    """A sparse gradient with each row once. Where its rows increase they are not sorted again, though autograd does not
-    keep that they are known to."""
+    """Coalesce a sparse gradient, without sorting if its rows already increase."""
     if gradient.is_coalesced() or not gradient.is_cpu:
         return gradient.coalesce()
-    rows, values = gradient._indices(), gradient._values()  # as torch's page on sparse tensors has it for such a tensor
+    rows, values = gradient._indices(), gradient._values()
     if (rows[0, 1:] <= rows[0, :-1]).any():
         return gradient.coalesce()
     return torch.sparse_coo_tensor(rows, values, gradient.shape, is_coalesced=True, check_invariants=False)
@@ -31,11 +30,11 @@ def coalesced(gradient: Tensor) -> Tensor:
 def adam(
     table: Tensor, moments: Tensor, rows: Tensor, values: Tensor, betas: tuple[float, float], rate: float, eps: float
 ) -> None:
-    """One step of Adam (Kingma & Ba 2015, algorithm 1) at some rows, as `torch.optim.SparseAdam` makes it.
+    """One step of Adam (Kingma & Ba 2015, algorithm 1) at some rows, like `torch.optim.SparseAdam`.
 
     Args:
         table: [R, W] float32.
-        moments: [R, 2, W] float32, the running means of the gradient and of its square.
+        moments: [R, 2, W] float32, running means of the gradient and of its square.
         rows: [u] int64, distinct.
         values: [u, W] float32, their gradients.
         rate: the learning rate times the bias correction, lr sqrt(1 - b2^t) / (1 - b1^t).
@@ -73,11 +72,11 @@ def _adam(
 
 
 def adagrad(table: Tensor, sums: Tensor, rows: Tensor, values: Tensor, rate: float, eps: float) -> None:
-    """One step of Adagrad with one sum a row (Naumov et al. 2019, DLRM): G += mean(g^2), w -= lr g / (sqrt(G) + eps).
+    """One step of row-wise Adagrad (Naumov et al. 2019, DLRM): G += mean(g^2), w -= lr g / (sqrt(G) + eps).
 
     Args:
         table: [R, W] float32.
-        sums: [R] float32, of each row's mean squared gradients.
+        sums: [R] float32, of mean squared gradients.
         rows: [u] int64, distinct.
         values: [u, W] float32, their gradients.
     """

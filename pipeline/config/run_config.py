@@ -1,4 +1,4 @@
-"""Blocks of settings that tasks share, and the config that every training task extends."""
+"""Settings that all training tasks share."""
 
 import hashlib
 import json
@@ -97,12 +97,12 @@ class TrackingConfig(TrackingSwitch):
     """keep the test split's per-row scores as an artifact, for intervals over rows"""
 
     def probes(self, step: int) -> bool:
-        """The influence of the loss' parts is measured at this optimizer step."""
+        """Return whether influence metrics are measured at this optimizer step."""
         return self.influence_every > 0 and step % self.influence_every == 0 and step % self.log_every == 0
 
 
 def embedded_line(rows: int, what: str, key: str) -> str:
-    """What a run on generated data says first."""
+    """Announcement of a run on generated data."""
     return f"embedded data: generated, {rows:,} {what}, because {key} is null"
 
 
@@ -111,14 +111,14 @@ OPERATIONAL = ("output_dir", "run_name", "experiment", "device", "resume", "fork
 
 
 def is_operational(key: str) -> bool:
-    """The dotted key says where and how a run is made and logged, not what its training comes to."""
+    """Return whether a dotted key has no effect on the result of the training."""
     return key in OPERATIONAL or key.startswith(("tracking.", "checkpoint."))
 
 
 class RunConfig(Config):
-    """What every training task has."""
+    """The config of a training task."""
 
-    task: ClassVar[str] = ""  # its name, as runs are tagged with
+    task: ClassVar[str] = ""  # tag `task` of its runs
     short: ClassVar[dict[str, str]] = {
         "epochs": "training.num_train_epochs",
         "max_steps": "training.max_steps",
@@ -145,57 +145,54 @@ class RunConfig(Config):
     tracking: TrackingConfig = TrackingConfig()
 
     def name(self) -> str:
-        """A readable name of the run, short enough for a chart's legend."""
+        """Name of the run, short enough for a chart's legend."""
         return self.run_name or f"seed {self.seed}"
 
     def arm_name(self) -> str:
-        """What runs that differ only in their seed share: a readable name of what is compared."""
+        """Name of the arm: the same for runs that differ only in their seed."""
         return self.run_name or "run"
 
     def embedded(self) -> str | None:
-        """A line that says so where the data are generated; None = they are the user's own."""
+        """Announcement of generated data; None = the data is the user's own."""
         return None
 
     def default_metric(self) -> str:
-        """The evaluation.metric of a config that says nothing of it."""
+        """Default of evaluation.metric."""
         return str(type(self.evaluation).model_fields["metric"].default)
 
     def relies_on_metric(self, given: frozenset[str]) -> bool:
-        """evaluation.metric was chosen, or ends the training: it has to be defined. given: keys that were typed."""
+        """Return whether evaluation.metric must be defined: it was chosen (`given`), or patience depends on it."""
         evaluation = self.evaluation
         chosen = "evaluation.metric" in given or evaluation.metric != self.default_metric()
         return chosen or evaluation.patience is not None
 
     def shared_prefix(self) -> "tuple[Self, int | None]":
-        """A config whose training is the same up to a step, and that step.
-
-        Runs with an equal one share that part of their training. None: the whole training is the same.
-        """
+        """Return the config of the shared prefix, and the first step that differs from it; None = no step differs."""
         return self, None
 
     def control(self) -> "Self | None":
-        """The run that tells what this one does by more than re-weighting, where there is one."""
+        """Return the config of the control run, which only re-weights; None = there is none."""
         return None
 
     def decisive(self) -> dict[str, str]:
-        """Of the flat config, what decides the result: where it runs and what is logged does not."""
+        """Return the flat config without operational keys: the settings that decide the result."""
         return {key: value for key, value in flatten(self).items() if not is_operational(key)}
 
     def operational(self, given: frozenset[str]) -> dict[str, str]:
-        """The rest of the flat config, as far as it was set: no defaults but those that were `given`, and no null."""
+        """Return the operational keys that were set: no null, and no defaults except for `given` keys."""
         default = flatten(type(self).model_validate({}))
         return {key: value for key, value in flatten(self).items()
                 if is_operational(key) and value != "null" and (key in given or value != default[key])}  # fmt: skip
 
     def fingerprint(self, data_digest: str = "") -> str:
-        """Names the result: the hash of the decisive config and of the data, as hex."""
+        """Return the hash of everything that decides the result, as hex."""
         text = json.dumps([self.task, self.decisive(), data_digest], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def warnings(self, given: frozenset[str] = frozenset()) -> list[str]:  # noqa: ARG002
-        """What is allowed but looks like a mistake. `given`: the dotted keys that the user overrode."""
+        """Return what is allowed but looks like a mistake. given: dotted keys that the user overrode."""
         return []
 
     def with_values(self, **values: Any) -> Self:
-        """A copy with top-level blocks or values replaced, validated again."""
+        """Return a validated copy with top-level blocks or values replaced."""
         return type(self).model_validate(self.model_dump(by_alias=True) | values)

@@ -1,12 +1,12 @@
 """Calibration of a trained model: a scale, a shift or a temperature of its logits, fitted on rows not trained on.
 
-Positive weights and focal losses keep the ranking and distort the probabilities. Platt (1999, "Probabilistic outputs
+Positive weights and focal losses distort the probabilities but not the ranking. Platt (1999, "Probabilistic outputs
 for support vector machines") corrects a score z to sigmoid(scale * z + shift) by maximum likelihood; Guo et al. (2017,
 "On calibration of modern neural networks", section 4.2) divide the logits of a softmax by one temperature. Here the
-log of a scale or temperature also has the prior N(0, PRIOR_SD^2), which keeps it near 1 where rows say little.
+log of a scale or temperature also has the prior N(0, PRIOR_SD^2), which keeps it near 1 when there are few rows.
 
 Losses are sums over rows, in nats; logits and shifts are log odds; all is computed in float64. Shapes: N = rows,
-C = classes, P = fitted numbers.
+C = classes, P = fitted parameters.
 """
 
 import math
@@ -22,9 +22,9 @@ PRIOR_SD = 0.25  # of the log of a scale or temperature
 TOLERANCE = 1e-18  # squared distance to the optimum, in standard errors
 MOST_STEPS, MOST_HALVINGS = 100, 60
 ROUNDING = 1e-14  # of a loss, as a share of it
-LEAST_CURVATURE = 1e-9  # so that a step exists where probabilities are 0 or 1 up to rounding
+LEAST_CURVATURE = 1e-9  # keeps the system solvable where probabilities are 0 or 1 up to rounding
 
-Fitted = Mapping[str, Mapping[str, float]]  # head -> what was fitted -> its value; empty = not calibrated
+Fitted = Mapping[str, Mapping[str, float]]  # head -> parameter -> value; empty = not calibrated
 
 
 class Affine(NamedTuple):
@@ -71,7 +71,7 @@ def fit_funnel(z_ctr: Tensor, z_cvr: Tensor, click: Tensor, conversion: Tensor) 
         gradient = (design * slope.repeat_interleave(2, 0)).sum(1)
         return _with_prior(_Point(loss.sum(), gradient, curvature), x, slice(0, None, 2))
 
-    # the mean logit starts at the rate's: where a probability is 1 up to rounding, a loss of a product is flat
+    # start at the mean rates: the loss is flat where probabilities are 1 up to rounding
     rates = torch.tensor([clicks / rows, conversions / clicks], dtype=torch.float64)
     start = torch.stack([torch.zeros(2), torch.logit(rates) - z.mean(1)], 1).flatten()
     x = _minimise(at, start).tolist()
@@ -102,14 +102,14 @@ def fit_temperature(logits: Tensor, label: Tensor) -> float:
 
 
 def rescaled(logits: Tensor, fitted: Fitted, heads: Sequence[str]) -> Tensor:
-    """The logits of the heads as calibrated by the scale and shift of each, in float64. logits: [N, heads]"""
+    """Calibrate logits [N, heads] with the scale and shift of each head, in float64."""
     scale, shift = (torch.tensor([fitted[head][name] for head in heads], dtype=torch.float64)
                     for name in Affine._fields)  # fmt: skip
     return logits.double() * scale + shift
 
 
 class _Point(NamedTuple):
-    """A loss at some values of what is fitted."""
+    """A loss with its derivatives at some values of the parameters."""
 
     value: Tensor  # 0-d
     gradient: Tensor  # [P]
@@ -117,7 +117,7 @@ class _Point(NamedTuple):
 
 
 def _with_prior(point: _Point, x: Tensor, logs: slice) -> _Point:
-    """`logs`: those of x that have the prior."""
+    """Add the prior on the parameters `logs`."""
     point.gradient[logs] += x[logs] / PRIOR_SD**2
     point.curvature.diagonal()[logs] += 1 / PRIOR_SD**2
     return point._replace(value=point.value + x[logs].square().sum() / (2 * PRIOR_SD**2))

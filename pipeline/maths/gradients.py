@@ -1,7 +1,7 @@
-"""How much each part of a loss moves the weights that the parts share: gradients as vectors, their norms and angles.
+"""Gradients of the parts of a loss at shared weights, with their norms and angles.
 
-Measured on the step's own graph before its backward pass: no second forward pass, no random number, no `grad` touched,
-so that a training with these measurements is the training without them, bit for bit.
+Measured on the graph of a step before its backward pass, without a second forward pass, random numbers or changes to
+`grad`: the training is the same bit for bit.
 """
 
 from collections.abc import Iterable, Sequence
@@ -9,20 +9,16 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-PREFIX = "influence/"  # of the metrics' names
+PREFIX = "influence/"  # of metric names
 
 
 def gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """Gradient of a scalar loss at each parameter, in its shape; zeros where the loss does not depend on it.
-
-    The graph stays, for the other losses and for the backward pass.
-    """
-    found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
-    return list(found)
+    """Gradient of a scalar loss at each parameter, zeros where it does not depend on it. The graph is retained."""
+    return list(torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True))
 
 
 def flat(tensors: Iterable[Tensor]) -> Tensor:
-    """All numbers of the tensors as one vector."""
+    """Concatenate the tensors to one vector."""
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
@@ -35,6 +31,6 @@ def norm(gradient: Tensor) -> Tensor:
 def cosine(one: Tensor, other: Tensor) -> Tensor:
     """Cosine of the angle between two vectors, 0-d, between -1 and 1; NaN where one of them is 0.
 
-    1: one step along either lowers both losses; -1: what lowers one raises the other.
+    1: a step along either lowers both losses; -1: what lowers one raises the other.
     """
     return torch.dot(one / norm(one), other / norm(other)).clamp(-1, 1)

@@ -1,4 +1,4 @@
-"""Losses as pure functions of tensors. Every function returns values per element; whoever calls takes the mean.
+"""Losses as pure functions of tensors. They return values per element; the caller takes the mean.
 
 Shapes: B = rows of a batch. Logits, labels and results are [B] unless said otherwise.
 """
@@ -36,11 +36,11 @@ def product_log_probability(z_ctr: Tensor, z_cvr: Tensor) -> LogProbability:
 
 
 def product(ctr: LogProbability, cvr: LogProbability) -> LogProbability:
-    """Of two events, the second given the first: both.
+    """Both of two events, the second conditional on the first.
 
-    log(1 - p) has two forms, because neither is right everywhere. Where p < 1/2, log1p(-p). Elsewhere 1 - p cancels,
-    but 1 - ab = (1 - a) + a(1 - b) does not: log-add-exp of its two terms. Clamping log p away from 0 instead would
-    lose the gradient: it is 1/2 at z_ctr = z_cvr = 20.
+    log(1 - p) needs two forms. For p < 1/2 it is log1p(-p). Otherwise 1 - p cancels, but 1 - ab = (1 - a) + a(1 - b)
+    does not: log-add-exp of its two terms. Clamping log p away from 0 would lose the gradient: it is 1/2 at
+    z_ctr = z_cvr = 20.
     """
     log_p = ctr.log_p + cvr.log_p
     unlikely = log_p < LOG_HALF
@@ -78,7 +78,7 @@ def binary_focal(
 
 
 def binary_focal_factor(probability: LogProbability, label: Tensor, gamma: float) -> Tensor:
-    """(1 - p_t)^gamma: 1 where the label comes as a surprise, near 0 where the model was sure of it."""
+    """(1 - p_t)^gamma: near 1 for misclassified rows, near 0 for confident correct ones."""
     log_1mpt = torch.where(label > 0.5, probability.log_1mp, probability.log_p)
     return torch.exp(gamma * log_1mpt)  # finite with finite gradient for every gamma >= 0, unlike a power
 
@@ -108,9 +108,9 @@ def multi_label_focal(
 ) -> Tensor:
     """-alpha[y] (1 - p_t)^gamma log p_t of every labelled cell (Lin et al. 2017, equation 5, over a softmax), in nats.
 
-    logits: [..., C]. label: [...], the index of the class; anything outside of 0..C-1 is an unlabelled cell, whose
-    value is 0 with a gradient of exactly 0. alpha: a weight a class; None = ones. With gamma 0 and no alpha this is
-    cross-entropy. The factor carries its gradient. Whoever calls divides the sum by the number of labelled cells.
+    logits: [..., C]. label: [...], the index of the class; anything outside 0..C-1 is an unlabelled cell, with
+    value and gradient exactly 0. alpha: a weight a class; None = ones. With gamma 0 and no alpha this is
+    cross-entropy. The factor carries its gradient. The caller divides the sum by the number of labelled cells.
     """
     labelled, index, log_p = _labelled_cells(logits, label)
     value = -log_p.gather(-1, index).squeeze(-1)
@@ -129,11 +129,11 @@ def multi_label_focal_factor(logits: Tensor, label: Tensor, gamma: float) -> Ten
 
 
 def _labelled_cells(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Which cells have a class [...], its index [..., 1] (any where there is none), and log softmax [..., C]."""
+    """Mask of labelled cells [...], class index [..., 1] (arbitrary for unlabelled cells), and log softmax [..., C]."""
     classes = logits.shape[-1]
     labelled = (label >= 0) & (label < classes)
     index = label.clamp(0, classes - 1).long().unsqueeze(-1)
-    # an unlabelled cell's logits are replaced before anything is made of them: not even a NaN leaks out of it
+    # logits of unlabelled cells are replaced first, so that not even a NaN leaks
     return labelled, index, torch.log_softmax(torch.where(labelled.unsqueeze(-1), logits, 0.0), -1)
 
 

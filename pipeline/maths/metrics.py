@@ -1,6 +1,6 @@
 """Evaluation metrics of binary events, as pure functions of NumPy arrays.
 
-Everything that depends on ranks comes from one sort of the scores with their labels. N = rows, G = distinct scores.
+Rank metrics come from one sort of the scores with their labels. N = rows, G = distinct scores.
 """
 
 from typing import NamedTuple
@@ -20,7 +20,7 @@ def binary_metrics(label: Array, log_p: Array, log_1mp: Array) -> dict[str, floa
     label (0 or 1), log_p, log_1mp: [N].
 
     Raises:
-        ValueError: there are both classes, and log_p has a NaN or an infinity.
+        ValueError: both classes are present and log_p is NaN or infinite somewhere.
     """
     if not len(label):
         return {}
@@ -28,28 +28,28 @@ def binary_metrics(label: Array, log_p: Array, log_1mp: Array) -> dict[str, floa
     events = int(np.count_nonzero(event))
     ranked = _ranked(event, log_p)  # by log p: tiny probabilities stay apart
     probability = np.exp(ranked.score)
-    found = {
+    metrics = {
         "logloss": float(-np.mean(np.where(event, log_p, log_1mp))),
         "ece": _calibration_error(*_bins(_ascending(ranked.event, probability), BINS)),
     }
     if events:
-        found["calibration"] = float(probability.sum() / events)
+        metrics["calibration"] = float(probability.sum() / events)
     if 0 < events < len(label):
         groups = _groups(_finite(ranked))
-        found["auc"] = _area_under_roc(groups)
-        found["pr_auc"] = _average_precision(groups)
-    return found
+        metrics["auc"] = _area_under_roc(groups)
+        metrics["pr_auc"] = _average_precision(groups)
+    return metrics
 
 
 def auc(label: Array, score: Array) -> float:
     """Area under the ROC curve: how often a row of class 1 has a higher score than one of class 0, ties half.
 
-    It is the Mann-Whitney statistic U over the number of such pairs (Hanley and McNeil 1982), counted in integers:
-    exact but for the last division, whatever the scores' size or spacing.
+    The Mann-Whitney U over the number of pairs (Hanley and McNeil 1982), counted in integers: exact up to the last
+    division.
     label (0 or 1), score: [N].
 
     Raises:
-        ValueError: there are not both classes, or a score is NaN or infinite.
+        ValueError: a class is missing, or a score is NaN or infinite.
     """
     event = label > 0
     if event.all() or not event.any():
@@ -60,7 +60,7 @@ def auc(label: Array, score: Array) -> float:
 def expected_calibration_error(label: Array, probability: Array, bins: int = BINS) -> float:
     """Mean |predicted - observed| over bins of equally many rows, by predicted probability, weighted by their rows.
 
-    Equal-width bins (Guo et al. 2017, equation 3) would put a rare event into one bin; quantile bins do not.
+    Quantile bins, since equal-width bins (Guo et al. 2017, equation 3) would put a rare event into one bin.
     """
     return _calibration_error(*calibration_bins(label, probability, bins))
 
@@ -68,8 +68,7 @@ def expected_calibration_error(label: Array, probability: Array, bins: int = BIN
 def calibration_bins(label: Array, probability: Array, bins: int = BINS) -> tuple[Array, Array, Array]:
     """(mean predicted, mean observed, rows) of each bin of equally many rows, by predicted probability.
 
-    Rows with the same prediction share what they have: each counts with the group's mean label, so that the
-    result does not depend on the order in which they came.
+    Rows with equal predictions each count with the mean of their labels, so that their order does not matter.
     """
     return _bins(_ranked(label > 0, probability), bins)
 
@@ -89,10 +88,10 @@ class _Groups(NamedTuple):
 
 
 def _ranked(event: npt.NDArray[np.bool_], score: Array) -> _Ranked:
-    """The rows by ascending score, each with its label; the order of rows with the same score says nothing.
+    """Sort the rows by ascending score.
 
-    Bits of floats with the same sign rise with their size. The sign is one bit, and the label takes its place: one
-    sort of integers, a quarter of the time of `argsort`. Log probabilities have one sign, and so have probabilities.
+    The bits of floats of one sign sort like the floats. The label replaces the sign bit, so that one sort of integers
+    does in a quarter of the time of `argsort`. Probabilities and log probabilities have one sign.
     """
     score = np.asarray(score, np.float64)
     bits = score.view(np.uint64)
@@ -108,7 +107,7 @@ def _ranked(event: npt.NDArray[np.bool_], score: Array) -> _Ranked:
 
 
 def _ascending(event: npt.NDArray[np.bool_], score: Array) -> _Ranked:
-    """Rows that ascend but for rounding, as rows that ascend."""
+    """Sort rows that ascend up to rounding."""
     return _ranked(event, score) if (score[1:] < score[:-1]).any() else _Ranked(event, score)
 
 
@@ -128,24 +127,24 @@ def _area_under_roc(groups: _Groups) -> float:
     events = np.diff(groups.events, prepend=0)
     others_below = groups.end - groups.events
     others = np.diff(others_below, prepend=0)
-    twice = int(np.sum(events * (2 * others_below - others)))  # twice U: fits for up to 4e9 rows
+    twice = int(np.sum(events * (2 * others_below - others)))  # twice U; fits into 64 bits for up to 4e9 rows
     return twice / (2 * int(groups.events[-1]) * int(others_below[-1]))
 
 
 def _average_precision(groups: _Groups) -> float:
-    """Sum over thresholds of the recall that each adds times its precision; thresholds that add none are 0."""
+    """Sum over thresholds of the increase in recall times precision."""
     all_events, rows = groups.events[-1], groups.end[-1]
-    found = all_events - np.append(0, groups.events[:-1])  # with this score or a higher one
-    chosen = rows - np.append(0, groups.end[:-1])
-    return float(np.sum(np.diff(groups.events, prepend=0) * (found / chosen)) / all_events)
+    true_positives = all_events - np.append(0, groups.events[:-1])  # with this score or a higher one
+    predicted_positives = rows - np.append(0, groups.end[:-1])
+    return float(np.sum(np.diff(groups.events, prepend=0) * (true_positives / predicted_positives)) / all_events)
 
 
 def _bins(ranked: _Ranked, bins: int) -> tuple[Array, Array, Array]:
     end, events = _groups(ranked)
     size = np.diff(end, prepend=0)
-    shared = np.repeat(np.diff(events, prepend=0) / size, size)  # the mean label of the row's group
+    shared = np.repeat(np.diff(events, prepend=0) / size, size)  # mean label of the rows with the same score
     predicted = [part for part in np.array_split(ranked.score, bins) if len(part)]
-    observed = np.array_split(shared, bins)[: len(predicted)]  # of fewer rows than bins, the last bins are empty
+    observed = np.array_split(shared, bins)[: len(predicted)]  # with fewer rows than bins the last bins are empty
     return _means(predicted), _means(observed), np.array([len(part) for part in predicted], dtype=np.float64)
 
 

@@ -1,4 +1,4 @@
-"""Is an arm better than the baseline? Statistics over seeds, and a bootstrap over test rows beside them."""
+"""Comparison of an arm with the baseline: tests over seeds, and a bootstrap over test rows."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -28,7 +28,7 @@ class Paired:
 
 
 def paired(differences: Sequence[float], level: float = 0.95) -> Paired:
-    """Student's paired t test (1908) and the interval that belongs to it; `level`: the interval's coverage.
+    """Student's paired t test (1908) and its interval with coverage `level`.
 
     Raises:
         ValueError: a difference is NaN or infinite.
@@ -39,10 +39,10 @@ def paired(differences: Sequence[float], level: float = 0.95) -> Paired:
         raise ValueError(f"differences: found {values.tolist()}, allowed: finite numbers")
     if n < 2:
         return Paired(n, float(values[0]) if n else math.nan, None, None, None, None)
-    if values.min() == values.max():  # the mean of equal numbers may round away from them, and then leaves a variance
+    if values.min() == values.max():  # rounding of the mean must not leave a variance
         mean = float(values[0])
         return Paired(n, mean, 0.0, mean, mean, 0.0 if mean else 1.0)
-    unit = float(np.abs(values).max())  # squares of very large or very small differences leave the range of a float
+    unit = float(np.abs(values).max())  # avoids overflow and underflow of squares
     mean, sd = float(np.mean(values / unit)), float(np.std(values / unit, ddof=1))
     error = sd / math.sqrt(n)
     half = float(t.isf((1 - level) / 2, n - 1)) * error
@@ -65,14 +65,12 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 def minimum_detectable_difference(
     sd: float | None, n: int, arms: int, level: float = 0.05, power: float = 0.8
 ) -> float | None:
-    """The smallest true |mean difference| that n seeds reveal with this power, in the unit of `sd`.
+    """Smallest true |mean difference| that n seeds detect with this power, in the unit of `sd`.
 
-    Of the two-sided paired t test at level / arms, by the noncentral t distribution. Holm's first step tests at
-    that level, its later ones more leniently: this is what an arm is sure of whatever the others show.
+    For the two-sided paired t test at level / arms, by the noncentral t distribution. Holm's first step tests at that
+    level and its later steps less strictly, so the result holds whatever the other arms show.
 
-    `sd`: of the differences arm - baseline, taken for the true one; where the runs of an arm scatter by s
-    independently of the baseline's, it is s times the square root of 2. Estimated from a few seeds, it makes the
-    result as uncertain as it is itself.
+    `sd`: of the differences arm - baseline, treated as exact. Estimated from few seeds it makes the result uncertain.
 
     Returns: None with fewer than two seeds or without an arm; 0 where `sd` is 0.
     """
@@ -91,7 +89,7 @@ def minimum_detectable_difference(
 
 
 def verdict(mean: float, p_adjusted: float | None, higher_is_better: bool, level: float = 0.05) -> Verdict:
-    """What the seeds say of an arm: mean difference to the baseline, p adjusted for the number of arms."""
+    """Verdict on an arm. mean: of the differences from the baseline; p_adjusted: for the number of arms."""
     if p_adjusted is None:
         return "one seed: no verdict"
     if p_adjusted > level:
@@ -100,10 +98,10 @@ def verdict(mean: float, p_adjusted: float | None, higher_is_better: bool, level
 
 
 def bootstrap_auc(label: npt.ArrayLike, scores: npt.ArrayLike, resamples: int = 200, seed: int = 0) -> Array:
-    """AUC of A models on resampled rows (Efron 1979): N rows with replacement, the same ones for every model.
+    """AUC of A models on resampled rows (Efron 1979): N rows with replacement, the same for every model.
 
-    The differences of two columns are paired by row. They show how far the choice of test rows moves one trained
-    model against another, not how far another seed would.
+    Differences between models are paired by row. They show the effect of the choice of test rows on two trained models,
+    not that of another seed.
 
     label: [N] of 0 and 1; scores: [A, N], of any scale; tied ones count half.
 
@@ -129,9 +127,9 @@ def bootstrap_auc(label: npt.ArrayLike, scores: npt.ArrayLike, resamples: int = 
 
 
 def bootstrap_ratio(numerator: npt.ArrayLike, denominator: npt.ArrayLike, resamples: int = 200, seed: int = 0) -> Array:
-    """sum(numerator) / sum(denominator) of A models on resampled rows, those of `bootstrap_auc` at equal N and seed.
+    """sum(numerator) / sum(denominator) of A models, on the resampled rows of `bootstrap_auc` with equal N and seed.
 
-    Micro F1 is such a ratio (2 hits over found + true, each counted in its row), and so is a mean log loss.
+    Examples: micro F1 (2 hits over predicted + true, counted per row), a mean log loss.
 
     numerator, denominator: [A, N]. Returns: [resamples, A]; NaN where a denominator sums to 0.
 
@@ -143,7 +141,7 @@ def bootstrap_ratio(numerator: npt.ArrayLike, denominator: npt.ArrayLike, resamp
         raise ValueError(f"numerator, denominator: found shapes {above.shape}, {below.shape}, allowed: [A, N] twice")
     ratios = np.full((resamples, len(above)), np.nan)
     for ratio, weights in zip(ratios, _row_weights(above.shape[1], resamples, seed), strict=True):
-        # no matrix product: its rounding depends on the place of a row, and equal models must differ by exactly 0
+        # a matrix product would round rows differently, but equal models must differ by exactly 0
         top = np.array([(row * weights).sum() for row in above])
         bottom = np.array([(row * weights).sum() for row in below])
         np.divide(top, bottom, out=ratio, where=bottom != 0)
@@ -151,17 +149,17 @@ def bootstrap_ratio(numerator: npt.ArrayLike, denominator: npt.ArrayLike, resamp
 
 
 def percentile_interval(values: npt.ArrayLike, level: float = 0.95) -> tuple[float, float]:
-    """The middle `level` of bootstrapped values [R], NaN left out (Efron 1979); (NaN, NaN) where none is left."""
-    found = np.asarray(values, dtype=np.float64)
-    found = found[~np.isnan(found)]
-    if not len(found):
+    """Percentile interval of bootstrapped values [R] without NaN (Efron 1979); (NaN, NaN) without values."""
+    defined = np.asarray(values, dtype=np.float64)
+    defined = defined[~np.isnan(defined)]
+    if not len(defined):
         return math.nan, math.nan
-    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
 def _row_weights(rows: int, resamples: int, seed: int) -> Iterator[Array]:
-    """How often each row is drawn, a resample at a time: [rows]."""
+    """Yield for each resample how often each row is drawn: [rows]."""
     random = np.random.default_rng(seed)
     for _ in range(resamples):
         drawn = random.integers(rows, size=rows)
@@ -169,16 +167,16 @@ def _row_weights(rows: int, resamples: int, seed: int) -> Iterator[Array]:
 
 
 def _places(positive: Array, negative: Array) -> tuple[Places, Places]:
-    """Where the rows stand among the K distinct scores of the positives.
+    """Ranks of the rows among the K distinct scores of the positives.
 
-    A positive with the k-th of them is at 2k + 1, and so is a negative tied with it; one between two is at an even
-    place. Sorting is done once here: under any weights, AUC is then a few sums over 2K + 1 places.
+    A positive with the k-th score has rank 2k + 1, and so has a negative tied with it; a negative between two scores
+    has an even rank. Sorting happens once: AUC with any row weights is then a few sums over 2K + 1 ranks.
     """
     distinct, rank = np.unique(positive, return_inverse=True)
     return 2 * rank + 1, np.searchsorted(distinct, negative, "left") + np.searchsorted(distinct, negative, "right")
 
 
 def _won(positive: Places, negative: Places, of_positive: Array, of_negative: Array) -> float:
-    """Weighted number of (positive, negative) pairs in the right order, tied ones half; exact for whole weights."""
+    """Weighted number of (positive, negative) pairs in the right order, ties half; exact for whole weights."""
     beaten = np.bincount(negative, weights=of_negative, minlength=positive.max() + 2)
     return float(of_positive @ (np.cumsum(beaten) - beaten / 2)[positive])
