@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from bench.figures import Timed, figure, measured, silence
 from bench.workshop import Workshop
+from pipeline.compute.device import precision
 from pipeline.config.strict_config import load
 from pipeline.runtime.console import Console
-from pipeline.tasks.base import TOTAL, Rows, precision
+from pipeline.tasks.base import TOTAL, Rows
 from pipeline.tasks.visobert.config import VisobertConfig
 from pipeline.tasks.visobert.encoders.tokenizer import PAD, START, UNKNOWN, EmbeddedTokenizer
 from pipeline.tasks.visobert.reviews.review_table import ReviewBatch, padding_efficiency

@@ -57,7 +57,7 @@ def destroy() -> None:
 
 @contextmanager
 def _collective() -> Iterator[None]:
-    """Turn the failure of a collective operation into `RankLost`; interrupts are deferred meanwhile."""
+    """Turn the failure of a collective operation into `RankLost`; interrupts are deferred."""
     with deferred():
         try:
             yield

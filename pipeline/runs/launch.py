@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pipeline.compute import distributed
+from pipeline.compute.device import amp_warning, precision, resolve_device
 from pipeline.config.run_config import RunConfig
 from pipeline.errors import UserError
 from pipeline.names import LAST_KEPT, LAUNCHED
@@ -21,12 +22,12 @@ from pipeline.runs.run_start import OpenedRun, open_run
 from pipeline.runs.shared_prefix import start_from_prefix
 from pipeline.runtime import process_rank
 from pipeline.runtime.console import Console, say, warn
-from pipeline.tasks.base import Task, precision, undefined
+from pipeline.tasks.base import Task, undefined
 from pipeline.tracking.messages import RunRequest
 from pipeline.tracking.mlflow_run import MlflowRun, end_early
 from pipeline.tracking.run import MemoryRun, Run
 from pipeline.tracking.writer import Writer
-from pipeline.training.loop import Training, Watch, amp_warning, count_steps, resolve_device
+from pipeline.training.loop import Training, Watch, count_steps
 from pipeline.training.saver import Saver
 
 TORCH_THREADS = torch.get_num_threads()  # torch's own default: the cores, or OMP_NUM_THREADS

@@ -24,22 +24,6 @@ from pipeline.names import TEST_ROWS_FILE
 C = TypeVar("C", bound=RunConfig)
 Rows = npt.NDArray[np.int64]
 TOTAL = "loss_total"  # the one that is differentiated
-AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def precision(amp: str, device: str) -> str:
-    """Resolve `training.amp: auto`: bf16 where the device has instructions for it, else no."""
-    if amp != "auto":
-        return amp
-    cpu = torch.cpu.get_capabilities()
-    native = torch.cuda.is_bf16_supported() if device == "cuda" else cpu.get("amx_bf16") or cpu.get("avx512_bf16")
-    return "bf16" if native else "no"
-
-
-def autocast(amp: str, device: str) -> torch.autocast:
-    """The context of a forward pass under `training.amp`."""
-    kind = precision(amp, device)
-    return torch.autocast(device, dtype=AMP.get(kind), enabled=kind != "no")
 
 
 @contextmanager

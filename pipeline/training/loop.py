@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from pipeline.compute import distributed
+from pipeline.compute.device import autocast
 from pipeline.compute.prefetch import prefetched
 from pipeline.compute.sparse import coalesced
 from pipeline.errors import RankLost, UserError
@@ -25,7 +26,7 @@ from pipeline.runtime.interrupts import check, deferred
 from pipeline.runtime.memory import keep_freed_memory
 from pipeline.storage.checkpoint_format import Checkpoint
 from pipeline.storage.weights import load_weights, save_weights
-from pipeline.tasks.base import TOTAL, Rows, Task, autocast, evaluate, evaluating
+from pipeline.tasks.base import TOTAL, Rows, Task, evaluate, evaluating
 from pipeline.tracking.run import Run
 from pipeline.training.best_weights import BestWeights
 from pipeline.training.recorder import Recorder
@@ -327,26 +328,6 @@ def count_steps(task: Task[Any]) -> int:
             break
         steps += -(-len(task.plan(epoch)) // training.accumulation_steps)
     return int(min(steps, longest))
-
-
-def resolve_device(wanted: str) -> str:
-    """Resolve `device: auto`.
-
-    Raises:
-        UserError: cuda is configured and there is none.
-    """
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: found cuda, but torch sees no CUDA device; allowed here: auto, cpu")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
-
-
-def amp_warning(amp: str, device: str) -> str | None:
-    """A warning where the CPU has to emulate `training.amp`."""
-    cpu = torch.cpu.get_capabilities()
-    native = cpu.get("architecture") != "x86_64" or cpu.get("amx_bf16") or cpu.get("avx512_bf16")
-    if amp == "bf16" and device == "cpu" and not native:
-        return "training.amp is bf16, which this CPU has no instructions for: training.amp=no is faster here"
-    return None
 
 
 def _random_state(device: str) -> dict[str, Any]:

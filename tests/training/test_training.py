@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.compute.device import amp_warning, precision, resolve_device
 from pipeline.config.strict_config import load, to_yaml
 from pipeline.data.schema import DataSchema
 from pipeline.errors import TrainingError, UserError
@@ -18,12 +19,12 @@ from pipeline.names import MEASURED, NOTE_LENGTH
 from pipeline.runs.launch import train_run
 from pipeline.runs.run_artifacts import note
 from pipeline.runtime.console import Console, optional
-from pipeline.tasks.base import evaluate, evaluating, precision, undefined
+from pipeline.tasks.base import evaluate, evaluating, undefined
 from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.impressions.embedded_impressions import generate
 from pipeline.tasks.mmoe.task import MmoeTask
 from pipeline.tracking.run import MemoryRun
-from pipeline.training.loop import Result, Training, amp_warning, resolve_device
+from pipeline.training.loop import Result, Training
 from pipeline.training.recorder import NonFiniteError
 
 Make = Callable[..., MmoeConfig]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pipeline.compute import distributed
+from pipeline.compute.device import AMP, precision
 from pipeline.maths.gradients import PREFIX, cosine, flat, gradients, norm
 from pipeline.maths.losses import (
     LogProbability,
@@ -20,7 +21,7 @@ from pipeline.maths.losses import (
     product_log_probability,
 )
 from pipeline.maths.schedules import gate_is_open
-from pipeline.tasks.base import AMP, TOTAL, precision
+from pipeline.tasks.base import TOTAL
 from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.impressions.impression_batch import Impressions
 from pipeline.tasks.mmoe.model import Mmoe, Output

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from pipeline.compute import distributed
+from pipeline.compute.device import autocast
 from pipeline.maths.calibration import Fitted, fit_temperature
 from pipeline.names import CALIBRATED, metric_names
 from pipeline.runtime.console import optional, say
-from pipeline.tasks.base import autocast
 from pipeline.tasks.visobert.config import VisobertConfig
 from pipeline.tasks.visobert.model import AspectSentimentModel, Output
 from pipeline.tasks.visobert.objective import Objective
