@@ -135,15 +135,19 @@ class JournalReader:
         self.stream.close()
 
 
-def read_records(file: Path, start: int = 0) -> Iterator[Record]:
-    """Every whole record of a journal."""
+def read_with_ends(file: Path, start: int = 0) -> Iterator[tuple[int, Record]]:
+    """Every whole record of a journal, with its end position."""
     reader = JournalReader(file, start)
     try:
         while records := reader.read():
-            for _, record in records:
-                yield record
+            yield from records
     finally:
         reader.close()
+
+
+def read_records(file: Path) -> Iterator[Record]:
+    """Every whole record of a journal."""
+    return (record for _, record in read_with_ends(file))
 
 
 def read_points(file: Path) -> Iterator[Record]:
@@ -236,13 +240,9 @@ class LoggedPoints:
 
     def read(self, file: Path, start: int = 0) -> int:
         """Add the records of a journal from a position on; returns its end."""
-        reader, end = JournalReader(file, start), start
-        try:
-            while records := reader.read():
-                for end, record in records:  # noqa: B007
-                    self.add_record(record)
-        finally:
-            reader.close()
+        end = start
+        for end, record in read_with_ends(file, start):  # noqa: B007
+            self.add_record(record)
         return end
 
     def add_record(self, record: Mapping[str, Any]) -> None:

@@ -56,17 +56,12 @@ class MlflowRun:
         opening = messages.OpenRun(request, str(output_dir.resolve()), offline)
         with contextlib.ExitStack() as cleanup:
             cleanup.push(self._abandon)
-            if request.resume:
-                assert request.run_id
-                self.folder = Path(request.folder) if request.folder else output_dir / request.run_id
-                self.owner = self.run_folder.lock()
-                cleanup.callback(self.owner.release)
-                opened = self._reopen(opening)
-            else:
-                opened = writer.ask(opening, messages.OpenedRun)
-                self.folder = output_dir / opened.run_id
-                self.owner = self.run_folder.lock()
-                cleanup.callback(self.owner.release)
+            opened = None if request.resume else writer.ask(opening, messages.OpenedRun)
+            run_id = opened.run_id if opened else str(request.run_id)
+            self.folder = Path(request.folder) if request.folder else output_dir / run_id
+            self.owner = self.run_folder.lock()
+            cleanup.callback(self.owner.release)
+            opened = opened or self._reopen(opening)
             self.owner.take()
             self._begin(opened)
             cleanup.pop_all()

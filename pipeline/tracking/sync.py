@@ -104,7 +104,7 @@ def _sync_run(folder: RunFolder, again: bool) -> str:
 
 
 def _deliver(folder: RunFolder, owner: int, again: bool) -> tuple[DeliveryReport, int]:
-    """Returns the report, and the number of delivered records."""
+    """Deliver a run; returns the report and the number of delivered records."""
     cursor = Cursor(folder, store_key())
     if cursor.problems or again:
         cursor.rewind()  # what was refused before may be accepted now
