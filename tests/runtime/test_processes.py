@@ -1,4 +1,4 @@
-"""A child process that takes and gives messages, whatever it prints and however it ends."""
+"""A child process that exchanges messages, whatever it prints and however it ends."""
 
 import os
 import signal
@@ -114,13 +114,13 @@ def test_one_that_does_not_end_is_killed(child: Child) -> None:
 
 
 @pytest.mark.parametrize("own_session", [False, True])
-def test_its_session(tmp_path: Path, own_session: bool) -> None:
+def test_session_of_a_child(tmp_path: Path, own_session: bool) -> None:
     started = Child(tmp_path, own_session)
     assert (os.getsid(started.process.pid) == started.process.pid) == own_session
     started.process.close()
 
 
-def test_a_child_hears_of_the_death_of_its_parent(tmp_path: Path) -> None:
+def test_a_child_ends_after_its_parent(tmp_path: Path) -> None:
     (tmp_path / "talking_child.py").write_text(CHILD)
     parent = """
 import os, queue, signal

@@ -1,4 +1,4 @@
-"""Messages between processes: what one side writes the other side reads, and nothing else is taken for a message."""
+"""Messages between processes are read as they were written; anything else is refused."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
@@ -67,7 +67,7 @@ def test_names_are_unique_and_no_field_hides_the_type() -> None:
         ('{"type": "TrainRun", "entry": "", "config": "", "name": "", "tags": {}, "overridden": 3}', "TrainRun: "),
     ],
 )
-def test_what_is_no_message_is_refused(line: str, error: str) -> None:
+def test_other_lines_are_refused(line: str, error: str) -> None:
     with pytest.raises(MessageError, match=error):
         decode(line, (DigestData, TrainRun, StopRun))
 
@@ -90,6 +90,6 @@ def test_numbers_that_json_does_not_know_survive() -> None:
     assert message.metrics["b"] != message.metrics["b"]
 
 
-def test_a_line_that_a_kill_cut_off_is_left_out() -> None:
+def test_an_incomplete_last_line_is_skipped() -> None:
     whole = encode(FindRuns(run_key="k"))
     assert list(read_messages([whole, whole[:-1]], WRITER_REQUESTS)) == [FindRuns(run_key="k")]

@@ -90,7 +90,7 @@ def flip(file: Path, position: int = -1) -> None:
 
 
 def reseal(folder: Path, **changes: Any) -> None:
-    """Make the manifest agree with the files that are there now, as somebody who knows the format would."""
+    """Make the manifest agree with the current files."""
     content = json.loads((folder / "manifest.json").read_bytes()) | changes
     del content["sha256"]
     for name in content["files"]:
@@ -106,7 +106,7 @@ def reseal(folder: Path, **changes: Any) -> None:
 
 
 def raw(dtype: torch.dtype, shape: tuple[int, ...], seed: int) -> Tensor:
-    """Any bits at all, no number and infinity among them."""
+    """Random bits, NaN and infinity among them."""
     size = math.prod(shape) * dtype.itemsize
     numbers = np.random.default_rng(seed).integers(0, 2 if dtype == torch.bool else 256, size, dtype=np.uint8)
     return (torch.from_numpy(numbers).view(dtype) if size else torch.empty(0, dtype=dtype)).reshape(shape)
@@ -167,7 +167,7 @@ def test_a_view_takes_no_more_than_its_own_numbers(tmp_path: Path) -> None:
 
 
 def test_a_transposed_weight_keeps_its_strides(tmp_path: Path) -> None:
-    """Those of the moments of a transposed weight decide how the optimizer's loops run over it."""
+    """Strides decide the order of an optimizer's loops."""
     weight = nn.Parameter(torch.randn(3, 4, 5).permute(2, 0, 1))
     loaded = read_checkpoint(written(tmp_path / "g", {"weight": weight})).state["weight"]
     assert loaded.stride() == weight.stride() != weight.contiguous().stride()
@@ -213,7 +213,7 @@ def test_parameters_and_numbers_of_numpy_come_back_as_plain_ones(tmp_path: Path)
         ({"x": [signal.SIGTERM]}, "state part/x/0: found Signals"),
     ],
 )
-def test_what_is_no_part_of_a_state_is_refused_by_its_path(part: Any, message: str, tmp_path: Path) -> None:
+def test_values_that_a_state_cannot_hold_are_refused_by_path(part: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=re.escape(message)):
         written(tmp_path / "g", {"part": part})
 
@@ -415,7 +415,7 @@ def test_a_step_that_was_not_kept_is_refused_naming_those_that_were(tmp_path: Pa
         checkpoints.at(10)
 
 
-# --- which stay -------------------------------------------------------------------------------------------------------
+# --- which are kept ---
 
 
 @pytest.mark.parametrize(
@@ -431,7 +431,7 @@ def test_a_step_that_was_not_kept_is_refused_naming_those_that_were(tmp_path: Pa
          [999_999_999, 1_000_000_000, 1_000_000_001]),
     ],
 )  # fmt: skip
-def test_the_last_the_best_and_the_wanted_stay(
+def test_the_last_the_best_and_keep_steps_are_kept(
     last: int, keep_steps: tuple[int, ...], saves: list[tuple[int, int | None]], expected: list[int], tmp_path: Path
 ) -> None:
     checkpoints = Checkpoints(tmp_path, keep_steps, last=last)
@@ -588,7 +588,7 @@ def test_a_disk_that_is_nearly_full_is_seen_before_anything_is_written(
 
 
 class Failing(io.FileIO):
-    """A file that takes so many bytes, and is asked for more."""
+    """A file that fails after `room` bytes."""
 
     def __init__(self, file: Path, room: int, number: int) -> None:
         super().__init__(file, "w")
@@ -682,7 +682,7 @@ def test_weights_of_any_layout_come_back(tmp_path: Path) -> None:
 
 
 def test_all_is_on_disk_before_the_checkpoint_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The order that a power cut cannot turn round: every file, the folder, the name, the folder of the names."""
+    """In the order that survives power cuts: every file, the folder, the rename, the parent folder."""
     events = []
     fsync, rename = os.fsync, Path.rename
 

@@ -1,4 +1,4 @@
-"""Files that are replaced at once."""
+"""Atomic replacement, and the files of a run's folder."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The journal: whole records in order, whatever cuts it, fills the disk or writes to it."""
+"""The journal keeps whole records in order, even if it is cut, damaged, or the disk is full."""
 
 import errno
 import json
@@ -64,7 +64,7 @@ def test_known_points_are_the_first_of_each_step(logged: list[tuple[str, int, fl
     assert known.last_steps() == {key: max(step for other, step in first if other == key) for key, _ in first}
 
 
-def test_a_full_buffer_asks_for_the_owner_too(tmp_path: Path) -> None:
+def test_a_full_buffer_checks_the_owner_too(tmp_path: Path) -> None:
     def taken() -> None:
         raise TrainingError("taken over")
 
@@ -96,7 +96,7 @@ def test_wherever_a_journal_is_cut_its_whole_records_stay(texts: list[str], data
         assert [record.get("values", {}).get("a") for record in read_records(file)] == [*texts[:whole], None]
 
 
-def test_a_line_of_rubbish_costs_no_other_line(tmp_path: Path) -> None:
+def test_damaged_lines_are_skipped(tmp_path: Path) -> None:
     file = tmp_path / JOURNAL_FILE
     file.write_bytes(b'{"op":"one"}\n\0\0\0\0\n[1]\n{"op":"two"}\n')
     assert [record["op"] for record in read_records(file)] == ["one", "two"]
@@ -123,8 +123,8 @@ JSON = st.recursive(
 
 
 @given(record=st.sampled_from(RECORDS), data=st.data())
-def test_what_is_read_of_a_journal_can_be_delivered(record: dict[str, Any], data: st.DataObject) -> None:
-    """A record that lacks a field, or has something else there, is no record; nothing that reads one stumbles."""
+def test_records_are_complete(record: dict[str, Any], data: st.DataObject) -> None:
+    """A record without a field, or with a wrong value, is skipped; readers accept every other one."""
     assert parse_record(json.dumps(record).encode())
     field = data.draw(st.sampled_from([name for name in record if name not in ("op", "example")]))
     rest = {name: value for name, value in record.items() if name != field}
@@ -145,7 +145,7 @@ def test_no_line_of_a_journal_is_an_error(text: str) -> None:
 
 
 class Disk:
-    """Takes so many bytes of journals, then none."""
+    """A disk with room for some bytes of journals."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
         self.room, self.write = room, journals.write_at

@@ -1,4 +1,4 @@
-"""A run's folder has one owner: processes that are killed, stopped and forked, and other hosts, which are played."""
+"""A run's folder has one owner, among killed, stopped and forked processes and (simulated) other hosts."""
 
 import errno
 import fcntl
@@ -22,7 +22,7 @@ from pipeline.storage.ownership import LOCK_FILE, OWNER_FILE, Ownership, live_ow
 
 HOST = socket.gethostname()
 
-# Owns the folder; then a line on standard input asks for something, and its end for the release.
+# Owns the folder; executes commands from standard input, and releases the folder at its end.
 OWNER = """
 import os, subprocess, sys, time
 from pathlib import Path
@@ -117,7 +117,7 @@ def test_a_second_owner_in_the_same_process_is_refused_and_leaves_no_handle(fold
 
 @pytest.mark.parametrize("child", ["", "fork", "exec"])
 def test_a_killed_owner_leaves_the_folder_at_once(folder: Path, child: str) -> None:
-    """Even where it has started a process that lives on."""
+    """Even if a child of it lives on."""
     with owner_process(folder) as process:
         pid = int(line_of(process, child)) if child else 0  # a forked one has tried to release by now
         try:
@@ -135,7 +135,7 @@ def test_a_killed_owner_leaves_the_folder_at_once(folder: Path, child: str) -> N
         owner.release()
 
 
-# Asks for the owner again and again, until its standard input closes.
+# Calls live_owner again and again, until its standard input closes.
 ASKER = """
 import select, sys
 from pathlib import Path
@@ -151,9 +151,7 @@ print(owners, flush=True)
 """
 
 
-def test_processes_that_only_ask_are_no_owner_to_each_other_and_keep_none_away(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_live_owner_calls_do_not_disturb_each_other_or_an_owner(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("ASK_SECONDS", "LOCK_SECONDS"):  # an asker that has the lock may have to wait for a core
         monkeypatch.setattr(ownership, name, 300)
     Ownership(folder).take().release()
@@ -202,7 +200,7 @@ def test_of_two_owners_one_goes_on(
     numbers: tuple[int, int],
     hosts: list[str],
 ) -> None:
-    """The one of the higher number; of two that took the same one at the same moment, the same for both."""
+    """The one with the higher number; with equal numbers, both agree on one."""
     owners = []
     for number, host in zip(numbers, hosts, strict=False):
         with pytest.MonkeyPatch.context() as patch:

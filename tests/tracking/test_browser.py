@@ -310,7 +310,7 @@ def test_a_server_that_is_away_is_one_line(monkeypatch: pytest.MonkeyPatch, caps
     assert capsys.readouterr().out == ""
 
 
-def test_a_server_that_ends_at_once_is_told() -> None:
+def test_a_server_that_ends_at_once_is_an_error() -> None:
     server = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
     with pytest.raises(UserError, match="ended with code 3"):
         wait_until_up(server, f"http://{HOST}:{free_port()}")

@@ -1,4 +1,4 @@
-"""Nothing is lost between training and MLflow, whatever goes away: the store, the writer, the trainer, the disk."""
+"""Delivery loses nothing when the store, the writer or the trainer fails, or the disk is full."""
 
 import json
 import os
@@ -93,7 +93,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
 
 @pytest.fixture
 def server(started: MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowServer:
-    """A tracking server that answers; the test runs in a folder of its own."""
+    """A tracking server, and a working folder for the test."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", started.uri)
     return started
@@ -107,7 +107,7 @@ def door(started: MlflowServer) -> Iterator[Door]:
 
 @pytest.fixture(scope="module")
 def shared_writer() -> Iterator[Writer]:
-    """It starts again when it is asked for something: in the first test that does, to whose output it writes."""
+    """A killed writer: it starts again in the first test that uses it, and writes to that test's output."""
     with Writer() as writer:
         writer.process.kill()
         yield writer
@@ -115,7 +115,7 @@ def shared_writer() -> Iterator[Writer]:
 
 @pytest.fixture
 def its_writer(server: MlflowServer, door: Door, shared_writer: Writer, monkeypatch: pytest.MonkeyPatch) -> Writer:
-    """A writer whose way to the server is the door."""
+    """A writer that reaches the server through the door."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", door.uri)
     return shared_writer
 
@@ -126,9 +126,9 @@ def its_writer(server: MlflowServer, door: Door, shared_writer: Writer, monkeypa
 def test_an_outage_of_the_server_loses_nothing(
     server: MlflowServer, door: Door, its_writer: Writer, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A run that it interrupts, one that ends in it, one that begins in it, and one that goes on after it.
+    """A run before and during the outage, one that begins during it, and one that resumes after it.
 
-    The way to the server is cut; faults/test_outage kills one.
+    Only the connection is cut; faults/test_outage kills a server.
     """
     import mlflow
 
@@ -176,7 +176,7 @@ def test_an_outage_of_the_server_loses_nothing(
     assert says("is back") == 1
     assert points(client, first.id) == expected(range(1600))
     assert (stored.status, stored.start_time) == ("FINISHED", client.get_run(first.id).info.start_time)
-    assert "failure" not in stored.tags  # what the earlier start said of its end reached the store after the next began
+    assert "failure" not in stored.tags  # the earlier start's tag was delivered after the next start
     assert stored.tags.items() >= {"branched_from": "prefix 1", "host": socket.gethostname()}.items()
     assert Path(client.download_artifacts(first.id, "notes/note.txt")).read_text() == "read me"
     assert len(pd.read_parquet(client.download_artifacts(first.id, "history.parquet"))) == 1600
@@ -187,9 +187,7 @@ def test_an_outage_of_the_server_loses_nothing(
     assert points(client, made.info.run_id) == expected(range(10))
 
 
-def test_a_server_that_hangs_is_waited_for_no_longer_than_the_patience(
-    server: MlflowServer, its_writer: Writer
-) -> None:
+def test_waiting_for_a_hanging_server_ends_with_the_patience(server: MlflowServer, its_writer: Writer) -> None:
     import mlflow
 
     client = mlflow.MlflowClient(server.uri)
@@ -234,7 +232,7 @@ def test_a_writer_whose_trainer_is_gone_leaves_a_server_that_hangs(server: Mlflo
 
 
 def test_a_call_that_does_not_return_ends_with_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once the trainer is gone and the store takes nothing."""
+    """Once the trainer is gone and the store accepts nothing."""
     monkeypatch.setattr(inbox, "GONE_SECONDS", 0.01)
     monkeypatch.setattr(inbox, "HANGING_SECONDS", 0.01)
     ended = threading.Event()
@@ -291,7 +289,7 @@ signal.pause()
         run_id, pid, has_imported = trainer.stdout.readline().split()
         folder = here / "outputs" / run_id
         assert live_owner(folder)
-        assert has_imported == "False"  # MLflow is the writer's to import
+        assert has_imported == "False"  # only the writer imports MLflow
         trainer.kill()
     wait_for(lambda: client.get_run(run_id).info.status == "FAILED")
     assert client.get_run(run_id).data.tags["failure"] == NO_WORD
@@ -321,25 +319,25 @@ def test_an_earlier_owner_and_its_writer_stop_at_once(
     with run.journal.file.open("ab") as stream:
         stream.write(theirs)
     whole = run.journal.file.read_bytes()
-    with FileLock(run.run_folder.writer_lock, 300):  # the writer has given its turn up
+    with FileLock(run.run_folder.writer_lock, 300):  # the writer has stopped
         assert len(points(client, run.id)) == 5
     assert not run.lost
     with pytest.raises(TrainingError, match="taken over"):
         run.flush()
     assert run.lost
-    run.set_tags({"failure": "x" * 70_000})  # as what ends a run says why; nobody takes it
+    run.set_tags({"failure": "x" * 70_000})  # not written: the run has another owner
     killed = []
     with monkeypatch.context() as patch:
         patch.setattr(writer.process, "kill", lambda: killed.append(writer.process))  # the tests' writer stays
         with pytest.raises(TrainingError, match="taken over") as caught:
             run.finish("FAILED", patience=1)
     assert killed == [writer.process]
-    writer.send(FinishRun("FAILED", patience=1))  # even then it leaves the run alone
+    writer.send(FinishRun("FAILED", patience=1))  # not delivered either
     wait_for(lambda: isinstance(writer.inbox.get(timeout=300)[1], DeliveryReport))
     assert not isinstance(caught.value, Undelivered)
     assert run.journal.file.read_bytes() == whole
     stored = client.get_run(run.id)
-    assert stored.info.status == "RUNNING"  # it is the other's
+    assert stored.info.status == "RUNNING"  # the other owner ends it
     assert "failure" not in stored.data.tags
 
 
@@ -370,7 +368,7 @@ def test_a_writer_is_not_waited_for_after_an_interrupt(monkeypatch: pytest.Monke
     assert writer.process.poll() == -signal.SIGKILL
 
 
-def test_a_writer_outlives_what_a_scheduler_sends_to_all(client: Any, writer: Writer, here: Path) -> None:
+def test_a_writer_ignores_a_schedulers_signals(client: Any, writer: Writer, here: Path) -> None:
     run, process = open_run(writer), writer.process
     for number in SIGNALS:
         os.kill(process.pid, number)
@@ -397,7 +395,7 @@ def interrupted(writer: Writer, steps: range) -> MlflowRun:
     return run
 
 
-def test_a_run_goes_on_once_the_last_writer_has_left_its_call(client: Any, writer: Writer, here: Path) -> None:
+def test_a_resume_waits_for_the_last_writers_call(client: Any, writer: Writer, here: Path) -> None:
     before = interrupted(writer, range(2))
     lock = FileLock(before.run_folder.writer_lock, thread_local=False)
     lock.acquire()
@@ -413,7 +411,7 @@ def test_a_run_goes_on_once_the_last_writer_has_left_its_call(client: Any, write
     run.finish("FINISHED")
 
 
-def test_a_writer_that_hangs_is_not_waited_for_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_for_a_hanging_writer_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delivery, "TURN_SECONDS", 0.3)
     checks = []
     with FileLock(RunFolder(tmp_path).writer_lock, is_singleton=False):
@@ -424,7 +422,7 @@ def test_a_writer_that_hangs_is_not_waited_for_without_end(tmp_path: Path, monke
     lock.release()
 
 
-def test_what_was_logged_before_is_compared_and_not_logged_again(client: Any, writer: Writer, here: Path) -> None:
+def test_points_logged_before_are_compared_and_not_logged_again(client: Any, writer: Writer, here: Path) -> None:
     before = interrupted(writer, range(10))
     run = resume(writer, before.id)
     run.resume_from(before.journal.size)
@@ -446,7 +444,7 @@ def test_what_was_logged_before_is_compared_and_not_logged_again(client: Any, wr
     assert stored.info.status == "FINISHED"
 
 
-def test_another_value_than_before_is_told_and_mlflows_stays(
+def test_another_value_than_before_is_a_warning_and_mlflows_stays(
     client: Any, writer: Writer, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = interrupted(writer, range(10))
@@ -496,7 +494,7 @@ def test_runs_are_found_by_key_and_fork(client: Any, writer: Writer, here: Path)
 # --- the journal is damaged ------------------------------------------------------------------------------------------
 
 
-def test_a_record_that_a_kill_cut_off_is_left_out(client: Any, writer: Writer, here: Path) -> None:
+def test_an_incomplete_last_record_is_skipped(client: Any, writer: Writer, here: Path) -> None:
     before = interrupted(writer, range(5))
     with before.journal.file.open("ab") as stream:
         stream.write(b'{"op":"metrics","step":5,"ti')
@@ -528,7 +526,7 @@ WHOLE = {"run_id": "a", "offset": 7, "ended": None, "problems": ["x"]}
 
 
 @given(saved=JSON, field=st.sampled_from(sorted(WHOLE)))
-def test_what_another_program_says_was_delivered_counts_for_nothing(saved: Any, field: str) -> None:
+def test_another_programs_delivered_file_is_ignored(saved: Any, field: str) -> None:
     import tempfile
 
     with tempfile.TemporaryDirectory() as name:
@@ -536,7 +534,7 @@ def test_what_another_program_says_was_delivered_counts_for_nothing(saved: Any, 
         for stored in (saved, {"store": saved}, {"store": WHOLE | {field: saved}, "other": WHOLE}):
             RunFolder(folder).delivered.write_text(json.dumps(stored))
             cursor = Cursor(RunFolder(folder), "store")
-            assert cursor.offset == 0  # there is no journal, of which anything could have been delivered
+            assert cursor.offset == 0  # there is no journal
             assert all(isinstance(saved.run_id, str | None) for saved in cursor.stores.values())
 
 
@@ -556,7 +554,7 @@ def test_a_folder_that_was_moved_still_has_its_files(client: Any, writer: Writer
     assert Path(client.download_artifacts(run.id, "note.txt")).read_text() == "read me"
 
 
-def test_what_is_logged_from_elsewhere_is_copied_when_it_is_logged(client: Any, writer: Writer, here: Path) -> None:
+def test_files_from_elsewhere_are_copied_when_they_are_logged(client: Any, writer: Writer, here: Path) -> None:
     report, gone = here / "report.txt", here / "gone.txt"
     report.write_text("as it was")
     run = open_run(writer)
@@ -569,7 +567,7 @@ def test_what_is_logged_from_elsewhere_is_copied_when_it_is_logged(client: Any, 
 
 
 def test_a_journal_names_files_of_its_run_alone(client: Any, writer: Writer, here: Path) -> None:
-    """It may come from who knows where: what it names elsewhere is refused by name, and the rest is delivered."""
+    """A journal may come from elsewhere: files outside the run's folder are refused by name, the rest is delivered."""
     secret = here / "home" / "secret.txt"
     secret.parent.mkdir()
     secret.write_text("hunter2")
@@ -649,7 +647,7 @@ def test_a_run_whose_journal_cannot_begin_is_ended(
     assert live_owner(run.folder) is None
 
 
-# --- small parts -----------------------------------------------------------------------------------------------------
+# --- units ---
 
 
 def test_a_finish_interrupts_a_pause() -> None:
@@ -672,14 +670,11 @@ def test_a_finish_interrupts_a_pause() -> None:
         waiting.progress_at = float("inf")  # or it would end this process once the stream is closed
 
 
-# docs/resume.md
-
-
 @pytest.mark.parametrize("takes_others", [True, False])
 def test_a_call_that_goes_on_to_fail_is_refused_only_where_others_succeed(
     place: Place, monkeypatch: pytest.MonkeyPatch, takes_others: bool
 ) -> None:
-    """HTTP 500 of one kind of call for good."""
+    """One kind of call gets HTTP 500 forever."""
     from mlflow import MlflowClient
     from mlflow.exceptions import RestException
 
@@ -710,7 +705,7 @@ def test_a_call_that_goes_on_to_fail_is_refused_only_where_others_succeed(
 
 def test_the_probe_knows_who_answers(server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> None:
     probe()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{server.uri}/no/such/page")  # whatever is answered will do
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{server.uri}/no/such/page")  # any answer will do
     probe()
     dead = f"127.0.0.1:{free_port()}"
     for uri in (f"http://user:secret@{dead}", f"postgresql+psycopg://user:secret@{dead}/base"):

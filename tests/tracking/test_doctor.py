@@ -1,4 +1,4 @@
-"""`doctor` sees what differs between a run's journal, the store and its checkpoints, and names the mend."""
+"""`doctor` finds differences between a run's journal, store and checkpoints, and says what mends them."""
 
 import json
 import shutil
@@ -70,10 +70,10 @@ def test_a_run_that_is_whole(run: Path, workplace: Path, capsys: pytest.CaptureF
             assert line in output
 
 
-def test_what_the_store_lost_is_named_and_sent_again(
+def test_losses_of_the_store_are_named_and_delivered_again(
     run: Path, workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As after a restore from an old backup: the delivery's notes say all is there, and it is not."""
+    """As after a restore from an old backup: `delivered.json` says that everything was delivered."""
     base(run, workplace, "delete from metrics where step >= 15 and key = 'loss_total' and run_uuid = :run")
     base(run, workplace, "delete from params where key = 'loss.aux_focal.lambda' and run_uuid = :run")
     shutil.rmtree(workplace / "mlruns" / "0" / run.name / "artifacts" / "notes")
@@ -85,7 +85,7 @@ def test_what_the_store_lost_is_named_and_sent_again(
     doctor(run.name)
 
 
-def test_what_the_store_has_beside(run: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_extra_points_in_the_store(run: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     columns = "insert into metrics (key, value, timestamp, run_uuid, step, is_nan)"
     for step in (3, 99):
         base(run, workplace, f"{columns} values ('loss_total', 9.0, 7, :run, {step}, 0)")
@@ -121,7 +121,7 @@ def test_a_checkpoint_of_another_format(run: Path, capsys: pytest.CaptureFixture
     assert "resume=auto refuses it" in output
 
 
-def test_a_store_that_dies_midway_is_told_in_one_line(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_dies_midway_is_one_line(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def dies(*_: object) -> None:
         raise ConnectionError("died just now")
 

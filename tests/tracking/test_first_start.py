@@ -1,4 +1,4 @@
-"""The first start on nothing: the store is made whole, beside other starts.
+"""The first start creates the store completely, even beside other starts.
 
 By `make faults`: many starts at once, and kills at twenty moments.
 """
@@ -21,7 +21,7 @@ from pipeline.errors import UserError
 from pipeline.tracking import store_creation
 from pipeline.tracking.store_creation import ensure_store
 
-STATEMENTS = 1500  # of the 1,700 that make a store, before the schema is whole
+STATEMENTS = 1500  # of the 1,700 that create a store, before the schema is complete
 
 # Imports mlflow once and forks the processes that start, since the import takes longer than the start. Each argument is
 # a folder, and what happens there: `together N MOMENT...`: N of them at once, of which some are killed.
@@ -120,7 +120,7 @@ KILLS = [*moments(STATEMENTS), "rename"]
 
 @dataclass(frozen=True)
 class Starts:
-    """What the starts in a folder printed, a JSON object a line."""
+    """Output of the starts in a folder, a JSON object per line."""
 
     folder: Path
     lines: list[dict[str, Any]]
@@ -128,7 +128,7 @@ class Starts:
 
 @pytest.fixture(scope="module")
 def starts_by_folder(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Starts]:
-    """Every start of this file that is a real one, by folder: one process imports mlflow for all of them."""
+    """Every real start, by folder; one process imports mlflow for all of them."""
     place = tmp_path_factory.mktemp("starts")
     arguments = {
         "together": ["together", str(len(DEADLY) + STARTERS), *DEADLY],
@@ -170,13 +170,13 @@ def files(folder: Path) -> set[str]:
 @pytest.mark.faults
 @only_full
 def test_starts_at_the_same_moment_share_one_store(starts_by_folder: dict[str, Starts], empty_store: Path) -> None:
-    """Some are killed while they make the store, some while they wait for it."""
+    """Some are killed while they create the store, some while they wait for it."""
     folder, starts = starts_by_folder["together"].folder, starts_by_folder["together"].lines
     assert len({start["run_id"] for start in starts}) == len(starts) >= STARTERS, starts
     ours, theirs = folder / "mlflow.db", empty_store
     assert query(ours, "select count(*) from runs")[0][0] >= len(starts)
     assert files(folder) == MADE
-    # and it is the one that MLflow makes
+    # as MLflow creates it
     assert schema(ours) == schema(theirs)
     default = "select experiment_id, name, lifecycle_stage, workspace from experiments"
     assert query(ours, default) == query(theirs, default)
@@ -203,14 +203,14 @@ def test_start_that_was_killed_leaves_no_store_or_a_whole_one(
             assert schema(folder / "seen.db") == schema(empty_store)
         assert query(folder / "mlflow.db", "select count(*) from runs")[0][0] >= 1
         assert schema(folder / "mlflow.db") == schema(empty_store)
-        # killed once the store has its name, it leaves what nobody needs then
+        # a start that is killed after the rename leaves its lock
         late = {"mlflow.db.lock", "mlflow.db.new"} if kill["there"] else set()
         assert files(folder) - {"seen.db"} - late == MADE
 
 
 @pytest.fixture
 def created(monkeypatch: pytest.MonkeyPatch, empty_store: Path) -> list[Path]:
-    """Stores that were made, by copying, which takes no time."""
+    """Stores created by copying, which takes no time."""
     calls: list[Path] = []
 
     def copy(uri: str, file: Path) -> None:
@@ -235,10 +235,10 @@ RUN = "insert into runs (run_uuid, experiment_id, start_time, lifecycle_stage) v
 
 
 @pytest.mark.parametrize("rows", [(), (RUN,)], ids=["empty", "with a run"])
-def test_store_of_another_version_is_mlflows_line_and_stays_as_it_is(
+def test_store_of_another_version_is_unchanged_and_gets_mlflows_line(
     workplace: Path, created: list[Path], empty_store: Path, call_pipeline: Call, rows: tuple[str, ...]
 ) -> None:
-    """What MLflow leaves half made, too, once it has begun with its versions."""
+    """Also a store that MLflow left incomplete."""
     file = workplace / "mlflow.db"
     shutil.copyfile(empty_store, file)
     before = change(file, *rows, "update alembic_version set version_num = '451aebb31d03'")  # the first migration
@@ -270,7 +270,7 @@ def test_store_needs_no_lock_and_no_writing(tmp_path: Path, created: list[Path],
 
 
 @pytest.mark.parametrize("uri", ["sqlite://", "sqlite:///:memory:", "http://127.0.0.1:1", "postgresql://u:p@h/d", "x"])
-def test_other_uris_are_nothing_to_do(
+def test_other_uris_create_nothing(
     tmp_path: Path, created: list[Path], uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -290,7 +290,7 @@ def test_empty_file_becomes_a_store_with_its_rights(tmp_path: Path, created: lis
     assert files(tmp_path) == {"mlflow.db"}
 
 
-def test_relative_path_folders_and_links_are_as_sqlite_takes_them(
+def test_relative_path_folders_and_links_are_as_in_sqlite(
     tmp_path: Path, created: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

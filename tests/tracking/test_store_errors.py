@@ -37,8 +37,8 @@ def test_a_secret_of_the_environment_is_in_no_message(monkeypatch: pytest.Monkey
     assert message == "wrong password *** or ***, Bearer ***, at x://c, ?api_token=***&a=b"
 
 
-def test_what_may_be_taken_later_is_tried_again() -> None:
-    """Stores that are no servers."""
+def test_temporary_errors_are_repeated() -> None:
+    """Errors of stores that are no servers."""
     import requests
     from mlflow.exceptions import MlflowException
     from mlflow.protos import databricks_pb2 as codes
@@ -65,8 +65,8 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("status", ANSWERS)
-def test_an_http_answer_is_what_the_page_says(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As MLflow's client raises it: of its own API, where a proxy answers in HTML, and of artifacts."""
+def test_http_answers_are_classified_as_documented(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As MLflow's client raises them: for its API behind a proxy that answers in HTML, and for artifacts."""
     import requests
     from mlflow import MlflowClient
     from mlflow.utils.rest_utils import augmented_raise_for_status
@@ -89,7 +89,7 @@ def test_an_http_answer_is_what_the_page_says(status: int, monkeypatch: pytest.M
      ("PERMISSION_DENIED", Answer.REFUSED), ("INVALID_PARAMETER_VALUE", Answer.REFUSED),
      ("RESOURCE_DOES_NOT_EXIST", Answer.REFUSED), ("INVALID_STATE", Answer.REFUSED)],
 )  # fmt: skip
-def test_an_answer_of_mlflows_server_is_what_the_page_says(code: str, answer: Answer) -> None:
+def test_answers_of_mlflows_server_are_classified_as_documented(code: str, answer: Answer) -> None:
     from mlflow.exceptions import RestException
 
     assert classify(RestException({"error_code": code, "message": "x"})) is answer

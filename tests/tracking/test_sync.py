@@ -1,4 +1,4 @@
-"""`sync` brings what waits in a journal to a store, the same or another one, whenever that is."""
+"""`sync` delivers the rest of a journal to the same store or another one, however late."""
 
 import json
 import os
@@ -34,13 +34,13 @@ TESTED = {"test/auc": 1 / 3, "test/logloss": 0.25, "test/f1/screen": float("nan"
 
 
 class Unserved:
-    """Stands where nobody writes: a run begins without a store, and its journal waits for `sync`."""
+    """Replaces the writer: a run begins without a store, and its journal waits for `sync`."""
 
     def ask(self, request: OpenRun, _: type[OpenedRun]) -> OpenedRun:
         return Opening(request.run, Path(request.output_dir), {}).without_store("nobody serves it")
 
     def send(self, _: object) -> None:
-        """Nobody listens."""
+        """Do nothing."""
 
 
 def waiting_run(name: str, status: str, log: Callable[[MlflowRun], None], **request: Any) -> MlflowRun:
@@ -64,14 +64,14 @@ def away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def other(tmp_path: Path, empty_store: Path) -> str:
-    """Another store that is there."""
+    """Another store, which exists."""
     (tmp_path / "other").mkdir()
     store_in(tmp_path / "other", empty_store)
     return f"sqlite:///{tmp_path / 'other' / 'mlflow.db'}"
 
 
 def use(uri: str, patch: pytest.MonkeyPatch) -> Any:
-    """Let `sync` in this process go there, and MLflow's client."""
+    """Make `sync` and MLflow's client in this process use a store."""
     import mlflow
 
     patch.setenv("MLFLOW_TRACKING_URI", uri)
@@ -115,7 +115,7 @@ def export(impressions: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return asdict(task.export(task.model(), tmp_path_factory.mktemp("export") / "model"))
 
 
-def test_all_of_a_run_that_no_store_took_comes_to_a_new_one(
+def test_a_run_without_a_store_is_delivered_completely(
     other: str,
     away: str,
     export: dict[str, Any],
@@ -159,7 +159,7 @@ def test_all_of_a_run_that_no_store_took_comes_to_a_new_one(
 
 
 def of_model(client: Any, model: Any) -> list[tuple[Any, ...]]:
-    """What the model's page shows; no NaN, which MLflow would show as 0."""
+    """The model's metrics; without NaN, which MLflow would show as 0."""
     return sorted((of.key, of.value, of.step, of.timestamp, of.dataset_name, of.dataset_digest)
                   for of in client.get_logged_model(model.model_id).metrics)  # fmt: skip
 
@@ -169,7 +169,7 @@ def models(client: Any, run: Any) -> list[Any]:
     return [model for model in stored if model.status == "READY"]
 
 
-def test_a_run_of_one_store_is_made_in_another(place: Place, other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_of_one_store_is_created_in_another(place: Place, other: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first store stays as it is; points are compared through MLflow."""
     client = place.client
     run = MlflowRun(place.writer, RunRequest("twice", experiment="shared"), Path("outputs"))
@@ -230,7 +230,7 @@ def test_the_end_is_when_the_run_ended_however_late_it_is_delivered(place: Place
     assert (info.start_time, info.end_time) == (500_000, 700_000)
 
 
-def test_who_finds_another_owner_in_the_store_delivers_nothing(place: Place) -> None:
+def test_a_writer_that_finds_another_owner_in_the_store_stops(place: Place) -> None:
     run = MlflowRun(place.writer, RunRequest("owned"), Path("outputs"))
     claim = place.client.get_run(run.id).data.tags["owner"]
     assert claim.split()[0] == str(os.getpid())
@@ -276,8 +276,8 @@ def test_a_run_that_was_deleted_is_one_warning(place: Place, capsys: pytest.Capt
         sync(run.folder)  # all is delivered
 
 
-def test_a_data_set_that_another_run_makes_at_the_same_moment(place: Place) -> None:
-    """Between MLflow's look for the data set and its own row comes that of another run; the store's real refusal."""
+def test_a_data_set_that_another_run_inserts_at_the_same_moment(place: Place) -> None:
+    """MLflow looks for the data set, another run inserts it, and the insert of MLflow fails."""
     from mlflow.store.tracking.dbmodels.models import SqlDataset
     from sqlalchemy import event
 
@@ -313,7 +313,7 @@ def test_a_data_set_that_another_run_makes_at_the_same_moment(place: Place) -> N
 
 
 def test_a_killed_run_is_ended_as_failed(place: Place) -> None:
-    """Trainer and writer are killed together: nobody was left to say so."""
+    """Trainer and writer are killed together."""
     code = """
 import os, signal
 from pathlib import Path
@@ -388,7 +388,7 @@ def test_a_folder_of_runs_is_delivered_but_for_the_one_that_is_alive(
 def test_a_damaged_folder_leaves_the_others(
     away: str, other: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Another program's `delivered.json`, records without their fields, no beginning, and what nobody foresaw."""
+    """Another program's `delivered.json`, records without fields, no record `open`, and an unforeseen error."""
     names = ("foreign", "lacking", "headless", "unforeseen", "whole")
     runs = {name: waiting_run(name, "KILLED", lambda run: run.log_metrics(0, {"loss_total": 1.0}), experiment="damage")
             for name in names}  # fmt: skip

@@ -1,4 +1,4 @@
-"""From the run to MLflow and back, with MLflow's own client as the judge."""
+"""Runs arrive in MLflow completely, as MLflow's own client sees them."""
 
 import itertools
 import json
@@ -103,7 +103,7 @@ def test_another_experiment_than_the_launchers_gets_a_run_of_its_own(place: Plac
 
 @contextmanager
 def cut_off(steps: int) -> Iterator[None]:
-    """A training that is interrupted after so many steps."""
+    """Interrupt a training after these steps."""
     from pipeline.training.loop import Training
 
     step = Training._step
@@ -132,7 +132,7 @@ PLAIN = {"tracking.log_model": False, "tracking.log_report": False, "checkpoint.
 
 
 def test_a_second_start_in_the_same_run_goes_on_with_it(place: Place, small: Any) -> None:
-    """As a pod that follows one that was evicted: the same command, the same MLFLOW_RUN_ID, no resume."""
+    """As a pod that replaces an evicted one: the same command, the same MLFLOW_RUN_ID, no resume."""
     from pipeline.runs.launch import train_run
     from pipeline.tasks.mmoe.task import MmoeTask
 
@@ -159,12 +159,12 @@ def test_a_second_start_in_the_same_run_goes_on_with_it(place: Place, small: Any
 
 
 def tagged(run: Any) -> dict[str, str]:
-    """The tags that say where and how the run was made, as its last start did."""
+    """The tags with the settings of the run's last start."""
     return {name: value for name, value in run.data.tags.items() if is_operational(name)}
 
 
 def test_a_second_start_without_its_folder_goes_on_in_the_same_run(place: Place, small: Any) -> None:
-    """As a pod whose volume was not the same one: what the store has is compared, and not written again."""
+    """As a pod with another volume: points in the store are compared, and not written again."""
     from pipeline.runs.launch import train_run
     from pipeline.tasks.mmoe.task import MmoeTask
 
@@ -362,7 +362,7 @@ def test_a_checkpoint_of_another_format_is_refused_and_the_run_stays_as_it_is(pl
     assert "determinism" not in place.client.get_run(trained.id).data.tags
 
 
-def test_what_the_store_refuses_is_told_and_the_run_is_not_finished(place: Place) -> None:
+def test_refused_points_are_reported_and_the_run_fails(place: Place) -> None:
     run = open_run(place.writer)
     run.log_metrics(0, {"bad key!": 1.0, "good": 2.0})
     run.log_metrics(1, {"good": 3.0})
@@ -416,7 +416,7 @@ def test_a_deleted_experiment_is_refused(place: Place) -> None:
         runs_of_filter(gone, None)
 
 
-def test_an_experiment_is_meant_by_its_name_or_else_its_id(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_experiment_is_found_by_name_or_else_by_id(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.tracking.client.PAGE_ROWS", 2)
     mine, run_id = place.client.create_experiment("by id"), None
     for name in (mine, "by id"):
@@ -436,7 +436,7 @@ def test_an_experiment_is_meant_by_its_name_or_else_its_id(place: Place, monkeyp
     assert place.client.get_experiment(new).name == f"{mine}0"
 
 
-def test_pictures_and_notes_that_fail_leave_the_run_whole(
+def test_failing_plots_and_notes_do_not_fail_the_run(
     place: Place, small: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pipeline.runs.launch import train_run
