@@ -12,6 +12,7 @@ from pipeline.errors import TrainingError
 from pipeline.names import CHECKPOINT_MEGABYTES, CHECKPOINT_SECONDS
 from pipeline.runtime.interrupts import deferred
 from pipeline.storage.checkpoints import Checkpoints
+from pipeline.storage.run_folder import RunFolder
 from pipeline.tracking.mlflow_run import MlflowRun
 
 SHARE = 0.05  # of the training time that saving may take by default
@@ -35,7 +36,7 @@ class Saver:
         self.checkpoints: Checkpoints | None = None
         if run is not None and self.config.enabled:
             limit = None if self.config.max_gb is None else int(self.config.max_gb * 1e9)
-            self.checkpoints = run.run_folder.checkpoints(self.config.keep_steps, limit)
+            self.checkpoints = RunFolder(run.folder).checkpoints(self.config.keep_steps, limit)
         self.saved_at, self.seconds, self.last = 0, FIRST_SECONDS, time.monotonic()
 
     def is_due(self, step: int, best: int | None) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import FULL
-from test_checkpoint import assert_whole, hidden, save
+from test_checkpoint import assert_intact, hidden, save
 
 from pipeline.storage.checkpoints import Checkpoints
 
@@ -112,12 +112,12 @@ def test_a_kill_at_any_moment_leaves_a_whole_generation(
         latest = checkpoints.latest()
         if saved == 0 and latest is None:
             continue  # killed in the first save
-        assert_whole(latest, saved if latest.step == saved else saved + 1)  # one interval at most
+        assert_intact(latest, saved if latest.step == saved else saved + 1)  # one interval at most
         assert (latest.folder / "linked").read_bytes() == bytes(10)
         next_step = latest.step + 1
         save(checkpoints, next_step)
         assert hidden(checkpoints) == []
-        assert_whole(checkpoints.latest(), next_step)
+        assert_intact(checkpoints.latest(), next_step)
         shutil.rmtree(tmp_path / name)
     assert cut_short > len(found) / 4  # the kills did hit saves
     assert capsys.readouterr().err == ""  # nothing damaged was passed over

@@ -98,8 +98,8 @@ def test_trainer_that_stands_still_is_taken_over_once_its_lock_is_gone(
 ) -> None:
     """It wakes when another process has trained on, sees it, and ends without a word to the store."""
     resuming = python(long_job, "--resume", "auto")
-    module, holder, method, count = {"saving": ("checkpoint", "Checkpoints", "save", 3),
-                                     "stepping": ("training", "Training", "_step", 500)}[place]  # fmt: skip
+    module, holder, method, count = {"saving": ("storage.checkpoints", "Checkpoints", "save", 3),
+                                     "stepping": ("training.loop", "Training", "_step", 500)}[place]  # fmt: skip
     stands = (
         f"import os, signal\nfrom pipeline.{module} import {holder}\n"
         f"method, calls = {holder}.{method}, []\n"
