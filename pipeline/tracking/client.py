@@ -148,11 +148,6 @@ def set_tags(client: Any, run_id: str, tags: Mapping[str, str]) -> None:
     client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
 
-def log_points(client: Any, run_id: str, points: Sequence[Any]) -> None:
-    """Log at most BATCH_POINTS of MLflow's metrics."""
-    client.log_batch(run_id, metrics=points)
-
-
 def log_params(client: Any, run_id: str, params: Mapping[str, str]) -> None:
     """Log at most BATCH_PARAMS params."""
     from mlflow.entities import Param
@@ -182,10 +177,6 @@ def log_dataset(client: Any, run_id: str, record: Record) -> None:
         if not is_duplicate(error):
             raise
         client.log_inputs(run_id, inputs)  # another run has just created the data set, which MLflow now finds
-
-
-def end_run(client: Any, run_id: str, status: str, time_ms: int | None = None) -> None:
-    client.set_terminated(run_id, status, time_ms)
 
 
 def _all_pages(query: Any, **arguments: Any) -> list[Any]:

@@ -16,13 +16,11 @@ from pipeline.tracking.client import (
     BATCH_PARAMS,
     BATCH_POINTS,
     connect,
-    end_run,
     find_by_id,
     is_random_name,
     log_dataset,
     log_file,
     log_params,
-    log_points,
     set_tags,
 )
 from pipeline.tracking.history import HISTORY_FILE, write_history
@@ -180,7 +178,7 @@ class Delivery:
     def _log_points(self, points: Sequence[Any]) -> None:
         """Log a batch; if it is refused, metric by metric, so that one bad name does not cost the others."""
         store = self.store
-        refusal = store.attempt("points", lambda: log_points(store.client, store.run_id, points))
+        refusal = store.attempt("points", lambda: store.client.log_batch(store.run_id, metrics=points))
         keys = list(dict.fromkeys(point.key for point in points))
         if refusal and len(keys) > 1:
             for key in keys:
@@ -266,7 +264,8 @@ class Delivery:
             self._log_history()
         if cursor.problems and status == "FINISHED":
             status = "FAILED"
-        self.store.require(f"status {status}", end_run, status, self.ended_at)
+        self.store.require(f"status {status}",
+                           lambda client, run_id: client.set_terminated(run_id, status, self.ended_at))  # fmt: skip
         self.is_ended = True
         if hurried:
             self._log_history()
@@ -279,7 +278,7 @@ class Delivery:
         assert finish
         with contextlib.suppress(Exception):  # the report names what waits, which includes the end
             set_tags(self.store.client, self.store.run_id, {"failure": finish.failure})
-            end_run(self.store.client, self.store.run_id, str(finish.status))
+            self.store.client.set_terminated(self.store.run_id, finish.status)
 
     def _log_history(self) -> None:
         def progress() -> None:

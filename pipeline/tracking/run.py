@@ -38,19 +38,15 @@ class Run(Protocol):
 
     def flush(self) -> None:
         """Make everything logged so far visible to the delivery."""
-        ...
 
     def position(self) -> int:
         """Size of the journal in bytes, synced to the disk."""
-        ...
 
     def resume_from(self, position: int) -> None:
         """Continue from a state that was saved at this position: points that were logged after it are kept once."""
-        ...
 
     def history(self) -> Iterable[tuple[int, Points]]:
         """(step, metrics) of every call of `log_metrics` so far."""
-        ...
 
     def finish(self, status: str, patience: float = PATIENCE_SECONDS, hurry: bool = False) -> None:
         """Deliver everything and end the run as FINISHED, FAILED or KILLED.
@@ -61,7 +57,6 @@ class Run(Protocol):
             Undelivered: the store is away; the message says how to deliver the rest later.
             TrainingError: the store refused something, or the journal could not be written.
         """
-        ...
 
 
 class MemoryRun:
