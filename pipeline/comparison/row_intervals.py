@@ -64,7 +64,7 @@ def row_intervals(
             if math.isfinite(low):
                 intervals.setdefault(arm, {})[seed] = (values[arm][seed] - values[baseline][seed], low, high)
     if other_rows:
-        notes.append(f"no interval over test rows, because they are others than the baseline's: {listed(other_rows)}")
+        notes.append(f"no interval over test rows, because they differ from the baseline's: {listed(other_rows)}")
     if other_metric:
         notes.append(f"no interval over test rows, because {metric} recomputed from them is not the logged one: "
                      f"{listed(other_metric)}")  # fmt: skip

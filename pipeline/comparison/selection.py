@@ -92,7 +92,7 @@ def choose_metric(
     if metric is None:
         chosen = {name for name, _ in evaluated} - {""}
         if len(chosen) != 1:
-            raise UserError(f"the runs were evaluated by {listed(sorted(chosen)) or 'nothing they tell'}; "
+            raise UserError(f"the runs were evaluated by {listed(sorted(chosen)) or 'an unknown metric'}; "
                             "name the metric to compare by metric=")  # fmt: skip
         on_validation = chosen.pop()
         on_test = on_validation.replace("valid/", "test/", 1)

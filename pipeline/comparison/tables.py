@@ -18,7 +18,7 @@ from pipeline.runtime.text import visible
 # Limits in a terminal: columns of side metrics, of settings, of seeds; characters of an arm's name.
 SIDE_SHOWN, SETTINGS_SHOWN, SEEDS_SHOWN, LABEL_LENGTH = 6, 8, 3, 30
 IN_TEXT = (wording.MEAN, wording.DIFFERENCE, wording.INTERVAL, wording.P, wording.DETECTABLE, wording.VERDICT)
-CUT = "\n\nThe whole table lies in comparison.md.\n"
+CUT = "\n\nThe whole table is in comparison.md.\n"
 
 
 def to_frame(comparison: Comparison) -> pd.DataFrame:

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.comparison import wording
-from pipeline.comparison.compare_config import CompareConfig, check_source
+from pipeline.comparison.compare_config import CompareConfig
 from pipeline.comparison.page.view import write_page
 from pipeline.comparison.results import Arm, Comparison
 from pipeline.comparison.row_intervals import row_intervals
@@ -140,18 +140,15 @@ def compare(  # noqa: PLR0917 (notebooks pass one or two by position)
     )
 
 
-def write(comparison: Comparison, folder: Path, history: pd.DataFrame | None = None) -> list[Path]:
+def write(comparison: Comparison, folder: Path) -> list[Path]:
     """Write comparison.csv, comparison.md and comparison.html into the folder.
-
-    history: of `load_history`, for the curves; None = read those that the page draws.
 
     Raises:
         UserError: the folder cannot be written, or the runs cannot be read.
     """
     table, markdown, page = files = [folder / f"comparison.{kind}" for kind in ("csv", "md", "html")]
-    if history is None:
-        logged = [str(name).removeprefix("metrics.") for name in comparison.runs.filter(like="metrics.")]
-        history = load_history(comparison.runs, [name for name in logged if CURVES.fullmatch(name)])
+    logged = [str(name).removeprefix("metrics.") for name in comparison.runs.filter(like="metrics.")]
+    history = load_history(comparison.runs, [name for name in logged if CURVES.fullmatch(name)])
     with os_errors(f"output_dir {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         write_csv(to_frame(comparison), table)
@@ -162,7 +159,6 @@ def write(comparison: Comparison, folder: Path, history: pd.DataFrame | None = N
 
 def compare_runs(config: CompareConfig, given: frozenset[str]) -> None:  # noqa: ARG001 (every key acts)
     """The entry point: compare, print and write; in a run that `mlflow run` opened, also store the files there."""
-    check_source(config.sweep_id, config.runs, config.experiment, config.filter)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # report an unreachable server within seconds
     run_id = os.environ.get("MLFLOW_RUN_ID")
     if run_id is None:
@@ -241,7 +237,7 @@ def _note_equal_seeds(arms: Sequence[Arm], runs: pd.DataFrame, metric: str, note
         steps = set(seed_runs["metrics.best_step"].dropna()) if "metrics.best_step" in seed_runs else set()
         where = f", all at their best at step {next(iter(steps)):.0f}" if len(steps) == 1 else ""
         notes.append(f"seed {seed}: every arm has the same {metric}{where}; best weights from before the gate are the "
-                     "same weights, and a difference of 0 here says nothing of what comes after it")  # fmt: skip
+                     "same weights, and a difference of 0 here says nothing about what comes after it")  # fmt: skip
 
 
 def _paired(arm: Mapping[int, float], base: Mapping[int, float]) -> Paired:

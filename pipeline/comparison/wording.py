@@ -26,10 +26,10 @@ ROWS = "over test rows,\n95% bootstrap interval"
 
 # Legends
 METHOD = """Verdict: paired t test over seeds on {metric}, p adjusted by Holm for {arms}.
-95% intervals are over seeds, of each arm for itself: not adjusted for the number of arms.
+95% intervals are over seeds and not adjusted for the number of arms.
 Minimum detectable difference: the smallest true difference that this test would find with 80% probability."""
 ONE_SEED = "One seed cannot tell a better setting from luck."
-BOOTSTRAP = "Over test rows: one trained model against another; it says nothing about other seeds and makes no verdict."
+BOOTSTRAP = "Over test rows: one trained model against another. Other seeds may differ; the verdict does not use it."
 SIDES = "Side effects: untested differences to the baseline; *: the 95% interval over seeds excludes 0."
 
 

@@ -21,7 +21,7 @@ MLFLOW_PREFIX = "MLFLOW_"  # of environment variables
 
 
 @dataclass(frozen=True)
-class Place:
+class LauncherEnvironment:
     """The launcher's working folder and MLflow settings, which a task takes over."""
 
     folder: str
@@ -29,12 +29,12 @@ class Place:
     settings: Mapping[str, str] = field(repr=False)  # may hold logins
 
     @classmethod
-    def here(cls, sweep_folder: Path) -> "Place":
+    def current(cls, sweep_folder: Path) -> "LauncherEnvironment":
         settings = {name: value for name, value in os.environ.items() if name.startswith(MLFLOW_PREFIX)}
         settings.pop("MLFLOW_RUN_ID", None)
         return cls(str(Path.cwd()), str(sweep_folder.resolve()), settings)
 
-    def enter(self) -> None:
+    def apply(self) -> None:
         """Change to the folder and set the environment.
 
         Raises:

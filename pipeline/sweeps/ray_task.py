@@ -17,7 +17,7 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.runtime.interrupts import Interrupted, interruptible
 from pipeline.storage.ownership import live_owner
-from pipeline.sweeps.ray_cluster import Place, named_interrupts
+from pipeline.sweeps.ray_cluster import LauncherEnvironment, named_interrupts
 from pipeline.sweeps.requests import Evaluated, JobDone, JobFailed, JobRequest, RunTrained, TrainRun
 from pipeline.sweeps.worker import Work, parse_config
 from pipeline.tracking.messages import StoredRun
@@ -65,7 +65,7 @@ class Board:
         return news
 
 
-def run_job(number: int, request: JobRequest, place: Place, board: Any) -> JobDone:
+def run_job(number: int, request: JobRequest, environment: LauncherEnvironment, board: Any) -> JobDone:
     """Do a job.
 
     number: of the task, for the board.
@@ -76,7 +76,7 @@ def run_job(number: int, request: JobRequest, place: Place, board: Any) -> JobDo
 
     global _work  # noqa: PLW0603
     try:
-        place.enter()
+        environment.apply()
         with interruptible(), named_interrupts():
             if ray.get(board.start.remote(number, socket.gethostname())):
                 time.sleep(SETTLE_SECONDS)

@@ -10,7 +10,7 @@ from pipeline.runtime.console import say, warn
 from pipeline.runtime.interrupts import WATCH_SECONDS, check
 from pipeline.storage.journal import Record
 from pipeline.sweeps.jobs import Job, OnProgress, ready_jobs
-from pipeline.sweeps.ray_cluster import Place, connect, named_interrupts, refuse_local_store
+from pipeline.sweeps.ray_cluster import LauncherEnvironment, connect, named_interrupts, refuse_local_store
 from pipeline.sweeps.ray_task import Board, Started, run_job
 from pipeline.sweeps.requests import DigestData, JobDone, JobFailed
 from pipeline.sweeps.worker import PATIENCE_SECONDS
@@ -34,7 +34,7 @@ class RayWorkers:
         except BaseException:
             self.ray.shutdown()
             raise
-        self.size, self.place = size, Place.here(folder)
+        self.size, self.environment = size, LauncherEnvironment.current(folder)
         this_node = self.ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
             self.ray.get_runtime_context().get_node_id(), soft=False
         )
@@ -82,7 +82,7 @@ class RayWorkers:
         number = len(self.submitted)
         self.submitted.append(job)
         task = self.task.options(name=job.name, **self._resources(job))
-        self.running[task.remote(number, job.request, self.place, self.board)] = job
+        self.running[task.remote(number, job.request, self.environment, self.board)] = job
 
     def _resources(self, job: Job) -> dict[str, float]:
         """A CPU for each thread of a training, and a whole GPU if it uses one."""

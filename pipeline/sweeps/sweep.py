@@ -42,7 +42,7 @@ def sweep(config: SweepConfig, file: Path, typed: Mapping[str, str]) -> None:
     if not plan.baseline.config.tracking.enabled:
         raise UserError(f"{file}: tracking.enabled is false, allowed: true (a sweep compares what is in MLflow)")
     if any(arm.config.resume or arm.config.fork for arm in plan.arms):
-        raise UserError(f"{file}: resume and fork are of single runs; the same sweep again goes on by itself")
+        raise UserError(f"{file}: resume and fork are for single runs; the same command resumes a sweep")
     if config.engine == "ray" and any(arm.config.training.threads is None for arm in plan.arms):
         raise UserError(f"{file}: training.threads is null, allowed with engine ray: a number (of CPUs for a run)")
     folder = Path(plan.baseline.config.output_dir) / "sweeps" / plan.identity()

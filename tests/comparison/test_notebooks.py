@@ -36,7 +36,7 @@ class Executed:
     values: Any  # of its expression
     printed: str
     figures: int
-    refused: list[str]  # what was told where its parameter was a wrong one
+    refused: list[str]  # error messages for a wrong parameter
 
 
 # What is asked of each notebook's variables once it has run to its end
@@ -131,8 +131,8 @@ def code_of(name: str) -> list[str]:
 
 
 def source_of(name: str) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = json.loads((ROOT / f"notebooks/{name}.ipynb").read_text(encoding="utf-8"))
-    return found
+    notebook: Mapping[str, Any] = json.loads((ROOT / f"notebooks/{name}.ipynb").read_text(encoding="utf-8"))
+    return notebook
 
 
 # ---------------------------------------------------------------- as they are in git
@@ -171,11 +171,11 @@ def test_notebooks_read_by_the_two_functions_alone(name: str) -> None:
 def test_compare_runs_from_the_newest_sweep_to_the_verdict(
     laboratory: Laboratory, executed: dict[str, Executed]
 ) -> None:
-    sweep, found = laboratory.sweep("mmoe"), executed["compare_runs"]
+    sweep, result = laboratory.sweep("mmoe"), executed["compare_runs"]
     values = laboratory.by_arm("mmoe", METRIC)
     tested = ["l0 g2 w3", "l5 g1 w3"]
-    assert found.values["sweep"] == sweep != laboratory.sweep("visobert")
-    assert found.values["arms"] == list(ARMS)
+    assert result.values["sweep"] == sweep != laboratory.sweep("visobert")
+    assert result.values["arms"] == list(ARMS)
     assert set(values) == set(ARMS)
 
     base = np.array([values["baseline"][seed] for seed in (0, 1)])
@@ -183,23 +183,23 @@ def test_compare_runs_from_the_newest_sweep_to_the_verdict(
     small, large = sorted(tested, key=lambda arm: p[arm])
     adjusted = {small: min(1, 2 * p[small]), large: min(1, max(2 * p[small], p[large]))}  # Holm of two
     for arm, of_arm in values.items():
-        row = found.values["table"][arm]
+        row = result.values["table"][arm]
         assert row["mean"] == pytest.approx((of_arm[0] + of_arm[1]) / 2, rel=1e-9)
         if arm == "baseline":
             continue
         apart = {seed: of_arm[seed] - base[seed] for seed in (0, 1)}
         assert any(apart.values()) == (arm != "l0 g2 w3")  # which is the baseline to the last bit
-        assert {int(seed): value for seed, value in found.values["differences"][arm].items()} == pytest.approx(apart)
+        assert {int(seed): value for seed, value in result.values["differences"][arm].items()} == pytest.approx(apart)
         assert row["difference"] == pytest.approx((apart[0] + apart[1]) / 2)
         if arm in tested:
             assert row["p_adjusted"] == pytest.approx(adjusted[arm])
             better = "better" if row["difference"] < 0 else "worse"  # log loss: less is better
             verdict = better if adjusted[arm] <= 0.05 else "not distinguishable"
             assert row["verdict"] == verdict
-            assert f"{arm}: {verdict}; difference {row['difference']:+.2g}" in found.printed
+            assert f"{arm}: {verdict}; difference {row['difference']:+.2g}" in result.printed
 
-    assert found.values["gates"] == [3]
-    assert found.values["curves"] == ["loss_ctcvr_bce", "loss_ctcvr_focal", "valid/logloss_ctcvr"]
+    assert result.values["gates"] == [3]
+    assert result.values["curves"] == ["loss_ctcvr_bce", "loss_ctcvr_focal", "valid/logloss_ctcvr"]
     by_arm: dict[str, list[dict[int, float]]] = {}
     for run in sorted(laboratory.runs(f"tags.sweep_id = '{sweep}' AND tags.role != 'summary'"),
                       key=lambda run: int(run.data.tags["seed"])):  # fmt: skip
@@ -209,26 +209,26 @@ def test_compare_runs_from_the_newest_sweep_to_the_verdict(
         assert set(runs[0]) == {6, 12}
         expected = {step: np.mean([run[step] - base[step] for run, base in zip(runs, by_arm["baseline"], strict=True)])
                     for step in (6, 12)}  # fmt: skip
-        curve = {int(step): value for step, value in found.values["curve"][arm].items()}
+        curve = {int(step): value for step, value in result.values["curve"][arm].items()}
         assert curve == pytest.approx(expected, abs=1e-9)
-    assert found.figures == 2
+    assert result.figures == 2
 
 
 def test_compare_runs_takes_another_sweep_where_it_is_named(laboratory: Laboratory) -> None:
-    found: dict[str, Any] = {}
+    names: dict[str, Any] = {}
     sweep = laboratory.sweep("visobert")
     with here(laboratory.folder, SWEEP_ID=sweep, MLFLOW_TRACKING_URI=f"sqlite:///{laboratory.folder / 'mlflow.db'}"):
-        exec("\n".join(code_of("compare_runs")), found)  # noqa: S102
-    assert found["SWEEP_ID"] == found["runs"]["sweep_id"].unique().item() == sweep
-    assert found["curves"] == ["loss_sentiment", "loss_aspect", "valid/sentiment_f1_macro"]
+        exec("\n".join(code_of("compare_runs")), names)  # noqa: S102
+    assert names["SWEEP_ID"] == names["runs"]["sweep_id"].unique().item() == sweep
+    assert names["curves"] == ["loss_sentiment", "loss_aspect", "valid/sentiment_f1_macro"]
 
 
 def test_loss_components_turns_one_run_inside_out(laboratory: Laboratory, executed: dict[str, Executed]) -> None:
-    found = executed["loss_components"]
+    result = executed["loss_components"]
     newest = laboratory.runs("tags.role = 'arm' AND tags.task = 'mmoe'")[-1]
-    assert found.values["run"] == newest.info.run_id
+    assert result.values["run"] == newest.info.run_id
     arm, weight = newest.data.tags["arm"], float(newest.data.params["loss.aux_focal.lambda"])
-    assert (found.values["gate"], found.values["steps"]) == (3, 12)
+    assert (result.values["gate"], result.values["steps"]) == (3, 12)
 
     names = ("loss_ctr", "loss_ctcvr", "loss_ctcvr_bce", "loss_ctcvr_focal", "loss_cvr_aux", "loss_total")
     points = {name: laboratory.points(newest.info.run_id, name) for name in names}
@@ -241,32 +241,32 @@ def test_loss_components_turns_one_run_inside_out(laboratory: Laboratory, execut
                        + 0.1 * points["loss_cvr_aux"][step] - total[step] for step in range(12)],
     }  # fmt: skip
     for name, errors in missed.items():
-        assert found.values["error"][name] == pytest.approx(max(map(abs, errors)), abs=1e-12)
-        assert found.values["error"][name] < 1e-5
-    assert found.values["holds"]
-    assert found.values["after"]["ctcvr, lambda * focal"] == pytest.approx(weight * np.mean(list(focal.values())))
-    assert found.values["shares"]["ctcvr, cross-entropy"] == pytest.approx(bce[11] / total[11], rel=1e-5)
+        assert result.values["error"][name] == pytest.approx(max(map(abs, errors)), abs=1e-12)
+        assert result.values["error"][name] < 1e-5
+    assert result.values["holds"]
+    assert result.values["after"]["ctcvr, lambda * focal"] == pytest.approx(weight * np.mean(list(focal.values())))
+    assert result.values["shares"]["ctcvr, cross-entropy"] == pytest.approx(bce[11] / total[11], rel=1e-5)
     added = weight * sum(focal.values()) / sum(bce[step] for step in focal)
-    assert found.values["added_to_bce"] == pytest.approx(added)
-    assert f"adds {added:.3%} to the cross-entropy" in found.printed
+    assert result.values["added_to_bce"] == pytest.approx(added)
+    assert f"adds {added:.3%} to the cross-entropy" in result.printed
 
     factors = [
         laboratory.points(newest.info.run_id, f"influence/focal_factor_{kind}") for kind in ("positive", "negative")
     ]
     positive, negative = (weight * np.mean(list(factor.values())) for factor in factors)
     assert set(factors[1]) == {4, 6, 8, 10}
-    assert found.values["added"] == pytest.approx({"conversions": positive, "others": negative})
-    assert found.values["ratio"] == pytest.approx(
+    assert result.values["added"] == pytest.approx({"conversions": positive, "others": negative})
+    assert result.values["ratio"] == pytest.approx(
         (300 + positive) / (1 + negative)
     )  # 300: the clip of the shipped config
     values = laboratory.by_arm("mmoe", METRIC)
     against = np.mean([values[arm][seed] - values["w+5 w3"][seed] for seed in (0, 1)])
-    assert found.values["against"] == pytest.approx(against)
-    assert found.figures == 2
+    assert result.values["against"] == pytest.approx(against)
+    assert result.figures == 2
 
 
 def test_alpha_from_distribution_to_effect(laboratory: Laboratory, executed: dict[str, Executed]) -> None:
-    found = executed["alpha"]
+    result = executed["alpha"]
 
     (folder,) = (laboratory.folder / "data_cache").glob("reviews-300-*")
     labels = pd.read_csv(folder / "train.csv", encoding="utf-8-sig").drop(columns="data")
@@ -276,26 +276,26 @@ def test_alpha_from_distribution_to_effect(laboratory: Laboratory, executed: dic
     }
     counts = {name: sum(aspect[name] for aspect in by_aspect.values()) for name in SENTIMENTS}
     auto = {name: sum(counts.values()) / (3 * count) for name, count in counts.items()}
-    assert found.values["counts"] == counts
-    assert found.values["by_aspect"] == by_aspect
-    assert found.values["alpha"] == pytest.approx(auto)
+    assert result.values["counts"] == counts
+    assert result.values["by_aspect"] == by_aspect
+    assert result.values["alpha"] == pytest.approx(auto)
     (prep,) = laboratory.runs("metrics.`count/positive` > 0")
-    assert found.values["logged"] == {name: prep.data.metrics[f"alpha/{name}"] for name in SENTIMENTS}
-    assert "auto in this sweep is the alpha above" in found.printed
+    assert result.values["logged"] == {name: prep.data.metrics[f"alpha/{name}"] for name in SENTIMENTS}
+    assert "auto in this sweep is the alpha above" in result.printed
 
     arms = {"baseline": (1, 1, 1), "auto g0": tuple(auto.values()), "1 1.2 1.5 g2": (1, 1.2, 1.5)}
-    assert set(found.values["of_arms"]) == set(arms)
+    assert set(result.values["of_arms"]) == set(arms)
     for arm, vector in arms.items():
-        assert tuple(found.values["of_arms"][arm].values()) == pytest.approx(vector)
+        assert tuple(result.values["of_arms"][arm].values()) == pytest.approx(vector)
     for name in SENTIMENTS:
         f1 = laboratory.by_arm("visobert", f"test/sentiment_f1/{name}")
         for arm, values in f1.items():
-            assert found.values["f1"][arm][name] == pytest.approx(np.mean(list(values.values())))
-            assert found.values["spread"][arm][name] == pytest.approx(np.std(list(values.values()), ddof=1))
+            assert result.values["f1"][arm][name] == pytest.approx(np.mean(list(values.values())))
+            assert result.values["spread"][arm][name] == pytest.approx(np.std(list(values.values()), ddof=1))
             if arm != "baseline":
                 apart = np.mean([values[seed] - f1["baseline"][seed] for seed in (0, 1)])
-                assert found.values["differences"][arm][name] == pytest.approx(apart)
-    assert found.figures == 3
+                assert result.values["differences"][arm][name] == pytest.approx(apart)
+    assert result.figures == 3
 
 
 # ---------------------------------------------------------------- refused
@@ -321,8 +321,8 @@ def test_a_run_or_sweep_of_another_kind_is_told_in_one_line(
     laboratory: Laboratory, executed: dict[str, Executed]
 ) -> None:
     (run,) = executed["loss_components"].refused
-    told = f"run {baseline_of(laboratory)} logged no loss_ctcvr_focal; allowed as RUN_ID: one that did, or none"
-    assert run == told
+    message = f"run {baseline_of(laboratory)} logged no loss_ctcvr_focal; allowed as RUN_ID: one that did, or none"
+    assert run == message
     sweep = laboratory.sweep("mmoe")
     store = f"sqlite:///{laboratory.folder / 'mlflow.db'}"
     line = refused_here(laboratory.folder, "alpha", SWEEP_ID=sweep, MLFLOW_TRACKING_URI=store)

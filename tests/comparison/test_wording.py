@@ -1,4 +1,4 @@
-"""One comparison in words and numbers: the same in a terminal, in Markdown, on the page and in MLflow's note."""
+"""The same words and numbers in a terminal, in Markdown, on the page and in MLflow's note."""
 
 import re
 import shutil
@@ -43,21 +43,21 @@ def store(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterat
 
     folder = tmp_path_factory.mktemp("wording")
     shutil.copyfile(empty_store, folder / "mlflow.db")
-    made = Store(folder)
-    made.experiment("sweeps", (folder / "artifacts").as_uri())
+    new_store = Store(folder)
+    new_store.experiment("sweeps", (folder / "artifacts").as_uri())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", made.uri)
-        mlflow.set_tracking_uri(made.uri)
+        patch.setenv("MLFLOW_TRACKING_URI", new_store.uri)
+        mlflow.set_tracking_uri(new_store.uri)
         for arm, values in VALUES.items():
             control = {"role": "control", "control_of": "higher"} if arm == "reweighted" else {}
             for seed, value in enumerate(values):
-                made.run(arm, seed, {"test/auc_ctcvr": value}, sweep_id=SWEEP, **control)
-        yield made
+                new_store.run(arm, seed, {"test/auc_ctcvr": value}, sweep_id=SWEEP, **control)
+        yield new_store
     mlflow.set_tracking_uri(None)
 
 
 def expected() -> Reading:
-    """By scipy, at four decimals."""
+    """Computed with scipy, to four decimals."""
     base = np.array(VALUES["baseline"])
     shown = {arm: [f"{np.mean(values):.4f}"] for arm, values in VALUES.items()}
     p = {arm: float(ttest_rel(VALUES[arm], base).pvalue) for arm in TESTED}
@@ -103,7 +103,7 @@ def of_markdown(text: str) -> Reading:
 
 
 def of_page(page: Page) -> Reading:
-    """The results' cells, without what is set small in them."""
+    """The cells of the results, without details in small print."""
     head = [" ".join(cell["text"].split()) for cell in page.find("th", scope="col")]
     head = head[1 : head.index("arm", 1)]
     small = "|".join(re.escape(element["text"]) for element in page.find("small"))
@@ -123,8 +123,8 @@ def of_sentences(sentences: dict[str, str]) -> Reading:
         r"; minimum detectable difference ([^;]+)",
         r"^(.+?)(?: of higher)?(?:, 5 seeds)?; mean",
     )
-    found = {arm: [re.search(pattern, text) for pattern in patterns] for arm, text in sentences.items()}
-    return {arm: tuple(match[1] if match else "–" for match in matches) for arm, matches in found.items()}
+    by_arm = {arm: [re.search(pattern, text) for pattern in patterns] for arm, text in sentences.items()}
+    return {arm: tuple(match[1] if match else "–" for match in matches) for arm, matches in by_arm.items()}
 
 
 def test_all_five_say_the_same(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,10 +148,10 @@ def test_all_five_say_the_same(store: Store, tmp_path: Path, capsys: pytest.Capt
         assert dict(re.findall(r"^- \*\*(.+?)\*\*: (.+)$", text, re.M)) == in_page
     shared = (wording.tally(comparison), *wording.method(comparison).splitlines(), *comparison.notes)
     plain = " ".join(page.find("body")[0]["text"].split())
-    for said in shared:
-        assert said in terminal
-        assert said in plain
-        assert said in markdown.replace("\\_", "_")
+    for sentence in shared:
+        assert sentence in terminal
+        assert sentence in plain
+        assert sentence in markdown.replace("\\_", "_")
 
 
 def test_the_manual_has_every_heading() -> None:

@@ -1,7 +1,7 @@
-"""Sweeps on Ray: a cluster that the sweep starts for itself; by `make faults`, one of two nodes on this machine.
+"""Sweeps on Ray: on a cluster that the sweep starts, and in `make faults` on one of two nodes on this machine.
 
-There, it is the table of `engine=local`, whatever is lost on the way. What needs Ray skips without it, and fails
-instead where CI_RAY=1 says that it has to be there.
+The table must be that of `engine=local`, whatever is lost on the way. Without Ray these tests are skipped, or fail if
+CI_RAY=1.
 """
 
 import importlib.util
@@ -36,7 +36,7 @@ one_process = pytest.mark.xdist_group("ray")  # makes the cluster and the undist
 
 @dataclass
 class TwoNodes:
-    """A cluster of two nodes with one CPU each; the second one can be lost."""
+    """A cluster of two nodes with one CPU each; the second can be lost."""
 
     cluster: Any
     second: Any = None
@@ -50,18 +50,18 @@ class TwoNodes:
             self.second = self.cluster.add_node(num_cpus=1, include_dashboard=False)
 
     def lose(self) -> None:
-        """As a machine that loses its power: no process of it is asked."""
+        """Lose the second node at once, as in a power cut."""
         self.cluster.remove_node(self.second, allow_graceful=False)
         self.second = None
 
     def raylet(self) -> int:
-        """The second node's process that starts those of its tasks."""
+        """Id of the second node's raylet, the parent of its task processes."""
         return int(self.second.all_processes["raylet"][0].process.pid)
 
 
 @pytest.fixture(scope="module")
 def ray_folder() -> Iterator[Path]:
-    """Where Ray keeps its files, and `auto` looks for a cluster."""
+    """Folder of Ray's files, in which `auto` looks for a cluster."""
     if importlib.util.find_spec("ray") is None:
         (pytest.fail if os.environ.get("CI_RAY") == "1" else pytest.skip)("Ray is not installed")
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # a socket's path is 107 characters at most
@@ -92,7 +92,7 @@ def cluster(nodes: TwoNodes) -> TwoNodes:
 
 @dataclass
 class Sweep:
-    """A sweep in a process of its own."""
+    """A sweep in its own process."""
 
     folder: Path
     file: Path
@@ -113,7 +113,7 @@ class Sweep:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
-    def told(self) -> str:
+    def stderr(self) -> str:
         return self.log.read_text()
 
     def end(self) -> int:
@@ -122,16 +122,16 @@ class Sweep:
         return int(self.process.returncode)
 
     def wait_for(self, condition: Callable[[], Any], what: str) -> Any:
-        """What the condition has found, as long as the sweep is at work."""
+        """Wait until the condition is true; returns its value. The sweep must not end before."""
         end = time.monotonic() + SECONDS
-        while not (found := condition()):
-            assert self.process.poll() is None, f"it ended before {what}: {self.told()}"
-            assert time.monotonic() < end, f"waited in vain for {what}: {self.told()}"
+        while not (result := condition()):
+            assert self.process.poll() is None, f"it ended before {what}: {self.stderr()}"
+            assert time.monotonic() < end, f"waited in vain for {what}: {self.stderr()}"
             time.sleep(0.02)
-        return found
+        return result
 
     def in_the_middle(self, of: Callable[[str, int], bool] = lambda _, __: True) -> tuple[str, int] | None:
-        """A run and the process that is in the middle of it, past its first checkpoint there."""
+        """A run past its first checkpoint, and the id of the process that trains it."""
         for journal in (self.folder / "outputs").glob("*/journal.jsonl"):
             text = journal.read_text()
             if '"role":"summary"' in text or '"op":"finish"' in text or '"step":60,' not in text:
@@ -151,7 +151,7 @@ def parent_of(pid: int) -> int:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, empty_store: Path, impressions: Path) -> tuple[str, Any]:
-    """The sweep by `engine=local`: what it said, and its runs."""
+    """The sweep by `engine=local`: its standard error and its runs."""
     from mlflow import MlflowClient
 
     folder = tmp_path_factory.mktemp("local")
@@ -159,21 +159,21 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, empty_store: Path, imp
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
         with Sweep(folder, the_sweep(folder, impressions)) as sweep:
-            assert sweep.end() == 0, sweep.told()
+            assert sweep.end() == 0, sweep.stderr()
     client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
-    return sweep.told(), by_arm(client, sweep_id_of(sweep.told()))
+    return sweep.stderr(), by_arm(client, sweep_id_of(sweep.stderr()))
 
 
 def the_sweep(folder: Path, impressions: Path) -> Path:
     return sweep_file(folder, impressions, arms=ARMS, jobs=2, metric="test/logloss_ctcvr", settings=SETTINGS)
 
 
-def assert_as_undisturbed(told: str, client: Any, undisturbed: tuple[str, Any]) -> None:
-    """The same sweep, table, points and weights; a run a key, all of them ended, each point once."""
+def assert_as_undisturbed(stderr: str, client: Any, undisturbed: tuple[str, Any]) -> None:
+    """Same sweep, table, points and weights; one finished run per key, each point once."""
     expected, expected_runs = undisturbed
-    sweep_id = sweep_id_of(told)
+    sweep_id = sweep_id_of(stderr)
     assert sweep_id == sweep_id_of(expected)
-    assert table_of(told) == table_of(expected)
+    assert table_of(stderr) == table_of(expected)
     runs = by_arm(client, sweep_id)
     assert len(runs) == 2 * (len(ARMS) + 1)
     assert len({run.data.tags["run_key"] for run in runs.values()}) == len(runs)
@@ -198,15 +198,15 @@ def test_a_node_and_a_process_are_lost_in_the_middle_of_arms(
         raylet = cluster.raylet()
         lost, _ = sweep.wait_for(lambda: sweep.in_the_middle(lambda _, pid: parent_of(pid) == raylet), "an arm there")
         cluster.lose()
-        sweep.wait_for(lambda: "again: its process or node was lost" in sweep.told(), "Ray's retry")
+        sweep.wait_for(lambda: "again: its process or node was lost" in sweep.stderr(), "Ray's retry")
         killed, pid = sweep.wait_for(lambda: sweep.in_the_middle(lambda run, _: run != lost), "another arm")
         os.kill(pid, signal.SIGKILL)
-        assert sweep.end() == 0, sweep.told()
-    told = sweep.told()
-    assert len(re.findall("again: its process or node was lost", told)) == 2, told
-    assert "failed" not in told
-    assert_as_undisturbed(told, client, undisturbed)
-    for run_id in (lost, killed):  # from a checkpoint of its own, past the shared beginning
+        assert sweep.end() == 0, sweep.stderr()
+    stderr = sweep.stderr()
+    assert len(re.findall("again: its process or node was lost", stderr)) == 2, stderr
+    assert "failed" not in stderr
+    assert_as_undisturbed(stderr, client, undisturbed)
+    for run_id in (lost, killed):  # from a checkpoint of its own, after the shared prefix
         assert int(client.get_run(run_id).data.tags["resumed_at"]) >= 40
 
 
@@ -220,53 +220,41 @@ def test_cancelled_on_ray_and_finished_by_processes(
     with Sweep(workplace, file, ("--engine", "ray", "--ray_address", cluster.address)) as sweep:
         _, asked = sweep.wait_for(sweep.in_the_middle, "an arm")
         os.kill(asked, signal.SIGTERM)  # its node is to go: the run is saved, and goes on elsewhere
-        sweep.wait_for(lambda: "again: its process or node was lost" in sweep.told(), "Ray's retry")
+        sweep.wait_for(lambda: "again: its process or node was lost" in sweep.stderr(), "Ray's retry")
         sweep.wait_for(lambda: sweep.in_the_middle(lambda _, pid: pid != asked), "an arm after that")
         os.killpg(sweep.process.pid, signal.SIGINT)  # Ctrl-C
-        assert sweep.end() == 130, sweep.told()
-    assert sweep.told().splitlines()[-1] == "error: stopped by SIGINT"
-    assert "Traceback" not in sweep.told()
+        assert sweep.end() == 130, sweep.stderr()
+    assert sweep.stderr().splitlines()[-1] == "error: stopped by SIGINT"
+    assert "Traceback" not in sweep.stderr()
     left = client.search_runs(["0"])
-    assert {run.info.status for run in left} <= {"KILLED", "FINISHED"}, sweep.told()
+    assert {run.info.status for run in left} <= {"KILLED", "FINISHED"}, sweep.stderr()
     ended = [run for run in left if run.info.status == "KILLED"]
     assert {run.data.tags["role"] for run in ended} >= {"summary"}
     assert len(ended) >= 2
     with Sweep(workplace, file) as again:
-        assert again.end() == 0, again.told()
-    assert_as_undisturbed(again.told(), client, undisturbed)
-
-
-@one_process
-@pytest.mark.faults
-@only_full
-def test_on_two_nodes_the_table_is_that_of_processes(
-    cluster: TwoNodes, workplace: Path, client: Any, impressions: Path, undisturbed: tuple[str, Any]
-) -> None:
-    file = the_sweep(workplace, impressions)
-    with Sweep(workplace, file, ("--engine", "ray", "--ray_address", cluster.address)) as sweep:
-        assert sweep.end() == 0, sweep.told()
-    assert_as_undisturbed(sweep.told(), client, undisturbed)
+        assert again.end() == 0, again.stderr()
+    assert_as_undisturbed(again.stderr(), client, undisturbed)
 
 
 @one_process
 def test_an_arm_that_changes_nothing_is_the_baseline(
     ray_folder: Path, workplace: Path, client: Any, impressions: Path
 ) -> None:
-    """lambda 0, to the last bit, on a cluster that the sweep starts for itself and ends."""
+    """lambda 0 equals the baseline bit for bit, on a cluster that the sweep starts and ends."""
     file = sweep_file(workplace, impressions, arms=[{"lambda": 0.0}, {"lambda": 5.0}], seeds=[0], jobs=2,
                       metric="test/logloss_ctcvr")  # fmt: skip
     with Sweep(workplace, file, ("--engine", "ray")) as sweep:
-        assert sweep.end() == 0, sweep.told()
-    found = client.search_runs(["0"], f"tags.sweep_id = '{sweep_id_of(sweep.told())}'")
-    assert {run.info.status for run in found} == {"FINISHED"}
-    runs = {run.data.tags["arm"]: run for run in found if run.data.tags["role"] != "summary"}
+        assert sweep.end() == 0, sweep.stderr()
+    runs_of_sweep = client.search_runs(["0"], f"tags.sweep_id = '{sweep_id_of(sweep.stderr())}'")
+    assert {run.info.status for run in runs_of_sweep} == {"FINISHED"}
+    runs = {run.data.tags["arm"]: run for run in runs_of_sweep if run.data.tags["role"] != "summary"}
     assert set(runs) == {"baseline", "l0 g1 w5", "l5 g1 w5"}
     for run in runs.values():
         points = client.get_metric_history(run.info.run_id, "global_step")
         assert sorted((point.step, point.value) for point in points) == [(step, step) for step in range(12)]
     zero, base, five = (runs[arm].data.metrics["test/logloss_ctcvr"] for arm in ("l0 g1 w5", "baseline", "l5 g1 w5"))
     assert zero == base != five
-    assert f"{base:.4f}" in sweep.told()
+    assert f"{base:.4f}" in sweep.stderr()
 
 
 @one_process
@@ -275,7 +263,7 @@ def test_an_arm_that_changes_nothing_is_the_baseline(
 def test_a_search_on_ray_hears_evaluations_and_stops_trials(
     cluster: TwoNodes, workplace: Path, client: Any, impressions: Path
 ) -> None:
-    """Learning rates from useless to too high: some fall behind the median, and are stopped on their node."""
+    """Learning rates from useless to too high: some fall behind the median and are stopped."""
     search = {
         "trials": 6, "startup_trials": 2, "settings": {"aux_focal": True}, "metric": "valid/logloss_ctcvr",
         "mode": "min", "space": {"optim.dense.lr": {"low": 1e-6, "high": 1.0, "log": True}},
@@ -283,18 +271,18 @@ def test_a_search_on_ray_hears_evaluations_and_stops_trials(
     settings = {"epochs": 4, "training.max_steps": 240, "evaluation.every_steps": 5}
     file = sweep_file(workplace, impressions, arms=None, search=search, settings=settings, seeds=[0], jobs=1)
     with Sweep(workplace, file, ("--engine", "ray", "--ray_address", cluster.address)) as sweep:
-        assert sweep.end() == 0, sweep.told()
-    found = client.search_runs(["0"], f"tags.sweep_id = '{sweep_id_of(sweep.told())}'")
-    trials = [run for run in found if run.data.tags["role"] == "trial"]
+        assert sweep.end() == 0, sweep.stderr()
+    runs_of_sweep = client.search_runs(["0"], f"tags.sweep_id = '{sweep_id_of(sweep.stderr())}'")
+    trials = [run for run in runs_of_sweep if run.data.tags["role"] == "trial"]
     assert sorted(int(run.data.tags["trial"]) for run in trials) == list(range(6))
     stopped = [run for run in trials if "pruned" in run.data.tags]
-    assert stopped, sweep.told()
+    assert stopped, sweep.stderr()
     for run in trials:
         steps = len(client.get_metric_history(run.info.run_id, "loss_total"))
         assert steps == 240 if run not in stopped else int(run.data.tags["pruned"]) <= steps < 240
-    assert {run.info.status for run in found} == {"FINISHED"}
+    assert {run.info.status for run in runs_of_sweep} == {"FINISHED"}
     best = min(trial_value(client, run) for run in trials if run not in stopped)
-    assert f"{best:.4f}" in sweep.told()
+    assert f"{best:.4f}" in sweep.stderr()
 
 
 def trial_value(client: Any, run: Any) -> float:
@@ -325,7 +313,7 @@ def test_what_ray_cannot_do_is_one_line(
 
 @pytest.fixture
 def refused(workplace: Path, impressions: Path, call_pipeline: Call) -> Callable[..., str]:
-    """`refused(*arguments)`: the one line that says why a sweep on Ray does not begin."""
+    """`refused(*arguments)`: the one-line error of a sweep on Ray that does not start."""
     file = sweep_file(workplace, impressions)
 
     def call(*arguments: str) -> str:

@@ -1,8 +1,7 @@
-"""Sweeps as a user starts them: flat runs, a verdict, and nothing twice however often they are cut off."""
+"""Sweeps as users start them: flat runs, a verdict, and no repeated work after interruptions."""
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -35,8 +34,7 @@ from pipeline.sweeps.local_workers import LocalWorkers
 from pipeline.sweeps.requests import DataDigest, DigestData
 from pipeline.sweeps.summary_run import SummaryRun
 from pipeline.sweeps.sweep_config import SweepConfig
-from pipeline.sweeps.sweep_plan import Plan, resolve
-from pipeline.sweeps.worker import Work
+from pipeline.sweeps.sweep_plan import resolve
 from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tracking.run import MemoryRun
 
@@ -61,7 +59,7 @@ def sweep_file(folder: Path, impressions: Path, **changes: Any) -> Path:
 
 @pytest.fixture
 def run_sweep(call_pipeline: Call) -> Call:
-    """`run_sweep(file, *arguments)`, in this process; what trains are processes of their own."""
+    """`run_sweep(file, *arguments)`: run a sweep in this process, with worker processes."""
     return partial(call_pipeline, "sweep", "--config")
 
 
@@ -70,8 +68,8 @@ def sweep_id_of(stderr: str) -> str:
 
 
 def by_arm(client: Any, sweep_id: str, roles: tuple[str, ...] = ("baseline", "arm", "control")) -> dict[Any, Any]:
-    found = client.search_runs(["0"], f"tags.sweep_id = '{sweep_id}'")
-    runs = [run for run in found if run.data.tags["role"] in roles]
+    stored = client.search_runs(["0"], f"tags.sweep_id = '{sweep_id}'")
+    runs = [run for run in stored if run.data.tags["role"] in roles]
     named = {(run.data.tags["arm"], int(run.data.tags["seed"])): run for run in runs}
     assert len(named) == len(runs), "two runs of one key"
     return named
@@ -87,19 +85,19 @@ def assert_same_results(one: dict[Any, Any], other: dict[Any, Any]) -> None:
     assert one.keys() == other.keys()
     for key, run in one.items():
         pd.testing.assert_frame_equal(history(run), history(other[key]), check_exact=True)
-        folders = [Path(found.data.tags["run_dir"]) for found in (run, other[key])]
+        folders = [Path(each.data.tags["run_dir"]) for each in (run, other[key])]
         first, second = (load_file(folder / "final" / "model.safetensors") for folder in folders)
         assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
 def table_of(stderr: str) -> str:
-    """From the table's head to what differs between starts: ids and files."""
+    """The printed table, without the ids and files that differ between starts."""
     return stderr[stderr.index("mean ± sd") : stderr.index("\nreport: ")]
 
 
 @pytest.fixture
 def finished(laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch) -> Laboratory:
-    """A finished sweep, MMOE: two arms, a control and the baseline, two seeds. What is started now is started there."""
+    """The finished sweep MMOE (two arms, a control, the baseline; two seeds), in its folder."""
     monkeypatch.chdir(laboratory.folder)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{laboratory.folder / 'mlflow.db'}")
     return laboratory
@@ -110,7 +108,7 @@ def runs_of(finished: Laboratory) -> dict[Any, Any]:
 
 
 def comparison_of(finished: Laboratory) -> Path:
-    """The folder of the finished sweep's comparison, which is named at its end."""
+    """The folder of the finished sweep's comparison, as printed at its end."""
     (page,) = re.findall(r"^report: file://(.+)$", finished.printed, re.MULTILINE)
     return Path(page).parent
 
@@ -120,8 +118,8 @@ def test_a_sweep_through_mlproject(finished: Laboratory) -> None:
     client, runs = finished.client, runs_of(finished)
     (data,) = (finished.folder / "data_cache").glob("*/schema.json")
     assert set(runs) == {(arm, seed) for arm in ARMS for seed in (0, 1)}
-    told = finished.printed.partition("\nsweep ")[0]
-    assert "embedded data: generated, 10,000 impressions, because data.path is null" in told.splitlines()
+    preamble = finished.printed.partition("\nsweep ")[0]
+    assert "embedded data: generated, 10,000 impressions, because data.path is null" in preamble.splitlines()
     for (arm, seed), run in runs.items():
         tags, params = run.data.tags, run.data.params
         assert run.info.status == "FINISHED"
@@ -141,7 +139,7 @@ def test_a_sweep_through_mlproject(finished: Laboratory) -> None:
             assert points == list(zip(rows["step"], rows["value"], strict=True)), metric
     colors = {arm: {run.data.tags["mlflow.runColor"] for (name, _), run in runs.items() if name == arm}
               for arm, _ in runs}  # fmt: skip
-    assert all(len(found) == 1 for found in colors.values())
+    assert all(len(own) == 1 for own in colors.values())
     assert len(set.union(*colors.values())) == 4
     assert {run.data.tags["branched_from"] for (_, seed), run in runs.items() if seed == 0}.isdisjoint(
         run.data.tags["branched_from"] for (_, seed), run in runs.items() if seed == 1
@@ -202,17 +200,17 @@ def test_runs_alone_have_the_same_points_and_weights(finished: Laboratory, run_s
     apart = run_sweep("mmoe.yaml", *arguments)
     assert apart.returncode == 0, apart.stderr
     assert "trained 48 optimizer steps for runs of 48" in apart.stderr
-    found = finished.client.search_runs([finished.client.get_experiment_by_name("apart").experiment_id])
-    others = {(run.data.tags["arm"], 1): run for run in found if run.data.tags["role"] != "summary"}
-    assert len(found) == len(others) + 1
-    assert {run.data.tags["sweep_id"] for run in found}.isdisjoint({sweep_id_of(finished.printed)})
+    stored = finished.client.search_runs([finished.client.get_experiment_by_name("apart").experiment_id])
+    others = {(run.data.tags["arm"], 1): run for run in stored if run.data.tags["role"] != "summary"}
+    assert len(stored) == len(others) + 1
+    assert {run.data.tags["sweep_id"] for run in stored}.isdisjoint({sweep_id_of(finished.printed)})
     assert not any("branch_step" in run.data.tags for run in others.values())
     assert_same_results({key: run for key, run in runs_of(finished).items() if key[1] == 1}, others)
 
 
 def by_arm_summary(client: Any, sweep_id: str) -> list[Any]:
-    found = client.search_runs(["0"], f"tags.sweep_id = '{sweep_id}'")
-    return [run for run in found if run.data.tags["role"] == "summary"]
+    stored = client.search_runs(["0"], f"tags.sweep_id = '{sweep_id}'")
+    return [run for run in stored if run.data.tags["role"] == "summary"]
 
 
 @in_laboratory
@@ -221,7 +219,7 @@ def by_arm_summary(client: Any, sweep_id: str) -> list[Any]:
 def test_killed_it_goes_on_to_the_same_table(
     laboratory: Laboratory, workplace: Path, client: Any, run_sweep: Call
 ) -> None:
-    """SIGKILL to the whole process group, of the sweep that was finished elsewhere undisturbed."""
+    """SIGKILL to the whole process group; the results are those of an undisturbed sweep."""
     file = workplace / "sweep.yaml"
     file.write_text(yaml.safe_dump(MMOE | {"config": str(ROOT / "configs/mtl_mmoe.yaml")}))
     command = [sys.executable, "-m", "pipeline", "sweep", "--config", str(file)]
@@ -252,13 +250,13 @@ def test_killed_it_goes_on_to_the_same_table(
 
 
 def _begun(workplace: Path) -> int:
-    """Runs of arms that have begun."""
+    """Number of the arms' runs that have begun."""
     return len(list((workplace / "outputs").glob("*/config.yaml")))
 
 
 def _newest_sweep(client: Any) -> str:
-    found = client.search_runs(["0"], "tags.sweep_id like '%'", order_by=["attributes.start_time DESC"])
-    return str(found[0].data.tags["sweep_id"]) if found else "none"
+    stored = client.search_runs(["0"], "tags.sweep_id like '%'", order_by=["attributes.start_time DESC"])
+    return str(stored[0].data.tags["sweep_id"]) if stored else "none"
 
 
 shares_worker = pytest.mark.xdist_group("workshop")  # starts its worker once
@@ -266,7 +264,7 @@ shares_worker = pytest.mark.xdist_group("workshop")  # starts its worker once
 
 @dataclass(frozen=True)
 class Workshop:
-    """A folder with a tracking store, and one worker that serves all sweeps there: to start one takes seconds."""
+    """A folder with a tracking store, and a worker for all sweeps there, since starting one takes seconds."""
 
     folder: Path
     client: Any  # MLflow's
@@ -471,7 +469,7 @@ def test_a_search_whose_launcher_is_killed_goes_on_with_the_trials_that_it_was_a
 def test_a_search_trains_a_setting_once_and_gives_up_one_that_fails(
     workplace: Path, client: Any, impressions: Path, run_sweep: Call
 ) -> None:
-    """Two settings, of which one diverges: further proposals of either get the end that the first came to."""
+    """Two settings, one of which diverges: repeated proposals get the outcome of the first."""
     search = {"trials": 4, "startup_trials": 4, "settings": {"aux_focal": True},
               "space": {"optim.dense.lr": {"choices": [1e-3, 1e30]}}}  # fmt: skip
     file = sweep_file(workplace, impressions, arms=None, search=search, seeds=[0])
@@ -497,7 +495,7 @@ def trials_of(file: Path) -> list[optuna.trial.FrozenTrial]:
 
 
 def _is_trained(workplace: Path, trial: int) -> bool:
-    """The run of the trial is past its first checkpoint, and not at its end."""
+    """Whether the trial's run is past its first checkpoint."""
     for journal in (workplace / "outputs").glob("*/journal.jsonl"):
         text = journal.read_text()
         if f'"trial":"{trial}"' in text:
@@ -506,89 +504,14 @@ def _is_trained(workplace: Path, trial: int) -> bool:
 
 
 def _session(leader: int) -> list[int]:
-    """The processes of the session that are still there."""
-    found = []
+    """Ids of the session's live processes."""
+    pids = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError, IndexError):  # it ended just now
             state, *_, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
             if int(session) == leader and state != "Z":
-                found.append(int(folder.name))
-    return found
-
-
-class InlineWorkers:
-    """Workers that do jobs in this process."""
-
-    def __init__(self) -> None:
-        self.worker = Work(None, print, threading.Event())  # type: ignore[arg-type]
-
-    def work(self, jobs: list[Job]) -> None:
-        for job in jobs:
-            assert job.needs is None or job.needs.reply
-            job.reply = self.worker.do(job.request)
-
-
-def checked_plan(file: Path) -> Plan:
-    plan, _ = check_data(resolve(load(SweepConfig, file), file, MmoeConfig, [file.parent]), InlineWorkers())  # type: ignore[arg-type]
-    return plan
-
-
-SEARCH = {"trials": 2, "space": {"lambda": {"low": 0.01, "high": 0.5}}}
-
-
-@pytest.mark.parametrize(
-    ("changes", "told"),
-    [
-        ({"metric": "test/auc_ctcvrr"}, "metric: found test/auc_ctcvrr, .* did you mean test/auc_ctcvr?"),
-        (
-            {"arms": None, "search": SEARCH | {"metric": "valid/logloss"}},
-            "search.metric: found .* did you mean valid/log",
-        ),
-        ({"settings": {"evaluation.metric": "valid/auc_ctrr"}}, "evaluation.metric: found valid/auc_ctrr, .*auc_ctr?"),
-        ({"arms": [{"evaluation.metric": "valid/auc_ctrr"}]}, "evaluation.metric: found valid/auc_ctrr, .*auc_ctr?"),
-    ],
-)
-def test_a_misspelt_metric_is_refused_before_any_run(
-    tmp_path: Path, impressions: Path, changes: dict[str, Any], told: str
-) -> None:
-    with pytest.raises(UserError, match=f"^{told}"):
-        checked_plan(sweep_file(tmp_path, impressions, **changes))
-
-
-def test_an_undefined_metric_is_refused_or_replaced_before_any_run(
-    tmp_path: Path, impressions: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    schema, changed = DataSchema.read(impressions), tmp_path / "data"
-    shutil.copytree(impressions, changed)
-
-    def plan(lacking: dict[str, str], **changes: Any) -> Plan:
-        """As if there were no conversions (or clicks) in the splits."""
-        splits = {name: split.model_copy(update={lacking[name]: 0} if name in lacking else {})
-                  for name, split in schema.splits.items()}  # fmt: skip
-        schema.model_copy(update={"splits": splits}).write(changed)
-        return checked_plan(sweep_file(tmp_path, changed, **changes))
-
-    none = {"validation": "conversions", "test": "conversions"}
-    rows = schema.splits["validation"].rows
-    lacks = f"needs both classes: validation has 0 conversions of {rows} rows"
-    with pytest.raises(UserError, match=f"^search.metric: valid/auc_ctcvr {lacks}; allowed: "):
-        plan(none, arms=None, search=SEARCH)
-    with pytest.raises(
-        UserError, match=r"^metric: test/auc_ctcvr needs both classes: test has 0 conversions of \d+ rows"
-    ):
-        plan(none)
-    with pytest.raises(UserError, match=f"^evaluation.metric: valid/auc_ctcvr {lacks}"):
-        plan(none, metric="test/logloss_ctr", settings={"evaluation.patience": 2})
-    capsys.readouterr()
-    assert plan(none, metric="test/logloss_ctr").metric == "test/logloss_ctr"
-    assert capsys.readouterr().err.startswith(
-        f"warning: evaluation.metric: valid/auc_ctcvr {lacks}; the weights of the"
-    )
-    assert plan({"test": "conversions"}).metric == "valid/auc_ctcvr"
-    told = capsys.readouterr().err
-    assert told.endswith(f"test has 0 conversions of {rows} rows; the verdict is about valid/auc_ctcvr\n")
-    with pytest.raises(UserError, match=r"^metric: test/auc_ctcvr needs both classes: "):
-        plan({"test": "conversions"}, metric="test/auc_ctcvr")
+                pids.append(int(folder.name))
+    return pids
 
 
 @in_laboratory
@@ -602,10 +525,10 @@ def test_a_report_that_cannot_be_written_takes_no_sweep_down(
     monkeypatch.setattr(run, "tracking_uri", "here", raising=False)
     monkeypatch.setattr("pipeline.comparison.verdicts.write_page", lambda *_: 1 / 0)
     summary.conclude(plan, tmp_path, {})
-    told = capsys.readouterr().err
-    assert re.search(r"^warning: the report is left out: ZeroDivisionError: division by zero \(", told, re.MULTILINE)
+    stderr = capsys.readouterr().err
+    assert re.search(r"^warning: the report is left out: ZeroDivisionError: division by zero \(", stderr, re.MULTILINE)
     assert run.status == "FINISHED"
-    assert f"sweep {summary.sweep_id} in here" in told
+    assert f"sweep {summary.sweep_id} in here" in stderr
     assert "| w+5 w3 |" in run.tags["mlflow.note.content"]
     assert run.artifacts == ["sweep.yaml"]
 

@@ -1,4 +1,4 @@
-"""From a sweep's file to its runs: arms, grids, names, what is shared, and what is refused."""
+"""Sweep plans: arms, grids, names, shared prefixes, and invalid files."""
 
 import datetime
 import itertools
@@ -80,14 +80,14 @@ def test_a_grid_is_every_combination_whose_conditions_hold(grid: dict[str, list[
     if len(grid) > 1:
         key, other = data.draw(st.permutations(list(grid)))[:2]
         where = {key: {other: data.draw(st.sampled_from(grid[other]))}}
-    found = GridConfig(grid=grid, where=where).combinations()
+    arms = GridConfig(grid=grid, where=where).combinations()
     expected = set()
     for values in itertools.product(*grid.values()):
         arm = dict(zip(grid, values, strict=True))
         kept = {k: v for k, v in arm.items() if all(arm[o] == w for o, w in where.get(k, {}).items())}
         expected.add(tuple(sorted(kept.items())))
-    assert {tuple(sorted(arm.items())) for arm in found} == expected
-    assert len(found) == len(expected)
+    assert {tuple(sorted(arm.items())) for arm in arms} == expected
+    assert len(arms) == len(expected)
 
 
 def test_settings_of_a_grid_that_are_the_same_are_named_as_they_were_written(tmp_path: Path) -> None:
@@ -131,8 +131,8 @@ def test_the_identity_is_of_what_is_run_and_on_what(tmp_path: Path) -> None:
     assert one.identity("d") == same.identity("d")
     others = [plan_of(tmp_path, seeds=[0, 1]), plan_of(tmp_path, arms=[{"lambda": 0.05}]),
               plan_of(tmp_path, settings={"max_steps": 7}), plan_of(tmp_path, share_prefix=False)]  # fmt: skip
-    found = {plan.identity("d") for plan in (one, *others)} | {one.identity("e")}
-    assert len(found) == 6
+    identities = {plan.identity("d") for plan in (one, *others)} | {one.identity("e")}
+    assert len(identities) == 6
     assert plan_of(tmp_path, settings={"output_dir": "elsewhere", "tracking.log_every": 9}).identity() == one.identity()
 
 
@@ -283,13 +283,13 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "told"), BAD, ids=lambda value: str(value)[:60])
-def test_bad_sweeps_are_one_line_that_says_where(tmp_path: Path, changes: dict[str, Any], told: list[str]) -> None:
+@pytest.mark.parametrize(("changes", "parts"), BAD, ids=lambda value: str(value)[:60])
+def test_bad_sweeps_are_one_line_that_says_where(tmp_path: Path, changes: dict[str, Any], parts: list[str]) -> None:
     with pytest.raises(UserError) as caught:
         plan_of(tmp_path, **changes)
     message = str(caught.value)
     assert "\n" not in message
-    assert all(text in message for text in told), message
+    assert all(text in message for text in parts), message
     assert len(message) < 400
 
 
@@ -299,18 +299,18 @@ def test_bad_sweeps_end_with_code_2_before_anything_is_made(
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "sweep.yaml"
     file.write_text(yaml.safe_dump(SWEEP | {"config": str(ROOT / "configs/mtl_mmoe.yaml")}))
-    for arguments, told in {
+    for arguments, message in {
         ("--lamda", "0.1"): "unknown key lamda; did you mean lambda?",
         ("--max_steps",): "--max_steps needs a value",
         ("stray",): "found stray, allowed: --key value",
         ("--job", "2"): "unknown key job; did you mean jobs?",
         ("--max_steps", "0"): "max_steps",
         ("--tracking.enabled", "false"): "tracking.enabled is false, allowed: true",
-        ("--resume", "auto"): "resume and fork are of single runs",
+        ("--resume", "auto"): "resume and fork are for single runs",
     }.items():
         result = call_pipeline("sweep", "--config", str(file), *arguments)
         assert result.returncode == 2, result.stderr
         assert len([line for line in result.stderr.splitlines() if line.startswith("error: ")]) == 1, result.stderr
-        assert told in result.stderr
+        assert message in result.stderr
         assert "Traceback" not in result.stderr
         assert [path.name for path in tmp_path.iterdir()] == ["sweep.yaml"]
