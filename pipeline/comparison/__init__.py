@@ -1,1 +1,1 @@
-"""Arms side by side: results, their wording, tables and the page."""
+"""Comparison of runs: loading, selection, verdicts, wording, tables and the page."""

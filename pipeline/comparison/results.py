@@ -25,7 +25,7 @@ class Arm:
     best_spread: float | None
     difference: Paired | None  # arm - baseline over the seeds that both have; None for the baseline
     p_adjusted: float | None  # None for the baseline, controls and fewer than two seeds
-    minimum_detectable: float | None  # difference; None as above
+    minimum_detectable: float | None  # minimum detectable difference; None like p_adjusted
     rows: Mapping[int, tuple[float, float, float]]  # seed -> (difference, low, high) over test rows
     verdict: str  # "" for the baseline, "control" for a control
     against_control: Paired | None  # arm - its control

@@ -81,7 +81,7 @@ def unique_leaves(keys: list[str]) -> list[str]:
 def choose_metric(
     runs: pd.DataFrame, attrs: Mapping[Any, Any], metric: str | None, mode: str | None
 ) -> tuple[str, str]:
-    """The primary metric and its mode (max or min): as asked for, else the sweep's, else the one of evaluations.
+    """The primary metric and its mode (max or min): as given, else the sweep's, else that of the evaluations.
 
     Raises:
         UserError: no run has the metric, or the runs were evaluated by different ones.

@@ -1,1 +1,1 @@
-"""Sweeps: what a launcher and its workers say to each other."""
+"""Sweeps: plan, jobs, workers (local processes or Ray tasks), search and summary run."""

@@ -12,7 +12,7 @@ Steps = npt.NDArray[np.int64]
 
 MOST_POINTS = 300  # of a curve; a panel is some 300 pixels wide
 SMOOTH_ABOVE = 100  # points; shorter curves, such as those of evaluations, are not smoothed
-SMOOTHED_SHARE = 25  # a window holds one in so many of a run's points
+SMOOTHED_SHARE = 25  # a window holds this fraction (1 / SMOOTHED_SHARE) of a run's points
 
 
 @dataclass(frozen=True)
