@@ -291,16 +291,6 @@ def test_the_comparison_has_the_numbers_derived_by_hand(comparison: Comparison) 
     assert (zero.p_adjusted, zero.verdict, zero.minimum_detectable) == (1, "not distinguishable", 0)
 
 
-def test_minimum_detectable_is_what_is_found_with_80_percent(comparison: Comparison) -> None:
-    """At level 0.05 / 3 with 2 degrees of freedom, by simulation."""
-    from scipy.stats import t
-
-    random, runs = np.random.default_rng(0), 200_000
-    samples = arm(comparison, "l.1 g1").minimum_detectable + UNIT * random.standard_normal((runs, 3))
-    statistic = samples.mean(1) / (samples.std(1, ddof=1) / math.sqrt(3))
-    assert (np.abs(statistic) > t.isf(0.05 / 6, 2)).mean() == pytest.approx(0.8, abs=0.005)
-
-
 def test_a_control_stands_beside_its_arm_and_takes_no_part_in_the_verdict(comparison: Comparison) -> None:
     control, focal = arm(comparison, "l.1 g1 control"), arm(comparison, "l.1 g1")
     assert (control.verdict, control.p_adjusted, control.minimum_detectable) == ("control", None, None)
