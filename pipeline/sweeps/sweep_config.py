@@ -2,13 +2,18 @@
 
 import itertools
 import json
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from pipeline.config.strict_config import Config, Positive, nearest
+from pipeline.tasks.registry import TASKS
 
 Overrides = dict[str, Any]  # dotted key or short name -> value
+if TYPE_CHECKING:
+    TaskName = str
+else:
+    TaskName = Literal[tuple(TASKS)]  # the entry points that train
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -93,7 +98,7 @@ class SearchConfig(Config):
 class SweepConfig(Config):
     short: ClassVar[dict[str, str]] = {}
 
-    task: Literal["train_mmoe", "train_visobert"]
+    task: TaskName
     """entry point of every run"""
     file: str = Field(alias="config", min_length=1)
     """YAML of the task that every run starts from; relative to the working folder, the sweep file or the project"""

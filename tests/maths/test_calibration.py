@@ -21,7 +21,7 @@ from pipeline.names import MEASURED
 from pipeline.runtime.console import Console
 from pipeline.tasks.base import evaluate, evaluating
 from pipeline.tasks.mmoe import predict
-from pipeline.tasks.mmoe.config import TASKS, MmoeConfig
+from pipeline.tasks.mmoe.config import HEADS, MmoeConfig
 from pipeline.tasks.mmoe.evaluation import labelled
 from pipeline.tasks.mmoe.impressions.embedded_impressions import generate
 from pipeline.tasks.mmoe.task import MmoeTask
@@ -161,7 +161,7 @@ def test_a_run_of_the_mmoe(small: Make, many: str, tmp_path: Path, capsys: pytes
     model = training.result.model
     assert {key: float(value) for key, value in run.params.items()} == {
         f"calibration.{head}.{name}": task.evaluation.calibration[head][name]
-        for head in TASKS
+        for head in HEADS
         for name in ("scale", "shift")
     }
     with evaluating(model):
@@ -189,7 +189,7 @@ def test_a_run_of_the_mmoe(small: Make, many: str, tmp_path: Path, capsys: pytes
     table = task.data.held_out("test")
     with evaluating(model):
         z = task.evaluation.predict(model, table, "cpu").logits.double()
-    before, after = (labelled(table, logits) for logits in (z, rescaled(z, task.evaluation.calibration, TASKS)))
+    before, after = (labelled(table, logits) for logits in (z, rescaled(z, task.evaluation.calibration, HEADS)))
     for event in ("ctr", "cvr"):
         aucs = [binary_metrics(events[event][0], *(part.numpy() for part in events[event][1])).get("auc")
                 for events in (before, after)]  # fmt: skip
@@ -200,7 +200,7 @@ def test_a_run_of_the_mmoe(small: Make, many: str, tmp_path: Path, capsys: pytes
     assert json.loads((tmp_path / "calibration.json").read_text()) == task.evaluation.calibration
     answer, frame = predict.load(tmp_path), pd.DataFrame(predict.raw_example(Path(many), 300))
     found, raw = answer(frame), answer(frame, raw=True)
-    for head in TASKS:
+    for head in HEADS:
         expected = (
             task.evaluation.calibration[head]["scale"] * logit(raw[f"p_{head}"])
             + task.evaluation.calibration[head]["shift"]

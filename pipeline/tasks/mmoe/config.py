@@ -16,7 +16,7 @@ from pipeline.config.run_config import (
 from pipeline.config.strict_config import Config, Positive, Probability
 from pipeline.maths.schedules import clipped_pos_weight, gate_is_open
 
-TASKS = ("ctr", "cvr")
+HEADS = ("ctr", "cvr")
 
 
 class EmbeddedDataConfig(Config):

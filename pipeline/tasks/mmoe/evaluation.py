@@ -27,7 +27,7 @@ from pipeline.maths.metrics import Array, binary_metrics, calibration_bins
 from pipeline.names import CALIBRATED
 from pipeline.runtime.console import say
 from pipeline.tasks.base import write_test_rows
-from pipeline.tasks.mmoe.config import TASKS, MmoeConfig
+from pipeline.tasks.mmoe.config import HEADS, MmoeConfig
 from pipeline.tasks.mmoe.impressions.impression_data import ImpressionData
 from pipeline.tasks.mmoe.impressions.impression_table import ImpressionTable
 from pipeline.tasks.mmoe.model import Output
@@ -102,7 +102,7 @@ class Evaluation:
             say(f"probabilities are not calibrated: found {len(table)} validation rows, {clicks} clicks and "
                 f"{conversions} conversions; needed: {CALIBRATION_NEEDS}")  # fmt: skip
             return {}
-        self.calibration = {head: affine._asdict() for head, affine in zip(TASKS, fitted, strict=True)}
+        self.calibration = {head: affine._asdict() for head, affine in zip(HEADS, fitted, strict=True)}
         return self.calibration
 
     def report(self, model: nn.Module, folder: Path, device: str) -> None:
@@ -144,7 +144,7 @@ class Evaluation:
     def _gate_metrics(self, predictions: Predictions) -> dict[str, float]:
         metrics: dict[str, float] = {}
         if predictions.gate_means is not None and predictions.gate_entropy is not None:
-            names = [task for task in TASKS if getattr(self.config.model.heads, task).deep]
+            names = [head for head in HEADS if getattr(self.config.model.heads, head).deep]
             means, entropies = predictions.gate_means.tolist(), predictions.gate_entropy.tolist()
             for task, shares, entropy in zip(names, means, entropies, strict=True):
                 metrics |= {f"gate/{task}/expert_{expert}": share for expert, share in enumerate(shares)}
@@ -154,7 +154,7 @@ class Evaluation:
     def _calibrated(self, table: ImpressionTable, logits: Tensor) -> dict[str, float]:
         """Metrics that calibration changes; it changes the ranking by a product, not that by one logit."""
         metrics: dict[str, float] = {}
-        for event, (label, probability) in labelled(table, rescaled(logits, self.calibration, TASKS)).items():
+        for event, (label, probability) in labelled(table, rescaled(logits, self.calibration, HEADS)).items():
             names = ("auc", *CALIBRATION_METRICS) if event == "ctcvr" else CALIBRATION_METRICS
             values = binary_metrics(label, *(part.numpy() for part in probability))
             metrics |= {f"{name}_{event}": values[name] for name in names if name in values}

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from pipeline.data.layout import Layout
 from pipeline.data.schema import BaseRates
-from pipeline.tasks.mmoe.config import TASKS, HeadConfig, ModelConfig
+from pipeline.tasks.mmoe.config import HEADS, HeadConfig, ModelConfig
 from pipeline.tasks.mmoe.impressions.embedding import lookup
 from pipeline.tasks.mmoe.impressions.impression_batch import Impressions
 
@@ -95,7 +95,7 @@ class Mmoe(nn.Module):
     def __init__(self, config: ModelConfig, layout: Layout, base_rates: BaseRates, sparse: bool = False) -> None:
         super().__init__()
         self.config = config
-        self.heads: list[HeadConfig] = [getattr(config.heads, task) for task in TASKS]
+        self.heads: list[HeadConfig] = [getattr(config.heads, head) for head in HEADS]
         self.wide_heads = [index for index, head in enumerate(self.heads) if head.wide]
         self.deep_heads = [index for index, head in enumerate(self.heads) if head.deep]
         features, tasks = len(layout.id_features) + len(layout.numeric_features), len(self.deep_heads)

@@ -53,14 +53,15 @@ class Objective:
             "loss_ctr": binary_cross_entropy(ctr, click, loss.pos_weight("ctr")).sum() / rows,
             "loss_ctcvr_bce": bce,
             "loss_cvr_aux": clicked_cross_entropy(cvr, click, conversion).sum() / counts["clicks"].clamp_min(1),
-            "loss_ctcvr": bce,
         }
+        ctcvr_loss = bce
         if self._focal_is_on(step):
-            low = AMP.get(precision(self.config.training.amp, click.device.type))
-            if not self.focal.compute_fp32 and low is not None:
-                ctcvr = product_log_probability(z_ctr.to(low), z_cvr.to(low))
+            reduced = AMP.get(precision(self.config.training.amp, click.device.type))
+            if not self.focal.compute_fp32 and reduced is not None:
+                ctcvr = product_log_probability(z_ctr.to(reduced), z_cvr.to(reduced))
             terms |= self._focal_terms(ctcvr, conversion, counts, step)
-            terms["loss_ctcvr"] = bce + self.focal.lambda_ * terms["loss_ctcvr_focal"]
+            ctcvr_loss = bce + self.focal.lambda_ * terms["loss_ctcvr_focal"]
+        terms["loss_ctcvr"] = ctcvr_loss
         total = (
             esmm.lambda_ctr * terms["loss_ctr"]
             + esmm.lambda_ctcvr * terms["loss_ctcvr"]

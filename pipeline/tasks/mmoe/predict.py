@@ -16,7 +16,7 @@ from pipeline.data.layout import Layout
 from pipeline.data.schema import FIRST_ID, VOCABULARY_FILE, DataSchema, split_parts
 from pipeline.maths.calibration import rescaled
 from pipeline.storage.calibration_file import read_calibration
-from pipeline.tasks.mmoe.config import TASKS, MmoeConfig
+from pipeline.tasks.mmoe.config import HEADS, MmoeConfig
 from pipeline.tasks.mmoe.impressions.impression_batch import assemble
 from pipeline.tasks.mmoe.model import Mmoe
 
@@ -40,7 +40,7 @@ def load(folder: Path) -> Callable[..., pd.DataFrame]:
                 batch = assemble({name: column.slice(first, BATCH_ROWS) for name, column in columns.items()}, layout)
                 logits[first : first + BATCH_ROWS] = model(batch).logits.double().numpy()
         if calibration and not raw:
-            logits = rescaled(torch.from_numpy(logits), calibration, TASKS).numpy()
+            logits = rescaled(torch.from_numpy(logits), calibration, HEADS).numpy()
         p_ctr, p_cvr = 1 / (1 + np.exp(-logits.T))
         return pd.DataFrame({"p_ctr": p_ctr, "p_cvr": p_cvr, "p_ctcvr": p_ctr * p_cvr}, index=frame.index)
 
