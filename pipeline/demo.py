@@ -8,7 +8,7 @@ from pipeline.comparison import wording
 from pipeline.config.strict_config import keys, load
 from pipeline.errors import UserError
 from pipeline.runs.launch import Trained, train_run
-from pipeline.runtime.console import optional, say, table, warn
+from pipeline.runtime.console import info, optional, table, warn
 from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.task import MmoeTask
 from pipeline.tasks.visobert.config import DataPrepConfig, VisobertConfig
@@ -34,23 +34,23 @@ def main(config: MmoeConfig, given: frozenset[str]) -> None:
     with writer_for(config.tracking) as writer:
         ranking = _ranking(config, given, writer, launcher)
         reviews = _reviews(config, writer, launcher)
-    say("")
-    say(table((run.name, {name: run.metrics.get(name) for name in RANKING_METRICS}) for run in ranking))
+    info("")
+    info(table((run.name, {name: run.metrics.get(name) for name in RANKING_METRICS}) for run in ranking))
     bayes = {f"{name}_bayes": value for name in RANKING_METRICS[:2]
              if (value := ranking[0].metrics.get(f"{name}_bayes")) is not None}  # fmt: skip
     if bayes:
-        say("no model can beat " + ", ".join(f"{name} {value:.4f}" for name, value in bayes.items()))
-    say(f"{wording.ONE_SEED}\n")
+        info("no model can beat " + ", ".join(f"{name} {value:.4f}" for name, value in bayes.items()))
+    info(f"{wording.ONE_SEED}\n")
     rows = {reviews.name: "", "TF-IDF, logistic regression": "_tfidf", "majority": "_majority"}
-    say(table((row, {f"test/{name}": reviews.metrics.get(f"test/{name}{suffix}") for name in REVIEW_METRICS})
+    info(table((row, {f"test/{name}": reviews.metrics.get(f"test/{name}{suffix}") for name in REVIEW_METRICS})
               for row, suffix in rows.items()))  # fmt: skip
     runs = [*ranking, reviews]
     if reviews.tracking_uri:
         with optional("the report"):
             _report([run.id for run in ranking], Path(config.output_dir))
     store = reviews.tracking_uri or "memory alone"
-    say(f"\n{len(runs)} runs in {store}: " + ", ".join(f"{run.name} ({run.id})" for run in runs))
-    say("next: open the report; `make ui` opens MLflow: select the first two runs and press Compare. Is it really "
+    info(f"\n{len(runs)} runs in {store}: " + ", ".join(f"{run.name} ({run.id})" for run in runs))
+    info("next: open the report; `make ui` opens MLflow: select the first two runs and press Compare. Is it really "
         "better? `python -m pipeline sweep` takes five settings, three seeds each, and ends in a verdict")  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def _report(run_ids: list[str], output_dir: Path) -> None:
     from pipeline.comparison.verdicts import compare, load_runs, write
 
     files = write(compare(load_runs(runs=run_ids), title="make demo"), output_dir / "main")
-    say(f"\nreport: {files[-1].resolve().as_uri()}")
+    info(f"\nreport: {files[-1].resolve().as_uri()}")
 
 
 def _ranking(config: MmoeConfig, given: frozenset[str], writer: Writer | None, launcher: str | None) -> list[Trained]:

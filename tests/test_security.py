@@ -37,7 +37,7 @@ from pipeline.data.contract import verify
 from pipeline.data.schema import DataSchema
 from pipeline.errors import UserError
 from pipeline.names import NOTE_LENGTH
-from pipeline.runtime.console import aligned, say
+from pipeline.runtime.console import aligned, info
 from pipeline.runtime.text import visible
 from pipeline.storage.checkpoint_format import read_checkpoint, write_checkpoint
 from pipeline.storage.csv_table import cell, write_csv
@@ -416,7 +416,7 @@ def test_control_characters_are_shown_escaped(text: str) -> None:
 
 
 def test_names_cannot_speak_to_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    say(f"run {CLEARS}\n\tin two lines")
+    info(f"run {CLEARS}\n\tin two lines")
     assert capsys.readouterr().err == "run \\x1b]0;title\\x07\\x1b[2Jname\\x9b\\x0d\\x7f\n\tin two lines\n"
     status, line = exit_of(capsys, "verify", f"{CLEARS}/d")
     assert status == 2

@@ -39,7 +39,7 @@ from pipeline.comparison.tables import to_frame, to_markdown, to_text
 from pipeline.errors import UserError, os_errors
 from pipeline.maths.statistics import Paired, holm, minimum_detectable_difference, paired
 from pipeline.names import COLORS, CONTROLLED, NOTE_LENGTH
-from pipeline.runtime.console import say
+from pipeline.runtime.console import info
 from pipeline.runtime.text import listed
 from pipeline.storage.csv_table import write_csv
 from pipeline.tracking.messages import RunRequest
@@ -183,8 +183,8 @@ def _compare_and_write(config: CompareConfig) -> tuple[Comparison, list[Path]]:
     comparison = compare(runs, config.metric, config.mode, config.baseline, config.bootstrap)
     ids = hashlib.sha256(" ".join(sorted(comparison.runs["run_id"])).encode()).hexdigest()[:12]
     files = write(comparison, Path(config.output_dir) / (config.sweep_id or ids))
-    say(to_text(comparison))
-    say("\n" + "\n".join(str(file) for file in files))
+    info(to_text(comparison))
+    info("\n" + "\n".join(str(file) for file in files))
     return comparison, files
 
 

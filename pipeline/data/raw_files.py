@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from pipeline.data.schema import SPLITS
 from pipeline.errors import UserError
-from pipeline.runtime.console import say, warn
+from pipeline.runtime.console import info, warn
 
 FORMATS = {".csv": "CSV", ".csv.gz": "CSV", ".jsonl": "JSON Lines", ".jsonl.gz": "JSON Lines", ".parquet": "Parquet"}
 BLOCK_BYTES = 16 << 20  # parsed at once; a CSV row must fit into it
@@ -91,7 +91,7 @@ def _split_paths(data: Path, own: Mapping[str, Path]) -> list[tuple[str | None, 
             if None not in splits and len(splits) == len(entries):
                 own = {split: splits[split] for split in SPLITS[1:] if split in splits}
                 for split, path in own.items():
-                    say(f"{split}: {path}, by its name")
+                    info(f"{split}: {path}, by its name")
                 data = splits["train"]
             else:
                 names = ", ".join(path.name for split, path in splits.items() if split)

@@ -21,7 +21,7 @@ from pipeline.runs.run_artifacts import headline, log_description, log_results
 from pipeline.runs.run_start import OpenedRun, open_run
 from pipeline.runs.shared_prefix import start_from_prefix
 from pipeline.runtime import process_rank
-from pipeline.runtime.console import Console, say, warn
+from pipeline.runtime.console import Console, info, warn
 from pipeline.tasks.base import Task, undefined
 from pipeline.tracking.messages import RunRequest
 from pipeline.tracking.mlflow_run import MlflowRun, end_early
@@ -54,9 +54,9 @@ def launch(config: RunConfig, make_task: TaskFactory, overrides: frozenset[str],
         return
     request = RunRequest(run_id=os.environ.get("MLFLOW_RUN_ID"))
     trained = train_run(config, make_task, writer, request, given=overrides)
-    say(f"\n{trained.name}\n{headline(trained.metrics)}")
+    info(f"\n{trained.name}\n{headline(trained.metrics)}")
     if trained.tracking_uri:
-        say(f"run {trained.id} in {trained.tracking_uri}\nnext: make ui opens MLflow on it")
+        info(f"run {trained.id} in {trained.tracking_uri}\nnext: make ui opens MLflow on it")
 
 
 @one_line_machine_errors()
@@ -73,7 +73,7 @@ def train_run(
 ) -> Trained:
     """Load the data, open the run, train, and log the results. Without a writer nothing is tracked.
 
-    request: how the run is opened, beside what config and data say. given: dotted keys that the user overrode.
+    request: how the run is opened, beside what config and data info. given: dotted keys that the user overrode.
     prefix: a folder of `train_prefix`, where this run starts. watch: see `Training`. quiet: no console line a step.
     """
     if writer is None and (config.resume or config.fork):
@@ -154,7 +154,7 @@ def _prepared(
     training = Training(task, run, Console(total_steps, quiet), device, watch=watch, saver=saver)
     if state:
         restore(training, state)
-        say(f"{run.name}: goes on after step {state.step} of {total_steps}")
+        info(f"{run.name}: goes on after step {state.step} of {total_steps}")
         run.set_tags({"resumed_at": str(state.step)})
         _repeat_evaluations(run, training, watch)
     elif tracked and opened.origin:
@@ -188,16 +188,16 @@ def _announce(run: Run, task: Task[Any], device: str, overrides: frozenset[str])
     """Print what will be trained, with warnings; returns the number of optimizer steps."""
     config, total_steps = task.config, count_steps(task)
     if generated := config.embedded():
-        say(generated)
+        info(generated)
     announce_epochs(config, overrides)
     if reason := undefined(task, "evaluation.metric", config.evaluation.metric):
         warn(f"evaluation.metric: {reason}; {LAST_KEPT}")
     slow = amp_warning(config.training.amp, device)
     for warning in [*config.warnings(overrides), *task.warnings(total_steps), *([slow] if slow else [])]:
         warn(warning)
-    say(f"{run.name}: {total_steps} steps on {device}")
+    info(f"{run.name}: {total_steps} steps on {device}")
     for name, value in task.summary().items():
-        say(f"  {name} {value}")
+        info(f"  {name} {value}")
     return total_steps
 
 
@@ -206,7 +206,7 @@ def announce_epochs(config: RunConfig, overrides: frozenset[str]) -> None:
     if "training.num_train_epochs" in overrides:
         warn(f"Using epochs from command line: {epochs} (overrides config)")
     else:
-        say(f"Using epochs from config: {epochs}")
+        info(f"Using epochs from config: {epochs}")
 
 
 def _repeat_evaluations(run: Run, training: Training, watch: Watch | None) -> None:
@@ -225,10 +225,10 @@ def _already_trained(earlier: EarlierRun, launcher: str | None) -> Trained:
     if launcher and launcher != earlier.run_id:
         tag_run(launcher, {"role": "launcher", LAUNCHED: earlier.run_id})
     if earlier.finished:
-        say(f"{earlier.name}: run {earlier.run_id} is finished already; nothing is trained (without resume a new run "
+        info(f"{earlier.name}: run {earlier.run_id} is finished already; nothing is trained (without resume a new run "
             "is)")  # fmt: skip
     else:
-        say(f"{earlier.name}: run {earlier.run_id} is trained already; what waits in {earlier.folder} is delivered")
+        info(f"{earlier.name}: run {earlier.run_id} is trained already; what waits in {earlier.folder} is delivered")
         sync(earlier.folder)
     return Trained(earlier.run_id, earlier.name, tracking_uri(), earlier.metrics, before=True)
 
@@ -241,7 +241,7 @@ def _ending_early(run: Run) -> Iterator[None]:
     except BaseException as error:
         status = end_early(run, explained(error))
         if process_rank.world_size() > 1 and isinstance(error, KeyboardInterrupt):
-            say("torchrun stops all its processes when one of them has ended: its report names that one")
+            info("torchrun stops all its processes when one of them has ended: its report names that one")
         if isinstance(run, MlflowRun) and not run.lost:
-            say(f"{run.name}: run {run.id} is {status}; the same command with resume=auto goes on with it")
+            info(f"{run.name}: run {run.id} is {status}; the same command with resume=auto goes on with it")
         raise

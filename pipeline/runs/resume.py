@@ -9,7 +9,7 @@ from pipeline.config.run_config import RunConfig
 from pipeline.errors import UserError
 from pipeline.names import FORKED_FROM, THREADS
 from pipeline.runs.earlier_runs import folder_of, query_store
-from pipeline.runtime.console import say, warn
+from pipeline.runtime.console import info, warn
 from pipeline.storage.checkpoint_format import Checkpoint
 from pipeline.storage.journal import Record, read_points
 from pipeline.storage.run_folder import RunFolder
@@ -75,7 +75,7 @@ def use_first_threads(run: MlflowRun) -> None:
 
 def _set_threads(number: int) -> None:
     if number != torch.get_num_threads():
-        say(f"{number} CPU threads, as before: {torch.get_num_threads()} would round differently")
+        info(f"{number} CPU threads, as before: {torch.get_num_threads()} would round differently")
         torch.set_num_threads(number)
 
 

@@ -42,9 +42,6 @@ def warn(message: str) -> None:
     info(f"warning: {message}")
 
 
-say = info  # former name
-
-
 @contextmanager
 def optional(what: str) -> Iterator[None]:
     """A block that a training can do without, such as a plot: an error in it becomes a warning with its place.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from pipeline.config.strict_config import to_yaml
 from pipeline.names import COLORS, CONTROLLED, PREFIX_FILES
-from pipeline.runtime.console import say, warn
+from pipeline.runtime.console import info, warn
 from pipeline.sweeps.jobs import Job, SweepContext
 from pipeline.sweeps.requests import PrefixTrained, RunTrained, TrainPrefix, TrainRun
 from pipeline.sweeps.sweep_plan import Arm
@@ -59,8 +59,8 @@ class ArmRuns:
     def report_cost(self, seconds: float) -> None:
         if self.steps:
             saved = max(0, self.steps - self.trained_steps)
-            say(f"trained {self.trained_steps:,} optimizer steps for runs of {self.steps:,} in {seconds:.0f} s; shared "
-                f"prefixes saved {saved:,} steps, about {self.saved_seconds:.0f} s of training")  # fmt: skip
+            info(f"trained {self.trained_steps:,} optimizer steps for runs of {self.steps:,} in {seconds:.0f} s; "
+                 f"shared prefixes saved {saved:,} steps, about {self.saved_seconds:.0f} s of training")  # fmt: skip
 
     def _branches(self, arms: list[Arm], seed: int) -> dict[str, _Branch]:
         """Arm -> where it branches, for the arms that share a prefix."""
@@ -96,7 +96,7 @@ class ArmRuns:
         assert isinstance(job.reply, PrefixTrained)
         self.trained_steps += job.reply.steps
         self.saved_seconds += (runs - 1) * job.reply.seconds
-        say(f"{job.name}: {job.reply.steps} steps that {runs} runs share, {job.reply.seconds:.0f} s")
+        info(f"{job.name}: {job.reply.steps} steps that {runs} runs share, {job.reply.seconds:.0f} s")
 
     def _run_job(self, arm: Arm, seed: int, branch: _Branch | None) -> Job:
         tags = {"arm_number": str(self.plan.arms.index(arm)), "role": arm.role,
@@ -125,4 +125,4 @@ class ArmRuns:
 
     def _report_end(self, line: str) -> None:
         self.ended += 1
-        say(f"[{self.ended}/{self.total}] {line}")
+        info(f"[{self.ended}/{self.total}] {line}")

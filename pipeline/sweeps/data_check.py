@@ -6,7 +6,7 @@ from dataclasses import replace
 from pipeline.config.strict_config import to_yaml
 from pipeline.errors import UserError
 from pipeline.names import LAST_KEPT
-from pipeline.runtime.console import say, warn
+from pipeline.runtime.console import info, warn
 from pipeline.sweeps.jobs import Job, Workers
 from pipeline.sweeps.requests import DataDigest, DigestData
 from pipeline.sweeps.sweep_plan import Arm, Plan
@@ -67,7 +67,7 @@ def _with_defined_metric(plan: Plan, undefined: Mapping[tuple[str, str], Arm]) -
             raise UserError(f"{key}: {reason}; allowed: a metric that these data define")
     for key, reason in undefined:
         if key == "metric":
-            say(f"{key}: {reason}; the verdict is about {evaluated}")
+            info(f"{key}: {reason}; the verdict is about {evaluated}")
             plan = replace(plan, metric=evaluated)
         else:
             warn(f"{key}: {reason}; {LAST_KEPT}")

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.runtime.console import say, warn
+from pipeline.runtime.console import info, warn
 from pipeline.runtime.interrupts import WATCH_SECONDS, check
 from pipeline.storage.journal import Record
 from pipeline.sweeps.jobs import Job, OnProgress, ready_jobs
@@ -108,7 +108,7 @@ class RayWorkers:
                     on_progress(job, news)
             elif not isinstance(job.request, DigestData):
                 again = " again: its process or node was lost" if news.again else ""
-                say(f"{job.name}: begins on {news.host}{again}")
+                info(f"{job.name}: begins on {news.host}{again}")
 
     def _reply(self, reference: Any) -> JobDone:
         """The reply of an ended task; an error of Ray's becomes one."""

@@ -17,7 +17,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from pipeline.errors import TrainingError
-from pipeline.runtime.console import say
+from pipeline.runtime.console import info
 from pipeline.sweeps.jobs import Job, SweepContext
 from pipeline.sweeps.requests import Evaluated, RunTrained
 from pipeline.sweeps.sweep_config import SpaceConfig
@@ -41,7 +41,7 @@ def search(context: SweepContext) -> tuple[Plan, dict[tuple[str, int], str]]:
     trials.run()
     best, plan = trials.best(), context.plan
     count = len(trials.in_state(*EVALUATED))
-    say(f"best of {count} trials on {trials.metric} (seed {trials.config.seed}): {best.name}")
+    info(f"best of {count} trials on {trials.metric} (seed {trials.config.seed}): {best.name}")
     controls = controls_of([best]) if plan.sweep.controls == "reweight" else []
     return replace(plan, arms=(plan.baseline, best, *controls)), trials.failures
 
@@ -107,7 +107,7 @@ class _Trials:
             TrainingError: there is none.
         """
         if not self.in_state(TrialState.COMPLETE):
-            raise TrainingError("no trial of the search finished; the workers' logs say why")
+            raise TrainingError("no trial of the search finished; the workers' logs info why")
         arm = self._arm(self.study.best_trial.user_attrs["settings"])
         return replace(arm, name=f"best {arm.name}")
 
@@ -202,7 +202,7 @@ class _Trials:
                 value = self.best_of(trial.values.values())
                 outcome = _Outcome(TrialState.COMPLETE, value)
                 line = f"{self.metric} {value:.4f}, {job.reply.seconds:.0f} s"
-        say(f"{job.name}: {line}")
+        info(f"{job.name}: {line}")
         self._record(trial, outcome)
         self._submit_trials()
 

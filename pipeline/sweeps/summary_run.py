@@ -9,7 +9,7 @@ from pipeline.comparison.tables import plain
 from pipeline.comparison.verdicts import compare, load_runs, to_markdown, to_text, write
 from pipeline.errors import TrainingError, UserError
 from pipeline.names import NOTE_LENGTH
-from pipeline.runtime.console import optional, say
+from pipeline.runtime.console import info, optional
 from pipeline.sweeps.sweep_plan import Plan, to_yaml
 from pipeline.tracking.messages import RunRequest, StoredRun
 from pipeline.tracking.mlflow_run import MlflowRun, end_early
@@ -85,14 +85,14 @@ class SummaryRun:
             file.write_text(to_yaml(plan), encoding="utf-8")
             self.run.log_artifact(file)
         if failures:
-            say(f"\nfailed:\n{_listed(failures)}")
+            info(f"\nfailed:\n{_listed(failures)}")
         note, files, refusal = _listed(failures, plain), list[Path](), None
         try:
             comparison = compare(load_runs(self.sweep_id), plan.metric, plan.sweep.mode, title=plan.title)
         except UserError as error:
             refusal, note = error, f"{plain(str(error))}\n\n{note}"
         else:
-            say("\n" + to_text(comparison))
+            info("\n" + to_text(comparison))
             with optional("the report"):
                 files = write(comparison, folder)
             for file in files:
@@ -106,9 +106,9 @@ class SummaryRun:
             raise TrainingError(f"sweep {self.sweep_id}: nothing to compare: {refusal}")
         for file in files:
             if file.suffix == ".html":
-                say(f"\nreport: {file.resolve().as_uri()}")
-        say(f"sweep {self.sweep_id} in {self.run.tracking_uri}; summary run {self.run.id}")
-        say("next: open the report; `make ui` opens MLflow on these runs")
+                info(f"\nreport: {file.resolve().as_uri()}")
+        info(f"sweep {self.sweep_id} in {self.run.tracking_uri}; summary run {self.run.id}")
+        info("next: open the report; `make ui` opens MLflow on these runs")
 
     def abandon(self, error: BaseException) -> None:
         """End the run after an error, unless it has been ended."""

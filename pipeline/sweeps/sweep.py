@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from pipeline.errors import TrainingError, UserError
-from pipeline.runtime.console import say, warn
+from pipeline.runtime.console import info, warn
 from pipeline.runtime.importing import import_reference
 from pipeline.sweeps.arm_runs import ArmRuns
 from pipeline.sweeps.data_check import check_data
@@ -74,8 +74,8 @@ def _train_and_compare(plan: Plan, folder: Path, workers: Workers, writer: Any) 
 
     sweep_id, settings = plan.identity(data_digest), plan.sweep
     if generated := plan.baseline.config.embedded():  # all arms have the same data
-        say(generated)
-    say(f"sweep {sweep_id}: {len(plan.arms)} arms x {len(settings.seeds)} seeds, {settings.jobs} at a time")
+        info(generated)
+    info(f"sweep {sweep_id}: {len(plan.arms)} arms x {len(settings.seeds)} seeds, {settings.jobs} at a time")
     stored = stored_sweep(sweep_id)
     summary = SummaryRun.open(writer, plan, sweep_id, stored.summary)
     try:

@@ -21,7 +21,7 @@ from pipeline.maths.gradients import PREFIX
 from pipeline.maths.schedules import learning_rate_factor
 from pipeline.names import CALIBRATION, TRAIN_SECONDS
 from pipeline.runtime import process_rank
-from pipeline.runtime.console import Console, optional, say, warn
+from pipeline.runtime.console import Console, info, optional, warn
 from pipeline.runtime.interrupts import check, deferred
 from pipeline.runtime.memory import keep_freed_memory
 from pipeline.storage.checkpoint_format import Checkpoint
@@ -311,7 +311,7 @@ class Training:
         self.stopped = self.watch is not None and self.watch(step, metrics)
         name = self.keeper.metric
         score = f"{name} {metrics[name]:.4f}" if name in metrics else "evaluated"
-        say(f"step {step}: {score}" + (" (best)" if self.keeper.step == step else ""))
+        info(f"step {step}: {score}" + (" (best)" if self.keeper.step == step else ""))
         with optional("what the evaluation shows"):
             for finding in self.task.findings(metrics):
                 warn(f"step {step}: {finding}")

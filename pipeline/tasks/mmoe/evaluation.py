@@ -25,7 +25,7 @@ from pipeline.maths.losses import (
 )
 from pipeline.maths.metrics import Array, binary_metrics, calibration_bins
 from pipeline.names import CALIBRATED
-from pipeline.runtime.console import say
+from pipeline.runtime.console import info
 from pipeline.tasks.base import write_test_rows
 from pipeline.tasks.mmoe.config import HEADS, MmoeConfig
 from pipeline.tasks.mmoe.impressions.impression_data import ImpressionData
@@ -99,7 +99,7 @@ class Evaluation:
         fitted = fit_funnel(z_ctr, z_cvr, click, conversion)
         if fitted is None:
             clicks, conversions = int(click.sum()), int(conversion.sum())
-            say(f"probabilities are not calibrated: found {len(table)} validation rows, {clicks} clicks and "
+            info(f"probabilities are not calibrated: found {len(table)} validation rows, {clicks} clicks and "
                 f"{conversions} conversions; needed: {CALIBRATION_NEEDS}")  # fmt: skip
             return {}
         self.calibration = {head: affine._asdict() for head, affine in zip(HEADS, fitted, strict=True)}

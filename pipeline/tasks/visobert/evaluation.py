@@ -13,7 +13,7 @@ from pipeline.compute import distributed
 from pipeline.compute.device import autocast
 from pipeline.maths.calibration import Fitted, fit_temperature
 from pipeline.names import CALIBRATED, metric_names
-from pipeline.runtime.console import optional, say
+from pipeline.runtime.console import info, optional
 from pipeline.tasks.visobert.config import VisobertConfig
 from pipeline.tasks.visobert.model import AspectSentimentModel, Output
 from pipeline.tasks.visobert.objective import Objective
@@ -84,7 +84,7 @@ class Evaluation:
             return {}
         cells = _judged_cells(self.predict(model, "valid", device), torch.from_numpy(self.reviews.valid.labels))
         if "sentiment" not in cells:
-            say("sentiments are not calibrated: found no labelled cell in the validation split")
+            info("sentiments are not calibrated: found no labelled cell in the validation split")
         fitted: dict[str, dict[str, float]] = {}
         for head, (logits, classes) in cells.items():
             with optional(f"the calibration of {head}"):

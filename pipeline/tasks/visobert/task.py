@@ -12,7 +12,7 @@ from torch.optim import AdamW, Optimizer
 
 from pipeline.config.run_config import AdamConfig, ScheduleConfig
 from pipeline.maths.calibration import Fitted
-from pipeline.runtime.console import say
+from pipeline.runtime.console import info
 from pipeline.runtime.importing import uncollected
 from pipeline.storage.calibration_file import write_calibration
 from pipeline.tasks.base import Dataset, ModelExport, Rows, Task
@@ -110,7 +110,7 @@ class VisobertTask(Task[VisobertConfig]):
         } | {f"reviews_{name}": str(len(reviews)) for name, reviews in self.data.splits.by_name.items()}
 
     def describe(self, folder: Path) -> Mapping[str, float]:
-        say(f"Total parameters: {self.parameters:,}")
+        info(f"Total parameters: {self.parameters:,}")
         self.alpha.write(folder / ALPHA_FILE)
         return self.alpha.metrics()
 

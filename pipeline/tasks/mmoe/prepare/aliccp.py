@@ -23,7 +23,7 @@ from pipeline.data.layout import consecutive
 from pipeline.data.prepared_folder import Vocabularies, arrow_schema, check_training_rows, write_folder
 from pipeline.data.schema import FIRST_ID, MISSING, OUT_OF_VOCABULARY, SPLITS, DataSchema, Feature
 from pipeline.errors import UserError
-from pipeline.runtime.console import say
+from pipeline.runtime.console import info
 from pipeline.storage.folders import published
 from pipeline.tasks.mmoe.prepare.aliccp_config import TEST, AliccpFeature, AliccpSource, find
 from pipeline.tasks.mmoe.prepare.aliccp_scan import Coded, Progress, Scan, Users
@@ -52,11 +52,11 @@ def prepare_aliccp(
     groups = source.files(data)
     name, shares = groups[0][0].name, [source.split.train, source.split.validation]
     if len(groups) > 1:
-        say(f"test: all of {groups[1][0].name}; split.train and split.validation divide {name}, split.test does not")
+        info(f"test: all of {groups[1][0].name}; split.train and split.validation divide {name}, split.test does not")
     else:
         shares.append(source.split.test)
         unread = source.test is None and find(data, TEST.skeleton)
-        say(f"test: {f'{unread.name} is not read' if unread else 'no test files'}; split divides {name} in three")
+        info(f"test: {f'{unread.name} is not read' if unread else 'no test files'}; split divides {name} in three")
     with published(output_dir, prepared_folder.FILES) as folder, ExitStack() as stack:
         row_file, user_file = (stack.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in range(2))
         scan = Scan(source, shares, row_file, user_file, progress)

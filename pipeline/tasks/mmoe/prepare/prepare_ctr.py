@@ -9,7 +9,7 @@ from tqdm import tqdm
 from pipeline.config.strict_config import flatten
 from pipeline.data.schema import SCHEMA_FILE, SPLITS, DataSchema
 from pipeline.names import metric_names
-from pipeline.runtime.console import say, warn
+from pipeline.runtime.console import info, warn
 from pipeline.runtime.text import visible
 from pipeline.tasks.mmoe.config import PrepareCtrConfig
 from pipeline.tasks.mmoe.prepare.preparation import prepare
@@ -43,7 +43,7 @@ def prepare_ctr(config: PrepareCtrConfig, given: frozenset[str]) -> None:  # noq
     with writer_for(config.tracking) as writer:
         if writer:
             _track(writer, config, schema, output)
-    say(f"next: train_mmoe with data={output}")
+    info(f"next: train_mmoe with data={output}")
 
 
 class ProgressBars:
@@ -85,19 +85,19 @@ def figures(schema: DataSchema) -> dict[str, float]:
 
 def _report(schema: DataSchema) -> None:
     for name, split in schema.splits.items():
-        say(f"{name}: {split.rows} rows, {split.clicks} clicks, {split.conversions} conversions")
+        info(f"{name}: {split.rows} rows, {split.clicks} clicks, {split.conversions} conversions")
         for event, count in (("click", split.clicks), ("conversion", split.conversions)):
             if split.rows and not count:
                 warn(f"{name} has no {event}: metrics of {event}s are undefined there")
     for name, count in schema.counts.items():
         if count and name in IRREGULARITIES:
-            say(f"{count} {IRREGULARITIES[name]}")
-    say(f"base rates of the training split: ctr {schema.base_rates.ctr:.6g}, cvr {schema.base_rates.cvr:.6g}")
+            info(f"{count} {IRREGULARITIES[name]}")
+    info(f"base rates of the training split: ctr {schema.base_rates.ctr:.6g}, cvr {schema.base_rates.cvr:.6g}")
     for feature in schema.features:
         shares = {split: share for split, share in feature.out_of_vocabulary.items() if share}
         if shares:
             text = ", ".join(f"{split} {share:.2%}" for split, share in shares.items())
-            say(f"{feature.name}: {feature.size} ids; out of vocabulary: {text}")
+            info(f"{feature.name}: {feature.size} ids; out of vocabulary: {text}")
         if max(feature.out_of_vocabulary.values(), default=0) > OUT_OF_VOCABULARY_WARNING:
             warn(f"{feature.name}: over {OUT_OF_VOCABULARY_WARNING:.0%} of a split is out of vocabulary")
 

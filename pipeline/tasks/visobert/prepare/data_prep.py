@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.config.strict_config import flatten
 from pipeline.errors import UserError
 from pipeline.names import metric_names
-from pipeline.runtime.console import optional, say, table, warn
+from pipeline.runtime.console import info, optional, table, warn
 from pipeline.storage.folders import published
 from pipeline.tasks.visobert.config import DataPrepConfig, EmbeddedModelConfig
 from pipeline.tasks.visobert.encoders.tokenizer import MANY_UNKNOWN, load_tokenizer, unknown_share
@@ -73,7 +73,7 @@ def prepare_reviews(
     metrics = _metrics(analysis)  # before writing, because aspects whose metric names clash are an error
     files = _write(analysis, Path(config.output_dir))
     if generated := config.embedded():
-        say(generated)
+        info(generated)
     _print(analysis)
     alpha, train = analysis.alpha, analysis.train
     if writer is None:
@@ -192,36 +192,36 @@ def _print(analysis: Analysis) -> None:
         if reviews.dropped:
             warn(f"{split}: bad cells that are dropped: {len(reviews.dropped)}")
             for label in reviews.dropped[:MAX_LISTED]:
-                say(f"  row {label.row}, column {label.column}: {label.value!r}")
+                info(f"  row {label.row}, column {label.column}: {label.value!r}")
             if len(reviews.dropped) > MAX_LISTED:
-                say(f"  ... and {len(reviews.dropped) - MAX_LISTED} more")
+                info(f"  ... and {len(reviews.dropped) - MAX_LISTED} more")
     for split, row in analysis.distributions.items():
-        say(f"{split}: {row['reviews']} reviews; {_counts_text(row['overall'])}")
+        info(f"{split}: {row['reviews']} reviews; {_counts_text(row['overall'])}")
     for aspect, row in analysis.distributions["train"]["aspects"].items():
         only = " (detection only)" if aspect in analysis.alpha.detection_only else ""
-        say(f"  {aspect}{only}: {_counts_text(row)}")
+        info(f"  {aspect}{only}: {_counts_text(row)}")
     lengths = analysis.tokens["train"]
-    say(f"tokens of a training review: mean {lengths['mean']:.1f}, p50 {lengths['p50']}, p95 {lengths['p95']}, "
+    info(f"tokens of a training review: mean {lengths['mean']:.1f}, p50 {lengths['p50']}, p95 {lengths['p95']}, "
         f"p99 {lengths['p99']}, longest {lengths['max']}")  # fmt: skip
     for split, tokens in analysis.tokens.items():
         if tokens["unknown_share"] > MANY_UNKNOWN:
             warn(f"{tokens['unknown_share']:.1%} of the tokens of {split} are unknown to the tokenizer")
     _print_copies(analysis)
     alpha = analysis.alpha
-    say(f"alpha of {', '.join(SENTIMENTS)}: {alpha.text}, from {alpha.labelled_cells} labelled cells")
+    info(f"alpha of {', '.join(SENTIMENTS)}: {alpha.text}, from {alpha.labelled_cells} labelled cells")
     if analysis.duplicates["train"]["oversampled"]:
         warn(
             f"{analysis.copies} of {len(analysis.train)} training reviews are exact copies of others, labels and all: "
             "the file looks oversampled, so that its alpha describes the repetition, not the data"
         )
         vectors = {"alpha of the file": alpha.vector, "alpha of the distinct reviews": analysis.alpha_of_distinct}
-        say(table((name, dict(zip(SENTIMENTS, vector, strict=True))) for name, vector in vectors.items()))
+        info(table((name, dict(zip(SENTIMENTS, vector, strict=True))) for name, vector in vectors.items()))
 
 
 def _print_copies(analysis: Analysis) -> None:
     for kind in ("exact", "near"):
         counts = analysis.duplicates[kind]
-        say(f"{kind} copies: {counts['copies']} in {counts['groups']} groups, {counts['conflicting_groups']} of these "
+        info(f"{kind} copies: {counts['copies']} in {counts['groups']} groups, {counts['conflicting_groups']} of these "
             "with labels in conflict")  # fmt: skip
         for first, second in combinations(analysis.splits, 2):
             across = counts["across"][f"{first}/{second}"][f"reviews_of_{second}"]
@@ -250,4 +250,4 @@ def _print_next_command(config: DataPrepConfig, run_id: str | None) -> None:
         keys["config"] = "configs/config_multi_embedded.yaml"
     if run_id:
         keys["data_prep_run"] = run_id
-    say(f"next: train_visobert with {', '.join(f'{key}={value}' for key, value in keys.items())}")
+    info(f"next: train_visobert with {', '.join(f'{key}={value}' for key, value in keys.items())}")
