@@ -5,6 +5,7 @@ Shapes: B = reviews, L = tokens of the longest, H = width of the encoder, A = as
 
 import math
 import re
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import torch
@@ -112,14 +113,18 @@ class AspectLinear(nn.Module):
         return torch.einsum("bah,aho->bao", features, self.weight) + self.bias
 
 
-def build_model(config: ModelConfig, aspects: int, tokenizer: Tokenizer, *, weights: bool) -> AspectSentimentModel:
+def build_model(
+    config: ModelConfig, aspects: int, tokenizer: Tokenizer, *, weights: bool, warn: Callable[[str], object] = print
+) -> AspectSentimentModel:
     """A model for the tokenizer's ids. `weights` false: no pretrained weights are loaded.
+
+    `warn`: a parameter, because logged models are packaged without the console.
 
     Raises:
         UserError: the model's files are missing, or do not fit each other or the config.
     """
     if config.name != EMBEDDED:
-        pretrained = load_encoder(config, tokenizer.size, weights=weights)
+        pretrained = load_encoder(config, tokenizer.size, weights=weights, warn=warn)
         return AspectSentimentModel(pretrained, aspects, config)
     if config.pooling == "pooler":
         raise UserError("model.pooling: found pooler, but the embedded model has none; allowed: cls, aspect_attention")

@@ -11,38 +11,20 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.config.strict_config import load as load_config
-from pipeline.config.strict_config import to_yaml
 from pipeline.errors import UserError
 from pipeline.storage.calibration_file import read_calibration
-from pipeline.storage.weights import save_weights
 from pipeline.tasks.visobert.config import EMBEDDED, VisobertConfig
-from pipeline.tasks.visobert.encoders.pretrained_encoder import PretrainedEncoder
-from pipeline.tasks.visobert.encoders.tokenizer import Tokenizer, load_saved
+from pipeline.tasks.visobert.encoders.tokenizer import load_saved
 from pipeline.tasks.visobert.model import AspectSentimentModel, Output, build_model
 from pipeline.tasks.visobert.reviews.review_table import ReviewTable, length_buckets
-from pipeline.tasks.visobert.reviews.splits import Splits
 from pipeline.tasks.visobert.scoring.predictions import Predictions
 
 WEIGHTS_FILE, CONFIG_FILE, ASPECTS_FILE = "model.safetensors", "config.yaml", "aspects.json"
 TOKENIZER_FOLDER, ENCODER_FOLDER = "tokenizer", "encoder"
 
 
-def save(
-    folder: Path, model: AspectSentimentModel, config: VisobertConfig, tokenizer: Tokenizer, reviews: Splits
-) -> None:
-    """Write the files that `load` reads, except the calibration."""
-    save_weights(model.state_dict(), folder / WEIGHTS_FILE)
-    (folder / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
-    tokenizer.save(folder / TOKENIZER_FOLDER)
-    if isinstance(model.encoder, PretrainedEncoder):
-        model.encoder.config.save_pretrained(str(folder / ENCODER_FOLDER))
-    aspects = {"aspects": reviews.train.aspects, "detection_only": reviews.detection_only,
-               "text_column": reviews.train.text_column}  # fmt: skip
-    (folder / ASPECTS_FILE).write_text(json.dumps(aspects, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def load(folder: Path) -> Callable[..., pd.DataFrame]:
-    """The predictor in a folder that `save` wrote: predict(texts, raw=False).
+    """The predictor in a folder that `VisobertTask.export` wrote: predict(texts, raw=False).
 
     raw: probabilities without calibration.
     """

@@ -1,5 +1,6 @@
 """Aspect sentiment of reviews: what the training loop in `pipeline.training.loop` calls."""
 
+import json
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -11,13 +12,16 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from pipeline.config.run_config import AdamConfig, ScheduleConfig
+from pipeline.config.strict_config import to_yaml
 from pipeline.maths.calibration import Fitted
-from pipeline.runtime.console import info
+from pipeline.runtime.console import info, warn
 from pipeline.runtime.importing import uncollected
 from pipeline.storage.calibration_file import write_calibration
+from pipeline.storage.weights import save_weights
 from pipeline.tasks.base import Dataset, ModelExport, Rows, Task
 from pipeline.tasks.visobert.config import EMBEDDED, VisobertConfig
 from pipeline.tasks.visobert.encoders.model_folder import model_folder
+from pipeline.tasks.visobert.encoders.pretrained_encoder import PretrainedEncoder
 from pipeline.tasks.visobert.evaluation import Evaluation
 from pipeline.tasks.visobert.model import (
     AspectSentimentModel,
@@ -27,7 +31,7 @@ from pipeline.tasks.visobert.model import (
     layers_from_the_top,
 )
 from pipeline.tasks.visobert.objective import Objective
-from pipeline.tasks.visobert.predict import save
+from pipeline.tasks.visobert.predict import ASPECTS_FILE, CONFIG_FILE, ENCODER_FOLDER, TOKENIZER_FOLDER, WEIGHTS_FILE
 from pipeline.tasks.visobert.reviews.alpha import ALPHA_FILE, Alpha, check_same_data, compute_alpha
 from pipeline.tasks.visobert.reviews.review_data import ReviewData
 from pipeline.tasks.visobert.reviews.review_table import ReviewBatch, length_buckets
@@ -127,7 +131,8 @@ class VisobertTask(Task[VisobertConfig]):
         return model
 
     def _build(self, *, weights: bool) -> AspectSentimentModel:
-        return build_model(self.config.model, len(self.data.splits.train.aspects), self.data.tokenizer, weights=weights)
+        aspects = len(self.data.splits.train.aspects)
+        return build_model(self.config.model, aspects, self.data.tokenizer, weights=weights, warn=warn)
 
     @property
     def schedule(self) -> ScheduleConfig:
@@ -186,7 +191,14 @@ class VisobertTask(Task[VisobertConfig]):
 
     def export(self, model: Any, folder: Path) -> ModelExport:
         reviews = self.data.splits
-        save(folder, model, self.config, self.data.tokenizer, reviews)
+        save_weights(model.state_dict(), folder / WEIGHTS_FILE)
+        (folder / CONFIG_FILE).write_text(to_yaml(self.config), encoding="utf-8")
+        self.data.tokenizer.save(folder / TOKENIZER_FOLDER)
+        if isinstance(model.encoder, PretrainedEncoder):
+            model.encoder.config.save_pretrained(str(folder / ENCODER_FOLDER))
+        aspects = {"aspects": reviews.train.aspects, "detection_only": reviews.detection_only,
+                   "text_column": reviews.train.text_column}  # fmt: skip
+        (folder / ASPECTS_FILE).write_text(json.dumps(aspects, ensure_ascii=False) + "\n", encoding="utf-8")
         write_calibration(folder, self.evaluation.calibration)
         return ModelExport(
             folder=folder,

@@ -1,5 +1,6 @@
 """Encoders that transformers loads."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -8,7 +9,6 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.runtime.console import warn
 from pipeline.tasks.visobert.config import ModelConfig
 from pipeline.tasks.visobert.encoders.embedded_encoder import Encoded
 from pipeline.tasks.visobert.encoders.model_folder import model_folder
@@ -31,7 +31,9 @@ class PretrainedEncoder(nn.Module):
         return Encoded(output.last_hidden_state, getattr(output, "pooler_output", None))
 
 
-def load_encoder(config: ModelConfig, vocabulary: int, *, weights: bool) -> PretrainedEncoder:
+def load_encoder(
+    config: ModelConfig, vocabulary: int, *, weights: bool, warn: Callable[[str], object]
+) -> PretrainedEncoder:
     """Load the encoder in fp32. `weights` false: new weights, whatever `model.init` is.
 
     Raises:
@@ -39,14 +41,14 @@ def load_encoder(config: ModelConfig, vocabulary: int, *, weights: bool) -> Pret
     """
     pretrained = weights and config.init == "pretrained"
     folder = model_folder(config.name, config.revision, weights=pretrained)
-    encoder = PretrainedEncoder(_load(folder, config, pretrained), config.pooling == "pooler")
+    encoder = PretrainedEncoder(_load(folder, config, pretrained, warn), config.pooling == "pooler")
     _check_sizes(encoder.model, config, vocabulary)
     if config.pooling == "pooler" and getattr(encoder.model, "pooler", None) is None:
         raise UserError(f"model.pooling: found pooler, but {config.name} has none; allowed: cls, aspect_attention")
     return encoder
 
 
-def _load(folder: Path, config: ModelConfig, pretrained: bool) -> nn.Module:
+def _load(folder: Path, config: ModelConfig, pretrained: bool, warn: Callable[[str], object]) -> nn.Module:
     from transformers import AutoConfig, AutoModel
     from transformers.utils import logging
 
