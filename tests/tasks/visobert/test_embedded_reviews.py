@@ -149,6 +149,14 @@ def test_the_contents_are_the_same_however_they_are_written(many: list[Review], 
     assert np.mean([messy.text != tidy.text for messy, tidy in zip(many, clean, strict=True)]) > 0.6
 
 
+def test_mixed_feelings(clean: list[Review]) -> None:
+    """Praise and blame stand in one review, at times in one sentence."""
+    mixed = [review for review in clean if {"Positive", "Negative"} <= set(review.truth.values())]
+    assert 0.08 < len(mixed) / len(clean) < 0.25
+    contrasts = [review for review in mixed if re.search(r"nhưng|mỗi tội|có điều|bù lại|tuy ", review.text)]
+    assert len(contrasts) > 0.25 * len(mixed)
+
+
 # Writing
 
 

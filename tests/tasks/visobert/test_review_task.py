@@ -303,6 +303,14 @@ def test_alpha_of_oversampled_data_is_that_of_what_an_epoch_draws(make: Make) ->
     assert task.alpha.vector == pytest.approx(expected.tolist(), rel=0.02)
 
 
+@pytest.mark.parametrize("oversampling", ["none", "capped"])
+def test_alpha_of_the_original_does_not_depend_on_oversampling(make: Make, oversampling: str) -> None:
+    labels = make().data.splits.train.labels
+    counts = np.array([(labels == code).sum() for code in (P, N, U)])
+    alpha = make(**{"data.oversampling": oversampling}).alpha
+    assert alpha.vector == pytest.approx((counts.sum() / (3 * counts)).tolist())
+
+
 def test_an_epochs_plan(make: Make) -> None:
     task, again, other = make(seed=3), make(seed=3), make(seed=4)
     drawn = [task.plan(0), again.plan(0), task.plan(1), other.plan(0)]

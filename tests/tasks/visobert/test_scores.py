@@ -483,3 +483,10 @@ def test_a_report_of_aspects_with_any_name(tmp_path: Path) -> None:
     predictions = Predictions(PREDICTIONS.output, PREDICTIONS.thresholds, names, PREDICTIONS.polar)
     write_report(tmp_path, "valid", reviews_of(table([[P, O, M], [N, U, O], [X, M, O]]), names), predictions)
     assert (tmp_path / "evaluation" / "valid_predictions.csv").exists()
+
+
+def test_a_probability_at_its_threshold_is_a_mention() -> None:
+    output = Output(torch.zeros(2, 1, 3), torch.tensor([[0.0], [-1e-6]]))
+    predictions = Predictions(output, np.array([0.5]), ("pin",), np.array([True]))
+    assert predictions.labels.mentioned is not None
+    assert predictions.labels.mentioned.tolist() == [[True], [False]]
