@@ -511,8 +511,8 @@ def three(column: str, labels: tuple[str, str, str] = ("Positive", "Negative", "
     ("name", "content", "told"),
     [
         ("a.csv", b"\xef\xbb\xbf\n", "the file is empty"),
-        ("a.jsonl", three(r"\ud800"), "column '\\ud800': allowed: a name of whole characters other than zero"),
-        ("a.jsonl", three(r"A\u0000"), "column 'A\\x00': allowed: a name of whole characters other than zero"),
+        ("a.jsonl", three(r"\ud800"), "column '\\ud800': allowed: a name of whole characters other than NUL"),
+        ("a.jsonl", three(r"A\u0000"), "column 'A\\x00': allowed: a name of whole characters other than NUL"),
         ("a.jsonl", three("A", ("Positive", "Negative", r"\udc00")), "row 3, column A: found half a character"),
         ("a.jsonl", three("label", (r"{\ud800#Positive}", "", "")), "row 1, column label: found half a character"),
     ],

@@ -405,7 +405,7 @@ def test_damaged_csv(tmp_path: Path, text: str, message: str) -> None:
         ('\n{"data": 5, "A": "Positive"}\n', "row 1, column data: found '5', allowed: text"),
         ('{"data": "x", "A": "Positive"}\n{"data": "y", "A": 1}\n', "row 2, column A: found '1', allowed: Positive"),
         ('{"data": "x", "A": ["Positive"]}\n', "row 1, column A: found '[\"Positive\"]', allowed: Positive"),
-        ('{"data": "xx", "A": "Positive"}\n{"data": "a\\ud83d", "A": ""}\n', "line 2: found half a char"),
+        ('{"data": "xx", "A": "Positive"}\n{"data": "a\\ud83d", "A": ""}\n', "row 2, column data: found half a char"),
         ('{"data": "x", "A": "Positive", "A": ""}\n', "line 1: not JSON (key 'A' is there twice)"),
     ],
 )

@@ -121,11 +121,21 @@ def _read_jsonl(file: Path, content: bytes) -> NamesAndCells:
             raise UserError(f"{file}: line {number}: not JSON ({error})") from None
         if not isinstance(record, dict):
             raise UserError(f"{file}: line {number}: found a {type(record).__name__}, allowed: an object of columns")
-        if "\\u" in line and HALF_CHARACTER.search(json.dumps(record, ensure_ascii=False)):
-            raise UserError(f"{file}: line {number}: found half a character (an unpaired surrogate)")
         records.append(record)
     names = list(dict.fromkeys(name for record in records for name in record))
-    return names, [[record.get(name) for record in records] for name in names]
+    columns: list[Sequence[object]] = [[record.get(name) for record in records] for name in names]
+    if b"\\u" in content:  # an escape may stand for an unpaired surrogate or for NUL
+        _check_characters(file, names, columns)
+    return names, columns
+
+
+def _check_characters(file: Path, names: Sequence[str], columns: Sequence[Sequence[object]]) -> None:
+    for name, cells in zip(names, columns, strict=True):
+        if "\0" in name or HALF_CHARACTER.search(name):
+            raise UserError(f"{file}: column {name!r}: allowed: a name of whole characters other than NUL")
+        for row, cell in enumerate(cells, 1):
+            if isinstance(cell, str | list | dict) and HALF_CHARACTER.search(cell_text(cell)):
+                raise UserError(f"{file}: row {row}, column {name}: found half a character (an unpaired surrogate)")
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
