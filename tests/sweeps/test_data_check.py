@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pipeline.tasks.mmoe.schema import DataSchema
 from test_sweep import sweep_file
 
 from pipeline.config.strict_config import load
+from pipeline.data.schema import DataSchema
 from pipeline.errors import UserError
 from pipeline.sweeps.data_check import check_data
 from pipeline.sweeps.jobs import Job
