@@ -1,6 +1,6 @@
 """Everything that talks to MLflow.
 
-A training logs to a run (`mlflow_run.py`), which appends to the journal in its folder. The writer process
-(`writer.py` starts it, `__main__.py` is its program) delivers the journal to the tracking store (`delivery.py`); if the
-trainer dies, it delivers the rest and marks the run FAILED. `stored_runs.py` reads runs back.
+Training logs to an `MlflowRun` (`mlflow_run.py`), which appends to the journal in the run's folder. The writer process
+(started by `writer.py`, main program `__main__.py`) delivers the journal to the tracking store (`delivery.py`). If the
+trainer dies, the writer delivers the rest and marks the run FAILED. `stored_runs.py` reads runs from the store.
 """

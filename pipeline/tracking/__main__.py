@@ -1,4 +1,4 @@
-"""The writer process, started by `pipeline.tracking.writer`: opens a run and delivers its journal as it grows."""
+"""Main program of the writer process, started by `pipeline.tracking.writer`: open runs and deliver their journals."""
 
 import contextlib
 import gc
@@ -27,26 +27,26 @@ from pipeline.tracking.store import configure_mlflow, probe, store_key, tracking
 from pipeline.tracking.store_calls import PAUSE_SECONDS
 from pipeline.tracking.store_errors import Answer, classify, one_line, refusal
 
-OPEN_SECONDS = 30.0  # for opening a run, if the store has answered at all
-ABANDON_SECONDS = 1.0  # between two attempts to end a run that could not be opened
+OPEN_SECONDS = 30.0  # how long to retry opening a run
+ABANDON_SECONDS = 1.0  # pause between attempts to end a run that could not be opened
 
 
 def main() -> None:
     """Serve requests from standard input until it closes."""
-    for number in SIGNALS:  # schedulers signal every process of a job; this one ends with its input
+    for number in SIGNALS:  # schedulers signal every process of a job; the writer exits when its input closes
         signal.signal(number, signal.SIG_IGN)
     reply = take_standard_output()
     inbox = Inbox(sys.stdin)
     importing = threading.Thread(target=_import_mlflow, daemon=True)
     importing.start()
-    opening: Opening | None = None  # of a run whose journal is not followed yet
+    opening: Opening | None = None  # the opened run, until its journal is followed
     while (request := inbox.next()) is not None:
         match request:
             case messages.AbandonRun(failure):
                 _abandon(opening, failure)
                 opening = None
             case messages.FollowRun():
-                importing.join()  # two threads that import mlflow take twice as long
+                importing.join()  # importing mlflow in two threads at once takes twice as long
                 opening = None
                 reply(_follow(request, inbox, reply))
             case messages.OpenRun():
@@ -56,24 +56,24 @@ def main() -> None:
                 reply(_query(request, importing))
     _abandon(opening, NO_WORD)
     sys.stderr.flush()
-    os._exit(0)  # without mlflow's exit handlers, which may take long, and end a run of ours
+    os._exit(0)  # skip MLflow's exit handlers, which may be slow and would end an active run
 
 
 def _import_mlflow() -> None:
-    """Import what takes seconds, while the trainer imports torch and loads its data."""
+    """Import mlflow, which takes seconds, while the trainer imports torch and loads its data."""
     with uncollected():
         configure_mlflow()
         context_tags()
-    gc.freeze()  # modules stay: keep garbage collections from searching them
+    gc.freeze()  # exclude the imported modules from garbage collection
 
 
 def _follow(
     request: messages.FollowRun, inbox: Inbox, send: Callable[[messages.DeliveryNews], None]
 ) -> messages.DeliveryReport:
-    """Deliver a run's journal to its end; returns the report once the trainer asks for it."""
+    """Deliver a run's journal to its end, and return the report once the trainer asks for it."""
     delivery = Delivery(Path(request.folder), request.owner, inbox, send, request.claim)
     delivery.follow()
-    while not inbox.ending:  # the run has another owner, as its trainer will see, or was deleted
+    while not inbox.ending:  # taken over or deleted: wait until the trainer asks for the report
         inbox.wait(1)
     report = delivery.report()
     inbox.finish = None
@@ -81,7 +81,7 @@ def _follow(
 
 
 def _unreachable() -> str:
-    """Why the store's server does not answer, or "": known within seconds, while mlflow is still being imported."""
+    """Probe the store's server, without mlflow; return the error, or "" if the server answers."""
     try:
         probe()
     except ConnectionError as error:
@@ -99,7 +99,7 @@ def _query(request: messages.FindRuns | messages.FetchArtifact, importing: threa
     importing.join()
     try:
         return _find(request) if isinstance(request, messages.FindRuns) else _fetch(request)
-    except Exception as error:  # any error of the store becomes one line
+    except Exception as error:  # report any error of the store in one line
         return messages.Refused(refusal(error))
 
 
@@ -123,7 +123,7 @@ def _fetch(request: messages.FetchArtifact) -> messages.FetchedArtifact | messag
 def _open(
     request: messages.OpenRun, opening: Opening, inbox: Inbox, importing: threading.Thread
 ) -> messages.WriterReply:
-    """Open the run, or begin it without a store that is away."""
+    """Open the run; if the store is unreachable and the request allows it, begin the run offline."""
     unreachable = _unreachable()
     if unreachable and not request.offline:
         return _refused(unreachable)
@@ -135,7 +135,7 @@ def _open(
                 assert run.folder
                 folder = RunFolder(Path(run.folder))
                 turn.callback(wait_for_turn(folder).release)
-                Cursor(folder, store_key()).save()  # before the journal grows: it may have lost its tail
+                Cursor(folder, store_key()).save()  # before the journal grows: drop positions beyond its end
             if unreachable:
                 raise ConnectionError(unreachable)
             return _open_with_retries(opening, inbox)
@@ -160,14 +160,14 @@ def _open_with_retries(opening: Opening, inbox: Inbox) -> messages.OpenedRun:
 
 
 def _abandon(opening: Opening | None, failure: str) -> None:
-    """End a run that could not be opened, or whose trainer ended before its journal was begun."""
+    """Mark as FAILED a run that could not be opened, or whose trainer exited before beginning its journal."""
     if opening is None:
         return
     for is_last in (False, False, True):
         try:
             opening.give_up(failure)
             return
-        except Exception as error:  # any error of the store becomes one line
+        except Exception as error:  # report any error of the store in one line
             if is_last:
                 warn(f"run {opening.run_id or 'that was asked for'} could not be ended: {one_line(error)}")
             time.sleep(ABANDON_SECONDS)

@@ -1,4 +1,4 @@
-"""MLflow's client: connecting, and queries as the rest of this folder needs them. Errors are MLflow's own."""
+"""Connect to the tracking store through MLflow's client, and query it. MLflow's errors are raised unchanged."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ from pipeline.tracking.store_errors import is_duplicate
 PAGE_ROWS = 1000
 BATCH_POINTS = 1000  # MLflow's limit for one log_batch
 BATCH_PARAMS = 100
-DIGEST_LENGTH = 32  # of a data set's hash: MLflow accepts 36 characters; a tag has all of it
+DIGEST_LENGTH = 32  # characters of a dataset's hash: MLflow accepts 36; a tag holds the full hash
 OLDEST_FIRST = ["attributes.start_time ASC"]
 
 
@@ -31,7 +31,7 @@ class Point:
 
 
 def connect() -> Any:
-    """MLflow's client, after creating a SQLite store that does not exist yet."""
+    """Return MLflow's client; create a SQLite store that does not exist yet."""
     import mlflow
 
     configure_mlflow()
@@ -45,15 +45,15 @@ def experiments(client: Any) -> list[Any]:
 
 
 def find_experiment(client: Any, text: str) -> Any | None:
-    """The experiment with this name, or else with this id.
+    """The experiment with this name, otherwise with this id; None if there is none.
 
     Raises:
-        ValueError: it is deleted.
+        ValueError: the experiment is deleted.
     """
     from mlflow.entities import ViewType
 
     experiment = client.get_experiment_by_name(text)
-    if experiment is None:  # kinds of stores differ in their errors for an unknown id: search all
+    if experiment is None:  # the error for an unknown id depends on the type of store: search all
         every = _all_pages(client.search_experiments, view_type=ViewType.ALL)
         experiment = next((each for each in every if each.experiment_id == text), None)
     if experiment is not None and experiment.lifecycle_stage != "active":
@@ -64,9 +64,9 @@ def find_experiment(client: Any, text: str) -> Any | None:
 def search(
     client: Any, filter_string: str, experiment_ids: Sequence[str] | None = None, deleted: bool = False
 ) -> list[Any]:
-    """Every run that the filter matches, oldest first, in these experiments (None: in all).
+    """All runs in these experiments (None: in all) that match the filter, oldest first.
 
-    deleted: include runs in MLflow's trash.
+    deleted: include deleted runs.
     """
     from mlflow.entities import ViewType
 
@@ -78,7 +78,7 @@ def search(
 
 
 def find_by_id(client: Any, run_id: str) -> Any | None:
-    """The run with this id, even if deleted, or the run that was created on this server for it."""
+    """The run with this id, or the one created in this store in its place (tag ORIGINAL); deleted runs are included."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -91,7 +91,7 @@ def find_by_id(client: Any, run_id: str) -> Any | None:
 
 
 def is_deleted(run: Any) -> bool:
-    """Whether the run is in MLflow's trash."""
+    """Whether the run was deleted; MLflow can restore it."""
     return bool(run.info.lifecycle_stage != "active")
 
 
@@ -100,7 +100,7 @@ def deletion_message(run_id: str) -> str:
 
 
 def is_random_name(name: str) -> bool:
-    """Whether MLflow made the run's name up (`legendary-gnat-695`)."""
+    """Whether MLflow generated the run's name, such as `legendary-gnat-695`."""
     first, _, number = name.rpartition("-")
     return number.isdigit() and first.replace("-", "").isalpha()
 
@@ -113,7 +113,7 @@ def context_tags() -> dict[str, str]:
 
 
 def stored_run(run: Any) -> StoredRun:
-    """Convert a run of MLflow's."""
+    """Convert an MLflow run."""
     return StoredRun(
         run.info.run_id,
         run.info.run_name or "",
@@ -128,13 +128,13 @@ def stored_run(run: Any) -> StoredRun:
 
 
 def stored_points(client: Any, run_id: str, metric: str) -> list[Point]:
-    """All points of a run's metric."""
+    """All logged points of a run's metric."""
     return [Point(point.step, _number(point.value), point.timestamp)
             for point in client.get_metric_history(run_id, metric)]  # fmt: skip
 
 
 def download(client: Any, run_id: str, file: str, folder: Path) -> Path | None:
-    """Copy a run's artifact below the folder; None if the run does not have it."""
+    """Download a run's artifact into the folder; None if the run has no such artifact."""
     parent = Path(file).parent.as_posix()
     if file not in [entry.path for entry in client.list_artifacts(run_id, None if parent == "." else parent)]:
         return None
@@ -160,7 +160,7 @@ def log_file(client: Any, run_id: str, file: Path, folder: str = "") -> None:
 
 
 def log_dataset(client: Any, run_id: str, record: Record) -> None:
-    """Log the data set of a journal's record `input`."""
+    """Log the dataset that a journal record `input` describes."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     dataset = Dataset(
@@ -176,7 +176,7 @@ def log_dataset(client: Any, run_id: str, record: Record) -> None:
     except Exception as error:
         if not is_duplicate(error):
             raise
-        client.log_inputs(run_id, inputs)  # another run has just created the data set, which MLflow now finds
+        client.log_inputs(run_id, inputs)  # another process has just created the dataset; this call finds it
 
 
 def _all_pages(query: Any, **arguments: Any) -> list[Any]:
@@ -190,6 +190,6 @@ def _all_pages(query: Any, **arguments: Any) -> list[Any]:
 
 
 def _number(stored: float) -> float:
-    """Databases store the largest float for infinity; no loss is ever that."""
+    """Convert the largest float to infinity, since MLflow's databases store infinity as the largest float."""
     largest = sys.float_info.max
     return {largest: float("inf"), -largest: float("-inf")}.get(stored, stored)

@@ -1,7 +1,7 @@
-"""How much of a run's journal was delivered to which store: the file `delivered.json` of the run's folder.
+"""Delivery position of a run's journal in each tracking store, kept in `delivered.json` in the run's folder.
 
-It is replaced after every batch, so that a killed writer's successor goes on there. A batch that is delivered twice
-changes nothing, since every point has its time from the journal.
+The file is replaced after every batch, so that a new writer continues where a killed one stopped. Delivering a batch
+twice changes nothing, since its points keep the times of the journal and the store keeps equal points only once.
 """
 
 import json
@@ -17,7 +17,7 @@ MAX_PROBLEMS = 20
 
 
 class Saved(BaseModel):
-    """What the file says of one store."""
+    """The file's entry for one store."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -34,21 +34,21 @@ class Cursor:
     def __init__(self, folder: RunFolder, store: str) -> None:
         self.file, self.journal, self.store = folder.delivered, folder.journal, store
         size = folder.journal.stat().st_size if folder.journal.exists() else 0
-        # a journal that lost its tail is delivered again
+        # if the journal lost its tail, deliver it again from its beginning
         self.stores = {name: saved for name, saved in self._read().items() if saved.offset <= size}
         saved = self.stores.get(store, Saved())
-        self.run_id = saved.run_id  # in the store
-        self.offset = saved.offset  # bytes of the journal that the store has
+        self.run_id = saved.run_id  # id of the run in the store
+        self.offset = saved.offset  # bytes of the journal that were delivered
         self.ended = saved.ended  # final status in the store
-        self.problems = list(saved.problems)  # refused by the store
-        self.more_problems = saved.more_problems  # number of those that `problems` does not list
+        self.problems = list(saved.problems)  # messages about records that the store refused
+        self.more_problems = saved.more_problems  # number of further problems, not listed
 
     def rewind(self) -> None:
-        """Deliver the whole journal again."""
+        """Return to the beginning of the journal."""
         self.offset, self.ended, self.problems, self.more_problems = 0, None, [], 0
 
     def add_problem(self, problem: str) -> bool:
-        """Add a problem; returns whether it is listed."""
+        """Add a problem; returns False if it is only counted, because MAX_PROBLEMS are listed already."""
         if len(self.problems) < MAX_PROBLEMS:
             self.problems.append(problem)
             return True
@@ -56,7 +56,7 @@ class Cursor:
         return False
 
     def remaining(self) -> int:
-        """Number of whole records that the store does not have."""
+        """Number of complete records that are not delivered yet."""
         count = 0
         with self.journal.open("rb") as stream:
             stream.seek(self.offset)
@@ -65,7 +65,7 @@ class Cursor:
         return count
 
     def save(self) -> None:
-        """Write the file; if that fails, a successor delivers some records again."""
+        """Write the file; an error only causes a warning, since delivering records twice is harmless."""
         self.stores[self.store] = Saved(run_id=self.run_id, offset=self.offset, ended=self.ended,
                                         problems=self.problems, more_problems=self.more_problems)  # fmt: skip
         text = json.dumps({name: saved.model_dump() for name, saved in self.stores.items()}, indent=1)
@@ -76,7 +76,7 @@ class Cursor:
             warn(f"{self.file}: {error.strerror or error}; what was delivered may be delivered once more")
 
     def _read(self) -> dict[str, Saved]:
-        """Read the file, without entries that are damaged or another program's."""
+        """Read the file, and skip invalid entries."""
         try:
             check_file(self.file)
             content = json.loads(self.file.read_bytes())

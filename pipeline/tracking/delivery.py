@@ -30,19 +30,19 @@ from pipeline.tracking.run_opening import create_for, delete_stale_tags
 from pipeline.tracking.store import probe
 from pipeline.tracking.store_calls import GaveUpError, StoreCalls
 
-POLL_SECONDS = 0.5  # between two looks into the journal
-TURN_SECONDS = 10.0  # for the writer of an earlier owner, which stops after its current call
+POLL_SECONDS = 0.5  # between two reads of the journal
+TURN_SECONDS = 10.0  # wait for an earlier owner's writer, which stops after its current call
 PROGRESS_SECONDS = 0.5  # between two progress messages
-LONG_SECONDS = 600.0  # for a model or a large file, if the store has just answered
+LONG_SECONDS = 600.0  # for uploading a model or a large file, if the store has just answered
 LARGE_BYTES = 1 << 20
 NO_WORD = "the process ended without a word"
 
 
 def wait_for_turn(folder: RunFolder, check: Callable[[], None] = lambda: None) -> FileLock:
-    """Wait for the writer of an earlier owner, and lock its lock; the caller releases it.
+    """Wait for the previous owner's writer to stop, then acquire the writer lock; the caller releases it.
 
-    After `TURN_SECONDS` the lock is returned unlocked: that writer hangs. It can do no harm, since both deliver the
-    same. check: called while waiting.
+    If that writer hangs for `TURN_SECONDS`, the lock is returned without being acquired. Two writers at once do no
+    harm, since they deliver the same records. check: called while waiting.
     """
 
     def is_cancelled() -> bool:
@@ -61,33 +61,33 @@ class Delivery:
     def __init__(
         self, folder: Path, owner: int, inbox: Inbox, send: Callable[[DeliveryNews], None], claim: str | None = None
     ) -> None:
-        """owner: number of the folder's owner for whom this writer works. send: gets progress at the run's end.
+        """owner: number of the folder's owner that this writer delivers for. send: sends progress to the trainer.
 
-        claim: the run's tag `owner` while it is ours; None: not checked.
+        claim: expected value of the run's tag `owner`; None: not checked.
         """
         self.folder, self.inbox, self.send = RunFolder(folder), inbox, send
         self.store = StoreCalls(self.folder, owner, claim, inbox, send)
         self.cursor = self.store.cursor
         self.reader = JournalReader(self.folder.journal)
-        self.params: dict[str, str] = {}  # in the store: `mlflow run` logs params as typed, and they cannot change
-        self.opened: Record = {}  # the journal's first record `open`, and its end
+        self.params: dict[str, str] = {}  # in the store; `mlflow run` logs them as typed, and they cannot change
+        self.opened: Record = {}  # first record `open` of the journal, and its end position
         self.end_of_opened = 0
-        self.status: str | None = None  # from the last record `finish`, with its time (ms) and end
+        self.status: str | None = None  # from the last record `finish`, with its time (ms) and end position
         self.ended_at: int | None = None
         self.end_of_status = 0
-        self.ended_before: str | None = None  # final status that the store has already
+        self.ended_before: str | None = None  # final status that the store had already
         self.is_ended = False
-        self.delivered = self.total = 0  # records
+        self.delivered = self.total = 0  # numbers of records
         self.progress_at = time.monotonic()
 
     def follow(self) -> DeliveryReport:
-        """Deliver until the run is finished, its trainer is gone, or delivery gives up."""
+        """Deliver until the run is finished, the trainer has exited, or delivery gives up."""
         lock = None
         try:
             lock = wait_for_turn(self.folder, self.store.check)
             self._find_run()
             while True:
-                ending = self.inbox.ending  # before reading: records that were logged before it are read then
+                ending = self.inbox.ending  # checked before reading, so that no record is missed
                 if not self._deliver_next():
                     if ending:
                         break
@@ -104,7 +104,7 @@ class Delivery:
 
     @property
     def is_done(self) -> bool:
-        """Whether the store has the whole journal, and the run's end."""
+        """Whether the whole journal is delivered and the run has ended in the store."""
         return self.cursor.ended is not None and not self.store.waiting()
 
     def report(self) -> DeliveryReport:
@@ -114,7 +114,7 @@ class Delivery:
                               used.user + used.system)  # fmt: skip
 
     def _find_run(self) -> None:
-        """Find or create the run in this store, and go to the cursor's position."""
+        """Find or create the run in this store, and start reading at the cursor's position."""
         while not self.opened:
             openings = ((record, end) for end, record in self.reader.read() if record["op"] == "open")
             self.opened, self.end_of_opened = next(openings, ({}, 0))
@@ -143,7 +143,7 @@ class Delivery:
         cursor.save()
 
     def _deliver_next(self) -> bool:
-        """Deliver the next records, points in batches; False if there are none."""
+        """Deliver the next records, points in batches; returns False if there were none."""
         records = self.reader.read()
         steps: list[tuple[int, Record]] = []
         points = 0
@@ -176,7 +176,7 @@ class Delivery:
         self._advance(steps[-1][0], len(steps))
 
     def _log_points(self, points: Sequence[Any]) -> None:
-        """Log a batch; if it is refused, metric by metric, so that one bad name does not cost the others."""
+        """Log points; if the store refuses them, log each metric separately, so that only invalid ones are lost."""
         store = self.store
         refusal = store.attempt("points", lambda: store.client.log_batch(store.run_id, metrics=points))
         keys = list(dict.fromkeys(point.key for point in points))
@@ -188,14 +188,14 @@ class Delivery:
 
     def _deliver_record(self, end: int, record: Record) -> None:
         match record["op"]:
-            case "finish":  # the cursor passes it once the run is ended in the store
+            case "finish":  # the cursor moves past it once the run has ended in the store
                 self.status, self.ended_at, self.end_of_status = record["status"], record["time"], end
                 return
             case "open":
                 self.status = self.ended_at = None
-                if end != self.end_of_opened:  # tags of an earlier start may have been delivered after this opening
+                if end != self.end_of_opened:  # a resumed run: the store may have tags of its earlier start
                     self.store.require("tags", self._delete_stale_tags, record["tags"])
-                if not (record["online"] and self.store.run_id == record["id"]):  # else the opening has set them
+                if not (record["online"] and self.store.run_id == record["id"]):  # otherwise set on opening
                     self.store.require("tags", self._open_later, record)
             case "params":
                 self._log_params(record["values"])
@@ -216,14 +216,14 @@ class Delivery:
         delete_stale_tags(client, client.get_run(run_id), tags)
 
     def _open_later(self, client: Any, run_id: str, record: Record) -> None:
-        """Set name, status and tags of a run that was opened in another store or without one."""
+        """Set the name, status and tags of a run that was opened offline or in another store."""
         name, claim = client.get_run(run_id).info.run_name or "", self.store.claim
         client.update_run(run_id, status="RUNNING", name=record["name"] if is_random_name(name) else None)
         where = {"run_dir": str(self.folder.path), "host": record["host"]} | ({OWNER: claim} if claim else {})
         set_tags(client, run_id, record["tags"] | where)
 
     def _log_params(self, values: Mapping[str, str]) -> None:
-        # a dotted key typed as `-P optim.dense.lr=3e-4` stays as it was typed: its canonical text is a tag
+        # the store keeps a param as typed, such as `-P optim.dense.lr=3e-4`; its canonical spelling becomes a tag
         typed = {CANONICAL + key: value for key, value in values.items()
                  if "." in key and self.params.get(key, value) != value}  # fmt: skip
         if typed:
@@ -248,10 +248,10 @@ class Delivery:
         self.store.require(name, log_file, file, folder)
 
     def _end(self) -> None:
-        """Log the history and end the run; in a hurry first end it, since there may be no time for the history."""
+        """Log the history, then end the run; in a hurry, end it first, since there may be no time for the history."""
         finish, cursor = self.inbox.finish, self.cursor
         requested = finish.status if finish else None
-        if self.ended_before and not (self.status or requested):  # the folder was copied before the run ended
+        if self.ended_before and not (self.status or requested):  # this folder is a copy made before the run ended
             cursor.ended = self.ended_before
             cursor.save()
             return
@@ -273,10 +273,10 @@ class Delivery:
         cursor.save()
 
     def _end_early(self) -> None:
-        """Try once to end the run while the rest of its journal waits."""
+        """Try once to end the run although part of its journal is not delivered."""
         finish = self.inbox.finish
         assert finish
-        with contextlib.suppress(Exception):  # the report names what waits, which includes the end
+        with contextlib.suppress(Exception):  # the report counts a missing end as not delivered
             set_tags(self.store.client, self.store.run_id, {"failure": finish.failure})
             self.store.client.set_terminated(self.store.run_id, finish.status)
 
@@ -295,7 +295,7 @@ class Delivery:
             self._note_progress()
 
     def _advance(self, end: int, records: int = 1) -> None:
-        """Move the cursor: the store has everything up to `end`."""
+        """Move the cursor to `end`, the end position of the last delivered record."""
         self.cursor.offset, self.cursor.ended = end, None
         self.cursor.save()
         self.delivered += records
@@ -312,9 +312,9 @@ class Delivery:
         self.send(Progress(self.delivered, self.total, busy))
 
     def _ask_for_time(self) -> None:
-        """Ask the trainer for more patience with the next call, if the store answers."""
+        """Check that the store answers, and tell the trainer that the next call may take long."""
         self.store.require("run", lambda client, run_id: client.get_run(run_id))
         self._note_progress()
         if self.inbox.finish and (self.status or self.inbox.finish.status) == "FINISHED":
             self._send_progress(LONG_SECONDS)
-            self.progress_at = 0.0  # the next progress is sent at once, and resets the patience
+            self.progress_at = 0.0  # send the next progress at once, which ends the longer wait

@@ -1,4 +1,4 @@
-"""`python -m pipeline doctor <run>`: do a run's journal, store and checkpoints agree, and if not, what mends it."""
+"""`python -m pipeline doctor <run>`: check that a run's journal, store and checkpoints agree, and suggest repairs."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,13 +18,13 @@ from pipeline.tracking.cursor import Cursor
 from pipeline.tracking.store import check_uri, probe, store_key, tracking_uri
 from pipeline.tracking.store_errors import refusal
 
-SHOWN = 3  # names in a line
+SHOWN = 3  # names listed in a line
 Points = dict[str, dict[int, list[float]]]  # metric -> step -> values
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was checked; `mend`: what to do if it is not as it should be."""
+    """Result of one check; `mend`: how to repair it, or None if nothing is wrong."""
 
     what: str
     mend: str | None = None
@@ -64,8 +64,8 @@ def doctor(run: str, output_dir: Path = Path("outputs")) -> None:
     """Check a run, given by its id or its folder, and print the findings.
 
     Raises:
-        UserError: there is no such run here, or MLFLOW_TRACKING_URI cannot be parsed.
-        TrainingError: something differs.
+        UserError: the run is not found here, or MLFLOW_TRACKING_URI cannot be parsed.
+        TrainingError: at least one check failed.
     """
     check_uri()
     folder = _find_folder(run, output_dir)
@@ -81,14 +81,14 @@ def doctor(run: str, output_dir: Path = Path("outputs")) -> None:
 
 
 def _find_folder(run: str, output_dir: Path) -> RunFolder:
-    """The folder itself, one below the output folder, or the one that the store names."""
+    """Find the run's folder: `run` itself, a subfolder of the output folder, or the folder that the store names."""
     for path in (Path(run), output_dir / run):
         if RunFolder(path).journal.is_file():
             return RunFolder(path.resolve())
     try:
         probe()
         stored = find_by_id(connect(), run)
-    except Exception as error:  # any error of the store becomes one line
+    except Exception as error:  # report any error of the store in one line
         raise UserError(f"{run}: no run's folder, and {refusal(error)}") from None
     folder = RunFolder(Path(stored.data.tags.get("run_dir", "")) if stored else Path())
     if stored is None or not folder.journal.is_file():
@@ -145,7 +145,7 @@ def _check_store(journal: Journal) -> Iterator[Finding]:
         probe()
         client = connect()
         run = find_by_id(client, cursor.run_id or journal.opened["id"])
-    except Exception as error:  # any error of the store becomes one finding
+    except Exception as error:  # report any error of the store as a finding
         yield Finding(refusal(error), f"once it is back: {sync}")
         return
     if run is None:
@@ -158,7 +158,7 @@ def _check_store(journal: Journal) -> Iterator[Finding]:
     is_expected = status == (journal.final_status or status)
     yield Finding(f"store: run {run.info.run_id} is {status}", None if is_expected else sync)
     params = stored_run(run).canonical_params
-    # a short name keeps what `mlflow run` wrote as it was typed
+    # short names may keep the spelling that `mlflow run` logged: check only that they exist
     wrong = [
         key for key, value in journal.params.items() if params.get(key) != value and ("." in key or key not in params)
     ]
@@ -166,7 +166,7 @@ def _check_store(journal: Journal) -> Iterator[Finding]:
                   f"{_listed(wrong)}: {again}" if wrong else None)  # fmt: skip
     try:
         points, lost = _stored_points(client, run), _missing_artifacts(client, run.info.run_id, journal.artifacts)
-    except Exception as error:  # any error of the store becomes one line
+    except Exception as error:  # report any error of the store in one line
         raise TrainingError(refusal(error)) from None
     yield from _compare_points(journal.points, points, again)
     yield Finding(f"store: {len(journal.artifacts) - len(lost)} of {len(journal.artifacts)} artifacts",
@@ -174,7 +174,7 @@ def _check_store(journal: Journal) -> Iterator[Finding]:
 
 
 def _compare_points(journal: Points, store: Points, again: str) -> Iterator[Finding]:
-    """Each point of the journal must be in the store once, with its value, and no others."""
+    """Check that the store has exactly the points of the journal, each once and with the same value."""
     missing, doubled, differing, extra = [], [], [], []
     for key, steps in journal.items():
         stored = store.get(key, {})

@@ -1,4 +1,4 @@
-"""A run's whole history as a Parquet file, written from its journal in pieces."""
+"""Write all points of a run's journal to a Parquet file."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,11 +7,11 @@ from pipeline.storage.files import replacing
 from pipeline.storage.journal import read_points
 
 HISTORY_FILE = "history.parquet"
-GROUP_POINTS = 50_000  # of a row group, in memory at a time
+GROUP_POINTS = 50_000  # per row group, the part held in memory
 
 
 def write_history(journal: Path, file: Path, on_progress: Callable[[], None] = lambda: None) -> None:
-    """Write every point of the journal, in its order: metric, step, value, and time in milliseconds since the epoch.
+    """Write every point in journal order: metric, step, value, and timestamp in milliseconds since the epoch.
 
     on_progress: called after each row group.
     """

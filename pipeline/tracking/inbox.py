@@ -1,4 +1,4 @@
-"""The writer process's requests, and whether its trainer still exists."""
+"""The writer process's incoming requests, and detection of the trainer's exit."""
 
 import math
 import os
@@ -10,16 +10,19 @@ from typing import IO
 from pipeline.runtime.protocol import read_messages
 from pipeline.tracking.messages import WRITER_REQUESTS, FinishRun, WriterRequest
 
-GONE_SECONDS = 5.0  # without progress, after which delivery ends once the trainer is gone
-HANGING_SECONDS = 1.0  # after that, a call that does not return ends with the process
+GONE_SECONDS = 5.0  # once the trainer has exited, end delivery after this long without progress
+HANGING_SECONDS = 1.0  # after that, exit even if a call to the store hangs
 WATCH_SECONDS = 0.2
 
 
 class Inbox:
-    """Requests, read by a thread. `FinishRun` and the stream's end interrupt a pause; the others are queued."""
+    """Requests that a thread reads from a stream.
+
+    `FinishRun` and the end of the stream interrupt `wait`; other requests are queued.
+    """
 
     def __init__(self, stream: IO[str] | None, finish: FinishRun | None = None) -> None:
-        """`stream` None: `finish` is the only request."""
+        """stream: None if `finish` is the only request."""
         self.finish, self.gone = finish, False
         self.progress_at = self.finish_at = time.monotonic()
         self._interrupt, self._queue = threading.Event(), queue.Queue[WriterRequest | None]()
@@ -31,22 +34,22 @@ class Inbox:
         return self._queue.get()
 
     def wait(self, seconds: float) -> None:
-        """Pause, until `FinishRun` or the stream's end at most."""
+        """Pause for this time, or until `FinishRun` or the end of the stream arrives."""
         self._interrupt.wait(seconds)
         self._interrupt.clear()
 
     def progress(self) -> None:
-        """Note that the store accepted something."""
+        """Note that the store accepted a call."""
         self.progress_at = time.monotonic()
 
     @property
     def ending(self) -> bool:
-        """Whether the journal is complete."""
+        """Whether the journal is complete, because the trainer finished the run or exited."""
         return self.gone or self.finish is not None
 
     @property
     def seconds_left(self) -> float:
-        """Time for a store that accepts nothing, after which the rest stays in the journal; infinite before the end."""
+        """How long to wait for an unreachable store before giving up; infinite until the journal is complete."""
         if not self.ending:
             return math.inf
         patience = GONE_SECONDS if self.gone or self.finish is None else self.finish.patience
@@ -55,7 +58,7 @@ class Inbox:
 
     @property
     def hurried(self) -> bool:
-        """Whether the patience is the total time, with or without progress."""
+        """Whether the patience limits the total time rather than the time without progress."""
         return self.finish is not None and self.finish.hurry
 
     def _read(self, stream: IO[str]) -> None:
@@ -72,4 +75,4 @@ class Inbox:
             self._interrupt.set()
         while time.monotonic() - max(self.progress_at, self.finish_at) < GONE_SECONDS + HANGING_SECONDS:
             time.sleep(WATCH_SECONDS)
-        os._exit(1)  # a call to the store hangs, and nobody waits for it any more
+        os._exit(1)  # a call to the store hangs, and the trainer has exited
