@@ -14,12 +14,12 @@ class RunRequest:
     """How to open a run."""
 
     name: str = ""
-    experiment: str | None = None  # None: MLflow's own choice
-    run_id: str | None = None  # an existing run (`mlflow run` opens one)
-    launcher: str | None = None  # a run that only started this one
+    experiment: str | None = None  # None: MLflow's default
+    run_id: str | None = None  # an existing run, such as the one that `mlflow run` opened
+    launcher: str | None = None  # a run that only launched this one
     tags: Mapping[str, str] = field(default_factory=dict)
-    resume: bool = False  # an earlier start began `run_id`: points that it logged are not logged again
-    folder: str | None = None  # of a resumed run; None: below the output folder
+    resume: bool = False  # continue `run_id`; points that it has are not logged again
+    folder: str | None = None  # folder of a resumed run; None: a subfolder of the output folder
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class OpenRun:
 
     run: RunRequest
     output_dir: str
-    offline: bool  # begin without a store that does not answer
-    last_steps: Mapping[str, int] = field(default_factory=dict)  # of each metric in a resumed run's journal
+    offline: bool  # begin the run even if the store does not answer
+    last_steps: Mapping[str, int] = field(default_factory=dict)  # last step of each metric in a resumed journal
 
 
 @dataclass(frozen=True)
 class AbandonRun:
-    """End the opened run as FAILED: its journal was never begun. No reply."""
+    """Mark the opened run as FAILED, since its journal was never begun. No reply."""
 
     failure: str
 
@@ -44,23 +44,23 @@ class FollowRun:
     """Deliver the run's journal as it grows. Reply: a `DeliveryReport`, after `FinishRun`."""
 
     folder: str
-    owner: int  # number of the run's owner
-    claim: str  # the run's tag `owner`, which another process replaces if it takes the run over
+    owner: int  # number of the folder's owner
+    claim: str  # value of the run's tag `owner`; a process that takes the run over replaces it
 
 
 @dataclass(frozen=True)
 class FinishRun:
-    """Deliver the rest of the journal. Replies: `Progress` or `Away` now and then, then the `DeliveryReport`."""
+    """Deliver the rest of the journal. Replies: `Progress` or `Away` several times, then a `DeliveryReport`."""
 
     status: str | None  # final status, if the journal does not contain it
     failure: str = ""
     patience: float = 0.0  # seconds without progress after which the rest stays in the journal
-    hurry: bool = False  # `patience` is the total time
+    hurry: bool = False  # `patience` limits the total time
 
 
 @dataclass(frozen=True)
 class FindRuns:
-    """Find the run with this id, even if deleted, or the runs with this key and fork. Reply: `FoundRuns`."""
+    """Find the run with this id, including a deleted one, or runs by run key and fork. Reply: `FoundRuns`."""
 
     run_id: str | None = None
     run_key: str | None = None
@@ -81,51 +81,51 @@ class FetchArtifact:
 
 @dataclass(frozen=True)
 class OpenedRun:
-    """How a run was opened; the journal's record `open` is made of it."""
+    """An opened run; the journal's record `open` is created from it."""
 
     run_id: str
     name: str
     experiment: str | None
     tags: Mapping[str, str]
     tracking_uri: str
-    online: bool  # the store has the run
+    online: bool  # the run exists in the store
     ahead: bool = False  # the store had points that the journal had lost
     reason: str = ""  # why the run is not online
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Progress in delivering the rest."""
+    """Progress of the delivery at a run's end."""
 
-    delivered: int  # records
+    delivered: int  # number of records
     of: int
     busy: float = 0.0  # seconds that the next call may take
 
 
 @dataclass(frozen=True)
 class Away:
-    """The store accepts nothing at the moment."""
+    """The store is unreachable or accepts no calls at the moment."""
 
-    waiting: int  # records that it does not have
+    waiting: int  # number of records not delivered yet
     reason: str
 
 
 @dataclass(frozen=True)
 class TakenOver:
-    """According to the store another process writes the run: nothing more is delivered."""
+    """The store shows that another process has taken the run over; delivery has ended."""
 
     by: str
 
 
 @dataclass(frozen=True)
 class DeliveryReport:
-    """How the delivery of a run ended."""
+    """Outcome of a run's delivery."""
 
-    problems: tuple[str, ...]  # refused by the store
-    waiting: int  # records that the store does not have
-    reason: str  # why they wait
-    run_id: str  # in the store
-    cpu_seconds: float  # of the writer process so far
+    problems: tuple[str, ...]  # messages about records that the store refused
+    waiting: int  # number of records that are not delivered
+    reason: str  # why they are not delivered
+    run_id: str  # id of the run in the store
+    cpu_seconds: float  # CPU time of the writer process so far
 
 
 @dataclass(frozen=True)
@@ -144,12 +144,12 @@ class StoredRun:
 
     @property
     def first_id(self) -> str:
-        """The id that the run began with, maybe in another store or before the store had it."""
+        """The run's original id, which differs if the run began offline or in another store."""
         return self.tags.get(ORIGINAL, self.run_id)
 
     @property
     def canonical_params(self) -> dict[str, str]:
-        """The params in canonical spelling, which is in a tag if the user typed another one."""
+        """The params in canonical spelling, which is read from a tag if the user typed another spelling."""
         typed = {key.removeprefix(CANONICAL): text for key, text in self.tags.items() if key.startswith(CANONICAL)}
         return {**self.params, **typed}
 

@@ -1,8 +1,8 @@
 """A run in MLflow, logged through its journal.
 
 `MlflowRun` appends every call to the journal in the run's folder; the writer process delivers it to the tracking store
-in order, whole steps at a time. Training never waits for the store and never imports mlflow; a store that is away, or a
-writer that dies, only delays the delivery.
+in order, whole steps at a time. Training itself neither waits for the store nor imports mlflow; an unreachable store or
+a dead writer only delays the delivery.
 """
 
 import contextlib
@@ -26,20 +26,20 @@ from pipeline.tracking import messages
 from pipeline.tracking.run import PATIENCE_SECONDS, Points, Run, now_ms
 from pipeline.tracking.writer import STOPPED_SECONDS, Writer
 
-FAILED_SECONDS = 15.0  # without progress, for the delivery when a run failed
-HURRY_SECONDS = 2.0  # beyond the patience, for a hurried writer to end the run
-PROGRESS_SECONDS = 2.0  # between two lines of progress
-MAX_RESTARTS = 2  # of the writer during the delivery of the rest
-LONGEST_TAG = 5000  # characters that MLflow accepts
+FAILED_SECONDS = 15.0  # time without progress after which delivery of a failed run gives up
+HURRY_SECONDS = 2.0  # added to the patience, for a hurried writer to end the run
+PROGRESS_SECONDS = 2.0  # between two progress messages
+MAX_RESTARTS = 2  # of the writer during the delivery at the run's end
+LONGEST_TAG = 5000  # characters that MLflow accepts in a tag
 
 
 class MlflowRun:
     """A run in MLflow, written through its journal."""
 
     def __init__(self, writer: Writer, request: messages.RunRequest, output_dir: Path, offline: bool = False) -> None:
-        """Open the run, which this process owns until it is finished.
+        """Open the run and own it until it is finished.
 
-        offline: begin even if the store does not answer; the run is created there later.
+        offline: begin the run even if the store does not answer; it is created there later.
 
         Raises:
             UserError: the store or the folder cannot be written, or another process owns the run.
@@ -49,8 +49,8 @@ class MlflowRun:
             output_dir.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=output_dir).close()
         self.writer, self.folder = writer, output_dir
-        self.logged: LoggedPoints | None = None  # of a resumed run, by earlier starts
-        self.logged_bytes = 0  # of the journal, by earlier starts
+        self.logged: LoggedPoints | None = None  # points of earlier starts, if resumed
+        self.logged_bytes = 0  # size of earlier starts' journal
         self.points, self.writer_cpu_seconds, self.failure = 0, 0.0, ""
         self._taken_over: TrainingError | None = None
         opening = messages.OpenRun(request, str(output_dir.resolve()), offline)
@@ -73,7 +73,7 @@ class MlflowRun:
 
     @property
     def lost(self) -> bool:
-        """Whether another process has taken the run over: nothing more is written."""
+        """Whether another process has taken the run over, so that nothing more is written."""
         return self._taken_over is not None
 
     def log_params(self, params: Mapping[str, str]) -> None:
@@ -90,10 +90,10 @@ class MlflowRun:
         self.points += len(new)
 
     def log_artifact(self, file: Path, folder: str = "") -> None:
-        """Log a file as the run's artifact; one from elsewhere is copied into the run's folder first.
+        """Log a file as an artifact of the run; a file outside the run's folder is copied into it first.
 
         Raises:
-            UserError: the artifact's folder would lie outside.
+            UserError: `folder` leaves the run's artifacts.
             TrainingError: the file cannot be copied.
         """
         if leaves_folder(folder):
@@ -134,10 +134,10 @@ class MlflowRun:
                 self.journal.close()
             except TrainingError as error:
                 if self.lost:
-                    self.writer.process.kill()  # the other process ends the run
+                    self.writer.process.kill()  # the new owner ends the run
                     raise
                 journal_error, self.failure = error, self.failure or str(error)
-                status = "FAILED" if status == "FINISHED" else status  # which the message takes past the journal
+                status = "FAILED" if status == "FINISHED" else status  # sent in the request instead
             try:
                 report = self._deliver_rest(messages.FinishRun(status, self.failure, patience, hurry))
             except KeyboardInterrupt:
@@ -159,7 +159,7 @@ class MlflowRun:
             raise TrainingError(f"run {self.id}: {'; '.join(report.problems)}; all of it lies in {self.journal.file}")
 
     def _abandon(self, _: object, error: BaseException | None, __: object) -> None:
-        """End the run if it was opened, but could not be begun."""
+        """Exit callback after an error: let the writer end the run, and raise disk errors as TrainingErrors."""
         is_disk_error = isinstance(error, OSError)
         failure = str(error)
         if is_disk_error:
@@ -169,7 +169,7 @@ class MlflowRun:
             raise TrainingError(failure) from None
 
     def _reopen(self, opening: messages.OpenRun) -> messages.OpenedRun:
-        """Open a run that was begun before, and load its points, including those that only the store has."""
+        """Open an existing run, and load its logged points, including those that only the store has."""
         journal = self.run_folder.journal
         self.logged = LoggedPoints()
         self.logged_bytes = self.logged.read(journal) if journal.exists() else 0
@@ -180,7 +180,7 @@ class MlflowRun:
         return opened
 
     def _begin(self, opened: messages.OpenedRun) -> None:
-        """Begin the journal, or a start within it."""
+        """Write the journal's record `open` for this start."""
         self.id, self.name, self.tracking_uri = opened.run_id, opened.name, opened.tracking_uri
         self.claim = opened.tags[OWNER]
         if opened.ahead:
@@ -206,7 +206,7 @@ class MlflowRun:
             raise
 
     def _check_owner(self) -> None:
-        """Raise a TrainingError if the run has another owner now."""
+        """Raise a TrainingError if another process owns the run now."""
         if self._taken_over is None:
             try:
                 self.owner.check()
@@ -216,7 +216,7 @@ class MlflowRun:
             raise TrainingError(str(self._taken_over)) from None
 
     def _check_news(self) -> None:
-        """Note if the writer reports another owner in the store."""
+        """Check whether the writer has reported that another process took the run over."""
         with contextlib.suppress(queue.Empty):
             _, news = self.writer.inbox.get_nowait()
             if isinstance(news, messages.TakenOver):
@@ -229,7 +229,10 @@ class MlflowRun:
             self.journal.append({"op": op, **values})
 
     def _new_points(self, logged: LoggedPoints, step: int, metrics: Points) -> Points:
-        """The points that earlier starts have not logged. Others must be equal to the logged ones, which stay."""
+        """The points that earlier starts have not logged.
+
+        Repeated points must equal the logged ones, which are kept; if one differs, warn and tag the run.
+        """
         before = {key: value for key in metrics if (value := logged.value(key, step)) is not None}
         differing = [key for key, value in before.items()
                      if not is_measured(key) and not same_value(value, float(metrics[key]))]  # fmt: skip
@@ -246,18 +249,18 @@ class MlflowRun:
             return self.run_folder.copy_in(path, destination)
 
     def _follow(self) -> None:
-        """Let the writer deliver the journal from now on."""
+        """Make the writer deliver the journal from now on."""
         self.writer.send(messages.FollowRun(str(self.folder.resolve()), self.owner.number, self.claim))
 
     def _restart_writer(self) -> None:
-        """Start another writer if it died; it continues the delivery."""
+        """If the writer process has ended, start a new one, which continues the delivery."""
         if (code := self.writer.process.poll()) is not None:
             warn(f"the tracking writer ended with code {code}; another one goes on")
             self.writer.start()
             self._follow()
 
     def _deliver_rest(self, request: messages.FinishRun) -> messages.DeliveryReport | None:
-        """Wait while the writer makes progress, then kill it; returns its last report."""
+        """Wait for the end of delivery; kill a writer that makes no progress. Returns the last report, if any."""
         self._restart_writer()
         self.writer.send(request)
         started = progress_at = time.monotonic()
@@ -290,9 +293,9 @@ class MlflowRun:
 
 
 def end_early(run: Run, error: BaseException) -> str:
-    """End a run after an error, as KILLED and in a hurry if the process was asked to end, else as FAILED.
+    """End a run after an error: as KILLED and in a hurry if the process was interrupted, otherwise as FAILED.
 
-    An incomplete delivery becomes a warning, so as not to hide the error. Returns the status.
+    An incomplete delivery only causes a warning, so that it does not hide the error. Returns the status.
     """
     is_stopped = isinstance(error, KeyboardInterrupt)
     status = "KILLED" if is_stopped else "FAILED"

@@ -1,4 +1,4 @@
-"""Logging a run's model: its files, its code, and proof that a process without the project can load it."""
+"""Log a run's model with its files and code, after checking that it can be loaded without the project."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ from pipeline.tracking.client import BATCH_POINTS, DIGEST_LENGTH
 from pipeline.tracking.model_package import PROJECT, write_package
 
 MODEL_NAME = "model"
-ORIGIN_TAGS = ("mlflow.source.", "mlflow.user")  # of a run, copied to its model
+ORIGIN_TAGS = ("mlflow.source.", "mlflow.user")  # prefixes of a run's tags that its model gets too
 PARAMS = ParamSchema([ParamSpec(RAW, DataType.boolean, False)])
 ERROR_LINE = re.compile(r"^\w[\w.]*(?:Error|Exception): .*$", re.MULTILINE)  # last line of a traceback
 CHECK_SETTINGS = {"MLFLOW_REQUIREMENTS_INFERENCE_RAISE_ERRORS": "true", "MLFLOW_UV_AUTO_DETECT": "false"}
@@ -35,9 +35,9 @@ HIDDEN_PROJECT = "raise ImportError('a logged model is loaded without the projec
 
 
 def log_run_model(client: Any, run_id: str, folder: RunFolder, record: Record) -> None:
-    """Log the model of a journal's record `model` unless the run has it; an incomplete one is deleted first.
+    """Log the model of a journal record `model`, unless the run already has it; delete an incomplete one first.
 
-    The model is created explicitly, since MLflow would read back every point of an active run.
+    The model is created explicitly, because MLflow would otherwise read every point of the active run.
     """
     run = client.get_run(run_id)
     experiment = run.info.experiment_id
@@ -57,9 +57,9 @@ def log_run_model(client: Any, run_id: str, folder: RunFolder, record: Record) -
 
 
 def _log_test_metrics(client: Any, run: Any, folder: RunFolder, model_id: str) -> None:
-    """Make the model an output of the run, and log the test metrics as the model's, for MLflow's pages of models.
+    """Register the model as an output of the run, and log the test metrics for it, so that MLflow shows them together.
 
-    The store keeps a point once per key, step, time and value, so the run's own history does not change.
+    The store keeps equal points (key, step, time and value) only once, so the run's own history does not change.
     """
     dataset: dict[str, str] = {}
     metrics = []
@@ -79,21 +79,23 @@ def _log_test_metrics(client: Any, run: Any, folder: RunFolder, model_id: str) -
 
 
 def log_model(export: Mapping[str, Any], create: Callable[[], str]) -> str:
-    """Log an exported folder (the fields of `pipeline.tasks.base.ModelExport`); returns the model's id.
+    """Check an exported model and log it; returns the model's id.
 
-    create: creates the model in the store and returns its id; called once the model has passed its check.
+    For the check, MLflow loads the model in another process, which cannot import the project, and predicts the input
+    example. The packages imported there become the model's requirements.
 
-    MLflow loads the model in another process, which cannot import the project, predicts its example, and records what
-    was imported as requirements.
+    Args:
+        export: the fields of `pipeline.tasks.base.ModelExport`.
+        create: creates the model in the store and returns its id; called after the check.
 
     Raises:
-        UserError: it cannot be loaded there, or cannot predict.
+        UserError: the model cannot be loaded there, or fails to predict.
     """
     folder = Path(export["folder"])
     (folder / SERVING_FILE).write_text(json.dumps({"task": export["task"]}) + "\n", encoding="utf-8")
     inputs, example = export["inputs"], export["example"]
-    # AnyType: pandas may read a column as integer, float or text. None: MLflow passes the input on as it is; a schema
-    # of one column would accept the first column of a frame, whatever its name
+    # AnyType, since pandas may read a column as integer, float or text. Without named inputs there is no schema, and
+    # MLflow passes the input unchanged: a one-column schema would accept a frame's first column under any name
     columns = None if inputs is None else Schema([ColSpec(AnyType(), name) for name in inputs])  # type: ignore[no-untyped-call]
     outputs: list[ColSpec | TensorSpec] = [ColSpec(DataType[kind], name) for name, kind in export["outputs"].items()]
     with tempfile.TemporaryDirectory() as work:
@@ -113,9 +115,9 @@ def log_model(export: Mapping[str, Any], create: Callable[[], str]) -> str:
 
 
 def _check_model(model: Mapping[str, Any], saved: Path) -> list[str]:
-    """Load the model in another process and predict its example; returns the requirements that were imported."""
+    """Load the model in another process and predict its example; returns the imported packages as requirements."""
     mlflow.pyfunc.save_model(saved, pip_requirements=[], **model)
-    (saved / "requirements.txt").unlink()  # MLflow would compare it with what is installed, for a second
+    (saved / "requirements.txt").unlink()  # saves a second: MLflow would compare it with the installed packages
     try:
         imported = mlflow.models.infer_pip_requirements(str(saved), "python_function")  # type: ignore[no-untyped-call]
     except MlflowException as error:
@@ -130,7 +132,7 @@ def _check_model(model: Mapping[str, Any], saved: Path) -> list[str]:
 
 @contextlib.contextmanager
 def _project_hidden(work: Path) -> Iterator[None]:
-    """Let processes that MLflow starts import the model's code, and fail where it imports the project."""
+    """Within the block, processes that MLflow starts can import the model's code but not the project."""
     (work / "hidden").mkdir()
     (work / "hidden" / f"{PROJECT.name}.py").write_text(HIDDEN_PROJECT, encoding="utf-8")
     path, before = list(sys.path), {name: os.environ.get(name) for name in CHECK_SETTINGS}

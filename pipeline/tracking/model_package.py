@@ -1,7 +1,7 @@
-"""The code of a logged model: the modules that its predictor imports, as a package of their own.
+"""Package the code of a logged model: the project modules that its predictor imports.
 
-The package is called `focal_model_<digest of its content>` and imports its modules by relative names, so that it
-collides neither with a checkout of the project nor with another version of a model in the same process.
+The package is called `focal_model_<digest of its content>` and uses relative imports, so that it conflicts neither with
+the project itself nor with another version of a model in the same process.
 """
 
 import ast
@@ -16,7 +16,7 @@ LOADER = f"{ROOT}.serving"
 
 
 def write_package(task: str, folder: Path) -> str:
-    """Write the package for a task's logged models below the folder; returns its name.
+    """Write the package for a task's logged models into the folder; returns its name.
 
     Raises:
         ImportError: a module does not exist, or imports the project in a way that cannot be made relative.
@@ -36,7 +36,7 @@ def write_package(task: str, folder: Path) -> str:
 
 
 def _collect(modules: list[str]) -> dict[str, str]:
-    """The sources of modules and of every project module that they import, late imports too."""
+    """Sources of the modules and of all project modules that they import, including late and indirect imports."""
     sources: dict[str, str] = {}
     waiting = list(modules)
     while waiting:
@@ -55,7 +55,7 @@ def _collect(modules: list[str]) -> dict[str, str]:
 
 
 def _project_imports(tree: ast.AST) -> Iterator[ast.ImportFrom]:
-    """Every `from pipeline... import ...` of a module, except those for type checkers only."""
+    """All `from pipeline... import ...` statements of a module, except under TYPE_CHECKING."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             continue

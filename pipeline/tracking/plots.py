@@ -12,7 +12,7 @@ Floats = npt.NDArray[np.float64]
 
 
 def calibration(curves: Mapping[str, tuple[Floats, Floats, Floats]], file: Path) -> None:
-    """Predicted against observed rates, a panel per event; a calibrated model lies on the diagonal."""
+    """Plot observed against predicted rates, one panel per event; a calibrated model lies on the diagonal."""
     if not curves:
         return
     figure, axes = _figure(len(curves), len(curves))
@@ -26,7 +26,7 @@ def calibration(curves: Mapping[str, tuple[Floats, Floats, Floats]], file: Path)
 
 
 def confusion(matrices: Mapping[str, npt.NDArray[np.int64]], names: Sequence[str], file: Path) -> None:
-    """Counts of truth by prediction, a panel per matrix [C, C], coloured by the share of each truth."""
+    """Plot confusion matrices [C, C] (rows: true classes), one panel each, coloured by the share of the row."""
     figure, axes = _figure(len(matrices), 4)
     ticks = range(len(names))
     for axis, (title, counts) in zip(axes, matrices.items(), strict=True):
@@ -42,7 +42,7 @@ def confusion(matrices: Mapping[str, npt.NDArray[np.int64]], names: Sequence[str
 
 
 def losses(history: Iterable[tuple[int, Mapping[str, float]]], file: Path) -> None:
-    """Every logged loss over the steps, smoothed, a panel per loss; a line marks where another loss begins."""
+    """Plot each logged loss and its moving average, one panel per loss; dashed lines mark where later losses begin."""
     curves: dict[str, tuple[array[float], array[float]]] = {}
     for step, metrics in history:
         for name, value in metrics.items():
@@ -68,12 +68,15 @@ def losses(history: Iterable[tuple[int, Mapping[str, float]]], file: Path) -> No
 
 
 def sentiments(counts: Mapping[str, Sequence[int]], names: Sequence[str], file: Path) -> None:
-    """Labels of each sentiment, as counts and as shares. counts: by row, the first of which is all aspects."""
+    """Plot counts and shares of the sentiments, one row per aspect.
+
+    counts: row name -> number of labels of each sentiment; the first row is the total of all aspects.
+    """
     figure, axes = _figure(2, 2)
     figure.set_figheight(1.7 + 0.26 * len(counts))
     values = np.array(list(counts.values()), dtype=np.float64)
     shares = values / np.maximum(1, values.sum(1, keepdims=True))
-    aspect_counts = np.where(np.arange(len(values))[:, None] == 0, 0, values)  # a bar for all would dwarf the others
+    aspect_counts = np.where(np.arange(len(values))[:, None] == 0, 0, values)  # the total would dwarf the aspects
     for axis, shown, title in ((axes[0], aspect_counts, "labelled cells"), (axes[1], shares, "share")):
         left = np.zeros(len(counts))
         for name, column, colour in zip(names, shown.T, ("C2", "C3", "0.65"), strict=True):
@@ -83,7 +86,7 @@ def sentiments(counts: Mapping[str, Sequence[int]], names: Sequence[str], file: 
         axis.invert_yaxis()
         axis.locator_params(axis="x", nbins=6)
         axis.grid(alpha=0.3, axis="x")
-    rows = [row.replace("$", r"\$") for row in counts]  # two dollars would enclose a formula
+    rows = [row.replace("$", r"\$") for row in counts]  # matplotlib reads text between two dollars as a formula
     axes[0].set_yticklabels([f"{row}: {int(total):,}" for row, total in zip(rows, values.sum(1), strict=True)])
     axes[1].set(xlim=(0, 1))
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
@@ -91,7 +94,7 @@ def sentiments(counts: Mapping[str, Sequence[int]], names: Sequence[str], file: 
 
 
 def _figure(panels: int, most_columns: int) -> tuple[Any, list[Any]]:
-    """A figure and the axes of its panels."""
+    """Create a figure; returns it with the axes of its panels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Texts and URIs without passwords and tokens."""
+"""Remove passwords and tokens from texts and URIs."""
 
 import os
 import re
@@ -8,7 +8,7 @@ SECRET_SETTINGS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 
 
 def without_secrets(text: str) -> str:
-    """The text without passwords and tokens: those of the settings, and anything at their place in a URI."""
+    """Remove configured secrets from a text, and the logins and values like `token=...` of the URIs in it."""
     for secret in sorted(_secrets(), key=len, reverse=True):
         text = text.replace(secret, "***")
     text = re.sub(r"://[^/\s@]*@", "://", text)
@@ -16,7 +16,7 @@ def without_secrets(text: str) -> str:
 
 
 def shown_uri(uri: str) -> str:
-    """A URI without login and query.
+    """Remove login and query from a URI.
 
     >>> shown_uri("postgresql://user:secret@host/base?password=other")
     'postgresql://host/base'
@@ -24,7 +24,7 @@ def shown_uri(uri: str) -> str:
     scheme, separator, rest = uri.partition("://")
     if not separator:
         return uri.partition("?")[0]
-    if "@" in rest.partition("?")[2]:  # ambiguous: a password with a question mark, or a query with an address
+    if "@" in rest.partition("?")[2]:  # ambiguous: a password with a question mark, or a query with an @
         return f"{scheme}://***"
     return f"{scheme}://{rest.partition('?')[0].rpartition('@')[2]}"
 

@@ -1,4 +1,4 @@
-"""The interface that training logs to, and its implementation in memory."""
+"""The interface of a tracked run, and an implementation in memory."""
 
 import shutil
 import tempfile
@@ -9,16 +9,16 @@ from typing import Any, Protocol
 
 Points = Mapping[str, float]
 
-PATIENCE_SECONDS = 30.0  # for which the end of a run waits for a store that accepts nothing
+PATIENCE_SECONDS = 30.0  # how long the end of a run waits for an unreachable store
 
 
 def now_ms() -> int:
-    """Milliseconds since the epoch, as in MLflow's timestamps."""
+    """Current time in milliseconds since the epoch, as in MLflow's timestamps."""
     return time.time_ns() // 1_000_000
 
 
 class Run(Protocol):
-    """A tracked run. Values are copied when they are logged; delivery may come later, in the same order."""
+    """A tracked run. Logged values are copied; they may be delivered later, in the same order."""
 
     id: str
     name: str
@@ -37,16 +37,16 @@ class Run(Protocol):
     def log_model(self, export: Mapping[str, Any]) -> None: ...
 
     def flush(self) -> None:
-        """Make everything logged so far visible to the delivery."""
+        """Make everything logged so far available for delivery."""
 
     def position(self) -> int:
-        """Size of the journal in bytes, synced to the disk."""
+        """Sync the journal to the disk; returns its size in bytes."""
 
     def resume_from(self, position: int) -> None:
-        """Continue from a state that was saved at this position: points that were logged after it are kept once."""
+        """Continue from a state saved at this journal position; points logged after it are not logged again."""
 
     def history(self) -> Iterable[tuple[int, Points]]:
-        """(step, metrics) of every call of `log_metrics` so far."""
+        """Step and metrics of every `log_metrics` call so far."""
 
     def finish(self, status: str, patience: float = PATIENCE_SECONDS, hurry: bool = False) -> None:
         """Deliver everything and end the run as FINISHED, FAILED or KILLED.
@@ -54,13 +54,13 @@ class Run(Protocol):
         patience: seconds without progress after which the rest stays in the journal; with `hurry`, seconds in total.
 
         Raises:
-            Undelivered: the store is away; the message says how to deliver the rest later.
+            Undelivered: the store is unreachable; the message says how to deliver the rest later.
             TrainingError: the store refused something, or the journal could not be written.
         """
 
 
 class MemoryRun:
-    """A run that stays in this process: tracking is switched off, or tests."""
+    """A run kept in memory, for training without tracking and for tests."""
 
     def __init__(self, name: str = "untracked", folder: Path | None = None) -> None:
         self.id, self.name = "untracked", name
