@@ -1,4 +1,4 @@
-"""Opening a run in the tracking store: a new one, an existing one, or later one that began without the store."""
+"""Open a run in the tracking store: a new run, an existing run, or one that began offline."""
 
 import os
 import socket
@@ -32,24 +32,24 @@ from pipeline.tracking.redaction import shown_uri
 from pipeline.tracking.store import tracking_uri
 from pipeline.tracking.store_errors import HTTP_SERVER_ERROR, http_status
 
-LATE_SECONDS = 20.0  # a request without an answer may still create a run for so long
-WATCH_SECONDS = 5.0  # for which a run of another machine is watched
-PAUSE_SECONDS = 0.5  # between two looks
-STALE_TAGS = {"failure", "pruned"}  # of an earlier start, removed when a run is resumed
+LATE_SECONDS = 20.0  # how long an unanswered request may still create a run
+WATCH_SECONDS = 5.0  # how long to watch a run of another machine for signs of life
+PAUSE_SECONDS = 0.5  # between two queries
+STALE_TAGS = {"failure", "pruned"}  # tags of an earlier start, deleted on resume
 
 
 class Opening:
-    """Opens the run of a request. May be repeated if the store did not answer as it should.
+    """Opens the requested run. `open` may be called again after an error of the store.
 
-    A run that it created is recognised by its claim, the tag `owner`, even if the creation was never answered.
+    A run that it created is found by its tag `owner`, a unique claim, even if the answer to the creation was lost.
     """
 
     def __init__(self, request: RunRequest, output_dir: Path, last_steps: Mapping[str, int]) -> None:
-        """last_steps: of each metric in a resumed run's journal; later points in the store are read back into it."""
+        """last_steps: last step per metric in a resumed run's journal; later points are read back from the store."""
         self.request, self.output_dir, self.last_steps = request, output_dir, last_steps
         self.claim = f"{os.getppid()} {uuid.uuid4().hex[:8]}"  # the trainer is this writer's parent
         self.run_id: str | None = None  # the run that was created or claimed
-        self.requested_at: float | None = None  # when the store was asked to create one
+        self.requested_at: float | None = None  # time of the request to create a run
 
     def open(self) -> OpenedRun:
         """Open the run.
@@ -68,7 +68,7 @@ class Opening:
                                       f"tag {ORIGINAL}")  # fmt: skip
         wanted = request.experiment
         if run and not resumed and wanted and run.info.experiment_id != experiment_id(client, wanted):
-            launcher, run = run.info.run_id, None  # opened by `mlflow run` in another experiment
+            launcher, run = run.info.run_id, None  # `mlflow run` opened it in another experiment
         tags = context_tags() | dict(request.tags) | {OWNER: self.claim}
         run = run or self._create(client, tags)
         run_id = run.info.run_id
@@ -87,7 +87,7 @@ class Opening:
         if launcher:
             _tag_launchers(client, launcher, run_id, resumed)
         _check_artifact_folder(client, run)
-        if resumed and THREADS in run.data.tags:  # for a journal that was lost
+        if resumed and THREADS in run.data.tags:  # in case the journal was lost
             tags[THREADS] = run.data.tags[THREADS]
         ahead = resumed and _read_back(client, run, folder, self.last_steps)
         return OpenedRun(original_id, client.get_run(run_id).info.run_name,
@@ -95,7 +95,7 @@ class Opening:
                          ahead=ahead)  # fmt: skip
 
     def without_store(self, reason: str) -> OpenedRun:
-        """Begin a run that the store does not have; it is created there later."""
+        """Begin a run without the store; it is created there later."""
         request = self.request
         experiment = request.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME")
         tags = context_tags() | dict(request.tags) | {OWNER: self.claim}
@@ -103,7 +103,7 @@ class Opening:
                          online=False, reason=reason)  # fmt: skip
 
     def give_up(self, failure: str) -> None:
-        """End as FAILED what was opened, or may have been.
+        """Mark as FAILED the run that was opened, or that an unanswered request may have created.
 
         Raises:
             Exception: any error of the store.
@@ -113,11 +113,11 @@ class Opening:
         if not ids and self.requested_at:
             ids = [run.info.run_id for run in self._late_runs(client)]
         for run_id in ids:
-            client.set_terminated(run_id, "FAILED")  # first, since the store may refuse the tag
+            client.set_terminated(run_id, "FAILED")  # before the tag, which the store may refuse
             set_tags(client, run_id, {"failure": failure})
 
     def _create(self, client: Any, tags: Mapping[str, str]) -> Any:
-        """Create a run with its tags, unless an earlier attempt has, whose answer was lost."""
+        """Create a run with these tags, or return the one that an earlier, unanswered request created."""
         if late := self._late_runs(client) if self.requested_at else []:
             run = late[0]
         else:
@@ -133,7 +133,7 @@ class Opening:
         return run
 
     def _late_runs(self, client: Any) -> list[Any]:
-        """Runs that the store has created for this opening without an answer, maybe long after the request."""
+        """Runs created by an unanswered request; wait for them until LATE_SECONDS after it."""
         while True:
             runs = search(client, f"tags.{OWNER} = '{self.claim}'")
             if runs or time.monotonic() > (self.requested_at or 0.0) + LATE_SECONDS:
@@ -144,8 +144,8 @@ class Opening:
 def refuse_alive(client: Any, run: Any, own_folder: Path | None) -> None:
     """Raise a UserError if another process writes the run.
 
-    On this machine the lock of the run's folder tells; a run of another machine is watched for some seconds.
-    own_folder: a folder of the run that this process has locked.
+    For a run of this machine, check the lock of its folder; watch a run of another machine for WATCH_SECONDS.
+    own_folder: the run's folder, if this process has locked it.
     """
     tags, run_id = run.data.tags, run.info.run_id
     if run.info.status != "RUNNING" or OWNER not in tags:
@@ -161,7 +161,7 @@ def refuse_alive(client: Any, run: Any, own_folder: Path | None) -> None:
 
 
 def _changes(client: Any, run: Any) -> bool:
-    """Whether the run gets points or another owner while it is watched."""
+    """Whether the run gets points, another status or another owner within WATCH_SECONDS."""
     before, end = _state(run), time.monotonic() + WATCH_SECONDS
     while time.monotonic() < end:
         time.sleep(PAUSE_SECONDS)
@@ -179,10 +179,10 @@ def _last_steps(run: Any) -> dict[str, int]:
 
 
 def experiment_id(client: Any, experiment: str | None) -> str:
-    """The id of the experiment with this name or id, which is created if necessary; None: MLflow's own choice.
+    """The id of the experiment with this name or id, created if necessary. experiment: None for MLflow's default.
 
     Raises:
-        ValueError: it is deleted.
+        ValueError: the experiment is deleted.
     """
     from mlflow.exceptions import MlflowException
 
@@ -194,14 +194,14 @@ def experiment_id(client: Any, experiment: str | None) -> str:
         try:
             return str(client.create_experiment(experiment))
         except MlflowException:
-            existing = find_experiment(client, experiment)  # another process was first
+            existing = find_experiment(client, experiment)  # another process has created it
             if existing is None:
                 raise
     return str(existing.experiment_id)
 
 
 def create_for(client: Any, opened: Record, folder: Path, claim: str | None) -> Any:
-    """Create a run for one that began in another store or without one. claim: tag `owner`; None: as it began."""
+    """Create a run for one that began offline or in another store. claim: its tag `owner`; None: unchanged."""
     tags = opened["tags"] | {ORIGINAL: opened["id"], "run_dir": str(folder), "host": opened["host"]}
     tags |= {OWNER: claim} if claim else {}
     experiment = experiment_id(client, opened["experiment"])
@@ -209,14 +209,14 @@ def create_for(client: Any, opened: Record, folder: Path, claim: str | None) -> 
 
 
 def delete_stale_tags(client: Any, run: Any, tags: Mapping[str, str]) -> None:
-    """Delete the tags of an earlier start about its end and its settings, except those that this start sets."""
+    """Delete an earlier start's tags on its outcome and settings, except those that this start sets."""
     stale = {tag for tag in run.data.tags if tag in STALE_TAGS or is_operational(tag)}
     for tag in stale - tags.keys():
         client.delete_tag(run.info.run_id, tag)
 
 
 def _tag_launchers(client: Any, launcher: str, run_id: str, resumed: bool) -> None:
-    """Tag the run that only started this one; end the launchers of killed earlier starts."""
+    """Tag the run that launched this one, and end the launchers of earlier starts that were killed."""
     set_tags(client, launcher, {"role": "launcher", LAUNCHED: run_id})
     for run in search(client, f"tags.{LAUNCHED} = '{run_id}'") if resumed else ():
         if run.info.status == "RUNNING" and run.info.run_id != launcher:
@@ -224,11 +224,11 @@ def _tag_launchers(client: Any, launcher: str, run_id: str, resumed: bool) -> No
 
 
 def _check_artifact_folder(client: Any, run: Any) -> None:
-    """Fail before the training rather than after it.
+    """Check before the training that artifacts can be logged after it.
 
     Raises:
         OSError: the artifact folder cannot be written.
-        UserError: it is remote, and the library for it is not installed.
+        UserError: the folder is remote, and the library for its scheme is not installed.
     """
     parts = urlsplit(run.info.artifact_uri)
     if parts.scheme in ("", "file"):
@@ -255,7 +255,7 @@ def _read_back(client: Any, run: Any, folder: Path, last_steps: Mapping[str, int
                         for point in first.values() if point.step > last]  # fmt: skip
     if not records:
         return False
-    journal = JournalWriter(RunFolder(folder).journal)  # once the store has answered everything: it may be asked again
+    journal = JournalWriter(RunFolder(folder).journal)  # after all queries, so that a repeated opening starts afresh
     for record in records:
         journal.append(record)
     journal.close()

@@ -1,4 +1,4 @@
-"""The tracking store that MLFLOW_TRACKING_URI names: its address, whether it answers, and MLflow's settings for it."""
+"""The tracking store named by MLFLOW_TRACKING_URI: address, check that it answers, settings of MLflow's client."""
 
 import os
 import socket
@@ -10,12 +10,12 @@ from urllib.parse import urlsplit
 from pipeline.errors import UserError
 from pipeline.tracking.redaction import shown_uri, without_secrets
 
-PROBE_SECONDS = 5.0  # for a server's first answer
+PROBE_SECONDS = 5.0  # timeout of each step of the check
 DEFAULT_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 CLIENT_SETTINGS = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the writer retries itself, in order
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the writer does its own retries, in order
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "GIT_PYTHON_REFRESH": "quiet",
 }
@@ -29,17 +29,17 @@ def tracking_uri() -> str:
 
 
 def store_key() -> str:
-    """A name for the store: its URI without secrets, a database file with its absolute path."""
+    """Identifier of the store: its URI without secrets, with an absolute path for a SQLite file."""
     shown = tracking_uri()
     file = shown.removeprefix("sqlite:///")
     return f"sqlite:///{Path(file).absolute()}" if file != shown and file else shown
 
 
 def check_uri(uri: str | None = None) -> None:
-    """Check that a tracking URI (by default the environment's) can be parsed.
+    """Check a tracking URI, by default the environment's.
 
     Raises:
-        UserError
+        UserError: the URI cannot be parsed.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI", "") if uri is None else uri
     try:
@@ -50,10 +50,10 @@ def check_uri(uri: str | None = None) -> None:
 
 
 def probe() -> None:
-    """Check within seconds, and without mlflow, that the store's server answers.
+    """Check within seconds, and without importing mlflow, that the store's server answers.
 
     Raises:
-        ConnectionError: it does not; one line without secrets.
+        ConnectionError: it does not answer; the message is one line without secrets.
         UserError: the URI cannot be parsed.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
@@ -64,7 +64,7 @@ def probe() -> None:
     if scheme not in DEFAULT_PORTS or not parts.hostname:
         return
     if is_http and scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(parts.hostname):
-        return  # the proxy may reach what this host cannot
+        return  # the proxy may reach a server that this host cannot
     try:
         address = (parts.hostname, parts.port or DEFAULT_PORTS[scheme])
         socket.create_connection(address, PROBE_SECONDS).close()
@@ -76,7 +76,7 @@ def probe() -> None:
 
 
 def _request(address: str) -> None:
-    """Any answer will do, even a refusal. Self-signed certificates are left for MLflow to judge."""
+    """Send a request; any answer counts, even an HTTP error. Certificate errors are left to MLflow."""
     try:
         urllib.request.urlopen(address, timeout=PROBE_SECONDS).close()  # noqa: S310
     except HTTPError:
@@ -89,7 +89,7 @@ def _request(address: str) -> None:
 
 
 def configure_mlflow() -> None:
-    """Silence MLflow and shorten its retries: this project reports errors in one line, within seconds.
+    """Silence MLflow's logging and shorten its retries, so that errors are reported once and within seconds.
 
     Raises:
         UserError: the tracking URI cannot be parsed.
@@ -106,4 +106,4 @@ def configure_mlflow() -> None:
     if urlsplit(uri).scheme.partition("+")[0] in DATABASE_ENGINES:
         import mlflow.store.tracking.sqlalchemy_store
 
-        mlflow.store.db.utils.MAX_RETRY_COUNT = 5  # 10 take 100 s for a database that cannot be opened
+        mlflow.store.db.utils.MAX_RETRY_COUNT = 5  # 10 would take 100 s if a database cannot be opened

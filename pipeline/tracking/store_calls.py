@@ -1,4 +1,4 @@
-"""Calls to the tracking store for one run: repeated while the store is away, given up once nobody waits for them."""
+"""Calls to the tracking store for one run, repeated while the store is unreachable, until no time is left."""
 
 import time
 from collections.abc import Callable
@@ -15,13 +15,13 @@ from pipeline.tracking.messages import Away, DeliveryNews, TakenOver
 from pipeline.tracking.store import store_key, tracking_uri
 from pipeline.tracking.store_errors import Answer, classify, one_line
 
-PAUSE_SECONDS = (0.25, 4.0)  # between two attempts: the first pause, the longest
+PAUSE_SECONDS = (0.25, 4.0)  # pause between two attempts: first, longest
 CLAIM_SECONDS = 5.0  # between two checks of the run's owner in the store
-FAILING_SECONDS = 20.0  # after which a call that fails (HTTP 500) while others succeed is refused
+FAILING_SECONDS = 20.0  # after this long, a call that fails (HTTP 500) while others succeed counts as refused
 
 
 class GaveUpError(Exception):
-    """The store accepted nothing for too long, or the run has another owner: the rest stays in the journal."""
+    """Delivery ends early: no time is left, or the run was deleted or taken over. The rest stays in the journal."""
 
 
 class StoreCalls:
@@ -35,31 +35,33 @@ class StoreCalls:
         inbox: Inbox,
         send: Callable[[DeliveryNews], None],
     ) -> None:
-        """claim: the run's tag `owner` while it is ours; None: not checked."""
+        """claim: expected value of the run's tag `owner`; None: not checked."""
         self.folder, self.owner, self.claim = folder, owner, claim
         self.inbox, self.send = inbox, send
         self.cursor = Cursor(folder, store_key())
         self.client: Any = None
-        self.run_id, self.host = "", ""  # of the run in the store, and the value of its tag `host`
-        self.reason = ""  # why the rest of the journal waits
-        self.superseded = False  # the run has another owner
+        self.run_id, self.host = "", ""  # the run's id in the store, and the value of its tag `host`
+        self.reason = ""  # why the rest of the journal is not delivered
+        self.superseded = False  # another process owns the run now
         self._is_away = False
         self._claim_checked_at = -CLAIM_SECONDS
 
     def waiting(self) -> int:
-        """Number of records that the store does not have; a missing end of the run counts as one."""
+        """Number of records that are not delivered; 1 if only the end of the run is missing."""
         return self.cursor.remaining() or int(self.inbox.ending and self.cursor.ended is None)
 
     def require(self, subject: str, function: Callable[..., Any], *arguments: Any) -> None:
-        """Call a function of client, run id and arguments; if the store refuses, add a problem to the cursor."""
+        """Call `function(client, run_id, *arguments)`; if the store refuses the call, add a problem to the cursor."""
         if refusal := self.attempt(subject, lambda: function(self.client, self.run_id, *arguments)):
             self.add_problem(subject, refusal)
 
     def attempt(self, subject: str, call: Callable[[], Any], patient: bool = False) -> Exception | None:
-        """Call the store until it answers; returns its refusal. patient: repeat refused calls too.
+        """Repeat a call until the store accepts it (returns None) or refuses it (returns the error).
+
+        patient: repeat refused calls too.
 
         Raises:
-            GaveUpError: nobody waits for it any more, or the run was deleted.
+            GaveUpError: no time is left, or the run was deleted or taken over.
         """
         pause, longest = PAUSE_SECONDS
         failing_since: float | None = None
@@ -88,13 +90,13 @@ class StoreCalls:
             pause = min(2 * pause, longest)
 
     def add_problem(self, subject: str, error: Exception) -> None:
-        """Record a refusal, and report it at once: the training may go on for hours."""
+        """Record a refusal, and warn at once, since the training may go on for hours."""
         problem = f"{subject} not delivered: {one_line(error)}"
         if self.cursor.add_problem(problem) and not self.inbox.ending:
             warn(f"run {self.run_id}: {problem}")
 
     def check(self) -> None:
-        """Give up if the folder has a newer owner, or a hurried end has no time left."""
+        """Raise GaveUpError if the folder has a newer owner, or if the run ends in a hurry and no time is left."""
         if owner_number(self.folder.path) > self.owner:
             self.superseded = True
             raise GaveUpError
@@ -103,12 +105,12 @@ class StoreCalls:
             raise GaveUpError
 
     def check_claim(self) -> None:
-        """Give up if another process has taken the run over in the store; checked every CLAIM_SECONDS."""
+        """Raise GaveUpError if the run's tag `owner` has changed; queried at most every CLAIM_SECONDS."""
         if self.claim is None or time.monotonic() - self._claim_checked_at < CLAIM_SECONDS:
             return
         try:
             tags = self.client.get_run(self.run_id).data.tags
-        except Exception:  # the next delivery reports it
+        except Exception:  # the next call reports the error
             return
         self._claim_checked_at = time.monotonic()
         if tags.get(OWNER, self.claim) != self.claim:
@@ -118,12 +120,12 @@ class StoreCalls:
             raise GaveUpError
 
     def _check_deleted(self) -> None:
-        """Give up if the run was deleted in MLflow's pages: one warning for the whole rest."""
+        """If the run was deleted in MLflow, warn once and raise GaveUpError."""
         if not self.run_id:
             return
         try:
             run = self.client.get_run(self.run_id)
-        except Exception:  # then the refusal stands
+        except Exception:  # keep the original refusal
             return
         if is_deleted(run):
             self.reason = deletion_message(self.run_id)
@@ -132,7 +134,7 @@ class StoreCalls:
             raise GaveUpError
 
     def _accepts_other_calls(self) -> bool:
-        """Whether the store accepts a tag that the run already has."""
+        """Whether the store accepts setting a tag to the value that it already has."""
         try:
             set_tags(self.client, self.run_id, {"host": self.host})
         except Exception:

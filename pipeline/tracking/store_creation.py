@@ -1,7 +1,7 @@
-"""Creation of a new SQLite store, safe for several processes at once and for kills.
+"""Create a new SQLite store safely, even if several processes do so at once or one is killed.
 
-MLflow creates a SQLite store in place, by its whole history of migrations: two processes at once fail, and a kill
-leaves a file that no later start accepts. Here one process at a time creates it in a temporary file and renames that.
+MLflow creates a SQLite store in place by running all its migrations: two processes at once fail, and a killed process
+leaves an unusable file. Here, one process at a time creates the store in a temporary file, which is then renamed.
 """
 
 import contextlib
@@ -18,14 +18,14 @@ from pipeline.storage.files import sync
 from pipeline.tracking.store import configure_mlflow
 from pipeline.tracking.store_errors import one_line
 
-SQLITE_SUFFIXES = ("-journal", "-wal", "-shm")  # of SQLite's files beside the database
+SQLITE_SUFFIXES = ("-journal", "-wal", "-shm")  # suffixes of SQLite's files beside the database
 
 
 def ensure_store(uri: str) -> None:
     """Create the SQLite store of a tracking URI if its file is missing or empty.
 
     Raises:
-        UserError: it cannot be created.
+        UserError: the store cannot be created.
     """
     file = _sqlite_file(uri)
     if file is None or not _is_missing(file):
@@ -74,7 +74,7 @@ def _refuse_leftovers(file: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(file: Path) -> Iterator[None]:
-    """Hold a lock whose file is removed afterwards; filelock makes processes that wait for it use the new file."""
+    """Hold a file lock, then remove its file; filelock makes waiting processes lock a new file."""
     with FileLock(file, fallback_to_soft=False):
         try:
             yield
@@ -93,10 +93,10 @@ def _create(uri: str, file: Path) -> None:
     url = sqlalchemy.make_url(uri).set(database=str(work))
     sqlalchemy.event.listen(sqlalchemy.pool.Pool, "connect", _without_syncs)
     try:
-        # As MLflow does for the URI itself; the artifact location does not depend on the file's name.
+        # As MLflow creates it for a tracking URI; the artifact location does not depend on the file name.
         store = _get_sqlalchemy_store(str(url), None)  # type: ignore[no-untyped-call]
         store.engine.dispose()
-    except Exception as error:  # any error of SQLite becomes one line
+    except Exception as error:  # report any error of SQLite in one line
         _remove(work)
         raise UserError(f"tracking store {file}: {one_line(error)}") from None
     finally:
@@ -112,12 +112,12 @@ def _remove(database: Path) -> None:
 
 
 def _without_syncs(connection: Any, record: Any) -> None:  # noqa: ARG001 (a listener)
-    """Skip the syncs of hundreds of commits: the file is synced once, before it gets its name."""
+    """Turn off the sync of each of hundreds of commits; the file is synced once, before it is renamed."""
     connection.execute("PRAGMA synchronous = OFF")
 
 
 def _rename(work: Path, file: Path) -> None:
-    """Give the store its name, unless MLflow itself has created one meanwhile."""
+    """Rename the store to its final name, unless MLflow itself has created one there in the meantime."""
     if not _is_missing(file):
         _remove(work)
         return

@@ -1,4 +1,4 @@
-"""Errors of the tracking store: whether a call is worth repeating, and how they read in one line."""
+"""Errors of the tracking store: which calls to repeat, and one-line messages."""
 
 import enum
 import errno
@@ -25,17 +25,17 @@ OWN_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ImportError, A
 
 
 class Answer(enum.Enum):
-    """What an error means for the call that got it; docs/resume.md has the table."""
+    """Classes of errors, by how the failed call is treated; see the table in docs/resume.md."""
 
-    AWAY = "away"  # the same call is repeated
-    FAILED = "failed"  # HTTP 500: repeated, but refused if it goes on to fail while other calls succeed
-    NOT_ALLOWED = "not allowed"  # HTTP 401: repeated until the login is mended
+    AWAY = "away"  # repeat the call
+    FAILED = "failed"  # HTTP 500: repeat the call; refused if it keeps failing while other calls succeed
+    NOT_ALLOWED = "not allowed"  # HTTP 401: repeat the call until the login is corrected
     REFUSED = "refused"  # this call will never succeed
 
 
 def classify(error: Exception) -> Answer:
-    """What an error that MLflow's client raised means for the call."""
-    if isinstance(error, UserError):  # of this project: the store has to be mended first
+    """Classify an error that MLflow's client raised."""
+    if isinstance(error, UserError):  # raised by this project: the user has to repair the store
         return Answer.REFUSED
     code, status = getattr(error, "error_code", None), http_status(error)
     if code in REFUSALS or REFUSED_BY_DATABASE.search(str(error)):
@@ -44,18 +44,18 @@ def classify(error: Exception) -> Answer:
         return Answer.AWAY if _is_temporary(error) else Answer.REFUSED
     if status == HTTP_UNAUTHORIZED:
         return Answer.NOT_ALLOWED
-    is_database = code == "BAD_REQUEST" and not STATUS_IN_TEXT.search(str(error))  # MLflow's server cannot reach it
+    is_database = code == "BAD_REQUEST" and not STATUS_IN_TEXT.search(str(error))  # the server's database failed
     if status == HTTP_SERVER_ERROR or is_database:
         return Answer.FAILED
     return Answer.REFUSED if status in HTTP_CLIENT_ERRORS and status not in HTTP_AWAY else Answer.AWAY
 
 
 def http_status(error: Exception) -> int | None:
-    """The HTTP status of a server's answer; None for errors of other kinds, such as a database's.
+    """HTTP status of a server's response; None for errors without one, such as those of a database.
 
-    MLflow has the status in its text if the body was not JSON, else an error code of its own.
+    MLflow puts the status into the message if the body was not JSON; otherwise it has its own error code.
     """
-    response = getattr(error, "response", None)  # of requests, and of the clients of object stores
+    response = getattr(error, "response", None)  # errors of `requests` and of object store clients
     if isinstance(response, dict):
         response = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         return int(response) if response else None
@@ -68,7 +68,7 @@ def http_status(error: Exception) -> int | None:
 
 
 def is_duplicate(error: Exception) -> bool:
-    """Whether another process inserted the same row at the same moment."""
+    """Whether the error means that another process has inserted the same row."""
     return bool(DUPLICATE.search(str(error)))
 
 
@@ -76,17 +76,17 @@ def one_line(error: Exception) -> str:
     """The error as one line without secrets."""
     text = str(error) or type(error).__name__
     text = text.split("[SQL:")[0].split("(Background on")[0]
-    text = re.split(r"\((?:\w+\.)+\w*Error\) ", text)[-1]  # the database's message without SQLAlchemy's
+    text = re.split(r"\((?:\w+\.)+\w*Error\) ", text)[-1]  # drop SQLAlchemy's prefix of the database's message
     return without_secrets(" ".join(text.split()))[:300]
 
 
 def refusal(error: Exception) -> str:
-    """One line that names the store and the error."""
+    """One-line message with the store's URI and the error."""
     return str(error) if isinstance(error, UserError) else f"tracking store {tracking_uri()}: {one_line(error)}"
 
 
 def _is_temporary(error: Exception) -> bool:
-    """Whether a store that is no server may accept the call later: it is locked, full, or cannot be reached."""
+    """Whether a call without HTTP response may succeed later, because the store is locked, full or unreachable."""
     if getattr(error, "error_code", None) is not None:
         return True
     if isinstance(error, OSError):  # includes the errors of `requests`

@@ -1,6 +1,6 @@
-"""Runs, their points and their artifacts, read from the tracking store for the rest of the project.
+"""Read runs, their points and artifacts from the tracking store; tag and end runs.
 
-Every function raises a UserError, one line, if the store does not answer or refuses.
+Every function raises a one-line UserError if the store does not answer or refuses the call.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,23 +27,23 @@ from pipeline.tracking.messages import StoredRun
 from pipeline.tracking.store import tracking_uri
 from pipeline.tracking.store_errors import refusal
 
-PAGE_IDS = 100  # ids in one filter
+PAGE_IDS = 100  # number of ids in one filter
 
 
 def runs_of_sweep(sweep_id: str) -> list[StoredRun]:
-    """Every run tagged with the sweep, whatever its role, oldest first, from all experiments."""
-    if "'" in sweep_id:  # cannot be written in a filter, and no sweep is called so
+    """All runs of a sweep, of every role and in all experiments, oldest first."""
+    if "'" in sweep_id:  # cannot be quoted in a filter, and no sweep id has one
         return []
     return runs_of_tag("sweep_id", sweep_id)
 
 
 def runs_of_tag(name: str, value: str) -> list[StoredRun]:
-    """Every run with the tag, oldest first, from all experiments. `value`: without quotes."""
+    """All runs with this tag, in all experiments, oldest first. value: must not contain quotes."""
     return runs_of_filter(None, f"tags.{name} = '{value}'")
 
 
 def runs_of_filter(experiment: str | None, filter_string: str | None) -> list[StoredRun]:
-    """The runs of an experiment (name or id; None: of all) that MLflow's filter matches, oldest first."""
+    """The runs of an experiment (name or id; None: of all) that match MLflow's filter, oldest first."""
     with _user_errors() as client:
         ids = None
         if experiment is not None:
@@ -56,7 +56,7 @@ def runs_of_filter(experiment: str | None, filter_string: str | None) -> list[St
 
 
 def runs_of_ids(run_ids: Sequence[str]) -> list[StoredRun]:
-    """The runs with these ids, in this order; a missing or deleted one is an error."""
+    """The runs with these ids, in this order; raises a UserError if one is missing or deleted."""
     runs: dict[str, StoredRun] = {}
     ids = [run_id for run_id in dict.fromkeys(run_ids) if run_id.isalnum()]
     for start in range(0, len(ids), PAGE_IDS):
@@ -76,7 +76,7 @@ def points_of(run_id: str, metrics: Sequence[str] | None) -> dict[str, list[Poin
 
 
 def artifact(run_id: str, artifact_uri: str, file: str, folder: Path) -> Path | None:
-    """A run's artifact: its own path on this machine, else a copy below `folder`. None if the run does not have it."""
+    """Path of a run's artifact: the file itself if it is local, else a copy in `folder`. None if there is none."""
     if urlsplit(artifact_uri).scheme in ("", "file"):
         local = Path(url2pathname(artifact_uri.removeprefix("file://").removeprefix("file:"))) / file
         return local if local.is_file() else None
@@ -85,19 +85,19 @@ def artifact(run_id: str, artifact_uri: str, file: str, folder: Path) -> Path | 
 
 
 def tag_run(run_id: str, tags: Mapping[str, str]) -> None:
-    """Tag a run that no process writes."""
+    """Set tags of a run that no process is writing."""
     with _user_errors() as client:
         set_tags(client, run_id, tags)
 
 
 def end_run(run_id: str, status: str) -> None:
-    """End a run whose process is gone."""
+    """Set the final status of a run whose process has exited."""
     with _user_errors() as client:
         client.set_terminated(run_id, status)
 
 
 def store_exists() -> bool:
-    """False if the store is a database file that does not exist yet."""
+    """Whether the store exists: False only for a SQLite file that has not been created yet."""
     uri = tracking_uri()
     file = uri.removeprefix("sqlite:///").split("?")[0]
     return not uri.startswith("sqlite:///") or not file or Path(file).exists()
@@ -105,8 +105,8 @@ def store_exists() -> bool:
 
 @contextmanager
 def _user_errors() -> Iterator[Any]:
-    """Yield MLflow's client; errors become UserErrors."""
-    if not store_exists():  # MLflow would create an empty one
+    """Yield MLflow's client, and convert errors within the block to UserErrors."""
+    if not store_exists():  # MLflow would create an empty store
         raise UserError(f"tracking store {tracking_uri()}: there is no such file; "
                         "name the store by MLFLOW_TRACKING_URI")  # fmt: skip
     try:

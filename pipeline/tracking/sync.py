@@ -1,4 +1,4 @@
-"""`python -m pipeline sync <folder>`: deliver what waits in the journals of runs without a trainer."""
+"""`python -m pipeline sync <folder>`: deliver the remaining journal records of runs that are no longer training."""
 
 import os
 from collections.abc import Iterator
@@ -22,17 +22,17 @@ from pipeline.tracking.run_opening import refuse_alive
 from pipeline.tracking.store import CLIENT_SETTINGS, probe, store_key, tracking_uri
 from pipeline.tracking.store_errors import Answer, classify, one_line, refusal
 
-PATIENCE_SECONDS = 30.0  # without any progress
+PATIENCE_SECONDS = 30.0  # time without progress after which delivery gives up
 
 
 def sync(folder: Path, again: bool = False) -> None:
-    """Deliver the run of a folder, or of each folder in it, to the store that MLFLOW_TRACKING_URI names.
+    """Deliver a run's folder, or each run's folder in a folder, to the store named by MLFLOW_TRACKING_URI.
 
-    A run is ended as its journal says. One that this store does not have is created there, with tag
-    `original_run_id`. again: deliver the whole journal once more; the store keeps what it has.
+    Each run gets the final status in its journal. A run that the store does not have is created there with the tag
+    `original_run_id`. again: deliver the whole journal again; points that the store already has are not doubled.
 
     Raises:
-        UserError: there is no journal, or a single run that is alive.
+        UserError: there is no journal, or a process is writing the only run.
         Undelivered: the store does not answer.
         TrainingError: the store refused something.
     """
@@ -51,7 +51,7 @@ def sync(folder: Path, again: bool = False) -> None:
             continue
         except UserError as error:
             failure = error
-        except Exception as error:  # one damaged folder must not keep the others from the store
+        except Exception as error:  # one damaged folder must not prevent the delivery of the others
             failure = TrainingError(f"run folder {each.path}: {type(error).__name__}: {one_line(error)}")
             failure.__cause__ = error
         if single:
@@ -65,7 +65,7 @@ def sync(folder: Path, again: bool = False) -> None:
 
 @contextmanager
 def _delivery_errors(folder: Path) -> Iterator[None]:
-    """Turn any error of the store into one line."""
+    """Convert any error of the store to a UserError or Undelivered with a one-line message."""
     try:
         yield
     except Exception as error:
@@ -74,7 +74,7 @@ def _delivery_errors(folder: Path) -> Iterator[None]:
 
 
 def _sync_run(folder: RunFolder, again: bool) -> str:
-    """Deliver one run; returns the outcome in a few words."""
+    """Deliver one run; returns a short description of the outcome."""
     owner = folder.lock()
     try:
         owner.take()
@@ -85,7 +85,7 @@ def _sync_run(folder: RunFolder, again: bool) -> str:
         with _delivery_errors(folder.path):
             client = connect()
             run = find_by_id(client, opened["id"])
-        if run:  # the folder may be a copy of a run that another process writes
+        if run:  # the folder may be a copy of a run that another process is writing
             refuse_alive(client, run, folder.path)
         report, delivered = _deliver(folder, owner.number, again)
     except OSError as error:
@@ -107,7 +107,7 @@ def _deliver(folder: RunFolder, owner: int, again: bool) -> tuple[DeliveryReport
     """Deliver a run; returns the report and the number of delivered records."""
     cursor = Cursor(folder, store_key())
     if cursor.problems or again:
-        cursor.rewind()  # what was refused before may be accepted now
+        cursor.rewind()  # the store may accept records that it refused before
         cursor.save()
     inbox = Inbox(None, FinishRun(None, patience=PATIENCE_SECONDS))
     with tqdm(unit=" records", desc=visible(folder.path.name), leave=False) as bar:
@@ -128,7 +128,7 @@ def _deliver(folder: RunFolder, owner: int, again: bool) -> tuple[DeliveryReport
 
 
 def _is_stored(run_id: str | None, folder: Path) -> bool:
-    """Whether a run that was delivered before is still in the store."""
+    """Whether a run that was delivered before is still in the store; raises a UserError if it was deleted."""
     with _delivery_errors(folder):
         run = find_by_id(connect(), run_id) if run_id else None
         if run and is_deleted(run):

@@ -1,8 +1,8 @@
-"""`make ui`: MLflow's own pages, opened on the newest sweep.
+"""`make ui`: open MLflow's web interface on the newest sweep.
 
-MLflow draws only the first ten runs of a list, and a chart for each of a hundred metrics. The sweep therefore gets a
-shared view, as MLflow's button Share creates one: its runs only, all of them drawn, with its most important charts on
-top.
+By default, MLflow plots only the first ten runs of a list, and shows one chart for each of about a hundred metrics. The
+sweep therefore gets a shared view, as MLflow's Share button creates it: it plots all runs of the sweep and no others,
+and shows the most important charts first.
 """
 
 import json
@@ -35,14 +35,14 @@ from pipeline.tracking.store_errors import one_line
 from pipeline.tracking.stored_runs import runs_of_sweep, runs_of_tag, store_exists
 
 HOST = "127.0.0.1"
-START_SECONDS = 120  # until the server must answer
-STOP_SECONDS = 5  # until it is killed
+START_SECONDS = 120  # timeout of its first answer
+STOP_SECONDS = 5  # after which it is killed
 DEFAULT_EXPERIMENT = "0"
-VIEW_TAG = "mlflow.sharedViewState."  # prefix of an experiment's tag; the rest is the key in the link
-TRAINING = "workflowType=machine_learning"  # in a link: a new browser would show MLflow's pages for GenAI
+VIEW_TAG = "mlflow.sharedViewState."  # prefix of an experiment's tag; the rest of the tag is the key in the link
+TRAINING = "workflowType=machine_learning"  # in a link; by default, MLflow shows its GenAI pages
 LOSSES = ("loss_ctcvr_bce", "loss_ctcvr_focal", "loss_sentiment")  # charted if the sweep logged them
 QUIET = {
-    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # seven processes for judging chats
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # avoids seven processes that evaluate chats
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "PYTHONWARNINGS": "ignore",
 }
@@ -51,9 +51,9 @@ QUIET = {
 @click.command(help="Open MLflow on the newest sweep of the tracking store (MLFLOW_TRACKING_URI, else ./mlflow.db).")
 @click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True, help="where to serve")
 def ui(port: int) -> None:
-    """Serve until Ctrl-C; if the store is a server, only print its link."""
+    """Run MLflow's server until Ctrl-C; if the store is a server itself, only show the link."""
     configure_mlflow()
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # report within seconds that a server is away
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # report an unreachable server within seconds
     uri = tracking_uri()
     if uri.startswith(("http://", "https://")):
         sweep = newest_sweep()
@@ -61,9 +61,9 @@ def ui(port: int) -> None:
         return
     base = f"http://{HOST}:{port}"
     check_free(port)
-    address = link(base, sweep := newest_sweep())  # before the server starts: both may create the store
+    address = link(base, sweep := newest_sweep())  # before the server starts, since both may create the store
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # `nohup make ui &` outlives its terminal
+        if signal.getsignal(number) is not signal.SIG_IGN:  # with nohup, keep ignoring SIGHUP
             signal.signal(number, _end)
     with suppress(KeyboardInterrupt), serving(port) as server:
         wait_until_up(server, base)
@@ -74,11 +74,11 @@ def ui(port: int) -> None:
 
 @dataclass(frozen=True)
 class SweepView:
-    """A sweep, and the charts on top of its page."""
+    """A sweep, and the charts to show first."""
 
     sweep_id: str
     experiment_id: str
-    metric: str  # of the verdict
+    metric: str  # the metric of the verdict
     charts: tuple[str, ...]
 
     @property
@@ -88,13 +88,13 @@ class SweepView:
 
     @property
     def state(self) -> dict[str, Any]:
-        """The view's state in the format of MLflow's page, where missing keys have their defaults."""
+        """The view's state in the format of MLflow's web interface; missing keys have their defaults."""
         return {
             "searchFilter": self.filter,
             "orderByAsc": True,  # by start time: the baseline, then the arms, seed by seed
             "selectedColumns": [f"metrics.`{self.metric}`"],
             "runsHiddenMode": "SHOW_ALL",
-            "isAccordionReordered": True,  # else the sections are sorted by name
+            "isAccordionReordered": True,  # otherwise the sections are sorted by name
             "compareRunSections": [{"uuid": "sweep", "name": "The sweep", "display": True, "isReordered": True}],
             "compareRunCharts": [_line_chart(metric) for metric in self.charts],
         }
@@ -111,7 +111,7 @@ def _line_chart(metric: str) -> dict[str, Any]:
 
 
 def newest_sweep() -> SweepView | None:
-    """The sweep that was started last.
+    """The most recently started sweep; None if there is none.
 
     Raises:
         UserError: the store does not answer.
@@ -131,7 +131,7 @@ def newest_sweep() -> SweepView | None:
 
 
 def newest_experiment() -> str:
-    """The id of the experiment of the run that was started last."""
+    """The experiment id of the most recently started run."""
     if not store_exists():
         return DEFAULT_EXPERIMENT
     client = connect()
@@ -141,7 +141,7 @@ def newest_experiment() -> str:
 
 
 def link(base: str, sweep: SweepView | None) -> str:
-    """The link to the sweep's charts, or else to the newest run's experiment, on the server at `base`."""
+    """The link to the sweep's charts on the server at `base`; without a sweep, to the newest run's experiment."""
     import mlflow
     from mlflow.exceptions import MlflowException
 
@@ -158,7 +158,7 @@ def link(base: str, sweep: SweepView | None) -> str:
 
 
 def show(address: str, sweep: SweepView | None) -> None:
-    """Print the link on standard output, and open it in the user's browser."""
+    """Print the link on standard output, and open it in the user's browser if there is a desktop."""
     info(f"sweep {sweep.sweep_id}:" if sweep else f"no sweep in {tracking_uri()} yet:")
     print(address, flush=True)
     if has_desktop():
@@ -178,10 +178,10 @@ def serving(port: int) -> Iterator[subprocess.Popen[bytes]]:
     import mlflow
 
     ensure_store(mlflow.get_tracking_uri())
-    artifacts = str(Path("mlruns").resolve())  # for new experiments, as without a server
+    artifacts = str(Path("mlruns").resolve())  # for new experiments, the same as without a server
     command = [sys.executable, "-m", "mlflow", "ui", "--host", HOST, "--port", str(port), "--workers", "1",
                "--default-artifact-root", artifacts, "--uvicorn-opts", "--log-level warning"]  # fmt: skip
-    # in the environment: every user can list the arguments of processes, and the URI may have a password
+    # in the environment, since other users can see process arguments and the URI may contain a password
     environment = QUIET | os.environ | {"MLFLOW_BACKEND_STORE_URI": mlflow.get_tracking_uri()}
     server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
@@ -193,7 +193,7 @@ def serving(port: int) -> Iterator[subprocess.Popen[bytes]]:
 def check_free(port: int) -> None:
     """Raise a UserError if another program uses the port."""
     with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was just closed is free
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was just closed counts as free
         try:
             listener.bind((HOST, port))
         except OSError as error:
@@ -202,10 +202,10 @@ def check_free(port: int) -> None:
 
 
 def wait_until_up(server: subprocess.Popen[bytes], base: str) -> None:
-    """Return when the server answers.
+    """Wait until the server answers.
 
     Raises:
-        UserError: it ended, or did not answer in time.
+        UserError: the server ended, or did not answer in time.
     """
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end:

@@ -14,21 +14,21 @@ from pipeline.runtime.processes import ChildProcess, Ended
 from pipeline.tracking import messages
 from pipeline.tracking.store import CLIENT_SETTINGS, check_uri
 
-STOPPED_SECONDS = 4.0  # in total for the delivery when a run is stopped by a signal
+STOPPED_SECONDS = 4.0  # total time for the delivery when a signal stops a run
 R = TypeVar("R", messages.OpenedRun, messages.FoundRuns, messages.FetchedArtifact)
 
 
 class Writer:
-    """The writer process; it serves one run after the other.
+    """The writer process, which serves one run after another.
 
-    Starting it returns at once: it imports mlflow while this process loads its data.
+    Starting it does not block: it imports mlflow while this process loads its data.
     """
 
     def __init__(self) -> None:
         self.start()
 
     def start(self) -> None:
-        """Start the process, or another one after it has ended.
+        """Start the process, or a new one after it has ended.
 
         Raises:
             UserError: MLFLOW_TRACKING_URI cannot be parsed.
@@ -37,7 +37,7 @@ class Writer:
         environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_RUN_ID"}
         environment |= CLIENT_SETTINGS | {"OMP_NUM_THREADS": "1"}
         self.inbox = queue.Queue[tuple[ChildProcess[messages.WriterReply], messages.WriterReply | Ended]]()
-        # own session: Ctrl-C reaches the trainer only, which then ends the run in order
+        # in its own session, so that Ctrl-C reaches only the trainer, which then ends the run
         self.process = ChildProcess("pipeline.tracking", messages.WRITER_REPLIES, self.inbox, environment=environment,
                                     own_session=True)  # fmt: skip
 
@@ -48,21 +48,21 @@ class Writer:
         self.close(STOPPED_SECONDS if kind and issubclass(kind, KeyboardInterrupt) else None)
 
     def close(self, seconds: float | None = None) -> None:
-        """Let it deliver the rest and end, at most for these seconds."""
+        """Let the process deliver the rest and exit; kill it after this many seconds (None: never)."""
         self.process.close(seconds)
 
     def send(self, request: messages.WriterRequest) -> None:
-        """Send a request; nothing happens if the process has ended."""
+        """Send a request; it is lost if the process has ended."""
         self.process.send(request)
 
     def ask(self, request: messages.WriterRequest, expected: type[R]) -> R:
         """Send a request and return its reply.
 
         Raises:
-            UserError: the store refused it, or does not answer.
-            TrainingError: the process has ended.
+            UserError: the store refused the request, or does not answer.
+            TrainingError: the process ended without a reply.
         """
-        if self.process.poll() is not None:  # it ended since the store hung, or was killed
+        if self.process.poll() is not None:  # it was killed, or exited because the store hung
             self.start()
         self.send(request)
         _, reply = next_item(self.inbox)
@@ -76,9 +76,9 @@ class Writer:
     def find(
         self, *, run_id: str | None = None, run_key: str | None = None, fork: str | None = None
     ) -> list[messages.StoredRun]:
-        """The run with this id, or the runs tagged with this key and fork (None: not forked), oldest first.
+        """The run with this id, or the runs with this run key and fork (None: not forked), oldest first.
 
-        A run that began in another store has its first id there too (`first_id`), and is found by it.
+        A run that began in another store is found by its original id (`first_id`).
 
         Raises:
             UserError: the store does not answer.
@@ -87,7 +87,7 @@ class Writer:
 
 
 def writer_for(tracking: TrackingSwitch) -> contextlib.AbstractContextManager[Writer | None]:
-    """Start a writer; None if tracking is switched off, or in processes of a training other than the main one."""
+    """Start a writer in the main process if tracking is enabled; otherwise yield None."""
     return Writer() if tracking.enabled and is_main_process() else contextlib.nullcontext()
 
 
@@ -95,7 +95,7 @@ def fetch_artifact(run_id: str, file: str, folder: Path) -> Path:
     """Copy an artifact of another run into the folder.
 
     Raises:
-        UserError: there is no such run or artifact, or the store does not answer.
+        UserError: the run or artifact does not exist, or the store does not answer.
     """
     with Writer() as writer:
         request = messages.FetchArtifact(run_id, file, str(folder.resolve()))
