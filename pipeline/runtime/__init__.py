@@ -1,1 +1,1 @@
-"""What every process needs: console, interrupts, child processes and messages between them."""
+"""Console output, interrupts, process ranks, child processes and the messages between processes."""

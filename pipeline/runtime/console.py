@@ -1,6 +1,6 @@
-"""What the user sees while training: messages on standard error, steps on standard output.
+"""Console output of a training: messages on standard error, steps on standard output.
 
-In a terminal the steps are a progress bar; elsewhere each is a JSON object on a line of its own.
+In a terminal, a progress bar shows the steps; otherwise each step is written as one line of JSON.
 """
 
 import contextlib
@@ -22,14 +22,14 @@ from pipeline.names import ROWS_PER_SECOND
 from pipeline.runtime.process_rank import is_main_process
 from pipeline.runtime.text import visible
 
-CLOSE_SECONDS = 1.0  # for a reader of the last lines
-MESSAGE_SECONDS = 1.0  # for a reader of a message
-BUFFER_BYTES = 1 << 20  # of steps that nobody reads
-LONGEST_REASON = 300  # characters of an error
+CLOSE_SECONDS = 1.0  # how long to wait for a reader of the last steps
+MESSAGE_SECONDS = 1.0  # how long to wait for a reader of a message
+BUFFER_BYTES = 1 << 20  # limit of steps that are not read yet
+LONGEST_REASON = 300  # characters of an error message
 
 
 def info(message: str) -> None:
-    """Print a line on standard error, in the main process of a training.
+    """Print a line on standard error; processes other than the main process print nothing.
 
     The line is lost if standard error is closed, full or not read for a second.
     """
@@ -44,17 +44,17 @@ def warn(message: str) -> None:
 
 @contextmanager
 def optional(what: str) -> Iterator[None]:
-    """A block that a training can do without, such as a plot: an error in it becomes a warning with its place.
+    """Convert errors in an optional block, such as a plot, to warnings that name the line of code.
 
     Raises:
-        TrainingError: the run itself cannot go on.
+        TrainingError: raised within the block; the run cannot continue.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):  # such as a line for each letter that a font lacks
+        with warnings.catch_warnings(action="ignore"):  # such as one for each character that a font lacks
             yield
     except TrainingError:
         raise
-    except Exception as error:  # the training is done, whatever it is
+    except Exception as error:  # no error in an optional block may fail the training
         place = extract_tb(error.__traceback__)[-1]
         reason = " ".join(str(error).split())[:LONGEST_REASON]
         warn(f"{what} is left out: {type(error).__name__}: {reason} ({Path(place.filename).name}, line {place.lineno})")
@@ -63,18 +63,18 @@ def optional(what: str) -> Iterator[None]:
 def _is_writable(stream: TextIO) -> bool:
     try:
         return bool(select.select([], [stream.fileno()], [], MESSAGE_SECONDS)[1])
-    except (OSError, ValueError, AttributeError):  # a stream of a notebook or a test
+    except (OSError, ValueError, AttributeError):  # not a real file, as in notebooks and tests
         return True
 
 
 class Console:
-    """Shows logged steps.
+    """Shows logged steps on standard output.
 
-    Standard output that is closed, full or not read does not disturb the training: the journal has every step.
+    If standard output is closed, full or not read, training continues; the journal has every step.
     """
 
     def __init__(self, total: int, quiet: bool = False) -> None:
-        """`total`: optimizer steps of a full bar. `quiet`: show nothing."""
+        """total: number of optimizer steps for the progress bar. quiet: show nothing."""
         self.quiet, self.bar, self.buffer, self.dropped = quiet, None, bytearray(), 0
         if quiet:
             return
@@ -102,7 +102,7 @@ class Console:
             self._give_up(error)
 
     def flush(self, seconds: float = 0.0) -> None:
-        """Write as much of the buffer as is read, waiting at most `seconds` between two pieces."""
+        """Write the buffer as far as it is read, waiting at most `seconds` for each part."""
         if not self.buffer:
             return
         try:
@@ -119,17 +119,17 @@ class Console:
             self.bar.close()
 
     def _give_up(self, error: Exception) -> None:
-        """Show nothing more."""
+        """Warn, and show no more steps."""
         self.quiet, self.bar, self.dropped = True, None, 0
         self.buffer.clear()
         warn(f"standard output: {getattr(error, 'strerror', None) or error}; the training goes on, and logs as before")
 
 
 def _write(data: bytearray, seconds: float) -> int:
-    """Write to standard output, past Python's buffer, which blocks; returns the number of bytes written."""
+    """Write to standard output without Python's buffer, which would block; returns the number of bytes written."""
     try:
         descriptor = sys.stdout.fileno()
-    except (OSError, AttributeError):  # a stream of a notebook or a test
+    except (OSError, AttributeError):  # not a real file, as in notebooks and tests
         sys.stdout.write(data.decode())
         sys.stdout.flush()
         return len(data)
@@ -141,19 +141,19 @@ def _write(data: bytearray, seconds: float) -> int:
 
 
 def open_standard_streams() -> None:
-    """Open standard streams that the parent has closed on the null device; another file would take their numbers."""
+    """Open standard streams that the parent closed as null devices; other files would get their descriptors."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+            os.open(os.devnull, os.O_RDWR)  # uses the lowest free descriptor
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
 
 
 def table(rows: Iterable[tuple[str, Mapping[str, float | None]]]) -> str:
-    """Rows of named numbers as aligned text, a column per name."""
+    """Format rows of named numbers as aligned text, one column per name."""
     labelled = list(rows)
     names = list(dict.fromkeys(name for _, numbers in labelled for name in numbers))
     cells = [["", *names]]
@@ -164,9 +164,9 @@ def table(rows: Iterable[tuple[str, Mapping[str, float | None]]]) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]], left: Container[int] = (0,)) -> str:
-    """Columns of text; those in `left` are aligned left, the others right.
+    """Format rows of cells as aligned text. left: indices of left-aligned columns; the others are right-aligned.
 
-    A cell may have several lines; shorter cells of its row are aligned at the bottom.
+    A cell may have several lines; the cells of a row are aligned at the bottom.
     """
     lines = list[tuple[str, ...]]()
     for row in rows:

@@ -9,9 +9,9 @@ from typing import Any
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Disable garbage collection within the block: an import creates a million objects, which all stay.
+    """Disable garbage collection within the block, for imports, which create many objects but no garbage.
 
-    It saves a fifth of mlflow's import time, and a tenth of torch's.
+    This saves a fifth of mlflow's import time, and a tenth of torch's.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -23,7 +23,7 @@ def uncollected() -> Iterator[None]:
 
 
 def import_reference(reference: str) -> Any:
-    """Import `module:name`."""
+    """Import the object that `module:name` refers to."""
     module, name = reference.split(":")
     with uncollected():
         return getattr(importlib.import_module(module), name)

@@ -1,4 +1,4 @@
-"""Requests to end the process, all of which raise `Interrupted`: Ctrl-C, signals, the death of `mlflow run`.
+"""Raise `Interrupted` when the process is asked to end: by Ctrl-C, a signal, or the exit of `mlflow run`.
 
 Kubernetes sends SIGTERM; Slurm SIGTERM or the signal of `--signal` (SIGUSR1, SIGUSR2); a closed terminal SIGHUP.
 `mlflow run` forwards none of them, so a process that it started watches its parent.
@@ -18,7 +18,7 @@ T = TypeVar("T")
 SIGNALS = tuple(signal.Signals[f"SIG{name}"] for name in ("INT", "TERM", "HUP", "USR1", "USR2", "XCPU"))
 WATCH_SECONDS = 0.5  # between two checks of the parent
 
-_deferrals = 0  # active `deferred` blocks
+_deferrals = 0  # number of active `deferred` blocks
 _received: list[int] = []
 _raised = False
 
@@ -33,7 +33,7 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Within the block the first signal raises `Interrupted` in the main thread; later ones have no effect.
+    """Within the block, the first signal raises `Interrupted` in the main thread; later ones have no effect.
 
     Signals that the caller ignores (nohup: SIGHUP) stay ignored.
     """
@@ -59,7 +59,7 @@ def interruptible() -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Within the block interrupts are deferred to its end."""
+    """Defer interrupts to the end of the block."""
     global _deferrals  # noqa: PLW0603
     _deferrals += 1
     try:
@@ -70,7 +70,7 @@ def deferred() -> Iterator[None]:
 
 
 def raise_or_disable() -> None:
-    """Raise a signal received so far; ignore later ones, since the process ends with another error."""
+    """Raise `Interrupted` for a signal received so far; ignore later ones, since the process ends anyway."""
     global _raised
     first, _raised = not _raised, True
     if _received and first:
@@ -78,13 +78,13 @@ def raise_or_disable() -> None:
 
 
 def check() -> None:
-    """Raise a signal whose exception was lost: Python drops those that are raised in a finalizer."""
+    """Raise `Interrupted` for a received signal, since Python drops exceptions raised in a finalizer."""
     if _received:
         raise Interrupted(_received[0])
 
 
 def next_item(queue: "Queue[T]") -> T:
-    """Wait for the next item of a queue; interrupts end the wait, whichever thread received the signal."""
+    """Wait for the next item of a queue; a signal ends the wait, even if another thread received it."""
     while True:
         check()
         try:

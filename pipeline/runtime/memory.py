@@ -1,4 +1,4 @@
-"""Settings of the C library's memory allocation."""
+"""Settings of the C library's memory allocator."""
 
 import ctypes
 from contextlib import suppress
@@ -8,9 +8,9 @@ LARGEST_MMAP_THRESHOLD = 32 << 20
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep the memory that a training step frees for the next one; other C libraries are left alone.
+    """Let glibc keep the memory that a training step frees for the next step; other C libraries are unaffected.
 
-    Otherwise thousands of pages would be mapped and cleared anew at every step, a tenth of its time.
+    Otherwise thousands of pages are mapped and cleared again at every step, which takes a tenth of its time.
     """
     with suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)

@@ -1,4 +1,4 @@
-"""This process's rank among those that train together, from torchrun's environment variables."""
+"""Rank of this process and world size, from torchrun's environment variables."""
 
 import os
 
@@ -16,16 +16,16 @@ def world_size() -> int:
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that tracks and writes."""
+    """Whether this is the main process, which alone tracks the run and writes files."""
     return rank() == 0
 
 
 def go_alone() -> None:
-    """Make this process the only one: the others have ended."""
+    """Set the world size to 1 after the other processes have ended."""
     global _alone  # noqa: PLW0603 (as the process group is global)
     _alone = True
 
 
 def _variable(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
-    return int(text) if text.isdecimal() else default  # not torchrun's
+    return int(text) if text.isdecimal() else default  # not set by torchrun

@@ -1,6 +1,7 @@
 """Child processes that receive requests and send replies, one message per line (`pipeline.runtime.protocol`).
 
-Requests go to the child's standard input, whose end asks it to exit; replies come from its standard output.
+Requests are written to the child's standard input, and replies are read from its standard output. Closing its standard
+input asks the child to exit.
 """
 
 import contextlib
@@ -22,13 +23,13 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Ended:
-    """Follows a child's last reply."""
+    """Marks the end of a child's replies."""
 
-    code: int  # exit code; negative: the signal
+    code: int  # exit code; negative: number of the signal
 
 
 class ChildProcess(Generic[R]):
-    """`python -m module`, started by this process."""
+    """A child process that runs `python -m module`."""
 
     def __init__(
         self,
@@ -40,13 +41,13 @@ class ChildProcess(Generic[R]):
         log: Path | None = None,
         own_session: bool = False,
     ) -> None:
-        """Start it without waiting.
+        """Start the process without waiting for it.
 
         Args:
             replies: types of its replies.
-            inbox: gets this object with each reply, and with `Ended` once.
-            log: its standard error is appended there; None: that of this process.
-            own_session: Ctrl-C does not reach it.
+            inbox: receives this object with each reply, and finally with `Ended`.
+            log: file to which its standard error is appended; None: use this process's standard error.
+            own_session: start a new session, which Ctrl-C does not reach.
         """
         self.log = log
         with log.open("ab") if log else contextlib.nullcontext() as stream:
@@ -58,7 +59,7 @@ class ChildProcess(Generic[R]):
         return self._process.pid
 
     def poll(self) -> int | None:
-        """The exit code (negative: the signal), or None while it runs."""
+        """The exit code (negative: number of the signal), or None while the process runs."""
         return self._process.poll()
 
     def send(self, request: Any) -> None:
@@ -69,13 +70,13 @@ class ChildProcess(Generic[R]):
             self._process.stdin.flush()
 
     def end_input(self) -> None:
-        """Ask it to exit."""
+        """Close its standard input, which asks it to exit."""
         assert self._process.stdin
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
 
     def close(self, seconds: float | None = None) -> None:
-        """Ask it to exit and wait; kill it after these seconds, if any."""
+        """Ask the process to exit and wait for it; kill it after this many seconds (None: never)."""
         self.end_input()
         try:
             self._process.wait(seconds)
@@ -88,7 +89,7 @@ class ChildProcess(Generic[R]):
         self.end_input()
 
     def wait(self) -> int:
-        """Wait for its end; returns the exit code."""
+        """Wait for the process to exit; returns the exit code."""
         return self._process.wait()
 
     def _read(self, replies: tuple[type[R], ...], inbox: "Queue[tuple[ChildProcess[R], R | Ended]]") -> None:
@@ -97,7 +98,7 @@ class ChildProcess(Generic[R]):
             with self._process.stdout as lines:
                 for reply in read_messages(lines, replies):
                     inbox.put((self, reply))
-        except MessageError:  # another program, or another version
+        except MessageError:  # output of another program or version
             traceback.print_exc()
             self._process.kill()
         finally:
@@ -105,7 +106,7 @@ class ChildProcess(Generic[R]):
 
 
 def start(module: str, environment: Mapping[str, str], stderr: Any, own_session: bool) -> "subprocess.Popen[str]":
-    """Start `python -m module` with pipes."""
+    """Start `python -m module` with pipes for its standard input and output."""
     return subprocess.Popen(
         [sys.executable, "-m", module],
         stdin=subprocess.PIPE,
@@ -120,7 +121,7 @@ def start(module: str, environment: Mapping[str, str], stderr: Any, own_session:
 def take_standard_output() -> Callable[[Any], None]:
     """In a child: reserve standard output for replies, and redirect prints to standard error.
 
-    Returns the function that sends a reply; replies to a parent that is gone are lost.
+    Returns the function that sends a reply; replies are lost if the parent has exited.
     """
     stream = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -1,4 +1,4 @@
-"""Messages between processes: frozen dataclasses, each written as a line of JSON with the name of its type."""
+"""Messages between processes: frozen dataclasses, each encoded as a line of JSON with the name of its type."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -15,15 +15,15 @@ class MessageError(ValueError):
 
 
 def encode(message: Any) -> str:
-    """Write a dataclass as a line of JSON."""
+    """Encode a dataclass as a line of JSON."""
     return json.dumps({TYPE: type(message).__name__} | asdict(message)) + "\n"
 
 
 def decode(line: str, kinds: Iterable[type[M]]) -> M:
-    """Read a message of one of the kinds.
+    """Decode a line as a message of one of the types `kinds`.
 
     Raises:
-        MessageError: the line is not JSON, names another type, or lacks or adds a field.
+        MessageError: the line is not JSON, has another type, or has a missing or unknown field.
     """
     try:
         values = json.loads(line)
@@ -37,10 +37,10 @@ def decode(line: str, kinds: Iterable[type[M]]) -> M:
 
 
 def read_messages(stream: Iterable[str], kinds: Iterable[type[M]]) -> Iterator[M]:
-    """The messages of a stream; an incomplete last line, left by a kill, is skipped.
+    """Decode the messages of a stream; skip an incomplete last line, left by a killed process.
 
     Raises:
-        MessageError
+        MessageError: a line is not a message of one of the types `kinds`.
     """
     return (decode(line, kinds) for line in stream if line.endswith("\n"))
 

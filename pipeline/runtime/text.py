@@ -18,6 +18,6 @@ def visible(text: str) -> str:
 
 
 def listed(names: Iterable[object], limit: int = 5) -> str:
-    """The first names, and how many more there are."""
+    """Join the first `limit` names by commas, and add the number of the others."""
     texts = [str(name) for name in names]
     return ", ".join(texts[:limit]) + (f" and {len(texts) - limit} more" if len(texts) > limit else "")
