@@ -1,1 +1,1 @@
-"""A run's folder on disk. Nothing here knows MLflow or training."""
+"""Files of a run's folder, independent of MLflow and of the training loop."""

@@ -1,4 +1,4 @@
-"""The calibration in a logged model's folder: a JSON object by head, empty if the model is not calibrated."""
+"""Calibration file of a logged model: a JSON object with an entry per head, empty if the model is not calibrated."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ def write_calibration(folder: Path, fitted: Fitted) -> None:
 
 
 def read_calibration(folder: Path) -> Fitted:
-    """Read the calibration; models of earlier versions have no such file, and no calibration."""
+    """Read the calibration; empty if there is no file, as in models of earlier versions."""
     file = folder / CALIBRATION_FILE
     fitted: Fitted = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     return fitted

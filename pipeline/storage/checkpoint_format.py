@@ -1,10 +1,10 @@
-"""One checkpoint on disk: a folder that is complete and unchanged, or recognised as damaged.
+"""Format of a checkpoint: a folder with a manifest of hashes, by which damage is detected.
 
-- `state.pt`: the training's state (`pipeline.storage.state_file`);
-- linked files, which existed before;
+- `state.pt`: the training state (`pipeline.storage.state_file`);
+- links to existing files, such as the best weights;
 - `manifest.json`, written last: format version, step, facts, and size and SHA-256 of every file.
 
-Reading none of them can run code.
+Reading a checkpoint never runs code from it.
 """
 
 import hashlib
@@ -20,12 +20,12 @@ from pipeline.errors import UserError
 from pipeline.storage.files import Damaged, Entry, sync, write_hashed
 from pipeline.storage.state_file import read_state, write_state
 
-FORMAT = 2  # 1: tensors and values in two files of our own
+FORMAT = 2  # format 1: tensors and values in two files of a custom format
 STATE_FILE, MANIFEST_FILE = "state.pt", "manifest.json"
 
 
 class OtherFormat(UserError):  # noqa: N818 (callers read it as a noun)
-    """A checkpoint is intact, but was written by a version with another format."""
+    """The checkpoint is intact, but has the format of another version."""
 
 
 class Manifest(NamedTuple):
@@ -39,7 +39,7 @@ class Manifest(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read: its tensors are on the CPU, `folder` holds the linked files too."""
+    """A loaded checkpoint. Tensors are on the CPU; `folder` also contains the linked files."""
 
     folder: Path
     step: int
@@ -54,12 +54,12 @@ def write_checkpoint(
     facts: Mapping[str, Any] = {},
     links: Mapping[str, Path] = {},
 ) -> int:
-    """Write a checkpoint into an empty folder, synced to the disk; returns its size in bytes.
+    """Write a checkpoint into an empty folder and sync it to the disk; returns its size in bytes.
 
     Args:
         facts: plain values for the manifest.
-        links: name in the checkpoint -> file to link, or to copy where the file system cannot link. The file may be
-            replaced later, but not changed in place.
+        links: name in the checkpoint -> file to link, or to copy if the file system cannot link. The file may be
+            replaced later, but must not be modified in place.
 
     Raises:
         TypeError, ValueError: the state or facts contain something that cannot be saved.
@@ -78,7 +78,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """Read and verify a checkpoint.
 
     Raises:
-        Damaged, OtherFormat
+        Damaged: a file is missing or differs from the manifest.
+        OtherFormat: the checkpoint has the format of another version.
     """
     manifest = verify(folder)
     try:
@@ -94,8 +95,8 @@ def verify(folder: Path) -> Manifest:
     """Check every file of a checkpoint against its manifest.
 
     Raises:
-        Damaged: names the first file that differs.
-        OtherFormat
+        Damaged: a file is missing or differs; the message names the first one.
+        OtherFormat: the checkpoint has the format of another version.
     """
     manifest = read_manifest(folder)
     for name, entry in manifest.files.items():
@@ -117,7 +118,8 @@ def read_manifest(folder: Path) -> Manifest:
     """Read a checkpoint's manifest.
 
     Raises:
-        Damaged, OtherFormat
+        Damaged: the manifest is missing, invalid or changed.
+        OtherFormat: the checkpoint has the format of another version.
     """
     file = folder / MANIFEST_FILE
     try:
@@ -126,7 +128,7 @@ def read_manifest(folder: Path) -> Manifest:
         version, seal = content["format"], content.pop("sha256")
         if seal != _seal(content):
             raise Damaged(f"{file}: found other content than was written")
-        if version != FORMAT:  # checked second: a flipped bit is damage, not another format
+        if version != FORMAT:  # checked after the hash: a flipped bit is damage, not another format
             raise OtherFormat(f"{file}: found checkpoint format {version!r}, this program reads {FORMAT}; resume with "
                               "the version of focal-pipeline that wrote it, or delete "
                               f"{file.parent.parent} to train from the beginning")  # fmt: skip
@@ -144,7 +146,7 @@ def read_manifest(folder: Path) -> Manifest:
 def _link(source: Path, target: Path) -> Entry:
     try:
         os.link(source, target)
-    except OSError:  # another file system, or one without links
+    except OSError:  # on another file system, or links are not supported
         with source.open("rb") as stream:
             return write_hashed(target, lambda copy: shutil.copyfileobj(stream, copy))
     with target.open("rb") as stream:
@@ -159,7 +161,7 @@ def _manifest(step: int, facts: Mapping[str, Any], files: Mapping[str, Entry]) -
 
 
 def _seal(content: Mapping[str, Any]) -> str:
-    """SHA-256 of a manifest's other content."""
+    """SHA-256 of a manifest's content, apart from this hash."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""A run's checkpoints: which are written, kept and found."""
+"""Save, find and remove the checkpoints of a run."""
 
 import re
 import shutil
@@ -15,26 +15,26 @@ from pipeline.storage.checkpoint_format import Checkpoint, read_checkpoint, read
 from pipeline.storage.files import Damaged, sync
 from pipeline.storage.state_file import state_bytes
 
-SPARE_BYTES = 1 << 14  # for a manifest, a folder and the rounding of file sizes on disk
-NEW, OLD = ".new", ".old"  # suffixes of hidden folders that are being written or removed
+SPARE_BYTES = 1 << 14  # allowance for the manifest, the folder and rounding of file sizes
+NEW, OLD = ".new", ".old"  # suffixes of hidden folders that are being written or deleted
 STEP_FOLDER = re.compile(r"\d{9,}")
 
 
 @dataclass(frozen=True)
 class Saved:
-    """Cost of a save: size of the checkpoint, linked files included, and the time it took."""
+    """Size of a saved checkpoint, including linked files, and the duration of the save."""
 
     bytes: int
     seconds: float
 
 
 class Checkpoints:
-    """The checkpoints in `<run folder>/checkpoints/<step, 9 digits>/`. Only the run's owner saves."""
+    """The checkpoints in `<run folder>/checkpoints/<step, 9 digits>/`. Only the run's owner may save."""
 
     def __init__(
         self, run_folder: Path, keep_steps: Collection[int] = (), max_bytes: int | None = None, last: int = 2
     ) -> None:
-        """`last`: number of newest checkpoints to keep. `max_bytes`: limit of all checkpoints together."""
+        """last: number of newest checkpoints to keep, beside `keep_steps`. max_bytes: limit on their total size."""
         self.folder = run_folder / "checkpoints"
         self.keep_steps, self.max_bytes, self.last = keep_steps, max_bytes, last
 
@@ -48,15 +48,15 @@ class Checkpoints:
     ) -> Saved:
         """Write the checkpoint of a step unless an intact one exists, then remove those that are no longer needed.
 
-        The newest ones, those of `keep_steps` and that of step `best` are kept.
+        The newest checkpoints, those of `keep_steps` and that of step `best` are kept.
 
         Raises:
-            TrainingError: it does not fit, or the disk fails; earlier checkpoints are unchanged.
+            TrainingError: the checkpoint does not fit, or the disk fails; the newest intact one is kept.
         """
         started = time.perf_counter()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob(".*.*"):  # of a killed process
+            for leftover in self.folder.glob(".*.*"):  # left by a killed process
                 if leftover.suffix in (NEW, OLD):
                     shutil.rmtree(leftover, ignore_errors=True)
             size = self._intact_size(step)
@@ -78,7 +78,7 @@ class Checkpoints:
         """Read the newest intact checkpoint, and warn about newer damaged ones.
 
         Raises:
-            OtherFormat: another version wrote it; skipping it would silently restart the run.
+            OtherFormat: the checkpoint has the format of another version; skipping it would silently restart the run.
         """
         checkpoint, damages = None, list[Damaged]()
         for step in reversed(self.steps()):
@@ -96,8 +96,9 @@ class Checkpoints:
         """Read the checkpoint of this step.
 
         Raises:
-            UserError: it was not kept; names the steps that were.
-            Damaged, OtherFormat
+            UserError: there is none; the message lists the steps that were kept.
+            Damaged: a file is missing or differs from the manifest.
+            OtherFormat: the checkpoint has the format of another version.
         """
         steps = self.steps()
         if step not in steps:
@@ -106,10 +107,10 @@ class Checkpoints:
         return self._read(step)
 
     def check_format(self) -> None:
-        """Read the manifests only.
+        """Check the format of every checkpoint, reading only the manifests.
 
         Raises:
-            OtherFormat: another version wrote a checkpoint.
+            OtherFormat: a checkpoint has the format of another version.
         """
         for step in self.steps():
             with suppress(Damaged):
@@ -125,7 +126,7 @@ class Checkpoints:
         return checkpoint
 
     def _intact_size(self, step: int) -> int | None:
-        """Size in bytes of the step's checkpoint; a damaged one is removed."""
+        """Size in bytes of the step's checkpoint; None if there is none, or it was damaged and is now removed."""
         if not self._path(step).exists():
             return None
         try:
@@ -136,7 +137,7 @@ class Checkpoints:
             return None
 
     def _write(self, step: int, state: Mapping[str, Any], facts: Mapping[str, Any], links: Mapping[str, Path]) -> int:
-        """Write to a hidden folder, which gets its name once everything is on disk; returns the size in bytes."""
+        """Write to a hidden folder, then rename it once everything is on disk; returns the size in bytes."""
         work = self.folder / f".{step:09d}{NEW}"
         try:
             work.mkdir()
@@ -148,12 +149,12 @@ class Checkpoints:
         return size
 
     def _make_room(self, step: int, state: Mapping[str, Any], links: Mapping[str, Path], best: int | None) -> None:
-        """Remove checkpoints that are only among the last, oldest first, until the new one fits.
+        """Remove earlier checkpoints, oldest first, until the new one fits.
 
-        The newest intact one always stays.
+        The newest intact one, the best one and those of `keep_steps` are never removed.
 
         Raises:
-            TrainingError: it does not fit.
+            TrainingError: the new checkpoint does not fit.
         """
         if self._shortage(step, state, links) is None:
             return
@@ -167,7 +168,7 @@ class Checkpoints:
             self._remove(removable.pop(0))
 
     def _shortage(self, step: int, state: Mapping[str, Any], links: Mapping[str, Path]) -> str | None:
-        """Why the checkpoint cannot be written; None where it fits."""
+        """Return an error message if the checkpoint does not fit, otherwise None."""
         size = state_bytes(state) + SPARE_BYTES
         sources = [source.stat() for source in links.values()]
         copied = sum(stat.st_size for stat in sources if stat.st_dev != self.folder.stat().st_dev)
@@ -184,7 +185,10 @@ class Checkpoints:
         return None
 
     def _prune(self, step: int, best: int | None) -> None:
-        """Remove what is not needed. Checkpoints after `step` are damaged, or the run would have resumed from them."""
+        """Remove checkpoints that are no longer needed.
+
+        Those after `step` are damaged, since the run would otherwise have resumed from them.
+        """
         steps = self.steps()
         needed = {*[kept for kept in steps if kept <= step][-self.last :], *self.keep_steps, best}
         for kept in steps:
@@ -192,7 +196,7 @@ class Checkpoints:
                 self._remove(kept)
 
     def _remove(self, step: int) -> None:
-        """Rename, then delete: what a kill leaves has no step."""
+        """Delete a checkpoint; renamed first, so that a partly deleted folder is not taken for a checkpoint."""
         hidden = self.folder / f".{step:09d}{OLD}"
         self._path(step).rename(hidden)
         shutil.rmtree(hidden, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""CSV tables that people open in a spreadsheet."""
+"""CSV tables that are safe to open in a spreadsheet."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 def cell(value: object) -> object:
-    r"""Escape a text for a cell: its control characters, and by an apostrophe what a spreadsheet takes for a formula.
+    r"""Escape control characters in a text, and prefix an apostrophe if a spreadsheet would read it as a formula.
 
     >>> [cell(value) for value in ("=1+1", "-1e-4", "-", -0.5, None)]
     ["'=1+1", '-1e-4', '-', -0.5, None]
@@ -25,6 +25,6 @@ def cell(value: object) -> object:
 
 
 def write_csv(frame: pd.DataFrame, file: Path) -> None:
-    """Write a frame without its index; values and column names are escaped as `cell` does."""
+    """Write a frame without its index; texts and column names are escaped with `cell`."""
     columns = [column if is_numeric_dtype(column) else column.map(cell) for _, column in frame.items()]
     pd.concat(columns, axis=1).set_axis([cell(name) for name in frame], axis=1).to_csv(file, index=False)

@@ -1,4 +1,4 @@
-"""Whole files: replaced atomically, hashed while they are written, synced to the disk."""
+"""Write files safely: replace them atomically, hash them while writing, sync them to the disk."""
 
 import errno
 import hashlib
@@ -14,11 +14,11 @@ from pipeline.errors import UserError
 
 
 class NotAFileError(OSError):
-    """A path leads to a folder, a pipe or a device."""
+    """The path refers to a folder, a pipe or a device instead of a regular file."""
 
 
 class Damaged(UserError):  # noqa: N818 (callers read it as an adjective)
-    """A file of a run is not as it was written; the message names the file and the difference."""
+    """A file of a run is missing or not as it was written; the message names the file and the difference."""
 
 
 class Entry(NamedTuple):
@@ -29,9 +29,9 @@ class Entry(NamedTuple):
 
 
 class HashedStream:
-    """A stream that hashes what is written to it.
+    """A stream that hashes the data written to it.
 
-    It keeps the first error for `write_hashed` to raise: `torch.save` would replace it by an error of its own.
+    It stores the first error, which `write_hashed` raises, because `torch.save` would replace it by its own error.
     """
 
     def __init__(self, stream: IO[bytes]) -> None:
@@ -66,17 +66,17 @@ def write_hashed(file: Path, write: Callable[[HashedStream], object]) -> Entry:
 
 @contextmanager
 def replacing(file: Path, suffix: str = "", *, durable: bool = False) -> Iterator[Path]:
-    """Yield a hidden path beside the file, which replaces the file at the end, or is removed after an error.
+    """Yield a hidden path in the same folder. At the end it replaces the file; after an error it is removed.
 
-    Readers see the old file or the new one, never a part.
+    Readers see either the old file or the new one, never a partial file.
 
     Args:
         suffix: distinguishes writers that may write the file at the same time.
-        durable: sync first, so that a power cut cannot leave an empty file.
+        durable: sync before replacing, so that a power cut cannot leave an empty file.
     """
     work = file.with_name(f".{file.name}.{suffix}" if suffix else f".{file.name}")
     try:
-        work.unlink(missing_ok=True)  # left by a kill; a symbolic link would lead the writer elsewhere
+        work.unlink(missing_ok=True)  # left by a killed process; a symbolic link would redirect the write
         yield work
         if durable:
             sync(work)
@@ -97,10 +97,10 @@ def sync(path: Path) -> None:
 
 
 def check_file(file: Path) -> None:
-    """Check that a path leads to a regular file before it is opened: opening a pipe would block forever.
+    """Check, before opening a path, that it is a regular file, since opening a pipe would block forever.
 
     Raises:
-        NotAFileError: it leads to something else.
+        NotAFileError: it is something else.
         OSError: it does not exist, or cannot be examined.
     """
     if not stat.S_ISREG(file.stat().st_mode):
@@ -108,7 +108,7 @@ def check_file(file: Path) -> None:
 
 
 def copy_contents(source: Path, target: Path) -> None:
-    """Copy the files below a folder, but not their modes: the copies can be written and removed."""
+    """Copy a folder recursively without file permissions, so that the copies can be changed and removed."""
     target.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
         if path.is_dir():

@@ -1,4 +1,4 @@
-"""Folders whose files are all there or not at all."""
+"""Folders whose files appear all at once or not at all."""
 
 import os
 import shutil
@@ -13,9 +13,14 @@ from pipeline.errors import UserError, os_errors
 
 
 def made_once(folder: Path, files: Sequence[str], make: Callable[[Path], object], key: str) -> Path:
-    """Create `folder` with `make`, which fills an empty folder, unless all `files` exist.
+    """Create `folder`, unless all its `files` exist; returns it.
 
-    Several processes may do so at once, if `make` writes the same for all. `key`: config key of the parent folder.
+    Several processes may do this at the same time if `make` writes the same files in each.
+
+    Args:
+        files: names of the files that a complete folder has.
+        make: fills an empty folder.
+        key: config key of the parent folder, for errors.
 
     Raises:
         UserError: the parent folder cannot be written.
@@ -31,13 +36,13 @@ def made_once(folder: Path, files: Sequence[str], make: Callable[[Path], object]
         work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
             make(work)
-            work.chmod(0o755)  # temporary folders are closed to other users
+            work.chmod(0o755)  # other users cannot read temporary folders
             if folder.exists() and not is_complete():
                 shutil.rmtree(folder)
             try:
                 work.rename(folder)
             except OSError:
-                if not is_complete():  # else another process was first, with the same data
+                if not is_complete():  # otherwise another process has written the same files
                     raise
         finally:
             shutil.rmtree(work, ignore_errors=True)
@@ -46,7 +51,7 @@ def made_once(folder: Path, files: Sequence[str], make: Callable[[Path], object]
 
 @contextmanager
 def published(folder: Path, files: Sequence[str]) -> Iterator[Path]:
-    """Yield a work folder inside `folder`, whose `files` move up at the end, in this order; an error changes nothing.
+    """Yield a work folder inside `folder`; at the end, move its `files` up in this order. An error changes nothing.
 
     Raises:
         UserError: the folder (config key output_dir) cannot be written, or another process is writing there.
@@ -60,14 +65,14 @@ def published(folder: Path, files: Sequence[str]) -> Iterator[Path]:
         except Timeout:
             raise UserError(f"output_dir {folder}: another process is writing there") from None
         try:
-            shutil.rmtree(work, ignore_errors=True)  # of a killed process
+            shutil.rmtree(work, ignore_errors=True)  # left by a killed process
             work.mkdir()
             yield work
             _move_up(work, folder, files)
             created = []
         finally:
             shutil.rmtree(work, ignore_errors=True)
-            with suppress(OSError):  # Windows refuses
+            with suppress(OSError):  # fails on Windows
                 Path(lock.lock_file).unlink()
             lock.release()
             for path in created:
@@ -76,7 +81,7 @@ def published(folder: Path, files: Sequence[str]) -> Iterator[Path]:
 
 
 def _move_up(work: Path, folder: Path, files: Sequence[str]) -> None:
-    """Move the old files out, the last first, and the new ones in; on an error restore the old ones."""
+    """Move the old files out, in reverse order, and the new ones in; restore the old ones after an error."""
     old = work / "old"
     old.mkdir()
     try:

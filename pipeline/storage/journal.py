@@ -1,7 +1,7 @@
 """The journal: an append-only file of JSON lines that queues a run's calls to MLflow.
 
-Training appends; the writer process reads on from where it was and delivers. A record is whole once its line ends, so
-a reader never sees half of one. Every start of a run begins with a record `open`, and `finish` ends it.
+Training appends records; the writer process reads and delivers them. A record is complete once its line ends, so that
+readers never see a partial record. Every start of a run writes a record `open`; the record `finish` ends the run.
 """
 
 import json
@@ -18,9 +18,9 @@ from pipeline.names import MEASURED
 from pipeline.storage.files import check_file
 
 JOURNAL_FILE = "journal.jsonl"
-CHUNK_BYTES = 1 << 20  # read at a time
+CHUNK_BYTES = 1 << 20  # size of one read
 BUFFER_BYTES = 1 << 16  # buffered before a flush
-LARGEST = 2**63 - 1  # largest step, time in milliseconds, or whole number among the values
+LARGEST = 2**63 - 1  # largest step, time in milliseconds, or integer among the values
 
 Record = dict[str, Any]
 
@@ -29,7 +29,7 @@ class JournalWriter:
     """Appends records; `flush` makes them visible to readers, `sync` makes them survive a power cut."""
 
     def __init__(self, file: Path, check: Callable[[], None] = lambda: None) -> None:
-        """Open the journal and cut off a last record that a kill left incomplete.
+        """Open the journal, and cut off an incomplete last record left by a killed process.
 
         check: called before every write; raises if another process owns the journal now.
         """
@@ -50,7 +50,7 @@ class JournalWriter:
         """Write the buffer to the file.
 
         Raises:
-            TrainingError: the disk is full or fails. Whole records are in the file, the others stay in the buffer.
+            TrainingError: the disk is full or fails; records not written completely stay in the buffer.
         """
         self.check()
         count = 0
@@ -66,7 +66,7 @@ class JournalWriter:
         self.failed = False
 
     def sync(self) -> int:
-        """Flush to the disk; returns the journal's size in bytes."""
+        """Flush, and sync the file to the disk; returns the journal's size in bytes."""
         self.flush()
         with os_errors(f"journal {self.file}", TrainingError):
             os.fsync(self.descriptor)
@@ -80,7 +80,7 @@ class JournalWriter:
             os.close(self.descriptor)
 
     def _drop(self, count: int) -> None:
-        """Drop bytes from the buffer that are in the file."""
+        """Remove written bytes from the buffer."""
         self.size += count
         del self.buffer[:count]
 
@@ -103,16 +103,16 @@ def _whole_size(descriptor: int) -> int:
 
 
 class JournalReader:
-    """Reads whole records from where the last read ended."""
+    """Reads complete records; each read continues where the last one ended."""
 
     def __init__(self, file: Path, start: int = 0) -> None:
         check_file(file)
         self.stream = file.open("rb")
         self.stream.seek(start)
-        self.damaged = 0  # lines that are no record, as a power cut or another program leaves them
+        self.damaged = 0  # number of invalid lines, left by a power cut or another program
 
     def read(self) -> list[tuple[int, Record]]:
-        """The next records, each with its end position in the file; empty if there are none for now."""
+        """Read the next records, each with its end position in the file; empty if there are no new ones."""
         records: list[tuple[int, Record]] = []
         while not records:
             position = self.stream.tell()
@@ -136,7 +136,7 @@ class JournalReader:
 
 
 def read_with_ends(file: Path, start: int = 0) -> Iterator[tuple[int, Record]]:
-    """Every whole record of a journal, with its end position."""
+    """All complete records of a journal from a position on, with their end positions."""
     reader = JournalReader(file, start)
     try:
         while records := reader.read():
@@ -146,17 +146,17 @@ def read_with_ends(file: Path, start: int = 0) -> Iterator[tuple[int, Record]]:
 
 
 def read_records(file: Path) -> Iterator[Record]:
-    """Every whole record of a journal."""
+    """All complete records of a journal."""
     return (record for _, record in read_with_ends(file))
 
 
 def read_points(file: Path) -> Iterator[Record]:
-    """The records that hold points: `metrics` were logged, `known` were read back from the store."""
+    """All records with points: `metrics` (logged) and `known` (read back from the store)."""
     return (record for record in read_records(file) if record["op"] in ("metrics", "known"))
 
 
 def read_opening(file: Path) -> Record | None:
-    """The first record `open` of a journal.
+    """The first record `open` of a journal; None if there is none.
 
     Points that were read back from the store may precede it, if the run's folder was lost.
     """
@@ -166,9 +166,9 @@ def read_opening(file: Path) -> Record | None:
 
 
 def parse_record(line: bytes) -> Record | None:
-    """Parse a line of a journal; None unless it is a record with the fields of its `op`, each of its type.
+    """Parse a line of a journal; None unless it is a record with the required fields of its `op`, of valid types.
 
-    A record of an unknown `op`, as later versions may write, is accepted.
+    A record with an unknown `op`, which a later version may have written, is accepted.
     """
     try:
         record = json.loads(line)
@@ -222,24 +222,24 @@ FIELDS: dict[str, dict[str, Check]] = {
 
 
 def is_measured(metric: str) -> bool:
-    """Whether the metric is a time or a speed, which no second run reproduces."""
+    """Whether the metric is a measurement, such as a speed, that a repeated run does not reproduce."""
     return metric.startswith(MEASURED)
 
 
 def same_value(one: float, other: float) -> bool:
-    """Whether two numbers are equal in every bit; all NaN are equal."""
+    """Whether two floats are bitwise equal; all NaNs count as equal."""
     return struct.pack("d", one) == struct.pack("d", other) or (one != one and other != other)  # noqa: PLR0124
 
 
 class LoggedPoints:
-    """The points that a journal holds, 16 bytes each, and its tags."""
+    """The points of a journal, at 16 bytes each, and its tags."""
 
     def __init__(self) -> None:
         self.columns: dict[str, tuple[array[int], array[float]]] = {}  # metric -> steps, values
         self.tags: dict[str, str] = {}
 
     def read(self, file: Path, start: int = 0) -> int:
-        """Add the records of a journal from a position on; returns its end."""
+        """Add the records of a journal from a position on; returns the end position."""
         end = start
         for end, record in read_with_ends(file, start):  # noqa: B007
             self.add_record(record)
@@ -253,7 +253,7 @@ class LoggedPoints:
                 self.add(key, record["step"], float(value))
 
     def add(self, key: str, step: int, value: float) -> None:
-        """Add a point; the first value of a step counts."""
+        """Add a point, unless the step already has a value."""
         steps, values = self.columns.setdefault(key, (array("q"), array("d")))
         index = len(steps) if not steps or step > steps[-1] else bisect_left(steps, step)
         if index == len(steps) or steps[index] != step:

@@ -1,9 +1,9 @@
-"""The right to write a run's folder, which one process has at a time.
+"""Ownership of a run's folder: only one process at a time may write it.
 
-It is a file lock, which the kernel releases when the process dies; filelock closes it in forked children (data loader
-workers), which would keep it otherwise. Every owner also writes a number above its predecessor's to a file: who works
-for an older owner stops before it writes. Between hosts whose network file system does not share locks, the tracking
-store decides: see `pipeline.tracking.run_opening`.
+Ownership is a file lock, which the kernel releases when the process dies. filelock closes the lock file in forked
+children (data loader workers), which would otherwise keep the lock. Each owner also writes a number to a file, one
+higher than the previous owner's; processes that work for an earlier owner check it and stop. If a network file system
+does not share locks between hosts, ownership is checked in the tracking store: see `pipeline.tracking.run_opening`.
 """
 
 import json
@@ -21,7 +21,7 @@ from pipeline.storage.files import check_file, replacing
 LOCK_FILE = "owner.lock"
 OWNER_FILE = "owner.json"
 LOCK_SECONDS = 2.0  # a killed process may take this long to release the lock
-ASK_SECONDS = 2.0  # a process that calls `live_owner` holds the lock for a moment
+ASK_SECONDS = 2.0  # processes in `live_owner` hold the lock for a moment
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class Ownership:
     """This process's ownership of a run's folder."""
 
     def __init__(self, folder: Path) -> None:
-        """Lock the folder, which is created if necessary; `take` makes this process its owner.
+        """Create the folder if necessary, and lock it; `take` makes this process its owner.
 
         Raises:
-            UserError: another process has it (after 2 s), or the folder cannot be written or locked.
+            UserError: another process has the lock (after 2 s), or the folder cannot be written or locked.
         """
         self.folder, self.number, self._pid = folder, 0, os.getpid()
-        # any thread may release it; a file system without locks is an error
+        # may be released by another thread; raises an error if the file system does not support locks
         self._lock = FileLock(folder / LOCK_FILE, LOCK_SECONDS, thread_local=False, fallback_to_soft=False)
         with os_errors(f"run folder {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ class Ownership:
                 raise alive_error(folder.name, str(_read_owner(folder) or "another process")) from None
 
     def take(self) -> "Ownership":
-        """Replace the owner in the folder, which stops whoever works for an earlier one.
+        """Write this process as the folder's owner; processes that work for an earlier owner then stop.
 
         Raises:
             UserError: the folder cannot be written.
@@ -68,7 +68,7 @@ class Ownership:
         return self
 
     def check(self) -> None:
-        """Raise a TrainingError if another process has taken the run over. Reads a small file."""
+        """Raise a TrainingError if another process has taken the run over, according to the owner file."""
         owner = _read_owner(self.folder)
         if owner and (owner.number, owner.host, owner.pid) > (self.number, socket.gethostname(), self._pid):
             raise TrainingError(f"run {self.folder.name} was taken over by {owner}; process {self._pid} ends here")
@@ -80,25 +80,25 @@ class Ownership:
 
 
 def owner_number(folder: Path) -> int:
-    """The number of the folder's newest owner, from 1; 0 if it never had one."""
+    """The number of the folder's latest owner, from 1; 0 if it never had one."""
     owner = _read_owner(folder)
     return owner.number if owner else 0
 
 
 def live_owner(folder: Path) -> str | None:
-    """The process that has the folder locked (`process 12 on host`)."""
+    """The process that has locked the folder, as `process 12 on host`; None if there is none."""
     return str(_read_owner(folder) or "another process") if _is_locked(folder / LOCK_FILE) else None
 
 
 def alive_error(run: str, owner: str) -> UserError:
-    """The error of a start for a run that another process is writing."""
+    """The error raised on starting a run that another process is writing."""
     return UserError(f"run {run} is alive: {owner} writes it; wait for its end, or end it first")
 
 
 def _is_locked(file: Path) -> bool:
-    """Whether a process has the lock. Creates no file, as a `FileLock` would."""
+    """Whether a process has the lock; does not create the file, unlike `FileLock`."""
     try:
-        # NFS locks only files that are open for writing; another user's folder may be readable only
+        # NFS can lock only files that are open for writing; another user's folder may be read-only
         descriptor = os.open(file, os.O_RDWR if os.access(file, os.W_OK) else os.O_RDONLY)
     except FileNotFoundError:
         return False
@@ -108,7 +108,7 @@ def _is_locked(file: Path) -> bool:
             if time.monotonic() > end:
                 return True
             time.sleep(0.02)
-        unlock_descriptor(descriptor)  # after closing alone, a child that was forked just now would keep the lock
+        unlock_descriptor(descriptor)  # closing alone would leave the lock with a child forked just now
         return False
     finally:
         os.close(descriptor)

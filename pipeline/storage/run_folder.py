@@ -15,22 +15,22 @@ if TYPE_CHECKING:
     from pipeline.storage.checkpoints import Checkpoints
 
 COPIES = "logged"  # subfolder for copies of files that were logged from elsewhere
-TAIL_BYTES = 1 << 16  # of a journal, enough for its last record
+TAIL_BYTES = 1 << 16  # end of a journal that is read to find its last record
 
 
 @dataclass(frozen=True)
 class RunFolder:
     """The folder of a run, which may not exist yet.
 
-    A journal names files by relative paths within the folder. It may come from elsewhere, and its reader may have
-    rights that its author had not: `file` and `folder` refuse paths that leave the folder.
+    A journal names files by paths relative to the folder. Since a journal may come from an untrusted source, `file` and
+    `folder` refuse paths that leave the folder.
     """
 
     path: Path
 
     @staticmethod
     def below(parent: Path) -> "Iterator[RunFolder]":
-        """The run folders with a journal in a folder."""
+        """All run folders in `parent` that have a journal."""
         return (RunFolder(file.parent) for file in parent.glob(f"*/{JOURNAL_FILE}"))
 
     @property
@@ -39,12 +39,12 @@ class RunFolder:
 
     @property
     def delivered(self) -> Path:
-        """How much of the journal was delivered to which store."""
+        """File with the delivery position of the journal in each store."""
         return self.path / "delivered.json"
 
     @property
     def writer_lock(self) -> Path:
-        """Held by the writer process that delivers the journal."""
+        """Lock file of the writer process that delivers the journal."""
         return self.path / "writer.lock"
 
     @property
@@ -52,11 +52,11 @@ class RunFolder:
         return self.path / "history.parquet"
 
     def opening(self) -> Record | None:
-        """The journal's first record `open`."""
+        """The journal's first record `open`; None if there is none."""
         return read_opening(self.journal)
 
     def final_status(self) -> str | None:
-        """The status with which the journal ends; None if it ends without one."""
+        """The status in the journal's last record; None if that is not `finish`, or the journal cannot be read."""
         try:
             check_file(self.journal)
             with self.journal.open("rb") as stream:
@@ -78,7 +78,7 @@ class RunFolder:
         return Ownership(self.path)
 
     def copy_in(self, source: Path, destination: str) -> str:
-        """The relative path of a file or folder within the run's folder; one from elsewhere is copied first.
+        """Relative path of a file or folder within the run's folder; if it lies elsewhere, it is copied in first.
 
         Raises:
             OSError: it cannot be copied, or is neither a file nor a folder.
@@ -108,7 +108,7 @@ class RunFolder:
         return self._resolve(name, stat.S_ISREG, "not a file")
 
     def folder(self, name: str) -> Path:
-        """The subfolder with this relative path; it contains only files and folders.
+        """The subfolder with this relative path, after checking that it contains only files and folders.
 
         Raises:
             ValueError: the path leaves the run's folder or follows a link, or the subfolder contains something else.
@@ -135,6 +135,6 @@ class RunFolder:
 
 
 def leaves_folder(name: str) -> bool:
-    """Whether a relative path is absolute after all, or leads out of its folder."""
+    """Whether a path is absolute, leads out of its folder, or contains a backslash."""
     path = PurePosixPath(name)
     return path.is_absolute() or ".." in path.parts or "\\" in name

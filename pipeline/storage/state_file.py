@@ -1,6 +1,6 @@
-"""The file of a training's state, written by `torch.save` and read with `weights_only=True`, which runs no code.
+"""The file of a training state, written by `torch.save` and read with `weights_only=True`, which runs no code.
 
-A state is a nested structure of dicts (keys: text or whole numbers), lists, tuples, None, bool, int, float, str and
+A state is a nested structure of dicts (keys: strings or integers), lists, tuples, None, bool, int, float, str and
 dense tensors.
 """
 
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from pipeline.storage.files import Entry, write_hashed
 
-TENSOR_BYTES, VALUE_BYTES = 1 << 10, 1 << 5  # overhead of a tensor, and of a value with its key
+TENSOR_BYTES, VALUE_BYTES = 1 << 10, 1 << 5  # estimated overhead of a tensor, and of a value with its key
 
 
 def write_state(file: Path, state: Mapping[str, Any]) -> Entry:
     """Write a state; numpy scalars become Python numbers, mappings dicts, and parameters tensors.
 
     Raises:
-        TypeError: names the path of a value that a state cannot hold.
+        TypeError: the state contains an unsupported value; the message names its path.
         OSError: the disk is full or fails.
     """
     plain = _plain(state, "", set())
@@ -29,17 +29,17 @@ def write_state(file: Path, state: Mapping[str, Any]) -> Entry:
 
 
 def read_state(file: Path) -> dict[str, Any]:
-    """Read a state, its tensors on the CPU.
+    """Read a state, with its tensors on the CPU.
 
     Raises:
-        ValueError: the file holds something else.
-        OSError: it cannot be read.
+        ValueError: the file does not contain a state.
+        OSError: the file cannot be read.
     """
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # torch raises all kinds over a file that it did not write
+    except Exception as error:  # torch raises many types of errors for a damaged file
         if "can't allocate memory" in str(error):
             raise
         raise ValueError("found no state in it") from error
@@ -49,7 +49,7 @@ def read_state(file: Path) -> dict[str, Any]:
 
 
 def state_bytes(value: Any) -> int:
-    """Upper estimate of the size of a state's file."""
+    """Upper estimate of the size of a state's file in bytes."""
     if isinstance(value, Tensor):
         return value.nbytes + TENSOR_BYTES
     if isinstance(value, Mapping):
@@ -60,7 +60,10 @@ def state_bytes(value: Any) -> int:
 
 
 def _plain(value: Any, path: str, storages: set[int]) -> Any:
-    """Convert a part of a state. path: its keys. storages: addresses of the tensor storages converted before."""
+    """Convert a part of a state to the types that `torch.save` may write.
+
+    path: the keys that lead to it. storages: addresses of the tensor storages converted so far.
+    """
 
     def inner(key: object, part: Any) -> Any:
         return _plain(part, f"{path}/{key}" if path else str(key), storages)
@@ -85,9 +88,9 @@ def _plain(value: Any, path: str, storages: set[int]) -> Any:
 
 
 def _separate(tensor: Tensor, storages: set[int]) -> Tensor:
-    """Copy the tensor, with its strides, if it is a part of its storage or shares it: `torch.save` writes storages."""
+    """Copy the tensor if it shares its storage or uses only a part of it, since `torch.save` writes whole storages."""
     storage = tensor.untyped_storage()
-    dense = torch.empty_like(tensor, device="meta").stride() == tensor.stride()  # empty_like drops gaps and overlaps
+    dense = torch.empty_like(tensor, device="meta").stride() == tensor.stride()  # empty_like has no gaps or overlaps
     if not dense or storage.nbytes() != tensor.nbytes or storage.data_ptr() in storages:
         tensor = tensor.clone()
         storage = tensor.untyped_storage()

@@ -19,11 +19,11 @@ def save_weights(weights: Mapping[str, Tensor], file: Path) -> None:
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in file.parent.glob(".tmp*"):  # safetensors' own, after a kill
+        for leftover in file.parent.glob(".tmp*"):  # temporary files of safetensors, left by a killed process
             leftover.unlink()
         with replacing(file, durable=True) as work:
             save_file(_separate(weights), work)
-            work.chmod(0o644)  # safetensors closes its files to other users
+            work.chmod(0o644)  # other users cannot read the files that safetensors writes
     except OSError as error:
         raise TrainingError(f"{file}: {error.strerror or error}") from None
     except SafetensorError as error:
@@ -31,12 +31,12 @@ def save_weights(weights: Mapping[str, Tensor], file: Path) -> None:
 
 
 def load_weights(file: Path) -> dict[str, Tensor]:
-    """Read a safetensors file; the tensors are on the CPU, in memory of their own.
+    """Read a safetensors file; the tensors are copies on the CPU.
 
     Raises:
-        Damaged: the file cannot be read, or is no safetensors file.
+        Damaged: the file cannot be read, or is not a safetensors file.
     """
-    try:  # mapping the file and copying is faster than reading it
+    try:  # memory-mapping the file and copying the tensors is faster than reading it
         return {name: tensor.clone() for name, tensor in load_file(file).items()}
     except OSError as error:
         raise Damaged(f"{file}: {error.strerror or error}") from None
