@@ -1,4 +1,4 @@
-"""Runs that an earlier start began: in the tracking store, or in the output folder where the store is away."""
+"""Find runs that an earlier start began, in the tracking store and in the output folder."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from pipeline.storage.run_folder import RunFolder
 from pipeline.tracking.messages import StoredRun
 from pipeline.tracking.writer import Writer
 
-SHOWN = 5  # differences that an error names
+SHOWN = 5  # number of differences listed in an error
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,16 @@ class EarlierRun:
     run_id: str
     name: str
     folder: Path
-    finished: bool  # nothing is left to do
-    ended_as: str | None  # the status in its journal; None = it was cut off
+    finished: bool  # FINISHED in the store
+    ended_as: str | None  # final status in its journal; None: it was killed
     tags: Mapping[str, str]
-    metrics: Mapping[str, float]  # last values, as far as the store has them
-    params: Mapping[str, str]  # as the store has them
+    metrics: Mapping[str, float]  # last values in the store; empty if unreachable
+    params: Mapping[str, str]  # params in the store; empty if unreachable
 
 
 @contextmanager
 def one_at_a_time(config: RunConfig, key: str) -> Iterator[None]:
-    """Serialise starts with `resume=auto` and the same run key: each finds or begins its run before the next looks."""
+    """Serialise starts with `resume=auto` and the same run key, so that the next one finds the run of the first."""
     if config.resume != "auto":
         yield
         return
@@ -54,13 +54,15 @@ def one_at_a_time(config: RunConfig, key: str) -> Iterator[None]:
 def find_earlier(
     config: RunConfig, identity: Mapping[str, str], writer: Writer, opened: str | None = None
 ) -> EarlierRun | None:
-    """The run that `config.resume` names; None = there is none. `identity`: the tags of such a run.
+    """Find the run to resume according to `config.resume`; None if there is none.
 
-    opened: the run id that this start was given (`mlflow run`, or the environment of a restarted pod). Where an earlier
-    start has written to it, it is resumed even without `resume`: from its beginning it would hold every point twice.
+    Args:
+        identity: tags of the run to find (`identity_tags`).
+        opened: run id given to this start (by `mlflow run`, or the environment of a restarted pod). If an earlier start
+            has written to this run, it is resumed even without `resume`; otherwise its points would be logged twice.
 
     Raises:
-        UserError: another process writes the run, there is none with the id, or its config or data differ.
+        UserError: another process is writing the run, no run has the id, or its config or data differ.
     """
     output_dir = Path(config.output_dir)
     wanted = config.resume
@@ -79,7 +81,7 @@ def find_earlier(
 
 
 def _has_begun(run_id: str, config: RunConfig, writer: Writer) -> bool:
-    """An earlier start has written to the run: its folder is here, or it has a run key in the store."""
+    """Whether an earlier start has written to the run: its journal is here, or the store has its run key."""
     if RunFolder(Path(config.output_dir) / run_id).journal.exists():
         return True
     stored = query_store(config, writer, run_id=run_id)
@@ -87,10 +89,10 @@ def _has_begun(run_id: str, config: RunConfig, writer: Writer) -> bool:
 
 
 def _newest_of_key(config: RunConfig, key: str, output_dir: Path, writer: Writer) -> EarlierRun | None:
-    """The newest run of this config and data."""
+    """The newest run with this run key, so with the same config and data; None if there is none."""
     local = {folder: opened for folder, opened in _local_runs(output_dir)
              if opened["tags"].get("run_key") == key and opened["tags"].get(FORKED_FROM) == config.fork}  # fmt: skip
-    for folder in local:  # before the store is queried: a second start of a run is refused at once
+    for folder in local:  # before the store is queried, so that a second start of a run fails at once
         _check_abandoned(folder)
     stored = query_store(config, writer, run_key=key, fork=config.fork)
     if stored is None:
@@ -98,7 +100,7 @@ def _newest_of_key(config: RunConfig, key: str, output_dir: Path, writer: Writer
     stored_ids = {run.first_id for run in stored}
     runs = [(run.start_time, _of_store(run, output_dir)) for run in stored
             if "pruned" not in run.tags and not run.deleted]  # fmt: skip
-    # A folder that the store does not know: the store was away, lost the run, or is another one.
+    # Add folders without a run in the store: it was unreachable, lost the run, or is another store.
     runs += [(opened["time"], _of_folder(folder, opened)) for folder, opened in local.items()
              if folder.name not in stored_ids and not query_store(config, writer, run_id=folder.name)]  # fmt: skip
     return max(runs, key=lambda run: run[0])[1] if runs else None
@@ -125,7 +127,7 @@ def _of_id(run_id: str, config: RunConfig, output_dir: Path, writer: Writer) -> 
 
 
 def query_store(config: RunConfig, writer: Writer, **criteria: str | None) -> list[StoredRun] | None:
-    """Matching runs of the store, oldest first; None where it does not answer and `tracking.offline` allows that."""
+    """Find matching runs in the store, oldest first; None if it is unreachable and `tracking.offline` allows that."""
     try:
         return writer.find(**criteria)
     except UserError as error:
@@ -136,7 +138,7 @@ def query_store(config: RunConfig, writer: Writer, **criteria: str | None) -> li
 
 
 def _local_runs(output_dir: Path) -> list[tuple[Path, Record]]:
-    """Folders of runs with the first record of their journals, oldest first."""
+    """All run folders, each with the first record of its journal, oldest first."""
     runs = []
     for folder in RunFolder.below(output_dir):
         try:
@@ -157,7 +159,7 @@ def _of_store(run: StoredRun, output_dir: Path) -> EarlierRun:
 
 
 def folder_of(run: StoredRun, output_dir: Path) -> Path:
-    """The run's folder below `output_dir`, which may have been moved; else the one that the run was last written to."""
+    """The run's folder below `output_dir`, or the one recorded in the store if only that one has a journal."""
     here, there = output_dir / run.first_id, Path(run.tags.get("run_dir", output_dir / run.first_id))
     return there if RunFolder(there).journal.exists() and not RunFolder(here).journal.exists() else here
 
@@ -169,13 +171,13 @@ def _of_folder(folder: Path, opened: Record) -> EarlierRun:
 
 
 def _check_abandoned(folder: Path) -> None:
-    """Raise a UserError where a process writes the run."""
+    """Raise a UserError if a process is writing the run."""
     if folder.is_dir() and (owner := live_owner(folder)):
         raise alive_error(folder.name, owner)
 
 
 def _check_same(config: RunConfig, identity: Mapping[str, str], run: EarlierRun) -> None:
-    """Raise a UserError that names the differences where the run has another task, config or data."""
+    """Raise a UserError that lists the differences if the run has another task, config or data."""
     differences = [f"task is {run.tags.get('task')}, asked for {identity['task']}"]
     if run.tags.get("task") == identity["task"]:
         if run.tags.get("run_key") == identity["run_key"]:
@@ -191,7 +193,7 @@ def _check_same(config: RunConfig, identity: Mapping[str, str], run: EarlierRun)
 
 
 def _differences(config: RunConfig, run: EarlierRun) -> list[str]:
-    """Decisive keys whose values differ from those of the run's config file, or of its params without the file."""
+    """Describe result-affecting keys that differ from the run's config file, or from its params if there is no file."""
     file = run.folder / CONFIG_FILE
     before, now = dict[str, Any](run.params), dict[str, Any](config.decisive())
     if file.exists() or not before:

@@ -1,4 +1,4 @@
-"""From a validated config to a finished, tracked run."""
+"""Train and track one run, given a validated config."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -30,7 +30,7 @@ from pipeline.tracking.writer import Writer
 from pipeline.training.loop import Training, Watch, count_steps
 from pipeline.training.saver import Saver
 
-TORCH_THREADS = torch.get_num_threads()  # torch's own default: the cores, or OMP_NUM_THREADS
+TORCH_THREADS = torch.get_num_threads()  # torch's default: the number of cores, or OMP_NUM_THREADS
 
 TaskFactory = Callable[[Any], Task[Any]]
 
@@ -43,12 +43,12 @@ class Trained:
     name: str
     tracking_uri: str | None  # None: nothing was tracked
     metrics: Mapping[str, float]  # the last value of every evaluation metric
-    steps: int = 0  # completed optimizer steps, of this start and earlier ones
-    before: bool = False  # an earlier start had finished it
+    steps: int = 0  # completed optimizer steps, including earlier starts
+    before: bool = False  # an earlier start had finished the run
 
 
 def launch(config: RunConfig, make_task: TaskFactory, overrides: frozenset[str], writer: Writer | None) -> None:
-    """Train one run, in the MLflow run that `mlflow run` opened if there is one; untracked without a writer."""
+    """Train one run; under `mlflow run`, use the run that it opened. Without a writer nothing is tracked."""
     if not process_rank.is_main_process():
         follow(config, make_task, overrides)
         return
@@ -73,8 +73,12 @@ def train_run(
 ) -> Trained:
     """Load the data, open the run, train, and log the results. Without a writer nothing is tracked.
 
-    request: how the run is opened, beside what config and data info. given: dotted keys that the user overrode.
-    prefix: a folder of `train_prefix`, where this run starts. watch: see `Training`. quiet: no console line a step.
+    Args:
+        request: how to open the run; name, experiment and tags are completed from config and data.
+        given: dotted keys that the user overrode.
+        prefix: a folder written by `train_prefix`, whose state this run starts from.
+        watch: see `Training`.
+        quiet: do not show steps on the console.
     """
     if writer is None and (config.resume or config.fork):
         raise UserError("resume and fork need tracking.enabled: true; without it nothing of a run is kept")
@@ -103,7 +107,7 @@ def train_run(
 
 
 def follow(config: RunConfig, make_task: TaskFactory, overrides: frozenset[str]) -> None:
-    """Train beside rank 0, which alone tracks: see `pipeline.compute.distributed`."""
+    """Train as a rank other than 0, without tracking; see `pipeline.compute.distributed`."""
     distributed.init(device := prepare_torch(config))
     task = _load_task(config, make_task, overrides)
     run = MemoryRun()
@@ -122,10 +126,10 @@ def prepare_torch(config: RunConfig) -> str:
 
 
 def _load_task(config: RunConfig, make_task: TaskFactory, overrides: frozenset[str]) -> Task[Any]:
-    """The task with its data.
+    """Create the task and load its data.
 
     Raises:
-        UserError: no evaluation gives evaluation.metric, or these data do not define it though the config relies on it.
+        UserError: evaluation.metric does not exist, or is undefined on this data although the config relies on it.
     """
     task = make_task(config)
     reason = undefined(task, "evaluation.metric", config.evaluation.metric)
@@ -138,7 +142,7 @@ def _prepared(
     opened: OpenedRun, task: Task[Any], identity: Mapping[str, str], device: str, overrides: frozenset[str], *,
     prefix: Path | None, watch: Watch | None, quiet: bool,
 ) -> Training:  # fmt: skip
-    """The training at its first step, or where an earlier start, a fork's origin or a shared prefix ended."""
+    """Create the training, at its first step or with the state of an earlier start, another run or a shared prefix."""
     run, config = opened.run, task.config
     tracked = run if isinstance(run, MlflowRun) else None
     state = newest_state(tracked) if tracked and opened.resumed else None
@@ -168,10 +172,10 @@ def _prepared(
 
 
 def _synchronise(training: Training, identity: Mapping[str, str]) -> bool:
-    """Take over the state of rank 0. False: there is nothing to train.
+    """Load the state of rank 0; returns False if there is nothing to train.
 
     Raises:
-        UserError: the processes have different config, data or precision.
+        UserError: the processes differ in config, data, precision or torch version.
     """
     facts = {name: identity[name] for name in ("task", "data_digest", "run_key")}
     facts |= {"training.amp": precision(training.config.training.amp, training.device), "torch": torch.__version__}
@@ -210,14 +214,14 @@ def announce_epochs(config: RunConfig, overrides: frozenset[str]) -> None:
 
 
 def _repeat_evaluations(run: Run, training: Training, watch: Watch | None) -> None:
-    """Show the watch the evaluations that earlier starts made."""
+    """Call `watch` with the evaluations of earlier starts."""
     for step, metrics in run.history() if watch else ():
         if watch and step <= training.evaluated_at and any(name.startswith("valid/") for name in metrics):
             watch(step, metrics)
 
 
 def _already_trained(earlier: EarlierRun, launcher: str | None) -> Trained:
-    """Report a run that needs no training; deliver what its store does not have yet."""
+    """Report a run that is already trained; deliver the rest of its journal if necessary."""
     from pipeline.tracking.store import tracking_uri
     from pipeline.tracking.stored_runs import tag_run
     from pipeline.tracking.sync import sync
@@ -235,7 +239,7 @@ def _already_trained(earlier: EarlierRun, launcher: str | None) -> Trained:
 
 @contextmanager
 def _ending_early(run: Run) -> Iterator[None]:
-    """End the run as FAILED or KILLED on an error, and print how to go on with it."""
+    """After an error, end the run as FAILED or KILLED, and print how to resume it."""
     try:
         yield
     except BaseException as error:

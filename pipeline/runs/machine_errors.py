@@ -10,7 +10,7 @@ from pipeline.errors import TrainingError, UserError
 
 @contextmanager
 def one_line_machine_errors() -> Iterator[None]:
-    """Raise what `explained` makes of an error; any other error stays as it is."""
+    """Raise out-of-memory and disk errors as one-line TrainingErrors; other errors are unchanged."""
     try:
         yield
     except Exception as error:
@@ -21,7 +21,7 @@ def one_line_machine_errors() -> Iterator[None]:
 
 
 def explained(error: BaseException) -> BaseException:
-    """A `TrainingError` for a lack of memory and for errors of the disk; any other error itself."""
+    """Convert an out-of-memory or disk error to a `TrainingError`; returns other errors unchanged."""
     if isinstance(error, UserError | KeyboardInterrupt):
         return error
     text = str(error).splitlines()[0] if str(error) else ""

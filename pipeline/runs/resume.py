@@ -26,17 +26,17 @@ def identity_tags(config: RunConfig, digest: str) -> dict[str, str]:
 
 
 def newest_state(run: MlflowRun) -> Checkpoint | None:
-    """The run's newest intact checkpoint; points that are in the journal already are not logged again."""
+    """The run's newest intact checkpoint, None if there is none; warns if the journal has lost points since."""
     checkpoint = RunFolder(run.folder).checkpoints().latest()
     run.resume_from(checkpoint.facts["position"] if checkpoint else 0)
     return checkpoint
 
 
 def restore(training: Training, checkpoint: Checkpoint) -> None:
-    """Load a checkpoint into a training, and set its number of threads: another number rounds differently.
+    """Load a checkpoint, and set the number of threads to its own, since another number rounds differently.
 
     Raises:
-        UserError: the state is of another model.
+        UserError: the state does not fit the model.
     """
     try:
         training.restore(checkpoint)
@@ -49,10 +49,10 @@ def restore(training: Training, checkpoint: Checkpoint) -> None:
 
 
 def find_origin(config: RunConfig, writer: Writer) -> Checkpoint | None:
-    """The checkpoint `<run id>@<step>` that `config.fork` names; None without one.
+    """Read the checkpoint that `config.fork` names (`<run id>@<step>`); None if the config has no fork.
 
     Raises:
-        UserError: no such run or checkpoint.
+        UserError: there is no such run or checkpoint.
     """
     if config.fork is None:
         return None
@@ -68,7 +68,7 @@ def find_origin(config: RunConfig, writer: Writer) -> Checkpoint | None:
 
 
 def use_first_threads(run: MlflowRun) -> None:
-    """Set the number of threads that a run began with: it has no checkpoint, but points that must repeat exactly."""
+    """Set the run's first number of threads. For a run without checkpoint, whose points must be reproduced exactly."""
     opened = RunFolder(run.folder).opening() or {"tags": {}}
     _set_threads(int(opened["tags"].get(THREADS, torch.get_num_threads())))
 
@@ -80,10 +80,10 @@ def _set_threads(number: int) -> None:
 
 
 def fork(training: Training, run: MlflowRun, origin: Checkpoint) -> None:
-    """Start from another run's checkpoint, with that run's points up to it and this config's optimizer settings.
+    """Start from another run's checkpoint: log that run's points up to it, and keep this config's optimizer settings.
 
     Raises:
-        UserError: the state is of another model.
+        UserError: the state does not fit the model.
     """
     options = [{key: value for key, value in group.items() if key != "params"}
                for optimizer in training.optimizers.values() for group in optimizer.param_groups]  # fmt: skip
@@ -96,9 +96,9 @@ def fork(training: Training, run: MlflowRun, origin: Checkpoint) -> None:
 
 
 def _points_before(checkpoint: Checkpoint) -> Iterator[Record]:
-    """Points of the steps before a checkpoint, and of the evaluation at its step if that came first.
+    """Points of the steps before a checkpoint, and of the evaluation at its step if that preceded the checkpoint.
 
-    The journal may hold later ones, of a start that came further before it was killed.
+    Later points in the journal, logged after the checkpoint, are skipped.
     """
     was_evaluated = checkpoint.state["evaluated_at"] == checkpoint.step
     for record in read_points(RunFolder(checkpoint.folder.parent.parent).journal):

@@ -1,4 +1,4 @@
-"""What a run holds beside its metric history: params and config before training, reports and the model after it."""
+"""Log params and config before training, and reports and the model after it."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -17,7 +17,7 @@ CONFIG_FILE = "config.yaml"
 
 
 def log_description(run: Run, task: Task[Any], overrides: frozenset[str]) -> None:
-    """Log params, tags, the input data and the config, and what the task describes."""
+    """Log params, tags, the input dataset, the config, and the task's description of its data."""
     config, dataset = task.config, task.dataset
     flat = config.decisive()
     short = {name: flat[path] for name, path in config.short.items() if path in flat}
@@ -39,7 +39,7 @@ def log_description(run: Run, task: Task[Any], overrides: frozenset[str]) -> Non
 def log_results(run: Run, task: Task[Any], training: Training, device: str) -> None:
     """Log plots, the task's report, a note and the model of a finished training.
 
-    Only the model is required: where another part fails, a warning says so.
+    Only the model is required; an error in another part only causes a warning.
     """
     folder, model = run.folder / "report", training.result.model
     (folder / "plots").mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def log_files(run: Run, folder: Path) -> None:
 
 
 def note(result: Result, best_step: int | None, history: Iterable[tuple[int, Mapping[str, float]]]) -> str:
-    """A Markdown table of the test metrics, or of the validation metrics where there is no test split; "" without."""
+    """A Markdown table of the test metrics, or without a test split of the validation metrics; "" if there are none."""
     split, weights = "test", "last" if best_step is None else "best"
     scores = {name: value for name, value in result.metrics.items() if name.startswith("test/")}
     if not scores:
@@ -75,14 +75,14 @@ def note(result: Result, best_step: int | None, history: Iterable[tuple[int, Map
     text = f"| {split}, at the {weights} weights | |\n|---|---|\n"
     for name, value in scores.items():
         line = f"| {name} | {value:.4f} |\n"
-        if len(text) + len(line) > NOTE_LENGTH:  # a cut line would break the table
+        if len(text) + len(line) > NOTE_LENGTH:  # a truncated line would break the table
             break
         text += line
     return text.rstrip("\n") if scores else ""
 
 
 def headline(metrics: Mapping[str, float]) -> str:
-    """The AUCs and F1 scores of the test split on one line; of validation where there is no test split."""
+    """The AUCs and F1 scores of the test split on one line; of the validation split if there is no test split."""
     split = "test" if any(name.startswith("test/") for name in metrics) else "valid"
     shown = {name: value for name, value in metrics.items() if name.startswith(f"{split}/") and name.count("/") == 1}
     return "  ".join(f"{name} {value:.4f}" for name, value in shown.items() if "auc" in name or "f1" in name)

@@ -23,13 +23,13 @@ MEMORY_EVENTS = Path("/sys/fs/cgroup/memory.events")
 class OpenedRun(NamedTuple):
     run: Run
     resumed: bool  # an earlier start began it
-    origin: Checkpoint | None  # where a fork starts
+    origin: Checkpoint | None  # checkpoint from which a fork starts
 
 
 def open_run(
     config: RunConfig, writer: Writer | None, request: RunRequest, identity: Mapping[str, str]
 ) -> OpenedRun | EarlierRun:
-    """Open the run to train, or return one that needs no training any more. `identity`: of `identity_tags`."""
+    """Open the run to train, or return an earlier run that is already trained. identity: result of `identity_tags`."""
     if writer is None:
         return OpenedRun(MemoryRun(request.name), resumed=False, origin=None)
     with one_at_a_time(config, identity["run_key"]):
@@ -38,7 +38,7 @@ def open_run(
             return earlier
         if earlier:
             request = _continuing(request, earlier)
-        if request.resume and request.run_id:  # checked first: a run that cannot go on stays as it is
+        if request.resume and request.run_id:  # before opening: a run that cannot be resumed is not changed
             folder = Path(request.folder) if request.folder else Path(config.output_dir) / request.run_id
             RunFolder(folder).checkpoints().check_format()
         fresh = earlier is None or not RunFolder(earlier.folder).checkpoints().steps()
@@ -48,18 +48,18 @@ def open_run(
 
 
 def _continuing(request: RunRequest, earlier: EarlierRun) -> RunRequest:
-    """The request that resumes an earlier run; a run that `mlflow run` opened for this start is its launcher."""
+    """Change a request to resume an earlier run; a run that `mlflow run` opened becomes its launcher."""
     launcher = request.launcher if request.run_id in (None, earlier.run_id) else request.run_id
     if earlier.ended_as is None and earlier.folder.is_dir():
         warn(f"{earlier.name}: the last start of run {earlier.run_id} ended without a word: it was killed, or the "
              f"machine went down{_memory_kills()}")  # fmt: skip
-    tags = {name: value for name, value in request.tags.items() if name != THREADS}  # keeps its first number of threads
+    tags = {name: value for name, value in request.tags.items() if name != THREADS}  # the first start's tag is kept
     return replace(request, run_id=earlier.run_id, resume=True, folder=str(earlier.folder), launcher=launcher,
                    tags=tags)  # fmt: skip
 
 
 def _memory_kills() -> str:
-    """A clause on processes that the kernel killed for lack of memory, where the control group counts them."""
+    """Text on processes that the kernel killed for lack of memory, if the control group has counted any; else ""."""
     try:
         counts = dict(line.split() for line in MEMORY_EVENTS.read_text(encoding="ascii").splitlines())
     except (OSError, ValueError):

@@ -1,6 +1,6 @@
-"""Train the common prefix of several runs once, and start each run from its end.
+"""Train the shared prefix of several runs once, and start each run from its end.
 
-A branched run is bit for bit the run that it would be alone; its history includes the points of the prefix.
+Such a run is bitwise identical to the same run trained alone; its history includes the points of the prefix.
 """
 
 import json
@@ -20,9 +20,9 @@ POINTS_FILE = PREFIX_FILES[0]
 
 
 def train_prefix(task: Task[Any], folders: Mapping[int, Path], device: str) -> int:
-    """Train the prefix: save the state at each step into its folder. Returns the number of trained steps.
+    """Train the shared prefix, and save its state at the given steps; returns the number of trained steps.
 
-    folders: completed steps -> folder.
+    folders: number of completed steps -> folder for the state at that step.
 
     Raises:
         NonFiniteError: a loss became NaN or infinite.
@@ -40,9 +40,9 @@ def train_prefix(task: Task[Any], folders: Mapping[int, Path], device: str) -> i
 
 
 def start_from_prefix(training: Training, folder: Path) -> None:
-    """Load a prefix's state into a new training, and log the prefix's points in its run.
+    """Load the state of a shared prefix into a new training, and log the prefix's points in its run.
 
-    Logged settings are the run's own (a lambda that does not act yet).
+    Scheduled settings are logged with the run's own values, such as a loss weight that has no effect yet.
     """
     with (folder / POINTS_FILE).open(encoding="utf-8") as lines:
         for line in lines:

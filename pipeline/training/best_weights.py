@@ -1,4 +1,4 @@
-"""The best weights of a training so far."""
+"""The best weights of a training so far, by the validation metric."""
 
 import math
 import shutil
@@ -15,7 +15,7 @@ from pipeline.storage.weights import load_weights, save_weights
 
 
 class BestWeights:
-    """Keeps the weights with the best validation metric in a file, and counts evaluations without a better one."""
+    """Saves the weights with the best validation metric, and counts evaluations without improvement."""
 
     def __init__(self, config: EvaluationConfig, file: Path) -> None:
         self.metric, self.sign, self.patience = config.metric, 1 if config.mode == "max" else -1, config.patience
@@ -28,8 +28,8 @@ class BestWeights:
         return self.patience is not None and self.without_gain >= self.patience
 
     def consider(self, metrics: Mapping[str, float], model: nn.Module, step: int) -> None:
-        """Keep the weights if their metric is the best so far."""
-        if self.metric not in metrics:  # undefined on these data: a warning before the training says so
+        """Save the weights if the metric is the best so far."""
+        if self.metric not in metrics:  # not defined by this data; a warning was printed before the training
             return
         score = self.sign * metrics[self.metric]
         if score > self.best:
@@ -45,7 +45,7 @@ class BestWeights:
                 "metric": self.metric, "sign": self.sign}  # fmt: skip
 
     def load_state(self, state: Mapping[str, Any], weights: Path | None) -> None:
-        """Load a saved state; one with another metric is ignored. weights: the file of the best weights, if any."""
+        """Load a saved state; ignore it if it has another metric. weights: the file of the best weights, if any."""
         if (state["metric"], state["sign"]) != (self.metric, self.sign):
             return
         self.best, self.without_gain, self.step = state["best"], state["without_gain"], state["step"]
@@ -55,6 +55,6 @@ class BestWeights:
                 shutil.copyfile(weights, work)
 
     def restore(self, model: nn.Module) -> None:
-        """Load the best weights into the model; without any evaluation of the metric it keeps the last weights."""
+        """Load the best weights into the model; it keeps its last weights if the metric was never evaluated."""
         if self.step is not None:
             model.load_state_dict(load_weights(self.file))

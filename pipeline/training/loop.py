@@ -1,4 +1,4 @@
-"""The one training loop, for every task."""
+"""The training loop, shared by all tasks."""
 
 import math
 import time
@@ -37,7 +37,7 @@ Watch = Callable[[int, Mapping[str, float]], bool]
 PREFETCHED = 2
 FINAL_FILE = Path("final", "model.safetensors")
 BEST_FILE = Path("best", "model.safetensors")
-BEST_LINK = "best.safetensors"  # what a checkpoint calls the best weights up to it
+BEST_LINK = "best.safetensors"  # name of the best weights in a checkpoint
 
 
 @dataclass
@@ -57,7 +57,10 @@ class Window(NamedTuple):
 
 
 class Training:
-    """The state of a training run and its loop. The result depends on config, data and thread count alone."""
+    """The state and the loop of a training run.
+
+    On the same hardware and software, the result depends only on config, data, and number of threads and processes.
+    """
 
     def __init__(
         self,
@@ -69,7 +72,7 @@ class Training:
         watch: Watch | None = None,
         saver: Saver | None = None,
     ) -> None:
-        """watch: gets the step and metrics of every evaluation; returns True to stop. saver: saves checkpoints."""
+        """watch: called with step and metrics of every evaluation; returns True to stop. saver: saves checkpoints."""
         self.watch, self.stopped = watch, False
         self.task, self.config, self.run, self.console, self.device = task, task.config, run, console, device
         keep_freed_memory()
@@ -84,18 +87,18 @@ class Training:
         self.recorder = Recorder(run, console, self.config.tracking.log_every, task.logged_losses)
         self.keeper = BestWeights(self.config.evaluation, run.folder / BEST_FILE)
         self.result = Result(self.model)
-        self.plan = lru_cache(1)(task.plan)  # shuffling many rows takes a while
-        self.evaluated_at, self.due = -1, False  # due: the evaluation after the last step has not run yet
+        self.plan = lru_cache(1)(task.plan)  # cached, since shuffling many rows is slow
+        self.evaluated_at, self.due = -1, False  # due: the evaluation after the last step is still missing
         self.saver = saver or Saver(None)
-        self.done = False  # the model holds the best weights, no longer those in training
-        self.random = _random_state(device)  # of this training, wherever the generators are used in between
+        self.done = False  # the model holds the best weights instead of the last ones
+        self.random = _random_state(device)  # restored in `advance`, since other code uses the generators too
 
     def train(self) -> Result:
-        """Train, evaluate, keep the best weights, and evaluate those once on the test split.
+        """Train, evaluate, keep the best weights, and evaluate them once on the test split.
 
         Raises:
-            NonFiniteError: a loss became NaN or infinite; what was logged before is in the run.
-            Interrupted, RankLost: a signal came, or another process ended; a checkpoint is saved.
+            NonFiniteError: a loss became NaN or infinite; the steps before it are logged.
+            Interrupted, RankLost: a signal was received, or another process ended; a checkpoint is saved first.
         """
         started = time.perf_counter()
         try:
@@ -115,7 +118,7 @@ class Training:
         return self.result
 
     def _finish(self, seconds: float) -> None:
-        """Save the last weights; calibrate and test the best ones."""
+        """Save the last weights; calibrate the best ones and evaluate them on the test split."""
         self.saver.check_data()
         self.run.log_metrics(self.result.steps, {TRAIN_SECONDS: seconds})
         if self.keeper.step is not None:
@@ -134,7 +137,7 @@ class Training:
 
     def save_interrupted(self) -> None:
         """Save a checkpoint before the process ends."""
-        if self.done:  # a checkpoint holds the weights in training
+        if self.done:  # a checkpoint needs the last weights
             self.model.load_state_dict(load_weights(self.run.folder / FINAL_FILE))
             self.done = False
         try:
@@ -166,7 +169,7 @@ class Training:
     def _save(self) -> None:
         self.random = _random_state(self.device)
         seconds = self.saver.save(self.result.steps, self.keeper.step, self.state, self.files)
-        self.recorder.last_log += seconds  # not part of the throughput's time
+        self.recorder.last_log += seconds  # saving does not count for the throughput
 
     def _loaded(self, windows: Iterator[Window]) -> Iterator[tuple[Window, list[Any]]]:
         ahead = self.config.training.prefetch
@@ -176,7 +179,7 @@ class Training:
         return [self.task.batch(distributed.local_rows(rows)) for rows in window.rows]
 
     def _remaining(self, until: int) -> Iterator[Window]:
-        """The windows of the steps still to take, up to step `until`."""
+        """The windows of the remaining optimizer steps, up to step `until`."""
         size, before, first = self.config.training.accumulation_steps, 0, self.result.steps
         for epoch in range(self.config.training.num_train_epochs):
             if before >= until:
@@ -189,7 +192,7 @@ class Training:
             before += count
 
     def state(self) -> dict[str, Any]:
-        """Everything that the next steps depend on, as tensors and plain values; the best weights are in `files`."""
+        """The state needed to continue, as tensors and plain values; the best weights are in `files`."""
         self.recorder.drain()
         return {
             "steps": self.result.steps,
@@ -211,13 +214,13 @@ class Training:
         """Load a checkpoint of the same task.
 
         Raises:
-            ValueError, RuntimeError: the state belongs to another model.
+            ValueError, RuntimeError: the state does not fit the model.
         """
         self.load_state(generation.state)
         self.keeper.load_state(generation.state["keeper"], generation.folder / BEST_LINK)
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Load a `state`, without the file of the best weights."""
+        """Load the result of `state`, without the file of the best weights."""
         self.result.steps, self.evaluated_at, self.due = state["steps"], state["evaluated_at"], state["due"]
         self.result.metrics = dict(state["metrics"])
         self.model.load_state_dict(state["model"])
@@ -231,7 +234,7 @@ class Training:
         return self.result.steps >= self.total_steps or self.keeper.exhausted or self.stopped
 
     def _step(self, window: Window, batches: Sequence[Any]) -> None:
-        """Take one optimizer step; where an interrupt comes before the update, the step is undone."""
+        """Take one optimizer step; an interrupt before the update resets the gradients and the random state."""
         step, every = self.result.steps, self.config.evaluation.every_steps
         distributed.seed_rank(self.config.seed, step)
         random = _random_state(self.device)
@@ -258,7 +261,7 @@ class Training:
     def _backward(
         self, window: Window, loaded: Sequence[Any], step: int
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Compute the gradients of the window's mean losses; returns the losses and their measured influence."""
+        """Compute the gradients of the window's mean losses; returns the losses and the metrics of `Task.influence`."""
         amp, probes = self.config.training.amp, self.config.tracking.probes(step)
         batches: list[Any] = [batch.to(self.device) for batch in loaded]
         weights = [distributed.local_weight(len(rows)) for rows in window.rows]
@@ -285,7 +288,7 @@ class Training:
             self.scaler.unscale_(optimizer)
             parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             sparse = [parameter for parameter in parameters if parameter.grad.is_sparse]
-            for parameter in sparse:  # the sum of each row's gradients, for the norm and for the optimizer
+            for parameter in sparse:  # add up each row's gradients, for the norm and for the optimizer
                 parameter.grad = coalesced(parameter.grad)
             norm = _norm([p.grad.values() if p.grad.is_sparse else p.grad for p in parameters])
             if self.config.training.clip_norm is not None and not sparse:
@@ -297,7 +300,7 @@ class Training:
         return norms
 
     def _evaluate(self) -> None:
-        """Evaluate the validation split, log its metrics at the number of completed steps, keep the best weights."""
+        """Evaluate on the validation split, log the metrics at the current step, and keep the best weights."""
         step = self.result.steps
         self.saver.check_data()
         self.recorder.pause()
@@ -319,7 +322,7 @@ class Training:
 
 
 def count_steps(task: Task[Any]) -> int:
-    """The number of optimizer steps without early stopping."""
+    """Number of optimizer steps if training does not stop early."""
     training = task.config.training
     longest = training.max_steps or math.inf
     steps = 0
@@ -336,12 +339,12 @@ def _random_state(device: str) -> dict[str, Any]:
 
 def _set_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
-    if state["cuda"] is not None and torch.cuda.is_available():  # on another device random numbers differ
+    if state["cuda"] is not None and torch.cuda.is_available():  # a state saved with CUDA may be loaded without it
         torch.cuda.set_rng_state(state["cuda"])
 
 
 def _norm(gradients: Sequence[Tensor]) -> Tensor:
-    """The norm of all gradients as one vector, 0-d."""
+    """The L2 norm of all gradients together, shape []."""
     norm: Tensor = torch.linalg.vector_norm(gradients[0]) if len(gradients) == 1 else get_total_norm(gradients)
     return norm
 
@@ -351,7 +354,7 @@ def _weighted(values: Mapping[str, Tensor], weight: float) -> Mapping[str, Tenso
 
 
 def _sum(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The parts' tensors added up by name."""
+    """Add up the tensors with the same name."""
     total = dict(parts[0])
     for part in parts[1:]:
         for name, value in part.items():

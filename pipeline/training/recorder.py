@@ -1,7 +1,7 @@
 """Log the losses of each step to the run and the console.
 
-Losses and norms stay tensors on their device until several steps are buffered, so that training does not wait for
-each transfer. A NaN is therefore noticed a few steps late, but reported with its own step.
+Losses and norms stay on their device until several steps are buffered, so that training does not wait for a transfer at
+every step. A NaN is therefore detected some steps later, but reported with the step at which it occurred.
 """
 
 import math
@@ -30,7 +30,7 @@ class _Step:
     step: int
     losses: tuple[str, ...]
     norms: tuple[str, ...]
-    values: Tensor  # of the losses, then of the norms
+    values: Tensor  # values of the losses, then of the norms
     settings: Mapping[str, float | bool]
     rows: int
     time_ms: int
@@ -38,12 +38,12 @@ class _Step:
 
 
 class Recorder:
-    """Buffers steps; `drain` checks them, logs every `log_every`-th and forgets them."""
+    """Buffers steps; `drain` checks them, logs every `log_every`-th one, and empties the buffer."""
 
     def __init__(
         self, run: Run, console: Console, log_every: int, logged: Callable[[Sequence[str]], Sequence[str]]
     ) -> None:
-        """logged: selects the names to log from a step's losses."""
+        """logged: selects the losses to log from the names of all losses."""
         self.run, self.console, self.log_every, self.logged = run, console, log_every, logged
         self.waiting: list[_Step] = []
         self.rows_since_log, self.last_log = 0, time.perf_counter()
@@ -65,7 +65,7 @@ class Recorder:
             self.drain()
 
     def pause(self) -> None:
-        """Leave the time until `resume` out of the throughput: an evaluation is not training."""
+        """Exclude the time until `resume`, such as an evaluation, from the throughput."""
         self.drain()
         self.paused = time.perf_counter()
 
@@ -76,9 +76,9 @@ class Recorder:
         """Log the buffered steps.
 
         Raises:
-            NonFiniteError: names the first loss that is not finite and its step; the steps before it are logged.
+            NonFiniteError: a loss is not finite; the message names it and its step. Earlier steps are logged.
         """
-        with deferred():  # an interrupt in the middle would lose steps
+        with deferred():  # an interrupt while logging would lose steps
             self._drain()
 
     def _drain(self) -> None:
@@ -86,7 +86,7 @@ class Recorder:
         self.last_drain = time.perf_counter()
         if not waiting:
             return
-        table = torch.cat([entry.values for entry in waiting]).tolist()  # the only transfer from the device
+        table = torch.cat([entry.values for entry in waiting]).tolist()  # one transfer from the device for all steps
         position = 0
         try:
             for entry in waiting:
@@ -103,7 +103,7 @@ class Recorder:
         self.rows_since_log += entry.rows
         if entry.step % self.log_every:
             return
-        # under fp16 a norm is infinite where the loss scale was too high and the step was skipped
+        # with fp16, a norm is infinite if the loss scale was too high and the step was skipped
         norms = [name for name in entry.norms if math.isfinite(values[name])]
         metrics: dict[str, float | bool] = {name: values[name] for name in (*self.logged(entry.losses), *norms)}
         metrics |= entry.settings

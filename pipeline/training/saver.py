@@ -15,13 +15,13 @@ from pipeline.storage.checkpoints import Checkpoints
 from pipeline.storage.run_folder import RunFolder
 from pipeline.tracking.mlflow_run import MlflowRun
 
-SHARE = 0.05  # of the training time that saving may take by default
-SHORTEST_SECONDS = 10  # between two saves by default
+SHARE = 0.05  # largest part of the training time that saving takes by default
+SHORTEST_SECONDS = 10  # minimum time between two saves by default
 FIRST_SECONDS = 0.5  # expected duration of the first save
 
 
 class Saver:
-    """Saves checkpoints as `checkpoint` in the config says."""
+    """Saves checkpoints according to the config section `checkpoint`."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class Saver:
         facts: Mapping[str, Any] | None = None,
         files: Sequence[Path] = (),
     ) -> None:
-        """run: None = no checkpoints. facts: stored with each checkpoint. files: data files, which must not change."""
+        """run: None to save nothing. facts: stored in each checkpoint. files: data files, which must not change."""
         self.run, self.config, self.facts = run, config or CheckpointConfig(), dict(facts or {})
         self.data = {file: _signature(file) for file in files}
         self.checkpoints: Checkpoints | None = None
@@ -59,19 +59,19 @@ class Saver:
         state: Callable[[], Mapping[str, Any]],
         files: Callable[[], Mapping[str, Path]],
     ) -> float:
-        """Save a checkpoint, unless this step has one; returns the seconds that it took.
+        """Save a checkpoint, unless this step has one; returns the duration in seconds.
 
-        best: the step of the best weights. state, files: create what is saved; see `Checkpoints.save`.
+        best: the step of the best weights. state, files: return the state and the linked files of the checkpoint.
 
         Raises:
-            TrainingError: the disk is full, a data file changed, or another process has taken the run over; earlier
-                checkpoints are as they were.
+            TrainingError: the checkpoint does not fit, the disk fails, a data file changed, or another process has
+                taken the run over. The newest intact checkpoint is kept.
         """
         if self.checkpoints is None or self.run is None or step == self.saved_at:
             return 0.0
         self.check_data()
         with deferred():
-            values = state()  # logs the buffered steps, so it comes before the position
+            values = state()  # before `position`, since it logs the buffered steps
             facts = self.facts | {"position": self.run.position(), "threads": torch.get_num_threads()}
             saved = self.checkpoints.save(step, values, facts, files(), best)
             self.saved_at, self.seconds, self.last = step, saved.seconds, time.monotonic()
@@ -83,7 +83,7 @@ class Saver:
         """Check that the data files have not changed since they were read.
 
         Raises:
-            TrainingError: names the file that changed.
+            TrainingError: a file was changed or removed; the message names it.
         """
         for file, before in self.data.items():
             if (now := _signature(file)) != before:
@@ -93,7 +93,7 @@ class Saver:
 
 
 def _signature(file: Path) -> tuple[int, int] | None:
-    """Size and modification time; None where the file cannot be read."""
+    """Size and modification time; None if the file cannot be read."""
     try:
         status = file.stat()
     except OSError:
