@@ -31,10 +31,10 @@ class EarlierRun:
     name: str
     folder: Path
     finished: bool  # FINISHED in the store
-    ended_as: str | None  # final status in its journal; None: it was killed
+    ended_as: str | None  # final status in its journal; None: the run was killed
     tags: Mapping[str, str]
-    metrics: Mapping[str, float]  # last values in the store; empty if unreachable
-    params: Mapping[str, str]  # params in the store; empty if unreachable
+    metrics: Mapping[str, float]  # last values in the store; empty if it is unreachable
+    params: Mapping[str, str]  # params in the store; empty if it is unreachable
 
 
 @contextmanager
@@ -193,7 +193,7 @@ def _check_same(config: RunConfig, identity: Mapping[str, str], run: EarlierRun)
 
 
 def _differences(config: RunConfig, run: EarlierRun) -> list[str]:
-    """Describe result-affecting keys that differ from the run's config file, or from its params if there is no file."""
+    """List changes from the run's config file, or from its params if there is none; ignore operational keys."""
     file = run.folder / CONFIG_FILE
     before, now = dict[str, Any](run.params), dict[str, Any](config.decisive())
     if file.exists() or not before:

@@ -142,7 +142,7 @@ def _prepared(
     opened: OpenedRun, task: Task[Any], identity: Mapping[str, str], device: str, overrides: frozenset[str], *,
     prefix: Path | None, watch: Watch | None, quiet: bool,
 ) -> Training:  # fmt: skip
-    """Create the training, at its first step or with the state of an earlier start, another run or a shared prefix."""
+    """Create the `Training`, at step 0 or with the state of an earlier start, another run or a shared prefix."""
     run, config = opened.run, task.config
     tracked = run if isinstance(run, MlflowRun) else None
     state = newest_state(tracked) if tracked and opened.resumed else None

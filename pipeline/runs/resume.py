@@ -26,7 +26,7 @@ def identity_tags(config: RunConfig, digest: str) -> dict[str, str]:
 
 
 def newest_state(run: MlflowRun) -> Checkpoint | None:
-    """The run's newest intact checkpoint, None if there is none; warns if the journal has lost points since."""
+    """The run's newest intact checkpoint, or None; warns if the journal has lost records that preceded it."""
     checkpoint = RunFolder(run.folder).checkpoints().latest()
     run.resume_from(checkpoint.facts["position"] if checkpoint else 0)
     return checkpoint

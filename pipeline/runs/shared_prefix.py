@@ -42,7 +42,7 @@ def train_prefix(task: Task[Any], folders: Mapping[int, Path], device: str) -> i
 def start_from_prefix(training: Training, folder: Path) -> None:
     """Load the state of a shared prefix into a new training, and log the prefix's points in its run.
 
-    Scheduled settings are logged with the run's own values, such as a loss weight that has no effect yet.
+    Values of `Task.settings` are replaced by this run's own, such as the weight of a loss that is not active yet.
     """
     with (folder / POINTS_FILE).open(encoding="utf-8") as lines:
         for line in lines:

@@ -24,7 +24,7 @@ from pipeline.runtime.text import visible
 
 CLOSE_SECONDS = 1.0  # how long to wait for a reader of the last steps
 MESSAGE_SECONDS = 1.0  # how long to wait for a reader of a message
-BUFFER_BYTES = 1 << 20  # limit of steps that are not read yet
+BUFFER_BYTES = 1 << 20  # size limit for steps that are not read yet
 LONGEST_REASON = 300  # characters of an error message
 
 
@@ -141,7 +141,7 @@ def _write(data: bytearray, seconds: float) -> int:
 
 
 def open_standard_streams() -> None:
-    """Open standard streams that the parent closed as null devices; other files would get their descriptors."""
+    """Open the null device for standard streams that are closed; other files would get their descriptors."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)

@@ -78,7 +78,7 @@ def raise_or_disable() -> None:
 
 
 def check() -> None:
-    """Raise `Interrupted` for a received signal, since Python drops exceptions raised in a finalizer."""
+    """Raise `Interrupted` again if a signal was received: Python drops exceptions raised in a finalizer."""
     if _received:
         raise Interrupted(_received[0])
 

@@ -187,7 +187,7 @@ class Checkpoints:
     def _prune(self, step: int, best: int | None) -> None:
         """Remove checkpoints that are no longer needed.
 
-        Those after `step` are damaged, since the run would otherwise have resumed from them.
+        Those after `step` are removed too: they are damaged, or the run would have resumed from them.
         """
         steps = self.steps()
         needed = {*[kept for kept in steps if kept <= step][-self.last :], *self.keep_steps, best}

@@ -20,7 +20,7 @@ def made_once(folder: Path, files: Sequence[str], make: Callable[[Path], object]
     Args:
         files: names of the files that a complete folder has.
         make: fills an empty folder.
-        key: config key of the parent folder, for errors.
+        key: config key of the parent folder, for error messages.
 
     Raises:
         UserError: the parent folder cannot be written.
@@ -36,7 +36,7 @@ def made_once(folder: Path, files: Sequence[str], make: Callable[[Path], object]
         work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
             make(work)
-            work.chmod(0o755)  # other users cannot read temporary folders
+            work.chmod(0o755)  # other users cannot read folders of `mkdtemp`
             if folder.exists() and not is_complete():
                 shutil.rmtree(folder)
             try:

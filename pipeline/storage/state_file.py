@@ -60,7 +60,7 @@ def state_bytes(value: Any) -> int:
 
 
 def _plain(value: Any, path: str, storages: set[int]) -> Any:
-    """Convert a part of a state to the types that `torch.save` may write.
+    """Convert a part of a state to plain values and separate tensors.
 
     path: the keys that lead to it. storages: addresses of the tensor storages converted so far.
     """

@@ -1,4 +1,4 @@
-"""Everything that talks to MLflow.
+"""Tracking in MLflow: log runs, deliver them to the tracking store, and read them back.
 
 Training logs to an `MlflowRun` (`mlflow_run.py`), which appends to the journal in the run's folder. The writer process
 (started by `writer.py`, main program `__main__.py`) delivers the journal to the tracking store (`delivery.py`). If the

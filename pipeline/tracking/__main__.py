@@ -73,7 +73,7 @@ def _follow(
     """Deliver a run's journal to its end, and return the report once the trainer asks for it."""
     delivery = Delivery(Path(request.folder), request.owner, inbox, send, request.claim)
     delivery.follow()
-    while not inbox.ending:  # taken over or deleted: wait until the trainer asks for the report
+    while not inbox.ending:  # the run was taken over or deleted; wait until the trainer asks for the report
         inbox.wait(1)
     report = delivery.report()
     inbox.finish = None
@@ -135,7 +135,7 @@ def _open(
                 assert run.folder
                 folder = RunFolder(Path(run.folder))
                 turn.callback(wait_for_turn(folder).release)
-                Cursor(folder, store_key()).save()  # before the journal grows: drop positions beyond its end
+                Cursor(folder, store_key()).save()  # reset a position beyond the journal's end before it grows
             if unreachable:
                 raise ConnectionError(unreachable)
             return _open_with_retries(opening, inbox)

@@ -75,7 +75,7 @@ class Delivery:
         self.status: str | None = None  # from the last record `finish`, with its time (ms) and end position
         self.ended_at: int | None = None
         self.end_of_status = 0
-        self.ended_before: str | None = None  # final status that the store had already
+        self.ended_before: str | None = None  # final status that the run already had in the store
         self.is_ended = False
         self.delivered = self.total = 0  # numbers of records
         self.progress_at = time.monotonic()
@@ -195,7 +195,7 @@ class Delivery:
                 self.status = self.ended_at = None
                 if end != self.end_of_opened:  # a resumed run: the store may have tags of its earlier start
                     self.store.require("tags", self._delete_stale_tags, record["tags"])
-                if not (record["online"] and self.store.run_id == record["id"]):  # otherwise set on opening
+                if not (record["online"] and self.store.run_id == record["id"]):  # otherwise set when opened
                     self.store.require("tags", self._open_later, record)
             case "params":
                 self._log_params(record["values"])

@@ -7,7 +7,7 @@ from pipeline.storage.files import replacing
 from pipeline.storage.journal import read_points
 
 HISTORY_FILE = "history.parquet"
-GROUP_POINTS = 50_000  # per row group, the part held in memory
+GROUP_POINTS = 50_000  # per row group; one group is held in memory at a time
 
 
 def write_history(journal: Path, file: Path, on_progress: Callable[[], None] = lambda: None) -> None:

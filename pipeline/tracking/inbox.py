@@ -34,7 +34,7 @@ class Inbox:
         return self._queue.get()
 
     def wait(self, seconds: float) -> None:
-        """Pause for this time, or until `FinishRun` or the end of the stream arrives."""
+        """Pause for this time, or until `FinishRun` or the end of the stream."""
         self._interrupt.wait(seconds)
         self._interrupt.clear()
 

@@ -50,7 +50,7 @@ class FollowRun:
 
 @dataclass(frozen=True)
 class FinishRun:
-    """Deliver the rest of the journal. Replies: `Progress` or `Away` several times, then a `DeliveryReport`."""
+    """Deliver the rest of the journal. Replies: any number of `Progress` or `Away`, then a `DeliveryReport`."""
 
     status: str | None  # final status, if the journal does not contain it
     failure: str = ""
@@ -144,12 +144,12 @@ class StoredRun:
 
     @property
     def first_id(self) -> str:
-        """The run's original id, which differs if the run began offline or in another store."""
+        """The run's original id, which differs from `run_id` if the run began offline or in another store."""
         return self.tags.get(ORIGINAL, self.run_id)
 
     @property
     def canonical_params(self) -> dict[str, str]:
-        """The params in canonical spelling, which is read from a tag if the user typed another spelling."""
+        """The params in canonical spelling, taken from tags where the user typed another spelling."""
         typed = {key.removeprefix(CANONICAL): text for key, text in self.tags.items() if key.startswith(CANONICAL)}
         return {**self.params, **typed}
 

@@ -50,7 +50,7 @@ class MlflowRun:
             tempfile.TemporaryFile(dir=output_dir).close()
         self.writer, self.folder = writer, output_dir
         self.logged: LoggedPoints | None = None  # points of earlier starts, if resumed
-        self.logged_bytes = 0  # size of earlier starts' journal
+        self.logged_bytes = 0  # size of the journal before this start
         self.points, self.writer_cpu_seconds, self.failure = 0, 0.0, ""
         self._taken_over: TrainingError | None = None
         opening = messages.OpenRun(request, str(output_dir.resolve()), offline)
@@ -137,7 +137,7 @@ class MlflowRun:
                     self.writer.process.kill()  # the new owner ends the run
                     raise
                 journal_error, self.failure = error, self.failure or str(error)
-                status = "FAILED" if status == "FINISHED" else status  # sent in the request instead
+                status = "FAILED" if status == "FINISHED" else status  # sent to the writer without the journal
             try:
                 report = self._deliver_rest(messages.FinishRun(status, self.failure, patience, hurry))
             except KeyboardInterrupt:

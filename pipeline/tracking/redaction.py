@@ -8,7 +8,7 @@ SECRET_SETTINGS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 
 
 def without_secrets(text: str) -> str:
-    """Remove configured secrets from a text, and the logins and values like `token=...` of the URIs in it."""
+    """Remove configured secrets, logins in URIs, and values like that of `token=...` from a text."""
     for secret in sorted(_secrets(), key=len, reverse=True):
         text = text.replace(secret, "***")
     text = re.sub(r"://[^/\s@]*@", "://", text)

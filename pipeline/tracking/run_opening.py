@@ -55,7 +55,7 @@ class Opening:
         """Open the run.
 
         Raises:
-            UserError: another process writes the run.
+            UserError: another process is writing the run.
             Exception: any error of the store.
         """
         client, request, resumed = connect(), self.request, self.request.resume
@@ -142,7 +142,7 @@ class Opening:
 
 
 def refuse_alive(client: Any, run: Any, own_folder: Path | None) -> None:
-    """Raise a UserError if another process writes the run.
+    """Raise a UserError if another process is writing the run.
 
     For a run of this machine, check the lock of its folder; watch a run of another machine for WATCH_SECONDS.
     own_folder: the run's folder, if this process has locked it.
@@ -255,7 +255,7 @@ def _read_back(client: Any, run: Any, folder: Path, last_steps: Mapping[str, int
                         for point in first.values() if point.step > last]  # fmt: skip
     if not records:
         return False
-    journal = JournalWriter(RunFolder(folder).journal)  # after all queries, so that a repeated opening starts afresh
+    journal = JournalWriter(RunFolder(folder).journal)  # after all queries: a failed opening must change nothing
     for record in records:
         journal.append(record)
     journal.close()

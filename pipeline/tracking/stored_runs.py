@@ -32,7 +32,7 @@ PAGE_IDS = 100  # number of ids in one filter
 
 def runs_of_sweep(sweep_id: str) -> list[StoredRun]:
     """All runs of a sweep, of every role and in all experiments, oldest first."""
-    if "'" in sweep_id:  # cannot be quoted in a filter, and no sweep id has one
+    if "'" in sweep_id:  # a filter cannot quote it, and no sweep id contains it
         return []
     return runs_of_tag("sweep_id", sweep_id)
 

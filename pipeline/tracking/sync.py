@@ -26,10 +26,10 @@ PATIENCE_SECONDS = 30.0  # time without progress after which delivery gives up
 
 
 def sync(folder: Path, again: bool = False) -> None:
-    """Deliver a run's folder, or each run's folder in a folder, to the store named by MLFLOW_TRACKING_URI.
+    """Deliver the run in a folder, or the runs in its subfolders, to the store named by MLFLOW_TRACKING_URI.
 
     Each run gets the final status in its journal. A run that the store does not have is created there with the tag
-    `original_run_id`. again: deliver the whole journal again; points that the store already has are not doubled.
+    `original_run_id`. again: deliver the whole journal again; the store keeps equal points only once.
 
     Raises:
         UserError: there is no journal, or a process is writing the only run.

@@ -35,8 +35,8 @@ from pipeline.tracking.store_errors import one_line
 from pipeline.tracking.stored_runs import runs_of_sweep, runs_of_tag, store_exists
 
 HOST = "127.0.0.1"
-START_SECONDS = 120  # timeout of its first answer
-STOP_SECONDS = 5  # after which it is killed
+START_SECONDS = 120  # how long to wait for the server's first answer
+STOP_SECONDS = 5  # how long to wait before killing the server
 DEFAULT_EXPERIMENT = "0"
 VIEW_TAG = "mlflow.sharedViewState."  # prefix of an experiment's tag; the rest of the tag is the key in the link
 TRAINING = "workflowType=machine_learning"  # in a link; by default, MLflow shows its GenAI pages
@@ -83,7 +83,7 @@ class SweepView:
 
     @property
     def filter(self) -> str:
-        """MLflow's filter for the runs that are compared."""
+        """MLflow's filter for the runs of the sweep, without its summary."""
         return f"tags.sweep_id = '{self.sweep_id}' and tags.role != 'summary'"
 
     @property

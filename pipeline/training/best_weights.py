@@ -29,7 +29,7 @@ class BestWeights:
 
     def consider(self, metrics: Mapping[str, float], model: nn.Module, step: int) -> None:
         """Save the weights if the metric is the best so far."""
-        if self.metric not in metrics:  # not defined by this data; a warning was printed before the training
+        if self.metric not in metrics:  # not defined on this data; a warning was printed before the training
             return
         score = self.sign * metrics[self.metric]
         if score > self.best:

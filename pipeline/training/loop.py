@@ -52,7 +52,7 @@ class Result:
 class Window(NamedTuple):
     """The micro-batches of one optimizer step."""
 
-    rows: list[Rows]  # of each micro-batch
+    rows: list[Rows]  # rows of each micro-batch
     ends_epoch: bool
 
 
@@ -169,7 +169,7 @@ class Training:
     def _save(self) -> None:
         self.random = _random_state(self.device)
         seconds = self.saver.save(self.result.steps, self.keeper.step, self.state, self.files)
-        self.recorder.last_log += seconds  # saving does not count for the throughput
+        self.recorder.last_log += seconds  # exclude the save from the throughput
 
     def _loaded(self, windows: Iterator[Window]) -> Iterator[tuple[Window, list[Any]]]:
         ahead = self.config.training.prefetch
@@ -234,7 +234,7 @@ class Training:
         return self.result.steps >= self.total_steps or self.keeper.exhausted or self.stopped
 
     def _step(self, window: Window, batches: Sequence[Any]) -> None:
-        """Take one optimizer step; an interrupt before the update resets the gradients and the random state."""
+        """Take one optimizer step; if interrupted before the update, reset gradients and random state."""
         step, every = self.result.steps, self.config.evaluation.every_steps
         distributed.seed_rank(self.config.seed, step)
         random = _random_state(self.device)
