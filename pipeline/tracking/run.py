@@ -43,7 +43,7 @@ class Run(Protocol):
         """Sync the journal to the disk; returns its size in bytes."""
 
     def resume_from(self, position: int) -> None:
-        """Continue from a state saved at this journal position; points logged after it are not logged again."""
+        """Note that training resumes from a state saved at this journal position; warn if the journal is shorter."""
 
     def history(self) -> Iterable[tuple[int, Points]]:
         """Step and metrics of every `log_metrics` call so far."""
