@@ -1,4 +1,4 @@
-"""`python -m pipeline NAME [--key value ...]`: entry name -> validated config -> lazy import -> run."""
+"""The command line, `python -m pipeline NAME [--key value ...]`: validate the config, import and run the entry point."""
 
 import os
 import sys
@@ -17,16 +17,16 @@ from pipeline.runtime.interrupts import Interrupted, interruptible
 from pipeline.runtime.text import visible
 from pipeline.tasks.registry import ROOT
 
-LONGEST_LINE = 3000  # characters of an error
+LONGEST_LINE = 3000  # characters of an error message
 
-# Torch's threads spin while they wait for each other. If another process uses one of two cores, a step of 9 ms takes
-# 39, with limited spinning 12. Must be set before torch is loaded.
+# Torch's threads spin while they wait for each other. On two cores, one of them busy with another process, a step of
+# 9 ms takes 39 ms; with limited spinning it takes 12 ms. Must be set before torch is imported.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def command(name: str, entry: Entry) -> click.Command:
-    """Make the click command of an entry point, with an option for each key of its config."""
+    """Make the click command of an entry point, with one option per config key."""
     model: type[Config] = import_reference(entry.config)
     short: dict[str, str] = getattr(model, "short", {})
     names: dict[str, list[str]] = {}
@@ -40,7 +40,7 @@ def command(name: str, entry: Entry) -> click.Command:
             help=f"{key.field.description or key.path}  [{key.allowed}; default: {key.default}]",
         )
         for key in keys(model)
-        if key.path != "config"  # a key of sweep files; the option --config names that file
+        if key.path != "config"  # a key inside sweep files; on the command line --config names the file itself
     ]
 
     def run(config: str | None, **texts: str | None) -> None:
@@ -70,7 +70,7 @@ def command(name: str, entry: Entry) -> click.Command:
 
 
 def _filled(_: click.Context, parameter: click.Parameter, value: str) -> str:
-    """Refuse an empty argument, which would be the working folder as a path."""
+    """Refuse an empty argument: as a path it would mean the working directory."""
     _refuse_empty(str(parameter.name), value, "a path or an id")
     return value
 
@@ -102,7 +102,7 @@ TOOLS = {str(tool.name): tool for tool in (sync_command, doctor_command, verify_
 
 
 class Entries(click.Group):
-    """Imports only the command that is called."""
+    """Command group that imports only the command that is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return [*ENTRIES, *TOOLS]
@@ -118,13 +118,13 @@ class Entries(click.Group):
 
 
 def _train(config: Any, target: str, given: frozenset[str]) -> None:
-    """Train one run; the writer process imports mlflow while torch is imported here."""
+    """Train one run. The writer process starts first, so that it imports mlflow while this process imports torch."""
     with import_reference("pipeline.tracking.writer:writer_for")(config.tracking) as writer:
         import_reference("pipeline.runs.launch:launch")(config, import_reference(target), given, writer)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run an entry point. User errors are one line and exit code 2."""
+    """Run an entry point and exit. User errors are reported in one line, with exit code 2."""
     open_standard_streams()
     group = Entries("pipeline", help="Tune focal losses, with every loss component of every run in MLflow.")
     try:
@@ -147,7 +147,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _pairs(arguments: list[str]) -> dict[str, str]:
-    """Parse `--key value` and `--key=value`."""
+    """Parse options written as `--key value` or `--key=value`."""
     pairs, rest = dict[str, str](), list(arguments)
     while rest:
         name = rest.pop(0)
@@ -162,7 +162,7 @@ def _pairs(arguments: list[str]) -> dict[str, str]:
 
 
 def _refuse_empty(name: str, text: str, allowed: str) -> None:
-    """Refuse an empty value, such as that of an unset shell variable."""
+    """Refuse an empty value, for example from an unset shell variable."""
     if not text.strip():
         raise UserError(f"{name}: found {text!r}, allowed: {allowed}")
 

@@ -1,12 +1,12 @@
-"""What the training loop expects of every task, as checks that a task's own tests can run.
+"""Checks of what the training loop expects from a task, for use in the task's own tests.
 
     @pytest.mark.parametrize("check", CHECKS)
     def test_my_task(check, tmp_path):
         check(MyTask, my_config, tmp_path)
 
-A config should train at least 4 optimizer steps in a few seconds on one thread, with dropout and more than one
-micro-batch a step where the task has them. Every check raises `AssertionError` with the reason. `make_task` is what
-the task's entry names: it takes the config.
+The config should train at least 4 optimizer steps in a few seconds on one thread, with dropout and several
+micro-batches per step if the task supports them. Every check raises `AssertionError` with the reason. `make_task`
+creates the task from its config: a Task class or a function, as named in the task's entry point.
 """
 
 import copy
@@ -36,7 +36,7 @@ SUM_TOLERANCE = 1e-4  # relative: fp32 sums depend on the order of summation
 
 
 def check_losses_are_shares(make_task: MakeTask, config: RunConfig, folder: Path) -> None:  # noqa: ARG001
-    """Losses of uneven micro-batches add up to those of the whole step; counts add up too."""
+    """Losses and counts of micro-batches of different sizes sum to those of the whole step."""
     task = make_task(config)
     torch.manual_seed(config.seed)
     model = task.model()
@@ -61,7 +61,7 @@ def check_losses_are_shares(make_task: MakeTask, config: RunConfig, folder: Path
 
 
 def check_batches_are_reproducible(make_task: MakeTask, config: RunConfig, folder: Path) -> None:  # noqa: ARG001
-    """Plan and batches depend on (seed, epoch, i) alone, whatever the state of the random number generators."""
+    """Plan and batches depend only on (seed, epoch, i), not on the state of the global random number generators."""
     plans, batches = [], []
     for seed in (1, 2):
         _seed_all(seed)
@@ -88,7 +88,7 @@ def check_optimizers_hold_every_parameter(make_task: MakeTask, config: RunConfig
 
 
 def check_steps_change_no_buffer(make_task: MakeTask, config: RunConfig, folder: Path) -> None:
-    """A training step changes parameters alone: a buffer such as BatchNorm's would depend on the micro-batches."""
+    """A training step changes no buffers: those of BatchNorm, for example, would depend on the micro-batches."""
     training = _training(make_task(config), folder)
     before = {name: buffer.clone() for name, buffer in training.model.named_buffers()}
     for window, batches in training._loaded(training._remaining(1)):
@@ -99,7 +99,7 @@ def check_steps_change_no_buffer(make_task: MakeTask, config: RunConfig, folder:
 
 
 def check_resumes_exactly(make_task: MakeTask, config: RunConfig, folder: Path) -> None:
-    """A training that is stopped, saved and loaded into a new task ends with the weights of an undisturbed one."""
+    """Training that is stopped, saved and resumed in a new task ends with the weights of uninterrupted training."""
     task = make_task(config)
     steps = count_steps(task)
     assert steps >= 4, f"the config trains {steps} steps, allowed: at least 4"
@@ -115,7 +115,7 @@ def check_resumes_exactly(make_task: MakeTask, config: RunConfig, folder: Path) 
 
 
 def check_shared_prefix(make_task: MakeTask, config: RunConfig, folder: Path) -> None:
-    """A run that starts from the prefix of `config.shared_prefix` has the history and weights that it has alone."""
+    """A run that starts from the shared prefix has the same history and weights as a run that trains every step."""
     torch.set_num_threads(1)
     prefix, step = config.shared_prefix()
     steps = count_steps(make_task(config))
@@ -131,7 +131,7 @@ def check_shared_prefix(make_task: MakeTask, config: RunConfig, folder: Path) ->
 
 
 def check_evaluation_is_deterministic(make_task: MakeTask, config: RunConfig, folder: Path) -> None:  # noqa: ARG001
-    """An evaluation gives the same metrics twice, uses no random numbers (dropout), and leaves the mode as it was."""
+    """Repeated evaluations give the same metrics, draw no random numbers, and leave the model in training mode."""
     task = make_task(config)
     torch.manual_seed(config.seed)
     model = task.model().train()
@@ -150,7 +150,7 @@ def check_evaluation_is_deterministic(make_task: MakeTask, config: RunConfig, fo
 
 
 def check_export_predicts(make_task: MakeTask, config: RunConfig, folder: Path) -> None:
-    """The exported folder loads by the task's name and answers its example with the declared columns."""
+    """The exported model can be loaded by its task's name, and predicts the declared columns for the example."""
     task = make_task(config)
     torch.manual_seed(config.seed)
     model = task.model()
@@ -181,7 +181,7 @@ def _empty(folder: Path) -> Path:
 
 
 def _points(training: Training) -> list[tuple[int, dict[str, float]]]:
-    """The logged history without measurements of the machine."""
+    """Logged metrics by step, without those that a repeated run does not reproduce, such as timings."""
     assert isinstance(training.run, MemoryRun)
     points = [(step, {name: value for name, value in values.items() if not name.startswith(MEASURED)})
               for step, values in training.run.points]  # fmt: skip
@@ -201,7 +201,7 @@ def _seed_all(seed: int) -> None:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """The tensors of a batch, in the order of its attributes."""
+    """List the tensors of a batch, in the order of its attributes."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""`main`, the demo on embedded data: the MMoE with and without the focal loss, and a review model."""
+"""`main`, the demo on embedded data: train the MMoE with and without the focal loss, and a review model."""
 
 import os
 from pathlib import Path
@@ -19,7 +19,7 @@ from pipeline.tracking.writer import Writer, writer_for
 
 FOCAL_KEYS = frozenset(key.path for key in keys(MmoeConfig) if key.path.startswith("loss.aux_focal."))
 CONFIGS = Path(__file__).parent.parent / "configs"
-REVIEW_EPOCHS = "6"  # of the file's 15: enough to see it learn
+REVIEW_EPOCHS = "6"  # enough to see the model learn; the config file has 15
 RANKING_METRICS = ("test/auc_ctr", "test/auc_ctcvr", "test/pr_auc_ctcvr", "test/logloss_ctcvr")
 REVIEW_METRICS = ("aspect_f1_macro", "sentiment_f1_macro", "pair_f1_micro")
 
@@ -30,7 +30,7 @@ def main(config: MmoeConfig, given: frozenset[str]) -> None:
         raise UserError("main trains several runs; resume and fork are for train_mmoe and train_visobert")
     if "loss.aux_focal.enabled" in given:
         warn("loss.aux_focal.enabled has no effect here: one arm has it off, the other on")
-    launcher = os.environ.get("MLFLOW_RUN_ID")  # the run that `mlflow run` opened
+    launcher = os.environ.get("MLFLOW_RUN_ID")  # id of the run that `mlflow run` created
     with writer_for(config.tracking) as writer:
         ranking = _ranking(config, given, writer, launcher)
         reviews = _reviews(config, writer, launcher)
@@ -55,7 +55,7 @@ def main(config: MmoeConfig, given: frozenset[str]) -> None:
 
 
 def _report(run_ids: list[str], output_dir: Path) -> None:
-    """Write the page that compares the two arms."""
+    """Write the HTML page that compares the two arms."""
     from pipeline.comparison.verdicts import compare, load_runs, write
 
     files = write(compare(load_runs(runs=run_ids), title="make demo"), output_dir / "main")
@@ -63,7 +63,7 @@ def _report(run_ids: list[str], output_dir: Path) -> None:
 
 
 def _ranking(config: MmoeConfig, given: frozenset[str], writer: Writer | None, launcher: str | None) -> list[Trained]:
-    """Train the MMoE without and with the auxiliary focal loss."""
+    """Train the MMoE without the auxiliary focal loss (baseline) and with it."""
     arms = {"baseline": _with_focal(config, enabled=False), "focal": _with_focal(config, enabled=True)}
     runs = []
     for arm, arm_config in arms.items():

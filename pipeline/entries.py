@@ -1,4 +1,4 @@
-"""The entry points. Their configs and functions are text references, so that nothing is imported here."""
+"""Table of the entry points. Configs and functions are text references, so that this module imports none of them."""
 
 from typing import NamedTuple
 
@@ -8,10 +8,10 @@ from pipeline.tasks.registry import TASKS
 class Entry(NamedTuple):
     about: str
     config: str  # module:class
-    target: str  # module:name of a Task class, or of a function (config, given)
+    target: str  # module:name; trains: creates the Task from the config; otherwise a function of (config, given)
     file: str | None = None  # default config file
     trains: bool = False
-    passes_on: bool = False  # other options are the task's: the function gets (config, file, options)
+    passes_on: bool = False  # accept unknown options, for the task: the function gets (config, file, options)
 
 
 ENTRIES = {

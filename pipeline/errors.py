@@ -24,11 +24,11 @@ class TrainingError(UserError):
 
 
 class RankLost(TrainingError):  # noqa: N818 (a state, not an error)
-    """Another process of a distributed training is gone."""
+    """Another process of the distributed training has exited."""
 
 
 class Undelivered(TrainingError):  # noqa: N818 (a state, not an error)
-    """Trained, but part of the journal is not delivered to the tracking store; exit code 3."""
+    """Training finished, but part of the journal has not been delivered to the tracking store; exit code 3."""
 
     exit_code = 3
 

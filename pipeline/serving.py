@@ -1,6 +1,6 @@
-"""MLflow's entry point to a logged model. A copy of this module is part of the model.
+"""Loader that MLflow calls for a logged model. A copy of this module is packaged with the model.
 
-The model is a folder of plain files (safetensors, Parquet, YAML, JSON); nothing is pickled.
+The model is a folder of safetensors, Parquet, YAML and JSON files; nothing is pickled.
 """
 
 import importlib
@@ -17,21 +17,21 @@ RAW = "raw"
 
 
 class Predictor:
-    """The model behind `mlflow.pyfunc.load_model`."""
+    """The model that `mlflow.pyfunc.load_model` wraps."""
 
     def __init__(self, predict: Callable[..., pd.DataFrame]) -> None:
         self._predict = predict
 
     def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> pd.DataFrame:
-        """Predict. params: `raw` is true for probabilities without calibration."""
+        """Predict. With `raw` true in `params`, the probabilities are not calibrated."""
         return self._predict(model_input, raw=bool((params or {}).get(RAW, False)))
 
 
 def load_predictor(task: str, folder: Path) -> Callable[..., pd.DataFrame]:
-    """The predict function of a task's exported folder: `predict(input, raw=False)`.
+    """Load the function `predict(input, raw=False)` from the folder that a task exported.
 
     Raises:
-        ValueError: it is not the name of a task.
+        ValueError: `task` is not a valid task name.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", task):
         raise ValueError(f"task {task!r} is not the name of a task; allowed: letters a-z, digits and _")
