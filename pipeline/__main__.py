@@ -1,4 +1,4 @@
-"""The command line, `python -m pipeline NAME [--key value ...]`: validate the config, import and run the entry point."""
+"""The command line `python -m pipeline NAME [--key value ...]`: validate the config, import and run the entry point."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Blocks of settings, and the keys that they are made of."""
+"""`Config`, the base class of settings, and functions on config classes and their keys."""
 
 import types
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from pydantic_core import PydanticUndefined
 
 from pipeline.config.yaml_file import canonical
 
-FLAGS = {True: ("yes", "on", "true"), False: ("no", "off", "false")}  # words that YAML reads as booleans
+FLAGS = {True: ("yes", "on", "true"), False: ("no", "off", "false")}  # words that YAML parses as booleans
 TYPE_NAMES = {int: "integer", float: "number", bool: "true or false", str: "text", Path: "path"}
 BOUNDS = {
     Ge: (">=", "ge"),
@@ -28,7 +28,7 @@ Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Config(BaseModel):
-    """A frozen block of settings. Unknown keys, NaN and infinity are refused; numeric text is a number."""
+    """A frozen block of settings. Unknown keys, NaN and infinity are refused; text is converted to numbers."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -44,7 +44,7 @@ class Config(BaseModel):
     def _undo_yaml(cls, value: Any, info: ValidationInfo) -> Any:
         annotation = cls.model_fields[info.field_name or ""].annotation
         if value is None and block_of(annotation):
-            return {}  # `aux_focal:` with nothing under it is the block with its defaults
+            return {}  # an empty block in YAML, such as `aux_focal:`, has its default values
         if not isinstance(value, bool):
             return value
         choices = list(_choices(annotation))
@@ -57,7 +57,7 @@ class Config(BaseModel):
 
 
 class Key(NamedTuple):
-    """A leaf of a config class."""
+    """A setting of a config class: a leaf of the tree."""
 
     path: str  # dotted
     field: FieldInfo
@@ -70,7 +70,7 @@ class Key(NamedTuple):
 
 
 def keys(model: type[Config], prefix: str = "") -> Iterator[Key]:
-    """Yield the leaves of a config class in the order of their definition."""
+    """Yield the keys of a config class in the order of their definition."""
     for name, field in model.model_fields.items():
         path = prefix + (field.alias or name)
         if block := block_of(field.annotation):
@@ -81,7 +81,7 @@ def keys(model: type[Config], prefix: str = "") -> Iterator[Key]:
 
 
 def flatten(config: Config, prefix: str = "") -> dict[str, str]:
-    """Return every value as canonical text under its dotted key, as in MLflow's params."""
+    """Map dotted keys to values as canonical text, as logged in MLflow's params."""
     flat: dict[str, str] = {}
     for name, field in type(config).model_fields.items():
         value, path = getattr(config, name), prefix + (field.alias or name)
@@ -95,7 +95,7 @@ def to_yaml(config: Config) -> str:
 
 
 def block_of(annotation: Any) -> type[Config] | None:
-    """Return the annotation if it is a block of settings."""
+    """Return the annotation if it is a config class, else None."""
     return annotation if isinstance(annotation, type) and issubclass(annotation, Config) else None
 
 
@@ -111,7 +111,7 @@ def without_none(annotation: Any) -> Any:
 
 
 def _choices(annotation: Any) -> Iterator[Any]:
-    """Yield the members of nested unions, without bounds."""
+    """Yield the members of nested unions, stripped of `Annotated` constraints."""
     if is_union(annotation):
         for part in get_args(annotation):
             yield from _choices(part)
@@ -152,7 +152,7 @@ def _describe(field: FieldInfo) -> str:
 
 
 def _split_annotated(annotation: Any) -> tuple[Any, list[Any]]:
-    """Split `Annotated[T, ...]` into T and its constraints."""
+    """Split `Annotated[T, ...]` into T and its constraints; other annotations have none."""
     if get_origin(annotation) is not Annotated:
         return annotation, []
     plain, *entries = get_args(annotation)

@@ -1,4 +1,4 @@
-"""One-line texts for what is wrong with a config."""
+"""One-line messages for config errors."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -10,19 +10,19 @@ from pydantic import ValidationError
 from pipeline.config.config_block import Config, Key, block_of, is_union, keys, without_none
 from pipeline.config.yaml_file import canonical
 
-MOST_ERRORS = 12  # in one line
-LONGEST_KEY, LONGEST_VALUE = 120, 80  # characters
+MOST_ERRORS = 12  # listed in one message
+LONGEST_KEY, LONGEST_VALUE = 120, 80  # characters shown
 
 
 def nearest(name: str, candidates: list[str]) -> str:
-    """Return `; did you mean X?`, or the list of candidates if it is short and none comes near."""
+    """Return `; did you mean X?`, or the list of candidates if none is similar and the list is short."""
     if match := closest(name, candidates):
         return f"; did you mean {match}?"
     return f"; allowed: {', '.join(candidates)}" if len(candidates) <= 12 else "; --help lists the keys"
 
 
 def closest(name: str, candidates: list[str]) -> str | None:
-    """Return the candidate with the most similar spelling, as a whole or after its last dot."""
+    """Return the candidate with the most similar spelling, compared as a whole, then by the part after the last dot."""
     if matches := difflib.get_close_matches(name, candidates, 1, 0.7):
         return matches[0]
     leaves = {candidate.rsplit(".", 1)[-1]: candidate for candidate in reversed(candidates)}
@@ -39,10 +39,10 @@ def cut(text: str, longest: int = LONGEST_KEY) -> str:
 
 
 class _Problem(NamedTuple):
-    """One of pydantic's errors."""
+    """An error reported by pydantic."""
 
     path: str  # dotted key
-    parts: list[str]  # the whole path, which may lead into the value of the key
+    parts: list[str]  # pydantic's full location, which may continue inside the key's value
     details: Any
 
     @property
@@ -62,7 +62,7 @@ class _Problem(NamedTuple):
 def explain(
     error: ValidationError, model: type[Config], file: Path | None = None, typed: Mapping[str, str] | None = None
 ) -> str:
-    """Return pydantic's errors as one line. typed: dotted keys of overrides -> their names on the command line."""
+    """Describe pydantic's errors in one line. typed: dotted keys of overrides -> their names on the command line."""
     known, typed = {key.path: key for key in keys(model)}, typed or {}
     lines = []
     for problem in _problems(error, known):
@@ -75,16 +75,16 @@ def explain(
 
 
 def _problems(error: ValidationError, known: Mapping[str, Key]) -> list[_Problem]:
-    """Return the errors with their keys.
+    """List the errors with the keys that they belong to.
 
-    A value of a union fails once for each member. Kept is one error: that of a validator of ours on the same value if
-    there is one, else the first, which has the whole value.
+    pydantic reports one error for each member of a union. Only one is kept: the error of this project's own validator
+    if there is one for the same value, else the first, which contains the whole value.
     """
     problems: list[_Problem] = []
     unions: dict[str, int] = {}
     for details in error.errors():
         parts = [str(part) for part in details["loc"]]
-        # a union's member or a list's index may follow the key: keep the longest part that is a key
+        # the name of a union member or the index in a list may follow the key: use the longest prefix that is a key
         path = next((p for n in range(len(parts), 0, -1) if (p := ".".join(parts[:n])) in known), ".".join(parts))
         problem = _Problem(path, parts, details)
         if path in known and is_union(without_none(known[path].field.annotation)):
@@ -112,7 +112,7 @@ def _word(problem: _Problem, known: Mapping[str, Key], source: str, name: str) -
 
 
 def _word_inside(problem: _Problem, known: Mapping[str, Key], source: str) -> str | None:
-    """Word an error inside the value of a key: an optional block, a list of blocks, or a dict."""
+    """Describe an error inside the value of a key (an optional block, a list of blocks, or a dict), else None."""
     path, parts = problem.path, problem.parts
     inside = parts[path.count(".") + 1 :]
     if path not in known or not inside:

@@ -1,4 +1,4 @@
-"""Settings that all training tasks share."""
+"""Settings that all training tasks have in common."""
 
 import hashlib
 import json
@@ -27,9 +27,9 @@ class ScheduleConfig(Config):
     warmup_steps: int = Field(0, ge=0)
     """optimizer steps over which the learning rate rises linearly (not the focal gate: that is loss.aux_focal)"""
     decay: Literal["cosine", "constant"] = "cosine"
-    """what the learning rate does after its warm-up"""
+    """learning rate after the warm-up"""
     final_ratio: float = Field(0.0, ge=0, le=1)
-    """where cosine decay ends, as a share of the peak"""
+    """final learning rate of cosine decay, as a share of the peak"""
 
 
 class TrainingConfig(Config):
@@ -44,16 +44,16 @@ class TrainingConfig(Config):
     clip_norm: float | None = Field(None, gt=0)
     """clip the norm of the dense gradients to this"""
     amp: Literal["auto", "no", "bf16", "fp16"] = "no"
-    """mixed precision of forward and backward, losses stay fp32; auto = bf16 where the machine has it, else no"""
+    """mixed precision of forward and backward, losses stay fp32; auto = bf16 if the device has it, else no"""
     threads: Positive | None = None
-    """CPU threads of torch; null = one fewer than cores, for the tracking writer. Another number rounds differently"""
+    """CPU threads of torch; null = one fewer than cores, for the writer process. Rounding depends on the number"""
     prefetch: int | None = Field(None, ge=0)
-    """steps whose batches are made ready in the background; 0 = none; null = 2"""
+    """number of steps whose batches are prepared in advance, in the background; 0 = none; null = 2"""
 
 
 class EvaluationConfig(Config):
     every_steps: Positive | None = None
-    """evaluate on the validation split every so many optimizer steps, and at the end; null = each epoch's end"""
+    """evaluate on the validation split every this many optimizer steps, and at the end; null = after each epoch"""
     metric: str = Field(pattern=r"^valid/.+")
     """the validation metric that chooses the best weights"""
     mode: Literal["max", "min"] = "max"
@@ -66,15 +66,15 @@ class EvaluationConfig(Config):
 
 class CheckpointConfig(Config):
     enabled: bool = True
-    """false: a run that is cut off starts over from its first step"""
+    """false: an interrupted run starts again from its first step"""
     every_steps: Positive | None = None
-    """save every so many optimizer steps"""
+    """save every this many optimizer steps"""
     every_seconds: float | None = Field(None, gt=0)
-    """save when this much time has passed; with every_steps null too: as often as costs less than 5% of the training"""
+    """save every this many seconds; if every_steps is null too, as often as takes less than 5% of the training time"""
     keep_steps: tuple[Positive, ...] = ()
-    """numbers of completed steps at which a checkpoint is saved and kept, beside the last two and the best one"""
+    """optimizer steps after which a checkpoint is saved and kept, in addition to the last two and the best one"""
     max_gb: float | None = Field(None, gt=0)
-    """GB (1e9 bytes) of disk that a run's checkpoints may take; null = what the disk has"""
+    """limit of disk space for a run's checkpoints, in GB (1e9 bytes); null = no limit"""
 
 
 class TrackingSwitch(Config):
@@ -84,11 +84,11 @@ class TrackingSwitch(Config):
 
 class TrackingConfig(TrackingSwitch):
     offline: bool = False
-    """true: a store that does not answer at the start is no error; what is logged waits in the run's folder"""
+    """true: start even if the tracking store is unreachable; logged values wait in the run's folder"""
     log_every: Positive = 1
-    """log every so many optimizer steps"""
+    """log every this many optimizer steps"""
     influence_every: int = Field(50, ge=0)
-    """measure what each part of the loss does every so many optimizer steps, where they are logged; 0 = never"""
+    """measure the influence of each loss component every this many optimizer steps, if they are logged; 0 = never"""
     log_model: bool = True
     """log the best weights as an MLflow model"""
     log_report: bool = True
@@ -97,12 +97,12 @@ class TrackingConfig(TrackingSwitch):
     """keep the test split's per-row scores as an artifact, for intervals over rows"""
 
     def probes(self, step: int) -> bool:
-        """Return whether influence metrics are measured at this optimizer step."""
+        """Return True if influence metrics are measured at this optimizer step."""
         return self.influence_every > 0 and step % self.influence_every == 0 and step % self.log_every == 0
 
 
 def embedded_line(rows: int, what: str, key: str) -> str:
-    """Announcement of a run on generated data."""
+    """Notice that a run uses generated data because no file is configured."""
     return f"embedded data: generated, {rows:,} {what}, because {key} is null"
 
 
@@ -111,14 +111,14 @@ OPERATIONAL = ("output_dir", "run_name", "experiment", "device", "resume", "fork
 
 
 def is_operational(key: str) -> bool:
-    """Return whether a dotted key has no effect on the result of the training."""
+    """Return True if a dotted key has no effect on the result of the training."""
     return key in OPERATIONAL or key.startswith(("tracking.", "checkpoint."))
 
 
 class RunConfig(Config):
     """The config of a training task."""
 
-    task: ClassVar[str] = ""  # tag `task` of its runs
+    task: ClassVar[str] = ""  # value of the tag `task`
     short: ClassVar[dict[str, str]] = {
         "epochs": "training.num_train_epochs",
         "max_steps": "training.max_steps",
@@ -126,19 +126,19 @@ class RunConfig(Config):
     }
 
     experiment: str | None = Field(None, min_length=1, coerce_numbers_to_str=True)
-    """MLflow experiment, by name or id, made where there is none; null = that of `mlflow run`, or MLflow's default"""
+    """MLflow experiment, by name or id, created if missing; null = that of `mlflow run`, or MLflow's default"""
     run_name: str | None = Field(None, min_length=1)
-    """name of the run; null = a short one made of what is most often tuned"""
+    """name of the run; null = a short name made from the most important settings"""
     output_dir: str = Field("outputs", min_length=1)
-    """folder of the runs' own files, one folder a run"""
+    """folder of the runs' own files, one folder per run"""
     seed: int = Field(0, ge=0, lt=2**63)
-    """of initial weights, shuffling and dropout"""
+    """seed of initial weights, shuffling and dropout"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto = cuda where there is one"""
+    """auto = cuda if available, else cpu"""
     resume: str | None = Field(None, pattern=r"^(auto|\w+)$")
-    """auto = bring the run of this config and data to its end, or begin it; a run id = that one; null = a new run"""
+    """auto = continue the run of this config and data, or start it; a run id = continue that run; null = a new run"""
     fork: str | None = Field(None, pattern=r"^\w+@\d+$")
-    """<run id>@<step>: a new run that starts from another's checkpoint"""
+    """<run id>@<step>: start a new run from the checkpoint of another run"""
     checkpoint: CheckpointConfig = CheckpointConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig
@@ -149,19 +149,22 @@ class RunConfig(Config):
         return self.run_name or f"seed {self.seed}"
 
     def arm_name(self) -> str:
-        """Name of the arm: the same for runs that differ only in their seed."""
+        """Name of the arm; equal for runs that differ only in their seed."""
         return self.run_name or "run"
 
     def embedded(self) -> str | None:
-        """Announcement of generated data; None = the data is the user's own."""
+        """Notice that the data are generated; None if the user supplied data."""
         return None
 
     def default_metric(self) -> str:
-        """Default of evaluation.metric."""
+        """Default value of evaluation.metric."""
         return str(type(self.evaluation).model_fields["metric"].default)
 
     def relies_on_metric(self, given: frozenset[str]) -> bool:
-        """Return whether evaluation.metric must be defined: it was chosen (`given`), or patience depends on it."""
+        """Return True if evaluation.metric must be defined: the user chose it, or early stopping (patience) needs it.
+
+        given: dotted keys that the user set.
+        """
         evaluation = self.evaluation
         chosen = "evaluation.metric" in given or evaluation.metric != self.default_metric()
         return chosen or evaluation.patience is not None
@@ -171,7 +174,7 @@ class RunConfig(Config):
         return self, None
 
     def control(self) -> "Self | None":
-        """Return the config of the control run, which only re-weights; None = there is none."""
+        """Return the config of the control, which only changes the weights of examples; None without a control."""
         return None
 
     def decisive(self) -> dict[str, str]:
@@ -179,20 +182,20 @@ class RunConfig(Config):
         return {key: value for key, value in flatten(self).items() if not is_operational(key)}
 
     def operational(self, given: frozenset[str]) -> dict[str, str]:
-        """Return the operational keys that were set: no null, and no defaults except for `given` keys."""
+        """Return the operational keys that are set: not null, and either in `given` or different from the default."""
         default = flatten(type(self).model_validate({}))
         return {key: value for key, value in flatten(self).items()
                 if is_operational(key) and value != "null" and (key in given or value != default[key])}  # fmt: skip
 
     def fingerprint(self, data_digest: str = "") -> str:
-        """Return the hash of everything that decides the result, as hex."""
+        """Return the SHA-256 (hex) of everything that decides the result: task, settings and data."""
         text = json.dumps([self.task, self.decisive(), data_digest], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def warnings(self, given: frozenset[str] = frozenset()) -> list[str]:  # noqa: ARG002
-        """Return what is allowed but looks like a mistake. given: dotted keys that the user overrode."""
+        """Return warnings about allowed settings that are probably mistakes. given: dotted keys that the user set."""
         return []
 
     def with_values(self, **values: Any) -> Self:
-        """Return a validated copy with top-level blocks or values replaced."""
+        """Return a validated copy with some top-level blocks or values replaced."""
         return type(self).model_validate(self.model_dump(by_alias=True) | values)

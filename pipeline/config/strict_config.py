@@ -1,7 +1,7 @@
 """Strict, frozen configuration: YAML plus overrides, validated once, before torch is imported.
 
-A config is a tree of `Config` classes. Its leaves have dotted names (`loss.aux_focal.lambda`); these are the names on
-the command line, in MLflow's params and in error messages.
+A config is a tree of `Config` classes. Its leaves have dotted keys (`loss.aux_focal.lambda`), which are used on the
+command line, in MLflow's params and in error messages.
 """
 
 from collections.abc import Mapping
@@ -36,10 +36,10 @@ def load(
 ) -> C:
     """Read `file`, apply `overrides` (dotted key -> text), and validate the result.
 
-    `shown_as`: the names under which the user typed some of the overrides.
+    `shown_as`: dotted keys -> the shorter names that the user typed, for error messages.
 
     Raises:
-        UserError: an unknown key (names the nearest), or a value that its key does not allow.
+        UserError: a key is unknown (the message suggests the nearest), or a value is not allowed.
     """
     tree = read_yaml(file) if file else {}
     known = {key.path: key for key in keys(model)}
@@ -50,7 +50,7 @@ def load(
         typed[path] = (shown_as or {}).get(path, path)
         if reason := why_not_plain(text):
             raise UserError(f"--{typed[path]}: found {reason}")
-        if not text.strip():  # an unset shell variable
+        if not text.strip():  # for example from an unset shell variable
             raise UserError(f"--{typed[path]}: found {text!r}, allowed: {known[path].allowed}")
         _set(tree, path, _parse(text, known[path].field))
     try:
@@ -60,10 +60,10 @@ def load(
 
 
 def validate(model: type[C], tree: Mapping[str, Any], file: Path | None) -> C:
-    """Validate `tree`.
+    """Validate `tree`, which was read from `file`.
 
     Raises:
-        UserError: names the file and the key.
+        UserError: a key is unknown or a value is not allowed; the message names the file and the key.
     """
     try:
         return model.model_validate(tree)
@@ -72,7 +72,7 @@ def validate(model: type[C], tree: Mapping[str, Any], file: Path | None) -> C:
 
 
 def with_default(tree: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """Copy `tree` and set the dotted key if it is missing; for defaults that depend on another key."""
+    """Copy `tree` and set the dotted key if it is missing. Used for defaults that depend on another key."""
     name, _, rest = path.partition(".")
     if not rest:
         return {name: value} | dict(tree)
@@ -90,7 +90,7 @@ def _set(tree: dict[str, Any], path: str, value: Any) -> None:
 
 
 def _parse(text: str, field: FieldInfo) -> Any:
-    """Parse an override: strings as typed, everything else as YAML."""
+    """Parse an override: text for a string key as it is, everything else as YAML."""
     plain = without_none(field.annotation)
     if plain is not field.annotation and text in NULLS:
         return None
@@ -100,4 +100,4 @@ def _parse(text: str, field: FieldInfo) -> Any:
         value = parse_yaml(text)
     except yaml.YAMLError:
         return text
-    return text if value is None and text.strip() not in YAML_NULLS else value  # YAML reads a comment as null
+    return text if value is None and text.strip() not in YAML_NULLS else value  # YAML parses a comment as null

@@ -1,4 +1,4 @@
-"""YAML as plain values: every key once, no tags, and a bounded number of values."""
+"""Strict YAML reader: plain values only, no duplicate keys, no tags, and a limited number of values."""
 
 import json
 import sys
@@ -11,17 +11,17 @@ import yaml
 
 from pipeline.errors import UserError
 
-MOST_BYTES = 1 << 20  # of a file
-MOST_VALUES = 50_000  # of a document with all aliases expanded
+MOST_BYTES = 1 << 20  # size limit of a file
+MOST_VALUES = 50_000  # limit of values in a document, with all aliases expanded
 PLAIN = "text, numbers, true, false, null, dates, lists and mappings"
 
 
 class _NotPlainError(yaml.YAMLError):
-    """Valid YAML with a value that no setting accepts."""
+    """Valid YAML that contains a value of a type that no setting accepts."""
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses duplicate keys, of which plain YAML silently takes the last."""
+    """Loader that refuses duplicate keys; PyYAML would silently use the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = set[str]()
@@ -34,7 +34,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping.
+    """Read a YAML file that contains a mapping.
 
     Raises:
         UserError: the file is missing, unreadable, too large, not UTF-8, not YAML, or not a mapping.
@@ -65,10 +65,10 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str) -> Any:
-    """Parse YAML to plain values, in memory and time bounded by the text's length.
+    """Parse YAML to plain values. The limit on values keeps memory and time bounded.
 
     Raises:
-        yaml.YAMLError: not YAML, values that are not plain, or more than MOST_VALUES of them.
+        yaml.YAMLError: the text is not YAML, has values that are not plain, or more than MOST_VALUES values.
     """
     loader = _StrictLoader(text)
     try:
@@ -78,7 +78,7 @@ def parse_yaml(text: str) -> Any:
         _count(node, {})
         tree = loader.construct_document(node)
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
-        # from YAML's own constructors: month 13, `!!int x`, a number of 5,000 digits, a list as a key
+        # raised by PyYAML's constructors: month 13, `!!int x`, a number of 5,000 digits, a list as a key
         raise yaml.YAMLError(f"an invalid value ({' '.join(str(error).split())[:100]})") from None
     except RecursionError:
         raise yaml.YAMLError("nested too deeply") from None
@@ -89,7 +89,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def canonical(value: Any) -> str:
-    """Format a value; equal values have equal text: 1e-1, 0.10 and 0.1 are all `0.1`."""
+    """Format a value so that equal values have equal text: 1e-1, 0.10 and 0.1 all become `0.1`."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, tuple | list | dict):
@@ -98,7 +98,7 @@ def canonical(value: Any) -> str:
 
 
 def why_not_plain(value: Any) -> str | None:
-    """Return why no setting accepts a value; None if it is plain."""
+    """Return the reason why no setting accepts a value; None if the value is plain."""
     if isinstance(value, str):
         if "\0" in value:
             return "a null character, allowed: text without"
@@ -115,7 +115,10 @@ def why_not_plain(value: Any) -> str | None:
 
 
 def _count(node: yaml.Node, counts: dict[int, int | None]) -> int:
-    """Count the values of a node with all aliases expanded. counts: by node id; None while it is being counted."""
+    """Count the values of a node with all aliases expanded.
+
+    counts: node id -> count, or None while the node is being counted, which detects values that contain themselves.
+    """
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) in counts:
