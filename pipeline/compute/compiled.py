@@ -1,7 +1,7 @@
-"""Loops compiled by numba, cached on disk, running without the interpreter's lock.
+"""Compile loops with numba: cached on disk, and run without the global interpreter lock.
 
-A compiled function must use only functions and constants of its own file: numba recompiles it when that file changes,
-and does not notice changes elsewhere.
+A compiled function must use only functions and constants of its own file: numba recompiles it if that file changes,
+but does not notice changes in other files.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from numba import njit
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """Compile a function; without a cache if no cache folder is writable."""
+    """Compile a function; if no cache folder is writable, without a cache."""
     try:
         return njit(nogil=True, cache=True, error_model="numpy")(function)
     except RuntimeError:  # neither the function's folder nor the user's is writable

@@ -1,4 +1,4 @@
-"""Device and precision of a training."""
+"""Device and mixed precision of a run."""
 
 import torch
 
@@ -8,10 +8,10 @@ AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(device: str) -> str:
-    """Resolve `device: auto`.
+    """Resolve `device: auto` to cuda if available, else cpu.
 
     Raises:
-        UserError: cuda is configured and there is none.
+        UserError: cuda is configured but not available.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: found cuda, but torch sees no CUDA device; allowed here: auto, cpu")
@@ -19,7 +19,7 @@ def resolve_device(device: str) -> str:
 
 
 def precision(amp: str, device: str) -> str:
-    """Resolve `training.amp: auto`: bf16 where the device has instructions for it, else no."""
+    """Resolve `training.amp: auto`: bf16 if the device has instructions for it, else no."""
     if amp != "auto":
         return amp
     native = torch.cuda.is_bf16_supported() if device == "cuda" else _cpu_has_bf16()
@@ -27,7 +27,7 @@ def precision(amp: str, device: str) -> str:
 
 
 def autocast(amp: str, device: str) -> torch.autocast:
-    """The context of a forward pass under `training.amp`."""
+    """Autocast context of a forward pass, as configured by `training.amp`."""
     kind = precision(amp, device)
     return torch.autocast(device, dtype=AMP.get(kind), enabled=kind != "no")
 

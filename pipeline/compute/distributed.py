@@ -1,8 +1,9 @@
-"""One training in several processes: `torchrun --nproc_per_node=2 -m pipeline train_mmoe`. With one process, a no-op.
+"""Data-parallel training in several processes: `torchrun --nproc_per_node=2 -m pipeline train_mmoe`.
 
-Every process (rank) holds the whole model and takes its rows of every batch. Counts, losses and gradients are summed
-over the ranks. Since every loss is a sum divided by global counts, the result is that of a single process up to
-rounding. Rank 0 opens the run, logs and writes files; a checkpoint does not depend on the number of processes.
+Every process (rank) holds the whole model and trains on its part of the rows of every micro-batch. Counts, losses and
+gradients are summed over the ranks. Every loss is a sum divided by global counts, so the result equals that of a
+single process up to rounding. Rank 0, the main process, opens the run, logs and writes files. Checkpoints do not depend
+on the number of processes. With a single process, these functions do not communicate.
 """
 
 import os
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TIMEOUT = timedelta(minutes=30)  # other ranks wait while rank 0 evaluates or saves
-BUCKET_BYTES = 25 << 20  # of gradients per all-reduce
+BUCKET_BYTES = 25 << 20  # size of the gradients that are summed in one all-reduce
 
 
 def init(device: str) -> None:
@@ -57,22 +58,24 @@ def destroy() -> None:
 
 @contextmanager
 def _collective() -> Iterator[None]:
-    """Turn the failure of a collective operation into `RankLost`; interrupts are deferred."""
+    """Defer interrupts during a collective operation, and raise `RankLost` if it fails."""
     with deferred():
         try:
             yield
-        except RuntimeError as error:  # of gloo and NCCL
-            raise_or_disable()  # torchrun now signals the remaining processes; this error is the cause
+        except RuntimeError as error:  # raised by gloo and NCCL
+            raise_or_disable()  # torchrun now signals the remaining processes; report this error, not the signal
             reason = str(error).strip().splitlines()[-1]
             raise RankLost(f"rank {rank()} of {world_size()}: another process of this training is gone ({reason}); "
                            "torchrun names the first that ended") from None  # fmt: skip
 
 
 def check_same(facts: Mapping[str, Any] | None) -> bool:
-    """Compare facts with rank 0's. False: rank 0 passed None, there is nothing to train and the group is destroyed.
+    """Check that the facts are the same on all ranks.
+
+    Returns False if rank 0 passes None, because there is nothing to train; the process group is then destroyed.
 
     Raises:
-        UserError: a rank differs from rank 0.
+        UserError: a fact differs from that of rank 0.
     """
     if world_size() == 1:
         return facts is not None
@@ -95,7 +98,7 @@ def check_same(facts: Mapping[str, Any] | None) -> bool:
 
 
 def broadcast(make: Callable[[], Any]) -> Any:
-    """Return on every rank what rank 0 makes: nested dicts, lists and tuples with tensors in them."""
+    """Call `make` on rank 0 and return its result (tensors and values in dicts, lists and tuples) on every rank."""
     if world_size() == 1:
         return make()
     import torch
@@ -117,7 +120,7 @@ def broadcast(make: Callable[[], Any]) -> Any:
 
 
 class _Index(int):
-    """Stands for a tensor by its index in a list."""
+    """Placeholder for a tensor: its index in a list of tensors."""
 
 
 def _extract_tensors(value: Any, tensors: "list[Tensor]") -> Any:
@@ -149,12 +152,15 @@ def local_rows(rows: Any) -> Any:
 
 
 def local_weight(rows: int) -> float:
-    """Weight of this rank's share of a micro-batch with `rows` rows in sums over the ranks, see `local_rows`."""
+    """Weight of this rank's values in sums over the ranks: below 1 if every rank has all rows (see `local_rows`).
+
+    rows: number of rows of the whole micro-batch.
+    """
     return 1 / world_size() if rows < world_size() else 1.0
 
 
 def all_reduce(tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
-    """Sum each tensor over the ranks, in float64."""
+    """Sum each tensor over the ranks, in float64; the results keep their data types."""
     if world_size() == 1 or not tensors:
         return dict(tensors)
     import torch
@@ -171,10 +177,10 @@ def all_reduce(tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
 
 
 def all_reduce_mean(values: "Tensor") -> "Tensor":
-    """Mean over the first dimension and all ranks, with the gradient of this rank's rows only.
+    """Mean over the first dimension and all ranks; gradients flow only to this rank's rows.
 
-    A function of it, times this rank's share of the rows, sums over the ranks to the function of the whole batch. So
-    do the gradients.
+    Multiply a function of this mean by this rank's share of the rows: summed over the ranks, the values and gradients
+    are then those of the function of the whole batch.
     """
     own = values.mean(0)
     if world_size() == 1:
@@ -184,7 +190,7 @@ def all_reduce_mean(values: "Tensor") -> "Tensor":
 
 
 def all_reduce_gradients(parameters: "Iterable[Tensor]") -> None:
-    """Sum the gradients over the ranks in place. The rows of sparse gradients are united."""
+    """Sum the gradients over the ranks in place. A sparse gradient gets the rows of all ranks."""
     if world_size() == 1:
         return
     bucket: list[Tensor] = []
@@ -219,12 +225,12 @@ def _all_reduce_sparse(gradient: "Tensor") -> "Tensor":
     from pipeline.compute.sparse import coalesced
 
     own = coalesced(gradient)
-    rows, values = all_gather(own.indices()[0]), all_gather(own.values())  # in the order of ranks on every rank
+    rows, values = all_gather(own.indices()[0]), all_gather(own.values())  # in the same order on every rank
     return torch.sparse_coo_tensor(rows[None], values, own.shape, check_invariants=False).coalesce()
 
 
 def all_gather(part: "Tensor") -> "Tensor":
-    """Concatenate the parts of all ranks along the first dimension; their lengths may differ."""
+    """Concatenate the tensors of all ranks along the first dimension; their lengths may differ."""
     if world_size() == 1:
         return part
     import torch
@@ -243,7 +249,7 @@ def all_gather(part: "Tensor") -> "Tensor":
 
 
 def split_evenly(rows: int, work: "Callable[[int, int], Sequence[Tensor]]") -> "list[Tensor]":
-    """Call `work(first, last)` for this rank's part of the rows and gather each of its tensors."""
+    """Call `work(first, last)` for this rank's part of the rows; return each tensor, gathered from all ranks."""
     if world_size() == 1 or rows < world_size():
         return list(work(0, rows))
     first, last = (rows * index // world_size() for index in (rank(), rank() + 1))
@@ -251,7 +257,7 @@ def split_evenly(rows: int, work: "Callable[[int, int], Sequence[Tensor]]") -> "
 
 
 def seed_rank(seed: int, step: int) -> None:
-    """Seed the random numbers of a step differently on each rank. Rank 0 keeps its state, as with one process."""
+    """Seed torch for a step, differently on each rank. Rank 0 keeps its state, as in training with one process."""
     if is_main_process():
         return
     import numpy as np

@@ -1,4 +1,4 @@
-"""Optimizers of an embedding table with sparse gradients: a step updates only the rows that the batch used.
+"""Optimizers of an embedding table with sparse gradients: a step updates only the rows that its batch used.
 
 R = rows of the table, W = its width.
 """
@@ -14,7 +14,7 @@ from pipeline.compute import sparse
 
 
 class RowOptimizer(torch.optim.Optimizer):
-    """Base class: updates the rows of one table that are in its sparse gradient."""
+    """Base class of optimizers that update only the rows in the sparse gradient of a table."""
 
     def __init__(self, table: Tensor, **settings: Any) -> None:
         super().__init__([table], settings)
@@ -34,17 +34,17 @@ class RowOptimizer(torch.optim.Optimizer):
 
     @abstractmethod
     def _new_state(self, table: Tensor) -> dict[str, Tensor]:
-        """Initial state of the table."""
+        """Create the optimizer state of the table."""
 
     @abstractmethod
     def _update(
         self, table: Tensor, rows: Tensor, values: Tensor, group: dict[str, Any], state: dict[str, Any]
     ) -> None:
-        """Update table and state at `rows` [u] with the gradients `values` [u, W]."""
+        """Update table and state in place at `rows` [u], whose gradients are `values` [u, W]."""
 
 
 class SparseAdam(RowOptimizer):
-    """Adam on the rows of a step, like `torch.optim.SparseAdam`: moments of other rows do not change."""
+    """Adam on the rows of a step, like `torch.optim.SparseAdam`: the moments of other rows do not change."""
 
     def __init__(
         self, table: Tensor, *, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
@@ -52,7 +52,7 @@ class SparseAdam(RowOptimizer):
         super().__init__(table, lr=lr, betas=betas, eps=eps)
 
     def _new_state(self, table: Tensor) -> dict[str, Tensor]:
-        return {"moments": table.new_zeros(len(table), 2, table.shape[1])}  # adjacent in memory
+        return {"moments": table.new_zeros(len(table), 2, table.shape[1])}  # moments of a row are adjacent in memory
 
     def _update(
         self, table: Tensor, rows: Tensor, values: Tensor, group: dict[str, Any], state: dict[str, Any]

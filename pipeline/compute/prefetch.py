@@ -1,4 +1,4 @@
-"""Batches prepared by a background thread while earlier training steps run."""
+"""Prepare batches in a background thread while earlier training steps run."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -11,9 +11,10 @@ R = TypeVar("R")
 
 
 def prefetched(items: Iterable[T], load: Callable[[T], R], ahead: int) -> Iterator[tuple[T, R]]:
-    """Yield each item with `load(item)`, in order; `ahead` items are loaded in advance, 0 = on demand.
+    """Yield each item with the result of `load(item)`, in order.
 
-    An exception of `load` is raised when its item is due.
+    `ahead`: number of items to load in advance; 0 = load on demand. An exception in `load` is raised when its item is
+    due.
     """
     source = iter(items)
     if ahead == 0:

@@ -1,8 +1,7 @@
 """In-place updates of the rows of an embedding table that a step used.
 
-Each rule exists twice: in torch operators for CUDA, and as a compiled loop over the rows for the CPU, where operators
-take several times as long. R = rows of the table, W = its width,
-u = rows of the step, which are distinct.
+Each update rule is implemented twice: with torch operators for CUDA, and as a compiled loop over the rows for the CPU,
+where operators take several times as long. R = rows of the table, W = its width, u = distinct rows of the step.
 """
 
 from typing import Any
@@ -18,7 +17,7 @@ Array = npt.NDArray[Any]
 
 
 def coalesced(gradient: Tensor) -> Tensor:
-    """Coalesce a sparse gradient, without sorting if its rows already increase."""
+    """Coalesce a sparse gradient, without sorting if its rows are already in increasing order."""
     if gradient.is_coalesced() or not gradient.is_cpu:
         return gradient.coalesce()
     rows, values = gradient._indices(), gradient._values()
@@ -30,13 +29,13 @@ def coalesced(gradient: Tensor) -> Tensor:
 def adam(
     table: Tensor, moments: Tensor, rows: Tensor, values: Tensor, betas: tuple[float, float], rate: float, eps: float
 ) -> None:
-    """One step of Adam (Kingma & Ba 2015, algorithm 1) at some rows, like `torch.optim.SparseAdam`.
+    """One step of Adam (Kingma & Ba 2015, algorithm 1) on the given rows, like `torch.optim.SparseAdam`.
 
     Args:
         table: [R, W] float32.
         moments: [R, 2, W] float32, running means of the gradient and of its square.
         rows: [u] int64, distinct.
-        values: [u, W] float32, their gradients.
+        values: [u, W] float32, gradients of the rows.
         rate: the learning rate times the bias correction, lr sqrt(1 - b2^t) / (1 - b1^t).
     """
     if table.is_cpu:
@@ -49,7 +48,7 @@ def adam(
 def adam_by_operators(
     table: Tensor, moments: Tensor, rows: Tensor, values: Tensor, betas: tuple[float, float], rate: float, eps: float
 ) -> None:
-    """`adam` on any device."""
+    """`adam` with torch operators, on any device."""
     mean, square = moments[rows].unbind(1)
     mean = mean + (1 - betas[0]) * (values - mean)
     square = square + (1 - betas[1]) * (values.square() - square)
@@ -76,9 +75,9 @@ def adagrad(table: Tensor, sums: Tensor, rows: Tensor, values: Tensor, rate: flo
 
     Args:
         table: [R, W] float32.
-        sums: [R] float32, of mean squared gradients.
+        sums: [R] float32, sums of mean squared gradients.
         rows: [u] int64, distinct.
-        values: [u, W] float32, their gradients.
+        values: [u, W] float32, gradients of the rows.
     """
     if table.is_cpu:
         _adagrad(table.numpy(), sums.numpy(), rows.numpy(), values.numpy(), np.float32(rate), np.float32(eps))
@@ -87,7 +86,7 @@ def adagrad(table: Tensor, sums: Tensor, rows: Tensor, values: Tensor, rate: flo
 
 
 def adagrad_by_operators(table: Tensor, sums: Tensor, rows: Tensor, values: Tensor, rate: float, eps: float) -> None:
-    """`adagrad` on any device."""
+    """`adagrad` with torch operators, on any device."""
     total = sums[rows] + values.square().mean(1)
     sums[rows] = total
     table[rows] -= rate * values / (total.sqrt() + eps).unsqueeze(1)

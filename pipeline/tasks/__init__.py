@@ -1,1 +1,1 @@
-"""One folder a task: config, data, model, named losses and evaluation."""
+"""Tasks, one folder each: config, data, model, named losses and evaluation."""

@@ -1,4 +1,4 @@
-"""What a task supplies to the one training loop: data, model, named losses and evaluation."""
+"""Interface between a task and the training loop: data, model, named losses and evaluation."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -23,12 +23,12 @@ from pipeline.names import TEST_ROWS_FILE
 
 C = TypeVar("C", bound=RunConfig)
 Rows = npt.NDArray[np.int64]
-TOTAL = "loss_total"  # the one that is differentiated
+TOTAL = "loss_total"  # the loss that is differentiated
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards the model is in the mode that it was in."""
+    """Set evaluation mode and disable gradients; afterwards restore the model's previous mode."""
     was_training = model.training
     model.eval()
     try:
@@ -39,10 +39,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def write_test_rows(folder: Path, columns: Mapping[str, npt.NDArray[Any]]) -> None:
-    """Write per-row values of the test split, in the split's order: `compare` resamples them for intervals over rows.
+    """Write per-row values of the test split, in its order, from which `compare` bootstraps intervals over rows.
 
-    A column is named `<kind>/<metric without its split>`: `label` (0 or 1) and `score` of an AUC, `numerator` and
-    `denominator` of a ratio of sums.
+    Columns are named `<kind>/<metric without its split>`. The kinds are `label` (0 or 1) and `score` for an AUC,
+    `numerator` and `denominator` for a ratio of sums.
     """
     file = folder / TEST_ROWS_FILE
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -50,10 +50,10 @@ def write_test_rows(folder: Path, columns: Mapping[str, npt.NDArray[Any]]) -> No
 
 
 def undefined(task: "Task[Any]", key: str, metric: str) -> str:
-    """Return why a metric (`valid/...` or `test/...`) is undefined on the task's data; "" = it is defined.
+    """Return the reason why a metric (`valid/...` or `test/...`) is undefined on the task's data; "" if it is defined.
 
     Raises:
-        UserError: no evaluation gives it; names the config's `key` and the nearest metric.
+        UserError: the task has no such metric; the message names the config's `key` and the nearest metric.
     """
     split, _, name = metric.partition("/")
     known = {each.removeprefix(f"{split}/"): why for each, why in task.known_metrics(split).items()}
@@ -67,7 +67,7 @@ def undefined(task: "Task[Any]", key: str, metric: str) -> str:
 
 
 class Batch(Protocol):
-    """Tensors of a micro-batch's rows."""
+    """Tensors of the rows of a micro-batch."""
 
     def to(self, device: str) -> Self: ...
 
@@ -75,36 +75,36 @@ class Batch(Protocol):
 
 
 class Dataset(NamedTuple):
-    """The data of a run, as MLflow's inputs show it."""
+    """Description of a run's data, logged as an MLflow input."""
 
     name: str
     digest: str  # SHA-256, hex
     source: str
-    profile: Mapping[str, Any]  # counts worth seeing beside the name
+    profile: Mapping[str, Any]  # counts shown with the name, such as rows
 
 
 @dataclass(frozen=True)
 class ModelExport:
-    """A logged model: files that `pipeline.tasks.<task>.predict.load(folder)` turns into a predictor."""
+    """Files of an exported model, which `pipeline.tasks.<task>.predict.load(folder)` turns into a predictor."""
 
     folder: Path
     task: str
     inputs: Sequence[str] | None  # names of the raw columns; None = one unnamed column of text
     outputs: Mapping[str, str]  # column -> "double" or "string"
-    example: Any  # what predict takes, as plain lists: {column: values}, or a list of texts
+    example: Any  # example input for predict, as plain lists: {column: values}, or a list of texts
 
 
 class Task(ABC, Generic[C]):
-    """One kind of experiment: what the training loop calls. Rows are indices into the training split.
+    """Base class of tasks: the methods that the training loop calls. Rows are indices into the training split.
 
-    The loop calls `forward` under `training.amp` and `losses` in fp32; `evaluate`, `calibrate` and `report` with the
-    model in evaluation mode, without gradients. `batch` runs in a background thread.
+    The loop calls `forward` with the mixed precision of `training.amp` and `losses` in fp32. It calls `evaluate`,
+    `calibrate` and `report` with the model in evaluation mode, without gradients. `batch` runs in a background thread.
 
-    Losses are named. `losses` returns each as this micro-batch's share of the mean over the whole optimizer step
-    (accumulation window), so that summing over micro-batches gives the exact mean whatever their sizes: divide sums
-    by the step's `counts`, never by the micro-batch's own. With several processes each gets its rows of a
-    micro-batch, and the same holds: a function of a batch mean takes it from `distributed.all_reduce_mean`, and
-    `evaluate` may divide its rows with `distributed.split_evenly`.
+    `losses` returns every named loss as this micro-batch's share of the mean over the whole optimizer step
+    (accumulation window). The shares of the micro-batches must sum to the exact mean, whatever their sizes: divide
+    sums by the `counts` of the step, never by those of the micro-batch. In distributed training each process gets its
+    part of the rows of a micro-batch, and the same rule applies. If a loss is a function of a batch mean, compute that
+    mean with `distributed.all_reduce_mean`. `evaluate` may distribute its rows with `distributed.split_evenly`.
     """
 
     config: C
@@ -114,93 +114,93 @@ class Task(ABC, Generic[C]):
     @property
     @abstractmethod
     def dataset(self) -> Dataset:
-        """The data, all splits together, under one digest."""
+        """The data of all splits, with one digest."""
 
     @property
     @abstractmethod
     def splits(self) -> Collection[str]:
-        """`train`, `valid`, and `test` if there is one: the splits that have rows."""
+        """Names of the splits that have rows: `train`, `valid`, and `test` if there is one."""
 
     @property
     def files(self) -> Sequence[Path]:
-        """Files that were read: a run ends with an error where one changes meanwhile."""
+        """Data files that were read. A run fails if one of them changes during training."""
         return ()
 
     def with_config(self, config: C) -> "Task[C] | None":
-        """A task with another config that shares what is loaded; None = only the entry point can make it."""
+        """A task with another config that shares the loaded data; None if it must be created from its entry point."""
         return type(self)(config)  # type: ignore[call-arg]
 
     def summary(self) -> Mapping[str, str]:
-        """Params beside the config's, also printed at the start: rows, parameters."""
+        """Params to log in addition to those of the config, such as numbers of rows; also printed at the start."""
         return {}
 
     def describe(self, folder: Path) -> Mapping[str, float]:  # noqa: ARG002
-        """Metrics of step 0; files written into the folder become artifacts. Called once, before training."""
+        """Return metrics to log at step 0, and write artifacts into the folder. Called once, before training."""
         return {}
 
     def warnings(self, total_steps: int) -> Sequence[str]:  # noqa: ARG002
-        """What is allowed but looks like a mistake, given the data and the number of optimizer steps."""
+        """Warnings about probable mistakes, given the data and the number of optimizer steps."""
         return ()
 
     # --- training ----------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def model(self) -> nn.Module:
-        """A new model; its weights depend on torch's seed alone, and a training step changes no buffer of it."""
+        """A new model. Its weights depend only on torch's seed, and training steps do not change its buffers."""
 
     @property
     def schedule(self) -> ScheduleConfig:
-        """The learning rate's schedule."""
+        """Schedule of the learning rate."""
         return ScheduleConfig(decay="constant")
 
     @abstractmethod
     def optimizers(self, model: nn.Module) -> Mapping[str, Optimizer]:
-        """Optimizers at their peak learning rates, by the names that appear in `lr/*` and `grad_norm/*`."""
+        """Optimizers with their peak learning rates, by the names used in the metrics `lr/*` and `grad_norm/*`."""
 
     @abstractmethod
     def plan(self, epoch: int) -> Sequence[Rows]:
-        """The rows of each micro-batch of an epoch; the i-th depends on (seed, epoch, i) alone."""
+        """The rows of each micro-batch of an epoch; micro-batch i depends only on (seed, epoch, i)."""
 
     @abstractmethod
     def batch(self, rows: Rows) -> Any:
-        """A `Batch` of the training rows, on the CPU."""
+        """Create a `Batch` of some rows of the training split, on the CPU."""
 
     @abstractmethod
     def counts(self, batch: Any) -> Mapping[str, Tensor]:
-        """What each loss is a mean over: rows, clicks, labelled cells. They depend on labels alone."""
+        """Numbers that the losses are divided by: rows, clicks, labelled cells. They depend only on the labels."""
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
-        """The model's output."""
+        """Call the model and return its output."""
         return model(batch)
 
     @abstractmethod
     def losses(self, output: Any, batch: Any, counts: Mapping[str, Tensor], step: int) -> Mapping[str, Tensor]:
-        """Every named loss, parts before their sums, `loss_total` among them.
+        """Every named loss, including `loss_total`; components come before their sums.
 
-        counts: those of the whole optimizer step. At the steps of `tracking.probes` also detached shares of what
-        `influence` needs, under names that begin with `influence/`.
+        counts: those of the whole optimizer step. If `tracking.probes(step)`, the result also has detached shares of
+        the values that `influence` needs, with names that begin with `influence/`.
         """
 
     def settings(self, step: int) -> Mapping[str, float | bool]:  # noqa: ARG002
-        """Scheduled values to log beside the losses: a gate, its weight."""
+        """Scheduled values to log with the losses, such as the weight of a loss."""
         return {}
 
     def logged_losses(self, names: Sequence[str]) -> Sequence[str]:
-        """Those of the losses' names that are logged."""
+        """Select the names of the losses that are logged."""
         return names
 
     def probe(self, model: nn.Module, losses: Mapping[str, Tensor]) -> Mapping[str, Tensor]:  # noqa: ARG002
-        """This micro-batch's share of the gradients that `influence` needs: named vectors, additive.
+        """This micro-batch's share of the gradients that `influence` needs: named vectors, summed over micro-batches.
 
-        Called at the steps of `tracking.probes` with the result of `losses`, before its total is differentiated. Must
-        leave the graph, `grad` and the random numbers as they are.
+        Called if `tracking.probes(step)`, with the result of `losses`, before `loss_total` is differentiated. Must not
+        change the graph, `grad` or the state of random number generators.
         """
         return {}
 
     def influence(self, probed: Mapping[str, Tensor], losses: Mapping[str, Tensor]) -> Mapping[str, Tensor]:  # noqa: ARG002
-        """What each part of the loss does at this step: 0-d tensors under `influence/...`, not finite = undefined.
+        """Metrics of the influence of each loss component at this step: 0-d tensors named `influence/...`.
 
-        `probed` and `losses` are summed over the step's micro-batches.
+        Values that are not finite are undefined. `probed` and `losses` are summed over the step's micro-batches.
         """
         return {}
 
@@ -208,41 +208,41 @@ class Task(ABC, Generic[C]):
 
     @abstractmethod
     def evaluate(self, model: nn.Module, split: str, device: str) -> Mapping[str, float]:
-        """Metrics of `valid` or `test`, which has rows, under their full names."""
+        """Metrics of a split that has rows (`valid` or `test`), by their full names (`valid/...`)."""
 
     @abstractmethod
     def known_metrics(self, split: str) -> Mapping[str, str]:
-        """Every metric that `evaluate` can give of a split -> what the split's labels lack for it, "" where nothing.
+        """Map every metric that `evaluate` can return for a split to the reason why it is undefined; "" if defined.
 
-        Gates and the like, which stand under no split's name, are not among them.
+        Metrics whose names do not begin with a split, such as those of gates, are not included.
         """
 
     def calibrate(self, model: nn.Module, device: str) -> Fitted:  # noqa: ARG002
-        """Fit the calibration of the finished model's probabilities on the validation split, and keep it.
+        """Fit the calibration of the finished model's probabilities on the validation split, and store it in the task.
 
-        From then on `evaluate` adds `test/..._calibrated` metrics, and the exported model applies it. Empty where
-        `model.calibrate` is false, or where the split does not allow it, which is reported in one line. No other metric
-        and no weight depends on it.
+        Afterwards `evaluate` adds `test/..._calibrated` metrics, and the exported model applies the calibration. Other
+        metrics and the weights do not depend on it. Returns an empty mapping if `model.calibrate` is false, or if the
+        split has too few labels, which is reported in one line.
         """
         return {}
 
     def findings(self, metrics: Mapping[str, float]) -> Sequence[str]:  # noqa: ARG002
-        """Warnings about an evaluation's metrics."""
+        """Warnings about the metrics of an evaluation."""
         return ()
 
     def report(self, model: nn.Module, folder: Path, device: str) -> None:
-        """Write pictures and tables of the finished model into the folder; each file becomes an artifact.
+        """Write artifacts of the finished model into the folder.
 
-        `tracking.log_report` asks for them, `tracking.log_rows` for the file of `write_test_rows`.
+        `tracking.log_report`: pictures and tables; `tracking.log_rows`: the file of `write_test_rows`.
         """
 
     @abstractmethod
     def export(self, model: nn.Module, folder: Path) -> ModelExport:
-        """Write everything that predicting from raw input needs into the folder."""
+        """Write all files that are needed to predict from raw input into the folder."""
 
 
 def evaluate(task: Task[Any], model: nn.Module, split: str, device: str) -> dict[str, float]:
-    """The task's metrics of a split, in evaluation mode; {} of a split without rows."""
+    """Evaluate a split with the model in evaluation mode; returns {} for a split without rows."""
     if split not in task.splits:
         return {}
     with evaluating(model):

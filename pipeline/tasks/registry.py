@@ -1,16 +1,16 @@
-"""The tasks by the names of their entry points, as text references that import nothing."""
+"""Table of the tasks by the names of their entry points. Text references avoid importing the tasks here."""
 
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parent.parent.parent  # of the project, which has the configs
+ROOT = Path(__file__).parent.parent.parent  # root folder of the project, which contains configs/
 
 
 class TaskEntry(NamedTuple):
     about: str
-    config: str  # module:class of its keys
-    make: str  # module:name, what makes a Task from the config
-    file: str  # the config where none is named
+    config: str  # module:class of the config
+    make: str  # module:name of a class or function that creates the task from the config
+    file: str  # default config file
 
 
 TASKS = {
