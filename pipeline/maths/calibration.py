@@ -1,11 +1,11 @@
-"""Calibration of a trained model: a scale, a shift or a temperature of its logits, fitted on rows not trained on.
+"""Calibration of a trained model: scale and shift, or temperature, of its logits, fitted on held-out rows.
 
-Positive weights and focal losses distort the probabilities but not the ranking. Platt (1999, "Probabilistic outputs
+Positive weights and focal losses distort the probabilities, but hardly the ranking. Platt (1999, "Probabilistic outputs
 for support vector machines") corrects a score z to sigmoid(scale * z + shift) by maximum likelihood; Guo et al. (2017,
-"On calibration of modern neural networks", section 4.2) divide the logits of a softmax by one temperature. Here the
-log of a scale or temperature also has the prior N(0, PRIOR_SD^2), which keeps it near 1 when there are few rows.
+"On calibration of modern neural networks", section 4.2) divide the logits of a softmax by a temperature. Here the log
+of a scale or temperature also has the prior N(0, PRIOR_SD^2), which keeps it near 1 if there are few rows.
 
-Losses are sums over rows, in nats; logits and shifts are log odds; all is computed in float64. Shapes: N = rows,
+Losses are sums over rows, in nats. Logits and shifts are log odds. All computations use float64. Shapes: N = rows,
 C = classes, P = fitted parameters.
 """
 
@@ -18,30 +18,30 @@ from torch import Tensor
 
 from pipeline.maths.losses import binary_cross_entropy, log_probability, product
 
-PRIOR_SD = 0.25  # of the log of a scale or temperature
-TOLERANCE = 1e-18  # squared distance to the optimum, in standard errors
+PRIOR_SD = 0.25  # standard deviation of the prior on the log of a scale or temperature
+TOLERANCE = 1e-18  # stop below this squared distance to the optimum, in standard errors
 MOST_STEPS, MOST_HALVINGS = 100, 60
-ROUNDING = 1e-14  # of a loss, as a share of it
-LEAST_CURVATURE = 1e-9  # keeps the system solvable where probabilities are 0 or 1 up to rounding
+ROUNDING = 1e-14  # relative rounding error of a loss
+LEAST_CURVATURE = 1e-9  # added to the diagonal, to keep the system solvable if all probabilities round to 0 or 1
 
 Fitted = Mapping[str, Mapping[str, float]]  # head -> parameter -> value; empty = not calibrated
 
 
 class Affine(NamedTuple):
-    """The calibrated logit is scale * logit + shift."""
+    """Calibration of a logit: scale * logit + shift."""
 
     scale: float
     shift: float
 
 
 def fit_funnel(z_ctr: Tensor, z_cvr: Tensor, click: Tensor, conversion: Tensor) -> tuple[Affine, Affine] | None:
-    """The calibration of the click's logit and of the conversion's given a click.
+    """Fit the calibration of the logit of a click, and of the logit of a conversion given a click.
 
-    It minimises the cross-entropy of the click plus that of click and conversion together (p_ctcvr = p_ctr * p_cvr,
-    Ma et al. 2018, equation 1) plus log(scale)^2 / (2 PRIOR_SD^2) of each head. None where that has no minimum:
-    without a click, a row that was not clicked, a conversion, or a click that did not convert.
+    Minimises the cross-entropy of the click plus that of click and conversion together (p_ctcvr = p_ctr * p_cvr, Ma et
+    al. 2018, equation 1) plus log(scale)^2 / (2 PRIOR_SD^2) for each head. Returns None if there is no minimum: that
+    requires rows without a click, clicks without a conversion, and conversions.
 
-    z_ctr, z_cvr: [N] logits. click, conversion: [N], 0 or 1; a conversion is a click too.
+    z_ctr, z_cvr: [N] logits. click, conversion: [N], 0 or 1; rows with a conversion also have a click.
 
     Raises:
         ValueError: a logit is NaN or infinite.
@@ -53,17 +53,18 @@ def fit_funnel(z_ctr: Tensor, z_cvr: Tensor, click: Tensor, conversion: Tensor) 
     click, conversion, ones = click.double(), conversion.double(), torch.ones_like(z[0])
 
     def at(x: Tensor) -> _Point:
-        """`x`: log scale and shift of the click, then of the conversion."""
+        """Loss and derivatives at `x`: log scale and shift of the click, then of the conversion."""
         logs, shifts = x[::2], x[1::2]
         scaled = z * logs.exp()[:, None]
         ctr, cvr = map(log_probability, scaled + shifts[:, None])
         both = product(ctr, cvr)
         loss = binary_cross_entropy(ctr, click) + binary_cross_entropy(both, conversion)
-        # of the loss by the calibrated logits: its gradient, and its expected curvature as products of square roots
+        # slope: gradient of the loss by the calibrated logits; of_both, of_click: square roots of the expected
+        # curvature (Fisher information) of the two terms of the loss
         ratio = (torch.stack([ctr.log_1mp, cvr.log_1mp]) - both.log_1mp).exp()
         slope = (both.log_p.exp() - conversion) * ratio
         slope[0] += ctr.log_p.exp() - click
-        design = torch.stack([scaled[0], ones, scaled[1], ones])  # of the calibrated logits by x
+        design = torch.stack([scaled[0], ones, scaled[1], ones])  # derivatives of the calibrated logits by x
         of_both = design * (_deviation(both) * ratio).repeat_interleave(2, 0)
         of_click = design[:2] * _deviation(ctr)
         curvature = of_both @ of_both.T
@@ -71,7 +72,7 @@ def fit_funnel(z_ctr: Tensor, z_cvr: Tensor, click: Tensor, conversion: Tensor) 
         gradient = (design * slope.repeat_interleave(2, 0)).sum(1)
         return _with_prior(_Point(loss.sum(), gradient, curvature), x, slice(0, None, 2))
 
-    # start at the mean rates: the loss is flat where probabilities are 1 up to rounding
+    # start at the mean rates, because the loss is flat where probabilities round to 1
     rates = torch.tensor([clicks / rows, conversions / clicks], dtype=torch.float64)
     start = torch.stack([torch.zeros(2), torch.logit(rates) - z.mean(1)], 1).flatten()
     x = _minimise(at, start).tolist()
@@ -79,9 +80,9 @@ def fit_funnel(z_ctr: Tensor, z_cvr: Tensor, click: Tensor, conversion: Tensor) 
 
 
 def fit_temperature(logits: Tensor, label: Tensor) -> float:
-    """The temperature T at which softmax(logits / T) has the least cross-entropy plus log(T)^2 / (2 PRIOR_SD^2).
+    """Fit the temperature T that minimises the cross-entropy of softmax(logits / T) plus log(T)^2 / (2 PRIOR_SD^2).
 
-    logits: [N, C]; label: [N], the index of the class. Without rows: 1.
+    logits: [N, C]; label: [N], index of the class. Returns 1 if there are no rows.
 
     Raises:
         ValueError: a logit is NaN or infinite.
@@ -109,7 +110,7 @@ def rescaled(logits: Tensor, fitted: Fitted, heads: Sequence[str]) -> Tensor:
 
 
 class _Point(NamedTuple):
-    """A loss with its derivatives at some values of the parameters."""
+    """A loss with its derivatives at one point of the parameter space."""
 
     value: Tensor  # 0-d
     gradient: Tensor  # [P]
@@ -117,14 +118,14 @@ class _Point(NamedTuple):
 
 
 def _with_prior(point: _Point, x: Tensor, logs: slice) -> _Point:
-    """Add the prior on the parameters `logs`."""
+    """Add the prior on the logarithms of scales or temperatures, the parameters `x[logs]`."""
     point.gradient[logs] += x[logs] / PRIOR_SD**2
     point.curvature.diagonal()[logs] += 1 / PRIOR_SD**2
     return point._replace(value=point.value + x[logs].square().sum() / (2 * PRIOR_SD**2))
 
 
 def _deviation(event: tuple[Tensor, Tensor]) -> Tensor:
-    """sqrt(p (1 - p)) of an event with log p and log(1 - p)."""
+    """Standard deviation sqrt(p (1 - p)) of an event, from (log p, log(1 - p))."""
     return (0.5 * (event[0] + event[1])).exp()
 
 
@@ -135,7 +136,7 @@ def _finite(logits: Tensor) -> Tensor:
 
 
 def _minimise(at: Callable[[Tensor], _Point], x: Tensor) -> Tensor:
-    """Fisher scoring (Newton's method with the expected curvature); a step that raises the loss is halved."""
+    """Minimise by Fisher scoring (Newton's method with the expected curvature), halving steps that raise the loss."""
     here = at(x)
     for _ in range(MOST_STEPS):
         damped = here.curvature + LEAST_CURVATURE * torch.eye(len(x), dtype=x.dtype)

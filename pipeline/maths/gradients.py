@@ -1,7 +1,7 @@
-"""Gradients of the parts of a loss at shared weights, with their norms and angles.
+"""Gradients of loss components at shared weights, with their norms and angles.
 
-Measured on the graph of a step before its backward pass, without a second forward pass, random numbers or changes to
-`grad`: the training is the same bit for bit.
+They are computed on the graph of a step before its backward pass, without another forward pass, random numbers or
+changes to `grad`, so that training is the same bit for bit with and without them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -9,28 +9,28 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-PREFIX = "influence/"  # of metric names
+PREFIX = "influence/"  # prefix of metric names
 
 
 def gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """Gradient of a scalar loss at each parameter, zeros where it does not depend on it. The graph is retained."""
+    """Gradient of a scalar loss for each parameter; zeros if the loss does not depend on it. The graph is retained."""
     return list(torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True))
 
 
 def flat(tensors: Iterable[Tensor]) -> Tensor:
-    """Concatenate the tensors to one vector."""
+    """Flatten the tensors and concatenate them to one vector."""
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def norm(gradient: Tensor) -> Tensor:
-    """Euclidean length of a vector, 0-d."""
+    """Euclidean norm of a vector, 0-d."""
     length: Tensor = torch.linalg.vector_norm(gradient)
     return length
 
 
 def cosine(one: Tensor, other: Tensor) -> Tensor:
-    """Cosine of the angle between two vectors, 0-d, between -1 and 1; NaN where one of them is 0.
+    """Cosine of the angle between two gradients, 0-d, between -1 and 1; NaN if one of them is 0.
 
-    1: a step along either lowers both losses; -1: what lowers one raises the other.
+    1: a step that lowers one loss also lowers the other; -1: a step that lowers one loss raises the other.
     """
     return torch.dot(one / norm(one), other / norm(other)).clamp(-1, 1)

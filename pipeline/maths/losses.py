@@ -1,6 +1,6 @@
-"""Losses as pure functions of tensors. They return values per element; the caller takes the mean.
+"""Losses as pure functions of tensors. Most return one value per element, of which the caller takes the mean.
 
-Shapes: B = rows of a batch. Logits, labels and results are [B] unless said otherwise.
+Shapes: B = rows of a batch. Logits, labels and results are [B] unless stated otherwise.
 """
 
 import math
@@ -15,7 +15,7 @@ LOG_HALF = -math.log(2)
 
 
 class LogProbability(NamedTuple):
-    """log p and log(1 - p) of one event, each exact where the other is tiny."""
+    """log p and log(1 - p) of an event. Both are accurate even if p is near 0 or 1."""
 
     log_p: Tensor
     log_1mp: Tensor
@@ -24,27 +24,28 @@ class LogProbability(NamedTuple):
 def log_probability(z: Tensor) -> LogProbability:
     """log p and log(1 - p) of p = sigmoid(z).
 
-    torch's binary_cross_entropy_with_logits adds z to log(1 + exp(-z)), which cancels where the loss is small: 7% off
-    at z = -12 for a negative in fp32.
+    torch's binary_cross_entropy_with_logits adds z to log(1 + exp(-z)), which is inaccurate if the two nearly cancel:
+    the loss of a negative at z = -12 is off by 7% in fp32.
     """
     return LogProbability(logsigmoid(z), logsigmoid(-z))
 
 
 def product_log_probability(z_ctr: Tensor, z_cvr: Tensor) -> LogProbability:
-    """The funnel's p_ctcvr = sigmoid(z_ctr) * sigmoid(z_cvr) (ESMM, Ma et al. 2018, equation 1) in log space."""
+    """p_ctcvr = sigmoid(z_ctr) * sigmoid(z_cvr) (ESMM, Ma et al. 2018, equation 1), in log space."""
     return product(log_probability(z_ctr), log_probability(z_cvr))
 
 
 def product(ctr: LogProbability, cvr: LogProbability) -> LogProbability:
-    """Both of two events, the second conditional on the first.
+    """Probability p = ab that two events both occur, where b is the probability of the second given the first.
 
-    log(1 - p) needs two forms. For p < 1/2 it is log1p(-p). Otherwise 1 - p cancels, but 1 - ab = (1 - a) + a(1 - b)
-    does not: log-add-exp of its two terms. Clamping log p away from 0 would lose the gradient: it is 1/2 at
-    z_ctr = z_cvr = 20.
+    log(1 - p) is computed in two ways. For p < 1/2 it is log1p(-p). For larger p this would lose precision, so the
+    terms of 1 - ab = (1 - a) + a(1 - b) are added in log space. Clamping log p away from 0 instead would lose the
+    gradient, which is 1/2 at z_ctr = z_cvr = 20.
     """
     log_p = ctr.log_p + cvr.log_p
     unlikely = log_p < LOG_HALF
-    # The branch not taken must not see log p = 0: its infinite derivative times zero would be NaN.
+    # torch.where also differentiates the branch that it does not select. At log p = 0 that derivative is infinite, and
+    # multiplied by zero it would be NaN.
     log1p_form = torch.log1p(-torch.exp(torch.where(unlikely, log_p, LOG_HALF)))
     sum_form = torch.logaddexp(ctr.log_1mp, ctr.log_p + cvr.log_1mp)
     return LogProbability(log_p, torch.where(unlikely, log1p_form, sum_form))
@@ -64,9 +65,9 @@ def binary_focal(
 ) -> Tensor:
     """(1 - p_t)^gamma times cross-entropy (Lin et al. 2017, equations 4 and 5), in nats.
 
-    p_t is p where the label is 1 and 1 - p where it is 0. `alpha` weighs positives by alpha and negatives by
-    1 - alpha. With `detach_weight` the factor is a weight and carries no gradient of its own. `gamma` is at most 100
-    (further on, products with it overflow in fp16).
+    p_t is p if the label is 1, and 1 - p if it is 0. `alpha` is the weight of positives; negatives have 1 - alpha.
+    With `detach_weight`, no gradient flows through the factor (1 - p_t)^gamma. `gamma` must be at most 100, because
+    larger values overflow in fp16.
     """
     log_pt = torch.where(label > 0.5, probability.log_p, probability.log_1mp)
     factor = binary_focal_factor(probability, label, gamma)
@@ -80,25 +81,28 @@ def binary_focal(
 def binary_focal_factor(probability: LogProbability, label: Tensor, gamma: float) -> Tensor:
     """(1 - p_t)^gamma: near 1 for misclassified rows, near 0 for confident correct ones."""
     log_1mpt = torch.where(label > 0.5, probability.log_1mp, probability.log_p)
-    return torch.exp(gamma * log_1mpt)  # finite with finite gradient for every gamma >= 0, unlike a power
+    return torch.exp(gamma * log_1mpt)  # unlike a power, finite with a finite gradient for every gamma >= 0
 
 
 def clicked_cross_entropy(cvr: LogProbability, click: Tensor, conversion: Tensor) -> Tensor:
-    """Cross-entropy of the conversion on clicked rows, exactly 0 with zero gradient on all others."""
+    """Cross-entropy of the conversion on clicked rows; exactly 0, with zero gradient, on other rows."""
     return click * binary_cross_entropy(cvr, conversion)
 
 
 def gate_entropy_deficit(gates: Tensor) -> Tensor:
-    """log E - H(gate), in nats, mean over tasks: 0 where every expert has the same share. gates [B, T, E] -> [B]."""
+    """log E - H(gate), in nats, averaged over tasks; 0 if all experts have the same share. gates [B, T, E] -> [B].
+
+    T = tasks, E = experts.
+    """
     entropy = -(gates * torch.log(gates.clamp_min(torch.finfo(gates.dtype).tiny))).sum(-1)
     return (math.log(gates.shape[-1]) - entropy).mean(-1)
 
 
 def gate_imbalance(gates: Tensor) -> Tensor:
-    """E * sum_e share_e^2 - 1, the squared coefficient of variation of the experts' shares over a batch.
+    """E * sum_e share_e^2 - 1, the squared coefficient of variation of the experts' shares of a batch.
 
-    (Shazeer et al. 2017, equation 7, for softmax gates.) Mean over tasks; 0 where every expert has the same share
-    of the batch. gates [B, T, E] -> scalar.
+    As in Shazeer et al. 2017, equation 7, but for softmax gates. Averaged over tasks; 0 if all experts have the same
+    share of the batch. gates [B, T, E] -> scalar.
     """
     return (gates.shape[-1] * gates.mean(0).square().sum(-1) - 1).mean()
 
@@ -108,9 +112,10 @@ def multi_label_focal(
 ) -> Tensor:
     """-alpha[y] (1 - p_t)^gamma log p_t of every labelled cell (Lin et al. 2017, equation 5, over a softmax), in nats.
 
-    logits: [..., C]. label: [...], the index of the class; anything outside 0..C-1 is an unlabelled cell, with
-    value and gradient exactly 0. alpha: a weight a class; None = ones. With gamma 0 and no alpha this is
-    cross-entropy. The factor carries its gradient. The caller divides the sum by the number of labelled cells.
+    logits: [..., C]. label: [...], index of the class; an index outside 0..C-1 marks an unlabelled cell, whose value
+    and gradient are exactly 0. alpha: one weight per class; None = ones. With gamma 0 and without alpha this is
+    cross-entropy. The gradient also flows through the factor (1 - p_t)^gamma. The caller divides the sum by the number
+    of labelled cells.
     """
     labelled, index, log_p = _labelled_cells(logits, label)
     value = -log_p.gather(-1, index).squeeze(-1)
@@ -129,14 +134,14 @@ def multi_label_focal_factor(logits: Tensor, label: Tensor, gamma: float) -> Ten
 
 
 def _labelled_cells(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mask of labelled cells [...], class index [..., 1] (arbitrary for unlabelled cells), and log softmax [..., C]."""
+    """Mask of labelled cells [...], class index [..., 1] (any class for unlabelled cells), and log softmax [..., C]."""
     classes = logits.shape[-1]
     labelled = (label >= 0) & (label < classes)
     index = label.clamp(0, classes - 1).long().unsqueeze(-1)
-    # logits of unlabelled cells are replaced first, so that not even a NaN leaks
+    # replace the logits of unlabelled cells first, so that a NaN among them does not reach the loss or the gradient
     return labelled, index, torch.log_softmax(torch.where(labelled.unsqueeze(-1), logits, 0.0), -1)
 
 
 def _softmax_focal_factor(log_p: Tensor, index: Tensor, gamma: float) -> Tensor:
     others = log_p.scatter(-1, index, -torch.inf)
-    return torch.exp(gamma * torch.logsumexp(others, -1))  # log(1 - p_t): exact where p_t is near 1
+    return torch.exp(gamma * torch.logsumexp(others, -1))  # this log(1 - p_t) is accurate if p_t is near 1

@@ -1,6 +1,6 @@
 """Evaluation metrics of binary events, as pure functions of NumPy arrays.
 
-Rank metrics come from one sort of the scores with their labels. N = rows, G = distinct scores.
+Rank metrics are computed from a single sort of the scores with their labels. N = rows, G = distinct scores.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ BINS = 10
 def binary_metrics(label: Array, log_p: Array, log_1mp: Array) -> dict[str, float]:
     """auc, pr_auc, logloss (nats), ece and calibration of one event.
 
-    `calibration` is predicted over observed events. Metrics that need both classes are left out where there is one.
+    `calibration` is the number of predicted events divided by that of observed events. Undefined metrics are left out.
     label (0 or 1), log_p, log_1mp: [N].
 
     Raises:
@@ -26,7 +26,7 @@ def binary_metrics(label: Array, log_p: Array, log_1mp: Array) -> dict[str, floa
         return {}
     event = label > 0
     events = int(np.count_nonzero(event))
-    ranked = _ranked(event, log_p)  # by log p: tiny probabilities stay apart
+    ranked = _ranked(event, log_p)  # log p distinguishes probabilities that round to 0
     probability = np.exp(ranked.score)
     metrics = {
         "logloss": float(-np.mean(np.where(event, log_p, log_1mp))),
@@ -42,11 +42,10 @@ def binary_metrics(label: Array, log_p: Array, log_1mp: Array) -> dict[str, floa
 
 
 def auc(label: Array, score: Array) -> float:
-    """Area under the ROC curve: how often a row of class 1 has a higher score than one of class 0, ties half.
+    """Area under the ROC curve: share of pairs in which the row of class 1 has the higher score; ties count half.
 
-    The Mann-Whitney U over the number of pairs (Hanley and McNeil 1982), counted in integers: exact up to the last
-    division.
-    label (0 or 1), score: [N].
+    This is the Mann-Whitney U divided by the number of pairs (Hanley and McNeil 1982). It is computed in integers, so
+    that only the final division rounds. label (0 or 1), score: [N].
 
     Raises:
         ValueError: a class is missing, or a score is NaN or infinite.
@@ -58,17 +57,17 @@ def auc(label: Array, score: Array) -> float:
 
 
 def expected_calibration_error(label: Array, probability: Array, bins: int = BINS) -> float:
-    """Mean |predicted - observed| over bins of equally many rows, by predicted probability, weighted by their rows.
+    """Mean |predicted - observed| over quantile bins of the predicted probability, weighted by their numbers of rows.
 
-    Quantile bins, since equal-width bins (Guo et al. 2017, equation 3) would put a rare event into one bin.
+    With bins of equal width (Guo et al. 2017, equation 3), nearly all rows of a rare event would be in one bin.
     """
     return _calibration_error(*calibration_bins(label, probability, bins))
 
 
 def calibration_bins(label: Array, probability: Array, bins: int = BINS) -> tuple[Array, Array, Array]:
-    """(mean predicted, mean observed, rows) of each bin of equally many rows, by predicted probability.
+    """Mean prediction, mean observation and number of rows of each quantile bin of the predicted probability.
 
-    Rows with equal predictions each count with the mean of their labels, so that their order does not matter.
+    The labels of rows with equal predictions are replaced with their mean, so that the order of rows does not matter.
     """
     return _bins(_ranked(label > 0, probability), bins)
 
@@ -83,15 +82,16 @@ class _Ranked(NamedTuple):
 class _Groups(NamedTuple):
     """Rows with the same score, by ascending score."""
 
-    end: Counts  # [G], rows up to and with the group
-    events: Counts  # [G], events up to and with the group
+    end: Counts  # [G], cumulative number of rows, including the group's
+    events: Counts  # [G], cumulative number of events, including the group's
 
 
 def _ranked(event: npt.NDArray[np.bool_], score: Array) -> _Ranked:
     """Sort the rows by ascending score.
 
-    The bits of floats of one sign sort like the floats. The label replaces the sign bit, so that one sort of integers
-    does in a quarter of the time of `argsort`. Probabilities and log probabilities have one sign.
+    If all scores have the same sign, as probabilities and log probabilities do, their bits sort like the scores. The
+    sign bit is then dropped and the label becomes the lowest bit, so that scores and labels are sorted together as
+    integers, in a quarter of the time of `argsort`.
     """
     score = np.asarray(score, np.float64)
     bits = score.view(np.uint64)
@@ -107,7 +107,7 @@ def _ranked(event: npt.NDArray[np.bool_], score: Array) -> _Ranked:
 
 
 def _ascending(event: npt.NDArray[np.bool_], score: Array) -> _Ranked:
-    """Sort rows that ascend up to rounding."""
+    """Sort rows whose scores are ascending apart from rounding errors."""
     return _ranked(event, score) if (score[1:] < score[:-1]).any() else _Ranked(event, score)
 
 
@@ -127,12 +127,12 @@ def _area_under_roc(groups: _Groups) -> float:
     events = np.diff(groups.events, prepend=0)
     others_below = groups.end - groups.events
     others = np.diff(others_below, prepend=0)
-    twice = int(np.sum(events * (2 * others_below - others)))  # twice U; fits into 64 bits for up to 4e9 rows
+    twice = int(np.sum(events * (2 * others_below - others)))  # twice U; fits into 64 bits up to 4e9 rows
     return twice / (2 * int(groups.events[-1]) * int(others_below[-1]))
 
 
 def _average_precision(groups: _Groups) -> float:
-    """Sum over thresholds of the increase in recall times precision."""
+    """Sum over thresholds of precision times the increase in recall."""
     all_events, rows = groups.events[-1], groups.end[-1]
     true_positives = all_events - np.append(0, groups.events[:-1])  # with this score or a higher one
     predicted_positives = rows - np.append(0, groups.end[:-1])
@@ -142,7 +142,7 @@ def _average_precision(groups: _Groups) -> float:
 def _bins(ranked: _Ranked, bins: int) -> tuple[Array, Array, Array]:
     end, events = _groups(ranked)
     size = np.diff(end, prepend=0)
-    shared = np.repeat(np.diff(events, prepend=0) / size, size)  # mean label of the rows with the same score
+    shared = np.repeat(np.diff(events, prepend=0) / size, size)  # mean label of rows with equal scores
     predicted = [part for part in np.array_split(ranked.score, bins) if len(part)]
     observed = np.array_split(shared, bins)[: len(predicted)]  # with fewer rows than bins the last bins are empty
     return _means(predicted), _means(observed), np.array([len(part) for part in predicted], dtype=np.float64)

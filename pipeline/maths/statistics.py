@@ -17,18 +17,18 @@ Verdict = Literal["better", "worse", "not distinguishable", "one seed: no verdic
 
 @dataclass(frozen=True)
 class Paired:
-    """Differences arm - baseline over n seeds, in the metric's unit. `None`: fewer than two seeds."""
+    """Paired differences arm - baseline over n seeds, in the metric's unit. Optional values are None if n < 2."""
 
     n: int
-    mean: float  # nan without a seed
-    sd: float | None  # of the differences, n - 1 in the denominator
-    low: float | None  # interval of the mean, for this arm alone: not adjusted for the number of arms
+    mean: float  # NaN if n is 0
+    sd: float | None  # standard deviation of the differences, n - 1 in the denominator
+    low: float | None  # confidence interval of the mean, not adjusted for the number of arms
     high: float | None
-    p: float | None  # two-sided; without variance 1 where the mean is 0, otherwise 0
+    p: float | None  # two-sided; if all differences are equal: 1 if they are 0, else 0
 
 
 def paired(differences: Sequence[float], level: float = 0.95) -> Paired:
-    """Student's paired t test (1908) and its interval with coverage `level`.
+    """Student's paired t test (1908), with a confidence interval of the mean difference at confidence `level`.
 
     Raises:
         ValueError: a difference is NaN or infinite.
@@ -39,7 +39,7 @@ def paired(differences: Sequence[float], level: float = 0.95) -> Paired:
         raise ValueError(f"differences: found {values.tolist()}, allowed: finite numbers")
     if n < 2:
         return Paired(n, float(values[0]) if n else math.nan, None, None, None, None)
-    if values.min() == values.max():  # rounding of the mean must not leave a variance
+    if values.min() == values.max():  # otherwise rounding of the mean could give a variance
         mean = float(values[0])
         return Paired(n, mean, 0.0, mean, mean, 0.0 if mean else 1.0)
     unit = float(np.abs(values).max())  # avoids overflow and underflow of squares
@@ -52,7 +52,7 @@ def paired(differences: Sequence[float], level: float = 0.95) -> Paired:
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """P values adjusted for their number by Holm's step-down method (1979); `None` stays and does not count."""
+    """Adjust p values for multiple tests by Holm's step-down method (1979). None is kept and not counted as a test."""
     tested = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
     adjusted: list[float | None] = [None] * len(p_values)
     largest = 0.0
@@ -67,19 +67,20 @@ def minimum_detectable_difference(
 ) -> float | None:
     """Smallest true |mean difference| that n seeds detect with this power, in the unit of `sd`.
 
-    For the two-sided paired t test at level / arms, by the noncentral t distribution. Holm's first step tests at that
-    level and its later steps less strictly, so the result holds whatever the other arms show.
+    Computed with the noncentral t distribution for a two-sided paired t test at level / arms. Holm's first step tests
+    at that level and its later steps are less strict, so the power is reached whatever the results of other arms.
 
-    `sd`: of the differences arm - baseline, treated as exact. Estimated from few seeds it makes the result uncertain.
+    `sd`: standard deviation of the differences arm - baseline, treated as exact. If it is estimated from few seeds, the
+    result is uncertain.
 
-    Returns: None with fewer than two seeds or without an arm; 0 where `sd` is 0.
+    Returns: None with fewer than two seeds or without an arm; 0 if `sd` is 0.
     """
     if sd is None or n < 2 or arms < 1:
         return None
     critical = t.isf(level / arms / 2, n - 1)
 
     def missing(shift: float) -> float:
-        # the lower tail as the upper one of the mirrored distribution: nct.cdf is NaN far out in its lower tail
+        # compute the lower tail as the upper tail of the mirrored distribution: nct.cdf is NaN far in the lower tail
         return power - float(nct.sf(critical, n - 1, shift) + nct.sf(critical, n - 1, -shift))
 
     upper = 1.0
@@ -89,7 +90,7 @@ def minimum_detectable_difference(
 
 
 def verdict(mean: float, p_adjusted: float | None, higher_is_better: bool, level: float = 0.05) -> Verdict:
-    """Verdict on an arm. mean: of the differences from the baseline; p_adjusted: for the number of arms."""
+    """Verdict on an arm. mean: mean difference from the baseline; p_adjusted: p value adjusted for multiple tests."""
     if p_adjusted is None:
         return "one seed: no verdict"
     if p_adjusted > level:
@@ -98,17 +99,17 @@ def verdict(mean: float, p_adjusted: float | None, higher_is_better: bool, level
 
 
 def bootstrap_auc(label: npt.ArrayLike, scores: npt.ArrayLike, resamples: int = 200, seed: int = 0) -> Array:
-    """AUC of A models on resampled rows (Efron 1979): N rows with replacement, the same for every model.
+    """AUC of A models on bootstrap samples (Efron 1979) of N rows; all models are evaluated on the same samples.
 
-    Differences between models are paired by row. They show the effect of the choice of test rows on two trained models,
-    not that of another seed.
+    Differences between models are therefore paired by row. Their spread shows the effect of the choice of test rows on
+    the trained models, but not the effect of the training seed.
 
-    label: [N] of 0 and 1; scores: [A, N], of any scale; tied ones count half.
+    label: [N], 0 or 1; scores: [A, N], on any scale; ties count half.
 
-    Returns: [resamples, A]; NaN where a resample holds one class only.
+    Returns: [resamples, A]; NaN if a sample contains only one class.
 
     Raises:
-        ValueError: shapes that do not fit, a label other than 0 and 1, a score that is NaN.
+        ValueError: the shapes do not match, a label is not 0 or 1, or a score is NaN.
     """
     labels, values = np.asarray(label), np.asarray(scores, dtype=np.float64)
     if labels.ndim != 1 or values.ndim != 2 or values.shape[1] != len(labels):
@@ -127,21 +128,22 @@ def bootstrap_auc(label: npt.ArrayLike, scores: npt.ArrayLike, resamples: int = 
 
 
 def bootstrap_ratio(numerator: npt.ArrayLike, denominator: npt.ArrayLike, resamples: int = 200, seed: int = 0) -> Array:
-    """sum(numerator) / sum(denominator) of A models, on the resampled rows of `bootstrap_auc` with equal N and seed.
+    """sum(numerator) / sum(denominator) of A models on bootstrap samples of N rows.
 
-    Examples: micro F1 (2 hits over predicted + true, counted per row), a mean log loss.
+    Examples are micro F1 (per row: 2 * hits, and predicted + true) and mean log loss. For equal N and seed, the samples
+    are those of `bootstrap_auc`.
 
-    numerator, denominator: [A, N]. Returns: [resamples, A]; NaN where a denominator sums to 0.
+    numerator, denominator: [A, N]. Returns: [resamples, A]; NaN if the denominators sum to 0.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: the shapes do not match.
     """
     above, below = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
     if above.ndim != 2 or above.shape != below.shape:
         raise ValueError(f"numerator, denominator: found shapes {above.shape}, {below.shape}, allowed: [A, N] twice")
     ratios = np.full((resamples, len(above)), np.nan)
     for ratio, weights in zip(ratios, _row_weights(above.shape[1], resamples, seed), strict=True):
-        # a matrix product would round rows differently, but equal models must differ by exactly 0
+        # no matrix product, which could round equal rows differently: equal models must differ by exactly 0
         top = np.array([(row * weights).sum() for row in above])
         bottom = np.array([(row * weights).sum() for row in below])
         np.divide(top, bottom, out=ratio, where=bottom != 0)
@@ -149,7 +151,7 @@ def bootstrap_ratio(numerator: npt.ArrayLike, denominator: npt.ArrayLike, resamp
 
 
 def percentile_interval(values: npt.ArrayLike, level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of bootstrapped values [R] without NaN (Efron 1979); (NaN, NaN) without values."""
+    """Percentile interval (Efron 1979) of bootstrapped values [R], ignoring NaN; (NaN, NaN) if no value is left."""
     defined = np.asarray(values, dtype=np.float64)
     defined = defined[~np.isnan(defined)]
     if not len(defined):
@@ -159,7 +161,7 @@ def percentile_interval(values: npt.ArrayLike, level: float = 0.95) -> tuple[flo
 
 
 def _row_weights(rows: int, resamples: int, seed: int) -> Iterator[Array]:
-    """Yield for each resample how often each row is drawn: [rows]."""
+    """Yield how often each row is drawn, for one bootstrap sample after another: [rows]."""
     random = np.random.default_rng(seed)
     for _ in range(resamples):
         drawn = random.integers(rows, size=rows)
@@ -167,16 +169,17 @@ def _row_weights(rows: int, resamples: int, seed: int) -> Iterator[Array]:
 
 
 def _places(positive: Array, negative: Array) -> tuple[Places, Places]:
-    """Ranks of the rows among the K distinct scores of the positives.
+    """Ranks of all rows relative to the K distinct scores of the positives, which are numbered from 0.
 
-    A positive with the k-th score has rank 2k + 1, and so has a negative tied with it; a negative between two scores
-    has an even rank. Sorting happens once: AUC with any row weights is then a few sums over 2K + 1 ranks.
+    A positive with score k has rank 2k + 1, and so has a negative with an equal score. A negative between two of the
+    scores has an even rank. Sorting is needed only once: for any row weights, the AUC is then a few sums over 2K + 1
+    ranks.
     """
     distinct, rank = np.unique(positive, return_inverse=True)
     return 2 * rank + 1, np.searchsorted(distinct, negative, "left") + np.searchsorted(distinct, negative, "right")
 
 
 def _won(positive: Places, negative: Places, of_positive: Array, of_negative: Array) -> float:
-    """Weighted number of (positive, negative) pairs in the right order, ties half; exact for whole weights."""
+    """Weighted number of (positive, negative) pairs in the right order; ties count half. Exact for integer weights."""
     beaten = np.bincount(negative, weights=of_negative, minlength=positive.max() + 2)
     return float(of_positive @ (np.cumsum(beaten) - beaten / 2)[positive])
