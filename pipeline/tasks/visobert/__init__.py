@@ -1,1 +1,1 @@
-"""Multi-label aspect sentiment with a global-alpha focal loss."""
+"""The task `train_visobert`: multi-label aspect sentiment with a global-alpha focal loss."""

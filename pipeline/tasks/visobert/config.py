@@ -1,4 +1,4 @@
-"""The keys of `train_visobert` (configs/config_multi.yaml) and of `data_prep`."""
+"""Config classes of `train_visobert` (configs/config_multi.yaml) and `data_prep` (configs/data_prep.yaml)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -17,7 +17,7 @@ from pipeline.config.run_config import (
 from pipeline.config.strict_config import Config, Positive, Probability, with_default
 
 METRIC_WITHOUT_DETECTION = "valid/sentiment_f1_macro"
-EMBEDDED = "embedded"  # model.name and tokenizer of the small encoder, which need no download
+EMBEDDED = "embedded"  # value of model.name or tokenizer: the small ones that are trained here, without a download
 
 
 class EmbeddedReviewsConfig(Config):
@@ -28,7 +28,7 @@ class EmbeddedReviewsConfig(Config):
 
 
 class ReviewFormatConfig(Config):
-    """Review files: CSV, JSONL or Parquet, with one label column per aspect or one for all."""
+    """Format of review files: CSV, JSONL or Parquet, with one label column per aspect or one for all aspects."""
 
     text_column: str | None = Field(None, min_length=1)
     """column of the text; null = the first existing one of data, text, comment, review, content, sentence"""
@@ -49,13 +49,13 @@ class PrepDataConfig(ReviewFormatConfig):
     path: str | None = Field(None, min_length=1)
     """the training file (.csv, .jsonl, .parquet); null = the embedded reviews"""
     validation: str | None = Field(None, min_length=1)
-    """the validation file, for duplicates across splits; null = none"""
+    """the validation file, to find duplicates across splits; null = none"""
     test: str | None = Field(None, min_length=1)
-    """the test file, for duplicates across splits; null = none"""
+    """the test file, to find duplicates across splits; null = none"""
 
 
 class DataPrepConfig(Config):
-    """Reviews to sentiment distribution and alpha."""
+    """Config of `data_prep`: reviews to analyse, and where to write the results."""
 
     short: ClassVar[dict[str, str]] = {"data": "data.path"}
 
@@ -71,7 +71,7 @@ class DataPrepConfig(Config):
     tracking: TrackingSwitch = TrackingSwitch()
 
     def embedded(self) -> str | None:
-        """A note that the reviews are generated; None = they are the user's own."""
+        """Notice that the reviews are generated; None if the user supplied data."""
         return None if self.data.path else embedded_line(self.data.embedded.rows, "reviews", "data.path")
 
 
@@ -83,7 +83,7 @@ class TrainDataConfig(ReviewFormatConfig):
     test: str | None = Field(None, min_length=1)
     """the test file; null = no test"""
     validation_share: float = Field(0.1, gt=0, lt=1)
-    """share of the training file held out for validation if data.validation is null, by the hash of the text"""
+    """share of the training file held out for validation if data.validation is null, chosen by a hash of the text"""
     oversampling: Literal["none", "capped"] = "none"
     """capped: an epoch repeats training reviews of rare sentiments, each at most data.oversampling_ratio times"""
     oversampling_ratio: float = Field(3.0, ge=1)
@@ -97,7 +97,7 @@ class TrainDataConfig(ReviewFormatConfig):
 
 
 class EmbeddedModelConfig(Config):
-    """The small encoder, trained from scratch."""
+    """Config of the small encoder, which is trained from scratch."""
 
     vocabulary: int = Field(8000, ge=300)
     """entries of its tokenizer, which is trained on the training split"""
@@ -108,7 +108,7 @@ class EmbeddedModelConfig(Config):
     dropout: Probability = 0.2
     """dropout of channels of embeddings and layers"""
     token_dropout: Probability = 0.15
-    """share of the tokens that are hidden in training"""
+    """share of the tokens that are replaced with the mask token in training"""
 
 
 class ModelConfig(Config):
@@ -117,7 +117,7 @@ class ModelConfig(Config):
     revision: str | None = Field(None, min_length=1)
     """hub: branch, tag or commit; null = main"""
     init: Literal["pretrained", "random"] = "pretrained"
-    """hub or folder: pretrained = its weights, random = its architecture with new weights"""
+    """if model.name is a hub id or folder: pretrained = its weights, random = its architecture with new weights"""
     pooling: Literal["pooler", "cls", "aspect_attention"] = "aspect_attention"
     """features of the heads: the model's own pooler, the first token, or one attention per aspect over the text"""
     hidden: Positive | None = 512
@@ -125,12 +125,12 @@ class ModelConfig(Config):
     dropout: Probability = 0.1
     """dropout on the pooled features and after the dense layer. Default for the embedded model: 0.3"""
     aspect_detection: bool = True
-    """add a head for whether an aspect is mentioned at all; false: sentiments only"""
+    """add a head that detects whether an aspect is mentioned; false: sentiments only"""
     max_tokens: int = Field(256, ge=8)
     """longer texts are truncated to this many tokens"""
     embedded: EmbeddedModelConfig = EmbeddedModelConfig()
     calibrate: bool = True
-    """fit a temperature of each head on the validation split, for the logged model; changes no training"""
+    """fit a temperature for each head on the validation split, for the logged model; does not affect training"""
 
 
 def _refuse_flag(value: Any) -> Any:
@@ -148,7 +148,7 @@ class AspectLossConfig(Config):
     gamma: float = Field(2.0, ge=0, le=100)
     """focal: focusing exponent"""
     alpha: float | None = Field(None, ge=0, le=1)
-    """focal: weight of mentioned aspects, 1 - alpha of the others; null = no weights"""
+    """focal: weight of mentioned aspects (the others have 1 - alpha); null = no weights"""
 
 
 class MultiLabelConfig(Config):
@@ -159,7 +159,7 @@ class MultiLabelConfig(Config):
     focal_alpha: Literal["auto"] | tuple[Weight, Weight, Weight] | None = "auto"
     """weights of positive, negative, neutral; auto = total / (3 * count) of the training split; null = ones"""
     alpha_from: Literal["original", "oversampled"] = "original"
-    """auto alpha counts the training split as it is, or as data.oversampling repeats it"""
+    """auto alpha counts the training split before (original) or after (oversampled) data.oversampling"""
     lambda_sentiment: float = Field(1.0, ge=0)
     """weight of loss_sentiment in the total"""
     lambda_aspect: float = Field(2.0, ge=0)
@@ -178,11 +178,11 @@ class VisobertTrainingConfig(TrainingConfig):
     num_train_epochs: Positive = 15
     """passes over the training split"""
     batch_size: Positive = 64
-    """reviews of a micro-batch, at most"""
+    """maximum number of reviews in a micro-batch"""
     batch_tokens: Positive = 4096
-    """tokens of a micro-batch, padding included, at most (one review may exceed it)"""
+    """maximum number of tokens in a micro-batch, padding included (a single review may exceed it)"""
     clip_norm: float | None = Field(1.0, gt=0)
-    """clip the norm of the gradients, of encoder and head each, to this"""
+    """clip the gradient norms of encoder and head, each separately, to this"""
     amp: Literal["no", "bf16", "fp16"] = "bf16"
     """automatic mixed precision; losses stay fp32. Default for the embedded model: no"""
 
@@ -193,7 +193,7 @@ class EncoderOptimizerConfig(AdamConfig):
     weight_decay: float = Field(0.01, ge=0)
     """decoupled weight decay (AdamW, Loshchilov & Hutter 2019); none on biases and normalisation"""
     layer_decay: float = Field(0.9, gt=0, le=1)
-    """a layer's learning rate is this times that of the layer above it. Default for the embedded model: 1"""
+    """ratio of a layer's learning rate to that of the layer above it. Default for the embedded model: 1"""
 
 
 class HeadOptimizerConfig(AdamConfig):
@@ -218,10 +218,10 @@ class VisobertEvaluationConfig(EvaluationConfig):
     metric: str = Field("valid/pair_f1_micro", pattern=r"^valid/.+")
     """the validation metric that selects the best weights. Without aspect detection: valid/sentiment_f1_macro"""
     batch_size: Positive = 256
-    """reviews of an evaluation batch, at most"""
+    """maximum number of reviews in an evaluation batch"""
 
 
-# Defaults for model.name embedded: a small model that starts from new weights.
+# Defaults if model.name is embedded: the small model is trained from scratch.
 EMBEDDED_DEFAULTS: Mapping[str, Any] = {
     "model.hidden": None,
     "model.dropout": 0.3,
@@ -244,19 +244,19 @@ class VisobertConfig(RunConfig):
 
     data: TrainDataConfig = TrainDataConfig()
     data_prep_run: str | None = Field(None, min_length=1)
-    """id of a data_prep run of the same training file, whose alpha is used; null = alpha is computed here"""
+    """id of a data_prep run of the same training file, to use its alpha; null = compute alpha here"""
     model: ModelConfig = ModelConfig()
     multi_label: MultiLabelConfig = MultiLabelConfig()
     training: VisobertTrainingConfig = VisobertTrainingConfig()
     optim: VisobertOptimConfig = VisobertOptimConfig()
     evaluation: VisobertEvaluationConfig = VisobertEvaluationConfig()
     baselines: bool = True
-    """score the majority and TF-IDF with logistic regression on the same splits"""
+    """also score two baselines on the same splits: majority, and TF-IDF with logistic regression"""
 
     @model_validator(mode="before")
     @classmethod
     def _fill_defaults(cls, tree: Any) -> Any:
-        """Fill in the defaults of the embedded model, and of one without detection, for keys that are not set."""
+        """Set the missing keys whose defaults differ for the embedded model or without aspect detection."""
         block = tree.get("model")
         model: Mapping[str, Any] = block if isinstance(block, Mapping) else {}
         defaults = dict(EMBEDDED_DEFAULTS) if model.get("name") == EMBEDDED else {}

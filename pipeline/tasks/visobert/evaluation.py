@@ -1,4 +1,4 @@
-"""Metrics of a split, thresholds, calibration, and the report of a finished model."""
+"""Evaluation of a model: metrics of a split, thresholds, calibration, and the report of the finished model."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +27,7 @@ from pipeline.tasks.visobert.scoring.scores import known_scores, score, tuned_th
 
 
 class Evaluation:
-    """Evaluates a model on the run's splits."""
+    """Evaluates models on the splits of a run."""
 
     def __init__(self, config: VisobertConfig, data: ReviewData, objective: Objective) -> None:
         self.config, self.data, self.objective = config, data, objective
@@ -37,7 +37,7 @@ class Evaluation:
         self.calibration: Fitted = {}  # set by `calibrate`
 
     def evaluate(self, model: AspectSentimentModel, split: str, device: str) -> Mapping[str, float]:
-        """Metrics of a split; `valid` also tunes the model's thresholds, which are saved with its weights."""
+        """Metrics of a split. For `valid`, first tune the model's thresholds, which are saved with its weights."""
         reviews, output = self.reviews.by_name[split], self.predict(model, split, device)
         if split == "valid" and output.aspect is not None:
             probability = torch.sigmoid(output.aspect.double()).numpy()
@@ -57,7 +57,7 @@ class Evaluation:
     def known_metrics(self, split: str) -> Mapping[str, str]:
         detection, reviews = self.config.model.aspect_detection, self.reviews.by_name.get(split)
         labels = reviews.labels if reviews else None
-        missing = known_scores(labels, self.names, self.polar, detection)  # metric -> labels that it needs
+        missing = known_scores(labels, self.names, self.polar, detection)  # metric -> labels that are missing for it
         if self.config.baselines:
             missing |= {f"{name}_{baseline}": missing[name]
                         for name in BASELINE_METRICS if name in missing for baseline in BASELINES}  # fmt: skip
@@ -78,7 +78,7 @@ class Evaluation:
         return {f"{split}/{name}": reason for name, reason in reasons.items()}
 
     def calibrate(self, model: AspectSentimentModel, device: str) -> Fitted:
-        """Fit a temperature of each head on the validation split."""
+        """Fit a temperature for each head on the validation split."""
         self.calibration = {}
         if not self.config.model.calibrate:
             return {}
@@ -93,7 +93,7 @@ class Evaluation:
         return fitted
 
     def report(self, model: AspectSentimentModel, folder: Path, device: str) -> None:
-        """Write tables and pictures of the test split, or of validation if there is none."""
+        """Write tables and pictures of the test split; without a test split, of the validation split."""
         split, tracking = "test" if self.reviews.test is not None else "valid", self.config.tracking
         if not (tracking.log_report or tracking.log_rows):
             return
@@ -107,7 +107,7 @@ class Evaluation:
                 write_pair_rows(folder, reviews, predictions)
 
     def predict(self, model: AspectSentimentModel, split: str, device: str) -> Output:
-        """Logits of all rows, on the CPU in fp32; processes share the rows."""
+        """Logits of all rows of a split, on the CPU in fp32; the rows are distributed over the ranks."""
         table = self.data.table(split)
         size, budget = self.config.evaluation.batch_size, self.config.training.batch_tokens
         with autocast(self.config.training.amp, device):
@@ -122,7 +122,7 @@ class Evaluation:
         return Predictions(output, thresholds, self.reviews.train.aspects, self.polar, self.calibration)
 
     def _log_losses(self, output: Output, labels: Tensor) -> dict[str, float]:
-        """Unweighted cross-entropy of each head, and of its calibrated probabilities."""
+        """Unweighted cross-entropy of each head, before and after calibration."""
         metrics = {}
         for head, (logits, classes) in _judged_cells(output, labels).items():
             metrics[f"logloss_{head}"] = cross_entropy(logits, classes).item()
@@ -133,16 +133,20 @@ class Evaluation:
 
 
 def _judged_cells(output: Output, labels: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Logits [N, C] in float64 and classes [N] of the cells with a label for each head; heads without any left out."""
+    """For each head, logits [N, C] in float64 and classes [N] of the N cells that it is judged on.
+
+    The sentiment head is judged on cells with a sentiment, the aspect head on cells that are not unknown. Heads without
+    such cells are left out.
+    """
     with_sentiment, known = (labels >= 0) & (labels < len(SENTIMENTS)), labels != UNKNOWN
     cells = {"sentiment": (output.sentiment[with_sentiment].double(), labels[with_sentiment].long())}
     if output.aspect is not None:
         mentioned = output.aspect[known].double()
-        logits = torch.stack([torch.zeros_like(mentioned), mentioned], -1)  # sigmoid(z) as a softmax
+        logits = torch.stack([torch.zeros_like(mentioned), mentioned], -1)  # sigmoid as a softmax of two logits
         cells["aspect"] = logits, (labels[known] > NOT_MENTIONED).long()
     return {head: (logits, classes) for head, (logits, classes) in cells.items() if len(classes)}
 
 
 def _has_cells(head: str, labels: npt.NDArray[np.int8] | None) -> bool:
-    """Whether a head has cells to be judged on."""
+    """Return True if there are cells on which the head is judged, see `_judged_cells`."""
     return labels is not None and bool((labelled(labels) if head == "sentiment" else labels != UNKNOWN).any())

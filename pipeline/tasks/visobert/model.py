@@ -1,6 +1,6 @@
 """The model: encoder, pooling and heads, from token ids to the logits of every aspect.
 
-Shapes: B = reviews, L = tokens of the longest, H = width of the encoder, A = aspects.
+Shapes: B = reviews, L = tokens of the longest review, H = width of the encoder, A = aspects.
 """
 
 import math
@@ -26,18 +26,18 @@ class Output(NamedTuple):
     """Logits of both heads."""
 
     sentiment: Tensor  # [B, A, 3]
-    aspect: Tensor | None = None  # [B, A], of being mentioned; None without aspect detection
+    aspect: Tensor | None = None  # [B, A], logit of a mention; None without aspect detection
 
     @property
     def parts(self) -> list[Tensor]:
-        """The logits without None."""
+        """The logits of the heads that the model has."""
         return [part for part in self if part is not None]
 
 
 class AspectSentimentModel(nn.Module):
-    """An encoder, pooling, and a head each for sentiments and for mentions."""
+    """An encoder, pooling, a head for sentiments, and a head for mentions if aspects are detected."""
 
-    thresholds: Tensor  # [A], minimum probability of a mention; saved with the weights
+    thresholds: Tensor  # [A], probability from which an aspect counts as mentioned; saved with the weights
 
     def __init__(self, encoder: EmbeddedEncoder | PretrainedEncoder, aspects: int, config: ModelConfig) -> None:
         super().__init__()
@@ -63,30 +63,31 @@ class AspectSentimentModel(nn.Module):
         return Output(self.heads["sentiment"](features), aspect)
 
     def start_from(self, rates: Tensor) -> None:
-        """Initialise detection with the rates of mentions. rates: [A], above 0 and below 1"""
+        """Initialise the bias of aspect detection with the share of mentions. rates: [A], above 0 and below 1"""
         if self.detects:
             bias = cast(nn.Parameter, self.heads["aspect"].bias)
             bias.data.copy_(torch.logit(rates).view_as(bias))
 
     @property
     def detects(self) -> bool:
-        """Whether there is a head for mentions."""
+        """True if the model has a head for mentions."""
         return "aspect" in self.heads
 
     def _pool(self, encoded: Encoded, mask: Tensor) -> Tensor:
-        """[B, H] for all aspects together, or [B, A, H] with one attention per aspect."""
+        """Pool the encoder's output: [B, H] shared by the aspects, or [B, A, H] with one attention per aspect."""
         if self.pooling == "pooler":
             assert encoded.pooled is not None
             return encoded.pooled
         if self.pooling == "cls":
             return encoded.hidden[:, 0]
         scores = (encoded.hidden @ self.queries.T).float()  # [B, L, A]
-        scores = scores.masked_fill(~mask.unsqueeze(-1), torch.finfo(scores.dtype).min)  # finite: a text may be empty
+        # masked with the minimum instead of -inf, because softmax of -inf alone (an empty text) would be NaN
+        scores = scores.masked_fill(~mask.unsqueeze(-1), torch.finfo(scores.dtype).min)
         return softmax(scores, dim=1).to(encoded.hidden.dtype).transpose(1, 2) @ encoded.hidden
 
 
 class SharedLinear(nn.Module):
-    """[B, H] -> [B, A, outputs]: one linear layer on features that the aspects share."""
+    """One linear layer on features that all aspects share: [B, H] -> [B, A, outputs]."""
 
     def __init__(self, width: int, aspects: int, outputs: int) -> None:
         super().__init__()
@@ -101,7 +102,7 @@ class SharedLinear(nn.Module):
 
 
 class AspectLinear(nn.Module):
-    """[B, A, H] -> [B, A, outputs]: one linear layer per aspect."""
+    """One linear layer per aspect: [B, A, H] -> [B, A, outputs]."""
 
     def __init__(self, width: int, aspects: int, outputs: int) -> None:
         super().__init__()
@@ -116,12 +117,12 @@ class AspectLinear(nn.Module):
 def build_model(
     config: ModelConfig, aspects: int, tokenizer: Tokenizer, *, weights: bool, warn: Callable[[str], object] = print
 ) -> AspectSentimentModel:
-    """A model for the tokenizer's ids. `weights` false: no pretrained weights are loaded.
+    """Build a model for the ids of the tokenizer. `weights` false: do not load pretrained weights.
 
-    `warn`: a parameter, because logged models are packaged without the console.
+    `warn` is a parameter because logged models are packaged without the console module.
 
     Raises:
-        UserError: the model's files are missing, or do not fit each other or the config.
+        UserError: the model's files are missing, or do not match each other or the config.
     """
     if config.name != EMBEDDED:
         pretrained = load_encoder(config, tokenizer.size, weights=weights, warn=warn)
@@ -133,10 +134,10 @@ def build_model(
 
 
 def layers_from_the_top(encoder: nn.Module) -> dict[int, NamedParameters]:
-    """The encoder's parameters by their distance from the last layer.
+    """Group the encoder's parameters by their layer's distance from the last layer.
 
-    Parameters without a layer number in their name are below all layers (embeddings) or with the last one (a pooler, a
-    final normalisation).
+    Parameters without a layer number in their name count as below the first layer if they are embeddings, otherwise as
+    part of the last layer (pooler, final normalisation).
     """
     numbers = {name: re.search(r"\.(\d+)\.", f".{name}.") for name, _ in encoder.named_parameters()}
     last = max((int(number[1]) for number in numbers.values() if number), default=-1)

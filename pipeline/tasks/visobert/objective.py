@@ -1,4 +1,4 @@
-"""The named losses, from the model's output to the total that is differentiated."""
+"""The named losses of the task and their weighted total."""
 
 from collections.abc import Mapping
 
@@ -22,29 +22,29 @@ COMPONENTS = ("loss_sentiment", "loss_aspect")
 
 
 class Objective:
-    """The losses of both heads: sentiments over labelled cells, mentions over known ones."""
+    """Losses of both heads: of sentiments over labelled cells, of mentions over all cells that are not unknown."""
 
     def __init__(self, config: VisobertConfig, alpha: tuple[float, float, float]) -> None:
         self.loss, self.tracking, self.alpha = config.multi_label, config.tracking, alpha
 
     def counts(self, labels: Tensor) -> dict[str, Tensor]:
-        """Cells of each sentiment, labelled cells and known ones. labels: [B, A]"""
+        """Count the cells of each sentiment, labelled cells, and cells that are not unknown. labels: [B, A]"""
         counts = {name: (labels == code).sum() for code, name in enumerate(SENTIMENTS)}
         labelled = (labels >= 0) & (labels < len(SENTIMENTS))
         return counts | {"labelled": labelled.sum(), "known": (labels != UNKNOWN).sum()}
 
     def losses(self, output: Output, labels: Tensor, counts: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
-        """The terms, and at the steps of `tracking.probes` the focal factors. labels: [B, A]"""
+        """Losses as in `terms`; if `tracking.probes(step)`, also the mean focal factors. labels: [B, A]"""
         losses = self.terms(output, labels, counts)
         if self.tracking.probes(step) and self.loss.use_focal_loss:
-            # the mean (1 - p_t)^gamma over each sentiment's cells; 0/0 if there is none
+            # the mean of (1 - p_t)^gamma over the cells of each sentiment; NaN (0/0) if there are none
             factor = multi_label_focal_factor(output.sentiment.detach().float(), labels, self.loss.focal_gamma)
             losses |= {f"influence/focal_factor/{name}": (factor * (labels == code)).sum() / counts[name]
                        for code, name in enumerate(SENTIMENTS)}  # fmt: skip
         return losses
 
     def terms(self, output: Output, labels: Tensor, counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The loss of each head, and their weighted total. labels: [B, A]"""
+        """Loss of each head, and their weighted total. labels: [B, A]"""
         loss = self.loss
         gamma, alpha = (loss.focal_gamma, self.alpha) if loss.use_focal_loss else (0.0, None)
         values = multi_label_focal(output.sentiment.float(), labels, gamma, alpha)
@@ -61,7 +61,7 @@ class Objective:
         return terms | {TOTAL: total}
 
     def probe(self, model: AspectSentimentModel, losses: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Gradients of both heads' losses at the encoder's last layer."""
+        """Gradients of the losses of both heads at the encoder's last layer, as vectors."""
         last_layer = [weight for _, weight in layers_from_the_top(model.encoder)[0]]
         return {name: flat(gradients(losses[name], last_layer)) for name in COMPONENTS if name in losses}
 

@@ -1,4 +1,4 @@
-"""A logged aspect sentiment model: texts in, the sentiments of every aspect out."""
+"""Prediction with a logged model: from texts to the sentiment of every aspect."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -24,9 +24,9 @@ TOKENIZER_FOLDER, ENCODER_FOLDER = "tokenizer", "encoder"
 
 
 def load(folder: Path) -> Callable[..., pd.DataFrame]:
-    """The predictor in a folder that `VisobertTask.export` wrote: predict(texts, raw=False).
+    """Load the function `predict(texts, raw=False)` from a folder that `VisobertTask.export` wrote.
 
-    raw: probabilities without calibration.
+    raw: return probabilities without calibration.
     """
     config = load_config(VisobertConfig, folder / CONFIG_FILE)
     saved = json.loads((folder / ASPECTS_FILE).read_text(encoding="utf-8"))
@@ -51,10 +51,10 @@ def load(folder: Path) -> Callable[..., pd.DataFrame]:
 
 
 def text_column(texts: Any, name: str) -> pd.Series:
-    """The texts of a list, a Series, or the column `name` of a frame or of dicts.
+    """The texts in a list or Series, or in the column `name` of a DataFrame or of dicts.
 
     Raises:
-        UserError: the columns have other names, or there are several without names.
+        UserError: there is no column `name`, or there are several columns without names.
     """
     if isinstance(texts, pd.Series):
         return texts
@@ -71,7 +71,7 @@ def text_column(texts: Any, name: str) -> pd.Series:
         found = f"{len(columns)} columns without names" if unnamed else f"column {', '.join(map(repr, columns))}"
         raise UserError(f"texts: found {found}; allowed: column {name!r}, or a list of texts")
     if len(column) == 1 and isinstance(column.iloc[0], list | tuple | np.ndarray):
-        return pd.Series(list(column.iloc[0]), dtype=object)  # {"text": [...]}, as MLflow passes it on
+        return pd.Series(list(column.iloc[0]), dtype=object)  # MLflow passes {"text": [...]} as one row
     return column
 
 
@@ -93,7 +93,7 @@ def predict_logits(
     first: int = 0,
     last: int | None = None,
 ) -> Output:
-    """Logits of the table's rows from `first` to before `last`, in their order, on the CPU in fp32.
+    """Logits of the table's rows `first` to `last` (exclusive), in the table's order, on the CPU in fp32.
 
     The model must be in evaluation mode.
     """

@@ -1,4 +1,4 @@
-"""Aspect sentiment of reviews: what the training loop in `pipeline.training.loop` calls."""
+"""The task `train_visobert` as the training loop uses it: aspect sentiment of reviews."""
 
 import json
 import tempfile
@@ -43,7 +43,7 @@ EXAMPLE_LETTERS = 200
 
 
 def make_task(config: VisobertConfig) -> "VisobertTask":
-    """The task of `train_visobert`, with the alpha of a data_prep run if the config names one."""
+    """Create the task, with the alpha of a data_prep run if the config names one."""
     if config.data_prep_run is None or config.multi_label.focal_alpha != "auto":
         return VisobertTask(config)
     with tempfile.TemporaryDirectory() as folder:
@@ -57,7 +57,10 @@ class VisobertTask(Task[VisobertConfig]):
     data: ReviewData
 
     def __init__(self, config: VisobertConfig, alpha: Alpha | None = None, like: "VisobertTask | None" = None) -> None:
-        """Read the data, or share what `like` has read. `alpha`: of a `data_prep` run; None = as the config says.
+        """Read the data, or share the data of another task.
+
+        `alpha`: alpha of a `data_prep` run; None = compute it as configured. `like`: a task whose data are shared where
+        the configs agree.
 
         Raises:
             UserError: a file, the tokenizer or the model's folder is missing or damaged, or alpha is of other data.
@@ -70,7 +73,8 @@ class VisobertTask(Task[VisobertConfig]):
         self.alpha = self._alpha()
         self.objective = Objective(config, self.alpha.vector)
         self.evaluation = Evaluation(config, self.data, self.objective)
-        with uncollected(), torch.device("meta"):  # shapes only; imports torch's compiler, as optimizers do anyway
+        # "meta" creates shapes without memory. It imports torch's compiler, which the optimizers import anyway.
+        with uncollected(), torch.device("meta"):
             self.parameters = sum(weight.numel() for weight in self._build(weights=False).parameters())
 
     def with_config(self, config: VisobertConfig) -> "VisobertTask | None":
@@ -127,7 +131,7 @@ class VisobertTask(Task[VisobertConfig]):
         model = self._build(weights=True)
         labels = self.data.splits.train.labels
         known, mentioned = (labels != UNKNOWN).sum(0), (labels > NOT_MENTIONED).sum(0)
-        model.start_from(torch.from_numpy((mentioned + 1) / (known + 2)))  # +1, +2: no rate of 0 or 1
+        model.start_from(torch.from_numpy((mentioned + 1) / (known + 2)))  # smoothed, so that no rate is 0 or 1
         return model
 
     def _build(self, *, weights: bool) -> AspectSentimentModel:
@@ -210,7 +214,7 @@ class VisobertTask(Task[VisobertConfig]):
 
 
 def _adamw(layers: Sequence[tuple[float, NamedParameters]], config: AdamConfig, weight_decay: float) -> AdamW:
-    """AdamW over (share of the learning rate, parameters), without weight decay on biases and normalisation."""
+    """AdamW without weight decay on biases and normalisation. layers: (share of the learning rate, parameters)."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for share, parameters in layers:
         for name, weight in parameters:
