@@ -1,1 +1,1 @@
-"""Tokenizers and encoders: small ones trained here, and pretrained ones."""
+"""Tokenizers and encoders: small ones that are trained from scratch, and pretrained ones."""

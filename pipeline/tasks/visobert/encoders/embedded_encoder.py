@@ -1,6 +1,6 @@
-"""The small encoder that is trained from scratch: embeddings, convolution and a gated recurrence.
+"""The small encoder that is trained from scratch: token embeddings, convolutions and gated recurrences.
 
-Shapes: B = reviews, L = tokens of the longest, H = width.
+Shapes: B = reviews, L = tokens of the longest review, H = width.
 """
 
 from typing import NamedTuple, cast
@@ -11,22 +11,22 @@ from torch.nn.functional import pad
 
 from pipeline.tasks.visobert.config import EmbeddedModelConfig
 
-KERNEL = 3  # tokens that a layer combines
+KERNEL = 3  # kernel size of the convolutions, in tokens
 EMBEDDING_STD = 0.1
 
 
 class Encoded(NamedTuple):
-    """An encoder's output."""
+    """Output of an encoder."""
 
     hidden: Tensor  # [B, L, H]
-    pooled: Tensor | None  # [B, H], if the encoder has a pooler
+    pooled: Tensor | None  # [B, H]; None if the encoder has no pooler
 
 
 class EmbeddedEncoder(nn.Module):
-    """Token embeddings and residual blocks, each a convolution and a recurrence in both directions."""
+    """Token embeddings, and residual blocks of a convolution and a bidirectional recurrence."""
 
     def __init__(self, config: EmbeddedModelConfig, vocabulary: int, pad_id: int, mask_id: int) -> None:
-        """`mask_id` replaces the tokens that token dropout hides."""
+        """vocabulary: number of tokens; mask_id: id that replaces tokens in token dropout."""
         super().__init__()
         self.width, self.mask_id, self.token_dropout = config.width, mask_id, config.token_dropout
         self.embedding = nn.Embedding(vocabulary, config.width, padding_idx=pad_id)
@@ -50,7 +50,7 @@ class EmbeddedEncoder(nn.Module):
 
 
 class ChannelDropout(nn.Module):
-    """Dropout of whole channels, the same at every position of a review (Tompson et al. 2015)."""
+    """Dropout of whole channels, the same ones at every position of a review (Tompson et al. 2015)."""
 
     def __init__(self, share: float) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class ChannelDropout(nn.Module):
 
 
 class Convolution(nn.Module):
-    """x + dropout(relu(convolution(normalised x)))"""
+    """Residual convolution: x + dropout(relu(convolution(norm(x))))."""
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
@@ -77,10 +77,11 @@ class Convolution(nn.Module):
 
 
 class Recurrence(nn.Module):
-    """x + dropout(gate * state), with the running mix c <- c + i (z - c) as state.
+    """Residual gated recurrence: x + dropout(o * c), with state c <- c + i (z - c) at every position.
 
-    Gates and candidates come from a convolution, so that the loop has no matrix product (QRNN, Bradbury et al. 2017,
-    "fo" pooling with an input gate). Half of the channels run backwards; padding leaves the state unchanged.
+    Candidates z, input gates i and output gates o come from a convolution, so that the loop over positions has no
+    matrix products (QRNN, Bradbury et al. 2017, "fo" pooling with an input gate). Half of the channels run backwards.
+    Padding leaves the state unchanged.
     """
 
     def __init__(self, width: int, dropout: float) -> None:
@@ -93,19 +94,19 @@ class Recurrence(nn.Module):
         values = self._both_ways(torch.tanh(candidate)).unbind(1)
         gates = self._both_ways(torch.sigmoid(update) * present.to(update.dtype)).unbind(1)
         state, states = torch.zeros_like(values[0]), []
-        for value, gate in zip(values, gates, strict=True):  # over positions
+        for value, gate in zip(values, gates, strict=True):  # loop over positions
             state = torch.lerp(state, value, gate)
             states.append(state)
         mixed = self._both_ways(torch.stack(states, 1)) * torch.sigmoid(output)
         return x + cast(Tensor, self.dropout(mixed))
 
     def _both_ways(self, x: Tensor) -> Tensor:
-        """Reverse the positions of the second half of the channels; applied twice it is the identity."""
+        """Reverse the order of positions for the second half of the channels; applying it twice restores x."""
         return torch.cat([x[..., : self.forwards], x[..., self.forwards :].flip(1)], -1)
 
 
 def _windows(x: Tensor) -> Tensor:
-    """Concatenate every position with its neighbours: [B, L, H] -> [B, L, KERNEL * H]"""
+    """Concatenate each position with its neighbours: [B, L, H] -> [B, L, KERNEL * H]."""
     length, around = x.shape[1], KERNEL // 2
     padded = pad(x, (0, 0, around, around))
     return torch.cat([padded[:, start : start + length] for start in range(KERNEL)], -1)

@@ -1,4 +1,4 @@
-"""Find the files of a pretrained model: in a local folder, the hub's cache, or on the hub."""
+"""Find the files of a pretrained model: in a local folder, in the cache of the Hugging Face hub, or on the hub."""
 
 import os
 from pathlib import Path
@@ -7,20 +7,20 @@ from pipeline.errors import UserError
 from pipeline.tasks.visobert.config import EMBEDDED
 
 SMALL_CONFIG = "configs/config_multi_embedded.yaml"
-NO_WEIGHTS = ("*.json", "*.txt", "*.model", "*.codes", "*.tiktoken")  # configuration and tokenizer
+NO_WEIGHTS = ("*.json", "*.txt", "*.model", "*.codes", "*.tiktoken")  # files of config and tokenizer
 WEIGHTS = ("model.safetensors", "model-*.safetensors")
 TIMEOUT_SECONDS = 5
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # nothing here forks
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # safe, because no process is forked
 
 
 def model_folder(name: str, revision: str | None, *, weights: bool) -> Path:
-    """The folder with the model's configuration and tokenizer, and with its weights if `weights`.
+    """Return the folder with the model's config, tokenizer and, if `weights` is true, weights.
 
-    A copy in the hub's cache is used without asking the hub; otherwise the files are downloaded.
+    Files in the hub's cache are used without a request to the hub; otherwise they are downloaded.
 
     Raises:
-        UserError: names the file that is missing, and how to provide it.
+        UserError: a file is missing; the message names it and says how to provide it.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -64,10 +64,10 @@ def _hub_folder(name: str, revision: str | None, weights: bool) -> Path:
         return folder
     reason = "not on the hub"
     try:
-        HfApi().model_info(name, timeout=TIMEOUT_SECONDS)  # fails at once; a download retries for half a minute
+        HfApi().model_info(name, timeout=TIMEOUT_SECONDS)  # fails at once; downloads retry for half a minute
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, etag_timeout=TIMEOUT_SECONDS))
         missing = _missing_file(folder, weights)
-    except Exception as error:  # of the hub, the network or the disk
+    except Exception as error:  # from the hub, the network or the disk
         reason = " ".join(str(error).split())[:200] or type(error).__name__
     if missing is None:
         return folder

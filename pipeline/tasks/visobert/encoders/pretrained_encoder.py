@@ -1,4 +1,4 @@
-"""Encoders that transformers loads."""
+"""Pretrained encoders, loaded with transformers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ from pipeline.tasks.visobert.encoders.model_folder import model_folder
 
 
 class PretrainedEncoder(nn.Module):
-    """An encoder of transformers' AutoModel."""
+    """An encoder loaded with transformers' AutoModel."""
 
     def __init__(self, model: Any, keep_pooler: bool) -> None:
         super().__init__()
@@ -34,10 +34,10 @@ class PretrainedEncoder(nn.Module):
 def load_encoder(
     config: ModelConfig, vocabulary: int, *, weights: bool, warn: Callable[[str], object]
 ) -> PretrainedEncoder:
-    """Load the encoder in fp32. `weights` false: new weights, whatever `model.init` is.
+    """Load the encoder in fp32. `weights` false: initialise new weights, regardless of `model.init`.
 
     Raises:
-        UserError: files are missing or damaged, or do not fit the tokenizer or the config.
+        UserError: files are missing or damaged, or do not match the tokenizer or the config.
     """
     pretrained = weights and config.init == "pretrained"
     folder = model_folder(config.name, config.revision, weights=pretrained)
@@ -88,6 +88,6 @@ def _check_sizes(model: Any, config: ModelConfig, vocabulary: int) -> None:
     positions = getattr(model.config, "max_position_embeddings", None)
     padding = getattr(getattr(getattr(model, "embeddings", None), "position_embeddings", None), "padding_idx", None)
     if positions is not None and padding is not None:
-        positions -= padding + 1  # RoBERTa and its kind number positions from the padding id on
+        positions -= padding + 1  # RoBERTa and similar models number positions from padding id + 1
     if positions is not None and config.max_tokens > positions:
         raise UserError(f"model.max_tokens: found {config.max_tokens}, allowed for {config.name}: at most {positions}")

@@ -1,4 +1,4 @@
-"""Tokenizers of pretrained models, and a small one that is trained on the training split."""
+"""Tokenizers of pretrained models, and a small tokenizer that is trained on the training split."""
 
 import hashlib
 import json
@@ -18,30 +18,30 @@ from pipeline.tasks.visobert.config import EMBEDDED
 from pipeline.tasks.visobert.encoders.model_folder import model_folder
 
 TOKENIZER_FILE = "tokenizer.json"
-# One of these must exist: without a vocabulary transformers silently builds an empty tokenizer.
+# A tokenizer's folder must have one of these: without a vocabulary, transformers silently builds an empty tokenizer.
 VOCABULARY_FILES = (TOKENIZER_FILE, "*.model", "vocab.txt", "vocab.json", "*.codes", "*.tiktoken")
 PAD, UNKNOWN, START, MASK = "<pad>", "<unk>", "<s>", "<mask>"
-MANY_UNKNOWN = 0.01  # share of unknown tokens above which a warning is given
+MANY_UNKNOWN = 0.01  # share of unknown tokens that causes a warning
 
 
 class Tokens(NamedTuple):
-    """Token ids of texts, concatenated. T = all tokens, N = texts."""
+    """Concatenated token ids of N texts with T tokens in total."""
 
     ids: npt.NDArray[np.int32]  # [T]
     lengths: npt.NDArray[np.int64]  # [N]
 
 
 class Tokenizer(Protocol):
-    """Texts to token ids."""
+    """Interface of tokenizers, which turn texts into token ids."""
 
-    size: int  # ids are below this
+    size: int  # all ids are below this
     pad_id: int
-    mask_id: int  # replaces hidden tokens
-    unknown_id: int | None  # replaces what is not in the vocabulary
-    digest: str  # tokenizers with equal digests give equal ids
+    mask_id: int  # replaces tokens in token dropout
+    unknown_id: int | None  # replaces text that is not in the vocabulary
+    digest: str  # equal for tokenizers that give equal ids
 
     def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> Tokens:
-        """Ids with the model's special tokens around each text, truncated to `max_tokens`."""
+        """Tokenise the texts and add the model's special tokens; truncate each text to `max_tokens`."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -50,12 +50,12 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(name: str, revision: str | None, texts: Sequence[str], vocabulary: int) -> Tokenizer:
-    """The tokenizer of a model.
+    """Load the tokenizer of a model, or train the embedded one.
 
-    `name`: a hub id, a local folder, or `embedded`: then one of `vocabulary` entries is trained on `texts`.
+    `name`: a hub id, a local folder, or `embedded`, which trains a tokenizer with `vocabulary` entries on `texts`.
 
     Raises:
-        UserError: there is no such folder or model, or no tokenizer in it.
+        UserError: the folder or model does not exist, or has no tokenizer.
     """
     if name == EMBEDDED:
         return EmbeddedTokenizer.train(texts, vocabulary)
@@ -63,14 +63,14 @@ def load_tokenizer(name: str, revision: str | None, texts: Sequence[str], vocabu
 
 
 def load_saved(folder: Path, name: str) -> Tokenizer:
-    """Load the tokenizer that `save` wrote, of the model `name`."""
+    """Load the tokenizer of the model `name` from a folder that `save` wrote."""
     if name == EMBEDDED:
         return EmbeddedTokenizer(Backend.from_file(str(folder / TOKENIZER_FILE)))
     return PretrainedTokenizer(folder, name)
 
 
 def unknown_share(tokenizer: Tokenizer, ids: npt.NDArray[np.int32]) -> float:
-    """Share of the tokens that are unknown to the vocabulary."""
+    """Share of tokens that are not in the vocabulary."""
     return float((ids == tokenizer.unknown_id).mean()) if tokenizer.unknown_id is not None and len(ids) else 0.0
 
 
@@ -90,7 +90,8 @@ class EmbeddedTokenizer:
     def train(cls, texts: Sequence[str], vocabulary: int) -> "EmbeddedTokenizer":
         backend = Backend(models.BPE(unk_token=UNKNOWN))
         backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-        # Metaspace marks the start of a word: with an end-of-word suffix the trainer numbers letters in random order
+        # Metaspace marks the start of words. With an end-of-word suffix instead, the trainer would number letters in
+        # random order.
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Whitespace(),
@@ -102,7 +103,7 @@ class EmbeddedTokenizer:
         trainer = trainers.BpeTrainer(
             vocab_size=vocabulary,
             min_frequency=2,
-            limit_alphabet=vocabulary - len(special),  # the most frequent letters; others are unknown
+            limit_alphabet=vocabulary - len(special),  # keep the most frequent letters; others are unknown
             special_tokens=special,
             show_progress=False,
         )
@@ -125,17 +126,17 @@ class EmbeddedTokenizer:
 
 
 class PretrainedTokenizer:
-    """A tokenizer that transformers loads."""
+    """A tokenizer loaded with transformers."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        """Read the tokenizer in the folder.
+        """Load the tokenizer in the folder.
 
         Raises:
-            UserError: there is none, or it cannot be read.
+            UserError: the folder has no tokenizer, or it cannot be loaded.
         """
         self.backend: Any = _load(folder, name)
         self.size = len(self.backend)
-        pad_ids = (self.backend.pad_token_id, self.backend.eos_token_id, 0)  # any id will do: the mask hides padding
+        pad_ids = (self.backend.pad_token_id, self.backend.eos_token_id, 0)  # any id works: padding is masked
         self.pad_id = next(int(pad_id) for pad_id in pad_ids if pad_id is not None)
         mask = self.backend.mask_token_id
         self.mask_id = self.pad_id if mask is None else int(mask)
@@ -148,7 +149,7 @@ class PretrainedTokenizer:
             return _tokens([])
         encoding = self.backend(
             _nfc(texts),
-            padding=False,  # ViSoBERT's file pads and truncates to 256 by default
+            padding=False,  # ViSoBERT's tokenizer file pads and truncates to 256 by default
             truncation=max_tokens is not None,
             max_length=max_tokens,
             return_attention_mask=False,
@@ -161,7 +162,7 @@ class PretrainedTokenizer:
 
 
 def _nfc(texts: Sequence[str]) -> list[str]:
-    """Texts in which a Vietnamese letter is one code point, however it was typed."""
+    """Normalise texts to NFC, in which a Vietnamese letter is one code point."""
     return [unicodedata.normalize("NFC", text) for text in texts]
 
 
@@ -183,18 +184,19 @@ def _load(folder: Path, name: str) -> Any:
     try:
         if not file.exists():
             return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-        # The file alone decides. AutoTokenizer in transformers 5 builds what the named class stands for instead: it
-        # fails on ViSoBERT (byte-pair encoding, named as a Unigram class), and lower-cases a cased BERT.
+        # Build the tokenizer from its file alone. AutoTokenizer in transformers 5 builds it from the class that the
+        # config names: this fails for ViSoBERT, which uses byte-pair encoding but names a Unigram class, and it
+        # lower-cases the texts for a cased BERT.
         return PreTrainedTokenizerFast(tokenizer_file=str(file), **_special_tokens(folder))  # type: ignore[no-untyped-call]
     except UserError:
         raise
-    except Exception as error:  # depends on the tokenizer's class
+    except Exception as error:  # the type depends on the tokenizer's class
         path = file if file.exists() else folder
         raise UserError(f"model.name {name}: the tokenizer in {path} cannot be loaded: {error}") from None
 
 
 def _special_tokens(folder: Path) -> dict[str, str]:
-    """The special tokens (`pad_token`, ...) that the folder's files name."""
+    """Read the special tokens (`pad_token`, ...) from the files in the folder."""
     tokens: dict[str, str] = {}
     for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
         try:

@@ -1,1 +1,1 @@
-"""`data_prep`: what review files hold, as tables, pictures and metrics."""
+"""`data_prep`: analysis of review files, as tables, pictures and metrics."""

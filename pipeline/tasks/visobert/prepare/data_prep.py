@@ -1,4 +1,4 @@
-"""`data_prep`: sentiment distribution, alpha, copies and lengths of reviews, tracked as a run of its own."""
+"""`data_prep`: sentiment distribution, alpha, duplicates and lengths of reviews, tracked as a separate run."""
 
 import json
 import os
@@ -31,20 +31,20 @@ FILES = (
     "sentiment_distribution.json", "sentiment_distribution.csv", PICTURE,
     "duplicates.csv", "duplicates.json", "token_lengths.json", ALPHA_FILE,
 )  # fmt: skip
-OVERSAMPLED = 0.1  # share of copies in a training split above which it counts as oversampled
-MAX_PLOTTED = 100  # aspects in the picture, those with the most labels; the files hold all
-MAX_LISTED = 20  # dropped cells that are printed; the files hold all
+OVERSAMPLED = 0.1  # a training split with a larger share of copies counts as oversampled
+MAX_PLOTTED = 100  # the picture shows this many aspects, those with the most labels; the files contain all
+MAX_LISTED = 20  # number of dropped cells that are printed; the files contain all
 
 
 @dataclass(frozen=True)
 class Analysis:
     """The results of data_prep."""
 
-    splits: Mapping[str, Reviews]  # train first; detection-only aspects without polarity
+    splits: Mapping[str, Reviews]  # train first; labels of detection-only aspects have no polarity
     with_text: Mapping[str, Reviews]  # the reviews of each split that have a text
-    alpha: Alpha  # of the training split
-    copies: int  # training reviews with the text and the labels of an earlier one
-    alpha_of_distinct: tuple[float, float, float]  # without those
+    alpha: Alpha  # computed from the training split
+    copies: int  # training reviews with the same text and labels as an earlier one
+    alpha_of_distinct: tuple[float, float, float]  # alpha without these copies
     distributions: Mapping[str, Mapping[str, Any]]
     groups: Sequence[Group]
     duplicates: Mapping[str, Any]
@@ -56,7 +56,7 @@ class Analysis:
 
 
 def data_prep(config: DataPrepConfig, given: frozenset[str]) -> None:  # noqa: ARG001 (no key is without effect)
-    """Analyse the reviews, print the results, and keep them in files and in MLflow."""
+    """Entry point: analyse the reviews, print the results, write them to files and log them to MLflow."""
     with writer_for(config.tracking) as writer:
         _, run_id = prepare_reviews(config, writer, run_id=os.environ.get("MLFLOW_RUN_ID"))
     _print_next_command(config, run_id)
@@ -65,12 +65,12 @@ def data_prep(config: DataPrepConfig, given: frozenset[str]) -> None:  # noqa: A
 def prepare_reviews(
     config: DataPrepConfig, writer: Writer | None, *, run_id: str | None = None, launcher: str | None = None
 ) -> tuple[Alpha, str | None]:
-    """Analyse the reviews; returns alpha, and the id of the run with all results, None if nothing is tracked.
+    """Analyse the reviews; returns alpha and the id of the run with the results (None without tracking).
 
-    `run_id`: an existing run to write to; `launcher`: the run that started this one.
+    `run_id`: id of an existing run to write to; `launcher`: id of the run that started this one.
     """
     analysis = _analyse(config)
-    metrics = _metrics(analysis)  # before writing, because aspects whose metric names clash are an error
+    metrics = _metrics(analysis)
     files = _write(analysis, Path(config.output_dir))
     if generated := config.embedded():
         info(generated)
@@ -156,7 +156,7 @@ def _metrics(analysis: Analysis) -> dict[str, float]:
 
 
 def _write(analysis: Analysis, output: Path) -> list[Path]:
-    """Write FILES; the picture may be missing."""
+    """Write FILES and return their paths. The picture is left out if plotting fails."""
     alpha, files = analysis.alpha, list(FILES)
     with published(output, files) as folder:
         more = {
@@ -178,7 +178,7 @@ def _write(analysis: Analysis, output: Path) -> list[Path]:
         (folder / "token_lengths.json").write_text(json.dumps(analysis.tokens, indent=2) + "\n", encoding="utf-8")
         alpha.write(folder / ALPHA_FILE)
     if PICTURE not in files:
-        (output / PICTURE).unlink(missing_ok=True)  # of an earlier run
+        (output / PICTURE).unlink(missing_ok=True)  # left by an earlier run
     return [output / name for name in files]
 
 

@@ -1,13 +1,16 @@
 """Exact and near copies among reviews, within and across splits, and groups with conflicting labels.
 
-Exact copies have equal texts after NFC, lower-casing and folding of whitespace. Near copies have a Jaccard similarity
-of their sets of character 5-grams of at least 0.8: some ten words with one changed.
+Exact copies have equal texts after NFC normalisation, lower-casing and merging of whitespace. Near copies have sets of
+character 5-grams with a Jaccard similarity of at least 0.8, for example two texts of ten words that differ in one.
 
-Near copies are found with prefix filtering (Bayardo et al. 2007, "Scaling up all pairs similarity search"): with a
-text's shingles ordered from rare to common, two texts of similarity >= t share one of the first `n - ceil(t * n) + 1`
-of the n shingles of each. Those are so rare that few pairs are left to compare, and the result is exact. Only if more
-than NEIGHBOURS texts share one, each is compared with as many of the next longer ones alone, which keeps the work
-near-linear even for thousands of near copies; these are then joined through one another.
+Near copies are found with prefix filtering (Bayardo et al. 2007, "Scaling up all pairs similarity search"). The
+shingles (character 5-grams) of every text are ordered from rare to common. The prefix of a text with n shingles is the
+first `n - ceil(t * n) + 1` of them. Two texts with a similarity of at least t have a shingle in common that is in the
+prefixes of both. As these shingles are rare, few pairs have to be compared, and the result is exact.
+
+There is one exception: if more than NEIGHBOURS texts have a prefix shingle in common, each is compared only with the
+next NEIGHBOURS longer ones. This keeps the work near-linear even for thousands of near copies, which are then joined
+into groups through their common neighbours.
 """
 
 import csv
@@ -28,7 +31,7 @@ from pipeline.storage.csv_table import cell
 from pipeline.tasks.visobert.reviews.reviews import Reviews, folded
 from pipeline.tasks.visobert.reviews.sentiments import UNKNOWN
 
-SHINGLE = 5  # characters
+SHINGLE = 5  # length of a shingle, in characters
 THRESHOLD = 0.8
 NEIGHBOURS = 32
 PAIRS_AT_ONCE = 50_000
@@ -40,22 +43,22 @@ Ints = npt.NDArray[np.int64]
 class Group:
     """Reviews that are copies of each other."""
 
-    kind: str  # exact, or near if the texts differ
-    members: tuple[tuple[str, int], ...]  # (split, position within its Reviews), in that order
-    conflict: bool  # the labels of an aspect differ
+    kind: str  # "exact", or "near" if the texts differ
+    members: tuple[tuple[str, int], ...]  # (split, position within its Reviews), in the order of splits and positions
+    conflict: bool  # members have different labels for an aspect
 
     def count(self, split: str) -> int:
         return sum(name == split for name, _ in self.members)
 
 
 def find_duplicates(splits: Mapping[str, Reviews]) -> list[Group]:
-    """Find groups of at least two reviews, by kind and size. The splits share their aspects.
+    """Find groups of at least two copies, sorted by kind and size. All splits must have the same aspects.
 
-    A review may be in two groups: with its exact copies, and with these in a group of near copies.
+    A review may belong to two groups: to a group of exact copies, and together with these to a group of near copies.
     """
     places = [(split, position) for split, reviews in splits.items() for position in range(len(reviews))]
     labels = np.concatenate([reviews.labels for reviews in splits.values()])
-    texts: dict[str, int] = {}  # distinct ones -> number
+    texts: dict[str, int] = {}  # distinct text -> number
     exact = np.array(
         [texts.setdefault(folded(text), len(texts)) for reviews in splits.values() for text in reviews.texts]
     )
@@ -70,14 +73,14 @@ def find_duplicates(splits: Mapping[str, Reviews]) -> list[Group]:
 
 
 def in_conflict(labels: npt.NDArray[np.int8]) -> bool:
-    """Whether an aspect has different labels; dropped cells agree with anything. labels: [copies, A]"""
+    """Return True if the labels of an aspect differ; dropped cells are ignored. labels: [copies, A]"""
     low = np.where(labels == UNKNOWN, 127, labels).min(axis=0)
     high = np.where(labels == UNKNOWN, -128, labels).max(axis=0)
     return bool((low < high).any())
 
 
 def near_components(texts: Sequence[str]) -> Ints:
-    """Number the components of D distinct texts: texts joined by near copies have the same number. [D]"""
+    """Component number of each of D distinct texts; texts connected by near copies have the same number. [D]"""
     shingles = _shingles(texts)
     near, components = np.empty((0, 2), dtype=np.int64), np.arange(len(texts))
     for candidates in _candidates(shingles):
@@ -89,7 +92,7 @@ def near_components(texts: Sequence[str]) -> Ints:
 
 
 def _shingles(texts: Sequence[str]) -> csr_array:
-    """Incidence of texts and SHINGLE-character pieces, rare ones first; a shorter text is one piece. [D, pieces]"""
+    """Incidence matrix [D, shingles] of texts and shingles, rare shingles first. A shorter text is one shingle."""
 
     def pieces(text: str) -> Iterator[str]:
         return (text[start : start + SHINGLE] for start in range(max(1, len(text) - SHINGLE + 1)))
@@ -101,9 +104,10 @@ def _shingles(texts: Sequence[str]) -> csr_array:
 
 
 def _candidates(shingles: csr_array) -> Iterator[Ints]:
-    """Pairs (earlier, later text) that share a piece of their prefixes and are of similar size. [P, 2] at a time
+    """Yield arrays [P, 2] of pairs (earlier text, later text) with a common prefix shingle and similar sizes.
 
-    The texts with a piece are ordered by size; direct neighbours come first, then those two apart, and so on.
+    Texts with a common shingle are sorted by size. The first array has the pairs of direct neighbours in this order,
+    the second array the pairs two positions apart, and so on.
     """
     sizes = np.diff(shingles.indptr)
     prefix_sizes = sizes - np.ceil(THRESHOLD * sizes - 1e-9).astype(np.int64) + 1
@@ -121,7 +125,7 @@ def _candidates(shingles: csr_array) -> Iterator[Ints]:
 
 
 def similar(shingles: csr_array, pairs: Ints) -> npt.NDArray[np.bool_]:
-    """Whether the Jaccard similarity of each pair is at least THRESHOLD. pairs: [P, 2] -> [P]"""
+    """Flags [P]: True if the Jaccard similarity of a pair is at least THRESHOLD. pairs: [P, 2]"""
     shared = [np.empty(0, dtype=np.int64)]
     for start in range(0, len(pairs), PAIRS_AT_ONCE):
         first, second = pairs[start : start + PAIRS_AT_ONCE].T
@@ -132,7 +136,10 @@ def similar(shingles: csr_array, pairs: Ints) -> npt.NDArray[np.bool_]:
 
 
 def distinct(reviews: Reviews) -> Ints:
-    """Positions of the first review of each folded text and labels; a review without a text is always distinct."""
+    """Positions of distinct reviews: the first of those with equal folded text and equal labels.
+
+    Reviews without a text are always distinct.
+    """
     first: dict[tuple[str | int, bytes], int] = {}
     for position, text in enumerate(reviews.texts):
         first.setdefault((folded(text) or position, reviews.labels[position].tobytes()), position)
@@ -140,7 +147,7 @@ def distinct(reviews: Reviews) -> Ints:
 
 
 def summary(splits: Mapping[str, Reviews], groups: Sequence[Group]) -> dict[str, Any]:
-    """Counts of both kinds, within each split and across each two, for duplicates.json."""
+    """Counts for duplicates.json: exact and near copies in total, within each split and across each pair of splits."""
     counts: dict[str, Any] = {"shingle_characters": SHINGLE, "near_jaccard": THRESHOLD}
     for kind in ("exact", "near"):
         chosen = [group for group in groups if group.kind == kind]
@@ -161,7 +168,7 @@ def _within(groups: Sequence[Group], split: str) -> dict[str, int]:
 
 
 def _across(groups: Sequence[Group], first: str, second: str) -> dict[str, int]:
-    """Groups with members in both splits, and reviews of the second that have a copy in the first."""
+    """Count groups with members in both splits, and reviews of the second split that have a copy in the first."""
     counts = [group.count(second) for group in groups if group.count(first) and group.count(second)]
     return {"groups": len(counts), f"reviews_of_{second}": sum(counts)}
 
@@ -169,7 +176,7 @@ def _across(groups: Sequence[Group], first: str, second: str) -> dict[str, int]:
 def write_duplicates(
     splits: Mapping[str, Reviews], groups: Sequence[Group], counts: Mapping[str, Any], folder: Path
 ) -> None:
-    """Write duplicates.csv, one line per review of each group, and duplicates.json with the counts."""
+    """Write duplicates.csv, with one line per review of each group, and duplicates.json with the counts."""
     with (folder / "duplicates.csv").open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(["group", "kind", "split", "row", "text", "labels", "conflict"])

@@ -1,4 +1,4 @@
-"""Statistics of reviews: sentiments, mentions and lengths."""
+"""Statistics of reviews: sentiments, mentions and lengths in tokens."""
 
 import csv
 import json
@@ -19,9 +19,9 @@ ALL = "all aspects"
 
 
 def distribution(reviews: Reviews) -> dict[str, Any]:
-    """Counts of a split, overall and per aspect; shares are of labelled cells, None if there are none.
+    """Counts of a split, overall and per aspect. Shares are shares of labelled cells, or None if there are none.
 
-    `mentions` are cells with or without a sentiment, `without_polarity` those without, `dropped` the bad labels.
+    `mentions` counts cells with or without a sentiment, `without_polarity` those without, `dropped` bad labels.
     """
     counts = count_sentiments(reviews.labels)
     without = (reviews.labels == MENTIONED).sum(axis=0)
@@ -50,7 +50,7 @@ def _row(counts: list[int], without: int, dropped: int) -> dict[str, Any]:
 def write_distribution(
     splits: Mapping[str, Mapping[str, Any]], more: Mapping[str, Any], json_file: Path, csv_file: Path
 ) -> None:
-    """Write the distributions of the splits as JSON, with `more`, and as CSV, one line per split and aspect."""
+    """Write the distributions of the splits as JSON, together with `more`, and as CSV, a line per split and aspect."""
     text = json.dumps({"splits": splits, **more}, indent=2, ensure_ascii=False)
     json_file.write_text(text + "\n", encoding="utf-8")
     with csv_file.open("w", encoding="utf-8", newline="") as stream:
@@ -64,7 +64,7 @@ def write_distribution(
 
 
 def token_lengths(lengths: npt.NDArray[np.int64]) -> dict[str, float]:
-    """Mean and percentiles of token counts; p% of the texts are no longer than the p-th percentile. lengths: [N]"""
+    """Mean and percentiles of token counts: at least p% of the texts have at most `p<p>` tokens. lengths: [N]"""
     values = np.percentile(lengths, PERCENTILES, method="inverted_cdf").tolist()
     percentiles = {f"p{percent}": int(value) for percent, value in zip(PERCENTILES, values, strict=True)}
     return {"mean": float(lengths.mean()), "min": int(lengths.min()), **percentiles, "max": int(lengths.max())}
