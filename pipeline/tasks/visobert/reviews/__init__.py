@@ -1,1 +1,1 @@
-"""Review files as labelled texts, their splits, alpha and batches."""
+"""Reading of review files: texts and labels, splits, alpha and batches."""

@@ -1,7 +1,7 @@
-"""Alpha, the weight of each sentiment in the focal loss, and the counts behind it.
+"""Alpha, the weight of each sentiment in the focal loss, and the counts from which it is computed.
 
-Auto alpha is `total / (3 * count)` over the labelled cells of the training split, in the order of SENTIMENTS: a
-sentiment with a third of the cells weighs 1, a rarer one more.
+Auto alpha is `total / (3 * count)` over the labelled cells of the training split, in the order of SENTIMENTS. A
+sentiment with a third of the cells has weight 1; rarer sentiments have larger weights.
 """
 
 import json
@@ -41,17 +41,17 @@ class Alpha:
     per_aspect_counts: tuple[tuple[Count, Count, Count], ...]  # [A], in the order of aspects
     aspects: tuple[str, ...]
     detection_only: tuple[str, ...]
-    labelled_cells: int  # the sum of counts
+    labelled_cells: int  # sum of `counts`
     digest: str  # SHA-256 of the training file, hex
     source: str  # path of the training file, or "embedded"
 
     @property
     def text(self) -> str:
-        """The vector as an MLflow param: auto to four digits, else exact."""
+        """The weights as text, for an MLflow param; auto alpha is rounded to four decimals."""
         return json.dumps([round(weight, 4) for weight in self.vector] if self.mode == "auto" else list(self.vector))
 
     def metrics(self) -> dict[str, float]:
-        """The vector in full precision, by metric name."""
+        """The weights in full precision, by metric name."""
         return {f"alpha/{name}": weight for name, weight in zip(SENTIMENTS, self.vector, strict=True)}
 
     def write(self, file: Path) -> None:
@@ -74,15 +74,17 @@ class Alpha:
         """
         try:
             return TypeAdapter(cls).validate_python(json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:  # pydantic's and JSON's are ValueErrors
+        except (OSError, ValueError) as error:  # errors of pydantic and json are ValueErrors
             raise UserError(f"{file}: not an alpha.json of data_prep ({' '.join(str(error).split())[:200]})") from None
 
 
 def check_same_data(alpha: Alpha, train: Reviews, detection_only: Sequence[str], run: str) -> None:
-    """Check that alpha was counted on the same file in the same way. `run`: where alpha comes from, for the error.
+    """Check that alpha was computed from the same file and aspects.
+
+    `run`: the source of alpha, for the error message.
 
     Raises:
-        UserError: it was not.
+        UserError: the file, the aspects or the detection-only aspects differ.
     """
     if alpha.digest != train.digest:
         raise UserError(
@@ -108,7 +110,7 @@ def count_sentiments(labels: npt.NDArray[np.int8], repeats: npt.NDArray[np.float
 
 
 def auto_alpha(counts: Sequence[int] | Counts, dropped: str = "") -> tuple[float, float, float]:
-    """total / (3 * count) of each sentiment. counts: [3]; dropped: a note on dropped cells for the error
+    """total / (3 * count) for each sentiment. counts: [3]; dropped: text about dropped cells, for the error message
 
     Raises:
         UserError: a sentiment has no example.
@@ -131,12 +133,12 @@ def compute_alpha(
     focal_alpha: Literal["auto"] | tuple[float, float, float] | None,
     repeats: npt.NDArray[np.float64] | None = None,
 ) -> Alpha:
-    """Alpha of a training split without its `detection_only` aspects; None is ones.
+    """Compute alpha of a training split, ignoring the sentiments of its `detection_only` aspects.
 
-    `repeats`: [N], how often each review counts; None = once.
+    `focal_alpha`: as in the config; None = ones. `repeats`: [N], how often each review counts; None = once.
 
     Raises:
-        UserError: there is no labelled cell, or alpha is auto and a sentiment has none.
+        UserError: there is no labelled cell, or alpha is auto and a sentiment has no labelled cell.
     """
     per_aspect = count_sentiments(reviews.without_polarity(detection_only).labels, repeats)
     counts = per_aspect.sum(axis=0)
@@ -160,7 +162,7 @@ def compute_alpha(
 
 
 def _dropped_cells(reviews: Reviews) -> str:
-    """How many label cells were dropped, and the first one; empty if none was."""
+    """Text with the number of dropped label cells and the first of them; empty if there are none."""
     if not reviews.dropped:
         return ""
     first = reviews.dropped[0]

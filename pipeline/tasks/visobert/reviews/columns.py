@@ -1,4 +1,4 @@
-"""Review files as named columns of cells: CSV, JSONL and Parquet."""
+"""Read CSV, JSONL and Parquet files of reviews as named columns of cells."""
 
 import codecs
 import csv
@@ -21,17 +21,17 @@ from pipeline.storage.files import check_file
 Columns = Mapping[str, Sequence[object]]  # cells are text or None; JSONL and Parquet may hold other values
 NamesAndCells = tuple[list[str], list[Sequence[object]]]
 
-UNNAMED = re.compile(r"|Unnamed: \d+|__index_level_\d+__")  # how pandas writes its index
-HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")  # half of a surrogate pair: JSON can escape it, UTF-8 cannot hold it
+UNNAMED = re.compile(r"|Unnamed: \d+|__index_level_\d+__")  # names that pandas gives to its index
+HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")  # unpaired surrogate: allowed in JSON escapes, but not in UTF-8
 
 
 def read_columns(file: Path) -> tuple[str, Columns]:
-    """Read the SHA-256 (hex) of the file's bytes, and its columns by name (NFC, without surrounding spaces).
+    """Return the SHA-256 (hex) of the file's bytes, and its columns by name (NFC, without surrounding spaces).
 
-    Every CSV cell is text: none is parsed as a number or as missing. Blank lines are skipped.
+    CSV cells are kept as text and never parsed as numbers or missing values. Blank lines are skipped.
 
     Raises:
-        UserError: the file cannot be read, is damaged, not UTF-8, or of another format; names line or row.
+        UserError: the file cannot be read, is damaged, not UTF-8 or in another format; names the line or row.
     """
     content = _content(file)
     names, columns = _READERS[file.suffix.lower()](file, content)
@@ -43,24 +43,24 @@ def read_columns(file: Path) -> tuple[str, Columns]:
 
 
 def clean_name(name: str) -> str:
-    """The name of a column or an aspect in NFC, without surrounding spaces."""
+    """Normalise the name of a column or an aspect: NFC, without surrounding spaces."""
     return unicodedata.normalize("NFC", name).strip()
 
 
 def cell_text(cell: object) -> str:
-    """A label cell as text; None and NaN are empty."""
+    """A label cell as text; empty for None and NaN."""
     if isinstance(cell, str):
         return cell
     return "" if cell is None or cell != cell else json.dumps(cell, ensure_ascii=False, default=str)  # noqa: PLR0124
 
 
 def quoted(text: str) -> str:
-    """A cell as messages show it."""
+    """Quote and shorten the text of a cell for messages."""
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
 def no_such(kind: str, name: str, names: Sequence[str]) -> str:
-    """`no column X`, with the nearest name or a list of names."""
+    """Message `no column X` (or another kind), with the nearest name or a list of names."""
     hint = nearest(name, list(names))
     if "did you mean" not in hint:
         hint = f"; there are: {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}"
@@ -96,7 +96,7 @@ def _decode(file: Path, content: bytes) -> str:
 
 def _read_csv(file: Path, content: bytes) -> NamesAndCells:
     reader = csv.reader(io.StringIO(_decode(file, content), newline=""), strict=True)
-    limit = csv.field_size_limit(len(content))  # the default limit is 131,072 characters a cell
+    limit = csv.field_size_limit(len(content))  # the default limit is 131,072 characters per cell
     try:
         names, *rows = (row for row in reader if row)
     except csv.Error as error:
@@ -139,7 +139,7 @@ def _check_characters(file: Path, names: Sequence[str], columns: Sequence[Sequen
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object; json itself keeps the last of two equal keys."""
+    """Build a JSON object and refuse duplicate keys, of which json would keep the last."""
     record = dict(pairs)
     if len(record) < len(pairs):
         repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)

@@ -1,9 +1,10 @@
-"""Generated Vietnamese phone reviews, labelled with the sentiment about each of eleven aspects.
+"""Generator of Vietnamese phone reviews, labelled with the sentiment about each of eleven aspects.
 
-A buyer in some mood writes opinions on a few aspects, and filler, with personal habits (short forms, typos, missing
-tones, emoticons); an annotator labels them, with some errors. The three steps have random generators of their own, so
-that the same reviews can be generated cleanly written. No model reaches 100%: some phrases fit two sentiments or two
-aspects, some opinions do not name their aspect, some praise is ironic, and some labels are wrong.
+Each review is generated in three steps. Its content depends on the buyer's mood: opinions on a few aspects, and filler
+sentences. It is then written in a personal style, with short forms, typos, missing tones and emoticons. Finally it is
+labelled, with some errors. Each step has its own random generator, so that the same content can also be written without
+the style. No model reaches 100%: some phrases fit two sentiments or two aspects, some opinions do not name their
+aspect, some praise is ironic, and some labels are wrong.
 """
 
 import csv
@@ -24,25 +25,26 @@ Labels = dict[str, str]  # aspect -> sentiment
 
 SPLITS = ("train", "validation", "test")
 SENTIMENTS = ("Positive", "Negative", "Neutral")
-# What reviews say, with weights. A mood is named after its prevailing sentiment.
+# Content, with weights. Moods are named after their most frequent sentiment.
 MOODS = {"Positive": 0.50, "Neutral": 0.18, "Negative": 0.32}
 SENTIMENT_IN = {"Positive": (0.94, 0.02, 0.04), "Neutral": (0.43, 0.37, 0.20), "Negative": (0.04, 0.90, 0.06)}
 ASPECTS_SAID = {0: 0.03, 1: 0.37, 2: 0.33, 3: 0.165, 4: 0.065, 5: 0.025, 6: 0.015}
 ASPECT_IN = {"Battery": 13, "Camera": 12, "Performance": 13, "Display": 9, "Design": 10, "Packaging": 7, "Price": 11,
              "Shop_Service": 10, "Shipping": 10, "General": 14, "Others": 2}  # fmt: skip
 ASPECTS = tuple(ASPECT_IN)
-TIMES_SAID = {1: 0.70, 2: 0.19, 3: 0.07, 5: 0.04}  # repetitions of an opinion in other words
+TIMES_SAID = {1: 0.70, 2: 0.19, 3: 0.07, 5: 0.04}  # number of clauses about one aspect
 FILLERS_SAID = {0: 0.46, 1: 0.28, 2: 0.16, 3: 0.05, 6: 0.02, 12: 0.03}
-# How they are written: shares of shortened or mistyped words; separators and endings of sentences.
+# Style: shares of shortened and of mistyped words; separators of sentences and ends of reviews; conjunctions.
 SHORTENED, MISTYPED = {0.0: 0.6, 0.2: 0.27, 0.6: 0.13}, {0.0: 0.7, 0.03: 0.25, 0.08: 0.05}
 BREAKS = {". ": 40, ", ": 22, " ": 10, "... ": 6, "! ": 4, "\n": 13, ".\n": 7}
 ENDS = {".": 40, "": 40, "!": 6, "...": 5, "!!!": 3, " ạ": 3, " .": 3}
 AND = (", ", ", ", " và ", ", lại còn ", " mà ", " + ", ", rồi ")
 BUT = (" nhưng ", " nhưng ", ", tuy nhiên ", ", còn ", " mà ", ", bù lại ", ", mỗi tội ", ", có điều ", ", ")
-# How they are labelled: rates of lost labels, of wrong sentiments, and of reviews with an extra aspect.
+# Annotation errors: rates of missing labels, of wrong sentiments, and of reviews with an additional aspect.
 LOST, CONFUSED, SPURIOUS = 0.01, 0.02, 0.01
 
-# Phrases: nouns of an aspect, then + praise, - blame, = neither. {word} is replaced from WORDS, {} by a noun.
+# Phrases: the nouns of an aspect, then positive (+), negative (-) and neutral (=) phrases. {word} is replaced with a
+# choice from WORDS, {} with a noun of the aspect.
 _PHRASES = """
 Battery: pin | pin | pin máy | thời lượng pin | cục pin | pin với sạc
 Battery+: pin {rất} trâu | dùng cả ngày chưa hết pin | pin xài {2} ngày mới phải sạc | chẳng lo hết pin giữa đường
@@ -162,24 +164,24 @@ _SHORT = re.compile(rf"\b({'|'.join(sorted(SHORT_FORMS, key=len, reverse=True))}
 @dataclass(frozen=True)
 class Review:
     text: str
-    labels: Labels  # annotated, with errors
-    truth: Labels
+    labels: Labels  # as annotated, with errors
+    truth: Labels  # without errors
 
 
 def embedded_reviews(config: EmbeddedReviewsConfig, cache: Path) -> Path:
-    """The folder with train.csv, validation.csv and test.csv, generated on first use and kept in the cache.
+    """Return the folder with train.csv, validation.csv and test.csv; generate it in the cache on first use.
 
     Raises:
         UserError: the cache folder cannot be written.
     """
-    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # other phrases give other data
+    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # the data depend on this file
     folder = cache / f"reviews-{config.rows}-{config.seed}-{source}"
     files = [f"{split}.csv" for split in SPLITS]
     return made_once(folder, files, lambda work: generate(work, config.rows, config.seed), "data.cache")
 
 
 def generate(folder: Path, rows: int, seed: int) -> None:
-    """Write `rows` reviews, 80% train, 10% validation, 10% test, with a column `data` and one per aspect."""
+    """Write `rows` reviews (80% train, 10% validation, 10% test), with a column `data` and one column per aspect."""
     train, validation = rows * 8 // 10, rows // 10
     for split, count in zip(SPLITS, (train, validation, rows - train - validation), strict=True):
         with (folder / f"{split}.csv").open("w", encoding="utf-8", newline="") as file:
@@ -190,7 +192,7 @@ def generate(folder: Path, rows: int, seed: int) -> None:
 
 
 def reviews(split: str, count: int, seed: int, clean: bool = False) -> Iterator[Review]:
-    """Generate `count` reviews of a split. clean: the same reviews without the writers' habits and typos."""
+    """Generate `count` reviews of a split. clean: the same content without the writers' style and typos."""
     content, habits, annotator = (random.Random(f"{seed} {split} {kind}") for kind in range(3))  # noqa: S311
     for _ in range(count):
         mood, truth = _pick(content, MOODS), Labels()
@@ -208,7 +210,7 @@ def _pick(draw: random.Random, weights: Mapping[T, float]) -> T:
 
 
 def _sentences(draw: random.Random, truth: Labels) -> list[str]:
-    """Sentences about every aspect, and fillers; without punctuation and capitals."""
+    """Sentences about every aspect, and filler sentences; not yet capitalised and without final punctuation."""
     sentences, before = list[str](), ""
     for aspect, sentiment in truth.items():
         for _ in range(_pick(draw, TIMES_SAID)):
@@ -225,7 +227,7 @@ def _sentences(draw: random.Random, truth: Labels) -> list[str]:
 
 
 def _clause(draw: random.Random, aspect: str, mark: str) -> str:
-    """A phrase of this aspect, or a general one in which only the noun names the aspect."""
+    """A phrase about the aspect, or a general phrase with a noun of the aspect."""
     phrase, nouns = draw.choice(PHRASES[aspect + mark]), PHRASES.get(aspect, ())
     if nouns and draw.random() < 0.25:
         phrase = draw.choice(PHRASES["any" + mark])
@@ -239,7 +241,7 @@ def _fill(draw: random.Random, phrase: str) -> str:
 
 
 def _type(draw: random.Random, sentences: list[str], mood: str) -> str:
-    """Join the sentences as one writer types them."""
+    """Join the sentences to a text in the style of one writer."""
     capital, shortened, mistyped = draw.random() < 0.55, _pick(draw, SHORTENED), _pick(draw, MISTYPED)
     text = _pick(draw, BREAKS).join(sentence.capitalize() if capital else sentence for sentence in sentences)
     text += _pick(draw, ENDS)
@@ -268,7 +270,7 @@ def _typo(draw: random.Random, word: str) -> str:
 
 
 def without_tones(text: str) -> str:
-    """Vietnamese without its diacritics: đẹp lắm -> dep lam."""
+    """Remove Vietnamese diacritics: đẹp lắm -> dep lam."""
     letters = unicodedata.normalize("NFD", text.replace("đ", "d").replace("Đ", "D"))
     return "".join(letter for letter in letters if not "\u0300" <= letter <= "\u036f")
 

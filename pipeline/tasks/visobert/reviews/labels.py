@@ -1,4 +1,4 @@
-"""Labels of reviews, from one column per aspect or from one column with all labels."""
+"""Parse the labels of reviews, from one column per aspect or from one column with all labels."""
 
 import ast
 import difflib
@@ -38,9 +38,10 @@ _CODES_OR_EMPTY = _CODES | {"": NOT_MENTIONED}
 
 _BRACES = re.compile(r"\{([^{}]+)\}")
 _OBJECT = re.compile(r"""\s*\{\s*["'}]""")
-# Not in any name: `{A:Positive}`, `{A#Positive, B#Negative}` and the like are labels in another program's format.
+# Patterns that no aspect name contains. Pieces such as `{A:Positive}` or `{A#Positive, B#Negative}` are labels in the
+# format of another program.
 _NO_NAME = re.compile(r"""["“”«»`]|(?<!\w)['‘’]|['‘’](?!\w)|(?<![^\W_])(?:positive|negative|neutral)(?![^\W_])""")
-# Nor in a name without a polarity: `{A:good}`, `{A=1}`, `{A, B}`, `{A neg}`, `{A+}`
+# More patterns that are not allowed in a piece without a polarity: `{A:good}`, `{A=1}`, `{A, B}`, `{A neg}`, `{A+}`
 _NO_MENTION = re.compile(
     r"[:=,|<>\[\]\\→]|[\W_](?:pos|neg|neut?)$|(?:tích|tiêu) cực|trung (?:tính|lập)|\+\s*\d*$|-$|(?<!\w)-\s*\d+$"
 )
@@ -48,7 +49,7 @@ _NO_MENTION = re.compile(
 
 @dataclass(frozen=True)
 class BadLabel:
-    """A cell, or a piece of one, that is not a label."""
+    """A cell, or a part of a cell, that is not a valid label."""
 
     row: int  # data record, from 1
     column: str
@@ -57,14 +58,14 @@ class BadLabel:
 
 @dataclass(frozen=True)
 class LabelTable:
-    """The labels of all rows; bad ones are UNKNOWN."""
+    """The labels of all rows; UNKNOWN for bad labels."""
 
     labels: Labels  # [rows, A]
     aspects: tuple[str, ...]
-    cells: int  # that are not empty
-    bad: list[BadLabel]  # by row
-    notes: list[str]
-    explain: Callable[[BadLabel], str]
+    cells: int  # number of label cells that are not empty
+    bad: list[BadLabel]  # sorted by row
+    notes: list[str]  # warnings
+    explain: Callable[[BadLabel], str]  # gives the error message of a bad label
 
 
 # ---------------------------------------------------------------- one column per aspect
@@ -73,7 +74,10 @@ class LabelTable:
 def read_aspect_columns(
     file: Path, columns: Columns, text_column: str, form: ReviewFormatConfig, training: tuple[str, ...] | None
 ) -> LabelTable:
-    """Read one column per aspect, each cell a sentiment or empty. `training`: aspects of the training file."""
+    """Read one column per aspect, whose cells are a sentiment or empty.
+
+    `training`: aspects of the training file; None if this is the training file.
+    """
     aspects, notes = _aspect_columns(file, columns, text_column, form, training)
     labels = np.stack([_codes(columns[aspect]) for aspect in aspects], axis=1)
     bad = [
@@ -92,9 +96,9 @@ def read_aspect_columns(
 def _aspect_columns(
     file: Path, columns: Columns, text_column: str, form: ReviewFormatConfig, training: tuple[str, ...] | None
 ) -> tuple[tuple[str, ...], list[str]]:
-    """The columns to read, and notes.
+    """Return the columns to read, and warnings.
 
-    Where the training file decides the aspects, no other column may hold labels, unless `data.aspects` is set.
+    In other files than the training file, columns that are not its aspects must be empty, unless `data.aspects` is set.
     """
     configured = _configured_aspects(form)
     others = [name for name in columns if name != text_column and not UNNAMED.fullmatch(name)]
@@ -124,7 +128,7 @@ def _aspect_columns(
 
 
 def _configured_aspects(form: ReviewFormatConfig) -> tuple[str, ...] | None:
-    """`data.aspects`, checked to be different."""
+    """Return `data.aspects`, and raise UserError for duplicates."""
     if form.aspects is None:
         return None
     names = [clean_name(name) for name in form.aspects]
@@ -135,14 +139,14 @@ def _configured_aspects(form: ReviewFormatConfig) -> tuple[str, ...] | None:
 
 
 def _codes(cells: Sequence[object]) -> Labels:
-    """The label of each cell of a column; UNKNOWN where it is bad."""
+    """Label code of each cell of a column; UNKNOWN for a bad label."""
     texts = list(map(cell_text, cells))
     codes = {text: _CODES_OR_EMPTY.get(text.strip().casefold(), UNKNOWN) for text in set(texts)}
     return np.fromiter(map(codes.__getitem__, texts), np.int8, len(texts))
 
 
 def _refuse_other_columns(file: Path, bad: Sequence[BadLabel], with_sentiment: set[str]) -> None:
-    """Raise where a column has no sentiment at all: it is no aspect, and dropping its every cell would hide that."""
+    """Raise UserError if all labels of a column are bad: it is no aspect, and dropping its labels would hide that."""
     aspects = with_sentiment | {label.column for label in bad if _closest(label.value)}
     for label in bad:
         if label.column not in aspects:
@@ -157,7 +161,7 @@ def _explain_cell(label: BadLabel) -> str:
 
 
 def _closest(text: str) -> str | None:
-    """The sentiment that was probably meant."""
+    """Return the sentiment that was probably meant, or None."""
     return next(iter(difflib.get_close_matches(text.strip().capitalize(), WORDS, 1, 0.6)), None)
 
 
@@ -166,24 +170,27 @@ def _closest(text: str) -> str | None:
 
 @dataclass(frozen=True)
 class _Cell:
-    """The content of one cell of the label column."""
+    """Content of one cell of the label column."""
 
-    labels: Mapping[str, int]  # aspect -> label; UNKNOWN where it is bad
-    bad: tuple[str, ...]
-    unclear: bool  # a bad piece does not even name its aspect
+    labels: Mapping[str, int]  # aspect -> label; UNKNOWN if it is bad
+    bad: tuple[str, ...]  # bad pieces
+    unclear: bool  # the aspect of a bad piece is not known
 
 
 def read_label_column(
     file: Path, column: str, cells: Sequence[object], form: ReviewFormatConfig, training: tuple[str, ...] | None
 ) -> LabelTable:
-    """Read all labels from one column, each cell `{ASPECT#Polarity};{ASPECT};` or a JSON object of aspects."""
+    """Read all labels from one column, whose cells are like `{ASPECT#Polarity};{ASPECT};` or JSON objects.
+
+    `training`: aspects of the training file; None if this is the training file.
+    """
     texts = list(map(cell_text, cells))
     parsed = {text: _parse(text) for text in dict.fromkeys(texts)}
     aspects, notes = _aspects_of(file, column, [parsed[text] for text in texts], form, training)
     distinct = np.full((len(parsed), len(aspects)), NOT_MENTIONED, dtype=np.int8)
     for number, cell in enumerate(parsed.values()):
         if cell.unclear:
-            distinct[number] = UNKNOWN  # the bad piece may be about any aspect that the others do not name
+            distinct[number] = UNKNOWN  # the bad piece may be about any aspect that the other pieces do not name
         for position, aspect in enumerate(aspects):
             distinct[number, position] = cell.labels.get(aspect, distinct[number, position])
     numbers = {text: number for number, text in enumerate(parsed)}
@@ -197,7 +204,7 @@ def read_label_column(
 def _aspects_of(
     file: Path, column: str, rows: Sequence[_Cell], form: ReviewFormatConfig, training: tuple[str, ...] | None
 ) -> tuple[tuple[str, ...], list[str]]:
-    """The aspects to read, and notes."""
+    """Return the aspects to read, and warnings."""
     configured, notes = _configured_aspects(form), list[str]()
     counts = Counter(aspect for cell in rows for aspect, code in cell.labels.items() if code != UNKNOWN)
     aspects = training or configured or tuple(sorted(counts))
@@ -208,7 +215,7 @@ def _aspects_of(
         row = next(row for row, cell in enumerate(rows, 1) if cell.labels.get(others[0], UNKNOWN) != UNKNOWN)
         raise UserError(f"{file}: row {row}, column {column}: {no_such('aspect', others[0], aspects)} (training file)")
     if training is None:
-        by_spelling: dict[str, str] = {}  # without case and spaces
+        by_spelling: dict[str, str] = {}  # lower case without spaces -> aspect
         for aspect in aspects:
             if aspect not in counts:
                 raise UserError(f"{file}: data.aspects: {no_such('aspect', aspect, sorted(counts))}")
@@ -239,7 +246,7 @@ def _parse(cell: str) -> _Cell:
 
 
 def _pieces(cell: str) -> Iterator[tuple[tuple[str, ...], int, str]]:
-    """Each piece of a cell: the aspects it may be about (none if it does not name one), its label, and its text."""
+    """Yield every piece of a cell: the aspects it may be about (none if not known), its label, and its text."""
     pairs = _object(cell)
     if pairs is None:
         for piece in filter(None, map(str.strip, cell.split(";"))):
@@ -251,7 +258,7 @@ def _pieces(cell: str) -> Iterator[tuple[tuple[str, ...], int, str]]:
         and (code != UNKNOWN or _closest(cell_text(value)))
         for (name, value), code in zip(pairs, labels, strict=True)
     ):  # fmt: skip
-        yield (), UNKNOWN, cell  # an object of something else
+        yield (), UNKNOWN, cell  # the object does not contain labels
         return
     for (name, value), code in zip(pairs, labels, strict=True):
         if code != NOT_MENTIONED:
@@ -259,7 +266,7 @@ def _pieces(cell: str) -> Iterator[tuple[tuple[str, ...], int, str]]:
 
 
 def _object(cell: str) -> list[tuple[object, object]] | None:
-    """The pairs of a JSON object, or of a dict as Python prints it; None if the cell is neither."""
+    """The key-value pairs of a JSON object or a Python dict literal; None if the cell is neither."""
     if not _OBJECT.match(cell):
         return None
     try:
@@ -278,7 +285,7 @@ def _object(cell: str) -> list[tuple[object, object]] | None:
 
 
 def _in_braces(piece: str) -> tuple[tuple[str, ...], int]:
-    """Aspect and label of `{ASPECT#Polarity}` or `{ASPECT}`; the polarity is what follows the last `#`."""
+    """Possible aspects and label of `{ASPECT#Polarity}` or `{ASPECT}`; the polarity follows the last `#`."""
     match = _BRACES.fullmatch(piece)
     parts = [clean_name(part) for part in match[1].split("#")] if match else [""]
     names = parts[:-1] or parts
@@ -286,7 +293,7 @@ def _in_braces(piece: str) -> tuple[tuple[str, ...], int]:
     if not all(names) or _NO_NAME.search(plain) or (len(parts) == 1 and _NO_MENTION.search(plain)):
         return (), UNKNOWN
     code = MENTIONED if len(parts) == 1 else _CODES.get(parts[-1].casefold(), UNKNOWN)
-    # a bad polarity may belong to the name: {ROOMS#DESIGN}
+    # an unknown polarity may be a part of the name: {ROOMS#DESIGN}
     return ("#".join(names), "#".join(parts))[: 1 + (code == UNKNOWN)], code
 
 

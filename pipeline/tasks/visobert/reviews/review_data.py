@@ -1,4 +1,4 @@
-"""The data of a run: its splits, their tokens, and the scores of the baselines."""
+"""The data of a run: its splits, tokens, and scores of the baselines."""
 
 from pathlib import Path
 
@@ -14,11 +14,11 @@ from pipeline.tasks.visobert.reviews.sentiments import labelled
 from pipeline.tasks.visobert.reviews.splits import Splits, load_splits
 from pipeline.tasks.visobert.scoring.baselines import Baselines
 
-MANY_TRUNCATED = 0.01  # share of truncated training reviews above which a warning is given
+MANY_TRUNCATED = 0.01  # share of truncated training reviews that causes a warning
 
 
 class ReviewData:
-    """The splits of a config, tokenised when first asked for."""
+    """The splits of a config, which are tokenised on first use."""
 
     splits: Splits
     baselines: Baselines
@@ -26,7 +26,7 @@ class ReviewData:
     _tables: dict[str, ReviewTable]
 
     def __init__(self, config: VisobertConfig, like: "ReviewData | None" = None) -> None:
-        """Read the files, or share what `like` has read of the same ones.
+        """Read the files, or share the data of `like` where the configs agree.
 
         Raises:
             UserError: a file or the tokenizer is missing or damaged.
@@ -43,7 +43,7 @@ class ReviewData:
             texts = self.splits.train.texts
             self.tokenizer = load_tokenizer(model.name, model.revision, texts, model.embedded.vocabulary)
             self._tables = {}
-        self.repeats: npt.NDArray[np.float64] | None = None  # [N], how often an epoch draws each review, on average
+        self.repeats: npt.NDArray[np.float64] | None = None  # [N], average number of times per epoch
         if config.data.oversampling != "none":
             self.repeats = capped_repeats(self.splits.train.labels, config.data.oversampling_ratio)
 
@@ -64,7 +64,7 @@ class ReviewData:
         return Dataset(Path(train.source).name, self.splits.digest, train.source, profile)
 
     def warnings(self) -> list[str]:
-        """Notes on the files, dropped cells, unknown tokens, copies across files, truncated texts."""
+        """Warnings about the files: dropped cells, unknown tokens, copies across files, truncated texts."""
         warnings: list[str] = []
         for name, reviews in self.splits.by_name.items():
             warnings += reviews.notes
@@ -83,11 +83,11 @@ class ReviewData:
         return warnings
 
     def _copies_of_train(self, split: str) -> int:
-        """Reviews of a file that are in the training file too; the embedded reviews have some on purpose."""
+        """Count reviews that are in the training file too; 0 for embedded reviews, where copies are intended."""
         data = self.config.data
         if split == "train" or data.train is None or (split == "valid" and data.validation is None):
             return 0
         training_file = set(map(folded, self.splits.train.texts))
-        if data.validation is None:  # the validation split is a share of it
+        if data.validation is None:  # the validation split is a part of the training file
             training_file |= set(map(folded, self.splits.valid.texts))
         return sum(folded(text) in training_file for text in self.splits.by_name[split].texts)

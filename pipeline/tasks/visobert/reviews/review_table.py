@@ -1,6 +1,6 @@
-"""Tokenised reviews in memory, and batches of similar lengths under a token budget.
+"""Tokenised reviews in memory, and batches of reviews of similar length with a limit on tokens.
 
-N = reviews, A = aspects, B = reviews of a batch, L = its longest review.
+N = reviews, A = aspects, B = reviews of a batch, L = tokens of its longest review.
 """
 
 import hashlib
@@ -22,12 +22,12 @@ from pipeline.tasks.base import Rows
 from pipeline.tasks.visobert.encoders.tokenizer import Tokenizer, Tokens
 from pipeline.tasks.visobert.reviews.sentiments import SENTIMENTS
 
-LENGTH_JITTER = 0.04  # random share added to a length before sorting, so that neighbours differ between epochs
+LENGTH_JITTER = 0.04  # lengths are increased at random by up to this share before sorting
 
 
 @dataclass(frozen=True)
 class ReviewBatch:
-    """Padded token ids of some reviews, with their labels."""
+    """A batch: padded token ids of reviews, with their labels."""
 
     ids: Tensor  # [B, L] int32
     mask: Tensor  # [B, L] bool, false where padded
@@ -43,19 +43,19 @@ class ReviewBatch:
 
 
 class ReviewTable:
-    """The tokens and labels of a split in memory."""
+    """Tokens and labels of a split, in memory."""
 
     def __init__(self, tokens: Tokens, labels: npt.NDArray[np.int8], pad_id: int) -> None:
         self.lengths = torch.from_numpy(tokens.lengths)
         self.starts = self.lengths.cumsum(0) - self.lengths
         self.labels, self.pad_id = torch.from_numpy(labels), pad_id
-        self.ids = torch.from_numpy(np.append(tokens.ids, np.int32(pad_id)))  # padding reads the last one
+        self.ids = torch.from_numpy(np.append(tokens.ids, np.int32(pad_id)))  # the last id is used for padding
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def batch(self, rows: Rows) -> ReviewBatch:
-        """Gather rows in the given order, padded to the longest of them."""
+        """Gather rows in the given order, padded to the length of the longest."""
         index = torch.from_numpy(rows)
         lengths = self.lengths[index]
         position = torch.arange(int(lengths.max()))
@@ -71,13 +71,16 @@ def length_buckets(
     generator: np.random.Generator | None = None,
     repeats: npt.NDArray[np.float64] | None = None,
 ) -> list[Rows]:
-    """The micro-batches of one epoch, decided by the generator alone; None = all rows by length, for evaluation.
+    """Divide rows into batches of similar length, of at most `batch_size` rows and `batch_tokens` tokens.
 
-    Rows are shuffled and sorted by slightly jittered length, so that a batch holds similar lengths but different
-    reviews every epoch; then the batches are shuffled. A batch holds at most `batch_size` rows and `batch_tokens`
-    tokens, padding included; a longer review is a batch of its own.
+    Padding counts as tokens. A review with more tokens is a batch of its own.
 
-    `repeats`: [N], expected copies of each row: the integer part, plus one with the probability of the rest.
+    `generator`: for training; rows are shuffled and sorted by slightly jittered length, so that batches contain reviews
+    of similar length, but different ones every epoch; then the batches are shuffled. None = all rows sorted by length,
+    for evaluation.
+
+    `repeats`: [N], average number of times that each row is drawn in training. The fractional part is the probability
+    of one more time than the integer part.
     """
     rows = np.arange(len(lengths))
     if generator is None:
@@ -95,7 +98,7 @@ def length_buckets(
 
 
 def _bounds(lengths: npt.NDArray[np.int64], batch_size: int, batch_tokens: int) -> list[int]:
-    """Boundaries of consecutive batches, each as large as both budgets allow."""
+    """Boundaries of consecutive batches, each as large as both limits allow."""
     bounds = [0]
     while bounds[-1] < len(lengths):
         first = bounds[-1]
@@ -106,10 +109,10 @@ def _bounds(lengths: npt.NDArray[np.int64], batch_size: int, batch_tokens: int) 
 
 
 def capped_repeats(labels: npt.NDArray[np.int8], ratio: float) -> npt.NDArray[np.float64]:
-    """How often oversampling draws each review, on average. labels: [N, A] -> [N]
+    """Average number of times that oversampling draws each review in an epoch. labels: [N, A] -> [N]
 
-    A review is repeated as its rarest sentiment needs to become as frequent as the most frequent one, but at most
-    `ratio` times. Reviews without a sentiment come once.
+    It is the count of the most frequent sentiment divided by that of the review's rarest sentiment, but at most
+    `ratio`. Reviews without a sentiment are drawn once.
     """
     counts = np.array([(labels == sentiment).sum() for sentiment in range(len(SENTIMENTS))])
     times = np.minimum(ratio, counts.max() / np.maximum(1, counts))
@@ -120,13 +123,13 @@ def capped_repeats(labels: npt.NDArray[np.int8], ratio: float) -> npt.NDArray[np
 
 
 def padding_efficiency(lengths: npt.NDArray[np.int64], batches: Sequence[Rows]) -> float:
-    """Share of the batches' cells that hold a token."""
+    """Share of the positions in the padded batches that are tokens, not padding."""
     padded = sum(len(rows) * int(lengths[rows].max()) for rows in batches)
     return sum(int(lengths[rows].sum()) for rows in batches) / padded
 
 
 def tokenise(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int, cache: Path) -> Tokens:
-    """Tokenise texts once: `cache` keeps the tokens under a digest of tokenizer and texts."""
+    """Tokenise texts, or read their tokens from `cache`, where they are stored by a digest of tokenizer and texts."""
     digest = hashlib.sha256(f"{tokenizer.digest} {max_tokens}".encode())
     for text in texts:
         encoded = text.encode()

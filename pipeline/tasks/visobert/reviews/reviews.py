@@ -1,6 +1,6 @@
 """Reviews and their labels, read from CSV, JSONL or Parquet files.
 
-Labels stand either in one column per aspect, each cell a sentiment or empty, or all in one column, as
+Labels are either in one column per aspect, whose cells are a sentiment or empty, or all in one column, as
 `{ASPECT#Polarity};{ASPECT};` or as a JSON object.
 """
 
@@ -24,28 +24,28 @@ LABEL_COLUMNS = ("label", "labels")
 
 @dataclass(frozen=True)
 class Reviews:
-    """A file of reviews. N = reviews, A = aspects.
+    """Reviews of a file. N = reviews, A = aspects.
 
     A label is an index of SENTIMENTS, NOT_MENTIONED, MENTIONED (without polarity) or UNKNOWN (a bad label that was
-    dropped: the cell takes no part in any loss or score).
+    dropped; losses and scores ignore the cell).
     """
 
     source: str  # path of the file, or "embedded"
     digest: str  # SHA-256 of the file's bytes, hex
-    texts: tuple[str, ...]  # [N], NFC; blank where only the labels are known
+    texts: tuple[str, ...]  # [N], NFC; blank for labelled reviews without a text
     labels: npt.NDArray[np.int8]  # [N, A]
     aspects: tuple[str, ...]
-    rows: npt.NDArray[np.int64]  # [N], the file's data record of each review, from 1
+    rows: npt.NDArray[np.int64]  # [N], number of the data record in the file, from 1
     dropped: tuple[BadLabel, ...] = ()
     notes: tuple[str, ...] = ()  # warnings about how the file was read, one line each
-    cells: int = 0  # label cells that are not empty
+    cells: int = 0  # number of label cells that are not empty
     text_column: str = ""
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def select(self, which: npt.NDArray[np.generic]) -> "Reviews":
-        """Some of the reviews, by flags [N] or by positions (which may repeat)."""
+        """Select reviews by flags [N] or by positions, which may be repeated."""
         positions = np.arange(len(self))[which]
         texts = tuple(self.texts[position] for position in positions.tolist())
         return replace(self, texts=texts, labels=self.labels[positions], rows=self.rows[positions])
@@ -56,13 +56,13 @@ class Reviews:
         return self if has_text.all() else self.select(has_text)
 
     def without_polarity(self, aspects: Sequence[str]) -> "Reviews":
-        """The same reviews, with plain mentions in place of the sentiments of these aspects."""
+        """The same reviews, with MENTIONED in place of the sentiments of these aspects."""
         chosen = np.isin(self.aspects, list(aspects))
         labels = np.where(chosen & labelled(self.labels), np.int8(MENTIONED), self.labels)
         return replace(self, labels=labels)
 
     def labels_text(self, review: int) -> str:
-        """The labels of one review as `{ASPECT#Polarity};{ASPECT}`, without unknown ones."""
+        """The labels of one review as `{ASPECT#Polarity};{ASPECT}`; unknown labels are left out."""
         return ";".join(
             f"{{{aspect}}}" if code == MENTIONED else f"{{{aspect}#{WORDS[code]}}}"
             for aspect, code in zip(self.aspects, self.labels[review].tolist(), strict=True)
@@ -71,18 +71,19 @@ class Reviews:
 
 
 def folded(text: str) -> str:
-    """The text in NFC and lower case with single spaces: equal for exact copies."""
+    """Normalise a text so that exact copies are equal: NFC, lower case, single spaces."""
     return " ".join(unicodedata.normalize("NFC", text).lower().split())
 
 
 def read_reviews(file: Path, form: ReviewFormatConfig, aspects: tuple[str, ...] | None = None) -> Reviews:
-    """Read a CSV, JSONL or Parquet file. `aspects`: those of the training file, which this one must share.
+    """Read a CSV, JSONL or Parquet file.
 
-    A bad label is an error, or is dropped and listed with `on_bad_label: drop`. A row without a text is kept for its
-    labels, and left out if it has none.
+    `aspects`: aspects of the training file, which this file must have too; None if this is the training file. With
+    `on_bad_label: drop`, bad labels are dropped and listed in `dropped`. Rows without a text are kept if they have
+    labels.
 
     Raises:
-        UserError: names the file, and row and column where there is one.
+        UserError: the file cannot be read, or has bad labels that are not dropped; names the file, row and column.
     """
     digest, columns = read_columns(file)
     if not len(next(iter(columns.values()), ())):
@@ -119,9 +120,9 @@ def read_reviews(file: Path, form: ReviewFormatConfig, aspects: tuple[str, ...] 
 
 
 def detection_only_aspects(training: Reviews, configured: Sequence[str]) -> tuple[str, ...]:
-    """Aspects that are only detected: mentioned, but never with a polarity, or configured as such.
+    """Aspects that are only detected: those mentioned but never with a polarity, and the configured ones.
 
-    An aspect that no review mentions is not among them: nothing says how it is labelled.
+    An aspect that no review mentions is not included, unless it is configured.
 
     Raises:
         UserError: a configured aspect does not exist.
@@ -148,7 +149,7 @@ def _text_column(file: Path, columns: Columns, form: ReviewFormatConfig) -> str:
 
 
 def _label_column(file: Path, columns: Columns, form: ReviewFormatConfig, text_column: str) -> str | None:
-    """The column with all labels: the configured one, or else `label`, unless `data.aspects` are columns."""
+    """The column with all labels: the configured one, else one of LABEL_COLUMNS; None with a column per aspect."""
     if form.label_column is not None:
         name = _configured_column(file, columns, "label_column", form.label_column)
         if name == text_column:
@@ -167,13 +168,13 @@ def _configured_column(file: Path, columns: Columns, key: str, value: str) -> st
 
 
 def _first_of(names: Sequence[str], columns: Sequence[str] | Columns) -> str | None:
-    """The column with the first of the names that exists, ignoring case."""
+    """The column that matches the first possible name, ignoring case; None if there is none."""
     columns_by_name = {column.casefold(): column for column in reversed(list(columns))}
     return next((columns_by_name[name] for name in names if name in columns_by_name), None)
 
 
 def _texts(file: Path, column: str, cells: Sequence[object]) -> list[str]:
-    """All texts in NFC; empty cells are empty texts."""
+    """The texts of a column in NFC; empty for empty cells."""
     texts = []
     for row, cell in enumerate(cells, 1):
         text = "" if cell is None or cell != cell else cell  # noqa: PLR0124 (only NaN differs from itself)

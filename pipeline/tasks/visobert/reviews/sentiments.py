@@ -1,14 +1,14 @@
-"""Label codes of an aspect in a review."""
+"""Codes of the labels: the sentiment about an aspect in a review."""
 
 import numpy as np
 import numpy.typing as npt
 
-SENTIMENTS = ("positive", "negative", "neutral")  # the order of alpha and of every axis of three
-NOT_MENTIONED, MENTIONED, UNKNOWN = -1, 3, -2  # labels besides the indices of SENTIMENTS
+SENTIMENTS = ("positive", "negative", "neutral")  # the order of alpha and of array axes of size 3
+NOT_MENTIONED, MENTIONED, UNKNOWN = -1, 3, -2  # codes in addition to the indices of SENTIMENTS
 
 Labels = npt.NDArray[np.int8]
 
 
 def labelled(labels: Labels) -> npt.NDArray[np.bool_]:
-    """Cells with a sentiment."""
+    """Flags of the cells with a sentiment, in the shape of `labels`."""
     return (labels >= 0) & (labels < len(SENTIMENTS))

@@ -16,7 +16,7 @@ from pipeline.tasks.visobert.reviews.reviews import Reviews, detection_only_aspe
 
 @dataclass(frozen=True)
 class Splits:
-    """Reviews with the training file's aspects; labels of detection-only aspects are mentions in every split."""
+    """Splits with the aspects of the training file; labels of detection-only aspects have no polarity in any split."""
 
     train: Reviews
     valid: Reviews
@@ -25,18 +25,18 @@ class Splits:
 
     @property
     def by_name(self) -> dict[str, Reviews]:
-        """The splits that exist, as `train`, `valid` and `test`."""
+        """The splits that exist, by their names `train`, `valid` and `test`."""
         splits = {"train": self.train, "valid": self.valid, "test": self.test}
         return {name: reviews for name, reviews in splits.items() if reviews is not None}
 
     @property
     def polar(self) -> npt.NDArray[np.bool_]:
-        """Aspects with sentiments, which are not detection-only. [A]"""
+        """Flags of the aspects with sentiments, those that are not detection-only. [A]"""
         return ~np.isin(self.train.aspects, self.detection_only)
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all files together, hex."""
+        """SHA-256 (hex) of the digests and sizes of all splits."""
         parts = " ".join(f"{name} {reviews.digest} {len(reviews)}" for name, reviews in self.by_name.items())
         return hashlib.sha256(parts.encode()).hexdigest()
 
@@ -44,10 +44,10 @@ class Splits:
 def read_splits(
     files: Mapping[str, str | None], form: ReviewFormatConfig
 ) -> tuple[dict[str, Reviews], tuple[str, ...]]:
-    """Read the splits that have a file, by name, and the detection-only aspects.
+    """Read the splits that have a file, and return them by name, with the detection-only aspects.
 
-    `files`: train, validation and test. The training file decides the aspects and which are detection-only; without
-    one all three are the embedded reviews.
+    `files`: paths of train, validation and test. The training file decides the aspects and which of them are
+    detection-only. Without a training file, all three splits are the embedded reviews.
 
     Raises:
         UserError: a file cannot be read as reviews.
@@ -65,7 +65,7 @@ def read_splits(
 
 
 def load_splits(config: TrainDataConfig) -> Splits:
-    """Read the files, or the embedded reviews; without a validation file, hold out a share of the training file.
+    """Read the files or the embedded reviews. Without a validation file, hold out a share of the training file.
 
     Raises:
         UserError: a file cannot be read as reviews, or a split would be empty.
@@ -81,12 +81,12 @@ def load_splits(config: TrainDataConfig) -> Splits:
                 f"{train.source}: {len(train)} reviews cannot be split by data.validation_share "
                 f"{config.validation_share:g}, allowed: enough for both splits, or data.validation"
             )
-        # notes on the file stay with the training split alone
+        # keep the warnings about the file with the training split only
         train, valid = train.select(~held_out), replace(train.select(held_out), dropped=(), notes=())
     return Splits(train, valid, splits.get("test"), only)
 
 
 def _hash_fractions(texts: tuple[str, ...]) -> npt.NDArray[np.float64]:
-    """A hash of each text between 0 and 1, the same for copies, so that they stay in one split. [N]"""
+    """Hash of each text, between 0 and 1. Copies have the same hash, so that they are in the same split. [N]"""
     digests = (hashlib.sha256(folded(text).encode()).digest() for text in texts)
     return np.array([int.from_bytes(digest[:8]) / 2**64 for digest in digests])

@@ -1,1 +1,1 @@
-"""What predictions are worth: scores, thresholds, baselines and reports."""
+"""Predictions and their scores, thresholds, baselines and reports."""

@@ -1,4 +1,4 @@
-"""Baselines on the same splits: the majority, and TF-IDF with logistic regression."""
+"""Baselines on the same splits: majority, and TF-IDF with logistic regression."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -21,19 +21,19 @@ BASELINES = ("majority", "tfidf")
 BASELINE_METRICS = ("aspect_f1_macro", "sentiment_f1_macro", "pair_f1_micro", "pair_f1_macro")
 
 INVERSE_REGULARISATION = 4.0
-FEW_REVIEWS = 50  # up to which terms that occur once count too
+FEW_REVIEWS = 50  # with at most this many training reviews, terms that occur only once are used too
 WORD = r"\w+|[^\w\s]"
 
 
 class Baselines:
-    """The scores of the baselines on a run's splits, computed when first asked for."""
+    """Scores of the baselines on the splits of a run, computed on first use."""
 
     def __init__(self, reviews: Splits) -> None:
         self.reviews = reviews
         self.scores = cache(self._scores)
 
     def _scores(self, split: str) -> dict[str, float]:
-        """BASELINE_METRICS of each baseline, as `<metric>_<baseline>`."""
+        """BASELINE_METRICS of each baseline, named `<metric>_<baseline>`."""
         reviews = self.reviews.by_name[split]
         predictions = {"majority": majority(self.reviews.train.labels, len(reviews))}
         if self._tfidf:
@@ -53,17 +53,17 @@ class Baselines:
 
 
 def majority(training: Labels, rows: int) -> PredictedLabels:
-    """Each aspect's most frequent sentiment; mentioned if more than half of the training reviews mention it."""
+    """Predict each aspect's most frequent sentiment, and a mention if over half of the training reviews have one."""
     counts = np.stack([(training == sentiment).sum(0) for sentiment in range(len(SENTIMENTS))])  # [3, A]
     mentioned = (training > NOT_MENTIONED).sum(0) * 2 > (training != UNKNOWN).sum(0)
     return PredictedLabels(np.tile(counts.argmax(0).astype(np.int8), (rows, 1)), np.tile(mentioned, (rows, 1)))
 
 
 class TfidfBaseline:
-    """Logistic regressions on TF-IDF of words, pairs of words and letters in words.
+    """Logistic regressions on TF-IDF features of words, word pairs and character n-grams.
 
-    For each aspect one classifies whether it is mentioned, with a threshold tuned on the validation split like the
-    model's own, and one per sentiment against the others is fitted on the labelled cells.
+    For each aspect, one regression predicts whether it is mentioned, with a threshold tuned on the validation split as
+    for the model. Sentiments are predicted by one-vs-rest regressions, fitted on the labelled cells.
     """
 
     def __init__(self, texts: Sequence[str], labels: Labels, validation: tuple[Sequence[str], Labels]) -> None:
@@ -77,7 +77,7 @@ class TfidfBaseline:
         letters = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), sublinear_tf=True, min_df=min_letters)
         self.vectorizers, matrices = list[TfidfVectorizer](), []
         for vectorizer in (words, letters):
-            with suppress(ValueError):  # no term left: where words are not separated, hardly one comes twice
+            with suppress(ValueError):  # no term left: if words are not separated, few occur twice
                 matrices.append(vectorizer.fit_transform(texts))
                 self.vectorizers.append(vectorizer)
         if not matrices:
@@ -102,10 +102,10 @@ class TfidfBaseline:
 def _fit(
     matrix: csr_matrix, target: npt.NDArray[np.generic], rows: npt.NDArray[np.bool_]
 ) -> Callable[[csr_matrix], npt.NDArray[np.float64]]:
-    """A function from features to the probability of each class, a column per class (0 and 1 for a yes or no)."""
+    """Fit a classifier on some rows; returns a function from features to probabilities, with one column per class."""
     classes = np.unique(target[rows]).astype(np.int64)
     width = 2 if target.dtype == np.bool_ else len(SENTIMENTS)
-    if len(classes) < 2:  # nothing to fit
+    if len(classes) < 2:  # only one class: nothing to fit
         constant = np.zeros(width)
         constant[classes] = 1
         return lambda features: np.tile(constant, (features.shape[0], 1))

@@ -1,4 +1,4 @@
-"""Predicted labels, and probabilities as users read them, from a model's logits."""
+"""Predicted labels and probabilities, from the logits of a model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,9 +21,9 @@ MENTIONED_TEXT = "mentioned"
 
 @dataclass(frozen=True)
 class PredictedLabels:
-    """Labels of N reviews and A aspects."""
+    """Predicted labels of N reviews and A aspects."""
 
-    sentiment: npt.NDArray[np.int8]  # [N, A], index of SENTIMENTS, also where the aspect is not mentioned
+    sentiment: npt.NDArray[np.int8]  # [N, A], index of SENTIMENTS, also for aspects that are not mentioned
     mentioned: Flags | None  # [N, A]; None without aspect detection
 
 
@@ -35,7 +35,7 @@ class Predictions:
     thresholds: Floats  # [A]
     aspects: Sequence[str]
     polar: Flags  # [A], aspects with sentiments
-    calibration: Fitted = field(default_factory=dict)  # of the probabilities; labels do not depend on it
+    calibration: Fitted = field(default_factory=dict)  # changes probabilities, but not labels
 
     @cached_property
     def sentiment(self) -> Floats:
@@ -52,15 +52,15 @@ class Predictions:
 
     @cached_property
     def labels(self) -> PredictedLabels:
-        """Labels by the uncalibrated probabilities, on which the thresholds were tuned."""
+        """Labels, from the uncalibrated probabilities, for which the thresholds were tuned."""
         probability = _mentioned(self.output)
         mentioned = None if probability is None else probability >= self.thresholds
         return PredictedLabels(_sentiment(self.output).argmax(-1).astype(np.int8), mentioned)
 
     def frame(self) -> pd.DataFrame:
-        """One row per review: one column per aspect (its sentiment, `mentioned`, or None), then the probabilities.
+        """One row per review. For each aspect, one column with its sentiment, `mentioned` or None, then probabilities.
 
-        Without aspect detection every aspect has a sentiment.
+        Without aspect detection, aspects with sentiments have one in every review, and the others are None.
         """
         words = np.array(SENTIMENTS, dtype=object)
         columns: dict[str, object] = {}
@@ -70,7 +70,7 @@ class Predictions:
                 cells = np.full(len(cells), MENTIONED_TEXT if self.mentioned is not None else None, dtype=object)
             if self.labels.mentioned is not None:
                 cells = np.where(self.labels.mentioned[:, index], cells, np.array(None, dtype=object))
-            columns[aspect] = pd.Series(cells, dtype=object)  # or pandas turns None into NaN
+            columns[aspect] = pd.Series(cells, dtype=object)  # otherwise pandas would turn None into NaN
             if self.mentioned is not None:
                 columns[f"{aspect}/{MENTIONED_TEXT}"] = self.mentioned[:, index]
             if self.polar[index]:
@@ -80,7 +80,7 @@ class Predictions:
 
 
 def column_types(aspects: Sequence[str], polar: Flags, detection: bool) -> dict[str, str]:
-    """The columns of `Predictions.frame` with MLflow's types."""
+    """Names and MLflow types of the columns of `Predictions.frame`."""
     types = dict.fromkeys(aspects, "string")
     for aspect, has_sentiments in zip(aspects, polar, strict=True):
         parts = ([MENTIONED_TEXT] if detection else []) + (list(SENTIMENTS) if has_sentiments else [])

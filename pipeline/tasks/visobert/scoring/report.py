@@ -1,4 +1,4 @@
-"""Files about a finished model's predictions: tables, pictures, and its most confident errors."""
+"""Report files about the predictions of a finished model: tables, pictures, and its most confident errors."""
 
 from pathlib import Path
 
@@ -16,11 +16,11 @@ from pipeline.tasks.visobert.scoring.scores import aspect_table, confusion
 from pipeline.tracking import plots
 
 MAX_ERRORS = 200
-MAX_PLOTTED = 100  # aspects in the picture, those with the most labels; the tables hold all
+MAX_PLOTTED = 100  # the picture shows this many aspects, those with the most labels; the tables contain all
 
 
 def write_report(folder: Path, split: str, reviews: Reviews, predictions: Predictions) -> None:
-    """Write a split's files into `evaluation/` and `plots/` of the folder."""
+    """Write the report files of a split into `evaluation/` and `plots/` in the folder."""
     tables, pictures = folder / "evaluation", folder / "plots"
     tables.mkdir(parents=True, exist_ok=True)
     pictures.mkdir(parents=True, exist_ok=True)
@@ -34,7 +34,7 @@ def write_report(folder: Path, split: str, reviews: Reviews, predictions: Predic
               for aspect, counts in matrices.items()}  # fmt: skip
     write_csv(pd.concat(frames, names=["aspect"]).reset_index(), tables / f"{split}_confusion.csv")
     largest = sorted(matrices, key=lambda aspect: -int(matrices[aspect].sum()))[:MAX_PLOTTED]
-    plotted = {aspect.replace("$", r"\$"): counts  # matplotlib reads text between two $ as a formula
+    plotted = {aspect.replace("$", r"\$"): counts  # matplotlib parses text between two $ as a formula
                for aspect, counts in matrices.items() if aspect in largest}  # fmt: skip
     with optional(f"plots/{split}_confusion.png"):
         plots.confusion(plotted, SENTIMENTS, pictures / f"{split}_confusion.png")
@@ -44,15 +44,15 @@ def write_report(folder: Path, split: str, reviews: Reviews, predictions: Predic
 
 
 def write_pair_rows(folder: Path, reviews: Reviews, predictions: Predictions) -> None:
-    """Write per review the numerator and denominator of `test/pair_f1_micro`: 2 * hits, and true + predicted pairs.
+    """Write each review's terms of the numerator (2 * hits) and denominator (true + predicted) of `test/pair_f1_micro`.
 
-    Write nothing if the metric is undefined: without aspect detection, or without a labelled cell.
+    Nothing is written if the metric is undefined: without aspect detection, or without labelled cells.
     """
     labels, predicted, polar = reviews.labels, predictions.labels, predictions.polar
     if predicted.mentioned is None or not labelled(labels)[:, polar].any():
         return
     true_pairs = labelled(labels) & polar
-    judged = true_pairs | (labels == NOT_MENTIONED)  # a mention of unknown polarity is no pair
+    judged = true_pairs | (labels == NOT_MENTIONED)  # pairs with a mention of unknown polarity are not judged
     predicted_pairs = predicted.mentioned & polar & judged
     hits = true_pairs & predicted_pairs & (predicted.sentiment == labels)
     write_test_rows(folder, {
@@ -62,9 +62,9 @@ def write_pair_rows(folder: Path, reviews: Reviews, predictions: Predictions) ->
 
 
 def confident_errors(reviews: Reviews, predictions: Predictions) -> pd.DataFrame:
-    """The wrong cells, most confident first: sentiments of labelled cells, and mentions. At most MAX_ERRORS rows.
+    """Table of wrong predictions (sentiments of labelled cells, and mentions), most confident first.
 
-    `probability` is that of the prediction.
+    At most MAX_ERRORS rows. The column `probability` is the probability of the prediction.
     """
     words = dict(enumerate(SENTIMENTS)) | {MENTIONED: MENTIONED_TEXT, NOT_MENTIONED: "-"}
     labels, predicted = reviews.labels, predictions.labels

@@ -17,17 +17,17 @@ from pipeline.tasks.visobert.reviews.sentiments import (
 from pipeline.tasks.visobert.scoring.predictions import Flags, PredictedLabels
 
 CLASSES = tuple(range(len(SENTIMENTS)))
-PRIOR_MENTIONS = 30  # mentions that weigh as much as the prior threshold 0.5
+PRIOR_MENTIONS = 30  # the prior threshold 0.5 has the weight of this many mentions
 
 
 def score(labels: Labels, predicted: PredictedLabels, names: Sequence[str], polar: Flags) -> dict[str, float]:
-    """All scores of a split, by name. `names`: the aspects as metric names; `polar`: [A], those with sentiments.
+    """All scores of a split, by name. `names`: aspects as metric names; `polar`: [A], flags of those with sentiments.
 
-    Sentiments are scored on labelled cells, whether detected or not; macro averages are always over all three, and a
-    sentiment that neither occurs nor is predicted counts 0. Mentions are scored on all cells but the unknown;
-    `aspect_f1_macro` and `aspect_f1_micro` are over the aspects with sentiments, `aspect_f1_macro_all` also over
-    detection-only ones, if there are any. A pair is right if the aspect is detected with the right sentiment;
-    `pair_f1_macro` is over the (aspect, sentiment) pairs that occur.
+    Sentiments are scored on labelled cells, whether or not the aspect is detected. Macro averages are over all three
+    sentiments; a sentiment that neither occurs nor is predicted has F1 0. Mentions are scored on all cells that are not
+    unknown. `aspect_f1_macro` and `aspect_f1_micro` are over the aspects with sentiments; `aspect_f1_macro_all`, which
+    exists only if there are detection-only aspects, is over all aspects. A pair is correct if the aspect is detected
+    and its sentiment is correct; `pair_f1_macro` is over the (aspect, sentiment) pairs that occur.
     """
     cells = labelled(labels)
     scores = _sentiment_scores(labels[cells], predicted.sentiment[cells])
@@ -45,9 +45,10 @@ def score(labels: Labels, predicted: PredictedLabels, names: Sequence[str], pola
 
 
 def known_scores(labels: Labels | None, names: Sequence[str], polar: Flags, detection: bool) -> dict[str, str]:
-    """Every score that `score` can give -> the labels it lacks, "" if none. labels: None = there are none.
+    """Map every score that `score` can return to the labels that are missing for it; "" if it is defined.
 
-    Which scores exist depends on the labels alone: they are those of a perfect prediction.
+    labels: None = the split does not exist. The defined scores depend only on the labels, so they are found by scoring
+    a perfect prediction.
     """
     all_labels = np.where(polar, np.array(CLASSES, dtype=np.int8)[:, None], np.int8(MENTIONED))
     defined = {} if labels is None else _perfect_scores(labels, names, polar, detection)
@@ -86,13 +87,13 @@ def _mention_scores(labels: Labels, mentioned: Flags, names: Sequence[str], pola
 
 
 def _mention_f1(labels: Labels, mentioned: Flags) -> float:
-    """F1 of the mentions among the known cells, of which there is at least one. labels, mentioned: [N]"""
+    """F1 of mentions over the cells that are not unknown; at least one is required. labels, mentioned: [N]"""
     known = labels != UNKNOWN
     return float(f1_score(labels[known] > NOT_MENTIONED, mentioned[known], zero_division=0))
 
 
 def _pair_scores(labels: Labels, sentiment: npt.NDArray[np.int8], mentioned: Flags, polar: Flags) -> dict[str, float]:
-    # a mention of unknown polarity can make no pair right or wrong
+    # pairs with a mention of unknown polarity are not judged
     judged = ((labels == NOT_MENTIONED) | labelled(labels)) & polar
     classes = np.array(CLASSES)
     truth = (labels[..., None] == classes) & judged[..., None]  # [N, A, 3]
@@ -113,10 +114,10 @@ def _pair_scores(labels: Labels, sentiment: npt.NDArray[np.int8], mentioned: Fla
 
 
 def tuned_thresholds(labels: Labels, probability: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """The minimum probability of a mention of each aspect, close to the one with the best F1 on these rows. [A]
+    """Threshold of each aspect on the probability of a mention, tuned for F1 on these rows. probability: [N, A] -> [A]
 
-    The best one lies half-way between two neighbouring probabilities. Few mentions say little about it, so it is
-    averaged with 0.5, weighted by the number of mentions against PRIOR_MENTIONS. probability: [N, A].
+    The threshold with the best F1 is the midpoint of two neighbouring probabilities. As it is uncertain if there are
+    few mentions, it is averaged with 0.5, with weights of the number of mentions and PRIOR_MENTIONS.
     """
     thresholds = np.full(labels.shape[1], 0.5)
     for aspect in range(labels.shape[1]):
@@ -130,7 +131,7 @@ def tuned_thresholds(labels: Labels, probability: npt.NDArray[np.float64]) -> np
 
 
 def _best_threshold(truth: Flags, values: npt.NDArray[np.float64]) -> float:
-    """The threshold with the best F1, the highest if several are equally good. `truth` is true somewhere."""
+    """The threshold with the best F1; the highest one if several are equal. At least one `truth` must be true."""
     order = np.argsort(-values, kind="stable")
     values, hits = values[order], np.cumsum(truth[order])
     f1 = 2 * hits / (np.arange(1, len(values) + 1) + truth.sum())
@@ -141,7 +142,7 @@ def _best_threshold(truth: Flags, values: npt.NDArray[np.float64]) -> float:
 
 
 def confusion(labels: Labels, sentiment: npt.NDArray[np.int8]) -> npt.NDArray[np.int64]:
-    """Counts of labelled cells, truth by prediction. labels, sentiment: of one shape -> [3, 3]"""
+    """Confusion matrix [3, 3] of labelled cells, truth by prediction. labels and sentiment have the same shape."""
     cells = labelled(labels)
     if not cells.any():
         return np.zeros((len(CLASSES), len(CLASSES)), dtype=np.int64)
@@ -152,7 +153,7 @@ def confusion(labels: Labels, sentiment: npt.NDArray[np.int8]) -> npt.NDArray[np
 def aspect_table(
     labels: Labels, predicted: PredictedLabels, aspects: Sequence[str], polar: Flags
 ) -> list[Mapping[str, str | float]]:
-    """One row per aspect: mentions, F1 of detection, F1 and support of each sentiment."""
+    """One row per aspect: number of mentions, F1 of detection, F1 and support of each sentiment."""
     table: list[Mapping[str, str | float]] = []
     for index, aspect in enumerate(aspects):
         column = labels[:, index]
