@@ -8,10 +8,10 @@ from pipeline.tasks.registry import TASKS
 class Entry(NamedTuple):
     about: str
     config: str  # module:class
-    target: str  # module:name; trains: creates the Task from the config; otherwise a function of (config, given)
+    target: str  # module:name; called with the config if `trains`, to create the task, else with (config, given)
     file: str | None = None  # default config file
     trains: bool = False
-    passes_on: bool = False  # accept unknown options, for the task: the function gets (config, file, options)
+    passes_on: bool = False  # accept unknown options (keys of the task); target is called with (config, file, options)
 
 
 ENTRIES = {

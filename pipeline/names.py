@@ -6,7 +6,7 @@ from collections.abc import Sequence
 # The first is for the baseline. Distinguishable on white and on black, and with most colour vision deficiencies.
 COLORS = ("#7f7f7f", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7b3fa0", "#8c510a", "#a6192e")
 PREFIX_FILES = ("points.jsonl", "state.pt", "manifest.json")  # of a shared prefix; the manifest is written last
-ORIGINAL = "original_run_id"  # tag: id of the run that was started on another server or offline
+ORIGINAL = "original_run_id"  # tag: id under which the run was started, on another server or offline
 CALIBRATION = "calibration."  # prefix of the params of the calibration, which is fitted after training
 CALIBRATED = "_calibrated"  # suffix of metrics computed from calibrated probabilities
 CANONICAL = "canonical."  # prefix of tags: canonical text of a param that the store has in another spelling

@@ -28,7 +28,7 @@ Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Config(BaseModel):
-    """A frozen block of settings. Unknown keys, NaN and infinity are refused; text is converted to numbers."""
+    """A frozen block of settings. Unknown keys, NaN and infinity are refused; numeric text is converted to numbers."""
 
     model_config = ConfigDict(
         extra="forbid",

@@ -53,9 +53,9 @@ class TrainingConfig(Config):
 
 class EvaluationConfig(Config):
     every_steps: Positive | None = None
-    """evaluate on the validation split every this many optimizer steps, and at the end; null = after each epoch"""
+    """optimizer steps between evaluations on the validation split, with one at the end; null = after each epoch"""
     metric: str = Field(pattern=r"^valid/.+")
-    """the validation metric that chooses the best weights"""
+    """the validation metric that selects the best weights"""
     mode: Literal["max", "min"] = "max"
     """whether a higher or a lower evaluation.metric is better"""
     patience: Positive | None = None
@@ -68,9 +68,9 @@ class CheckpointConfig(Config):
     enabled: bool = True
     """false: an interrupted run starts again from its first step"""
     every_steps: Positive | None = None
-    """save every this many optimizer steps"""
+    """optimizer steps between checkpoints"""
     every_seconds: float | None = Field(None, gt=0)
-    """save every this many seconds; if every_steps is null too, as often as takes less than 5% of the training time"""
+    """seconds between checkpoints; if every_steps is null too, saving takes less than 5% of the training time"""
     keep_steps: tuple[Positive, ...] = ()
     """optimizer steps after which a checkpoint is saved and kept, in addition to the last two and the best one"""
     max_gb: float | None = Field(None, gt=0)
@@ -86,9 +86,9 @@ class TrackingConfig(TrackingSwitch):
     offline: bool = False
     """true: start even if the tracking store is unreachable; logged values wait in the run's folder"""
     log_every: Positive = 1
-    """log every this many optimizer steps"""
+    """optimizer steps between log entries; 1 = log every step"""
     influence_every: int = Field(50, ge=0)
-    """measure the influence of each loss component every this many optimizer steps, if they are logged; 0 = never"""
+    """optimizer steps between measurements of each loss component's influence (at logged steps only); 0 = never"""
     log_model: bool = True
     """log the best weights as an MLflow model"""
     log_report: bool = True
@@ -102,7 +102,7 @@ class TrackingConfig(TrackingSwitch):
 
 
 def embedded_line(rows: int, what: str, key: str) -> str:
-    """Notice that a run uses generated data because no file is configured."""
+    """Return the message that a run uses generated data because no file is configured."""
     return f"embedded data: generated, {rows:,} {what}, because {key} is null"
 
 
@@ -153,7 +153,7 @@ class RunConfig(Config):
         return self.run_name or "run"
 
     def embedded(self) -> str | None:
-        """Notice that the data are generated; None if the user supplied data."""
+        """Return the message that the data are generated; None if the user supplied data."""
         return None
 
     def default_metric(self) -> str:

@@ -38,8 +38,8 @@ def fit_funnel(z_ctr: Tensor, z_cvr: Tensor, click: Tensor, conversion: Tensor) 
     """Fit the calibration of the logit of a click, and of the logit of a conversion given a click.
 
     Minimises the cross-entropy of the click plus that of click and conversion together (p_ctcvr = p_ctr * p_cvr, Ma et
-    al. 2018, equation 1) plus log(scale)^2 / (2 PRIOR_SD^2) for each head. Returns None if there is no minimum: that
-    requires rows without a click, clicks without a conversion, and conversions.
+    al. 2018, equation 1) plus log(scale)^2 / (2 PRIOR_SD^2) for each head. Returns None if there is no minimum. It
+    exists only if there are rows without a click, clicks without a conversion, and conversions.
 
     z_ctr, z_cvr: [N] logits. click, conversion: [N], 0 or 1; rows with a conversion also have a click.
 
@@ -59,12 +59,12 @@ def fit_funnel(z_ctr: Tensor, z_cvr: Tensor, click: Tensor, conversion: Tensor) 
         ctr, cvr = map(log_probability, scaled + shifts[:, None])
         both = product(ctr, cvr)
         loss = binary_cross_entropy(ctr, click) + binary_cross_entropy(both, conversion)
-        # slope: gradient of the loss by the calibrated logits; of_both, of_click: square roots of the expected
-        # curvature (Fisher information) of the two terms of the loss
+        # slope: gradient of the loss with respect to the calibrated logits. of_both, of_click: square roots of the
+        # expected curvature (Fisher information) of the two terms of the loss.
         ratio = (torch.stack([ctr.log_1mp, cvr.log_1mp]) - both.log_1mp).exp()
         slope = (both.log_p.exp() - conversion) * ratio
         slope[0] += ctr.log_p.exp() - click
-        design = torch.stack([scaled[0], ones, scaled[1], ones])  # derivatives of the calibrated logits by x
+        design = torch.stack([scaled[0], ones, scaled[1], ones])  # derivatives of the calibrated logits
         of_both = design * (_deviation(both) * ratio).repeat_interleave(2, 0)
         of_click = design[:2] * _deviation(ctr)
         curvature = of_both @ of_both.T

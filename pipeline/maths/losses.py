@@ -36,7 +36,7 @@ def product_log_probability(z_ctr: Tensor, z_cvr: Tensor) -> LogProbability:
 
 
 def product(ctr: LogProbability, cvr: LogProbability) -> LogProbability:
-    """Probability p = ab that two events both occur, where b is the probability of the second given the first.
+    """log p and log(1 - p) of p = ab, the probability of two events; b is that of the second given the first.
 
     log(1 - p) is computed in two ways. For p < 1/2 it is log1p(-p). For larger p this would lose precision, so the
     terms of 1 - ab = (1 - a) + a(1 - b) are added in log space. Clamping log p away from 0 instead would lose the
@@ -144,4 +144,4 @@ def _labelled_cells(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tens
 
 def _softmax_focal_factor(log_p: Tensor, index: Tensor, gamma: float) -> Tensor:
     others = log_p.scatter(-1, index, -torch.inf)
-    return torch.exp(gamma * torch.logsumexp(others, -1))  # this log(1 - p_t) is accurate if p_t is near 1
+    return torch.exp(gamma * torch.logsumexp(others, -1))  # log(1 - p_t), accurate even if p_t is near 1

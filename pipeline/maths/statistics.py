@@ -39,7 +39,7 @@ def paired(differences: Sequence[float], level: float = 0.95) -> Paired:
         raise ValueError(f"differences: found {values.tolist()}, allowed: finite numbers")
     if n < 2:
         return Paired(n, float(values[0]) if n else math.nan, None, None, None, None)
-    if values.min() == values.max():  # otherwise rounding of the mean could give a variance
+    if values.min() == values.max():  # rounding of the mean could otherwise give a variance above 0
         mean = float(values[0])
         return Paired(n, mean, 0.0, mean, mean, 0.0 if mean else 1.0)
     unit = float(np.abs(values).max())  # avoids overflow and underflow of squares
@@ -161,7 +161,7 @@ def percentile_interval(values: npt.ArrayLike, level: float = 0.95) -> tuple[flo
 
 
 def _row_weights(rows: int, resamples: int, seed: int) -> Iterator[Array]:
-    """Yield how often each row is drawn, for one bootstrap sample after another: [rows]."""
+    """Yield the row weights of each bootstrap sample: how often each row is drawn. [rows]"""
     random = np.random.default_rng(seed)
     for _ in range(resamples):
         drawn = random.integers(rows, size=rows)

@@ -177,8 +177,8 @@ class Task(ABC, Generic[C]):
     def losses(self, output: Any, batch: Any, counts: Mapping[str, Tensor], step: int) -> Mapping[str, Tensor]:
         """Every named loss, including `loss_total`; components come before their sums.
 
-        counts: those of the whole optimizer step. If `tracking.probes(step)`, the result also has detached shares of
-        the values that `influence` needs, with names that begin with `influence/`.
+        counts: those of the whole optimizer step. If `tracking.probes(step)` is true, the result also has detached
+        shares of the values that `influence` needs, with names that begin with `influence/`.
         """
 
     def settings(self, step: int) -> Mapping[str, float | bool]:  # noqa: ARG002
@@ -192,8 +192,8 @@ class Task(ABC, Generic[C]):
     def probe(self, model: nn.Module, losses: Mapping[str, Tensor]) -> Mapping[str, Tensor]:  # noqa: ARG002
         """This micro-batch's share of the gradients that `influence` needs: named vectors, summed over micro-batches.
 
-        Called if `tracking.probes(step)`, with the result of `losses`, before `loss_total` is differentiated. Must not
-        change the graph, `grad` or the state of random number generators.
+        Called if `tracking.probes(step)` is true, with the result of `losses`, before `loss_total` is differentiated.
+        Must not change the graph, `grad` or the state of random number generators.
         """
         return {}
 

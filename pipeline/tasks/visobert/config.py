@@ -17,7 +17,7 @@ from pipeline.config.run_config import (
 from pipeline.config.strict_config import Config, Positive, Probability, with_default
 
 METRIC_WITHOUT_DETECTION = "valid/sentiment_f1_macro"
-EMBEDDED = "embedded"  # value of model.name or tokenizer: the small ones that are trained here, without a download
+EMBEDDED = "embedded"  # value of model.name and tokenizer that selects the small ones, which are trained from scratch
 
 
 class EmbeddedReviewsConfig(Config):
@@ -71,7 +71,7 @@ class DataPrepConfig(Config):
     tracking: TrackingSwitch = TrackingSwitch()
 
     def embedded(self) -> str | None:
-        """Notice that the reviews are generated; None if the user supplied data."""
+        """Return the message that the reviews are generated; None if the user supplied data."""
         return None if self.data.path else embedded_line(self.data.embedded.rows, "reviews", "data.path")
 
 

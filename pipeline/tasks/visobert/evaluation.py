@@ -133,10 +133,10 @@ class Evaluation:
 
 
 def _judged_cells(output: Output, labels: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """For each head, logits [N, C] in float64 and classes [N] of the N cells that it is judged on.
+    """For each head, logits [N, C] in float64 and classes [N] of the N cells on which it is evaluated.
 
-    The sentiment head is judged on cells with a sentiment, the aspect head on cells that are not unknown. Heads without
-    such cells are left out.
+    The sentiment head is evaluated on cells with a sentiment, the aspect head on cells that are not unknown. Heads
+    without such cells are left out.
     """
     with_sentiment, known = (labels >= 0) & (labels < len(SENTIMENTS)), labels != UNKNOWN
     cells = {"sentiment": (output.sentiment[with_sentiment].double(), labels[with_sentiment].long())}
@@ -148,5 +148,5 @@ def _judged_cells(output: Output, labels: Tensor) -> dict[str, tuple[Tensor, Ten
 
 
 def _has_cells(head: str, labels: npt.NDArray[np.int8] | None) -> bool:
-    """Return True if there are cells on which the head is judged, see `_judged_cells`."""
+    """Return True if there are cells on which the head is evaluated, see `_judged_cells`."""
     return labels is not None and bool((labelled(labels) if head == "sentiment" else labels != UNKNOWN).any())

@@ -34,7 +34,7 @@ class Objective:
         return counts | {"labelled": labelled.sum(), "known": (labels != UNKNOWN).sum()}
 
     def losses(self, output: Output, labels: Tensor, counts: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
-        """Losses as in `terms`; if `tracking.probes(step)`, also the mean focal factors. labels: [B, A]"""
+        """Losses as in `terms`; also the mean focal factors if `tracking.probes(step)` is true. labels: [B, A]"""
         losses = self.terms(output, labels, counts)
         if self.tracking.probes(step) and self.loss.use_focal_loss:
             # the mean of (1 - p_t)^gamma over the cells of each sentiment; NaN (0/0) if there are none

@@ -21,7 +21,7 @@ TOKENIZER_FILE = "tokenizer.json"
 # A tokenizer's folder must have one of these: without a vocabulary, transformers silently builds an empty tokenizer.
 VOCABULARY_FILES = (TOKENIZER_FILE, "*.model", "vocab.txt", "vocab.json", "*.codes", "*.tiktoken")
 PAD, UNKNOWN, START, MASK = "<pad>", "<unk>", "<s>", "<mask>"
-MANY_UNKNOWN = 0.01  # share of unknown tokens that causes a warning
+MANY_UNKNOWN = 0.01  # warn above this share of unknown tokens
 
 
 class Tokens(NamedTuple):

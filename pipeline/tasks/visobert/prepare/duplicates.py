@@ -92,7 +92,7 @@ def near_components(texts: Sequence[str]) -> Ints:
 
 
 def _shingles(texts: Sequence[str]) -> csr_array:
-    """Incidence matrix [D, shingles] of texts and shingles, rare shingles first. A shorter text is one shingle."""
+    """Incidence matrix [D, shingles] of texts and shingles, rare ones first. A text below SHINGLE is one shingle."""
 
     def pieces(text: str) -> Iterator[str]:
         return (text[start : start + SHINGLE] for start in range(max(1, len(text) - SHINGLE + 1)))

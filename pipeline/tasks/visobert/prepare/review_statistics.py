@@ -64,7 +64,7 @@ def write_distribution(
 
 
 def token_lengths(lengths: npt.NDArray[np.int64]) -> dict[str, float]:
-    """Mean and percentiles of token counts: at least p% of the texts have at most `p<p>` tokens. lengths: [N]"""
+    """Mean, minimum, percentiles (`p5`: the 5th percentile) and maximum of token counts. lengths: [N]"""
     values = np.percentile(lengths, PERCENTILES, method="inverted_cdf").tolist()
     percentiles = {f"p{percent}": int(value) for percent, value in zip(PERCENTILES, values, strict=True)}
     return {"mean": float(lengths.mean()), "min": int(lengths.min()), **percentiles, "max": int(lengths.max())}

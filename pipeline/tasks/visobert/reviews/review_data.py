@@ -14,7 +14,7 @@ from pipeline.tasks.visobert.reviews.sentiments import labelled
 from pipeline.tasks.visobert.reviews.splits import Splits, load_splits
 from pipeline.tasks.visobert.scoring.baselines import Baselines
 
-MANY_TRUNCATED = 0.01  # share of truncated training reviews that causes a warning
+MANY_TRUNCATED = 0.01  # warn above this share of truncated training reviews
 
 
 class ReviewData:

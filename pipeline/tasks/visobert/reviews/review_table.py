@@ -22,7 +22,7 @@ from pipeline.tasks.base import Rows
 from pipeline.tasks.visobert.encoders.tokenizer import Tokenizer, Tokens
 from pipeline.tasks.visobert.reviews.sentiments import SENTIMENTS
 
-LENGTH_JITTER = 0.04  # lengths are increased at random by up to this share before sorting
+LENGTH_JITTER = 0.04  # random increase of lengths before sorting, as a share, so that batches differ between epochs
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ def length_buckets(
     of similar length, but different ones every epoch; then the batches are shuffled. None = all rows sorted by length,
     for evaluation.
 
-    `repeats`: [N], average number of times that each row is drawn in training. The fractional part is the probability
-    of one more time than the integer part.
+    `repeats`: [N], average number of times that each row is drawn in training: the integer part, plus one more with
+    the probability of the fractional part.
     """
     rows = np.arange(len(lengths))
     if generator is None:

@@ -52,7 +52,7 @@ def write_pair_rows(folder: Path, reviews: Reviews, predictions: Predictions) ->
     if predicted.mentioned is None or not labelled(labels)[:, polar].any():
         return
     true_pairs = labelled(labels) & polar
-    judged = true_pairs | (labels == NOT_MENTIONED)  # pairs with a mention of unknown polarity are not judged
+    judged = true_pairs | (labels == NOT_MENTIONED)  # pairs with a mention of unknown polarity are not scored
     predicted_pairs = predicted.mentioned & polar & judged
     hits = true_pairs & predicted_pairs & (predicted.sentiment == labels)
     write_test_rows(folder, {

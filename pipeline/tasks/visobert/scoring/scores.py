@@ -93,7 +93,7 @@ def _mention_f1(labels: Labels, mentioned: Flags) -> float:
 
 
 def _pair_scores(labels: Labels, sentiment: npt.NDArray[np.int8], mentioned: Flags, polar: Flags) -> dict[str, float]:
-    # pairs with a mention of unknown polarity are not judged
+    # pairs with a mention of unknown polarity are not scored
     judged = ((labels == NOT_MENTIONED) | labelled(labels)) & polar
     classes = np.array(CLASSES)
     truth = (labels[..., None] == classes) & judged[..., None]  # [N, A, 3]
