@@ -18,9 +18,9 @@ from pipeline.config.strict_config import load
 from pipeline.runtime.console import Console
 from pipeline.tasks.base import TOTAL, Rows
 from pipeline.tasks.visobert.config import VisobertConfig
-from pipeline.tasks.visobert.encoders.tokenizer import PAD, START, UNKNOWN, EmbeddedTokenizer
 from pipeline.tasks.visobert.reviews.review_table import ReviewBatch, padding_efficiency
 from pipeline.tasks.visobert.task import VisobertTask
+from pipeline.tasks.visobert.tokenizer import PAD, START, UNKNOWN, EmbeddedTokenizer
 from pipeline.tracking.run import MemoryRun
 from pipeline.training.loop import Training, Window
 

@@ -46,10 +46,10 @@ from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.impressions.impression_table import read_split
 from pipeline.tasks.mmoe.task import MmoeTask
 from pipeline.tasks.visobert.config import ModelConfig
-from pipeline.tasks.visobert.encoders.tokenizer import EmbeddedTokenizer, load_tokenizer
 from pipeline.tasks.visobert.model import build_model
 from pipeline.tasks.visobert.reviews.columns import read_columns
 from pipeline.tasks.visobert.reviews.review_table import tokenise
+from pipeline.tasks.visobert.tokenizer import EmbeddedTokenizer, load_tokenizer
 
 PACKAGE = sorted((ROOT / "pipeline").rglob("*.py"))
 

@@ -16,8 +16,8 @@ from pipeline.errors import UserError
 from pipeline.tasks.visobert.config import EMBEDDED, ModelConfig
 from pipeline.tasks.visobert.encoders.embedded_encoder import EmbeddedEncoder, Encoded
 from pipeline.tasks.visobert.encoders.pretrained_encoder import PretrainedEncoder, load_encoder
-from pipeline.tasks.visobert.encoders.tokenizer import Tokenizer
 from pipeline.tasks.visobert.reviews.sentiments import SENTIMENTS
+from pipeline.tasks.visobert.tokenizer import Tokenizer
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 

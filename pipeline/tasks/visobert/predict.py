@@ -14,10 +14,10 @@ from pipeline.config.strict_config import load as load_config
 from pipeline.errors import UserError
 from pipeline.storage.calibration_file import read_calibration
 from pipeline.tasks.visobert.config import EMBEDDED, VisobertConfig
-from pipeline.tasks.visobert.encoders.tokenizer import load_saved
 from pipeline.tasks.visobert.model import AspectSentimentModel, Output, build_model
 from pipeline.tasks.visobert.reviews.review_table import ReviewTable, length_buckets
 from pipeline.tasks.visobert.scoring.predictions import Predictions
+from pipeline.tasks.visobert.tokenizer import load_saved
 
 WEIGHTS_FILE, CONFIG_FILE, ASPECTS_FILE = "model.safetensors", "config.yaml", "aspects.json"
 TOKENIZER_FOLDER, ENCODER_FOLDER = "tokenizer", "encoder"

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from pipeline.errors import UserError
 from pipeline.tasks.visobert.config import EMBEDDED, EmbeddedReviewsConfig, TrainDataConfig
-from pipeline.tasks.visobert.encoders.tokenizer import Tokens
 from pipeline.tasks.visobert.reviews.review_table import (
     ReviewTable,
     capped_repeats,
@@ -26,6 +25,7 @@ from pipeline.tasks.visobert.reviews.review_table import (
 )
 from pipeline.tasks.visobert.reviews.sentiments import MENTIONED, NOT_MENTIONED, UNKNOWN
 from pipeline.tasks.visobert.reviews.splits import Splits, load_splits
+from pipeline.tasks.visobert.tokenizer import Tokens
 
 torch.set_num_threads(1)
 

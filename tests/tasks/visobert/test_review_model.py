@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from pipeline.errors import UserError
 from pipeline.tasks.visobert.config import EMBEDDED, EmbeddedModelConfig, ModelConfig
 from pipeline.tasks.visobert.encoders.embedded_encoder import ChannelDropout, Convolution, EmbeddedEncoder, Recurrence
-from pipeline.tasks.visobert.encoders.tokenizer import Tokens
 from pipeline.tasks.visobert.model import AspectSentimentModel, build_model, layers_from_the_top
 from pipeline.tasks.visobert.reviews.sentiments import MENTIONED, NOT_MENTIONED, UNKNOWN
+from pipeline.tasks.visobert.tokenizer import Tokens
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.xdist_group("review model")  # one process imports transformers and makes the models

@@ -19,7 +19,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from pipeline.errors import UserError
 from pipeline.tasks.visobert.config import EMBEDDED
 from pipeline.tasks.visobert.encoders.model_folder import SMALL_CONFIG, model_folder
-from pipeline.tasks.visobert.encoders.tokenizer import (
+from pipeline.tasks.visobert.tokenizer import (
     EmbeddedTokenizer,
     load_saved,
     load_tokenizer,
@@ -234,7 +234,7 @@ def test_digests_tell_tokenizers_apart(visobert: Path, tmp_path: Path) -> None:
 
 def test_the_embedded_tokenizer_is_the_same_in_every_process(tmp_path: Path) -> None:
     code = (
-        "import json, sys; from pipeline.tasks.visobert.encoders.tokenizer import EmbeddedTokenizer as Small;"
+        "import json, sys; from pipeline.tasks.visobert.tokenizer import EmbeddedTokenizer as Small;"
         "print(Small.train(json.loads(sys.argv[1]), 400).digest)"
     )
     texts = [f"{text} {number}" for number in range(50) for text in TEXTS]

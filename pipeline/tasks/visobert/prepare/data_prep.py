@@ -14,13 +14,13 @@ from pipeline.names import metric_names
 from pipeline.runtime.console import info, optional, table, warn
 from pipeline.storage.folders import published
 from pipeline.tasks.visobert.config import DataPrepConfig, EmbeddedModelConfig
-from pipeline.tasks.visobert.encoders.tokenizer import MANY_UNKNOWN, load_tokenizer, unknown_share
 from pipeline.tasks.visobert.prepare.duplicates import Group, distinct, find_duplicates, summary, write_duplicates
 from pipeline.tasks.visobert.prepare.review_statistics import ALL, distribution, token_lengths, write_distribution
 from pipeline.tasks.visobert.reviews.alpha import ALPHA_FILE, Alpha, auto_alpha, compute_alpha, count_sentiments
 from pipeline.tasks.visobert.reviews.reviews import Reviews
 from pipeline.tasks.visobert.reviews.sentiments import SENTIMENTS
 from pipeline.tasks.visobert.reviews.splits import read_splits
+from pipeline.tasks.visobert.tokenizer import MANY_UNKNOWN, load_tokenizer, unknown_share
 from pipeline.tracking import plots
 from pipeline.tracking.messages import RunRequest
 from pipeline.tracking.mlflow_run import MlflowRun

@@ -7,12 +7,12 @@ import numpy.typing as npt
 
 from pipeline.tasks.base import Dataset
 from pipeline.tasks.visobert.config import VisobertConfig
-from pipeline.tasks.visobert.encoders.tokenizer import MANY_UNKNOWN, Tokenizer, load_tokenizer, unknown_share
 from pipeline.tasks.visobert.reviews.review_table import ReviewTable, capped_repeats, tokenise
 from pipeline.tasks.visobert.reviews.reviews import folded
 from pipeline.tasks.visobert.reviews.sentiments import labelled
 from pipeline.tasks.visobert.reviews.splits import Splits, load_splits
 from pipeline.tasks.visobert.scoring.baselines import Baselines
+from pipeline.tasks.visobert.tokenizer import MANY_UNKNOWN, Tokenizer, load_tokenizer, unknown_share
 
 MANY_TRUNCATED = 0.01  # warn above this share of truncated training reviews
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from pipeline.errors import os_errors
 from pipeline.storage.files import replacing
 from pipeline.tasks.base import Rows
-from pipeline.tasks.visobert.encoders.tokenizer import Tokenizer, Tokens
 from pipeline.tasks.visobert.reviews.sentiments import SENTIMENTS
+from pipeline.tasks.visobert.tokenizer import Tokenizer, Tokens
 
 LENGTH_JITTER = 0.04  # random increase of lengths before sorting, as a share, so that batches differ between epochs
 
