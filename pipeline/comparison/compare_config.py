@@ -14,7 +14,7 @@ class CompareConfig(Config):
 
     short: ClassVar[dict[str, str]] = {}
 
-    sweep_id: str | None = Field(None, pattern=r"^[\w-]+$")  # names a folder
+    sweep_id: str | None = Field(None, pattern=r"^[\w-]+$")  # also a folder name
     """the runs of this sweep"""
     runs: tuple[str, ...] | None = Field(None, min_length=1)
     """the runs with these ids"""
@@ -40,10 +40,10 @@ class CompareConfig(Config):
 
 
 def check_source(sweep_id: object, runs: object, experiment: object, filter_string: object) -> None:
-    """Check that runs come from one source.
+    """Check that exactly one source of runs is given.
 
     Raises:
-        UserError: there is none, or more than one.
+        UserError: no source is given, or more than one.
     """
     sources = {"sweep_id": sweep_id, "runs": runs, "experiment": experiment, "filter": filter_string}
     names = [name for name, value in sources.items() if value is not None]

@@ -11,11 +11,11 @@ from pipeline.names import CONTROLLED
 
 @dataclass(frozen=True)
 class Arm:
-    """The runs of one setting, one per seed, and their differences to the baseline's."""
+    """One arm: its runs, one per seed, and their differences to the baseline's runs."""
 
     name: str
     role: str  # baseline, arm or control
-    control_of: str | None  # of a control: its arm, or the arms that share it, joined by CONTROLLED
+    control_of: str | None  # for a control: its arm, or the arms that share it, joined by CONTROLLED
     color: str
     runs: Mapping[int, str]  # seed -> run id
     values: Mapping[int, float]  # seed -> primary metric
@@ -26,20 +26,20 @@ class Arm:
     difference: Paired | None  # arm - baseline over the seeds that both have; None for the baseline
     p_adjusted: float | None  # None for the baseline, controls and fewer than two seeds
     minimum_detectable: float | None  # minimum detectable difference; None like p_adjusted
-    rows: Mapping[int, tuple[float, float, float]]  # seed -> (difference, low, high) over test rows
+    rows: Mapping[int, tuple[float, float, float]]  # seed -> difference and its interval over test rows
     verdict: str  # "" for the baseline, "control" for a control
     against_control: Paired | None  # arm - its control
     side: Mapping[str, Paired]  # side metric -> arm - baseline
     differing: Mapping[str, str]  # dotted key -> value, for the keys that differ between arms
 
     def controls(self, arm: str) -> bool:
-        """Whether it is the control of this arm."""
+        """Whether this arm is the control of the named arm."""
         return self.control_of is not None and arm in self.control_of.split(CONTROLLED)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Arms side by side, the baseline first, each followed by its control."""
+    """A comparison of arms. The baseline comes first; each arm is followed by its control."""
 
     title: str
     task: str

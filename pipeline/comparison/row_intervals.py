@@ -1,4 +1,4 @@
-"""How far the choice of test rows moves the difference between two trained models: a bootstrap within each seed."""
+"""Bootstrap over test rows within each seed: the uncertainty of a difference between two trained models."""
 
 import math
 import tempfile
@@ -21,7 +21,7 @@ from pipeline.tracking.stored_runs import artifact
 
 Array = npt.NDArray[np.float64]
 Interval = tuple[float, float, float]  # difference, low, high
-ROUNDING = float(np.finfo(np.float32).eps)  # twice the largest relative error of a number in float32
+ROUNDING = float(np.finfo(np.float32).eps)  # twice the largest relative rounding error of float32
 
 
 def row_intervals(
@@ -31,9 +31,10 @@ def row_intervals(
     metric: str,
     notes: list[str],
 ) -> dict[str, dict[int, Interval]]:
-    """Arm -> seed -> difference to the baseline and its 95% interval over test rows, if both runs kept their rows.
+    """Compute differences to the baseline with 95% intervals over test rows, for pairs of runs that stored their rows.
 
-    There is no interval for a run whose rows do not reproduce its logged metric: they belong to another metric.
+    Returns arm -> seed -> interval. Runs whose rows do not reproduce their logged metric are left out, because the
+    rows belong to another metric. `notes` names the runs that are left out.
     """
     intervals: dict[str, dict[int, Interval]] = {}
     if not metric.startswith("test/"):
@@ -73,11 +74,11 @@ def row_intervals(
 
 @dataclass(frozen=True)
 class MetricRows:
-    """What a metric is computed from, by test row: label and score, or numerator and denominator."""
+    """Inputs of a metric for each test row: label and score, or numerator and denominator."""
 
     first: Array
     second: Array
-    labelled: bool  # label and score: an AUC
+    labelled: bool  # True: label and score, for an AUC
 
     @property
     def kind(self) -> str:
@@ -91,11 +92,11 @@ class MetricRows:
         return float(self.first.sum() / denominator) if denominator else math.nan
 
     def reproduce(self, logged: float) -> bool:
-        """Whether the metric of the rows is the logged one, up to rounding in float32.
+        """Whether the rows reproduce the logged metric, up to float32 rounding.
 
-        A sum of N numbers in float32, taken in pairs of blocks as NumPy and torch do, is off by at most log2(N) + 16
-        roundings of the sum of their sizes (Higham 2002, section 4.2). Scores are such sums too, and may have been
-        rounded after the AUC was computed: two scores that are this close may have been in either order.
+        NumPy and torch sum float32 numbers pairwise in blocks. The error of such a sum of N numbers is at most
+        log2(N) + 16 roundings of the sum of absolute values (Higham 2002, section 4.2). Scores are such sums as well,
+        and may have been rounded after the AUC was computed, so two scores this close may have been in either order.
         """
         slack = ROUNDING * (16 + math.log2(max(1, len(self.first))))
         if self.labelled:
@@ -109,13 +110,13 @@ class MetricRows:
         return bool(abs(metric - logged) <= slack * sizes / abs(denominator))
 
     def same_rows(self, other: "MetricRows") -> bool:
-        """Whether both are from the same test rows, as far as labels tell."""
+        """Whether both have the same test rows, as far as shapes and labels show."""
         alike = self.labelled == other.labelled and self.first.shape == other.first.shape
         return alike and (not self.labelled or np.array_equal(self.first, other.first))
 
 
 def _auc(label: Array, score: Array) -> float:
-    """NaN where it is undefined."""
+    """AUC, or NaN if it is undefined."""
     try:
         return auc(label, score) if np.isin(label, (0, 1)).all() else math.nan
     except ValueError:  # one class, or infinite scores
@@ -123,7 +124,7 @@ def _auc(label: Array, score: Array) -> float:
 
 
 def read_rows(file: Path, metric: str) -> MetricRows | None:
-    """The rows of a metric of the test split in a run's file; None if they are missing or incomplete."""
+    """Read the rows of a test metric from a run's file; None if they are missing or incomplete."""
     name = metric.removeprefix("test/")
     columns = set(pq.read_schema(file).names)
     for first, second in (("label", "score"), ("numerator", "denominator")):
@@ -138,7 +139,7 @@ def read_rows(file: Path, metric: str) -> MetricRows | None:
 
 
 def _resampled(rows: Sequence[MetricRows], seed: int) -> Array:
-    """The metric on resampled test rows, the same for every run: [resamples, runs]."""
+    """The metric on resampled test rows: [resamples, runs]. Every run has the same resamples."""
     second = np.stack([own.second for own in rows])
     if rows[0].labelled:
         return bootstrap_auc(rows[0].first, second, seed=seed)

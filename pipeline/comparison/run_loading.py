@@ -24,13 +24,13 @@ from pipeline.tracking.messages import StoredRun
 from pipeline.tracking.store import tracking_uri
 from pipeline.tracking.stored_runs import artifact, points_of, runs_of_filter, runs_of_ids, runs_of_sweep
 
-# Roles that are never compared: runs that trained nothing, and a search's trials, which chose an arm.
+# Roles that are never compared: runs that train nothing, and the trials from which a search chooses an arm.
 NOT_COMPARED = ("launcher", "summary", "comparison", "trial")
 ROLE_ORDER = {"baseline": 0, "arm": 1, "control": 2}
 FACTS = ("run_id", "name", "status", "task", "arm", "role", "control_of", "seed", "color", "sweep_id", "data_digest",
          "start_time", "artifact_uri")  # fmt: skip
 FACT_TAGS = {"task", "arm", "arm_number", "role", "control_of", "seed", "sweep_id", "data_digest", "mlflow.runColor"}
-READERS = 4  # threads
+READERS = 4  # threads that read histories
 
 
 def load_runs(
@@ -38,20 +38,20 @@ def load_runs(
     *,
     runs: Sequence[str] | None = None,
     experiment: str | None = None,
-    filter: str | None = None,  # noqa: A002 (MLflow's own word)
+    filter: str | None = None,  # noqa: A002 (MLflow's name for it)
     finished: bool = True,
 ) -> pd.DataFrame:
     """Load the runs of a sweep, of run ids, of an experiment or of an MLflow filter, one row each.
 
     Columns: run_id, name, status, task, arm, role, control_of, seed (Int64), color, sweep_id, data_digest, start_time
     (UTC), artifact_uri; then `params.<key>` (canonical text), `metrics.<name>` (the last value) and `tags.<name>`.
-    What a run lacks is missing (NaN). Baselines come first, then arms, then controls, each by seed.
+    Missing values are NaN. Rows are sorted by role (baseline, arm, control), arm and seed.
 
-    finished: only the finished runs; `attrs["left_out"]` maps the names of the others to their status. For a sweep,
-    `attrs` also holds its `metric` and `mode`.
+    finished: load finished runs only; `attrs["left_out"]` maps the names of the other runs to their status. For a
+    sweep, `attrs` also holds its `metric` and `mode`.
 
     Raises:
-        UserError: no or several sources, no such runs, or a store that does not answer.
+        UserError: no or several sources are given, no run matches, or the tracking store is unreachable.
     """
     check_source(sweep_id, runs, experiment, filter)
     if sweep_id is not None:
@@ -78,7 +78,7 @@ def load_runs(
 
 
 def count_by(values: Iterable[str]) -> str:
-    """`2 FAILED, 1 RUNNING`."""
+    """Count equal values, as text such as `2 FAILED, 1 RUNNING`."""
     return ", ".join(f"{count} {value}" for value, count in sorted(Counter(values).items()))
 
 
@@ -97,7 +97,7 @@ def _frame(runs: Sequence[StoredRun]) -> pd.DataFrame:
     frame = pd.concat([facts, *columns], axis=1)
     order = pd.DataFrame({
         "role": facts["role"].map(ROLE_ORDER).fillna(ROLE_ORDER["arm"]),
-        "number": [int(run.tags.get("arm_number", 0)) for run in runs],  # in the sweep: the store has them by time
+        "number": [int(run.tags.get("arm_number", 0)) for run in runs],  # in the sweep; the store orders by time
         "arm": pd.factorize(facts["arm"].fillna(""))[0],
         "seed": facts["seed"],
     })  # fmt: skip
@@ -120,7 +120,7 @@ def _facts(run: StoredRun, params: Mapping[str, str]) -> dict[str, Any]:
 
 
 def artifact_uris(runs: pd.DataFrame | Sequence[str]) -> dict[str, str]:
-    """Run id -> where its artifacts are."""
+    """Map each run id to its artifact URI."""
     if isinstance(runs, pd.DataFrame):
         return dict(zip(runs["run_id"], runs["artifact_uri"], strict=True))
     return {run.run_id: run.artifact_uri for run in runs_of_ids([runs] if isinstance(runs, str) else list(runs))}
@@ -129,20 +129,20 @@ def artifact_uris(runs: pd.DataFrame | Sequence[str]) -> dict[str, str]:
 class Points(NamedTuple):
     """A run's points, ordered by metric and step."""
 
-    counts: Mapping[str, int]  # metric -> number of points, in order
+    counts: Mapping[str, int]  # metric -> number of points, in the order of the arrays
     steps: npt.NDArray[np.int64]
     values: npt.NDArray[np.float64]
 
 
 def load_history(runs: pd.DataFrame | Sequence[str], metrics: Sequence[str] | None = None) -> pd.DataFrame:
-    """Load every logged point: run (id) and metric (categorical), step (int64), value (float64).
+    """Load every logged point: columns run (id, categorical), metric (categorical), step (int64) and value (float64).
 
-    runs: a frame of `load_runs`, or run ids. metrics: only these. Rows are ordered by run (as given), metric and step;
-    at one step, by time. A run's points come from its artifact history.parquet if it has one, else from the tracking
-    store; the result is the same.
+    runs: a frame of `load_runs`, or run ids. metrics: load only these. Rows are ordered by run (as given), metric,
+    step and time. A run's points are read from its artifact history.parquet if it exists, else from the tracking store,
+    with the same result.
 
     Raises:
-        UserError: no such run, or a store that does not answer.
+        UserError: a run does not exist, or the tracking store is unreachable.
     """
     uris = artifact_uris(runs)
     wanted = None if metrics is None else frozenset([metrics] if isinstance(metrics, str) else metrics)
@@ -174,7 +174,7 @@ def _read_points(run_id: str, uri: str, wanted: frozenset[str] | None, folder: P
 
 
 def points_of_file(file: Path, wanted: frozenset[str] | None) -> Points:
-    """The points of a history.parquet."""
+    """Read the points of a history.parquet."""
     columns = ["metric", "step", "value", "timestamp"]
     table = pq.read_table(file, columns=columns, read_dictionary=["metric"], use_threads=False, partitioning=None)
     table = table.unify_dictionaries().combine_chunks()
@@ -205,10 +205,10 @@ def _ordered(
 ) -> Points:
     """Order points by metric name, step, time and value; drop duplicates, as MLflow does.
 
-    codes: of each point, the index of its metric in `names`.
+    codes: for each point, the index of its metric in `names`.
     """
     by_name = sorted(range(len(names)), key=names.__getitem__)
-    rank = np.empty(len(names), dtype=np.uint16 if len(names) < 2**16 else np.uint32)  # 16 bits: a radix sort
+    rank = np.empty(len(names), dtype=np.uint16 if len(names) < 2**16 else np.uint32)  # 16 bits: fast radix sort
     rank[by_name] = np.arange(len(names))
     order = np.argsort(rank[codes], kind="stable")
     codes, steps, values, times = rank[codes][order].astype(np.int64), steps[order], values[order], times[order]

@@ -1,4 +1,4 @@
-"""The runs of a comparison: one per arm and seed, of one task and data set, with one metric."""
+"""Selection of the runs to compare: one per arm and seed, all with the same task, data set and metric."""
 
 import math
 import re
@@ -16,17 +16,17 @@ from pipeline.errors import UserError
 from pipeline.names import CALIBRATED, CALIBRATION
 from pipeline.runtime.text import listed
 
-REFERENCES = ("_bayes", "_majority", "_tfidf")  # ends of the names of scores that are not the model's
+REFERENCES = ("_bayes", "_majority", "_tfidf")  # name suffixes of reference scores, which are not the model's
 NOT_SET = "not set"
-SIDE_KINDS = ("auc_", "f1_", "ece_", "logloss_", "calibration_")  # in the order in which they are shown
+SIDE_KINDS = ("auc_", "f1_", "ece_", "logloss_", "calibration_")  # in display order
 LOWER_IS_BETTER = re.compile(r"(^|[/_])(loss|logloss|ece|error)")
 
 
 def usable_runs(runs: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
-    """The finished runs that have a seed.
+    """Select the finished runs that have a seed.
 
     Raises:
-        UserError: there is none.
+        UserError: no run is finished and has a seed.
     """
     unfinished, usable = runs[runs["status"] != "FINISHED"], runs[runs["status"] == "FINISHED"]
     left_out = runs.attrs.get("left_out", {}) | dict(zip(_labels(unfinished), unfinished["status"], strict=True))
@@ -44,10 +44,10 @@ def usable_runs(runs: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
 
 
 def single_value(runs: pd.DataFrame, fact: str, unknown_matches: bool = False) -> str:
-    """The one value of a column; missing ones count as the value "", or match any other if `unknown_matches`.
+    """The only value of a column. A missing value counts as "", or matches any value if `unknown_matches`.
 
     Raises:
-        UserError: there are several.
+        UserError: the column has several values.
     """
     texts = _texts(runs, fact)
     values = [value for value in dict.fromkeys(texts) if value or not unknown_matches]
@@ -58,7 +58,7 @@ def single_value(runs: pd.DataFrame, fact: str, unknown_matches: bool = False) -
 
 
 def name_arms(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs with a name in `arm`: without a tag it is made of the settings in which the runs differ."""
+    """Fill in missing values of `arm` with names made of the settings in which the runs differ."""
     missing = runs["arm"].isna()
     if not missing.any():
         return runs
@@ -81,10 +81,10 @@ def unique_leaves(keys: list[str]) -> list[str]:
 def choose_metric(
     runs: pd.DataFrame, attrs: Mapping[Any, Any], metric: str | None, mode: str | None
 ) -> tuple[str, str]:
-    """The primary metric and its mode (max or min): as given, else the sweep's, else that of the evaluations.
+    """Choose the primary metric and its mode (max or min): as given, else the sweep's, else those of `evaluation`.
 
     Raises:
-        UserError: no run has the metric, or the runs were evaluated by different ones.
+        UserError: no run has the metric, the runs have different evaluation metrics, or the mode is invalid.
     """
     logged = _finite_metrics(runs)
     evaluated = set(zip(_texts(runs, "params.evaluation.metric"), _texts(runs, "params.evaluation.mode"), strict=True))
@@ -111,10 +111,12 @@ def choose_metric(
 
 
 def baseline_arm(runs: pd.DataFrame, baseline: str | None) -> str:
-    """The baseline's name. baseline: an arm or the id of one of its runs; None = the arm with the role baseline.
+    """Name of the baseline arm.
+
+    baseline: an arm, or the id of one of its runs; None for the arm with the role baseline.
 
     Raises:
-        UserError: there is no such arm, or not exactly one with that role.
+        UserError: the arm does not exist, or not exactly one arm has the role baseline.
     """
     arms = list(dict.fromkeys(runs["arm"]))
     if baseline is not None:
@@ -132,7 +134,7 @@ def baseline_arm(runs: pd.DataFrame, baseline: str | None) -> str:
 
 
 def with_metric(runs: pd.DataFrame, metric: str, notes: list[str]) -> pd.DataFrame:
-    """The runs whose metric is finite."""
+    """Select the runs whose metric is finite."""
     finite = _is_finite(runs, metric)
     if not finite.all():
         notes.append(f"without a number for {metric} and left out: {listed(_labels(runs[~finite]))}")
@@ -143,7 +145,7 @@ def with_metric(runs: pd.DataFrame, metric: str, notes: list[str]) -> pd.DataFra
 
 
 def newest_runs(runs: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
-    """The newest run of each arm and seed."""
+    """Select the newest run of each arm and seed."""
     newest = runs.sort_values("start_time", kind="stable").drop_duplicates(["arm", "seed"], keep="last").index
     older = runs[~runs.index.isin(newest)]
     if len(older):
@@ -152,7 +154,7 @@ def newest_runs(runs: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
 
 
 def differing_settings(groups: Mapping[str, pd.DataFrame], notes: list[str]) -> dict[str, dict[str, str]]:
-    """Arm -> dotted key -> value, for the settings in which arms differ. `not set`: a key that its runs lack."""
+    """Settings in which arms differ: arm -> dotted key -> value, or `not set` if the arm's runs lack the key."""
     keys = _setting_keys(next(iter(groups.values())))
     values = {arm: {key: _texts(group, f"params.{key}") for key in keys} for arm, group in groups.items()}
     for arm, own in values.items():
@@ -165,15 +167,15 @@ def differing_settings(groups: Mapping[str, pd.DataFrame], notes: list[str]) -> 
 
 
 def _setting_keys(runs: pd.DataFrame) -> list[str]:
-    """The dotted keys of the config that decide the result."""
+    """Dotted config keys that affect the result."""
     return sorted(key for key in _names(runs, "params.")
                   if "." in key and not is_operational(key) and not key.startswith(CALIBRATION))  # fmt: skip
 
 
 def side_metrics(runs: pd.DataFrame, metric: str) -> tuple[str, ...]:
-    """Other test metrics to show, by name: errors and calibration of the primary metric's event first.
+    """Other test metrics to show: AUC and F1 first, then metrics of the primary metric's event, then the others.
 
-    Metrics of calibrated probabilities follow those of the model's own.
+    In each group, metrics of calibrated probabilities come last.
     """
     event = _event(metric)
 
@@ -191,7 +193,7 @@ def _event(metric: str) -> str:
 
 
 def _side_kind(name: str) -> int:
-    """Index in SIDE_KINDS; -1 = not a side metric."""
+    """Index in SIDE_KINDS; -1 if it is not a side metric."""
     leaf = name.rsplit("/", maxsplit=1)[-1]
     return next((at for at, kind in enumerate(SIDE_KINDS)
                  if leaf.startswith(kind) or (kind == "f1_" and "_f1_" in leaf)), -1)  # fmt: skip
@@ -207,12 +209,12 @@ def validation_metric(metric: str) -> str:
 
 
 def runs_by_seed(group: pd.DataFrame) -> dict[int, str]:
-    """Seed -> run id."""
+    """Map each seed to its run id."""
     return dict(sorted((int(seed), str(run)) for seed, run in zip(group["seed"], group["run_id"], strict=True)))
 
 
 def values_by_seed(group: pd.DataFrame, metric: str) -> dict[int, float]:
-    """Seed -> last value, if finite."""
+    """Map each seed to the metric's last value, if it is finite."""
     pairs = zip(group["seed"], group[f"metrics.{metric}"].astype(float), strict=True)
     return dict(sorted((int(seed), float(value)) for seed, value in pairs if math.isfinite(value)))
 
@@ -227,7 +229,7 @@ def _finite_metrics(runs: pd.DataFrame) -> list[str]:
 
 
 def _names(runs: pd.DataFrame, prefix: str) -> list[str]:
-    """The names of the columns with this prefix, without it."""
+    """Names of the columns that start with the prefix, with the prefix removed."""
     return [name.removeprefix(prefix) for name in map(str, runs) if name.startswith(prefix)]
 
 
@@ -236,7 +238,7 @@ def first_text(group: pd.DataFrame, column: str) -> str:
 
 
 def _texts(runs: pd.DataFrame, column: str) -> list[str]:
-    """A column as texts, "" for missing values or a missing column."""
+    """Values of a column as text; "" for missing values or a missing column."""
     return [str(value) for value in runs[column].fillna("")] if column in runs else [""] * len(runs)
 
 

@@ -15,25 +15,25 @@ from pipeline.maths.statistics import Paired
 from pipeline.runtime.console import aligned
 from pipeline.runtime.text import visible
 
-# Limits in a terminal: columns of side metrics, of settings, of seeds; characters of an arm's name.
+# Limits in a terminal: numbers of side metrics, settings and seeds shown; characters of an arm's name.
 SIDE_SHOWN, SETTINGS_SHOWN, SEEDS_SHOWN, LABEL_LENGTH = 6, 8, 3, 30
 IN_TEXT = (wording.MEAN, wording.DIFFERENCE, wording.INTERVAL, wording.P, wording.DETECTABLE, wording.VERDICT)
 CUT = "\n\nThe whole table is in comparison.md.\n"
 
 
 def to_frame(comparison: Comparison) -> pd.DataFrame:
-    """One row per arm, numbers unrounded.
+    """A data frame with one row per arm. Numbers are not rounded.
 
     Columns: arm, role, control_of, verdict, seeds; mean, spread, best_valid, best_valid_spread of the primary metric;
-    difference, low, high (95% over seeds, unadjusted), p, p_adjusted, minimum_detectable. The difference to the control
-    is under `control.`, over test rows under `rows.s<seed>.`, of side metrics under `side.<metric>.`; settings that
-    differ are under `params.<key>`.
+    difference, low, high (95% over seeds, unadjusted), p, p_adjusted, minimum_detectable. Prefixes: `control.` for the
+    difference to the control, `rows.s<seed>.` for the difference over test rows, `side.<metric>.` for differences of
+    side metrics, and `params.` for settings that differ.
     """
     return pd.DataFrame([_record(arm, comparison) for arm in comparison.arms])
 
 
 def to_markdown(comparison: Comparison, longest: int = sys.maxsize) -> str:
-    """Markdown of at most `longest` characters: settings are left out first, then the tables."""
+    """Markdown of at most `longest` characters. If needed, leaves out the settings first and then the tables."""
     facts = [plain(fact) for fact in wording.facts(comparison)]
     verdicts = [f"- **{plain(arm.name)}**: {plain(wording.sentence(arm, comparison))}" for arm in comparison.arms]
     columns = wording.columns(comparison)
@@ -60,7 +60,7 @@ def to_markdown(comparison: Comparison, longest: int = sys.maxsize) -> str:
 
 
 def to_text(comparison: Comparison) -> str:
-    """Aligned text for a terminal; the verdict is at the end of an arm's line."""
+    """Aligned text for a terminal. Each arm's line ends with its verdict."""
     columns, facts = wording.columns(comparison), ", ".join(wording.facts(comparison))
     rows = [[wording.ARM, *IN_TEXT]]
     for at, arm in enumerate(comparison.arms):
@@ -138,7 +138,7 @@ def _row_cells(comparison: Comparison) -> list[list[str]]:
 
 
 def _setting_cells(comparison: Comparison, short: bool = False) -> list[list[str]]:
-    """A row per arm, a column per dotted key; `short`: only the first columns, headed by the keys' last parts."""
+    """A row per arm, a column per dotted key. `short`: the first columns only, headed by the last part of each key."""
     head = keys = list(comparison.arms[0].differing)
     if not keys:
         return []
@@ -163,6 +163,6 @@ def _markdown_cell(cell: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Escape Markdown and HTML; a `<` before a space is neither."""
+    """Escape Markdown and HTML. A `<` before a space begins no tag and is kept."""
     escaped = "".join(f"\\{letter}" if letter in "\\`*_[]" else letter for letter in text)
     return visible(" ".join(re.sub("<(?! )", "&lt;", escaped.replace("&", "&amp;")).split()))

@@ -1,7 +1,8 @@
-"""Is an arm better than the baseline? Comparison of tracked runs over seeds, with a verdict for each arm.
+"""Comparison of tracked runs over seeds, with a verdict on whether each arm is better than the baseline.
 
-The verdict is Student's paired t test over seeds on one primary metric, adjusted by Holm for the number of arms that
-are not controls. The bootstrap over test rows is shown beside it but does not decide it: it ignores other seeds.
+The verdict is a paired t test over seeds on one primary metric, with Holm's correction for the number of arms that are
+not controls. A bootstrap over test rows is also shown, but does not affect the verdict, because it ignores the
+variation between seeds.
 """
 
 import hashlib
@@ -49,7 +50,7 @@ from pipeline.tracking.writer import Writer
 
 __all__ = ["Arm", "Comparison", "compare", "load_history", "load_runs", "to_frame", "to_markdown", "to_text", "write"]
 
-CURVES = re.compile(r"loss_.*|valid/.*|alpha/.*|influence/.*|aux_focal_on")  # what the page draws
+CURVES = re.compile(r"loss_.*|valid/.*|alpha/.*|influence/.*|aux_focal_on")  # metrics that the page draws
 
 
 def compare(  # noqa: PLR0917 (notebooks pass one or two by position)
@@ -62,12 +63,12 @@ def compare(  # noqa: PLR0917 (notebooks pass one or two by position)
 ) -> Comparison:
     """Compare the arms of `runs` (a frame of `load_runs`) with the baseline.
 
-    metric, mode (max or min): None = the sweep's own, else what the runs were evaluated by, on the test split.
-    baseline: an arm, or the id of one of its runs; None = the arm with the role baseline. Runs without a tag `arm` are
-    grouped by the settings in which they differ. Of runs with the same arm and seed the newest counts.
+    metric, mode (max or min): None for the sweep's, else the runs' evaluation metric, on the test split if possible.
+    baseline: an arm, or the id of one of its runs; None for the arm with role baseline. Runs without a tag `arm` are
+    grouped by the settings in which they differ. Only the newest run of an arm and seed counts.
 
     Raises:
-        UserError: no finished runs, several tasks or data digests, no such metric, no or several baselines.
+        UserError: no finished run, several tasks or data digests, an unknown metric, or not exactly one baseline.
     """
     notes: list[str] = []
     usable = usable_runs(runs, notes)
@@ -158,7 +159,7 @@ def write(comparison: Comparison, folder: Path) -> list[Path]:
 
 
 def compare_runs(config: CompareConfig, given: frozenset[str]) -> None:  # noqa: ARG001 (every key acts)
-    """The entry point: compare, print and write; in a run that `mlflow run` opened, also store the files there."""
+    """Entry point: compare runs, print and write the results, and log them in the run that `mlflow run` opened."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # report an unreachable server within seconds
     run_id = os.environ.get("MLFLOW_RUN_ID")
     if run_id is None:
@@ -189,7 +190,7 @@ def _compare_and_write(config: CompareConfig) -> tuple[Comparison, list[Path]]:
 
 
 def _display_order(baseline: str, groups: Mapping[str, pd.DataFrame]) -> list[str]:
-    """Baseline, then each arm followed by its controls, then the other controls."""
+    """Order the arms: the baseline, then each arm followed by its controls, then the other controls."""
     control_of = {arm: first_text(group, "control_of").split(CONTROLLED)
                   for arm, group in groups.items() if _role(group) == "control" and arm != baseline}  # fmt: skip
     order = [baseline]
@@ -205,7 +206,7 @@ def _role(group: pd.DataFrame) -> str:
 
 
 def _colors(groups: Mapping[str, pd.DataFrame]) -> dict[str, str]:
-    """The tagged colours; arms without one, or with another arm's, get the next free one."""
+    """Colour of each arm: its tagged colour, or the next free one if the tag is missing or already used."""
     colors: dict[str, str] = {}
     for arm, group in groups.items():
         tagged = first_text(group, "color")
@@ -229,7 +230,7 @@ def _note_unshared_seeds(arms: Sequence[Arm], notes: list[str]) -> None:
 
 
 def _note_equal_seeds(arms: Sequence[Arm], runs: pd.DataFrame, metric: str, notes: list[str]) -> None:
-    """Note the seeds at which all arms are equal, most often because their best weights are from before the gate."""
+    """Note seeds at which all arms are equal, usually because their best weights are from before the gate opened."""
     for seed in sorted({seed for arm in arms for seed in arm.values}):
         values, seed_runs = {arm.values.get(seed) for arm in arms} - {None}, runs[runs["seed"] == seed]
         if len(seed_runs) < 2 or len(values) > 1:
@@ -241,7 +242,7 @@ def _note_equal_seeds(arms: Sequence[Arm], runs: pd.DataFrame, metric: str, note
 
 
 def _paired(arm: Mapping[int, float], base: Mapping[int, float]) -> Paired:
-    """The differences of two arms over the seeds that both have."""
+    """Paired differences between two arms, over the seeds that both have."""
     return paired([value - base[seed] for seed, value in arm.items() if seed in base])
 
 
@@ -250,7 +251,7 @@ def _spread(values: Sequence[float]) -> float | None:
 
 
 def _best_on_validation(runs: pd.DataFrame, metric: str, mode: str) -> dict[str, float]:
-    """Run id -> the best value of the metric on the validation split, over its evaluations."""
+    """Map each run id to the best value of the metric over the run's evaluations on the validation split."""
     on_validation = validation_metric(metric)
     if not on_validation.startswith("valid/") or f"metrics.{on_validation}" not in runs:
         return {}

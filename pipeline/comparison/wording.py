@@ -1,4 +1,4 @@
-"""The wording and number formats of a comparison, shared by terminal, Markdown, page and MLflow's note."""
+"""Wording and number formats of a comparison, shared by the terminal, Markdown, the page and MLflow's run note."""
 
 import math
 from collections import Counter
@@ -12,7 +12,7 @@ MINUS = "\N{MINUS SIGN}"
 NOTHING = "\N{EN DASH}"
 SEEDS_SHOWN = 8
 
-# Column headings; a terminal and the page keep the line breaks.
+# Column headings. Their line breaks are kept in a terminal and on the page.
 ARM = "arm"
 MEAN = "mean ± sd"
 BEST = "best on\nvalidation"
@@ -48,7 +48,7 @@ class MetricFormat:
         return f"{value:.{self.decimals}f}".replace("-", MINUS)
 
     def signed(self, value: float | None) -> str:
-        """A difference; exactly 0 has neither sign nor decimals."""
+        """Format a difference with its sign; exactly 0 has neither sign nor decimals."""
         if not value:
             return NOTHING if value is None else "0"
         return ("+" if value > 0 else "") + self.number(value)
@@ -116,7 +116,7 @@ def facts(comparison: Comparison) -> list[str]:
 
 
 def tally(comparison: Comparison) -> str:
-    """The number of arms by verdict."""
+    """Number of arms with each verdict, as text."""
     verdicts = Counter(
         "without a verdict" if arm.verdict.endswith("no verdict") else arm.verdict
         for arm in comparison.arms if arm.role == "arm"
@@ -135,7 +135,7 @@ def method(comparison: Comparison) -> str:
 
 
 def legend(comparison: Comparison) -> str:
-    """The method, and explanations of the further columns."""
+    """The method, followed by explanations of the optional columns."""
     lines = [method(comparison)]
     lines += [BOOTSTRAP] if any(arm.rows for arm in comparison.arms) else []
     lines += [SIDES] if comparison.side_metrics else []
@@ -143,7 +143,7 @@ def legend(comparison: Comparison) -> str:
 
 
 def sentence(arm: Arm, comparison: Comparison) -> str:
-    """An arm's verdict, which comes first (`shown_verdict`), and the numbers behind it."""
+    """A sentence that begins with an arm's verdict (`shown_verdict`), followed by the numbers behind it."""
     numbers, difference = metric_format(comparison), arm.difference
     words = shown_verdict(arm) + (f" of {arm.control_of}" if arm.role == "control" and arm.control_of else "")
     seeds = difference.n if difference else len(arm.values)
@@ -166,7 +166,7 @@ def _difference(paired: Paired, numbers: MetricFormat) -> str:
 
 
 def columns(comparison: Comparison) -> dict[str, list[str]]:
-    """Heading -> a cell per arm; the lines of a cell after the first are details."""
+    """Table columns: heading -> one cell per arm. Lines of a cell after the first hold details."""
     numbers, arms = metric_format(comparison), comparison.arms
     differences = [arm.difference if arm.difference and arm.difference.n else None for arm in arms]
     table = {
@@ -202,7 +202,7 @@ def _over_rows(arm: Arm, numbers: MetricFormat) -> str:
 
 
 def _side(comparison: Comparison, metric: str) -> list[str]:
-    """Differences, with a star if the interval excludes 0; for the baseline its own value."""
+    """Cells of a side metric: the baseline's value, and differences, with a star if the interval excludes 0."""
     numbers, runs = metric_format(comparison, metric), comparison.runs
     cells = []
     for arm in comparison.arms:

@@ -1,6 +1,6 @@
-"""The runs of a sweep's arms and seeds, and the prefixes that they share.
+"""Jobs for the runs of a sweep's arms and seeds, and for the prefixes that runs share.
 
-Runs of one seed that are equal up to a gate branch from a prefix that is trained once (`runs/shared_prefix.py`).
+Runs of one seed that are identical until a gate opens start from one shared prefix (`runs/shared_prefix.py`).
 """
 
 from functools import partial
@@ -17,15 +17,15 @@ from pipeline.sweeps.sweep_plan import Arm
 
 
 class _Branch(NamedTuple):
-    """Where a run branches from a shared prefix."""
+    """The point at which a run branches from a shared prefix."""
 
-    folder: Path  # of the prefix's state
+    folder: Path  # contains the prefix's state
     step: int
-    job: Job | None  # trains the prefix; None = an earlier start has
+    job: Job | None  # trains the prefix; None if an earlier start trained it
 
 
 class ArmRuns:
-    """The jobs of all arms and seeds, and their results."""
+    """Jobs for every arm and seed, and their results."""
 
     def __init__(self, context: SweepContext) -> None:
         self.context, self.plan = context, context.plan
@@ -33,14 +33,14 @@ class ArmRuns:
         self.total = len(self.plan.sweep.seeds) * len(self.plan.arms)
         self.ended = 0
         self.failures: dict[tuple[str, int], str] = {}  # (arm, seed) -> error
-        self.steps = 0  # optimizer steps of the runs trained by this start, counted as if each were trained alone
-        self.trained_steps = 0  # optimizer steps actually made
+        self.steps = 0  # optimizer steps of the runs that this start trained; a shared prefix counts for each run
+        self.trained_steps = 0  # optimizer steps that this start computed; a shared prefix counts once
         self.saved_seconds = 0.0
         others = dict(zip((arm.name for arm in self.plan.arms[1:]), cycle(COLORS[1:]), strict=False))
-        self.colors = {self.plan.baseline.name: COLORS[0]} | others  # the same in MLflow's charts and in the report
+        self.colors = {self.plan.baseline.name: COLORS[0]} | others  # for MLflow's charts and the report
 
     def jobs(self) -> list[Job]:
-        """Shared prefixes first, then the runs that are not finished."""
+        """Jobs of the shared prefixes, followed by those of the unfinished runs."""
         prefixes: list[Job] = []
         self.run_jobs: list[Job] = []
         for seed in self.plan.sweep.seeds:
@@ -63,7 +63,7 @@ class ArmRuns:
                  f"shared prefixes saved {saved:,} steps, about {self.saved_seconds:.0f} s of training")  # fmt: skip
 
     def _branches(self, arms: list[Arm], seed: int) -> dict[str, _Branch]:
-        """Arm -> where it branches, for the arms that share a prefix."""
+        """Map each arm that shares a prefix to its branch point."""
         groups: dict[str, list[tuple[Arm, int | None]]] = {}
         for arm in arms:
             config, step = arm.at(seed).shared_prefix()

@@ -1,4 +1,4 @@
-"""The check of a sweep's data before any run: all arms have the same data, which define the metrics that it needs."""
+"""Check before any run that all arms of a sweep have the same data, and that the required metrics are defined."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,15 +13,15 @@ from pipeline.sweeps.sweep_plan import Arm, Plan
 
 
 def check_data(plan: Plan, workers: Workers) -> tuple[Plan, str]:
-    """Load the arms' data; returns the plan and the data's digest.
+    """Load the data of every arm. Returns the plan and the digest of the data.
 
-    If the test split does not define the default metric of the verdict, the returned plan has that of validation.
+    If the default metric of the verdict is undefined on the test split, the returned plan uses `evaluation.metric`.
 
     Raises:
         UserError: arms have different data, or the data leave a required metric undefined.
     """
-    jobs: dict[str, tuple[Arm, Job]] = {}  # by the settings on which digest and metrics depend
-    loading: dict[str, Job] = {}  # data settings -> the job that loads (or generates) them first
+    jobs: dict[str, tuple[Arm, Job]] = {}  # keyed by the settings that decide digest and metrics
+    loading: dict[str, Job] = {}  # data settings -> first job, which loads or generates the data
     for arm in plan.arms:
         data, deciding = _settings(arm, "data."), _settings(arm, "data.", "model.", "evaluation.")
         if deciding not in jobs:
@@ -30,8 +30,8 @@ def check_data(plan: Plan, workers: Workers) -> tuple[Plan, str]:
             loading.setdefault(data, job)
             jobs[deciding] = arm, job
     workers.work([job for _, job in jobs.values()])
-    digests: dict[str, str] = {}  # -> the first arm that has it
-    undefined: dict[tuple[str, str], Arm] = {}  # (key, reason) -> the first arm
+    digests: dict[str, str] = {}  # digest -> first arm with it
+    undefined: dict[tuple[str, str], Arm] = {}  # (key, reason) -> first arm concerned
     for arm, job in jobs.values():
         if job.error:
             raise UserError(job.error)
@@ -51,14 +51,14 @@ def _settings(arm: Arm, *prefixes: str) -> str:
 
 
 def _required_metrics(plan: Plan, arm: Arm) -> dict[str, str]:
-    """Key that names a metric -> the metric that the arm's runs need."""
+    """Map each config key that names a metric to the metric that the arm's runs need."""
     search, evaluated = plan.sweep.search, arm.config.evaluation.metric
     metrics = {"evaluation.metric": evaluated} | ({"search.metric": search.metric or evaluated} if search else {})
     return metrics | {"metric": plan.metric}
 
 
 def _with_defined_metric(plan: Plan, undefined: Mapping[tuple[str, str], Arm]) -> Plan:
-    """The plan with a metric that the data define; see `check_data`."""
+    """Replace the plan's metric if the data leave it undefined; see `check_data`."""
     evaluated = plan.baseline.config.evaluation.metric
     replaceable = not plan.sweep.metric and "evaluation.metric" not in {key for key, _ in undefined}
     for (key, reason), arm in undefined.items():

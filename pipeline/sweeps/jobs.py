@@ -1,4 +1,4 @@
-"""A sweep's jobs, and the interface of the workers that do them."""
+"""Jobs of a sweep, and the interface of the workers that run them."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class Job:
 
     name: str
     request: JobRequest
-    needs: "Job | None" = None  # the job that must end first, in success or failure
+    needs: "Job | None" = None  # job that must have ended first, successfully or not
     finished: Callable[["Job"], None] = lambda job: None  # noqa: ARG005
     reply: JobDone | None = None
 
@@ -36,10 +36,10 @@ def ready_jobs(jobs: Sequence[Job], running: Collection[Job]) -> list[Job]:
 
 
 class Workers(Protocol):
-    """Processes that do jobs, on this machine or on a Ray cluster."""
+    """Processes that run jobs, on this machine or on a Ray cluster."""
 
     def work(self, jobs: list[Job], on_progress: OnProgress | None = None) -> None:
-        """Do all jobs, in order as far as their dependencies allow. A job's `finished` may append further ones.
+        """Run all jobs, in order where dependencies allow it. A job's `finished` callback may append to the list.
 
         on_progress: called with each evaluation of a watched run.
         """
@@ -48,24 +48,24 @@ class Workers(Protocol):
         """End the run of this job after its next evaluation."""
 
     def close(self) -> None:
-        """End every worker; runs in training end as KILLED."""
+        """Stop every worker; runs that are still training get the status KILLED."""
 
 
 @dataclass(frozen=True)
 class SweepContext:
-    """What all parts of a running sweep share."""
+    """Data shared by all parts of a running sweep."""
 
     id: str
     data_digest: str
     plan: Plan
     folder: Path
     workers: Workers
-    stored: Mapping[str, StoredRun]  # run key -> run in the store when the sweep started
+    stored: Mapping[str, StoredRun]  # run key -> run in the tracking store at the start of the sweep
 
     def train_request(
         self, arm: Arm, seed: int, tags: Mapping[str, str], *, prefix: Path | None = None, watched: str | None = None
     ) -> TrainRun:
-        """The request to train an arm with a seed, or to resume that run where the store has it."""
+        """Request to train an arm with a seed, or to resume its run if the tracking store has one."""
         config = arm.at(seed)
         run = self.stored.get(config.fingerprint(self.data_digest))
         return TrainRun(

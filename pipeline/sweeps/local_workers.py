@@ -1,4 +1,4 @@
-"""Workers of a sweep as processes on this machine."""
+"""Sweep workers as processes on this machine."""
 
 import os
 import queue
@@ -19,7 +19,7 @@ class LocalWorkers:
     """A pool of worker processes; each does one job at a time."""
 
     def __init__(self, size: int, folder: Path) -> None:
-        """folder: gets a log per worker."""
+        """folder: where each worker writes its log."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.inbox = folder, queue.Queue[tuple[Worker, WorkerReply | Ended]]()
         self.workers: dict[Worker, Job | None] = {}

@@ -1,4 +1,4 @@
-"""The connection to a Ray cluster, and what every node of it must have."""
+"""Connection to a Ray cluster, and the environment that every node needs."""
 
 import logging
 import os
@@ -14,19 +14,19 @@ from pipeline.errors import UserError
 from pipeline.runtime.interrupts import Interrupted, check
 from pipeline.storage.journal import Record
 
-PROBE_SECONDS = 5.0  # how long a cluster may take to accept a connection
-START_ATTEMPTS = 3  # to start a cluster: on a busy machine Ray's own time limit is too short
-OBJECT_STORE_BYTES = 100_000_000  # of a cluster of our own: replies are a few hundred bytes
-MLFLOW_PREFIX = "MLFLOW_"  # of environment variables
+PROBE_SECONDS = 5.0  # time limit for the cluster to accept a connection
+START_ATTEMPTS = 3  # for starting a cluster: Ray's own time limit is too short on a busy machine
+OBJECT_STORE_BYTES = 100_000_000  # for a cluster started here: replies are a few hundred bytes
+MLFLOW_PREFIX = "MLFLOW_"  # common prefix of MLflow's environment variables
 
 
 @dataclass(frozen=True)
 class LauncherEnvironment:
-    """The launcher's working folder and MLflow settings, which a task takes over."""
+    """The launcher's working folder and MLflow settings, which every task applies."""
 
     folder: str
     sweep_folder: str
-    settings: Mapping[str, str] = field(repr=False)  # may hold logins
+    settings: Mapping[str, str] = field(repr=False)  # may contain credentials
 
     @classmethod
     def current(cls, sweep_folder: Path) -> "LauncherEnvironment":
@@ -35,10 +35,10 @@ class LauncherEnvironment:
         return cls(str(Path.cwd()), str(sweep_folder.resolve()), settings)
 
     def apply(self) -> None:
-        """Change to the folder and set the environment.
+        """Change to the working folder and set the environment variables.
 
         Raises:
-            UserError: this node does not have the folders.
+            UserError: a folder does not exist on this node.
         """
         for folder in (self.folder, self.sweep_folder):
             if not Path(folder).is_dir():
@@ -51,10 +51,10 @@ class LauncherEnvironment:
 
 
 def connect(address: str | None) -> Any:
-    """Connect to the cluster at the address or in RAY_ADDRESS, or start one on this machine; returns the module `ray`.
+    """Connect to the cluster at `address` or RAY_ADDRESS, or start one on this machine. Returns the module `ray`.
 
     Raises:
-        UserError: Ray is not installed, or the cluster does not answer or has another version.
+        UserError: Ray is not installed, or the cluster is unreachable or has another version.
     """
     try:
         import ray
@@ -80,12 +80,12 @@ def connect(address: str | None) -> Any:
             if attempt == START_ATTEMPTS or "timed out during startup" not in str(error):
                 raise UserError(f"{where if address != 'local' else 'engine ray'}: {str(error).strip()}") from None
         finally:
-            signal.signal(signal.SIGTERM, handler)  # Ray installs its own
+            signal.signal(signal.SIGTERM, handler)  # Ray replaces this handler
     return ray
 
 
 def _probe(address: str, where: str) -> None:
-    """Check within seconds that the cluster answers; Ray would try for a minute."""
+    """Check that the cluster accepts connections; Ray itself would retry for a minute."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), PROBE_SECONDS).close()
@@ -94,12 +94,12 @@ def _probe(address: str, where: str) -> None:
 
 
 def refuse_local_store(uri: str, nodes: list[Record]) -> None:
-    """Refuse a tracking store in a file if the cluster has several machines.
+    """Refuse a tracking store in a local file if the cluster has several machines.
 
-    uri: of the store, empty = MLflow's default. nodes: the live ones of `ray.nodes()`.
+    uri: the store's URI; empty for MLflow's default. nodes: the entries of `ray.nodes()` that are alive.
 
     Raises:
-        UserError: names the machines.
+        UserError: the store is in a local file and the cluster has several machines.
     """
     machines = sorted({f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})" for node in nodes})
     scheme, separator, _ = uri.partition("://")
@@ -111,7 +111,7 @@ def refuse_local_store(uri: str, nodes: list[Record]) -> None:
 
 @contextmanager
 def named_interrupts() -> Iterator[None]:
-    """Restore the `Interrupted` that Ray's calls turn into a bare KeyboardInterrupt."""
+    """Raise the original `Interrupted` where a Ray call replaced it with a bare KeyboardInterrupt."""
     try:
         yield
     except Interrupted:

@@ -1,7 +1,7 @@
-"""A job of a sweep in a process of Ray's, and the actor through which it talks to the launcher.
+"""The Ray task that runs a job of a sweep, and the actor that connects tasks to the launcher.
 
-The task looks up its run in the store, so that Ray's retry after the loss of a process or node resumes the run from its
-last checkpoint in the shared output folder.
+The task looks up its run in the tracking store. So when Ray retries a task whose process or node was lost, the run
+resumes from its last checkpoint in the shared output folder.
 """
 
 import os
@@ -22,22 +22,22 @@ from pipeline.sweeps.requests import Evaluated, JobDone, JobFailed, JobRequest, 
 from pipeline.sweeps.worker import Work, parse_config
 from pipeline.tracking.messages import StoredRun
 
-SETTLE_SECONDS = 2.0  # in which the tracking writer of a lost process ends
-LOST_SECONDS = 60.0  # in which a process on a lost node notices its loss
+SETTLE_SECONDS = 2.0  # time for the writer process of a lost task to exit
+LOST_SECONDS = 60.0  # time for a process on a disconnected node to notice and exit
 
-_work: "_RayWork | None" = None  # of this process, for all its tasks: torch and the data are loaded once
+_work: "_RayWork | None" = None  # shared by all tasks of this process: torch and the data are loaded once
 
 
 @dataclass(frozen=True)
 class Started:
-    """News: a task has started."""
+    """Message to the launcher: a task has started."""
 
     host: str
-    again: bool  # after its process or node was lost
+    again: bool  # retried after its process or node was lost
 
 
 class Board:
-    """Actor on the launcher's node: takes the news of tasks, and tells them whether to stop."""
+    """Actor on the launcher's node: collects messages from tasks, and passes stop requests to them."""
 
     def __init__(self) -> None:
         self.news: list[tuple[int, Started | Evaluated]] = []
@@ -45,14 +45,14 @@ class Board:
         self.stopping: set[int] = set()
 
     def start(self, number: int, host: str) -> bool:
-        """Note the start of a task; returns whether it had started before."""
+        """Record the start of a task. Returns whether it had started before."""
         again = number in self.started
         self.started.add(number)
         self.news.append((number, Started(host, again)))
         return again
 
     def report(self, number: int, evaluated: Evaluated) -> bool:
-        """Pass an evaluation to the launcher; returns whether the task is to stop."""
+        """Queue an evaluation for the launcher. Returns whether the task should stop."""
         self.news.append((number, evaluated))
         return number in self.stopping
 
@@ -60,15 +60,15 @@ class Board:
         self.stopping.add(number)
 
     def take(self) -> list[tuple[int, Started | Evaluated]]:
-        """The news since the last call."""
+        """Return the messages received since the last call."""
         news, self.news = self.news, []
         return news
 
 
 def run_job(number: int, request: JobRequest, environment: LauncherEnvironment, board: Any) -> JobDone:
-    """Do a job.
+    """Run a job.
 
-    number: of the task, for the board.
+    number: the task's number on the board.
     """
     import ray
 
@@ -93,15 +93,15 @@ def run_job(number: int, request: JobRequest, environment: LauncherEnvironment, 
         return JobFailed(error=str(error))
     except Interrupted as error:
         if _work:
-            _work.writer.close(STOPPED_SECONDS)  # deliver what it has
-        if error.exit_code != 128 + signal.SIGINT:  # this node is shutting down; a cancellation is a SIGINT
+            _work.writer.close(STOPPED_SECONDS)  # deliver the queued data
+        if error.exit_code != 128 + signal.SIGINT:  # the node is shutting down (Ray cancels tasks with SIGINT)
             sys.stderr.flush()
-            os._exit(error.exit_code)  # Ray retries a lost process on another node
+            os._exit(error.exit_code)  # Ray then retries the task on another node
         raise
 
 
 class _RayWork(Work):
-    """Work that resumes runs which an earlier attempt began."""
+    """Work that resumes runs started by an earlier attempt."""
 
     def train(self, request: TrainRun) -> RunTrained:
         config = parse_config(request)
@@ -118,7 +118,7 @@ class _RayWork(Work):
 
 
 def _wait_for_owner(run: StoredRun) -> None:
-    """Wait for the process that trained the run to end; opening the run fails with its name if it does not."""
+    """Wait for the run's previous owner to exit. If it does not, opening the run fails and names the owner."""
     deadline = time.monotonic() + LOST_SECONDS
     folder = Path(run.tags["run_dir"]) if "run_dir" in run.tags else None
     while folder and folder.is_dir() and live_owner(folder) and time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""Workers of a sweep as tasks on a Ray cluster: Ray places them and retries those whose process or node is lost."""
+"""Sweep workers as tasks on a Ray cluster. Ray places tasks and retries those whose process or node was lost."""
 
 import os
 from pathlib import Path
@@ -15,7 +15,7 @@ from pipeline.sweeps.ray_task import Board, Started, run_job
 from pipeline.sweeps.requests import DigestData, JobDone, JobFailed
 from pipeline.sweeps.worker import PATIENCE_SECONDS
 
-RETRIES = 3  # of a task whose process or node is lost
+RETRIES = 3  # for a task whose process or node was lost
 
 
 class RayWorkers:
@@ -25,7 +25,7 @@ class RayWorkers:
         """Connect to the cluster, or start one on this machine.
 
         Raises:
-            UserError: there is no such cluster, or not all of its machines can reach the tracking store.
+            UserError: the cluster is unreachable, or some of its machines cannot reach the tracking store.
         """
         self.ray = connect(address)
         try:
@@ -43,8 +43,8 @@ class RayWorkers:
         )
         self.board = board.remote()
         self.task = self.ray.remote(max_retries=RETRIES, retry_exceptions=False)(run_job)
-        self.submitted: list[Job] = []  # by the number of their task
-        self.running: dict[Any, Job] = {}  # by the reference of their result
+        self.submitted: list[Job] = []  # task number = index
+        self.running: dict[Any, Job] = {}  # reference to the result -> job
         self.warned = False
 
     def work(self, jobs: list[Job], on_progress: OnProgress | None = None) -> None:
@@ -66,7 +66,7 @@ class RayWorkers:
         self.board.stop.remote(self.submitted.index(job))
 
     def close(self) -> None:
-        """See `Workers.close`. A cluster that was started here ends, too."""
+        """See `Workers.close`. Also stops a cluster that was started here."""
         if not self.ray.is_initialized():
             return
         running = list(self.running)
@@ -85,7 +85,7 @@ class RayWorkers:
         self.running[task.remote(number, job.request, self.environment, self.board)] = job
 
     def _resources(self, job: Job) -> dict[str, float]:
-        """A CPU for each thread of a training, and a whole GPU if it uses one."""
+        """Ray resources of a job: one CPU per training thread, and one GPU if it trains on a GPU."""
         if isinstance(job.request, DigestData):
             return {"num_cpus": 1}
         config, nodes = yaml.safe_load(job.request.config), self._nodes()
@@ -111,11 +111,11 @@ class RayWorkers:
                 info(f"{job.name}: begins on {news.host}{again}")
 
     def _reply(self, reference: Any) -> JobDone:
-        """The reply of an ended task; an error of Ray's becomes one."""
+        """Reply of a finished task. A Ray error becomes a `JobFailed`."""
         try:
             reply: JobDone = self.ray.get(reference)
         except self.ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", None)  # what the task raised, if it was not lost
+            cause = getattr(error, "cause", None)  # the task's own exception; None if the task was lost
             message = " ".join(str(cause or error).split())[:300]
             if cause is not None:
                 return JobFailed(error=f"{type(cause).__name__}: {message}")

@@ -1,4 +1,4 @@
-"""Requests of a sweep to its workers (local processes or Ray tasks), and their replies."""
+"""Requests that a sweep sends to its workers (local processes or Ray tasks), and the workers' replies."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -13,12 +13,12 @@ class DigestData:
 
     entry: str  # the task's entry point
     config: str  # YAML
-    metrics: Mapping[str, str] = field(default_factory=dict)  # key of the sweep's settings -> metric
+    metrics: Mapping[str, str] = field(default_factory=dict)  # config key that names a metric -> metric
 
 
 @dataclass(frozen=True)
 class TrainPrefix:
-    """Train a shared prefix and save its states in the folders. Reply: `PrefixTrained`."""
+    """Train a shared prefix and save its state at the given steps. Reply: `PrefixTrained`."""
 
     entry: str
     config: str
@@ -35,9 +35,9 @@ class TrainRun:
     tags: Mapping[str, str]
     overridden: tuple[str, ...]  # dotted keys that the sweep file overrides
     run_id: str | None = None  # the run to resume
-    folder: str | None = None  # of the run to resume
-    prefix: str | None = None  # folder of the shared prefix's state from which the run branches
-    watched: str | None = None  # a validation metric
+    folder: str | None = None  # folder of the run to resume
+    prefix: str | None = None  # folder with the shared prefix's state from which the run starts
+    watched: str | None = None  # validation metric to report after each evaluation
 
     def without_prefix(self) -> "TrainRun":
         tags = {name: value for name, value in self.tags.items() if name not in ("branched_from", "branch_step")}
@@ -46,7 +46,7 @@ class TrainRun:
 
 @dataclass(frozen=True)
 class StopRun:
-    """End the current run after its next evaluation. No reply of its own."""
+    """End the current run after its next evaluation. There is no separate reply."""
 
 
 # ---------------------------------------------------------------- replies
@@ -86,7 +86,7 @@ class RunTrained(JobDone):
     run_id: str
     metrics: Mapping[str, float]
     steps: int
-    stopped: bool = False  # by `StopRun`
+    stopped: bool = False  # ended early by `StopRun`
 
 
 JobRequest = DigestData | TrainPrefix | TrainRun

@@ -1,9 +1,9 @@
-"""The search of a sweep: Optuna proposes settings, and the best one is then compared with the baseline.
+"""Hyperparameter search of a sweep with Optuna. The best setting is then compared with the baseline.
 
-Trials are runs of one seed, judged on validation. The best of many trials looks better than it is, so it counts as no
-evidence: the sweep runs its settings again on other seeds.
+Trials run with one seed and are scored on validation. The best score of many trials is biased upwards, so it is not
+used as evidence: the sweep runs the best setting again with other seeds.
 
-The study is stored in the sweep's folder. Trials that are RUNNING there when a search starts were interrupted; they are
+The study is stored in the sweep's folder. Trials that are RUNNING in it when a search starts were interrupted, and are
 resumed.
 """
 
@@ -24,15 +24,15 @@ from pipeline.sweeps.sweep_config import SpaceConfig
 from pipeline.sweeps.sweep_plan import Arm, Plan, controls_of, with_overrides
 from pipeline.tracking.stored_runs import tag_run
 
-TRIAL = "trial"  # role of the trials' runs, which comparisons leave out
+TRIAL = "trial"  # value of the tag `role`; comparisons leave these runs out
 EVALUATED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 def search(context: SweepContext) -> tuple[Plan, dict[tuple[str, int], str]]:
     """Run the missing trials.
 
-    Returns: the plan that compares the best setting with the baseline, and the errors of failed trials by name and
-    seed.
+    Returns the plan that compares the best setting with the baseline, and the errors of failed trials by trial name
+    and seed.
 
     Raises:
         TrainingError: no trial finished.
@@ -53,7 +53,7 @@ class _OpenTrial:
     trial: Trial
     arm: Arm
     run_key: str
-    values: dict[int, float]  # step of an evaluation -> metric
+    values: dict[int, float]  # evaluation step -> metric
 
     @property
     def name(self) -> str:
@@ -76,7 +76,8 @@ class _Trials:
         self.metric = self.config.metric or evaluation.metric
         minimize = (self.config.mode or evaluation.mode) == "min"
         self.best_of = min if minimize else max
-        file = str(context.folder.resolve() / "search.db").replace("{", "{{").replace("}", "}}")  # Optuna formats it
+        # Optuna treats the URL as a format string
+        file = str(context.folder.resolve() / "search.db").replace("{", "{{").replace("}", "}}")
         self.storage = RDBStorage(f"sqlite:///{file}")
         self.study = optuna.create_study(
             storage=self.storage,
@@ -85,26 +86,26 @@ class _Trials:
             direction="minimize" if minimize else "maximize",
             pruner=optuna.pruners.MedianPruner(n_startup_trials=self.config.startup_trials),
         )
-        self.interrupted = self.in_state(TrialState.RUNNING)  # by an earlier start
+        self.interrupted = self.in_state(TrialState.RUNNING)  # left by an earlier start
         self.jobs: list[Job] = []
-        self.training: dict[str, _OpenTrial] = {}  # by the name of their job
-        self.waiting: list[_OpenTrial] = []  # for a trial in training with the same settings
-        self.pruned: dict[int, int] = {}  # trial -> step of the evaluation at which the median pruned it
-        # of this start; trials that failed in an earlier one are tried again:
-        self.failures: dict[tuple[str, int], str] = {}  # (trial, seed) -> error
-        self.failed_keys: set[str] = set()  # run keys
+        self.training: dict[str, _OpenTrial] = {}  # job name -> trial
+        self.waiting: list[_OpenTrial] = []  # trials that wait for a running trial with the same settings
+        self.pruned: dict[int, int] = {}  # trial number -> step at which the median pruner stopped it
+        # failures of this start only: trials that failed in an earlier start are tried again
+        self.failures: dict[tuple[str, int], str] = {}  # (trial name, seed) -> error
+        self.failed_keys: set[str] = set()  # run keys of failed trials
         self.failed_count = 0
 
     def run(self) -> None:
-        """Bring all trials to their end."""
+        """Run all trials to completion."""
         self._submit_trials()
         self.context.workers.work(self.jobs, self._on_evaluation)
 
     def best(self) -> Arm:
-        """The setting of the best completed trial.
+        """Arm with the settings of the best completed trial.
 
         Raises:
-            TrainingError: there is none.
+            TrainingError: no trial completed.
         """
         if not self.in_state(TrialState.COMPLETE):
             raise TrainingError("no trial of the search finished; the workers' logs info why")
@@ -121,7 +122,7 @@ class _Trials:
     # ---------------------------------------------------------------- proposing and submitting
 
     def _submit_trials(self) -> None:
-        """Submit waiting and further trials until every worker has one or none is left."""
+        """Submit waiting and new trials until every worker has one or no trial is left."""
         waiting, self.waiting = self.waiting, []
         for trial in waiting:
             self._submit(trial)
@@ -135,9 +136,9 @@ class _Trials:
                 break
 
     def _resume(self, interrupted: FrozenTrial) -> _OpenTrial:
-        """The interrupted trial with what it had drawn and reported."""
+        """Reopen an interrupted trial with the values that it had drawn and reported."""
         study_id = self.storage.get_study_id_from_name(self.study.study_name)
-        self.study.sampler = self._sampler(interrupted.number)  # for what it had not drawn yet
+        self.study.sampler = self._sampler(interrupted.number)  # for values not drawn yet
         trial = Trial(self.study, self.storage.get_trial_id_from_study_id_trial_number(study_id, interrupted.number))
         return self._open(trial, dict(interrupted.intermediate_values))
 
@@ -150,12 +151,12 @@ class _Trials:
         return _OpenTrial(trial, arm, run_key, values)
 
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
-        """A sampler seeded by the trial's number, so that a resumed search draws the same."""
+        """Sampler seeded by the trial's number, so that a resumed search draws the same values."""
         seed = int(np.random.SeedSequence((self.config.seed, number)).generate_state(1)[0])
         return optuna.samplers.TPESampler(n_startup_trials=self.config.startup_trials, seed=seed, constant_liar=True)
 
     def _submit(self, trial: _OpenTrial) -> None:
-        """Train the trial. One with the settings of another waits for that trial's outcome, or gets it."""
+        """Train the trial, or reuse the outcome of an earlier trial with the same settings, once it is known."""
         if any(other.run_key == trial.run_key for other in self.training.values()):
             self.waiting.append(trial)
         elif outcome := self._outcome_of(trial.run_key):
@@ -167,7 +168,7 @@ class _Trials:
             self.jobs.append(Job(trial.name, request, finished=self._on_end))
 
     def _outcome_of(self, run_key: str) -> _Outcome | None:
-        """How the run with this key ended; None if it has to be trained."""
+        """Outcome of the run with this key; None if it has to be trained."""
         for trial in self.in_state(*EVALUATED):
             if trial.user_attrs.get("run_key") == run_key:
                 return _Outcome(trial.state, trial.value if trial.state == TrialState.COMPLETE else None)
@@ -176,7 +177,7 @@ class _Trials:
     # ---------------------------------------------------------------- results
 
     def _on_evaluation(self, job: Job, evaluated: Evaluated) -> None:
-        """Prune the trial if its evaluations have fallen behind the median of the others."""
+        """Report the evaluation to Optuna, and prune the trial if it is worse than the median of the others."""
         trial = self.training[job.name]
         if evaluated.step not in trial.values:  # a resumed run repeats its earlier evaluations
             trial.values[evaluated.step] = evaluated.value

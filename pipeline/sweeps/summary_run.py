@@ -1,4 +1,4 @@
-"""The summary run of a sweep: it holds the report and the sweep's resolved settings."""
+"""Summary run of a sweep, which holds the report and the sweep's resolved settings."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -18,17 +18,17 @@ from pipeline.tracking.writer import Writer
 
 
 class StoredSweep(NamedTuple):
-    """The runs of a sweep that are already in the store."""
+    """Runs of a sweep that are already in the tracking store."""
 
-    by_key: Mapping[str, StoredRun]  # by run key; a finished run where there are several
+    by_key: Mapping[str, StoredRun]  # run key -> run; a finished one if there are several
     summary: StoredRun | None
 
 
 def claim_launcher(plan_id: str) -> None:
-    """Tag the run that `mlflow run` opened for this start; end those of earlier starts that were killed.
+    """Tag the launcher run that `mlflow run` opened for this start, and end those of earlier starts that were killed.
 
-    This process holds the sweep's lock, so such a run that is still RUNNING has no process. A start that was killed
-    before it tagged its run is recognised by the same command-line params.
+    This process holds the sweep's lock, so no process is left behind another launcher run that is still RUNNING. A
+    launcher run that was killed before it was tagged is recognised by equal command-line params.
     """
     launcher = os.environ.get("MLFLOW_RUN_ID")
     if not store_exists():
@@ -59,14 +59,14 @@ class SummaryRun:
 
     @classmethod
     def open(cls, writer: Writer, plan: Plan, sweep_id: str, earlier: StoredRun | None) -> "SummaryRun":
-        """Open the summary run of an earlier start, else the run that `mlflow run` opened, else a new one."""
+        """Reopen the summary run of an earlier start, or use the run that `mlflow run` opened, or create one."""
         launcher, config = os.environ.get("MLFLOW_RUN_ID"), plan.baseline.config
         request = RunRequest(
             name=f"sweep {plan.title}"[:40],
             experiment=config.experiment,
             run_id=earlier.run_id if earlier else launcher,
             launcher=launcher if earlier and earlier.run_id != launcher else None,
-            # the role comes last: a run without it is a launcher's, which the next start ends
+            # the role comes last: the next start takes a run without a role for a launcher run and ends it
             tags={"sweep_id": sweep_id, "sweep_plan": plan.identity(), "task": config.task, "metric": plan.metric}
             | {"mode": plan.sweep.mode or "", "role": "summary"},
             resume=earlier is not None,
@@ -111,7 +111,7 @@ class SummaryRun:
         info("next: open the report; `make ui` opens MLflow on these runs")
 
     def abandon(self, error: BaseException) -> None:
-        """End the run after an error, unless it has been ended."""
+        """End the run after an error, unless `conclude` has begun to end it."""
         if not self.ending:
             self.ending = True
             end_early(self.run, error)

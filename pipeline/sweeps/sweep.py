@@ -1,7 +1,7 @@
-"""`sweep`: a baseline and arms, each with every seed, as flat runs that end in a verdict.
+"""`sweep`: train a baseline and arms with every seed, one unnested MLflow run each, and report a verdict.
 
-This process plans the runs, submits them as jobs to workers (`worker.py`), and compares the results. Runs are found in
-the store by their run key, so the same command resumes an interrupted sweep.
+This process plans the runs, submits them as jobs to workers (`worker.py`), and compares the results. Existing runs are
+found in the tracking store by their run key, so the same command resumes an interrupted sweep.
 """
 
 import shutil
@@ -29,7 +29,7 @@ from pipeline.tracking.store import check_uri
 
 
 def sweep(config: SweepConfig, file: Path, typed: Mapping[str, str]) -> None:
-    """Run what is missing of the sweep, compare, and leave the report in the summary run.
+    """Train the missing runs of the sweep, compare all runs, and store the report in the summary run.
 
     Raises:
         UserError: the sweep file or a setting is invalid.
@@ -66,7 +66,7 @@ def _start_workers(config: SweepConfig, folder: Path) -> Workers:
 
 
 def _train_and_compare(plan: Plan, folder: Path, workers: Workers, writer: Any) -> None:
-    with ThreadPoolExecutor(1) as pool:  # importing mlflow takes seconds, and so does loading the data
+    with ThreadPoolExecutor(1) as pool:  # import mlflow while the workers load the data: both take seconds
         claim = pool.submit(_claim_launcher, plan)
         plan, data_digest = check_data(plan, workers)
         claim.result()
@@ -108,7 +108,7 @@ def _claim_launcher(plan: Plan) -> None:
 
 
 def _warnings(plan: Plan) -> Iterator[str]:
-    """Likely mistakes in the settings, each once for all arms concerned."""
+    """Warnings about likely mistakes in the settings, each yielded once and naming the arms concerned."""
     yield from plan.notes
     arms: dict[str, list[str]] = {}
     for arm in plan.arms:
@@ -120,7 +120,7 @@ def _warnings(plan: Plan) -> Iterator[str]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Refuse to run while another process runs the same sweep."""
+    """Hold the sweep's lock. Refuse to start while another process runs the same sweep."""
     lock = FileLock(folder.with_name(f"{folder.name}.lock"), blocking=False, fallback_to_soft=False)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class GridConfig(Config):
-    """Arms as all combinations of the keys' values."""
+    """One arm for each combination of the keys' values."""
 
     grid: dict[str, list[Any]]
     """key: list of values; every combination is an arm"""
@@ -77,7 +77,7 @@ class SpaceConfig(Config):
 
 
 class SearchConfig(Config):
-    """Search by Optuna: TPE proposes settings, the median of earlier trials prunes, the best is run on all seeds."""
+    """Search with Optuna: TPE proposes settings, a median pruner stops weak trials, the best is run on all seeds."""
 
     trials: Positive = 20
     """settings to try"""

@@ -17,19 +17,19 @@ from pipeline.errors import UserError
 from pipeline.sweeps.sweep_config import GridConfig, Overrides, SearchConfig, SweepConfig
 
 NAME = "name"  # key of an arm in a list
-DEFAULT_NAMES = ("baseline", "run")  # what tasks call a run whose settings are the usual ones
+DEFAULT_NAMES = ("baseline", "run")  # names that tasks give to runs with default settings
 # Defaults of every run of a sweep; the sweep's own settings override them.
 DEFAULTS: Overrides = {"tracking.log_model": False, "tracking.log_report": False, "training.threads": 1}
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One setting of a sweep, for any seed."""
+    """One arm of a sweep: a config that is run with every seed."""
 
     name: str
     role: Literal["baseline", "arm", "control"]
     config: RunConfig
-    overridden: frozenset[str] = frozenset()  # dotted keys
+    overridden: frozenset[str] = frozenset()  # dotted keys that the arm overrides
     control_of: tuple[str, ...] = ()
 
     def at(self, seed: int) -> RunConfig:
@@ -42,7 +42,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Plan:
-    """A sweep whose settings are resolved and valid."""
+    """A sweep with resolved and validated settings."""
 
     title: str
     sweep: SweepConfig
@@ -55,7 +55,7 @@ class Plan:
         return self.arms[0]
 
     def identity(self, data_digest: str = "") -> str:
-        """Hash of the settings, seeds, data and experiment; independent of their order, of jobs and of the metric."""
+        """Hash of settings, seeds, data and experiment; independent of `jobs`, `metric` and the order of arms and seeds."""
         runs = sorted((arm.name, arm.role, arm.at(seed).fingerprint(data_digest))
                       for seed in self.sweep.seeds for arm in self.arms)  # fmt: skip
         search = [self.sweep.search.model_dump(), self.sweep.controls] if self.sweep.search else None
@@ -65,7 +65,7 @@ class Plan:
 
 
 def _environment_experiment() -> str | None:
-    """The experiment of runs that name none, as MLflow and `mlflow run` choose it; None = the default one."""
+    """Experiment that the environment selects for runs without `experiment`; None for MLflow's default experiment."""
     experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or os.environ.get("MLFLOW_EXPERIMENT_ID")
     return None if experiment in ("0", "Default") else experiment
 
@@ -79,10 +79,10 @@ def resolve(
 ) -> Plan:
     """Resolve and check every arm's config.
 
-    places: folders to search for the task's YAML. typed: settings of every run from the command line.
+    places: folders to search for the task's YAML. typed: settings from the command line, which apply to every run.
 
     Raises:
-        UserError: names the sweep file and the arm.
+        UserError: a setting is invalid. The message names the sweep file and the arm.
     """
     base = next((path for place in places if (path := place / sweep.file).is_file()), Path(sweep.file))
     read_yaml(base)
@@ -117,10 +117,10 @@ def resolve(
 
 
 def with_overrides(arm: Arm, values: Overrides, where: str = "search.space") -> Arm:
-    """An arm with more overrides, under the same name.
+    """Copy an arm with additional overrides, under the same name.
 
     Raises:
-        UserError: a value that its key does not allow.
+        UserError: a value is not allowed for its key.
     """
     model = type(arm.config)
     settings = _dotted(values, model, where)
@@ -139,7 +139,7 @@ def with_overrides(arm: Arm, values: Overrides, where: str = "search.space") -> 
 
 
 def controls_of(arms: Sequence[Arm]) -> list[Arm]:
-    """The controls of the arms that have one; arms that differ only in what the control lacks share it."""
+    """Control arms of the arms that have one. Arms whose controls are equal share one control."""
     controls: dict[str, Arm] = {}
     for arm in arms:
         config = arm.config.control()
@@ -153,7 +153,7 @@ def controls_of(arms: Sequence[Arm]) -> list[Arm]:
 
 
 def to_yaml(plan: Plan) -> str:
-    """The resolved sweep as YAML: what all arms have in common, and by arm the settings that differ."""
+    """The resolved sweep as YAML: settings common to all arms, and for each arm the settings that differ."""
     settings = {arm.name: arm.config.decisive() for arm in plan.arms}
     baseline = settings["baseline"]
     differing = [key for key in baseline if len({own[key] for own in settings.values()}) > 1 and key != "seed"]
@@ -165,12 +165,12 @@ def to_yaml(plan: Plan) -> str:
 
 @dataclass(frozen=True)
 class _ArmBuilder:
-    """Makes arms from overrides."""
+    """Builds arms from overrides."""
 
     model: type[RunConfig]
     base: Path  # the task's YAML
     common: Overrides
-    typed: Overrides  # replace an arm's own values
+    typed: Overrides  # from the command line; replace an arm's own values
 
     def build(self, overrides: Overrides, where: str, name: str | None = None, role: Any = "arm") -> Arm:
         settings = _dotted(overrides, self.model, where)
@@ -198,7 +198,7 @@ def _without_name(entry: Overrides) -> Overrides:
 
 
 def _dotted(overrides: Mapping[str, Any], model: type[RunConfig], where: str) -> Overrides:
-    """Overrides with short names and nested blocks as dotted keys."""
+    """Convert short names and nested blocks in overrides to dotted keys."""
     known = {key.path for key in keys(model)}
     dotted: Overrides = {}
 
@@ -224,10 +224,10 @@ def _dotted(overrides: Mapping[str, Any], model: type[RunConfig], where: str) ->
 def _build_arms(
     builder: _ArmBuilder, entries: Sequence[Overrides], baseline: Arm, file: Path, is_grid: bool
 ) -> tuple[list[Arm], list[str]]:
-    """The arms without the baseline, and a note for each combination of a grid that is left out as a duplicate.
+    """Build all arms except the baseline, and a note for each grid combination that is left out as a duplicate.
 
     Raises:
-        UserError: an invalid arm, or two in a list with the same settings or name.
+        UserError: an arm is invalid, or two listed arms have the same settings or name.
     """
     labels = {baseline.config.fingerprint(): "baseline"}
     arms, notes = [], []
@@ -258,7 +258,7 @@ def _refuse_equal_names(names: Sequence[str], file: Path) -> None:
 
 
 def _with_distinct_names(arms: Sequence[Arm], baseline: Arm) -> list[Arm]:
-    """Arms whose names are ambiguous are named by the overrides in which they differ."""
+    """Rename arms with ambiguous names after the overrides in which they differ."""
     renamed = []
     for arm in arms:
         usual = arm.name in DEFAULT_NAMES
@@ -273,7 +273,7 @@ def _with_distinct_names(arms: Sequence[Arm], baseline: Arm) -> list[Arm]:
 
 
 def _check_space(search: SearchConfig, baseline: Arm, file: Path) -> None:
-    """Check that keys allow both ends of every range, and every choice."""
+    """Check that both ends of every range, and every choice, are valid values of their key."""
     baseline = with_overrides(baseline, search.settings, f"{file}: search.settings")
     for key in _dotted(dict.fromkeys(search.space), type(baseline.config), f"{file}: search.space"):
         if key in ("seed", "run_name") or key.startswith("data."):

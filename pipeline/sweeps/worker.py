@@ -1,7 +1,7 @@
-"""A worker process of a sweep: it trains run after run and loads torch and the data once.
+"""Worker process of a sweep: trains one run after another, and loads torch and the data only once.
 
 `python -m pipeline.sweeps.worker` reads requests (`pipeline.sweeps.requests`) from standard input and writes replies to
-standard output. When its input closes, it ends; a run in training ends as KILLED first.
+standard output. It exits when its input closes; a run that is still training first gets the status KILLED.
 """
 
 import os
@@ -42,12 +42,12 @@ from pipeline.tasks.registry import TASKS
 if TYPE_CHECKING:
     from pipeline.tracking.writer import Writer
 
-PATIENCE_SECONDS = 15  # how long a worker may take to end when asked
+PATIENCE_SECONDS = 15  # time limit for a worker to exit
 
 
 def main() -> None:
     """Serve requests from standard input until it closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the sweep handles Ctrl-C and then closes our input
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the sweep handles Ctrl-C and then closes this process's input
     send_reply = take_standard_output()
     requests = _Requests()
 
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 class _Requests:
-    """Standard input as a queue. Its end interrupts the current job."""
+    """Queue of the requests on standard input. Closing the input interrupts the current job."""
 
     def __init__(self) -> None:
         self.queue: queue.Queue[JobRequest | None] = queue.Queue()
@@ -93,7 +93,7 @@ class _Requests:
 
 
 class Work:
-    """Does jobs one after the other and keeps the last task, so that its data need not be loaded again."""
+    """Runs jobs one after another. Keeps the last task, so that its data need not be loaded again."""
 
     def __init__(self, writer: "Writer", report: Callable[[Evaluated], None], stop: threading.Event) -> None:
         """report: called with each evaluation of a watched run. stop: set to end that run after its next evaluation."""
@@ -101,7 +101,7 @@ class Work:
         self.task: Any = None
 
     def do(self, request: JobRequest) -> JobDone:
-        """Do a job. An error becomes the reply; if it is not a UserError, its traceback goes to the log."""
+        """Run a job. An exception becomes a `JobFailed`; unless it is a UserError, its traceback is logged."""
         start = time.perf_counter()
         reply: JobDone
         try:
@@ -120,7 +120,7 @@ class Work:
         return replace(reply, seconds=time.perf_counter() - start)
 
     def digest(self, request: DigestData) -> DataDigest:
-        """Load the data.
+        """Load the data; compute their digest, and the reasons why metrics are undefined on them.
 
         Raises:
             UserError: one of the metrics does not exist.
@@ -167,14 +167,14 @@ class Work:
         return RunTrained(run_id=run.id, metrics=run.metrics, steps=run.steps, stopped=stopped)
 
     def make_task(self, entry: str, config: Any) -> Any:
-        """The task of a config; it shares loaded data with the previous one where it can."""
+        """Create the task of a config, reusing the previous task's data if possible."""
         shared = self.task.with_config(config) if self.task is not None else None
         self.task = shared or import_reference(TASKS[entry].make)(config)
         return self.task
 
 
 def parse_config(request: JobRequest) -> Any:
-    """The validated config of a request."""
+    """Parse and validate the config of a request."""
     from pipeline.config.strict_config import validate
 
     return validate(import_reference(TASKS[request.entry].config), yaml.safe_load(request.config), None)

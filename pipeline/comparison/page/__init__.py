@@ -1,1 +1,1 @@
-"""The page of a comparison: templates, style, script, and the shapes of its charts."""
+"""The HTML page of a comparison: templates, style, script and chart layout."""

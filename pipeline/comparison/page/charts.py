@@ -15,14 +15,14 @@ from pipeline.maths.statistics import Paired
 
 Floats = npt.NDArray[np.float64]
 
-WIDTH, HEIGHT = 360, 216  # of a panel, in pixels
+WIDTH, HEIGHT = 360, 216  # size of a panel in pixels
 LEFT, RIGHT, TOP, BOTTOM = 58, 10, 8, 24  # margins around a panel's plot
-FINE = 10  # a curve's coordinates are whole tenths of pixels: half the size of decimals
-FITTED_FROM = 0.1  # share of the steps: the initial fall would flatten the later differences between arms
-FEWEST_FITTED = 10  # points of the longest curve from there; with fewer the axis is fitted to all steps
+FINE = 10  # units per pixel: integer tenths of a pixel make paths half as long as decimals
+FITTED_FROM = 0.1  # share of the steps that value axes ignore: the initial fall would flatten later differences
+FEWEST_FITTED = 10  # if the longest curve has fewer points after that, the axis is fitted to all steps
 LOG_ABOVE = 50  # a panel whose values span more than this factor has a logarithmic axis
-FOREST_MARGIN = 9  # per cent of the forest plot's width on either side, for the labels of its axis
-WIDEST_BAND = 3  # times everything else on the axis: a wider minimum detectable difference is left out
+FOREST_MARGIN = 9  # margin on each side of the forest plot, in per cent of its width, for the axis labels
+WIDEST_BAND = 3  # a minimum detectable difference above this multiple of the other values is not drawn
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Scale:
     def all(self, values: npt.NDArray[np.generic]) -> Floats:
         """Positions [N] of values [N]."""
         numbers, low, high = values.astype(np.float64), self.low, self.high
-        if self.log:  # values <= 0 are placed far below
+        if self.log:  # values <= 0 are placed far below the plot
             numbers, low, high = np.log(np.maximum(numbers, low / 1e6)), math.log(low), math.log(high)
         positions: Floats = self.start + (numbers - low) / (high - low) * (self.end - self.start)
         return positions
@@ -63,7 +63,7 @@ def log_ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def tick_text(value: float, step: float, sign: bool = False) -> str:
-    """A tick's label with as many decimals as the step needs; 20000 is 20k."""
+    """A tick's label with as many decimals as the step needs; 20000 becomes 20k."""
     plus = "+" if sign and value > step / 2 else ""
     if abs(value) < step / 2:
         return "0"
@@ -77,7 +77,7 @@ def tick_text(value: float, step: float, sign: bool = False) -> str:
 
 
 def value_range(curves: Sequence[Curve], since: float) -> tuple[float, float, bool]:
-    """(low, high, log) of a panel's axis: fitted from step `since` on, without 1% outliers of long curves."""
+    """Range (low, high, log) of a panel's value axis, from step `since` on and without the outer 1% of long curves."""
     kept = [values[curve.steps >= since] for curve in curves for values in (curve.low, curve.high)]
     if max(map(len, kept)) < FEWEST_FITTED:
         kept = [values for curve in curves for values in (curve.low, curve.high)]
@@ -95,16 +95,16 @@ def value_range(curves: Sequence[Curve], since: float) -> tuple[float, float, bo
 
 
 def line_path(x: Floats, y: Floats) -> str:
-    """A path through points [N] in pixels; coordinates are whole tenths, relative to the previous point."""
+    """SVG path through points [N] in pixels. Coordinates are integer tenths, relative to the previous point."""
     points = np.rint(FINE * np.stack([x, y], 1)).astype(np.int64)
     moves = "".join(f"{dx if dx < 0 or not i else f' {dx}'}{dy if dy < 0 else f' {dy}'}"
                     for i, (dx, dy) in enumerate(np.diff(points, axis=0).tolist()))  # fmt: skip
     first_x, first_y = points[0].tolist()
-    return f"M{first_x} {first_y}" + (f"l{moves}" if moves else "h0")  # a line of zero length is a dot
+    return f"M{first_x} {first_y}" + (f"l{moves}" if moves else "h0")  # a line of zero length is drawn as a dot
 
 
 class Tick(NamedTuple):
-    """A mark of an axis."""
+    """A tick mark of an axis."""
 
     at: float
     label: str
@@ -123,12 +123,12 @@ class Gate(NamedTuple):
 
 
 class Line(NamedTuple):
-    """An arm's curve as paths: the mean and, with several seeds, a band from the lowest to the highest."""
+    """An arm's curve as SVG paths: the mean and, with several seeds, a band from the lowest to the highest value."""
 
     arm: int
     mean: str
     band: str
-    dot: bool  # a single point
+    dot: bool  # the curve has a single point
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Panel:
     """A metric's curves over the global step."""
 
     metric: str
-    steps: tuple[float, float]  # of the axis
+    steps: tuple[float, float]  # range of the x axis
     values: tuple[float, float]
     log: bool
     x: Sequence[Tick]
@@ -151,8 +151,8 @@ def panel(
 ) -> Panel:
     """Lay out a metric's curves.
 
-    curves, gates: arm's index -> its curve, the step at which its gate opens. steps: first and last of the axis.
-    names: of the arms.
+    curves: index of an arm -> its curve. gates: index of an arm -> step at which its gate opens. steps: first and last
+    step of the x axis. names: the arms' names.
     """
     low, high, log = value_range(list(curves.values()), steps[0] + FITTED_FROM * (steps[1] - steps[0]))
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
@@ -191,7 +191,7 @@ def _gate(index: int, gates: Mapping[int, int], x: Scale, names: Sequence[str]) 
 
 def _line(index: int, curve: Curve, x: Scale, y: Scale) -> Line:
     across = x.all(curve.steps)
-    height = y.start  # the plot is clipped, so limit coordinates far outside of it
+    height = y.start  # the plot is clipped, so coordinates far outside it can be limited
     mean, low, high = (np.clip(y.all(part), -height, 2 * height) for part in (curve.mean, curve.low, curve.high))
     band = ""
     if curve.seeds > 1 and len(across) > 1:
@@ -210,7 +210,7 @@ class Effect:
 
 
 def forest_scale(effects: Sequence[Effect]) -> Scale:
-    """Scale in per cent of the width over zero, all intervals and seeds, and minimum detectable differences."""
+    """Scale in per cent of the width, covering 0, all intervals and seeds, and minimum detectable differences."""
     numbers = [v for e in effects for v in (e.paired.mean, e.paired.low, e.paired.high, *e.seeds.values())]
     shown = [0.0, *(number for number in numbers if number is not None)]
     low, high = min(shown), max(shown)
@@ -223,7 +223,7 @@ def forest_scale(effects: Sequence[Effect]) -> Scale:
 
 
 def pixels(value: float) -> str:
-    """At most two decimals."""
+    """Format a length with at most two decimals."""
     return f"{value:.2f}".rstrip("0").rstrip(".")
 
 

@@ -8,7 +8,7 @@ DASHES = ("", "7 3", "2 2.5", "9 3 2 3", "12 3", "4 2", "7 2 2 2 2 2", "1 3")  #
 
 
 class LineStyle(NamedTuple):
-    """How an arm's lines look."""
+    """Colours and dashes of an arm's lines."""
 
     light: str  # colour on the light background
     dark: str
@@ -17,7 +17,7 @@ class LineStyle(NamedTuple):
 
 
 def line_styles(colors: Sequence[str]) -> list[LineStyle]:
-    """A style for each arm. colors: as #rrggbb."""
+    """Line style of each arm. colors: as #rrggbb."""
     return [
         LineStyle(readable(color, LIGHT), readable(color, DARK), _dash(index, 1), _dash(index, 10))
         for index, color in enumerate(colors)
@@ -25,7 +25,7 @@ def line_styles(colors: Sequence[str]) -> list[LineStyle]:
 
 
 def readable(color: str, background: str, least: float = 3.0) -> str:
-    """The colour, mixed with black or white until its contrast is what WCAG 2 requires of graphics."""
+    """Mix a colour with black or white until its contrast reaches `least`; WCAG 2 requires 3 for graphics."""
     target = 0 if luminance(background) > 0.18 else 255
     mixed = color
     for share in range(21):

@@ -10,9 +10,9 @@ import pandas as pd
 Floats = npt.NDArray[np.float64]
 Steps = npt.NDArray[np.int64]
 
-MOST_POINTS = 300  # of a curve; a panel is some 300 pixels wide
-SMOOTH_ABOVE = 100  # points; shorter curves, such as those of evaluations, are not smoothed
-SMOOTHED_SHARE = 25  # a window holds this fraction (1 / SMOOTHED_SHARE) of a run's points
+MOST_POINTS = 300  # points per curve: a panel is about 300 pixels wide
+SMOOTH_ABOVE = 100  # points: curves with no more than this, such as those of evaluations, are not smoothed
+SMOOTHED_SHARE = 25  # a smoothing window holds 1 / SMOOTHED_SHARE of a run's points
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Curve:
 
     steps: Steps
     mean: Floats  # over the seeds that have the step
-    low: Floats  # of these seeds
+    low: Floats  # lowest value of these seeds
     high: Floats
     seeds: int
 
@@ -29,7 +29,7 @@ class Curve:
 def curves(
     history: pd.DataFrame, metrics: Sequence[str], arms: Mapping[str, Sequence[str]]
 ) -> dict[str, dict[str, Curve]]:
-    """Metric -> arm -> curve, in the order of `metrics` and `arms`, for those that have a finite value.
+    """Compute curves: metric -> arm -> curve, in the order of `metrics` and `arms`, where there is a finite value.
 
     history: columns run, metric, step, value. arms: name -> run ids.
     """
@@ -50,13 +50,13 @@ def curves(
 
 
 def _points(part: pd.DataFrame) -> tuple[Steps, Floats]:
-    """One run's points by step; of several at one step the last counts."""
+    """Points of one run, sorted by step. Only the last point of a step is kept."""
     ordered = part.drop_duplicates("step", keep="last").sort_values("step", kind="stable")
     return ordered["step"].to_numpy(np.int64), ordered["value"].to_numpy(np.float64)
 
 
 def combine(seeds: Sequence[tuple[Steps, Floats]]) -> Curve:
-    """The runs of an arm as one curve.
+    """Combine the runs of an arm into one curve.
 
     seeds: each run's steps [N], increasing, and finite values [N], N >= 1. Runs that were logged at different steps
     are interpolated, never extrapolated.
@@ -72,7 +72,7 @@ def combine(seeds: Sequence[tuple[Steps, Floats]]) -> Curve:
 
 
 def smooth(values: Floats, width: int) -> Floats:
-    """Averages over the last `width` values [N], over fewer at the start.
+    """Trailing averages over `width` values [N], over fewer at the start.
 
     Later values do not count, so that arms that are equal up to a step are drawn equal up to that step.
     """
@@ -84,7 +84,7 @@ def smooth(values: Floats, width: int) -> Floats:
 
 
 def window(points: int) -> int:
-    """The number of points of a run's curve that are averaged into one."""
+    """Width of the smoothing window, in points, for a run with this number of points."""
     return max(1, points // SMOOTHED_SHARE) if points > SMOOTH_ABOVE else 1
 
 
@@ -94,12 +94,12 @@ def thin(count: int, most: int = MOST_POINTS) -> Steps:
 
 
 def left_out(history: pd.DataFrame, metrics: Sequence[str]) -> int:
-    """The number of points of the metrics that are NaN or infinite and not drawn."""
+    """Number of points of the metrics that are not drawn because they are NaN or infinite."""
     return int((history["metric"].isin(metrics) & ~np.isfinite(history["value"])).sum())
 
 
 def gates(history: pd.DataFrame, arms: Mapping[str, Sequence[str]]) -> dict[str, int]:
-    """Arm -> the first step at which its gate is open in any run, for the arms whose gate opens."""
+    """Map each arm whose gate opens to the first step at which it is open in any run."""
     is_open = history[(history["metric"] == "aux_focal_on") & (history["value"] == 1)]
     first = is_open.groupby("run", observed=True)["step"].min().to_dict()
     return {name: min(int(first[run]) for run in runs if run in first)

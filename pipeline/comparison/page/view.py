@@ -28,12 +28,12 @@ TEMPLATES.filters |= {"px": charts.pixels, "percent": charts.per_cent}
 
 
 def write_page(comparison: Comparison, history: pd.DataFrame, file: Path) -> None:
-    """history: columns run, metric, step, value, as `load_history` returns them; may be empty."""
+    """Write the page. history: columns run, metric, step, value, as `load_history` returns them; may be empty."""
     file.write_text(page(comparison, history), encoding="utf-8")
 
 
 def page(comparison: Comparison, history: pd.DataFrame) -> str:
-    """The page's HTML."""
+    """Render the page as HTML."""
     sweeps = comparison.runs["sweep_id"].dropna().unique()
     return TEMPLATES.get_template("page.html").render(
         comparison=comparison,
@@ -61,7 +61,7 @@ def effects(comparison: Comparison) -> list[Effect]:
 
 
 def panel_metrics(comparison: Comparison, names: Sequence[str]) -> dict[str, list[str]]:
-    """Heading -> metrics that get a panel, in order. names: every metric of the history."""
+    """Map each heading to the metrics that get a panel, in order. names: all metrics of the history."""
     primary = validation_metric(comparison.metric)
     sides = {validation_metric(metric) for metric in comparison.side_metrics}
     own = [name for name in names if not name.endswith(REFERENCES)]
@@ -75,7 +75,7 @@ def panel_metrics(comparison: Comparison, names: Sequence[str]) -> dict[str, lis
 
 
 def _curves(comparison: Comparison, history: pd.DataFrame) -> Mapping[str, object]:
-    """The panels by heading, the steps at which gates open, and the number of values that are not drawn."""
+    """Template variables: panels by heading, steps at which gates open, and the number of values that are not drawn."""
     groups = panel_metrics(comparison, list(map(str, history["metric"].unique())))
     wanted = [metric for metrics in groups.values() for metric in metrics]
     runs = {arm.name: list(arm.runs.values()) for arm in comparison.arms}
@@ -91,7 +91,7 @@ def _curves(comparison: Comparison, history: pd.DataFrame) -> Mapping[str, objec
 
 
 def _alpha(comparison: Comparison) -> Mapping[str, object]:
-    """The class weights by arm, averaged over runs, their names, and the largest for the scale of the bars."""
+    """Template variables: class weights of each arm (mean over runs), class names, and the largest weight."""
     runs = comparison.runs
     names = [str(column).removeprefix("metrics.alpha/") for column in runs
              if str(column).startswith("metrics.alpha/")]  # fmt: skip
