@@ -1,1 +1,1 @@
-"""What tasks share of tabular data: schema, encoding, shuffling, mapped streams and digests."""
+"""Tabular data shared by tasks: schema, encoding, shuffling, memory-mapped streams and digests."""

@@ -1,10 +1,10 @@
-"""Raw columns as texts, numbers and bags of ids: what a value means and what is missing, in files and data frames.
+"""Read raw columns of files and data frames as texts, numbers or bags of ids.
 
-A category is its text, and the same value has the same text in every format: strings as they are; integers and
-decimals in digits; floats in the shortest decimals that give them back (`0.5`, `3.0`, `1e+22`); truth values as `True`
-and `False`; dates as `2024-05-01`; times as `2024-05-01 12:00:00`, with a fraction if there is one, and without the
-time at midnight. If every value of a column is a whole number, `3.0` is `3`; if every one is a truth value, `true` is
-`True`.
+Categories are texts, and a value has the same text in every file format. Strings are unchanged. Integers and decimals
+are written in digits, and floats as the shortest decimals that round-trip (`0.5`, `3.0`, `1e+22`). Booleans are `True`
+and `False`. Dates are written as `2024-05-01`, and times as `2024-05-01 12:00:00`, with a fraction if it is not zero,
+or as a date at midnight. If all values of a column are whole numbers, `3.0` becomes `3`; if all are booleans, `true`
+becomes `True`.
 """
 
 import ast
@@ -27,7 +27,7 @@ from pipeline.errors import UserError
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-Place = Callable[[int], str]  # row of a batch, from 0 -> its name in error messages
+Place = Callable[[int], str]  # row of a batch, from 0 -> its location for error messages
 
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -39,16 +39,16 @@ _LIST = re.compile(rf"\[\s*(?:(?:{_ITEM})\s*(?:,\s*(?:{_ITEM})\s*)*)?\]")
 
 
 class Texts(NamedTuple):
-    """A column as its distinct texts and, for each row, the position of its text."""
+    """A column as distinct texts and, for each row, the index of its text."""
 
-    values: pa.Array  # string; null = missing; the last one is always null
+    values: pa.Array  # strings; null if missing; the last element is always null
     codes: Ints  # [rows]
 
 
 class Bags(NamedTuple):
     """A multi-valued column without its missing ids."""
 
-    texts: Texts  # of the ids of all rows, concatenated
+    texts: Texts  # the ids of all rows, concatenated
     lengths: Ints  # [rows] number of ids
     owners: Ints  # [ids] row of each id
     weights: Floats | None  # [ids]
@@ -56,16 +56,16 @@ class Bags(NamedTuple):
 
 @dataclass(frozen=True)
 class Cells:
-    """Reader of cells: which texts are missing values, and whether whitespace around text is stripped."""
+    """Reader of cells. missing: texts that mean a missing value. strip: whether to strip whitespace around text."""
 
     missing: tuple[str, ...]
     strip: bool = True
 
     def texts(self, raw: pa.Array, column: str, place: Place) -> Texts:
-        """A column with one value a row as texts.
+        """Read a column with one value per row as texts.
 
         Raises:
-            UserError: it holds lists, or values that have no text.
+            UserError: the column holds lists, or values of an unsupported type.
         """
         raw = plain(raw, column, place)
         if is_list(raw.type):
@@ -83,10 +83,10 @@ class Cells:
         return Texts(pa.concat_arrays([values, pa.nulls(1, pa.string())]), codes)
 
     def numbers(self, raw: pa.Array, column: str, place: Place, allowed: str = "a number") -> Floats:
-        """A column as numbers; NaN = missing. A missing value that is a number is missing in any spelling.
+        """Read a column as numbers; NaN if missing. A number in `missing` is recognised in any spelling.
 
         Raises:
-            UserError: it holds lists, or a text that is not a number.
+            UserError: the column holds lists, or a text that is not a number.
         """
         raw = plain(raw, column, place)
         if is_list(raw.type):
@@ -105,10 +105,10 @@ class Cells:
     def bags(
         self, name: str, raw: pa.Array, weights: pa.Array | None, source: Feature | FeatureSource, place: Place
     ) -> Bags:
-        """A multi-valued column, with its weights if any: texts with separators, lists, or single values.
+        """Read a multi-valued column of texts with separators, lists or single values, and its weights if it has any.
 
         Raises:
-            UserError: an id without a weight, or a weight that is not a finite number.
+            UserError: an id has no weight, or a weight is not a finite number.
         """
         ids, lengths = self._elements(raw, name, source.separator, place)
         owners = np.repeat(np.arange(len(raw)), lengths)
@@ -129,7 +129,7 @@ class Cells:
             return place(int(owners[element]))
 
         texts = self.texts(ids, name, place_of)
-        # an empty id (`a||b`) is missing, whatever the missing values are
+        # an empty id (`a||b`) is always missing
         missing = pc.equal(texts.values, "").fill_null(True).to_numpy(zero_copy_only=False)
         present = np.flatnonzero(~missing[texts.codes])
         owners, texts = owners[present], Texts(texts.values, texts.codes[present])
@@ -143,7 +143,7 @@ class Cells:
         return Bags(texts, np.bincount(owners, minlength=len(raw)), owners, numbers)
 
     def _elements(self, raw: pa.Array, column: str, separator: str, place: Place) -> tuple[pa.Array, Ints]:
-        """The elements of all rows, and their number in each row."""
+        """Elements of all rows, concatenated, and the number of elements in each row."""
         raw = plain(raw, column, place)
         if pa.types.is_string(raw.type):
             cells = pc.utf8_trim_whitespace(raw) if self.strip else raw
@@ -162,7 +162,7 @@ class Cells:
 
     @cached_property
     def _missing_values(self) -> pa.Array:
-        """For columns that are not text: `-1`, `-1.0` and `-1.00` are one number."""
+        """Missing texts for columns that are not text, where `-1`, `-1.0` and `-1.00` are the same number."""
         texts = ["", *self.missing]
         for text in self.missing:
             texts += [number] if (number := number_text(text)) else []
@@ -182,7 +182,7 @@ def cell_error(place: Place, row: int, column: str, value: Any, allowed: str) ->
 
 
 def no_column(name: str, names: Sequence[str]) -> str:
-    """`no column X`, with the nearest name or the columns that there are."""
+    """Error text `no column X`, with the most similar name or a list of the columns."""
     hint = nearest(name, list(names))
     if "did you mean" not in hint and len(names) > 12:
         hint = f"; there are {len(names)}: {', '.join(names[:12])}, ..."
@@ -197,7 +197,7 @@ def plain(raw: pa.Array, column: str, place: Place) -> pa.Array:
     """Convert a column to string, integer, float, boolean, null, or a list.
 
     Raises:
-        UserError: values of its type have no text, or bytes are not UTF-8.
+        UserError: its type is not supported, or bytes are not UTF-8.
     """
     kind, types = raw.type, pa.types
     if types.is_dictionary(kind):
@@ -210,7 +210,7 @@ def plain(raw: pa.Array, column: str, place: Place) -> pa.Array:
     if types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind):
         return _decoded(raw, column, place)
     if types.is_timestamp(kind):
-        raw = raw.cast(pa.timestamp("us"), safe=False)  # the text must not depend on the unit
+        raw = raw.cast(pa.timestamp("us"), safe=False)  # the text must not depend on the time unit
     textual = (types.is_large_string, types.is_string_view, types.is_date, types.is_timestamp, types.is_decimal)
     if any(is_(kind) for is_ in textual):
         return raw.cast(pa.string())
@@ -231,7 +231,7 @@ def _decoded(raw: pa.Array, column: str, place: Place) -> pa.Array:
 
 
 def number_text(text: str) -> str | None:
-    """The canonical text of a number or truth value (`07` -> `7`, `true` -> `True`), None for other texts."""
+    """Canonical text of a number or boolean (`07` -> `7`, `true` -> `True`); None for other texts."""
     text = text.strip()
     if text.lower() in ("true", "false"):
         return text.capitalize()
@@ -247,7 +247,7 @@ def number_text(text: str) -> str | None:
 
 
 def spellings(texts: pa.Array) -> set[str]:
-    """Which of `whole` and `truth` (see `Feature.spelling`) holds for all texts; nulls do not count."""
+    """The spellings `whole` and `truth` (see `Feature.spelling`) that fit all texts; nulls are ignored."""
     return {
         spelling for spelling, pattern in _SPELLINGS.items()
         if pc.all(pc.match_substring_regex(texts, pattern), min_count=0).as_py() is not False
@@ -255,7 +255,7 @@ def spellings(texts: pa.Array) -> set[str]:
 
 
 def respelt(texts: pa.Array, spelling: str) -> pa.Array:
-    """The texts in the canonical form of a column with this spelling; other texts stay as they are."""
+    """Convert texts to the canonical form of a spelling; texts that do not match it are unchanged."""
     if spelling == "whole" and pc.any(pc.match_substring(texts, ".")).as_py():
         return pc.replace_substring_regex(texts, r"^([+-]?[0-9]+)\.0*$", r"\1")
     if spelling == "truth":
@@ -264,7 +264,7 @@ def respelt(texts: pa.Array, spelling: str) -> pa.Array:
 
 
 def _canonical(distinct: pa.Array) -> pa.Array:
-    """The texts of distinct values; null for NaN."""
+    """Canonical texts of distinct values; null for NaN."""
     kind = distinct.type
     if pa.types.is_boolean(kind):
         return pc.if_else(distinct, "True", "False")
@@ -291,10 +291,10 @@ def _is_number(text: pa.Array) -> bool:
 
 
 def _split(cells: pa.Array, separator: str, column: str, place: Place) -> pa.Array:
-    """Split text cells into lists of text; a cell may also be a list as pandas and JSON write it: `['a', 'b']`.
+    """Split text cells into lists of texts. A cell may also be written as a list by pandas or JSON: `['a', 'b']`.
 
     Raises:
-        UserError: a cell in brackets is not such a list.
+        UserError: a cell in brackets is not a valid list.
     """
     bracketed = pc.and_(pc.starts_with(cells, "["), pc.ends_with(cells, "]")).fill_null(False)
     lists = pc.split_pattern(cells, separator)
@@ -311,7 +311,7 @@ def _split(cells: pa.Array, separator: str, column: str, place: Place) -> pa.Arr
 
 
 def _ids_and_weights(elements: pa.Array, separator: str) -> tuple[pa.Array, pa.Array]:
-    """Split `sports:0.5` into id and weight; the weight is null if there is none."""
+    """Split ids from their weights (`sports:0.5`); the weight is null if there is none."""
     if not pa.types.is_string(elements.type):
         return elements, pa.nulls(len(elements), pa.string())
     parts = pc.split_pattern(elements, separator, max_splits=1, reverse=True)

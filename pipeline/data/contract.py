@@ -1,6 +1,6 @@
-"""Prepared folders that another program wrote: `describe` writes their schema.json, `verify` checks files against it.
+"""Prepared folders written by other programs: `describe` writes schema.json, `verify` checks the files against it.
 
-Both read all rows once; memory grows with the vocabulary alone.
+Both read all rows once. Memory use grows only with the vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,10 +30,10 @@ from pipeline.errors import UserError
 
 
 def describe(folder: Path, features: Sequence[Feature], source: str = "") -> DataSchema:
-    """Write `schema.json` for splits and a vocabulary that exist: count rows and labels, and compute the digests.
+    """Write `schema.json` for existing splits and an existing vocabulary: count rows and labels, compute digests.
 
-    A split is the file `<split>.parquet`, or the folder `<split>` of Parquet files. features: what the files do not
-    contain, kind and size of each, edges of numeric ones.
+    Each split is a file `<split>.parquet` or a folder `<split>` of Parquet files. features: kind and size of each
+    feature, and the edges of numeric ones, which the files do not contain.
 
     Raises:
         UserError: a file is missing or damaged, or contradicts the features.
@@ -55,7 +55,7 @@ def verify(folder: Path) -> DataSchema:
     """Check every file of a prepared folder against its schema.json.
 
     Raises:
-        UserError: one differs; names it, what was found and what is allowed.
+        UserError: a file differs. The message names the file, what was found and what is allowed.
     """
     schema = DataSchema.read(folder)
     check_files(folder, schema)
@@ -95,13 +95,13 @@ def _digest(file: Path) -> str:
 
 
 def _check(folder: Path, schema: DataSchema) -> None:
-    """Check kinds, ids and numbers of the columns, and the vocabulary's ids."""
+    """Check the types, ids and numbers of all columns, and the ids of the vocabulary."""
     floats = [feature.name for feature in schema.features if feature.kind == "numeric"]
     floats += [f"{feature.name}.weights" for feature in schema.features if feature.weighted]
     for name, split in schema.splits.items():
         file = folder / split.file
         with split_errors(file):
-            for _ in record_batches(file, schema, name):  # has the checks of training
+            for _ in record_batches(file, schema, name):  # runs the same checks as training
                 pass
         for part, table in _tables(file, floats) if floats else ():
             for column in floats:
@@ -128,7 +128,7 @@ def _check(folder: Path, schema: DataSchema) -> None:
 
 
 def _tables(file: Path, columns: Sequence[str]) -> Iterator[tuple[Path, pa.Table]]:
-    """The columns of a split, some rows at a time, each with the part that holds them."""
+    """Read columns of a split in batches; yields each batch with the path of its part."""
     with split_errors(file):
         parts = split_parts(file)
     for part in parts:

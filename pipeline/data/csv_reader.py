@@ -1,4 +1,4 @@
-"""CSV files as Arrow batches of binary columns, with strict quotes."""
+"""CSV files as Arrow batches of binary columns, with strict checks of quotes."""
 
 import codecs
 import csv
@@ -17,12 +17,12 @@ from pipeline.data.raw_files import BLOCK_BYTES, is_gzip
 from pipeline.data.raw_schema import CsvSource
 from pipeline.errors import UserError
 
-HEADER_BYTES = 1 << 20  # longest line with column names
+HEADER_BYTES = 1 << 20  # maximum length of the header line
 MAGIC = {b"\x1f\x8b": "gzip; call it .csv.gz", b"PAR1": "Parquet; call it .parquet",
          b"PK\x03\x04": "a ZIP archive; unpack it", b"\xd0\xcf\x11\xe0": "an Excel file; save it as CSV",
          b"\x28\xb5\x2f\xfd": "zstd; unpack it"}  # fmt: skip
 _LINE_END = re.compile(r"\r\n|\r|\n")
-_WRONG_ROW = re.compile(r"Row #(\d+): Expected (\d+) columns, got (\d+)")  # Arrow's message
+_WRONG_ROW = re.compile(r"Row #(\d+): Expected (\d+) columns, got (\d+)")  # Arrow's error message
 
 
 def check_dialect(dialect: CsvSource) -> None:
@@ -35,7 +35,7 @@ def check_dialect(dialect: CsvSource) -> None:
 
 
 class CsvReader:
-    """One file; `columns` names its columns if it has no header."""
+    """Reader of one CSV file. columns: the column names, if the file has no header."""
 
     def __init__(self, file: Path, dialect: CsvSource, columns: Sequence[str] | None) -> None:
         self.file, self.dialect, self.columns = file, dialect, columns
@@ -46,13 +46,13 @@ class CsvReader:
         return self._stripped(self.columns or self._first_line[0])
 
     def batches(self, positions: Sequence[int], rows: int) -> Iterator[pa.RecordBatch]:  # noqa: ARG002 (by bytes)
-        """The columns at these positions, in blocks of bytes."""
+        """Yield the columns at these positions, in blocks of `BLOCK_BYTES`."""
         first, empty_lines = self._first_line
         header = not self.columns or self._stripped(first) == self._stripped(self.columns)
-        if not self._checked:  # once: a file is read twice
+        if not self._checked:  # only once, although the file is read twice
             self._check_quotes(header)
             self._checked = True
-        names = [str(number) for number in range(len(self.names))]  # the header may have names twice
+        names = [str(number) for number in range(len(self.names))]  # the header may contain duplicate names
         with self._open() as stream:
             try:
                 batches = pa.csv.open_csv(
@@ -77,10 +77,10 @@ class CsvReader:
 
     @cached_property
     def _first_line(self) -> tuple[list[str], int]:
-        """The cells of the first line that is not empty, and the number of lines before it.
+        """Cells of the first line that is not empty, and the number of empty lines before it.
 
-        Read without Arrow: it would call us back for wrong rows from a thread of its own, which may outlive the
-        interpreter and end the process by SIGABRT.
+        Arrow is not used here: its handler for invalid rows runs in Arrow's own thread, which may outlive the
+        interpreter and abort the process (SIGABRT).
         """
         with self._open() as stream:
             start = bytes(stream.read(HEADER_BYTES))
@@ -98,7 +98,7 @@ class CsvReader:
         return names, len(_LINE_END.findall(text[: len(text) - len(text.lstrip("\r\n"))]))
 
     def _check_quotes(self, header: bool) -> None:
-        """Refuse what Arrow would accept: text after a closing quote, or a quote that is never closed."""
+        """Refuse errors that Arrow accepts: text after a closing quote, or a quote that is never closed."""
         with self._open() as stream:
             if not any(b'"' in chunk for chunk in iter(lambda: stream.read(BLOCK_BYTES), b"")):
                 return
@@ -122,7 +122,7 @@ class CsvReader:
 
 
 def _foreign(start: bytes) -> str:
-    """The format of a file that is not UTF-8 text, by its first bytes; "" if it may be text."""
+    """Recognise a file that is not UTF-8 text by its first bytes. Returns its format; "" if it may be text."""
     for magic, kind in MAGIC.items():
         if start.startswith(magic):
             return f"{kind}, allowed: UTF-8 text"

@@ -24,7 +24,7 @@ def combined_sha256(files: Iterable[Path]) -> str:
 
 def text_hashes(texts: pa.Array) -> npt.NDArray[np.uint64]:
     """FNV-1a (64 bits) of the UTF-8 bytes of each text, finalised as in SplitMix64. Texts must not be null."""
-    copy = pa.concat_arrays([texts.cast(pa.string())])  # without the offset of a slice
+    copy = pa.concat_arrays([texts.cast(pa.string())])  # a copy has no slice offset
     _, offsets, text = copy.buffers()
     starts = np.frombuffer(offsets, dtype=np.int32)[copy.offset : copy.offset + len(copy) + 1].astype(np.int64)
     letters = np.frombuffer(text, dtype=np.uint8) if text is not None else np.zeros(0, dtype=np.uint8)
@@ -50,7 +50,7 @@ def split_positions(keys: npt.NDArray[np.uint64], seed: int, shares: Sequence[fl
 
 def splitmix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """The finaliser of SplitMix64 (Steele, Lea & Flood 2014): a permutation of the 64-bit integers."""
-    mixed = values + np.uint64(0x9E3779B97F4A7C15)  # arrays wrap around silently
+    mixed = values + np.uint64(0x9E3779B97F4A7C15)  # overflow in arrays wraps around without a warning
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return mixed ^ (mixed >> np.uint64(31))

@@ -24,7 +24,7 @@ class Encoder:
     """Encode raw columns as ids, lists of ids and numbers."""
 
     def __init__(self, features: Sequence[Feature], cells: Cells, vocabularies: Mapping[str, Sequence[str]]) -> None:
-        """vocabularies: the values of each id feature, in the order of their ids."""
+        """vocabularies: for each id feature, its values in the order of their ids."""
         self.features, self.cells = features, cells
         self.vocabularies = {
             feature.name: Vocabulary(vocabularies[feature.name], feature)
@@ -36,7 +36,7 @@ class Encoder:
         """Read `schema.json` and `vocabulary.parquet`.
 
         Raises:
-            UserError: one of them is missing or damaged, or they do not belong together.
+            UserError: a file is missing or damaged, or the two files do not belong together.
         """
         schema = DataSchema.read(folder)
         file = folder / VOCABULARY_FILE
@@ -50,10 +50,10 @@ class Encoder:
         })  # fmt: skip
 
     def encode(self, frame: pd.DataFrame) -> dict[str, pa.Array]:
-        """Encode a raw frame, as pandas reads it; the labels are not needed.
+        """Encode a raw frame as read by pandas. Labels are not needed.
 
         Raises:
-            UserError: a column is missing or ambiguous, or one of its values is refused.
+            UserError: a column is missing or ambiguous, or contains an invalid value.
         """
         columns, mixed = {}, set()
         for feature in self.features:
@@ -65,7 +65,7 @@ class Encoder:
                 try:
                     array = pa.Array.from_pandas(frame[name])
                 except (pa.ArrowException, TypeError, ValueError, OverflowError):
-                    # pandas reads the chunks of a file as different types: rare enough for a cell at a time
+                    # pandas may read parts of a column as different types; this is rare, so convert cell by cell
                     texts = [_cell_text(cell, feature.separator) for cell in frame[name]]
                     array = pa.array(texts, pa.string())
                     mixed.add(name)
@@ -75,7 +75,7 @@ class Encoder:
     def encode_columns(
         self, raw: Mapping[str, pa.Array], place: Place, mixed: Collection[str] = ()
     ) -> dict[str, pa.Array]:
-        """Encode raw Arrow columns; the texts of `mixed` columns were values of several types."""
+        """Encode raw Arrow columns. mixed: columns of texts that were values of several types."""
         encoded: dict[str, pa.Array] = {}
         for feature in self.features:
             name, column = feature.name, raw[feature.name]
@@ -99,17 +99,17 @@ class Encoder:
 
 
 class Vocabulary:
-    """The ids of one feature: the first value has id 2; the last `hash_buckets` ids are shared by all other values."""
+    """Ids of one feature. The first value has id 2; the last `hash_buckets` ids are shared by all other values."""
 
     def __init__(self, values: Sequence[str], feature: Feature) -> None:
         self.ids = {value: number for number, value in enumerate(values, FIRST_ID)}
         self.hash_buckets, self.spelling = feature.hash_buckets, feature.spelling
 
     def encode(self, texts: Texts, *, typed: bool) -> Ids:
-        """The id of each row.
+        """Return the id of each row.
 
-        typed: the texts come from numbers or truth values, whose spelling in the file is lost. A CSV's `07` is 7 to
-        pandas: if 7 is not in the vocabulary, its only entry that means 7 is taken.
+        typed: the texts come from numbers or booleans, whose spelling in the file is lost. For example, pandas reads
+        `07` in a CSV file as 7. If 7 is not in the vocabulary, the only entry with the value 7 is used.
         """
         values = respelt(texts.values, self.spelling)
         ids = np.array([
@@ -127,7 +127,7 @@ class Vocabulary:
 
     @cached_property
     def _ids_by_value(self) -> dict[str, int]:
-        """Canonical text of a number or truth value -> id of the only entry that spells it differently."""
+        """Map the canonical text of a number or boolean to the id of the only entry that spells it differently."""
         ids: dict[str, list[int]] = {}
         for text, number in self.ids.items():
             if not (text.isdecimal() and text[0] != "0"):  # most are canonical already
@@ -138,10 +138,10 @@ class Vocabulary:
 
 
 def filled(values: Floats, fill: float | None, column: str, place: Place) -> npt.NDArray[np.float32]:
-    """Replace missing values (NaN), and convert to float32.
+    """Replace missing values (NaN) with `fill`, and convert to float32.
 
     Raises:
-        UserError: a value is missing and there is no fill, or a number is infinite as float32.
+        UserError: a value is missing and `fill` is None, or a number is infinite as float32.
     """
     missing = np.flatnonzero(np.isnan(values))
     if fill is None and len(missing):

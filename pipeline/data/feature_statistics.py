@@ -1,4 +1,4 @@
-"""Statistics of the training split's columns in bounded memory, independent of batches: ids, means, quantiles."""
+"""Counts, means and quantiles of the training split's columns, in bounded memory and independent of batches."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ BLOCK_ROWS = 65_536
 
 
 class Counts:
-    """Number of occurrences of each text. Memory grows with the distinct texts alone."""
+    """Counts the occurrences of each text. Memory use grows only with the number of distinct texts."""
 
     def __init__(self) -> None:
         self._parts = [pa.table({"value": pa.array([], pa.string()), "count": pa.array([], pa.int64())})]
@@ -24,7 +24,7 @@ class Counts:
         self._any = False
 
     def add(self, texts: Texts, rows: npt.NDArray[np.bool_]) -> None:
-        """Count the texts of the rows where `rows` is true; the spelling depends on all rows."""
+        """Count the texts of the rows where `rows` is true. The spelling is derived from all rows."""
         if self._spellings and texts.values.null_count < len(texts.values):
             self._any = True
             self._spellings &= spellings(texts.values)
@@ -38,11 +38,11 @@ class Counts:
 
     @property
     def spelling(self) -> str:
-        """As in `Feature`."""
+        """Spelling of the column; see `Feature.spelling`."""
         return next(iter(self._spellings), "text") if self._any else "text"
 
     def vocabulary(self, min_count: int) -> pa.Table:
-        """Columns value and count: the most frequent first, then by text; without missing and rare texts."""
+        """Columns value and count, sorted by descending count and then by text, without missing and rare texts."""
         self._merge()
         self._parts = [self._parts[0].set_column(
             0, "value", respelt(self._parts[0]["value"].combine_chunks(), self.spelling)
@@ -59,9 +59,9 @@ class Counts:
 
 
 class Numbers:
-    """Means and a uniform sample of the rows of numeric columns; NaN = missing.
+    """Means and a uniform sample of rows of numeric columns; NaN means missing.
 
-    The sample consists of the rows whose numbers have the smallest hashes, so it depends neither on batches nor order.
+    The sample consists of the rows whose row numbers have the smallest hashes, so it does not depend on batches.
     """
 
     def __init__(self, columns: int, sample_rows: int = SAMPLE_ROWS) -> None:
@@ -70,11 +70,11 @@ class Numbers:
         self._block = np.empty((0, columns))
         self._keys = np.empty(0, dtype=np.uint64)
         self._sample = np.empty((0, columns))
-        self._limit = np.uint64(2**64 - 1)  # rows with larger hashes are out already
+        self._limit = np.uint64(2**64 - 1)  # rows with larger hashes are excluded
 
     def add(self, numbers: Ints, values: Floats) -> None:
-        """numbers: [rows], of each row among all; values: [rows, columns]."""
-        # the last bits of a sum depend on its blocks: always cut at the same rows
+        """Add rows. numbers: [rows] number of each row among all rows. values: [rows, columns]."""
+        # rounding of a sum depends on its blocks, so always cut at the same rows
         self._block = np.concatenate([self._block, values])
         whole = len(self._block) - len(self._block) % BLOCK_ROWS
         for start in range(0, whole, BLOCK_ROWS):
@@ -89,14 +89,14 @@ class Numbers:
             self._shrink()
 
     def means(self) -> Floats:
-        """[columns] means of the values that are not missing; NaN if all are."""
+        """Means of the values that are not missing, [columns]; NaN if all are missing."""
         self._add_block(self._block)
         self._block = self._block[:0]
         with np.errstate(invalid="ignore"):
             return self._sums / self._counts
 
     def sample(self) -> Floats:
-        """[at most sample_rows, columns]"""
+        """The sample, [at most sample_rows, columns]."""
         self._shrink()
         return self._sample
 
@@ -112,15 +112,16 @@ class Numbers:
 
 
 def bin_edges(values: Sequence[float] | Floats, bins: int) -> tuple[float, ...]:
-    """Edges of the bins of a piecewise-linear encoding: increasing, unique in float32, at most `bins` + 1.
+    """Bin edges of a piecewise-linear encoding: at most `bins` + 1, increasing, and distinct in float32.
 
-    All distinct values if they are few enough. Else quantiles of all values, and the rest of the budget goes to
-    quantiles of the values other than the most frequent one (96% of capital gains are 0: plain quantiles see only it).
+    The edges are all distinct values if there are few enough. Otherwise they are quantiles of all values, and as many
+    quantiles of the values other than the most frequent one as still fit: if 96% of the values are 0, nearly all plain
+    quantiles are 0.
     """
     ordered = np.sort(np.asarray(values, dtype=np.float32))
     distinct, counts = np.unique(ordered, return_counts=True)
     if len(distinct) == 1:
-        value = distinct[0]  # 1e9 + 1 is 1e9 in float32: take the next one, and from the largest one the one before
+        value = distinct[0]  # 1e9 + 1 equals 1e9 in float32: use the next float, or for the largest the previous
         with np.errstate(over="ignore"):
             above = max(value + np.float32(1), np.nextafter(value, np.float32(np.inf)))
         distinct = np.array([value, above] if np.isfinite(above) else [np.nextafter(value, np.float32(0)), value])
@@ -136,10 +137,10 @@ def bin_edges(values: Sequence[float] | Floats, bins: int) -> tuple[float, ...]:
 
 
 def _quantiles(ordered: npt.NDArray[np.float32], points: int) -> npt.NDArray[np.float32]:
-    """Observed values at equal shares of the rows, smallest and largest included."""
+    """Observed values at equally spaced ranks, including the smallest and the largest."""
     return np.unique(ordered[np.linspace(0, len(ordered) - 1, points).round().astype(np.int64)])
 
 
 def _floats(edges: npt.NDArray[np.float32]) -> tuple[float, ...]:
-    """The shortest decimals that are the same float32."""
+    """Shortest decimals that round to the same float32."""
     return tuple(float(str(edge)) for edge in edges)

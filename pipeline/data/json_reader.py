@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 
 
 class JsonReader:
-    """One file with an object a line; a key that an object lacks is a missing value."""
+    """Reader of one file with one object per line. A key that is absent from an object is a missing value."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -45,7 +45,7 @@ class JsonReader:
             yield pa.record_batch(columns, [str(position) for position in positions])
 
     def _objects(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(number from 1, object) of each line that is not empty; numbers are text as in the file."""
+        """Yield (row number from 1, object) of each line that is not empty. Numbers are kept as text."""
         with gzip.open(self.file) if is_gzip(self.file) else self.file.open("rb") as lines:
             for number, line in enumerate(filter(bytes.strip, lines), 1):
                 try:

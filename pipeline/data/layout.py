@@ -1,4 +1,4 @@
-"""Where features lie in the fused embedding table and in the model's input."""
+"""Positions of features in the fused embedding table and in the model's input."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Layout:
-    """The features in the model's order: id features, each with its rows of the fused table, then numeric ones."""
+    """Order of the features in the model: id features, each with its rows of the fused table, then numeric features."""
 
     features: tuple[Feature, ...]
 
@@ -41,10 +41,10 @@ class Layout:
         return sum(feature.size for feature in self.id_features)
 
     def table_ids(self, column: pa.Array, feature: Feature, file: str) -> Array:
-        """The ids of a feature as rows of the fused table. [ids] int32
+        """Convert the ids of a feature to rows of the fused table, [ids] int32.
 
         Raises:
-            UserError: an id is outside of the feature's table; names `file`.
+            UserError: an id is outside the feature's table. The message names `file`.
         """
         ids: Array = column.to_numpy(zero_copy_only=False)
         if len(ids) and not 0 <= ids.min() <= ids.max() < feature.size:
@@ -54,19 +54,19 @@ class Layout:
 
 
 def float_values(column: pa.Array) -> Array:
-    """[rows] float32"""
+    """Values of a column, [rows] float32."""
     values: Array = column.to_numpy(zero_copy_only=False)
     return values.astype(np.float32, copy=False)
 
 
 def bag_weights(columns: Mapping[str, pa.Array], feature: Feature, lengths: Array) -> Array:
-    """The weights of a multi-valued feature's ids; 1 / length of the bag if they have none. [ids] float32"""
+    """Weights of a multi-valued feature's ids, [ids] float32; without weights, 1 / (number of ids in the bag)."""
     if feature.weighted:
         return float_values(columns[f"{feature.name}.weights"].flatten())
     return np.float32(1) / np.repeat(lengths, lengths).astype(np.float32)
 
 
 def consecutive(starts: Array, lengths: Array) -> Array:
-    """starts[i], starts[i] + 1, ... (lengths[i] numbers) for each i. [lengths.sum()] int64"""
+    """For each i, the lengths[i] consecutive numbers from starts[i] on; [lengths.sum()] int64."""
     ends = np.cumsum(lengths, dtype=np.int64)
     return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1] if len(ends) else 0)

@@ -31,7 +31,7 @@ from pipeline.errors import UserError
 Vocabularies = Mapping[str, pa.Table]  # feature -> columns value and count, in the order of the ids
 
 ROW_GROUP_ROWS = 65_536
-# the schema last: a folder without one is not ready
+# the schema comes last: a folder without it is incomplete
 FILES = (*(f"{split}.parquet" for split in SPLITS), VOCABULARY_FILE, SCHEMA_FILE)
 VOCABULARY_SCHEMA = pa.schema(
     [("feature", pa.string()), ("value", pa.string()), ("id", pa.int32()), ("count", pa.int64())]
@@ -48,8 +48,8 @@ def write_folder(
 ) -> DataSchema:
     """Write vocabulary, splits and schema.
 
-    tables: encoded rows, and the position in SPLITS of each. group_rows: rows of a Parquet row group.
-    described: the other keys of `DataSchema`.
+    tables: encoded rows, with the index in SPLITS of each row's split. group_rows: rows per Parquet row group.
+    described: other fields of `DataSchema`.
     """
     _write_vocabularies(vocabularies, folder / VOCABULARY_FILE)
     with ExitStack() as stack:
@@ -78,7 +78,7 @@ def write_folder(
 
 
 class SplitWriter:
-    """Writer of one Parquet split: its row groups, and so its bytes, do not depend on the batches."""
+    """Writer of one Parquet split. Its row groups, and therefore its bytes, do not depend on the batches."""
 
     def __init__(self, file: Path, features: Sequence[Feature], group_rows: int) -> None:
         self.file, self.rows = file, 0
@@ -115,12 +115,12 @@ class SplitWriter:
         )
 
     def out_of_vocabulary(self, name: str) -> float:
-        """Share of the ids that are out of vocabulary; missing values do not count."""
+        """Share of ids that are out of vocabulary; missing values are not counted."""
         return self._unknown[name] / max(1, self._unknown[name] + self._known[name])
 
 
 def arrow_schema(features: Sequence[Feature]) -> pa.Schema:
-    """Columns of the Parquet splits."""
+    """Arrow schema of the Parquet splits."""
     fields = [(label, pa.int8()) for label in LABELS]
     for feature in features:
         kinds = {"categorical": pa.int32(), "multi": pa.list_(pa.int32()), "numeric": pa.float32()}
@@ -131,7 +131,7 @@ def arrow_schema(features: Sequence[Feature]) -> pa.Schema:
 
 
 def check_not_overwritten(folder: Path, data: Path, files: Iterable[Path]) -> None:
-    """Refuse an output folder whose files would replace the data."""
+    """Refuse an output folder whose files would overwrite the data."""
     outputs = {(folder / name).resolve() for name in FILES}
     if data.resolve() == folder.resolve() or any(file.resolve() in outputs for file in files):
         raise UserError(f"output_dir {folder}: would write over the data, allowed: another folder")

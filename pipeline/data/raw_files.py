@@ -1,4 +1,4 @@
-"""Raw data files: which there are, which split each belongs to, and how errors in them are reported."""
+"""List raw data files, assign them to splits, and report errors in them."""
 
 import gzip
 import zlib
@@ -15,8 +15,8 @@ from pipeline.errors import UserError
 from pipeline.runtime.console import info, warn
 
 FORMATS = {".csv": "CSV", ".csv.gz": "CSV", ".jsonl": "JSON Lines", ".jsonl.gz": "JSON Lines", ".parquet": "Parquet"}
-BLOCK_BYTES = 16 << 20  # parsed at once; a CSV row must fit into it
-# files and folders with these names are splits, if everything in their folder has such a name
+BLOCK_BYTES = 16 << 20  # size of a parsed block; a CSV row must fit into one block
+# files and folders with these names are splits, if all entries of their folder have such names
 SPLIT_NAMES = {"train": "train", "training": "train", "validation": "validation", "valid": "validation",
                "val": "validation", "dev": "validation", "test": "test"}  # fmt: skip
 NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
@@ -26,18 +26,18 @@ NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 class RawFile:
     path: Path
     split: str | None = None
-    """the split of all its rows; None = the schema divides them"""
+    """split of all its rows; None if the schema divides them"""
     partition: Mapping[str, str | None] = field(default_factory=dict)
-    """columns in the names of its folders (`day=7`)"""
+    """columns given by the names of its folders (`day=7`)"""
 
 
 def list_files(data: Path, own: Mapping[str, Path]) -> list[RawFile]:
-    """The files of a file or folder, which the schema divides, then those that are a split as a whole.
+    """List the files of `data`, whose rows the schema divides, followed by the files that are a whole split.
 
     own: split -> file or folder. The files of a folder are sorted by name.
 
     Raises:
-        UserError: a path is missing, not readable, or has no data.
+        UserError: a path is missing, unreadable or empty.
     """
     try:
         files = [
@@ -81,7 +81,7 @@ def read_errors(file: Path) -> Iterator[None]:
 
 
 def _split_paths(data: Path, own: Mapping[str, Path]) -> list[tuple[str | None, Path]]:
-    """(split or None, file or folder) in reading order; splits may be recognised by their names."""
+    """List (split or None, file or folder) in reading order. Splits may be recognised by their names."""
     if data.is_dir() and not own:
         entries = [
             path for path in sorted(data.iterdir()) if path.name[0] not in "._" and (path.is_dir() or _is_data(path))

@@ -1,4 +1,4 @@
-"""What a YAML schema declares of raw columns: features, CSV dialect and splits."""
+"""Blocks of a YAML schema for raw columns: features, CSV dialect and splits."""
 
 import unicodedata
 from typing import Annotated, Any, Literal
@@ -10,7 +10,7 @@ from pipeline.data.schema import SPLITS
 
 
 def _as_name(value: Any) -> Any:
-    """Column names in YAML: whole numbers become text, and text takes Unicode's form NFC, as in `RawTable.names`."""
+    """Column name in YAML: an integer becomes text, and text is normalised to Unicode NFC, as in `RawTable.names`."""
     if isinstance(value, bool):
         raise ValueError(f"YAML reads it as {str(value).lower()}: write the name in quotes")
     if isinstance(value, int):
@@ -60,7 +60,7 @@ class FeatureSource(Config):
 
 
 def kind_alone(value: Any) -> Any:
-    """Allow `city: categorical` for `city: {kind: categorical}`."""
+    """Accept `city: categorical` as short for `city: {kind: categorical}`."""
     return {"kind": value} if isinstance(value, str) else value
 
 

@@ -21,7 +21,7 @@ from pipeline.errors import UserError
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one file."""
+    """Consecutive rows of one file."""
 
     file: RawFile
     first: int  # number of the first row within its file, from 1, without the header
@@ -34,13 +34,13 @@ class Batch:
 
 
 class Reader(Protocol):
-    """One raw file."""
+    """Reader of one raw file."""
 
     @property
     def names(self) -> list[str]: ...
 
     def batches(self, positions: Sequence[int], rows: int) -> Iterator[pa.RecordBatch]:
-        """The columns at these positions, about `rows` rows at a time."""
+        """Yield the columns at these positions, about `rows` rows at a time."""
         ...
 
 
@@ -58,7 +58,7 @@ class ParquetReader:
 
 
 class RawTable:
-    """The rows of all files (see `list_files`), which have one format.
+    """The rows of all files (see `list_files`). All files have the same format.
 
     Raises:
         UserError: files are missing or unreadable, of several formats, or the CSV dialect is invalid.
@@ -71,7 +71,7 @@ class RawTable:
         columns: Sequence[str] | None = None,
         dialect: CsvSource | None = None,
     ) -> None:
-        """columns: names of a headerless CSV's columns."""
+        """columns: the column names of CSV files without a header."""
         self.files = list_files(data, own)
         dialect = dialect or CsvSource()
         formats = sorted({file_format(file.path) for file in self.files})
@@ -91,16 +91,17 @@ class RawTable:
         self._readers = {file.path: reader(file.path) for file in self.files}
 
     def names(self, file: RawFile) -> list[str]:
-        """The names of a file's columns, partition columns included, in Unicode's form NFC."""
+        """Names of a file's columns, including partition columns, normalised to Unicode NFC."""
         with read_errors(file.path):
             names = self._readers[file.path].names
         return [unicodedata.normalize("NFC", name) for name in [*names, *file.partition]]
 
     def batches(self, columns: Sequence[str], rows: int) -> Iterator[Batch]:
-        """These columns of all rows, at most `rows` at a time, in order.
+        """Yield these columns of all rows in order, at most `rows` rows at a time.
 
         Raises:
-            UserError: a column is absent, or a file is damaged; names the file and, where possible, the row.
+            UserError: a column is missing or duplicated, or a file is damaged. The message names the file and, where
+                possible, the row.
         """
         start = 0
         for file in self.files:
@@ -118,7 +119,7 @@ class RawTable:
                     first, start = first + table.num_rows, start + table.num_rows
 
     def description(self) -> str:
-        """File names, and the SHA-256 of the file or of the files' digests."""
+        """Names of the files, and the SHA-256 of the only file or of all files' digests."""
         files = [file.path for file in self.files]
         names = [file.name for file in files]
         if len(names) > 4:

@@ -1,4 +1,4 @@
-"""Tables of a fixed number of rows from a stream of tables of any size."""
+"""Regroup a stream of tables into tables with a fixed number of rows."""
 
 from collections.abc import Iterator
 

@@ -1,11 +1,11 @@
-"""The schema of a prepared folder: `schema.json`, all that training needs to know of the data.
+"""The schema of a prepared folder (`schema.json`): everything that training needs to know about the data.
 
 A prepared folder holds `train.parquet`, `validation.parquet`, `test.parquet`, `vocabulary.parquet` and
 `schema.json`. A split may also be a folder of Parquet files, read in the order of their names. The columns of a split
 are `click` and `conversion` (int8), one int32 column per categorical feature, one list<int32> column per multi-valued
-feature (with `<name>.weights`, list<float>, if it is weighted) and one float column per numeric feature. Ids count
-within a feature: 0 = out of vocabulary, 1 = missing, then the vocabulary, then the hash buckets that rare and unseen
-values share.
+feature (with `<name>.weights`, list<float>, if it is weighted) and one float column per numeric feature. Each feature
+numbers its ids: 0 = out of vocabulary, 1 = missing, then the vocabulary, then the hash buckets shared by rare and
+unseen values.
 """
 
 import hashlib
@@ -21,13 +21,13 @@ from pipeline.errors import UserError
 from pipeline.storage.files import check_file
 
 OUT_OF_VOCABULARY, MISSING, FIRST_ID = 0, 1, 2
-MOST_IDS = 2**31 - 1  # of all features together: an id is a row of one table, in 32 bits
+MOST_IDS = 2**31 - 1  # of all features together: ids are 32-bit row numbers of one table
 LABELS = ("click", "conversion")
 SPLITS = ("train", "validation", "test")
 SCHEMA_FILE = "schema.json"
 VOCABULARY_FILE = "vocabulary.parquet"  # columns: feature (string), value (string), id (int32), count (int64)
 
-# What pandas reads as missing, so that a raw frame means the same to `prepare_ctr` and to a logged model.
+# Texts that pandas reads as missing values, so that `prepare_ctr` and a logged model treat them alike.
 MISSING_TEXT = (
     "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A",
     "NA", "NULL", "NaN", "None", "n/a", "nan", "null",
@@ -35,14 +35,14 @@ MISSING_TEXT = (
 
 
 class Feature(Config):
-    """A feature as training reads it."""
+    """A feature of the prepared data."""
 
     name: str
     kind: Literal["categorical", "multi", "numeric"]
     size: int = Field(0, ge=0, le=MOST_IDS)
-    """categorical, multi: number of ids, 0 (out of vocabulary), 1 (missing) and hashed ones included"""
+    """categorical, multi: number of ids, including 0 (out of vocabulary), 1 (missing) and the hash buckets"""
     hash_buckets: int = Field(0, ge=0, le=MOST_IDS)
-    """categorical, multi: number of ids, the last ones, that rare and unseen values share by their hash"""
+    """categorical, multi: number of hash buckets for rare and unseen values; they have the last ids"""
     weighted: bool = False
     """multi: the split has a column `<name>.weights`"""
     separator: str = "|"
@@ -53,7 +53,7 @@ class Feature(Config):
     fill: float | None = None
     """numeric: replaces a missing value; null = a missing value is an error"""
     spelling: Literal["text", "whole", "truth"] = "text"
-    """categorical, multi: what all raw values are: any text; whole numbers, without `.0`; `True` and `False`"""
+    """categorical, multi: form of all raw values: any text; whole numbers, without `.0`; `True` and `False`"""
     out_of_vocabulary: dict[str, float] = Field(default_factory=dict)
     """categorical, multi: share of out-of-vocabulary ids, by split"""
 
@@ -66,16 +66,16 @@ class Feature(Config):
 
 class Split(Config):
     file: str = Field(pattern=r"^\w[\w.-]*$")
-    """name of a file, or of a folder of parts, in the prepared folder; no path, which could lead out of it"""
+    """name of a file, or of a folder of parts, in the prepared folder; not a path, which could lead elsewhere"""
     rows: int = Field(ge=0)
     clicks: int = Field(ge=0)
     conversions: int = Field(ge=0)
     sha256: str
-    """of the file's bytes; of a folder: of the concatenated digests of its parts"""
+    """hash of the file's bytes, or of the concatenated digests of a folder's parts"""
 
 
 class BaseRates(Config):
-    """Rates of the training split."""
+    """Click and conversion rates of the training split."""
 
     ctr: float
     """clicks per impression"""
@@ -88,7 +88,7 @@ class BaseRates(Config):
 
 
 class DataSchema(Config):
-    """`schema.json`: all that training needs to know of a prepared folder."""
+    """Content of `schema.json`: everything that training needs to know about a prepared folder."""
 
     format: Literal[1] = 1
     features: tuple[Feature, ...]
@@ -113,16 +113,16 @@ class DataSchema(Config):
 
     @property
     def digest(self) -> str:
-        """SHA-256 (hex) over the features and the digests of the splits and the vocabulary."""
+        """SHA-256 (hex) of the features and of the digests of the splits and the vocabulary."""
         content = self.model_dump(mode="json", include={"format", "features", "splits", "vocabulary_sha256", "truth"})
         for feature in content["features"]:
             if feature["spelling"] == "text":
-                del feature["spelling"]  # folders from before this key was added keep their digest
+                del feature["spelling"]  # keeps the digest of folders written before this key was added
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
     def raw_columns(self) -> list[str]:
-        """The raw columns that the features are read from."""
+        """Raw columns from which the features are read."""
         return [name for feature in self.features for name in (feature.name, feature.weights) if name]
 
     @classmethod
@@ -130,7 +130,7 @@ class DataSchema(Config):
         """Read `folder/schema.json`.
 
         Raises:
-            UserError: it is missing, unreadable or not a schema.
+            UserError: the file is missing, unreadable or not a valid schema.
         """
         file = folder / SCHEMA_FILE
         try:
@@ -156,7 +156,7 @@ def split_parts(split: Path) -> list[Path]:
     """The Parquet files of a split: the file itself, or the files of a folder, sorted by name.
 
     Raises:
-        OSError: one of them is missing or not a regular file.
+        OSError: a file is missing or not a regular file.
     """
     files = [split]
     if split.is_dir():

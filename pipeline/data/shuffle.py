@@ -1,4 +1,4 @@
-"""The order of training rows: a permutation per epoch, addressable by position."""
+"""Order of training rows: one permutation per epoch, with random access to its batches."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ Rows = npt.NDArray[np.int64]
 
 
 class Shuffle(Sequence[Rows]):
-    """The batches of one epoch: a permutation of the rows that depends on (seed, epoch) alone, cut into batches."""
+    """Batches of one epoch: a permutation of the rows that depends only on seed and epoch, cut into batches."""
 
     def __init__(self, rows: int, batch_size: int, seed: int, epoch: int) -> None:
         self.rows, self.batch_size, self.seed = rows, batch_size, [seed, epoch]

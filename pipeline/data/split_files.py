@@ -22,10 +22,10 @@ TRUTH = ("p_ctr", "p_cvr")
 
 
 def check_files(folder: Path, schema: DataSchema) -> None:
-    """Check that the files of a prepared folder exist, also those that are read late.
+    """Check that all files of a prepared folder exist, including those that are read later.
 
     Raises:
-        UserError: one is missing or not a regular file.
+        UserError: a file is missing or not a regular file.
     """
     for split in schema.splits.values():
         with split_errors(folder / split.file):
@@ -37,10 +37,10 @@ def check_files(folder: Path, schema: DataSchema) -> None:
 
 
 def open_streams(folder: Path, schema: DataSchema, split: str) -> Streams:
-    """The streams of a split, made from its Parquet when they are first used.
+    """Open the streams of a split; at first use, create them from its Parquet files.
 
     Raises:
-        UserError: the Parquet is missing, cut, or differs from the schema.
+        UserError: a Parquet file is missing, truncated or different from the schema.
     """
     if split not in schema.splits:
         raise UserError(f"{folder}: no split {split}; the schema has {', '.join(schema.splits)}")
@@ -53,17 +53,17 @@ def open_streams(folder: Path, schema: DataSchema, split: str) -> Streams:
 
 
 def read_truth(file: Path) -> Mapping[str, npt.NDArray[np.float64]]:
-    """The true probabilities of a generated split: `p_ctr` and `p_cvr`."""
+    """Read the true probabilities of a generated split: `p_ctr` and `p_cvr`."""
     with split_errors(file):
         table = pa.concat_tables(pq.read_table(part, columns=[*TRUTH]) for part in split_parts(file))
         return {name: table[name].to_numpy() for name in table.column_names}
 
 
 def record_batches(file: Path, schema: DataSchema, split: str) -> Iterator[pa.RecordBatch]:
-    """The record batches of a split's streams, from its Parquet, a row group at a time.
+    """Convert the Parquet files of a split to the record batches of its streams, `BATCH_ROWS` rows at a time.
 
     Raises:
-        UserError: a column or a row is missing, or a column differs from the schema.
+        UserError: a column is missing, or a column or the number of rows differs from the schema.
     """
     layout = Layout(schema.features)
     columns = [*LABELS]
@@ -86,7 +86,7 @@ def record_batches(file: Path, schema: DataSchema, split: str) -> Iterator[pa.Re
     def tables() -> Iterator[pa.Table]:
         recut = Recut(BATCH_ROWS)
         for part in parts:
-            # pre_buffer would hold the whole file
+            # pre_buffer would hold the whole file in memory
             for batch in pq.ParquetFile(part, pre_buffer=False).iter_batches(BATCH_ROWS, columns=columns):
                 table = pa.Table.from_batches([batch])
                 _check_columns(table, schema, part)
@@ -99,7 +99,7 @@ def record_batches(file: Path, schema: DataSchema, split: str) -> Iterator[pa.Re
 
 @contextmanager
 def split_errors(file: Path) -> Iterator[None]:
-    """Report what is wrong with a split's file as a one-line UserError."""
+    """Report errors in a split's file as one-line UserErrors."""
     try:
         yield
     except FileNotFoundError:
@@ -113,7 +113,7 @@ def split_errors(file: Path) -> Iterator[None]:
 
 
 def _check_columns(table: pa.Table, schema: DataSchema, file: Path) -> None:
-    """Check types, and that nothing is missing."""
+    """Check the columns' types, and that no value is missing."""
 
     def check(column: str, valid: bool, allowed: str) -> None:
         if not valid:

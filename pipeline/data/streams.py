@@ -1,7 +1,7 @@
-"""The rows of a split as one ragged stream of 32-bit words in an Arrow file that is memory-mapped, not read.
+"""The rows of a split as a stream of 32-bit words in a memory-mapped Arrow file.
 
-Memory holds only what is being trained on, and any row is one contiguous range. A row is: the labels
-(click + 2 conversion), the numeric features (float32), the ids of the categorical features, the number of ids of each
+Only the rows in use are loaded into memory, and each row is one contiguous range of words: the labels
+(click + 2 * conversion), the numeric features (float32), the ids of the categorical features, the number of ids of each
 multi-valued feature, these ids, and their weights (float32). Ids are rows of the fused table. Every record batch has
 `BATCH_ROWS` rows, except the last one. N = rows, S = categorical, P = multi-valued, M = numeric features.
 """
@@ -30,19 +30,19 @@ Array = npt.NDArray[Any]
 
 
 class Gathered(NamedTuple):
-    """Some rows: every (row, id feature) is a bag of ids, in the order of the features. F = S + P."""
+    """A selection of rows. Each (row, id feature) is a bag of ids, in the order of the features. F = S + P."""
 
     click: Array  # [N] float32
     conversion: Array  # [N] float32
     numeric: Array  # [N, M] float32
     ids: Array  # [n] int32
     weights: Array  # [n] float32
-    bags: Array  # [n] int32: number of each id's bag
+    bags: Array  # [n] int32: index of each id's bag
     starts: Array  # [N * F + 1] int32: start of each bag
 
 
 class Streams:
-    """A stream in a buffer of Arrow's IPC file format; `gather` takes any rows."""
+    """A stream in Arrow's IPC file format; `gather` reads arbitrary rows."""
 
     def __init__(self, buffer: pa.Buffer, features: tuple[Feature, ...]) -> None:
         reader = pa.ipc.open_file(pa.BufferReader(buffer))
@@ -50,7 +50,7 @@ class Streams:
         self._words = np.frombuffer(buffer, np.int32, len(buffer) // 4)
         self._is_multi = np.array([feature.kind == "multi" for feature in features if feature.kind != "numeric"], bool)
         self._numeric = sum(feature.kind == "numeric" for feature in features)
-        self._places = np.zeros((reader.num_record_batches, 2), dtype=np.int64)  # of offsets and words, in the buffer
+        self._places = np.zeros((reader.num_record_batches, 2), dtype=np.int64)  # start of offsets and words
         self.rows = 0
         for number in range(reader.num_record_batches):
             batch = reader.get_batch(number)
@@ -61,11 +61,11 @@ class Streams:
             self._places[number] = [(part.address - buffer.address) // 4 for part in (offsets, words)]
 
     def gather(self, index: Array) -> Gathered:
-        """The rows with these numbers, in their order. index: [N] int64."""
+        """Read rows in the given order. index: [N] int64 row numbers."""
         count, features = len(index), len(self._is_multi)
         if count and (index.min() < 0 or index.max() >= self.rows):
             raise IndexError(f"rows {index.min()} to {index.max()} of {self.rows}")
-        # words of a row without its ids and weights; a categorical id, which has no weight, counts as half a pair
+        # a row has (words - fixed) / 2 ids: two words per multi-valued id (id, weight), one per categorical id
         fixed = 1 + self._numeric + int(self._is_multi.sum()) - int((~self._is_multi).sum())
         size = _count_ids(self._words, self._places, index, fixed)
         rows = Gathered(
@@ -86,10 +86,10 @@ class Streams:
 
 
 def record_batch(columns: Mapping[str, pa.Array], layout: Layout, file: str) -> pa.RecordBatch:
-    """Encoded columns (as in the Parquet splits) of at most `BATCH_ROWS` rows as a record batch of the stream.
+    """Convert at most `BATCH_ROWS` rows of encoded columns (as in the Parquet splits) to a record batch of the stream.
 
     Raises:
-        UserError: an id is outside of its feature's table; names `file`.
+        UserError: an id is outside its feature's table. The message names `file`.
     """
     single, multi = ([feature for feature in layout.id_features if feature.kind == kind]
                      for kind in ("categorical", "multi"))  # fmt: skip
@@ -108,7 +108,7 @@ def record_batch(columns: Mapping[str, pa.Array], layout: Layout, file: str) -> 
         words[first + position] = float_values(columns[feature.name]).view(np.int32)
     for position, feature in enumerate(single, 1 + len(numeric)):
         words[first + position] = layout.table_ids(columns[feature.name], feature, file)
-    preceding = np.cumsum(lengths, 1, dtype=np.int64) - lengths  # ids of the features before
+    preceding = np.cumsum(lengths, 1, dtype=np.int64) - lengths  # number of ids of preceding features
     pooled = lengths.sum(1, dtype=np.int64)
     for position, feature in enumerate(multi):
         size = lengths[:, position]
@@ -122,9 +122,9 @@ def record_batch(columns: Mapping[str, pa.Array], layout: Layout, file: str) -> 
 
 
 def mapped(batches: Iterator[pa.RecordBatch], file: Path, made_of: str) -> pa.Buffer:
-    """The batches in a memory-mapped file; written unless the file exists and was `made_of` the same data.
+    """Write the batches to a file and memory-map it. An existing file is reused if it has the same `made_of`.
 
-    If its folder cannot be written, the file is a temporary one without a name.
+    If the file's folder is not writable, an unlinked temporary file is used instead.
     """
     schema = SCHEMA.with_metadata({"made_of": made_of})
     with suppress(OSError, pa.ArrowInvalid):
@@ -147,12 +147,12 @@ def mapped(batches: Iterator[pa.RecordBatch], file: Path, made_of: str) -> pa.Bu
             os.replace(work, file)
         return buffer
     finally:
-        work.unlink(missing_ok=True)  # a mapped file stays until it is unmapped
+        work.unlink(missing_ok=True)  # a mapped file stays readable after it is unlinked
 
 
 @compiled
 def _row(words: Array, places: Array, row: int) -> tuple[int, int]:
-    """First word of a row, and of the next row."""
+    """Positions of the first word of a row and of the next row."""
     offsets, first = places[row // BATCH_ROWS]
     place = offsets + row % BATCH_ROWS
     return first + words[place], first + words[place + 1]

@@ -55,7 +55,7 @@ class Plan:
         return self.arms[0]
 
     def identity(self, data_digest: str = "") -> str:
-        """Hash of settings, seeds, data and experiment; independent of `jobs`, `metric` and the order of arms and seeds."""
+        """Hash of settings, seeds, data and experiment; independent of their order, of `jobs` and of `metric`."""
         runs = sorted((arm.name, arm.role, arm.at(seed).fingerprint(data_digest))
                       for seed in self.sweep.seeds for arm in self.arms)  # fmt: skip
         search = [self.sweep.search.model_dump(), self.sweep.controls] if self.sweep.search else None
