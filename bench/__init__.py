@@ -1,1 +1,1 @@
-"""Performance figures, measured in one run each: `python -m bench`."""
+"""Performance figures, measured by `python -m bench`."""

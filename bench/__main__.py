@@ -1,9 +1,10 @@
-"""Measures the figures of docs/performance.md: `python -m bench [--scratch FOLDER] [NAME ...]`, all without names.
+"""Measure the figures of docs/performance.md: `python -m bench [--scratch FOLDER] [NAME ...]`; all if none is named.
 
-Prints one JSON object a figure: {"name", "value", "unit", "reference", "ratio", "spread"}; medians over turns that
-alternate between what is measured and what it is compared to. `ratio` is value over reference; `spread` holds the true
-median of the ratio (of the value, without a reference) with 95% where there are enough turns, else all of them. Ends
-with 1 if a figure could not be measured, which standard error names. `--scratch`: keeps the generated data there.
+Prints one JSON object per figure: {"name", "value", "unit", "reference", "ratio", "spread"}. Turns alternate between
+the measured code and its reference. `value` and `reference` are medians over turns, and `ratio` is the median of their
+ratio. `spread` is a 95% interval of the median ratio (or value, if there is no reference), or with fewer than 6 turns
+the lowest and highest. The exit code is 1 if a figure could not be measured; standard error names it. `--scratch`:
+folder that keeps the generated data.
 """
 
 import os
@@ -22,7 +23,7 @@ from bench.workshop import Workshop
 
 
 def run(names: list[str], folder: Path) -> int:
-    """The exit code: 1 if some figure could not be measured."""
+    """Measure figures. Returns the exit code: 1 if a figure could not be measured."""
     torch.set_num_threads(1)
     begun, failed = time.perf_counter(), False
     with Workshop(folder) as shop:

@@ -1,11 +1,11 @@
-"""All figures by name; docs/performance.md explains each."""
+"""Figures by name. docs/performance.md explains them."""
 
 from collections.abc import Callable
 
 from bench import evaluation, growth, mmoe, peers, prepare, recording, start, visobert
 from bench.workshop import Workshop
 
-FIGURES: dict[str, Callable[[Workshop], None]] = {  # in the order they are measured; some are printed with others
+FIGURES: dict[str, Callable[[Workshop], None]] = {  # in the order of measurement; some functions print several figures
     "help_s": start.help_text,
     "first_step_s": start.first_step,
     "first_step_fresh_s": start.first_step,

@@ -1,7 +1,7 @@
 """Training in a separate process, to measure its threads and memory.
 
-`python -m bench.child FOLDER [KEY=VALUE ...]` reads the data. For every line `STEPS` on standard input it trains that
-number of steps and prints one line of JSON: their time and the memory of the process.
+`python -m bench.child FOLDER [KEY=VALUE ...]` loads the data. For each line `STEPS` on standard input, it trains that
+number of steps and prints one line of JSON with their time and the memory of the process.
 """
 
 import json
@@ -17,7 +17,7 @@ from bench.figures import ROOT
 
 
 class Child:
-    """The parent's side: starts the process and waits until it has read the data."""
+    """The process as seen by its parent. Creating it waits until the data are loaded."""
 
     def __init__(self, data: Path, overrides: Mapping[str, object], threads: int) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
@@ -52,7 +52,7 @@ class Child:
 def memory() -> dict[str, int]:
     """Peak memory of this process, and its current memory without mapped files, in bytes.
 
-    `ru_maxrss` would include the memory of the parent process.
+    `ru_maxrss` is not used because it would include the memory of the parent process.
     """
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines())
     return {name: 1024 * int(status[key].split()[0]) for name, key in (("peak", "VmHWM"), ("anonymous", "RssAnon"))}

@@ -1,6 +1,6 @@
-"""A lower bound of an MMoE step: forward and backward of its dense part, in fp32, on one batch of embeddings.
+"""Lower bound for an MMoE step: forward and backward pass of its dense part, in fp32, on one batch of embeddings.
 
-Independent of `pipeline`, so that the bound does not change with the code that is measured against it.
+Independent of `pipeline`, so that the bound does not change with the measured code.
 B = rows, I = F * D inputs, E = experts, H = width of experts and towers, T = 2 tasks.
 """
 
@@ -17,12 +17,12 @@ TASKS = 2
 
 
 class Dense(nn.Module):
-    """Experts of one layer, a linear gate a task, towers of one layer: embeddings [B, I] -> logits [T, B]."""
+    """Experts with one layer, a linear gate per task, towers with one layer: embeddings [B, I] -> logits [T, B]."""
 
     def __init__(self, inputs: int, experts: int, width: int) -> None:
         super().__init__()
         self.shape = (-1, experts, width)
-        self.first = nn.Linear(inputs, experts * width)  # one product for all experts
+        self.first = nn.Linear(inputs, experts * width)  # one matrix product for all experts
         self.gates = nn.Linear(inputs, TASKS * experts, bias=False)
         self.second = nn.Parameter(torch.randn(TASKS, width, width) * (2 / width) ** 0.5)
         self.second_bias = nn.Parameter(torch.zeros(TASKS, 1, width))
@@ -38,8 +38,11 @@ class Dense(nn.Module):
 
 
 def loss(logits: Tensor, click: Tensor, conversion: Tensor) -> Tensor:
-    """The task's total at its shipped weights, gate open: clicks, conversions over all rows with their focal term,
-    conversions of the clicked. logits [T, B]; click, conversion [B]."""
+    """Total loss of the MMoE task with the weights of reference.yaml and the gate open.
+
+    It consists of losses for clicks, for conversions over all rows with a focal term, and for conversions of clicked
+    rows. logits: [T, B]; click, conversion: [B].
+    """
     z_ctr, z_cvr = logits
     loss_ctr = binary_cross_entropy_with_logits(z_ctr, click, pos_weight=torch.tensor(24.7))
     log_ctr, log_cvr = logsigmoid(logits)
@@ -54,7 +57,7 @@ def loss(logits: Tensor, click: Tensor, conversion: Tensor) -> Tensor:
 
 
 def timed(step: Callable[[], None], steps: int, batch_size: int) -> Timed:
-    """CPU seconds of this process for so many steps."""
+    """CPU seconds of this process for `steps` steps."""
 
     def seconds() -> float:
         started = time.process_time()

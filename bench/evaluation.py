@@ -1,4 +1,4 @@
-"""Evaluation: the exact AUC of a million scores."""
+"""Evaluation: the exact AUC of one million scores."""
 
 import statistics
 import time
@@ -12,7 +12,7 @@ ROWS, TURNS = 1_000_000, 15
 
 
 def auc_1m(_: object) -> None:
-    """CPU time against scikit-learn's; the scores are a model's, log probabilities computed in fp32."""
+    """CPU time compared with scikit-learn. Like a model's scores, these are log probabilities computed in fp32."""
     from sklearn.metrics import roc_auc_score
 
     random = np.random.Generator(np.random.SFC64(0))

@@ -1,4 +1,4 @@
-"""Printing of figures, and measurement of two alternatives against each other."""
+"""Print figures, and measure two alternatives against each other."""
 
 import contextlib
 import json
@@ -16,11 +16,11 @@ RATE = "rows per CPU second"
 
 class Timed(NamedTuple):
     seconds: Callable[[], float]  # does the work and returns its CPU seconds
-    rows: int  # of that work
+    rows: int  # number of rows processed
 
 
 def figure(name: str, value: float, unit: str, reference: float | None = None, spread_of: Sequence[float] = ()) -> None:
-    """Print a figure. `spread_of`: the ratios of all pairs, or the values where there is no reference."""
+    """Print a figure. spread_of: the ratios of all pairs, or the values if there is no reference."""
     line: dict[str, Any] = {"name": name, "value": _rounded(value), "unit": unit, "reference": None, "ratio": None}
     if reference is not None:
         line["reference"] = _rounded(reference)
@@ -30,7 +30,7 @@ def figure(name: str, value: float, unit: str, reference: float | None = None, s
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """95% interval of the median (order statistics); with fewer than 6 values the lowest and the highest."""
+    """95% interval of the median by order statistics; with fewer than 6 values, the lowest and the highest."""
     ordered, count = sorted(values), len(values)
     cut = 0  # values dropped at each end: the probability of missing the median stays below 2.5% on each side
     while sum(math.comb(count, k) for k in range(cut + 2)) / 2**count < 0.025:
@@ -39,7 +39,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def measured(name: str, own: Timed, reference: Timed, pairs: int, unit: str = RATE) -> None:
-    """Measure rows per CPU second of two alternatives in turn; the first of each is discarded."""
+    """Measure rows per CPU second of two alternatives in turn. The first measurement of each is discarded."""
     own.seconds(), reference.seconds()
     values, references = [], []
     for pair in range(pairs):
@@ -56,7 +56,7 @@ def report(name: str, values: Sequence[float], unit: str) -> None:
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Discard output; it is still written, as in a run whose output goes to a file."""
+    """Redirect output to the null device. It is still formatted and written, as in a run that prints to a file."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         yield
 

@@ -1,4 +1,4 @@
-"""How the MMoE's training grows: with threads, with rows, in time and in memory. Tracking is off."""
+"""Scaling of MMoE training: speed with the number of threads, time and memory with rows. Tracking is off."""
 
 import statistics
 from contextlib import ExitStack
@@ -15,9 +15,9 @@ GIGABYTE = 1e9
 
 
 def threads_2(shop: Workshop) -> None:
-    """Rows per second of wall time at batch 4096: two threads in all against one in all.
+    """Rows per second of wall time at batch size 4096: two threads in total against one in total.
 
-    `threads_2_prefetched`: against one that trains while another makes its batches ready (`training.threads: 1`).
+    `threads_2_prefetched`: against one training thread and one that prepares its batches (`training.threads: 1`).
     """
     ways = {"two": (2, "null"), "one": (1, 0), "prefetched": (1, 2)}
     with ExitStack() as stack:
@@ -31,7 +31,7 @@ def threads_2(shop: Workshop) -> None:
         for turn in range(THREAD_PAIRS + 1):
             for name in list(ways)[:: 1 if turn % 2 else -1]:
                 rate = THREAD_STEPS * 4096 / children[name].advance(THREAD_STEPS)["wall"]
-                if turn:  # the first is not counted
+                if turn:  # the first turn is not counted
                     rates[name].append(rate)
     for name, other in (("threads_2", "one"), ("threads_2_prefetched", "prefetched")):
         ratios = [faster / slower for faster, slower in zip(rates["two"], rates[other], strict=True)]
@@ -39,12 +39,12 @@ def threads_2(shop: Workshop) -> None:
 
 
 def rows(shop: Workshop) -> None:
-    """Time per row of the largest of three sizes against the smallest, and memory by least squares over all three."""
+    """Time per row at the largest of three sizes against the smallest; memory by linear regression on all three."""
     cpu: dict[int, list[float]] = {size: [] for size in SIZES}
     peaks, anonymous = {}, {}
     for size in SIZES:
         for made in shop.data(size).glob("*.arrow"):
-            made.unlink()  # so that every size pays once for what training makes of the Parquet
+            made.unlink()  # so that every size includes the one-time conversion of the Parquet files
     with ExitStack() as stack:
         children = {size: stack.enter_context(Child(shop.data(size), {}, 1)) for size in SIZES}
         read = {size: child.loaded["cpu"] for size, child in children.items()}

@@ -1,7 +1,7 @@
-"""Prepared impressions of Ali-CCP's shape: `python -m bench.impressions FOLDER ROWS` writes a folder for `train_mmoe`.
+"""Generate impressions shaped like Ali-CCP: `python -m bench.impressions FOLDER ROWS` writes a folder for `train_mmoe`.
 
-23 single-valued and 5 weighted multi-valued features, 48 ids a row, 2.27 million table rows in all. An id's
-popularity falls with its rank (Zipf), and ids are numbered by rank, as `prepare_ctr` numbers them.
+23 single-valued and 5 weighted multi-valued features, 48 ids per row, 2.27 million table rows in total. The popularity
+of ids follows Zipf's law, and ids are numbered by popularity, as in `prepare_ctr`.
 """
 
 import sys
@@ -31,20 +31,20 @@ SINGLE = {
     "user_category": 5_900, "user_brand": 105_000, "user_shop": 51_000, "user_item": 37_000, "page": 1_200,
     "slot": 40, "hour": 24, "weekday": 7, "device": 9_785,
 }  # fmt: skip
-MULTI = {  # name -> (ids in all, mean ids a row)
+MULTI = {  # name -> (number of distinct ids, mean number of ids per row)
     "past_categories": (6_000, 9), "past_shops": (560_000, 7), "past_brands": (190_000, 5), "past_words": (60_000, 3),
     "item_words": (170_000, 2),
 }  # fmt: skip
-LONGEST = 3  # times its mean: the longest bag
+LONGEST = 3  # longest bag, as a multiple of the mean
 HELD_OUT_ROWS, CHUNK_ROWS = 20_000, 100_000
 CTR, CVR = 0.04, 0.015
 VERSION = 1
 
 
 class Column(NamedTuple):
-    """An id feature of some rows; a single-valued one has a bag of one id of weight 1 in each."""
+    """An id feature of some rows. For a single-valued feature, each row has a bag of one id with weight 1."""
 
-    size: int  # of its table
+    size: int  # rows of its embedding table
     offsets: npt.NDArray[np.int64]  # [rows + 1]
     ids: npt.NDArray[np.int64]
     weights: npt.NDArray[np.float32]
@@ -57,12 +57,12 @@ class Columns(NamedTuple):
 
 
 def prepared(folder: Path, rows: int) -> Path:
-    """The folder with so many training rows, made on first use."""
+    """Folder of impressions with this number of training rows, created at first use."""
     return made_once(folder / f"impressions-{VERSION}-{rows}", [SCHEMA_FILE], lambda work: write(work, rows), "FOLDER")
 
 
 def write(folder: Path, rows: int) -> None:
-    """`rows` impressions to train on and a few to evaluate on."""
+    """Write `rows` training impressions, and some for validation and test."""
     splits = {
         name: _write_split(folder / f"{name}.parquet", count, number)
         for number, (name, count) in enumerate(
@@ -85,7 +85,7 @@ def write(folder: Path, rows: int) -> None:
 
 
 def read(folder: Path, rows: int) -> Columns:
-    """The first rows of the training split."""
+    """Read the first rows of the training split."""
     file = pq.ParquetFile(folder / "train.parquet")
     table = file.read_row_groups(range(min(-(-rows // CHUNK_ROWS), file.num_row_groups))).slice(0, rows)
     table = table.combine_chunks()
@@ -133,7 +133,7 @@ def _chunk(random: np.random.Generator, rows: int) -> pa.Table:
 
 
 def _skewed(random: np.random.Generator, size: int, count: int) -> npt.NDArray[np.int32]:
-    """Ids whose share is about 1 / rank: a rank's logarithm is uniform."""
+    """Draw ids with frequencies proportional to about 1 / rank: the logarithm of the rank is uniform."""
     ranks = np.exp(random.random(count, dtype=np.float32) * np.float32(np.log(size + 1)))
     return np.minimum(ranks.astype(np.int32) - 1, size - 1) + np.int32(FIRST_ID)
 

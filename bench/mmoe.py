@@ -1,6 +1,6 @@
-"""Speed of MMoE training in rows per CPU second, on one thread, every step logged to MLflow, nothing evaluated.
+"""Speed of MMoE training in rows per CPU second, on one thread, logging every step to MLflow, without evaluation.
 
-All processes count but the tracking writer, whose own CPU time stands in `logging_writer_cpu`.
+The CPU time of the writer process is not included; `logging_writer_cpu` reports it.
 """
 
 import torch
@@ -16,7 +16,7 @@ ALL_PARTS = {f"model.heads.{head}.{part}": "true" for head in ("ctr", "cvr") for
 
 
 def limit(config: MmoeConfig, features: int, steps: int) -> Timed:
-    """CPU seconds of forward and backward of the dense part, fp32, on one batch that stays as it is."""
+    """CPU seconds of forward and backward passes of the dense part, in fp32, on one fixed batch."""
     rows, model = config.training.batch_size, config.model
     part = dense.Dense(features * model.embedding_dim, model.experts.count, model.experts.hidden[0])
     embedded = (0.1 * torch.randn(rows, features * model.embedding_dim)).requires_grad_()
@@ -48,7 +48,7 @@ def mmoe_b4096(shop: Workshop) -> None:
 
 
 def mmoe_deepfm_b1024(shop: Workshop) -> None:
-    """With wide, FM and deep parts in both heads; the reference is without them."""
+    """Wide, FM and deep parts in both heads, against a reference with the deep part only."""
     task = shop.task(ALL_PARTS)
     steps = ROWS_A_TURN // task.config.training.batch_size
     with shop.tracked("mmoe_deepfm_b1024") as run:
@@ -57,7 +57,7 @@ def mmoe_deepfm_b1024(shop: Workshop) -> None:
 
 
 def sparse_adam_b1024(shop: Workshop) -> None:
-    """The reference of `mmoe_deepfm_b1024` against the limit."""
+    """The reference of `mmoe_deepfm_b1024`, measured against the limit."""
     task = shop.task()
     steps = ROWS_A_TURN // task.config.training.batch_size
     other = limit(task.config, len(task.data.schema.features), steps)

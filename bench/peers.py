@@ -1,9 +1,9 @@
-"""MMoE training by DeepCTR-Torch and torch-rechub: their models, their loops, their way of feeding rows, our data.
+"""MMoE training with DeepCTR-Torch and torch-rechub: their models, training loops and data loading, on the same data.
 
-Both as they ship, with the same embedding width, experts, gates, towers and batch size. Neither takes weights of
-multi-valued ids, so they average the ids, padded to the longest bag as both require. What they do once an epoch
-(stacking the columns, building the loader) is not counted. DeepCTR-Torch adds the squares of all embeddings to its loss
-by default; `plain` leaves them out.
+Both use their default settings, with the same embedding width, experts, gates, towers and batch size. Neither supports
+weights of multi-valued ids, so they average the ids, padded to the longest bag as both require. Work once per epoch
+(stacking the columns, building the loader) is not counted. DeepCTR-Torch's default loss has an L2 penalty on all
+embeddings; the `plain` figure leaves it out.
 """
 
 import threading
@@ -23,7 +23,7 @@ from pipeline.tasks.mmoe.config import MmoeConfig
 
 PAIRS = 5
 OWN_ROWS_A_TURN, PEER_ROWS_A_TURN = 49_152, 20_480
-Run = Callable[[], float]  # trains an epoch over the rows, returns its CPU seconds
+Run = Callable[[], float]  # trains one epoch over the rows and returns its CPU seconds
 Inputs = dict[str, npt.NDArray[np.int32]]  # [rows], or [rows, longest bag] padded with 0
 
 
@@ -37,8 +37,8 @@ def _against(label: str, peer: Callable[[Columns, MmoeConfig], Run], batch_size:
 
 
 def deepctr(columns: Columns, config: MmoeConfig, **settings: float) -> Run:
-    """CPU seconds of one epoch of `MMOE.fit` over the rows."""
-    with silence(), patch("requests.get", side_effect=OSError):  # it would ask PyPI for its newest version
+    """Return a function that trains one epoch over the rows with `MMOE.fit` and returns its CPU seconds."""
+    with silence(), patch("requests.get", side_effect=OSError):  # DeepCTR-Torch would query PyPI for its newest version
         before = set(threading.enumerate())
         from deepctr_torch.callbacks import Callback
         from deepctr_torch.inputs import SparseFeat, VarLenSparseFeat
@@ -76,7 +76,7 @@ def deepctr(columns: Columns, config: MmoeConfig, **settings: float) -> Run:
 
 
 def rechub(columns: Columns, config: MmoeConfig) -> Run:
-    """CPU seconds of one epoch of `MTLTrainer.train_one_epoch` over the rows."""
+    """Return a function that runs `MTLTrainer.train_one_epoch` over the rows and returns its CPU seconds."""
     from torch_rechub.basic.features import SequenceFeature, SparseFeature
     from torch_rechub.models.multi_task import MMOE
     from torch_rechub.trainers import MTLTrainer
@@ -107,7 +107,7 @@ def rechub(columns: Columns, config: MmoeConfig) -> Run:
 
 
 def padded(columns: Columns) -> Inputs:
-    """Every feature as an array; the ids of bags are one higher, because 0 fills up."""
+    """Convert every feature to an array. Ids are increased by one, because 0 is the padding."""
     inputs: Inputs = {}
     for name, column in columns.ids.items():
         lengths = np.diff(column.offsets)

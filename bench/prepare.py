@@ -1,4 +1,4 @@
-"""`prepare_ctr` on raw files of Ali-CCP's form: CPU by the row, what starting costs, and memory at two sizes."""
+"""`prepare_ctr` on raw files in Ali-CCP's format: CPU time per row, start-up time, and memory at two sizes."""
 
 import json
 import shutil
@@ -22,12 +22,12 @@ sys.exit(os.waitstatus_to_exitcode(status))
 
 
 class Used(NamedTuple):
-    cpu_seconds: float  # of the command with all that it started
+    cpu_seconds: float  # of the command and its child processes
     peak_mb: float
 
 
 def prepare_ctr(shop: Workshop) -> None:
-    """Rows per CPU second as the slope between two sizes; the rest (imports, the users' features) apart."""
+    """Rows per CPU second, from the slope between two sizes. Fixed costs (imports, users) are a separate figure."""
     raw = {rows: _raw(shop.folder, rows) for rows in (SMALL, LARGE)}
     runs_of: dict[int, list[Used]] = {SMALL: [], LARGE: []}
     for _ in range(TURNS):
@@ -59,7 +59,7 @@ def _used(raw: Path, folder: Path) -> Used:
     command = [sys.executable, "-m", "pipeline", "prepare_ctr", "--data", str(raw), "--output_dir", str(output),
                "--schema", str(ROOT / "configs/data/aliccp.yaml"), "--runs_dir", str(folder / "outputs"),
                "--tracking.enabled", "false"]  # fmt: skip
-    # through a small process: a child's peak memory begins with that of the process that started it
+    # start it from a small process, because a child's peak memory begins with that of its parent
     launcher = [sys.executable, "-c", LAUNCHER, *command]
     launched = subprocess.run(launcher, cwd=ROOT, check=False, capture_output=True, text=True)
     if launched.returncode:

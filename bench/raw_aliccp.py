@@ -1,7 +1,7 @@
-"""Raw impressions in the form of the original Ali-CCP files, for measuring `prepare_ctr`: no real person's data.
+"""Generate raw impressions in the format of the original Ali-CCP files, to measure `prepare_ctr`.
 
-23 single-valued and 5 weighted multi-valued fields, about 48 ids a row over a user's common features and the row's
-own. Popularity falls off as in Zipf's law; some ids lie above 2^24, where a float would merge them.
+23 single-valued and 5 weighted multi-valued fields, with about 48 ids per row in the user's common features and the
+row's own features. Popularity follows Zipf's law. Some ids are above 2^24, where float32 cannot distinguish them.
 """
 
 from pathlib import Path
@@ -12,11 +12,11 @@ import numpy as np
 SKELETON_FILE, COMMON_FILE = "sample_skeleton_train.csv", "common_features_train.csv"
 CLICK_RATE, CONVERSION_RATE, ORPHAN_RATE = 0.04, 0.02, 2e-5  # orphan: a conversion without a click
 CHUNK_ROWS = 100_000
-MOST_BYTES = 2_000  # of a line
+MOST_BYTES = 2_000  # maximum length of a line
 
-# name, distinct ids, first id, mean number of ids a row (0: exactly one, of value 1.0)
+# name, distinct ids, first id, mean number of ids per row (0: exactly one, with value 1.0)
 USER_FIELDS = [
-    ("101", 0, 100_000, 0),  # one id a user
+    ("101", 0, 100_000, 0),  # one id per user
     ("121", 98, 0, 0), ("122", 14, 0, 0), ("124", 3, 0, 0), ("125", 8, 0, 0), ("126", 4, 0, 0), ("127", 4, 0, 0),
     ("128", 4, 0, 0), ("129", 5, 0, 0), ("130", 400, 500, 0), ("131", 3_000, 1_000, 0), ("132", 40, 0, 0),
     ("133", 12, 0, 0),
@@ -82,7 +82,7 @@ def _hex(buffer, at, value):
 
 @numba.njit(cache=True)
 def _lines(buffer, span, source, columns):
-    """Lines `span` into `buffer`; the number of bytes. What a line holds depends on its number and the seed alone."""
+    """Write the lines `span` to `buffer`; returns the bytes written. A line depends only on its number and the seed."""
     users, seed, is_user = source
     names, widths, fields = columns
     counts = np.empty(len(fields), dtype=np.int64)
@@ -118,7 +118,7 @@ def _lines(buffer, span, source, columns):
                 buffer[at] = 2
                 state = _mixed(state)
                 rank = line
-                if fields[field, 0]:  # log-uniform: the chance of rank r is about 1 / r
+                if fields[field, 0]:  # log-uniform: the probability of rank r is about proportional to 1 / r
                     rank = np.int64(np.exp(_uniform(state) * np.log(fields[field, 0] + 1.0))) - 1
                 at = _decimal(buffer, at + 1, fields[field, 1] + rank)
                 buffer[at] = 3
@@ -136,6 +136,6 @@ def _lines(buffer, span, source, columns):
                     at += 3
                 buffer[at] = 1
                 at += 1
-        buffer[at - 1 if total else at] = 10  # over the last separator
+        buffer[at - 1 if total else at] = 10  # overwrites the last separator
         at += 0 if total else 1
     return at

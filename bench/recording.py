@@ -1,4 +1,4 @@
-"""What logging every step costs: two equal trainings in one process, one tracked in SQLite, one not, turn about."""
+"""Cost of logging every step: two equal trainings alternate in one process, one tracked in SQLite, one untracked."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ PAIRS, STALLED_PAIRS, STEPS = 20, 6, 64
 
 
 def logging(shop: Workshop) -> None:
-    """Wall and CPU of the trainer, CPU of the writer a point, and the wall while the writer stands still."""
+    """Wall and CPU time of training, CPU time of the writer process per point, and wall time while it is stopped."""
     task = shop.task()
     with shop.tracked("logging, first") as first:
         first.log_metrics(0, {"loss_total": 0.0})
@@ -35,7 +35,7 @@ def logging(shop: Workshop) -> None:
 
 
 def _turns(tracked: Trainer, plain: Trainer, pairs: int) -> tuple[list[float], list[float], tuple[float, float]]:
-    """Ratios of wall and of CPU, and the median milliseconds of a plain step in both."""
+    """Ratios of wall time, ratios of CPU time, and the median (wall, CPU) milliseconds of an untracked step."""
     times_of: dict[Trainer, list[tuple[float, float]]] = {tracked: [], plain: []}
     for pair in range(pairs):
         for trainer in [tracked, plain][:: 1 if pair % 2 else -1]:

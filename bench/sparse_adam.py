@@ -1,6 +1,6 @@
-"""What a careful script does: one fused table in an EmbeddingBag with sparse gradients, SparseAdam, fused AdamW.
+"""A well-written training script: one fused table in an EmbeddingBag with sparse gradients, SparseAdam, fused AdamW.
 
-Batches are gathered without Python per row; nothing is logged. Written apart from `pipeline`.
+Batches are gathered without Python loops over rows; nothing is logged. Only the config comes from `pipeline`.
 """
 
 from itertools import accumulate
@@ -15,11 +15,11 @@ from bench.figures import Timed
 from bench.impressions import Columns, read
 from pipeline.tasks.mmoe.config import MmoeConfig
 
-ROWS = 200_000  # of the training split, from which batches are drawn
+ROWS = 200_000  # training rows from which batches are drawn
 
 
 class Ragged:
-    """All ids of a row side by side, shifted into the fused table, with their weights and the bags' lengths."""
+    """Rows as contiguous ids of the fused table, with their weights and the lengths of the bags."""
 
     def __init__(self, columns: Columns) -> None:
         rows, features = len(columns.click), len(columns.ids)
@@ -46,7 +46,7 @@ class Ragged:
 
 
 def training(data: Path, config: MmoeConfig, steps: int) -> Timed:
-    """CPU seconds of so many steps."""
+    """CPU seconds of `steps` training steps."""
     table, model, size = Ragged(read(data, ROWS)), config.model, config.training.batch_size
     inputs = table.lengths.shape[1] * model.embedding_dim
     embedding = nn.EmbeddingBag(table.table_rows, model.embedding_dim, mode="sum", sparse=True)

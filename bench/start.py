@@ -1,4 +1,4 @@
-"""Starting: help, and the time from the start of a process to its first logged step."""
+"""Start-up time: of `--help`, and from the start of a process to its first logged step."""
 
 import os
 import shutil
@@ -16,11 +16,11 @@ TURNS, EMBEDDED_ROWS = 5, 4_000_000
 
 
 def first_step(shop: Workshop) -> None:
-    """Seconds to the first JSON line of `train_mmoe` as shipped: with a store that is there, and with none."""
+    """Seconds until `train_mmoe` prints its first JSON line, with an existing tracking store and with a new one."""
     cache, kept, fresh = (shop.folder / name for name in ("data_cache", "store", "fresh"))
     for folder in (kept, fresh):
         folder.mkdir(exist_ok=True)
-    _until_first_step(cache, kept)  # makes data, store and caches
+    _until_first_step(cache, kept)  # creates data, store and caches
     report("first_step_s", [_until_first_step(cache, kept) for _ in range(TURNS)], "s")
     seconds = []
     for _ in range(TURNS):

@@ -1,4 +1,4 @@
-"""ViSoBERT's width at two layers on texts as long as real reviews: our training against the usual script's."""
+"""Two layers as wide as ViSoBERT's, on texts as long as real reviews: our training against other scripts."""
 
 import time
 from collections.abc import Sequence
@@ -26,14 +26,14 @@ from pipeline.training.loop import Training, Window
 
 REVIEWS, LAYERS, ASPECTS, PAIRS, FEW_PAIRS = 6000, 2, 11, 5, 3
 UNIT = "reviews per CPU second"
-LENGTH_MEDIAN, LENGTH_SIGMA = 26, 0.68  # of a log-normal: mean 33, p50 26, p90 62, p99 126
+LENGTH_MEDIAN, LENGTH_SIGMA = 26, 0.68  # log-normal: mean 33, p50 26, p90 62, p99 126
 NAIVE_LENGTH, NAIVE_BATCH = 256, 16
-STEPS, NAIVE_STEPS = 8, 2  # timed at a time
+STEPS, NAIVE_STEPS = 8, 2  # per measurement
 VOCABULARY = 15_002
 
 
 def write_reviews(file: Path) -> list[str]:
-    """Texts of made-up words, one token each, with labels at random."""
+    """Write texts of made-up words, one token each, with random labels. Returns the texts."""
     generator = np.random.Generator(np.random.PCG64(0))
     letters = np.array(list("abcdeghiklmnopqrstuvxy"))
     words = ["".join(generator.choice(letters, 6)) for _ in range(4000)]
@@ -47,7 +47,7 @@ def write_reviews(file: Path) -> list[str]:
 
 
 def write_model(folder: Path, texts: list[str]) -> None:
-    """Configuration and tokenizer of an encoder as wide as ViSoBERT."""
+    """Write the configuration and tokenizer of an encoder as wide as ViSoBERT."""
     from transformers import PreTrainedTokenizerFast, XLMRobertaConfig
 
     own = EmbeddedTokenizer.train(texts, 12_000)
@@ -62,7 +62,7 @@ def write_model(folder: Path, texts: list[str]) -> None:
 
 
 class NaiveReviews(Dataset[dict[str, Any]]):
-    """The usual script: tokenise each item on access and pad it to the maximum length."""
+    """Dataset of the naive script: each item is tokenised on access and padded to the maximum length."""
 
     def __init__(self, tokenizer: Any, texts: list[str], labels: np.ndarray) -> None:
         self.tokenizer, self.texts, self.labels = tokenizer, texts, labels
@@ -81,7 +81,7 @@ class NaiveReviews(Dataset[dict[str, Any]]):
 
 
 def naive(task: VisobertTask) -> Timed:
-    """CPU seconds of a few steps of the usual script: batches of 16 items, fp32, AdamW."""
+    """CPU seconds of a few steps of the naive script: batches of 16 items, fp32, AdamW."""
     torch.manual_seed(0)
     model = task.model().train()
     train = task.data.splits.train
@@ -104,15 +104,15 @@ def naive(task: VisobertTask) -> Timed:
 
 
 def spread_out(batches: Sequence[Rows], lengths: npt.NDArray[np.int64]) -> list[Rows]:
-    """A few batches with the same distribution of lengths as the epoch."""
+    """Select `STEPS` batches with about the same distribution of lengths as the epoch."""
     ordered = sorted(batches, key=lambda rows: int(lengths[rows].max()))
     return [ordered[int((part + 0.5) * len(ordered) / STEPS)] for part in range(STEPS)]
 
 
 def ours(task: VisobertTask) -> Timed:
-    """CPU seconds of a few steps of our training, with their share of tokenising and of planning the epoch.
+    """CPU seconds of a few steps of our training, including their share of tokenising and of planning the epoch.
 
-    Tokenising is counted as if there were one epoch only.
+    Tokenising is counted as if there were only one epoch.
     """
     training = Training(task, MemoryRun(), Console(0, quiet=True), "cpu")
     started = time.process_time()
@@ -136,7 +136,7 @@ def ours(task: VisobertTask) -> Timed:
 
 
 class TokenisedReviews(Dataset[dict[str, Any]]):
-    """Token ids and labels in the form of the Trainer."""
+    """Token ids and labels in the format of Hugging Face's Trainer."""
 
     def __init__(self, task: VisobertTask) -> None:
         train = task.data.splits.train
@@ -152,7 +152,7 @@ class TokenisedReviews(Dataset[dict[str, Any]]):
 
 
 class WithLoss(torch.nn.Module):
-    """The task's model, with its loss in the output of `forward`."""
+    """The task's model, with the loss in the output of `forward`, as Hugging Face's Trainer expects."""
 
     def __init__(self, task: VisobertTask) -> None:
         super().__init__()
@@ -166,9 +166,9 @@ class WithLoss(torch.nn.Module):
 
 
 def transformers_trainer(task: VisobertTask, folder: Path) -> Timed:
-    """CPU seconds of a few steps of Hugging Face's Trainer with its length grouping, from the first to the last.
+    """CPU seconds of a few steps of Hugging Face's Trainer with length grouping.
 
-    The time before its first step (tokenising, sorting, creating the optimizer) is not counted.
+    Work before the first step (tokenising, sorting, creating the optimizer) is not counted.
     """
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -229,7 +229,7 @@ def make_task(folder: Path, amp: str) -> VisobertTask:
 
 
 def naive_bf16(shop: Workshop) -> None:
-    """Also how much of an epoch's batches is padding."""
+    """Speed against the naive script, and the padding efficiency of an epoch's batches."""
     task = make_task(shop.folder, "bf16")
     lengths = task.data.table("train").lengths.numpy()
     figure("padding_efficiency", padding_efficiency(lengths, task.plan(0)), "tokens of all cells")
@@ -242,6 +242,6 @@ def naive_fp32(shop: Workshop) -> None:
 
 
 def trainer(shop: Workshop) -> None:
-    """The same model, reviews and number of them in a batch, in the precision that `training.amp: auto` takes here."""
+    """The same model, reviews and batch size, in the precision that `training.amp: auto` selects on this machine."""
     task = make_task(shop.folder, precision("auto", "cpu"))
     measured("visobert_vs_trainer", ours(task), transformers_trainer(task, shop.folder), PAIRS, UNIT)

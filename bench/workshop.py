@@ -1,4 +1,4 @@
-"""Shared resources of the figures: a scratch folder with data, a tracking store and its writer."""
+"""Shared resources of the figures: a scratch folder with data, a tracking store and its writer process."""
 
 import contextlib
 import os
@@ -24,7 +24,7 @@ STORE_FILE = "mlflow.db"
 
 
 def reference_config(data: Path, overrides: Mapping[str, object] | None = None) -> MmoeConfig:
-    """bench/reference.yaml on the data, with the focal term on from the first step and no evaluation."""
+    """Config of bench/reference.yaml for the data, with the focal term from the first step on and no evaluation."""
     settings: dict[str, object] = {
         "data.path": data,
         "training.threads": 1,
@@ -37,7 +37,7 @@ def reference_config(data: Path, overrides: Mapping[str, object] | None = None) 
 
 
 class Trainer:
-    """A training that advances by blocks of steps, in the loop of `train_mmoe` with its output."""
+    """Training that advances in blocks of steps, with the loop and the output of `train_mmoe`."""
 
     def __init__(self, task: MmoeTask, run: Run) -> None:
         with silence():
@@ -45,7 +45,7 @@ class Trainer:
         self.batch_size = task.config.training.batch_size
 
     def advance(self, steps: int) -> tuple[float, float]:
-        """Train further steps; returns wall and CPU seconds of this process."""
+        """Train further steps. Returns wall and CPU seconds of this process."""
         with silence():
             wall, cpu = time.perf_counter(), time.process_time()
             self.training.advance(until=self.training.result.steps + steps)
@@ -57,7 +57,7 @@ class Trainer:
 
 
 class Workshop(contextlib.ExitStack):
-    """folder: keeps the generated data."""
+    """Shared resources, which are released at the end. folder: keeps the generated data."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -72,12 +72,12 @@ class Workshop(contextlib.ExitStack):
         return impressions.prepared(self.folder, rows)
 
     def task(self, overrides: Mapping[str, object] | None = None) -> MmoeTask:
-        """The reference task with other settings; the data is read once."""
+        """The reference task with other settings. The data are read only once."""
         return self._task().with_config(reference_config(self.data(), overrides))
 
     @contextlib.contextmanager
     def tracked(self, name: str) -> Iterator[MlflowRun]:
-        """A run in MLflow, finished at the end."""
+        """Open an MLflow run, which is finished at the end."""
         run = MlflowRun(self._writer(), RunRequest(name), self.folder / "runs")
         try:
             yield run

@@ -1,4 +1,4 @@
-"""The keys of `train_mmoe` (configs/mtl_mmoe.yaml) and of `prepare_ctr`."""
+"""Config keys of `train_mmoe` (configs/mtl_mmoe.yaml) and of `prepare_ctr`."""
 
 from typing import ClassVar, Literal, Self
 
@@ -134,7 +134,7 @@ class PosWeightClipConfig(Config):
 
 
 class LatePosWeightConfig(Config):
-    """Control for a focal arm: re-weighting without focusing, from the same step on."""
+    """Control for a focal arm: a higher weight of conversions from the same step on, without focusing."""
 
     warmup_steps: int = Field(2000, ge=0)
     """first optimizer step with the added weight"""
@@ -153,7 +153,7 @@ class LossConfig(Config):
         return clipped_pos_weight(getattr(self.static_pos_weight, task), getattr(self.pos_weight_clip, task))
 
     def ctcvr_pos_weight(self, step: int) -> float:
-        """The effective weight of conversions at an optimizer step: the static one, plus the late one if it acts."""
+        """The effective weight of conversions at an optimizer step: the static weight, plus the late one if active."""
         late = self.late_pos_weight
         return self.pos_weight("ctcvr") + (late.ctcvr if gate_is_open(step, late.warmup_steps) else 0.0)
 
@@ -231,10 +231,11 @@ class MmoeConfig(RunConfig):
         return self.with_values(loss=self.loss.model_dump(by_alias=True) | plain), min(steps, default=None)
 
     def control(self) -> Self | None:
-        """The config without the focal loss, and with lambda added to the weight of conversions from the gate on.
+        """Config of the control; None if this config has no focal loss.
 
-        For a rare event, (1 - p_t)^gamma is near 1 for positives and near 0 for easy negatives, so the focal term is
-        nearly lambda times the positives' cross-entropy.
+        The control has no focal loss; instead, lambda is added to the weight of conversions from `warmup_steps` on. For
+        a rare event, (1 - p_t)^gamma is near 1 for positives and near 0 for easy negatives, so the focal term is nearly
+        lambda times the positives' cross-entropy.
         """
         focal = self.loss.aux_focal
         if not focal.enabled or not focal.lambda_:
@@ -280,14 +281,14 @@ class MmoeConfig(RunConfig):
 
 
 def _short(value: float) -> str:
-    """`.1` for 0.1: legends cut long names."""
+    """Shorten 0.1 to `.1`, because legends truncate long names."""
     text = f"{value:g}"
     return text[1:] if text.startswith("0.") else text
 
 
 class RawDataConfig(Config):
     train: str = Field(min_length=1)
-    """a .csv, .jsonl (or with .gz) or .parquet file, a folder of them, or that of the original Ali-CCP files"""
+    """a .csv, .jsonl (or with .gz) or .parquet file, a folder of such files, or that of the original Ali-CCP files"""
     validation: str | None = Field(None, min_length=1)
     """file or folder that is the validation split; null = rows of data.train"""
     test: str | None = Field(None, min_length=1)
@@ -295,7 +296,7 @@ class RawDataConfig(Config):
 
 
 class PrepareCtrConfig(Config):
-    """Raw impressions to a folder that train_mmoe reads."""
+    """Convert raw impressions to a folder that train_mmoe reads."""
 
     short: ClassVar[dict[str, str]] = {"data": "data.train"}
 

@@ -1,4 +1,4 @@
-"""Metrics, calibration and reports of impressions.
+"""Evaluation of the MMoE task: metrics, calibration and reports.
 
 N = rows of a split, T = tasks (ctr, cvr), E = experts.
 """
@@ -34,21 +34,21 @@ from pipeline.tasks.mmoe.model import Output
 from pipeline.tracking import plots
 
 EVENTS = ("ctr", "cvr", "ctcvr")
-EVALUATED_GAMMAS = (1, 2)  # the same for every arm, whatever its own
+EVALUATED_GAMMAS = (1, 2)  # the same for every arm, independent of its config
 COMMON_LOSSES = {
     "ctr": ["loss_ctr"],
     "cvr": ["loss_cvr_aux"],
     "ctcvr": ["loss_ctcvr_bce", *(f"loss_ctcvr_focal_g{gamma}" for gamma in EVALUATED_GAMMAS)],
 }
 CALIBRATION_METRICS = ("ece", "logloss", "calibration")
-CALIBRATION_NEEDS = "a conversion, more clicks than conversions, more rows than clicks"  # in validation
+CALIBRATION_NEEDS = "a conversion, more clicks than conversions, more rows than clicks"  # in the validation split
 GATE_METRIC = re.compile(r"gate/(\w+)/expert_(\d+)")
 
 Events = Mapping[str, tuple[Array, LogProbability]]
 
 
 class Predictions(NamedTuple):
-    """Of all rows of a split, on the CPU."""
+    """Model outputs for all rows of a split, on the CPU."""
 
     logits: Tensor  # [N, T]
     gate_means: Tensor | None  # [T, E]
@@ -56,7 +56,7 @@ class Predictions(NamedTuple):
 
 
 class Evaluation:
-    """The methods of `Task` that judge a model; `calibration` is what `calibrate` fitted."""
+    """The methods of `Task` that evaluate a model. `calibration` is the result of `calibrate`."""
 
     def __init__(self, config: MmoeConfig, data: ImpressionData) -> None:
         self.config, self.data = config, data
@@ -110,7 +110,7 @@ class Evaluation:
             table = self.data.test
             events = labelled(table, self.predict(model, table, device).logits)
             columns: dict[str, npt.NDArray[Any]] = {}
-            for event in ("ctr", "ctcvr"):  # whose AUCs are over all rows
+            for event in ("ctr", "ctcvr"):  # the events whose AUC is over all rows
                 label, probability = events[event]
                 columns[f"label/auc_{event}"] = label.astype(np.uint8)
                 columns[f"score/auc_{event}"] = probability.log_p.float().numpy()
@@ -152,7 +152,7 @@ class Evaluation:
         return metrics
 
     def _calibrated(self, table: ImpressionTable, logits: Tensor) -> dict[str, float]:
-        """Metrics that calibration changes; it changes the ranking by a product, not that by one logit."""
+        """Metrics that calibration changes. It keeps the ranking by one logit, but changes the ranking by a product."""
         metrics: dict[str, float] = {}
         for event, (label, probability) in labelled(table, rescaled(logits, self.calibration, HEADS)).items():
             names = ("auc", *CALIBRATION_METRICS) if event == "ctcvr" else CALIBRATION_METRICS
@@ -161,7 +161,7 @@ class Evaluation:
         return metrics
 
     def _common_losses(self, events: Events) -> dict[str, float]:
-        """Losses without gate, lambda, gamma or late weight: on the same scale for every arm."""
+        """Losses on the same scale for every arm: independent of its gate, lambda, gamma and late weight."""
         loss = self.config.loss
         ctr, cvr, ctcvr = (
             (LogProbability(*(part.double() for part in probability)), torch.from_numpy(label))
@@ -174,10 +174,10 @@ class Evaluation:
         }
         for gamma in EVALUATED_GAMMAS:
             values[f"loss_ctcvr_focal_g{gamma}"] = binary_focal(*ctcvr, gamma)
-        return {name: value.mean().item() for name, value in values.items() if len(value)}  # without clicks: no cvr
+        return {name: value.mean().item() for name, value in values.items() if len(value)}  # no cvr loss without clicks
 
     def _bayes_aucs(self, split: str) -> dict[str, float]:
-        """AUCs of the true probabilities, if they are known: no model can beat them on these rows."""
+        """AUCs of the true probabilities, if they are known: the best that a model can be expected to reach."""
         table, aucs = self.data.held_out(split), self.data.bayes_aucs
         if split not in aucs:
             aucs[split] = {}
@@ -191,7 +191,7 @@ class Evaluation:
 
 
 def labelled(table: ImpressionTable, logits: Tensor) -> Events:
-    """Labels and log probabilities of each event; conversions given a click are judged on clicked rows alone."""
+    """Labels and log probabilities of each event. `cvr` (conversion given a click) covers only clicked rows."""
     click, conversion = (label.astype(np.float64) for label in table.labels)
     z_ctr, z_cvr = logits[:, 0], logits[:, 1]
     clicked = click == 1
@@ -203,7 +203,7 @@ def labelled(table: ImpressionTable, logits: Tensor) -> Events:
 
 
 def known_metrics(schema: DataSchema, split: str, calibrated: bool) -> dict[str, str]:
-    """Every metric of a split (`valid` or `test`) -> what its labels lack for it, "" if nothing."""
+    """Map every metric of a split (`valid` or `test`) to the reason why it is undefined; "" if it is defined."""
     name = {"valid": "validation", "test": "test"}[split]
     counts = _counts(schema.splits.get(name))
     known: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""The model: fused embeddings, experts, gates, towers and DeepFM parts.
+"""The MMoE model: fused embeddings, experts, gates, towers and DeepFM parts.
 
 Shapes: B = batch, F = features (ids first, then numeric), D = embedding width, W = heads with a wide part,
 E = experts, T = tasks (ctr, cvr), H = width of an expert's output.
@@ -41,7 +41,7 @@ class FeatureEmbedding(nn.Module):
         nn.init.normal_(self.table[:, :width], std=0.05)
         count = len(layout.numeric_features)
         bins = max((len(feature.edges) - 1 for feature in layout.numeric_features), default=1)
-        low, span = torch.zeros(count, bins), torch.full((count, bins), math.inf)  # absent bins encode to 0
+        low, span = torch.zeros(count, bins), torch.full((count, bins), math.inf)  # unused bins encode to 0
         for row, feature in enumerate(layout.numeric_features):
             edges = np.array(feature.edges)
             low[row, : len(edges) - 1] = torch.from_numpy(edges[:-1]).float()
@@ -53,7 +53,7 @@ class FeatureEmbedding(nn.Module):
         self.numeric_bias = nn.Parameter(torch.zeros(count, total))
 
     def forward(self, batch: Impressions) -> Tensor:
-        """[B, F, D + W]"""
+        """Embed the features of a batch; returns [B, F, D + W]."""
         size = len(batch)
         parts = []
         if self.id_count:
@@ -66,7 +66,7 @@ class FeatureEmbedding(nn.Module):
 
 
 class GroupedLayers(nn.Module):
-    """G multi-layer perceptrons of the same shape side by side, with ReLU and dropout after each layer."""
+    """G multi-layer perceptrons of the same shape, computed together, with ReLU and dropout after each layer."""
 
     def __init__(self, groups: int, widths: list[int], dropout: float) -> None:
         super().__init__()
@@ -78,9 +78,9 @@ class GroupedLayers(nn.Module):
         self.dropout = dropout
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[B, in], the same for all groups, or [G, B, in] -> [G, B, out]"""
+        """hidden: [B, in], shared by all groups, or [G, B, in]. Returns [G, B, out]."""
         for weight, bias in zip(self.weights, self.biases, strict=True):
-            if hidden.dim() == 2:  # the same input for all groups: one wide product
+            if hidden.dim() == 2:  # one input for all groups: a single wide matrix product
                 wide = torch.addmm(bias.flatten(), hidden, weight.transpose(0, 1).flatten(1)).relu_()
                 product = wide.view(len(hidden), *weight.shape[::2]).transpose(0, 1)
             else:
@@ -108,7 +108,7 @@ class Mmoe(nn.Module):
             self.experts = GroupedLayers(experts, [width, *config.experts.hidden], config.experts.dropout)
             if gated:
                 self.gate = nn.Linear(width, tasks * experts, bias=False)
-                nn.init.zeros_(self.gate.weight)  # every expert starts with the same share
+                nn.init.zeros_(self.gate.weight)  # all experts start with equal shares
             tower_widths = [config.experts.hidden[-1], *config.towers.hidden]
             self.towers = GroupedLayers(tasks, tower_widths, config.towers.dropout)
             self.last = nn.Parameter(torch.empty(tasks, tower_widths[-1]))
@@ -125,7 +125,7 @@ class Mmoe(nn.Module):
         gates = None
         if self.experts is not None and self.towers is not None:
             shared = vectors.flatten(1)
-            if torch.is_autocast_enabled(shared.device.type):  # once, for experts and gates
+            if torch.is_autocast_enabled(shared.device.type):  # cast once, for experts and gates
                 shared = shared.to(torch.get_autocast_dtype(shared.device.type))
             outputs = self.experts(shared)  # [E, B, H]
             gates = self._gates(shared)
@@ -134,12 +134,12 @@ class Mmoe(nn.Module):
             else:  # [T, B, H]; contiguous, which makes the towers' products much faster
                 shares = torch.bmm(gates.to(outputs.dtype), outputs.transpose(0, 1)).transpose(0, 1).contiguous()
             towers = self.towers(shares)
-            with torch.autocast(towers.device.type, enabled=False):  # a logit of -5 in bfloat16 has steps of 0.03
+            with torch.autocast(towers.device.type, enabled=False):  # bfloat16 numbers near -5 are 0.03 apart
                 deep = (towers.float() * self.last.unsqueeze(1)).sum(-1)  # [T, B]
             for row, deep_head in enumerate(self.deep_heads):
                 terms[deep_head].append(deep[row])
         if any(head.fm for head in self.heads):
-            # half of (square of the sum - sum of the squares): all pairs in one pass (Rendle 2010, lemma 3.1)
+            # sum over all pairs = (square of the sum - sum of the squares) / 2 (Rendle 2010, lemma 3.1)
             product = 0.5 * (vectors.sum(1).square() - vectors.square().sum(1)).sum(1)
             for index, head in enumerate(self.heads):
                 if head.fm:

@@ -1,4 +1,4 @@
-"""The named losses of impressions, and how strongly each acts on the shared layers."""
+"""Named losses of the MMoE task, and the influence of each on the shared layers."""
 
 from collections.abc import Mapping, Sequence
 
@@ -31,7 +31,7 @@ CTR_TOWER = "influence/focal_grad_ctr_tower"
 
 
 class Objective:
-    """The methods of `Task` from the model's output to the loss terms."""
+    """The methods of `Task` that compute the loss terms from the model's output."""
 
     def __init__(self, config: MmoeConfig) -> None:
         self.config, self.focal = config, config.loss.aux_focal
@@ -81,13 +81,13 @@ class Objective:
         terms = {"loss_ctcvr_focal": values.float().sum() / counts["rows"]}
         if self.config.tracking.probes(step):
             factor = binary_focal_factor(ctcvr, conversion, focal.gamma).detach().float()
-            positives = counts["conversions"]  # without any: 0/0, which is not logged
+            positives = counts["conversions"]  # without positives: 0/0, which is not logged
             terms["influence/focal_factor_positive"] = (factor * conversion).sum() / positives
             terms["influence/focal_factor_negative"] = (factor * (1 - conversion)).sum() / (counts["rows"] - positives)
         return terms
 
     def _regularisers(self, output: Output, share: Tensor) -> dict[str, Tensor]:
-        """Weighted; share: of the step's rows in this batch, because a regulariser is a mean over rows."""
+        """Weighted regularisers, which are means over rows. share: this batch's share of the optimizer step's rows."""
         gate, terms = self.config.model.gate, dict[str, Tensor]()
         if output.gates is not None and gate.entropy_weight:
             terms["loss_gate_entropy"] = gate.entropy_weight * gate_entropy_deficit(output.gates).mean() * share
@@ -109,7 +109,7 @@ class Objective:
         return names if self.focal.log_components else [TOTAL]
 
     def probe(self, model: Mmoe, losses: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Gradients of the terms at the experts, and of the focal loss at the CTR tower. Empty without experts."""
+        """Gradients of the loss terms at the experts, and of the focal loss at the CTR tower; empty without experts."""
         if model.experts is None or model.towers is None or not self.focal.log_components:
             return {}
         shared = list(model.experts.parameters())

@@ -1,4 +1,4 @@
-"""Predictor of a logged MMoE: from raw feature columns to probabilities."""
+"""Predictor of a logged MMoE model: raw feature columns to probabilities."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +24,7 @@ BATCH_ROWS = 8192
 
 
 def load(folder: Path) -> Callable[..., pd.DataFrame]:
-    """Load what `MmoeTask.export` wrote: predict(frame, raw=False). raw: probabilities without calibration."""
+    """Load a model written by `MmoeTask.export`. Returns predict(frame, raw=False); raw=True skips calibration."""
     schema, encoder = DataSchema.read(folder), Encoder.load(folder)
     layout = Layout(schema.features)
     model = Mmoe(load_config(MmoeConfig, folder / "config.yaml").model, layout, schema.base_rates)
@@ -48,7 +48,7 @@ def load(folder: Path) -> Callable[..., pd.DataFrame]:
 
 
 def raw_example(folder: Path, rows: int) -> dict[str, list[Any]]:
-    """The first prepared validation rows as raw columns, for a model's input example."""
+    """Raw columns of the first prepared validation rows, as the input example of a model."""
     schema = DataSchema.read(folder)
     files = split_parts(folder / schema.splits["validation"].file)
     encoded = next(batch for file in files for batch in pq.ParquetFile(file).iter_batches(batch_size=rows)).to_pydict()

@@ -1,4 +1,4 @@
-"""The MMoE task: what the training loop calls."""
+"""The MMoE task, as used by the training loop."""
 
 import shutil
 from collections.abc import Collection, Mapping, Sequence
@@ -28,7 +28,7 @@ from pipeline.tasks.mmoe.objective import Objective
 
 class MmoeTask(Task[MmoeConfig]):
     def __init__(self, config: MmoeConfig, data: ImpressionData | None = None) -> None:
-        """data: loaded already, for the config's `data` block.
+        """data: the data of the config's `data` block, if they are already loaded.
 
         Raises:
             UserError: see `ImpressionData`.
@@ -59,7 +59,7 @@ class MmoeTask(Task[MmoeConfig]):
         return MmoeTask(config, self.data if config.data == self.config.data else None)
 
     def summary(self) -> Mapping[str, str]:
-        with uncollected(), torch.device("meta"):  # shapes without values; imports torch's compiler, as optimizers do
+        with uncollected(), torch.device("meta"):  # shapes only; imports torch's compiler, as optimizers do
             parameters = sum(weight.numel() for weight in self.model().parameters())
         rows = {f"rows_{name}": str(split.rows) for name, split in self.data.schema.splits.items()}
         return {"parameters": str(parameters)} | rows

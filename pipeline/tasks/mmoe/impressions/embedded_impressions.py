@@ -1,9 +1,9 @@
 """Generated impressions whose true click and conversion probabilities are known.
 
-Users and items have skewed popularity and latent tastes, which follow from their features (age, city, interests;
-category, tags) and a little noise. A click is likelier if the tastes match; a conversion given a click depends on the
-same match, on the price and on the user's activity. The true probabilities give the Bayes AUC, which no model can beat
-on these rows.
+Users and items have skewed popularity and latent tastes, determined by their features (age, city, interests; category,
+tags) and a little noise. A click is more likely if the tastes match. A conversion given a click depends on the same
+match, on the price and on the user's activity. The true probabilities give the Bayes AUC, the best that a model can be
+expected to reach.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from pipeline.data.schema import (
 from pipeline.storage.folders import made_once
 from pipeline.tasks.mmoe.config import EmbeddedDataConfig
 
-GENERATOR_VERSION = 1  # change it whenever the data change
+GENERATOR_VERSION = 1  # change this whenever the generated data change
 CHUNK_ROWS = 100_000
 CTR, CVR = 0.04, 0.03
 SHARES = {"train": 0.8, "validation": 0.1}
@@ -50,7 +50,7 @@ class Bags(NamedTuple):
 
     offsets: Ints  # [n + 1]
     ids: Ints
-    weights: Floats  # sum to 1 in a bag
+    weights: Floats  # sum to 1 within each bag
 
     def mean(self, vectors: Floats) -> Floats:
         """Weighted mean of the bag's vectors; 0 for an empty bag. vectors [ids, K] -> [n, K]."""
@@ -67,7 +67,7 @@ class Bags(NamedTuple):
 
 
 class World:
-    """All properties of users, items and contexts; they depend on the seed alone."""
+    """Properties of users, items and contexts, determined by the seed alone."""
 
     def __init__(self, seed: int) -> None:
         random = _stream(seed, 1, GENERATOR_VERSION)
@@ -102,7 +102,7 @@ class World:
         p_ctr, p_cvr = self._rows(_stream(seed, 2), 200_000)[1:3]
         logits = [np.log(p / (1 - p)) for p in (p_ctr, p_cvr)]
         first = _intercept(logits[0], np.ones(len(p_ctr)), CTR)
-        weights = 1 / (1 + np.exp(-(logits[0] + first)))  # conversions are counted on clicks
+        weights = 1 / (1 + np.exp(-(logits[0] + first)))  # the conversion rate is per click
         self.intercept = np.array([first, _intercept(logits[1], weights, CVR)])
 
     def _rows(self, random: np.random.Generator, count: int) -> tuple[dict[str, Ints], Floats, Floats]:
@@ -124,7 +124,7 @@ class World:
         return ids, 1 / (1 + np.exp(-ctr)), 1 / (1 + np.exp(-cvr))
 
     def chunk(self, seed: int, number: int, count: int) -> pa.Table:
-        """The `number`-th chunk of `count` impressions as the Parquet splits hold them, with the true p."""
+        """Generate chunk `number` of `count` impressions: columns of a Parquet split, with the true probabilities."""
         random = _stream(seed, 3, number)
         ids, p_ctr, p_cvr = self._rows(random, count)
         click = random.random(count) < p_ctr
@@ -150,7 +150,7 @@ class World:
 
 
 def embedded_data(config: EmbeddedDataConfig) -> Path:
-    """The folder with the generated data, made on first use and kept in the cache.
+    """Folder of the generated data, which are created at first use and kept in the cache.
 
     Raises:
         UserError: the cache folder cannot be written.
@@ -164,7 +164,7 @@ def embedded_data(config: EmbeddedDataConfig) -> Path:
 
 
 def generate(folder: Path, rows: int, seed: int) -> DataSchema:
-    """Write `rows` impressions into the folder, a chunk at a time."""
+    """Write `rows` impressions into the folder, one chunk at a time."""
     world = World(seed)
     train_end = int(rows * SHARES["train"])
     ends = {"train": train_end, "validation": train_end + int(rows * SHARES["validation"]), "test": rows}
@@ -223,12 +223,12 @@ def _write_vocabulary(file: Path) -> None:
 
 
 def _stream(seed: int, kind: int, number: int = 0) -> np.random.Generator:
-    """An independent random stream for every (kind, number); no word is 0, because NumPy pads seeds with zeros."""
+    """Independent random stream for each (kind, number). NumPy pads seeds with zeros, so the last word is not 0."""
     return np.random.Generator(np.random.PCG64([seed, kind, number + 1]))
 
 
 def _popularity(size: int, random: np.random.Generator) -> Floats:
-    """Cumulative shares, Zipf-like with exponent 0.8, over shuffled ids."""
+    """Cumulative popularity of ids in random order, Zipf-like with exponent 0.8."""
     shares = random.permutation(1 / np.arange(1, size + 1) ** 0.8)
     cumulative = np.cumsum(shares / shares.sum())
     cumulative[-1] = 1.0
@@ -249,7 +249,7 @@ def _bags(random: np.random.Generator, count: int, size: int, least: int, most: 
 
 
 def _intercept(logits: Floats, weights: Floats, rate: float) -> float:
-    """The shift of the logits that makes the weighted mean probability `rate` (bisection)."""
+    """Shift of the logits for which the weighted mean probability is `rate`, found by bisection."""
     low, high = -20.0, 20.0
     for _ in range(60):
         middle = (low + high) / 2

@@ -19,13 +19,13 @@ class Groups(NamedTuple):
     """The ids of a batch sorted by table row."""
 
     rows: Tensor  # [u] int64, distinct and increasing
-    starts: Tensor  # [u + 1] int32: first place of each row
-    bags: Tensor  # [n] int32: the bag of each place
+    starts: Tensor  # [u + 1] int32: position of each row's first id
+    bags: Tensor  # [n] int32: bag of each id
     weights: Tensor  # [n] float32
 
 
 def grouped(ids: Array, bags: Array, weights: Array) -> Groups:
-    """Sort the ids when the batch is made, off the training thread. ids, bags: [n] int32; weights: [n] float32."""
+    """Sort ids by table row, outside the training thread. ids, bags: [n] int32; weights: [n] float32."""
     keys = np.sort((ids.astype(np.int64) << 32) | np.arange(len(ids)))  # three times as fast as a stable argsort
     rows, order = keys >> 32, keys & 0xFFFFFFFF
     firsts = np.flatnonzero(np.diff(rows, prepend=-1))
@@ -36,7 +36,7 @@ def grouped(ids: Array, bags: Array, weights: Array) -> Groups:
 def lookup(table: Tensor, batch: Any, sparse: bool) -> Tensor:
     """The weighted sum of each bag's rows: [B * F, W].
 
-    If the batch has groups, the table's gradient is computed from them: sparse and coalesced if `sparse`, else dense.
+    If the batch has groups, the table's gradient is computed with them: sparse and coalesced if `sparse`, else dense.
     """
     if batch.groups is None or not torch.is_grad_enabled():
         return _pooled(table, batch.ids, batch.starts, batch.weights, sparse)
@@ -44,7 +44,7 @@ def lookup(table: Tensor, batch: Any, sparse: bool) -> Tensor:
 
 
 class _Lookup(torch.autograd.Function):
-    """Lookup with a coalesced gradient; torch's own has a row for each id, and sorting them takes longer than this."""
+    """Lookup with a coalesced gradient. torch's gradient has one row per id, and coalescing it takes longer."""
 
     @staticmethod
     def forward(ctx: Any, table: Tensor, batch: Any, sparse: bool) -> Tensor:
@@ -54,7 +54,7 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """A row's gradient is the weighted sum of its bags' gradients: another lookup, in the gradients."""
+        """A row's gradient is the weighted sum of its bags' gradients, which is another lookup."""
         groups: Groups = ctx.groups
         values = _pooled(gradient.contiguous(), groups.bags, groups.starts, groups.weights)
         total = torch.sparse_coo_tensor(groups.rows[None], values, ctx.size, is_coalesced=True, check_invariants=False)

@@ -1,4 +1,4 @@
-"""A batch of impressions as the model takes it.
+"""A batch of impressions, the input of the model.
 
 B = rows of a batch, F = id features, M = numeric features, n = ids of the batch.
 """
@@ -25,7 +25,7 @@ class Impressions:
     ids: Tensor  # [n] int32, rows of the fused table
     weights: Tensor  # [n] float32
     starts: Tensor  # [B * F + 1] int32: start of each bag
-    groups: Groups | None = None  # the ids by table row, for the gradient on the CPU
+    groups: Groups | None = None  # ids sorted by table row, for the gradient on the CPU
 
     def __len__(self) -> int:
         return len(self.numeric)
@@ -38,10 +38,10 @@ class Impressions:
 
 
 def assemble(columns: Mapping[str, pa.Array], layout: Layout) -> Impressions:
-    """Encoded columns (as in the Parquet splits) as one batch for prediction; its labels are 0.
+    """Convert encoded columns (as in the Parquet splits) to one batch for prediction. Its labels are 0.
 
     Raises:
-        UserError: an id is outside of its feature's table.
+        UserError: an id is outside its feature's table.
     """
     rows, features = len(next(iter(columns.values()))), len(layout.id_features)
     lengths = np.ones((rows, features), np.int64)

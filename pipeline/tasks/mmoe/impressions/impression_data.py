@@ -13,7 +13,7 @@ from pipeline.tasks.mmoe.impressions.impression_table import ImpressionTable, re
 
 
 class ImpressionData:
-    """The prepared folder of a config's `data` block; without a path, the embedded data.
+    """The prepared folder of a config's `data` block; the generated data if the block has no path.
 
     Raises:
         UserError: the folder is missing or damaged, or its training or validation split is empty.
@@ -30,14 +30,14 @@ class ImpressionData:
         self.layout = Layout(self.schema.features)
         self.train = read_split(self.folder, self.schema, "train")
         self.valid = read_split(self.folder, self.schema, "validation")
-        self.bayes_aucs = dict[str, dict[str, float]]()  # by split, filled by evaluations
+        self.bayes_aucs = dict[str, dict[str, float]]()  # split -> metric -> AUC, filled by evaluations
 
     @cached_property
     def test(self) -> ImpressionTable:
         return read_split(self.folder, self.schema, "test")
 
     def held_out(self, split: str) -> ImpressionTable:
-        """The split `valid` or `test`."""
+        """Return the split `valid` or `test`."""
         return self.valid if split == "valid" else self.test
 
     @property

@@ -1,4 +1,4 @@
-"""A split of impressions as batches, gathered without Python per row or per feature."""
+"""A split of impressions as batches, gathered without Python loops over rows or features."""
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -17,10 +17,10 @@ from pipeline.tasks.mmoe.impressions.impression_batch import Impressions
 
 
 class ImpressionTable:
-    """A split: `batch(rows)` gathers any rows."""
+    """The impressions of a split; `batch(rows)` gathers arbitrary rows."""
 
     def __init__(self, streams: Streams, truth_file: Path | None = None) -> None:
-        """truth_file: a split with the true probabilities."""
+        """truth_file: the split's file, if it contains the true probabilities."""
         self.streams, self._truth_file = streams, truth_file
 
     def __len__(self) -> int:
@@ -37,7 +37,7 @@ class ImpressionTable:
         return self.streams.labels()
 
     def batch(self, rows: Rows, *, training: bool = False) -> Impressions:
-        """The rows, in their order; training: with the groups that the table's gradient needs."""
+        """Gather rows in the given order. training: add the groups that the table's gradient needs."""
         gathered = self.streams.gather(np.asarray(rows, dtype=np.int64))
         return Impressions(
             torch.from_numpy(gathered.click),
@@ -50,16 +50,16 @@ class ImpressionTable:
         )
 
     def batches(self, size: int, first: int = 0, last: int | None = None) -> Sequence[Rows]:
-        """The rows `first` to `last - 1`, by default all, in batches of at most `size`."""
+        """Divide the rows `first` to `last - 1` (default: all rows) into batches of at most `size`."""
         last = len(self) if last is None else last
         return np.array_split(np.arange(first, last), max(1, -(-(last - first) // size)))
 
 
 def read_split(folder: Path, schema: DataSchema, split: str) -> ImpressionTable:
-    """A split of a prepared folder.
+    """Open a split of a prepared folder.
 
     Raises:
-        UserError: its Parquet is missing, cut, or differs from the schema.
+        UserError: a Parquet file is missing, truncated or different from the schema.
     """
     streams = open_streams(folder, schema, split)
     return ImpressionTable(streams, folder / schema.splits[split].file if schema.truth else None)

@@ -1,1 +1,1 @@
-"""From raw files to a prepared folder: labels, splits, and the original Ali-CCP files."""
+"""Convert raw files to a prepared folder: labels, splits, and the original Ali-CCP files."""

@@ -1,6 +1,6 @@
-"""From the original Ali-CCP files to a prepared folder: samples joined with the common features of their users.
+"""Convert the original Ali-CCP files to a prepared folder, joining samples with the common features of their users.
 
-The files are read once (aliccp_scan.py). Then the codes of the training rows are counted and become vocabularies, and
+The files are read once (aliccp_scan.py). Then the ids in the training rows are counted to build the vocabularies, and
 the rows are written.
 """
 
@@ -28,26 +28,26 @@ from pipeline.storage.folders import published
 from pipeline.tasks.mmoe.prepare.aliccp_config import TEST, AliccpFeature, AliccpSource, find
 from pipeline.tasks.mmoe.prepare.aliccp_scan import Coded, Progress, Scan, Users
 
-CHUNK_IDS = 1 << 20  # ids of rows that are encoded at once
-GROUP_IDS = 1 << 23  # ids of a row group, about
-SEPARATOR, WEIGHT_SEPARATOR = "|", ":"  # in raw frames for a logged model
+CHUNK_IDS = 1 << 20  # ids that are encoded at once
+GROUP_IDS = 1 << 23  # approximate number of ids per row group
+SEPARATOR, WEIGHT_SEPARATOR = "|", ":"  # for raw frames passed to a logged model
 
 
 class IdTable(NamedTuple):
-    """The feature and the id of each code."""
+    """Feature and id of each code."""
 
     features: list[Feature]
-    positions: npt.NDArray[Any]  # [codes] position of the feature
+    positions: npt.NDArray[Any]  # [codes] index in `features`
     ids: npt.NDArray[np.int32]  # [codes]
 
 
 def prepare_aliccp(
     data: Path, source: AliccpSource, schema_file: Path, output_dir: Path, progress: Progress
 ) -> DataSchema:
-    """Write splits, vocabulary and `schema.json` into `output_dir`: all of them, or nothing.
+    """Write splits, vocabulary and `schema.json` into `output_dir`; write nothing if there is an error.
 
     Raises:
-        UserError: anything is wrong with the files; names file and line, what was found and what is allowed.
+        UserError: the files are invalid. The message names file and line, what was found and what is allowed.
     """
     groups = source.files(data)
     name, shares = groups[0][0].name, [source.split.train, source.split.validation]
@@ -78,7 +78,7 @@ def prepare_aliccp(
 
         return write_folder(
             folder, table.features, vocabularies, tables(),
-            # fewer rows if they hold very many ids: a row group of each split is in memory
+            # fewer rows if they have very many ids, because one row group per split is held in memory
             group_rows=min(prepared_folder.ROW_GROUP_ROWS, max(64, GROUP_IDS * total // max(1, ids))),
             strip=False,
             source=f"{', '.join(file.name for file in files)}, SHA-256 {combined_sha256(files)}",
@@ -88,9 +88,9 @@ def prepare_aliccp(
 
 
 def _counted(scan: Scan, users: Users) -> tuple[Ints, int]:
-    """([codes] occurrences in the training rows, number of ids of all rows)."""
+    """Count the occurrences of each code in the training rows, [codes], and the ids of all rows."""
     counts, ids = np.zeros(len(scan.codes), dtype=np.int64), 0
-    training_rows = np.zeros(len(users.lengths), dtype=np.int64)  # of each user
+    training_rows = np.zeros(len(users.lengths), dtype=np.int64)  # per user
     for rows in scan.rows():
         training = rows.splits == SPLITS.index("train")
         np.add.at(counts, rows.features["code"][np.repeat(training, rows.lengths)], 1)
@@ -104,10 +104,10 @@ def _counted(scan: Scan, users: Users) -> tuple[Ints, int]:
 
 
 def _features(scan: Scan, schema_file: Path) -> dict[int, Feature]:
-    """The features by field number: the declared ones first, then the others by name.
+    """Map field numbers to features: the declared ones first, then the others by name.
 
     Raises:
-        UserError: a declared field is absent or of another kind, or column names clash.
+        UserError: a declared field is absent or cannot be categorical, no field is a feature, or column names clash.
     """
     declared, present, both = (
         scan.source.features, scan.user_fields | scan.row_fields, scan.user_fields & scan.row_fields
@@ -141,10 +141,10 @@ def _features(scan: Scan, schema_file: Path) -> dict[int, Feature]:
 
 
 def _vocabularies(scan: Scan, features: dict[int, Feature], counts: Ints) -> tuple[IdTable, Vocabularies]:
-    """The ids of the codes, and the vocabulary of each feature: the most frequent ids first, then by text."""
+    """Assign ids to codes, and build each feature's vocabulary, sorted by descending count and then by text."""
     keys, ids = pa.array(list(scan.codes), pa.large_binary()), np.full(len(counts), OUT_OF_VOCABULARY, np.int32)
-    scan.codes.clear()  # it is large
-    field_positions = np.zeros(len(scan.fields), dtype=np.min_scalar_type(len(features)))  # narrow: sorted quickly
+    scan.codes.clear()  # frees much memory
+    field_positions = np.zeros(len(scan.fields), dtype=np.min_scalar_type(len(features)))  # a narrow type sorts faster
     field_positions[list(features)] = np.arange(len(features))
     positions = field_positions[np.concatenate(scan.code_fields)]
     sized, vocabularies = list[Feature](), dict[str, pa.Table]()
@@ -166,7 +166,7 @@ def _vocabularies(scan: Scan, features: dict[int, Feature], counts: Ints) -> tup
 
 
 def _encoded(scan: Scan, users: Users, table: IdTable) -> Iterator[tuple[pa.Table, npt.NDArray[np.int8]]]:
-    """The rows as the splits hold them, and the position of each row's split."""
+    """Yield encoded rows, with the index in SPLITS of each row's split."""
     schema = arrow_schema(table.features)
     for rows in scan.rows():
         user_lengths, ends = users.lengths[rows.users], np.cumsum(rows.lengths)
@@ -181,7 +181,7 @@ def _encoded(scan: Scan, users: Users, table: IdTable) -> Iterator[tuple[pa.Tabl
 
 
 def _columns(table: IdTable, rows: int, owners: Ints, coded: Coded) -> dict[str, pa.Array]:
-    """The feature columns of some rows. owners: the row of each feature; those of users come first."""
+    """Build the feature columns of some rows. owners: row of each id in `coded`; ids of users come first."""
     columns: dict[str, pa.Array] = {}
     grouped = _grouped(table.positions[coded["code"]], len(table.features))
     for feature, places in zip(table.features, grouped, strict=True):
@@ -202,13 +202,13 @@ def _columns(table: IdTable, rows: int, owners: Ints, coded: Coded) -> dict[str,
 
 
 def _grouped(numbers: npt.NDArray[Any], groups: int) -> list[Ints]:
-    """For each number below `groups`, its positions in ascending order."""
+    """For each number below `groups`, the positions where it occurs, in ascending order."""
     ends = np.cumsum(np.bincount(numbers, minlength=groups))
     return np.split(np.argsort(numbers, kind="stable"), ends[:-1])
 
 
 def _slices(lengths: Ints, most: int) -> Iterator[slice]:
-    """Consecutive slices of items with these lengths, each of about `most` in total."""
+    """Divide items with these lengths into consecutive slices, each with a total length of about `most`."""
     ends, start = np.cumsum(lengths), 0
     while start < len(lengths):
         stop = int(np.searchsorted(ends, ends[start] - lengths[start] + most, side="right"))

@@ -12,9 +12,9 @@ from pipeline.errors import UserError
 
 class AliccpFiles(Config):
     skeleton: str = Field(min_length=1)
-    """file with a line a sample: sample_id,click,buy,common_feature_index,feat_num,feat_list"""
+    """file with one line per sample: sample_id,click,buy,common_feature_index,feat_num,feat_list"""
     common_features: str = Field(min_length=1)
-    """file with a line a user: index,feat_num,feat_list"""
+    """file with one line per user: index,feat_num,feat_list"""
 
 
 TRAIN = AliccpFiles(skeleton="sample_skeleton_train.csv", common_features="common_features_train.csv")
@@ -23,7 +23,7 @@ TEST = AliccpFiles(skeleton="sample_skeleton_test.csv", common_features="common_
 
 class AliccpFeature(Config):
     kind: Literal["auto", "categorical", "multi", "ignore"] = "auto"
-    """categorical: one id a row; multi: any number of ids a row; ignore: left out; auto: as the files have it"""
+    """categorical: one id per row; multi: any number of ids per row; ignore: left out; auto: derived from the files"""
     weighted: bool = True
     """multi: the values are weights; false = a bag of ids, whatever the values"""
     min_count: Positive | None = None
@@ -42,12 +42,12 @@ class AliccpSplit(SplitSource):
 
 
 class AliccpSource(Config):
-    """Which files are read, what their fields are, and what happens to irregular rows."""
+    """Files to read, their fields, and the treatment of irregular rows."""
 
     format: Literal["aliccp"]
     train: AliccpFiles = TRAIN
     test: Literal["auto"] | AliccpFiles | None = "auto"
-    """files that are the test split as a whole; auto = those of the published names, if they exist; null = none"""
+    """files that form the test split; auto = files with the published names, if they exist; null = none"""
     features: dict[str, Annotated[AliccpFeature, BeforeValidator(kind_alone)]] = Field(default_factory=dict)
     """field -> kind, or a mapping with its settings"""
     other_fields: Literal["auto", "ignore"] = "auto"
@@ -57,11 +57,11 @@ class AliccpSource(Config):
     hash_buckets: int = Field(0, ge=0)
     """default for features"""
     conversion_without_click: Literal["drop", "no_conversion", "click"] = "drop"
-    """a row with click 0 and buy 1: leave it out, take it without its conversion, or as clicked"""
+    """row with click 0 and buy 1: drop the row, keep it without its conversion, or count it as clicked"""
     without_common_features: Literal["keep", "drop"] = "keep"
-    """a row whose common features are absent: take it with these missing, or leave it out"""
+    """row without common features: keep it, with these features missing, or drop it"""
     malformed_lines: int = Field(0, ge=0)
-    """number of malformed lines of a file that are left out; a cut last line is always left out"""
+    """number of malformed lines to tolerate per file, which are left out; a truncated last line is always left out"""
     split: AliccpSplit = AliccpSplit()
 
     @field_validator("test", mode="before")
@@ -79,10 +79,10 @@ class AliccpSource(Config):
         return self
 
     def files(self, data: Path) -> list[tuple[Path, Path]]:
-        """(skeleton, common features) of the training files and, if there are any, of the test files.
+        """List (skeleton, common features) of the training files and, if there are any, of the test files.
 
         Raises:
-            UserError: a file is missing, also with `.gz` after its name.
+            UserError: a file is missing, with and without the suffix `.gz`.
         """
         if not data.is_dir():
             raise UserError(
@@ -102,5 +102,5 @@ class AliccpSource(Config):
 
 
 def find(data: Path, name: str) -> Path | None:
-    """The file with this name, or with `.gz` after it."""
+    """Find the file with this name, or with the suffix `.gz`; None if there is none."""
     return next((file for file in (data / name, data / f"{name}.gz") if file.is_file()), None)

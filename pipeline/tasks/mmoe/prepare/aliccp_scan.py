@@ -1,7 +1,7 @@
 """Read the original Ali-CCP files: check and parse their lines, and number their ids.
 
-Arrow parses a block of lines, a dictionary numbers the ids (the code of an id), and the content goes to two unnamed
-temporary files, rows and users. Memory grows with the distinct ids and the users, not with the rows.
+Arrow parses blocks of lines, and a dictionary assigns a number (code) to each id. The content is written to two unnamed
+temporary files, one for rows and one for users. Memory use grows with distinct ids and users, not with rows.
 """
 
 import codecs
@@ -26,7 +26,7 @@ from pipeline.data.schema import MISSING_TEXT, SPLITS
 from pipeline.errors import UserError
 from pipeline.tasks.mmoe.prepare.aliccp_config import AliccpFeature, AliccpSource
 
-BLOCK_BYTES = 8 << 20  # of lines that are parsed at once
+BLOCK_BYTES = 8 << 20  # size of the blocks of lines that are parsed at once
 COUNTED = (
     "lines", "users", "conversions_without_click", "without_common_features", "cut_lines", "malformed_lines",
     "repeated_common_features", "repeated_fields", "other_feat_num", "empty_ids",
@@ -34,41 +34,41 @@ COUNTED = (
 
 COMMON = "index,feat_num,feat_list"
 SKELETON = "sample_id,click,buy,common_feature_index,feat_num,feat_list"
-_TEXT = r"[ -+\--~]"  # printable ASCII but a comma
+_TEXT = r"[ -+\--~]"  # printable ASCII except the comma
 _FEATURE = rf"{_TEXT}+\x02{_TEXT}*\x03[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 _REST = rf"[0-9]{{1,10}},(?:{_FEATURE}(?:\x01{_FEATURE})*)?\r?\n?\z"
 _LINES = {COMMON: rf"\A{_TEXT}+,{_REST}", SKELETON: rf"\A{_TEXT}+,[01],[01],{_TEXT}*,{_REST}"}
-_MAYBE_LARGE = r"[0-9.][eE]\+?[0-9]|[0-9]{39}"  # every number beyond float32 matches
+_MAYBE_LARGE = r"[0-9.][eE]\+?[0-9]|[0-9]{39}"  # matches every number beyond float32
 _INFINITE = 3.4028235677973362e38  # the smallest double that is infinite as float32
 _KEY = pa.dictionary(pa.int32(), pa.binary())  # field\x02id
 _CODED = np.dtype([("code", np.int32), ("value", np.float32)])
 
 Bools = npt.NDArray[np.bool_]
 Coded = npt.NDArray[Any]  # _CODED
-Progress = Callable[[str, int, float], None]  # the stage, its rows so far, the share of it that is done (0 = unknown)
+Progress = Callable[[str, int, float], None]  # stage, rows done, share of the stage that is done (0 = unknown)
 
 
 class Rows(NamedTuple):
-    """Samples; users are numbered over all files, -1 = none."""
+    """Samples. `users` are numbered across all files; -1 if there is none."""
 
     click: Bools
     conversion: Bools
     splits: npt.NDArray[np.int8]
     users: Ints
-    lengths: Ints  # number of features of the sample's own
+    lengths: Ints  # number of the sample's own features
     features: Coded
 
 
 class Users(NamedTuple):
-    """Common features; the last user has none, and stands for absent ones (-1)."""
+    """Common features of users. The last user has no features and stands for missing users (-1)."""
 
     lengths: Ints  # [users + 1] number of features
-    starts: Ints  # [users + 1] where they begin
+    starts: Ints  # [users + 1] position of the first feature
     features: Coded  # memory-mapped
 
 
 class Scan:
-    """The content of the files with codes for ids, and the irregularities in them."""
+    """Content of the files, with codes instead of ids, and counts of irregularities."""
 
     def __init__(
         self, source: AliccpSource, shares: list[float], rows: IO[bytes], users: IO[bytes], progress: Progress
@@ -76,15 +76,15 @@ class Scan:
         self.source, self.progress = source, progress
         self.counts = dict.fromkeys(COUNTED, 0)
         self.split_rows = np.zeros(len(SPLITS), dtype=np.int64)
-        self.codes = defaultdict[bytes, int](itertools.count().__next__)  # field\x02id -> its number
-        self.code_fields = list[Ints]()  # [codes] in pieces
+        self.codes = defaultdict[bytes, int](itertools.count().__next__)  # field\x02id -> code
+        self.code_fields = list[Ints]()  # field of each code, in pieces
         self.fields = {name: number for number, name in enumerate(source.features)}
         self.user_fields, self.row_fields, self.multi_fields = set[int](), set[int](), set[int]()
         self._shares, self._row_file, self._user_file = shares, rows, users
-        self._user_lengths = list[Ints]()  # [users] in pieces
+        self._user_lengths = list[Ints]()  # number of features of each user, in pieces
 
     def read(self, skeleton: Path, common: Path, *, test: bool) -> None:
-        """Read both files, of the training rows or of the test split."""
+        """Read a pair of files. test: all of their rows are the test split."""
         before = self.counts["users"]
         users = defaultdict[bytes, int](itertools.count(before).__next__)
         for cells in self._lines(common, COMMON):
@@ -103,7 +103,7 @@ class Scan:
                 np.save(self._row_file, array)
 
     def rows(self) -> Iterator[Rows]:
-        """The rows in their order, a block at a time."""
+        """Yield the rows in order, one block at a time."""
         end = self._row_file.seek(0, 2)
         self._row_file.seek(0)
         while self._row_file.tell() < end:
@@ -117,10 +117,10 @@ class Scan:
         return Users(lengths, np.cumsum(lengths) - lengths, features)
 
     def _lines(self, file: Path, form: str) -> Iterator[list[Any]]:
-        """The cells of a file's valid lines, [columns][lines], some megabytes at a time.
+        """Yield the cells of a file's valid lines, [columns][lines], some megabytes at a time.
 
         Raises:
-            UserError: more lines are malformed than allowed; a cut last line is not an error.
+            UserError: more lines are malformed than allowed. A truncated last line is not an error.
         """
         number = malformed = 0
         for lines, share in _blocks(file):
@@ -136,7 +136,7 @@ class Scan:
                 values = [abs(float(value)) for value in re.findall(rb"\x03([^\x01\r\n]*)", lines[row])]
                 valid[row] = max(values, default=0) < _INFINITE
             cut = bool(lines) and not lines[-1].endswith(b"\n")
-            if cut and valid[-1]:  # each of its features may be whole, and some absent
+            if cut and valid[-1]:  # it may end after a complete feature, with others missing
                 valid[-1] = int(lines[-1].split(b",")[-2]) <= lines[-1].count(b"\x03")
             for row in np.flatnonzero(~valid):
                 text = lines[row].strip(b"\r\n")
@@ -162,7 +162,7 @@ class Scan:
             yield cells
 
     def _samples(self, cells: list[Any], users: Ints, *, test: bool) -> Rows:
-        """The lines of a skeleton as rows."""
+        """Convert lines of a skeleton file to rows."""
         click, buy = (_bools(pc.equal(cell, b"1")) for cell in cells[1:3])
         orphans, kept = buy & ~click, np.ones(len(users), dtype=np.bool_)
         self.counts["conversions_without_click"] += int(orphans.sum())
@@ -184,7 +184,7 @@ class Scan:
         return Rows(click[kept], buy[kept], splits[kept], users[kept], lengths, features)
 
     def _coded(self, lists: pa.Array, fields_of_file: set[int]) -> tuple[Ints, Coded]:
-        """(number of features of each feat_list, the features), without ignored fields and empty ids."""
+        """Convert feat_lists to (features per list, coded features), without ignored fields and empty ids."""
         owners, keys, values = _parsed(lists)
         parts, numbers = pc.split_pattern(keys.dictionary, b"\x02").flatten(), keys.indices.to_numpy()
         names = parts[0::2].dictionary_encode()
@@ -220,7 +220,7 @@ class Scan:
 
 
 def _blocks(file: Path) -> Iterator[tuple[list[bytes], float]]:
-    """Lines of a plain or gzip file, and the share of the file that has been read."""
+    """Yield blocks of lines of a plain or gzip file, and the share of the file that has been read."""
     with read_errors(file), file.open("rb") as raw:
         stream = gzip.GzipFile(fileobj=raw) if is_gzip(file) else raw
         size = max(1, file.stat().st_size)
@@ -229,10 +229,10 @@ def _blocks(file: Path) -> Iterator[tuple[list[bytes], float]]:
 
 
 def _parsed(lists: pa.Array) -> tuple[Ints, pa.DictionaryArray, Floats]:
-    """The features of feat_lists: the list, the key and the value of each."""
+    """Parse feat_lists. Returns the list index, key and value of each feature."""
     lengths = pc.count_substring(lists, b"\x03").to_numpy()
     text = b"\x01".join(lists.filter(pa.array(lengths > 0)).to_pylist())
-    text = text.translate(bytes.maketrans(b"\x01", b"\n"), delete=b"\r\n")  # which is CSV
+    text = text.translate(bytes.maketrans(b"\x01", b"\n"), delete=b"\r\n")  # one feature per line, as CSV
     if not text:
         return np.zeros(0, dtype=np.int64), pa.array([], _KEY), np.zeros(0)
     table = pa.csv.read_csv(

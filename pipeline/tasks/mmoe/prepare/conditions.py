@@ -1,9 +1,9 @@
-"""Label conditions such as `click and income == "50000+."`: a small language, never run as Python.
+"""Label conditions such as `click and income == "50000+."`: a small language that is never executed as Python.
 
-Comparisons (`== != < <= > >=`, `in [..]`, `not in [..]`) of a column with texts or numbers, `is missing`, `is not
-missing`, a bare column of 0/1 labels, `and`, `or`, `not` and parentheses. A column whose name is not a Python name
-stands in backticks. A missing value equals nothing but the empty text, which means the same: every other comparison
-with it is false, `!=` and `not in` are true.
+A condition consists of comparisons (`== != < <= > >=`, `in [..]`, `not in [..]`) of a column with texts or numbers,
+`is missing`, `is not missing`, columns of 0/1 labels, `and`, `or`, `not` and parentheses. A column whose name is not a
+Python name is written in backticks. The empty text means a missing value. With any other text or number, a missing
+value makes `!=` and `not in` true and all other comparisons false.
 """
 
 import ast
@@ -26,7 +26,7 @@ ALLOWED = (
     "a column compared (==, !=, <, <=, >, >=, in [..], not in [..]) with a text or a number, `is missing`, `is not "
     "missing`, a column of 0/1 labels, and, or, not, (..)"
 )
-_COMPARE: dict[type[ast.cmpop], tuple[str, str]] = {  # the function, and that for swapped sides
+_COMPARE: dict[type[ast.cmpop], tuple[str, str]] = {  # Arrow function, and the one for swapped sides
     ast.Eq: ("equal", "equal"),
     ast.NotEq: ("not_equal", "not_equal"),
     ast.Lt: ("less", "greater"),
@@ -35,12 +35,12 @@ _COMPARE: dict[type[ast.cmpop], tuple[str, str]] = {  # the function, and that f
     ast.GtE: ("greater_equal", "less_equal"),
 }
 _LABELS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
-EXACT = 2**53  # a double holds every whole number up to here
+EXACT = 2**53  # doubles represent every whole number up to this one
 _QUOTED = re.compile(rb"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|`[^`]*`""")
 
 
 class Columns:
-    """A batch as conditions read it; if `click` is not None, that name means the label.
+    """The columns of a batch that conditions read. If `click` is not None, that name means the label.
 
     Raises:
         UserError: a value is not a number, or not a label.
@@ -50,16 +50,16 @@ class Columns:
         self.cells, self.batch, self.click = cells, batch, click
 
     def text(self, column: str) -> pa.Array:
-        """Stripped text; null = missing."""
+        """Column as stripped texts; null if missing."""
         values, codes = self.cells.texts(self._raw(column), column, self.batch.place)
         return values.take(pa.array(codes))
 
     def number(self, column: str) -> pa.Array:
-        """Doubles; NaN = missing."""
+        """Column as doubles; NaN if missing."""
         return pa.array(self.cells.numbers(self._raw(column), column, self.batch.place))
 
     def label(self, column: str) -> pa.Array:
-        """Truth values, none missing."""
+        """Column as booleans without missing values."""
         raw = self._raw(column)
         values, codes = self.cells.texts(raw, column, self.batch.place)
         truth = [_LABELS.get(text.lower()) if text is not None else None for text in values.to_pylist()]
@@ -80,18 +80,18 @@ Evaluate = Callable[[Columns], pa.Array]
 class Condition:
     text: str
     columns: tuple[str, ...]
-    """columns that it reads, in order of appearance"""
+    """columns that the condition reads, in order of appearance"""
     texts: tuple[str, ...]
-    """texts that it compares with"""
+    """texts with which it compares columns"""
     evaluate: Evaluate = field(repr=False, compare=False)
-    """columns of a batch -> truth values, none missing"""
+    """columns of a batch -> booleans without missing values"""
 
 
 def parse(text: str) -> Condition:
     """Compile a condition.
 
     Raises:
-        UserError: it is invalid; names the condition, the position (characters, from 1) and what is allowed.
+        UserError: it is invalid. The message gives the condition, the character position from 1, and what is allowed.
     """
     parser = _Parser(text)
     evaluate = parser.compiled()
@@ -106,14 +106,14 @@ class _Parser:
         self.texts: list[str] = []
 
     def compiled(self) -> Evaluate:
-        # a name in backticks becomes underscores of the same length, which keeps the positions
+        # replace a name in backticks by underscores of the same length, which keeps the positions
         plain = _QUOTED.sub(lambda match: b"_" * len(match[0]) if match[0][:1] == b"`" else match[0], self.source)
         try:
             with warnings.catch_warnings(action="ignore"):  # SyntaxWarning for odd expressions
                 tree = ast.parse(plain.decode(), mode="eval")
             return self.truth(tree.body)
         except SyntaxError as error:
-            position = error.offset - 1 if error.offset else len(self.text)  # 0 = at the end
+            position = error.offset - 1 if error.offset else len(self.text)  # offset 0 means the end
             raise self.error(position, error.msg) from None
         except (RecursionError, MemoryError, ValueError, OverflowError):
             raise self.error(0, "cannot be read") from None
@@ -127,7 +127,7 @@ class _Parser:
         return self.error(start, problem or f"found {self.written(node)}")
 
     def written(self, node: ast.AST) -> str:
-        """The node as the user wrote it."""
+        """Source text of the node."""
         return self.source[getattr(node, "col_offset", 0) : getattr(node, "end_col_offset", None)].decode()
 
     def truth(self, node: ast.expr) -> Evaluate:
@@ -165,7 +165,7 @@ class _Parser:
                 raise self.node_error(right, "found an empty text, which means: missing")
             equal = function == "equal"
             return lambda columns: pc.invert(_is_valid(columns, column)) if equal else _is_valid(columns, column)
-        # null for a missing value, which equals nothing
+        # a comparison with a missing value gives null
         return lambda columns: compare(_read(columns, column, constant), constant).fill_null(function == "not_equal")
 
     def membership(self, column: str, node: ast.expr, negated: bool) -> Evaluate:
@@ -185,7 +185,7 @@ class _Parser:
     def column(self, node: ast.expr) -> str:
         if not isinstance(node, ast.Name):
             raise self.node_error(node, f"found {self.written(node)} where a column is due")
-        name = self.written(node)  # not node.id, in which Python replaces some letters
+        name = self.written(node)  # not node.id, because Python normalises identifiers
         if name.startswith("`"):
             name = name[1:-1]
         self.columns.append(name)

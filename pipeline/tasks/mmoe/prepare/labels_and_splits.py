@@ -1,4 +1,4 @@
-"""Labels and splits of raw impressions, as a source schema declares them."""
+"""Labels and splits of raw impressions, as declared by a source schema."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,10 +20,10 @@ CLICK, CONVERSION = LABELS
 
 
 class LabelsAndSplits:
-    """Which columns are read, what the labels are, and which split a row belongs to.
+    """Determines the columns to read, the labels, and the split of each row.
 
     Raises:
-        UserError: the schema names an absent column, a label that is no condition, or a feature that leaks the label.
+        UserError: a column is missing, a label is neither a column nor a condition, or a feature leaks the label.
     """
 
     def __init__(self, declared: SourceSchema, schema_file: Path, source: RawTable) -> None:
@@ -62,10 +62,10 @@ class LabelsAndSplits:
         self.columns = list(dict.fromkeys([*label_columns, *declared.features, *weights, *split_columns]))
 
     def labels(self, batch: Batch) -> dict[str, pa.Array]:
-        """`click` and `conversion` (int8).
+        """Compute the columns `click` and `conversion` (int8).
 
         Raises:
-            UserError: a value that is not 0 or 1, or a conversion without a click.
+            UserError: a value is not 0 or 1, or there is a conversion without a click.
         """
         click = _evaluated(self.click, Columns(self.label_cells, batch, None))
         conversion = _evaluated(self.conversion, Columns(self.label_cells, batch, click))
@@ -80,10 +80,11 @@ class LabelsAndSplits:
         return {CLICK: click.cast(pa.int8()), CONVERSION: conversion.cast(pa.int8())}
 
     def split(self, batch: Batch) -> npt.NDArray[np.int64]:
-        """The position in SPLITS of each row: the split of its file, or of the first condition that holds (test, then
-        validation), or by a hash of (seed, key), which does not depend on batches or files.
+        """Return the index in SPLITS of each row's split.
 
-        The key is the row's number among all rows, or the text of the column `split.by`, if it has a value.
+        The split is given by the row's file, or else by the first condition that holds (test, then validation), or else
+        by a hash of (seed, key), which does not depend on batches or files. The key is the text of the column
+        `split.by` if it has a value, or else the number of the row among all rows.
         """
         if batch.file.split:
             return np.full(batch.rows, SPLITS.index(batch.file.split))
@@ -105,7 +106,7 @@ class LabelsAndSplits:
         return positions
 
     def _label(self, label: str, text: str) -> str | Condition:
-        """A column's name, or else a condition."""
+        """Return the text if it is a column's name, else the condition."""
         return text if text in self.names else self._condition(f"labels.{label}", text)
 
     def _condition(self, key: str, text: str) -> Condition:

@@ -1,6 +1,6 @@
-"""From raw impressions, and a YAML that says what the columns are, to a prepared folder.
+"""Convert raw impressions to a prepared folder, according to a YAML that declares the columns.
 
-CSV, JSON Lines and Parquet files are read twice, in memory that does not grow with the rows. The first pass reads
+CSV, JSON Lines and Parquet files are read twice, and memory use does not grow with the rows. The first pass reads
 labels and the features of the training split; the second one writes the splits. For Ali-CCP files see aliccp.py.
 """
 
@@ -41,15 +41,15 @@ def prepare(
     batch_rows: int = 65_536,
     progress: Progress = lambda *_: None,
 ) -> DataSchema:
-    """Write splits, vocabulary and `schema.json` into `output_dir`: all of them, or nothing.
+    """Write splits, vocabulary and `schema.json` into `output_dir`; write nothing if there is an error.
 
     Args:
         data: a file, or a folder whose files (of one format) are read in sorted order.
-        own: files or folders that are a split as a whole, by split; the schema divides `data` among the others.
-        progress: called with the current stage, the rows done, and the share of the stage that is done (0 = unknown).
+        own: split -> file or folder that is the whole split; the schema divides `data` among the other splits.
+        progress: called with the stage, the rows done, and the share of the stage that is done (0 = unknown).
 
     Raises:
-        UserError: anything is wrong with the files; names file, row and column, what was found and what is allowed.
+        UserError: the files are invalid. The message names file, row and column, what was found and what is allowed.
     """
     tree = read_yaml(schema_file)
     if tree.get("format") == "aliccp":
@@ -89,7 +89,7 @@ def prepare(
 
 
 class TrainingSplit:
-    """Statistics of the features in the training split; the cells of all splits are checked along the way."""
+    """Feature statistics of the training split. Collecting them also checks the cells of all splits."""
 
     def __init__(self, plan: LabelsAndSplits) -> None:
         self.plan, self.features = plan, plan.declared.features
@@ -99,7 +99,7 @@ class TrainingSplit:
         self._counts = {name: Counts() for name in self.features if name not in self._numeric}
 
     def add(self, batch: Batch) -> None:
-        self.plan.labels(batch)  # for its errors
+        self.plan.labels(batch)  # checks the labels
         training = self.plan.split(batch) == 0
         self.all_rows += batch.rows
         self.rows += int(training.sum())
@@ -119,10 +119,10 @@ class TrainingSplit:
         return {name: counts.vocabulary(self.features[name].min_count) for name, counts in self._counts.items()}
 
     def described(self, vocabularies: Vocabularies) -> list[Feature]:
-        """The features as training reads them.
+        """Features of the prepared folder.
 
         Raises:
-            UserError: a missing value should become the mean of no value.
+            UserError: missing values should become the mean, but no training row has a value.
         """
         columns = zip(self._numbers.means(), self._numbers.sample().T, strict=True)
         numeric = dict(zip(self._numeric, columns, strict=True))
@@ -146,9 +146,9 @@ class TrainingSplit:
         return features
 
     def _values(self, name: str, batch: Batch) -> Floats:
-        """The numbers of a column; missing ones stay NaN if they become the mean."""
+        """Numbers of a column. Missing values that will be replaced by the mean stay NaN."""
         values = self.plan.cells.numbers(batch.columns[name], name, batch.place)
         missing = self.features[name].missing
         fill = missing if isinstance(missing, float) else None if missing == "error" else 0.0
-        filled(values, fill, name, batch.place)  # for its errors
+        filled(values, fill, name, batch.place)  # checks the values
         return np.where(np.isnan(values), missing, values) if isinstance(missing, float) else values

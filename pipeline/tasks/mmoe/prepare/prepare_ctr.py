@@ -1,4 +1,4 @@
-"""`prepare_ctr`: from raw files to a prepared folder, tracked as a run of its own."""
+"""`prepare_ctr`: convert raw files to a prepared folder, tracked as a separate MLflow run."""
 
 import os
 from pathlib import Path
@@ -19,7 +19,7 @@ from pipeline.tracking.store import check_uri
 from pipeline.tracking.writer import Writer, writer_for
 
 OUT_OF_VOCABULARY_WARNING = 0.2
-IRREGULARITIES = {  # of raw Ali-CCP files
+IRREGULARITIES = {  # in raw Ali-CCP files
     "conversions_without_click": "samples with click 0 and buy 1 (treated as conversion_without_click says)",
     "without_common_features": "samples without common features (treated as without_common_features says)",
     "cut_lines": "files end within a line, which was left out",
@@ -32,7 +32,7 @@ IRREGULARITIES = {  # of raw Ali-CCP files
 
 
 def prepare_ctr(config: PrepareCtrConfig, given: frozenset[str]) -> None:  # noqa: ARG001 (all keys have an effect)
-    """Prepare the data, report it, and log schema and figures to MLflow."""
+    """Prepare the data, print a summary, and log schema and metrics to MLflow."""
     if config.tracking.enabled:
         check_uri()  # fail before the data is prepared
     output = Path(config.output_dir)
@@ -47,7 +47,7 @@ def prepare_ctr(config: PrepareCtrConfig, given: frozenset[str]) -> None:  # noq
 
 
 class ProgressBars:
-    """A progress bar for each stage, in a terminal: rows/s and, if the end is known, the time left."""
+    """A progress bar for each stage, in a terminal: rows/s and, if the total is known, the time left."""
 
     def __init__(self) -> None:
         self._stage: str | None = None
@@ -61,7 +61,7 @@ class ProgressBars:
             self._bar.close()
 
     def show(self, stage: str, rows: int, share: float) -> None:
-        """share: done share of the stage, from which the total follows; 0 = unknown."""
+        """Update the bar. share: share of the stage that is done, used to estimate the total; 0 = unknown."""
         if self._bar is None or stage != self._stage:
             self.__exit__()
             self._stage = stage

@@ -17,7 +17,7 @@ class LabelSource(Config):
 
 
 class SourceSchema(Config):
-    """What the columns of the raw files are."""
+    """Description of the raw files: columns, labels, features and splits."""
 
     columns: tuple[Name, ...] | None = None
     """CSV without a header: the columns' names in file order; null = the first line names them"""
@@ -26,5 +26,5 @@ class SourceSchema(Config):
     features: dict[Name, Annotated[FeatureSource, BeforeValidator(kind_alone)]] = Field(min_length=1)
     """column -> kind, or a mapping with `kind` and its settings"""
     missing_values: tuple[str, ...] = MISSING_TEXT
-    """text that means "no value", as an empty cell always does (exact; in a numeric column any spelling)"""
+    """texts that mean "no value", besides empty cells (exact match; in a numeric column any spelling)"""
     split: SplitSource = SplitSource()
