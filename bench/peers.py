@@ -1,9 +1,9 @@
 """MMoE training with DeepCTR-Torch and torch-rechub: their models, training loops and data loading, on the same data.
 
 Both use their default settings, with the same embedding width, experts, gates, towers and batch size. Neither supports
-weights of multi-valued ids, so they average the ids, padded to the longest bag as both require. Work once per epoch
-(stacking the columns, building the loader) is not counted. DeepCTR-Torch's default loss has an L2 penalty on all
-embeddings; the `plain` figure leaves it out.
+weights of multi-valued ids, so they average the ids, padded to the longest bag as both require. Work that is done once
+per epoch (stacking the columns, building the loader) is not counted. DeepCTR-Torch's default loss has an L2 penalty on
+all embeddings; the `plain` figure leaves it out.
 """
 
 import threading

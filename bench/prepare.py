@@ -22,7 +22,7 @@ sys.exit(os.waitstatus_to_exitcode(status))
 
 
 class Used(NamedTuple):
-    cpu_seconds: float  # of the command and its child processes
+    cpu_seconds: float  # the command and its child processes
     peak_mb: float
 
 

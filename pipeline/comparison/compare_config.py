@@ -23,15 +23,15 @@ class CompareConfig(Config):
     filter: str | None = Field(None, min_length=1)
     """the runs that match this MLflow filter, in all experiments or in `experiment`"""
     metric: str | None = Field(None, min_length=1)
-    """metric of the verdict; null = the sweep's, or what the runs were evaluated by, on the test split"""
+    """metric of the verdict; null = the sweep's, else the runs' evaluation.metric on the test split"""
     mode: Literal["max", "min"] | None = None
-    """whether a higher or a lower metric is better; null = as the runs say, else min for losses and errors"""
+    """whether a higher or a lower metric is better; null = as in the runs' configs, else min for losses and errors"""
     baseline: str | None = Field(None, min_length=1)
-    """arm with which the others are compared, by name or by the id of one of its runs; null = role baseline"""
+    """arm with which the others are compared: its name, or the id of one of its runs; null = arm with role baseline"""
     bootstrap: bool = True
     """show intervals over test rows within each seed, for runs that kept their per-row scores"""
     output_dir: str = Field("comparisons", min_length=1)
-    """folder in which each comparison gets a folder of its own"""
+    """folder in which each comparison gets its own subfolder"""
 
     @field_validator("runs", mode="before")
     @classmethod

@@ -97,7 +97,7 @@ def _frame(runs: Sequence[StoredRun]) -> pd.DataFrame:
     frame = pd.concat([facts, *columns], axis=1)
     order = pd.DataFrame({
         "role": facts["role"].map(ROLE_ORDER).fillna(ROLE_ORDER["arm"]),
-        "number": [int(run.tags.get("arm_number", 0)) for run in runs],  # in the sweep; the store orders by time
+        "number": [int(run.tags.get("arm_number", 0)) for run in runs],  # order in the sweep
         "arm": pd.factorize(facts["arm"].fillna(""))[0],
         "seed": facts["seed"],
     })  # fmt: skip

@@ -73,7 +73,7 @@ def name_arms(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def unique_leaves(keys: list[str]) -> list[str]:
-    """The last part of each dotted key, or the whole key if another ends in the same part."""
+    """The last part of each dotted key, or the whole key if another key ends in the same part."""
     leaves = [key.rsplit(".", 1)[-1] for key in keys]
     return [leaf if leaves.count(leaf) == 1 else key for leaf, key in zip(leaves, keys, strict=True)]
 

@@ -127,7 +127,7 @@ def tally(comparison: Comparison) -> str:
 
 
 def method(comparison: Comparison) -> str:
-    """How verdicts and intervals are computed, one sentence per line."""
+    """Explanation of the verdicts and intervals, one sentence per line."""
     arms = count(sum(arm.role == "arm" for arm in comparison.arms), "arm")
     lines = METHOD.format(metric=comparison.metric, arms=arms)
     alone = any(arm.difference and arm.difference.n == 1 for arm in comparison.arms)

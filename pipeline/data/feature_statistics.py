@@ -114,9 +114,9 @@ class Numbers:
 def bin_edges(values: Sequence[float] | Floats, bins: int) -> tuple[float, ...]:
     """Bin edges of a piecewise-linear encoding: at most `bins` + 1, increasing, and distinct in float32.
 
-    The edges are all distinct values if there are few enough. Otherwise they are quantiles of all values, and as many
-    quantiles of the values other than the most frequent one as still fit: if 96% of the values are 0, nearly all plain
-    quantiles are 0.
+    The edges are all distinct values if there are at most `bins` + 1. Otherwise they are the distinct quantiles of all
+    values, plus as many quantiles of the values other than the most frequent one as fit. This matters if most values
+    are equal: if 96% are 0, nearly all plain quantiles are 0.
     """
     ordered = np.sort(np.asarray(values, dtype=np.float32))
     distinct, counts = np.unique(ordered, return_counts=True)

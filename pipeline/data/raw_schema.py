@@ -23,19 +23,19 @@ Name = Annotated[str, BeforeValidator(_as_name), Field(min_length=1)]
 
 class FeatureSource(Config):
     kind: Literal["categorical", "multi", "numeric"]
-    """categorical: one id a row; multi: any number of ids a row; numeric: one number a row"""
+    """categorical: one id per row; multi: any number of ids per row; numeric: one number per row"""
     min_count: Positive = 1
-    """ids that the training split has less often are rare: out of vocabulary, or hashed"""
+    """minimum number of occurrences in the training split; rarer ids are out of vocabulary, or hashed"""
     hash_buckets: int = Field(0, ge=0)
-    """number of ids that rare and unseen values share by their hash; 0 = they are out of vocabulary"""
+    """number of hash buckets for rare and unseen values; 0 = these values are out of vocabulary"""
     separator: str = Field("|", min_length=1)
     """multi: separates the ids of a text cell"""
     weight_separator: str | None = Field(None, min_length=1)
     """multi: separates an id from its weight (`sports:0.5`); null = no weight in the cell"""
     weights: Name | None = None
-    """multi: the column that holds the weights, in the same order; null = none"""
+    """multi: column with the weights of the ids, in the same order; null = none"""
     missing: Literal["error", "mean"] | float = "error"
-    """numeric: what a missing value becomes: error = refuse it, mean = the training mean, or a number"""
+    """numeric: replacement of missing values: a number, or mean = the training mean; error = refuse them"""
     bins: Positive = 32
     """numeric: quantile bins of the piecewise-linear encoding"""
 
@@ -73,13 +73,13 @@ class SplitSource(Config):
     by: Name | None = None
     """split by the hash of this column, so that equal values stay together; null = every row at random"""
     seed: int = Field(0, ge=0)
-    """another seed gives another split"""
+    """seed of the random split"""
     train: float = Field(0.8, gt=0, le=1)
     """share of the training split"""
     validation: Annotated[float, Field(ge=0, lt=1)] | Where = 0.1
-    """share of the validation split; or `{where: 'day == 7'}`: its rows by a condition, as for labels"""
+    """share of the validation split, or a condition for its rows, as for labels: `{where: 'day == 7'}`"""
     test: Annotated[float, Field(ge=0, lt=1)] | Where = 0.1
-    """share of the test split; or `{where: 'day >= 8'}`; the shares then divide the other rows"""
+    """share of the test split, or a condition: `{where: 'day >= 8'}`; shares divide the rows that meet no condition"""
 
     @model_validator(mode="after")
     def _shares_sum_to_one(self) -> "SplitSource":
@@ -93,6 +93,6 @@ class CsvSource(Config):
     delimiter: Annotated[str, BeforeValidator(lambda value: "\t" if value == r"\t" else value)] = ","
     r"""one character that separates the columns (a tab: "\t")"""
     escape: str | None = None
-    r"""one character that escapes a quote within quotes (in files of Spark, Hive and MySQL, "\\"); null = doubled"""
+    r"""character that escapes a quote within quotes (for Spark, Hive and MySQL, "\\"); null = quotes are doubled"""
     strip: bool = True
     """strip whitespace around every value"""

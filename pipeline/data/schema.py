@@ -21,7 +21,7 @@ from pipeline.errors import UserError
 from pipeline.storage.files import check_file
 
 OUT_OF_VOCABULARY, MISSING, FIRST_ID = 0, 1, 2
-MOST_IDS = 2**31 - 1  # of all features together: ids are 32-bit row numbers of one table
+MOST_IDS = 2**31 - 1  # limit for all features together: ids are 32-bit row numbers of one table
 LABELS = ("click", "conversion")
 SPLITS = ("train", "validation", "test")
 SCHEMA_FILE = "schema.json"

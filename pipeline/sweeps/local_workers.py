@@ -16,7 +16,7 @@ Worker = ChildProcess[WorkerReply]
 
 
 class LocalWorkers:
-    """A pool of worker processes; each does one job at a time."""
+    """A pool of worker processes; each runs one job at a time."""
 
     def __init__(self, size: int, folder: Path) -> None:
         """folder: where each worker writes its log."""

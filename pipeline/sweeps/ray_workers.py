@@ -43,7 +43,7 @@ class RayWorkers:
         )
         self.board = board.remote()
         self.task = self.ray.remote(max_retries=RETRIES, retry_exceptions=False)(run_job)
-        self.submitted: list[Job] = []  # task number = index
+        self.submitted: list[Job] = []  # index = task number
         self.running: dict[Any, Job] = {}  # reference to the result -> job
         self.warned = False
 

@@ -92,7 +92,7 @@ class SearchConfig(Config):
     mode: Literal["max", "min"] | None = None
     """whether a higher or a lower search.metric is better; null = evaluation.mode of the task"""
     startup_trials: int = Field(5, ge=0)
-    """random trials before the median prunes and TPE proposes"""
+    """number of random trials before TPE proposes settings and the median pruner stops trials"""
 
 
 class SweepConfig(Config):
@@ -109,15 +109,15 @@ class SweepConfig(Config):
     arms: list[Overrides] | GridConfig | None = None
     """a list of overrides (with an optional `name`), or a grid with conditions"""
     search: SearchConfig | None = None
-    """instead of arms: let Optuna search for one"""
+    """instead of arms: search for the best arm with Optuna"""
     controls: Literal["off", "reweight"] = "off"
-    """reweight: for each focal arm also a run that adds lambda to the weight of conversions instead"""
+    """reweight: for each focal arm, also train a control that adds lambda to the weight of conversions instead"""
     seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1)
     """every arm runs once with each seed; differences are taken within a seed"""
     metric: str | None = Field(None, pattern=r"^(valid|test)/.+")
     """primary metric of the verdict; null = evaluation.metric of the task, on the test split"""
     mode: Literal["max", "min"] | None = None
-    """whether a higher or a lower metric is better; null = by its name"""
+    """whether a higher or a lower metric is better; null = inferred from its name"""
     jobs: Positive = 2
     """processes that train at the same time, with one thread each unless settings has training.threads"""
     engine: Literal["local", "ray"] = "local"
@@ -125,7 +125,7 @@ class SweepConfig(Config):
     ray_address: str | None = Field(None, pattern=r"^(auto|local|[^\s/]+:\d+)$")
     """host:port of the cluster of this machine, auto or local; null = RAY_ADDRESS, else a cluster for this sweep"""
     share_prefix: bool = True
-    """train what the arms of a seed share up to the gate once; false trains each alone, with identical results"""
+    """train the steps before the gate once for all arms of a seed; false = train each arm alone, with equal results"""
     title: str | None = Field(None, min_length=1)
     """title of the report; null = the file's name"""
 

@@ -16,7 +16,7 @@ from pipeline.config.strict_config import canonical, keys, load, nearest, read_y
 from pipeline.errors import UserError
 from pipeline.sweeps.sweep_config import GridConfig, Overrides, SearchConfig, SweepConfig
 
-NAME = "name"  # key of an arm in a list
+NAME = "name"  # key that names an arm in a list
 DEFAULT_NAMES = ("baseline", "run")  # names that tasks give to runs with default settings
 # Defaults of every run of a sweep; the sweep's own settings override them.
 DEFAULTS: Overrides = {"tracking.log_model": False, "tracking.log_report": False, "training.threads": 1}

@@ -107,7 +107,7 @@ def _alpha(comparison: Comparison) -> Mapping[str, object]:
 
 
 class _RunRow(NamedTuple):
-    arm: int  # index
+    arm: int  # index of the arm
     seed: int
     status: str
     value: str

@@ -49,7 +49,7 @@ class GateConfig(Config):
     noise: float = Field(0.0, ge=0)
     """standard deviation of normal noise on the gate's logits while training"""
     entropy_weight: float = Field(0.0, ge=0)
-    """weight of the regulariser log E - H(gate): keeps gates from settling on one expert"""
+    """weight of the regulariser log E - H(gate), which keeps gates from collapsing onto one expert"""
     balance_weight: float = Field(0.0, ge=0)
     """weight of the regulariser on unequal shares of the experts over a batch"""
 
@@ -63,7 +63,7 @@ class TowersConfig(Config):
 
 class HeadConfig(Config):
     wide: bool = False
-    """add a linear term: one weight an id (Cheng et al. 2016)"""
+    """add a linear term: one weight per id (Cheng et al. 2016)"""
     fm: bool = False
     """add pairwise products of the embeddings (factorisation machine, Rendle 2010; DeepFM, Guo et al. 2017)"""
     deep: bool = True
@@ -83,7 +83,7 @@ class HeadsConfig(Config):
 
 class ModelConfig(Config):
     kind: Literal["mmoe", "shared_bottom"] = "mmoe"
-    """mmoe: experts mixed by one gate a task (Ma et al. 2018); shared_bottom: one expert, no gates"""
+    """mmoe: experts mixed by one gate per task (Ma et al. 2018); shared_bottom: one expert, no gates"""
     embedding_dim: Positive = 8
     """width of a feature's embedding"""
     embedding_dropout: Probability = 0.0
@@ -93,7 +93,7 @@ class ModelConfig(Config):
     towers: TowersConfig = TowersConfig()
     heads: HeadsConfig = HeadsConfig()
     calibrate: bool = True
-    """fit a scale and a shift of each logit on the validation split, for the logged model; changes no training"""
+    """fit a scale and a shift of each logit on the validation split, for the logged model; does not affect training"""
 
 
 class AuxFocalConfig(Config):
@@ -114,9 +114,9 @@ class AuxFocalConfig(Config):
     detach_p_for_weight: bool = True
     """no gradient through the factor (1 - p_t)^gamma"""
     compute_fp32: bool = True
-    """compute the focal term in fp32 under mixed precision too"""
+    """compute the focal term in fp32 even under mixed precision"""
     log_components: bool = True
-    """log every part of the loss; false: the total alone"""
+    """log every loss term; false: only the total"""
 
 
 class PosWeightConfig(Config):
@@ -308,5 +308,5 @@ class PrepareCtrConfig(Config):
     experiment: str | None = Field(None, min_length=1, coerce_numbers_to_str=True)
     """MLflow experiment, by name or id, created if absent; null = that of `mlflow run`, or MLflow's default"""
     runs_dir: str = Field("outputs", min_length=1)
-    """folder of the runs' own files, one folder a run"""
+    """folder of the runs' own files, one folder per run"""
     tracking: TrackingSwitch = TrackingSwitch()

@@ -25,11 +25,11 @@ class AliccpFeature(Config):
     kind: Literal["auto", "categorical", "multi", "ignore"] = "auto"
     """categorical: one id per row; multi: any number of ids per row; ignore: left out; auto: derived from the files"""
     weighted: bool = True
-    """multi: the values are weights; false = a bag of ids, whatever the values"""
+    """multi: the values are weights; false = the values are ignored"""
     min_count: Positive | None = None
-    """ids that the training split has less often are rare; null = as for all features"""
+    """minimum number of occurrences in the training split; null = as for all features"""
     hash_buckets: int | None = Field(None, ge=0)
-    """number of ids that rare and unseen ids share by their hash; 0 = out of vocabulary; null = as for all"""
+    """number of hash buckets for rare and unseen ids; 0 = out of vocabulary; null = as for all features"""
 
 
 class AliccpSplit(SplitSource):

@@ -13,14 +13,14 @@ class LabelSource(Config):
     click: Name
     """a column that holds 0/1 or true/false, or a condition such as `status != "new"`"""
     conversion: Name
-    """likewise; a condition may name `click`: `click and income == "50000+."`"""
+    """like click; a condition may refer to the label `click`: `click and income == "50000+."`"""
 
 
 class SourceSchema(Config):
     """Description of the raw files: columns, labels, features and splits."""
 
     columns: tuple[Name, ...] | None = None
-    """CSV without a header: the columns' names in file order; null = the first line names them"""
+    """for CSV files without a header: the column names in file order; null = the first line holds them"""
     csv: CsvSource = CsvSource()
     labels: LabelSource
     features: dict[Name, Annotated[FeatureSource, BeforeValidator(kind_alone)]] = Field(min_length=1)
