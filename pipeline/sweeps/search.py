@@ -108,7 +108,7 @@ class _Trials:
             TrainingError: no trial completed.
         """
         if not self.in_state(TrialState.COMPLETE):
-            raise TrainingError("no trial of the search finished; the workers' logs info why")
+            raise TrainingError("no trial of the search finished; the workers' logs say why")
         arm = self._arm(self.study.best_trial.user_attrs["settings"])
         return replace(arm, name=f"best {arm.name}")
 
