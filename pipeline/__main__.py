@@ -168,6 +168,7 @@ def _refuse_empty(name: str, text: str, allowed: str) -> None:
 
 
 def _identifier(path: str) -> str:
+    """A key as the name of a Python parameter; `lambda` is a Python keyword."""
     return path.replace(".", "__").replace("lambda", "lambda_")
 
 

@@ -28,7 +28,7 @@ class Arm:
     minimum_detectable: float | None  # minimum detectable difference; None like p_adjusted
     rows: Mapping[int, tuple[float, float, float]]  # seed -> difference and its interval over test rows
     verdict: str  # "" for the baseline, "control" for a control
-    against_control: Paired | None  # arm - its control
+    against_control: Paired | None  # paired difference arm - control; None without a control
     side: Mapping[str, Paired]  # side metric -> arm - baseline
     differing: Mapping[str, str]  # dotted key -> value, for the keys that differ between arms
 

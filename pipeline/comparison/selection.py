@@ -193,7 +193,7 @@ def _event(metric: str) -> str:
 
 
 def _side_kind(name: str) -> int:
-    """Index in SIDE_KINDS; -1 if it is not a side metric."""
+    """Index of the metric's kind in SIDE_KINDS; -1 if it is not a side effect."""
     leaf = name.rsplit("/", maxsplit=1)[-1]
     return next((at for at, kind in enumerate(SIDE_KINDS)
                  if leaf.startswith(kind) or (kind == "f1_" and "_f1_" in leaf)), -1)  # fmt: skip

@@ -163,6 +163,9 @@ def _markdown_cell(cell: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Escape Markdown and HTML. A `<` before a space begins no tag and is kept."""
+    """Escape Markdown and HTML, and collapse whitespace.
+
+    `<` followed by a space cannot start a tag and is not escaped.
+    """
     escaped = "".join(f"\\{letter}" if letter in "\\`*_[]" else letter for letter in text)
     return visible(" ".join(re.sub("<(?! )", "&lt;", escaped.replace("&", "&amp;")).split()))

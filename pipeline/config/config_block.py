@@ -81,7 +81,7 @@ def keys(model: type[Config], prefix: str = "") -> Iterator[Key]:
 
 
 def flatten(config: Config, prefix: str = "") -> dict[str, str]:
-    """Map dotted keys to values as canonical text, as logged in MLflow's params."""
+    """Flatten a config to {dotted key: canonical text}, the form logged as MLflow params."""
     flat: dict[str, str] = {}
     for name, field in type(config).model_fields.items():
         value, path = getattr(config, name), prefix + (field.alias or name)

@@ -34,7 +34,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """Read a YAML file that contains a mapping.
+    """Read a YAML file whose top level is a mapping.
 
     Raises:
         UserError: the file is missing, unreadable, too large, not UTF-8, not YAML, or not a mapping.

@@ -30,7 +30,7 @@ from pipeline.errors import UserError
 
 
 def describe(folder: Path, features: Sequence[Feature], source: str = "") -> DataSchema:
-    """Write `schema.json` for existing splits and an existing vocabulary: count rows and labels, compute digests.
+    """Compute and write `schema.json` for a folder that already has splits and vocabulary.
 
     Each split is a file `<split>.parquet` or a folder `<split>` of Parquet files. features: kind and size of each
     feature, and the edges of numeric ones, which the files do not contain.

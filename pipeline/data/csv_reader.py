@@ -52,7 +52,8 @@ class CsvReader:
         if not self._checked:  # only once, although the file is read twice
             self._check_quotes(header)
             self._checked = True
-        names = [str(number) for number in range(len(self.names))]  # the header may contain duplicate names
+        # use positions as names, because the header may contain duplicates
+        names = [str(number) for number in range(len(self.names))]
         with self._open() as stream:
             try:
                 batches = pa.csv.open_csv(

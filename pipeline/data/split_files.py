@@ -60,7 +60,7 @@ def read_truth(file: Path) -> Mapping[str, npt.NDArray[np.float64]]:
 
 
 def record_batches(file: Path, schema: DataSchema, split: str) -> Iterator[pa.RecordBatch]:
-    """Convert the Parquet files of a split to the record batches of its streams, `BATCH_ROWS` rows at a time.
+    """Convert the Parquet files of a split to record batches of BATCH_ROWS encoded rows (format: `streams.py`).
 
     Raises:
         UserError: a column is missing, or a column or the number of rows differs from the schema.
@@ -86,7 +86,7 @@ def record_batches(file: Path, schema: DataSchema, split: str) -> Iterator[pa.Re
     def tables() -> Iterator[pa.Table]:
         recut = Recut(BATCH_ROWS)
         for part in parts:
-            # pre_buffer would hold the whole file in memory
+            # pre_buffer=True would hold the whole file in memory
             for batch in pq.ParquetFile(part, pre_buffer=False).iter_batches(BATCH_ROWS, columns=columns):
                 table = pa.Table.from_batches([batch])
                 _check_columns(table, schema, part)

@@ -38,7 +38,7 @@ class Gathered(NamedTuple):
     ids: Array  # [n] int32
     weights: Array  # [n] float32
     bags: Array  # [n] int32: index of each id's bag
-    starts: Array  # [N * F + 1] int32: start of each bag
+    starts: Array  # [N * F + 1] int32: offset of each bag in `ids`, then the end
 
 
 class Streams:
@@ -108,7 +108,8 @@ def record_batch(columns: Mapping[str, pa.Array], layout: Layout, file: str) -> 
         words[first + position] = float_values(columns[feature.name]).view(np.int32)
     for position, feature in enumerate(single, 1 + len(numeric)):
         words[first + position] = layout.table_ids(columns[feature.name], feature, file)
-    preceding = np.cumsum(lengths, 1, dtype=np.int64) - lengths  # number of ids of preceding features
+    # [rows, multi-valued features] number of ids in the row's earlier multi-valued features
+    preceding = np.cumsum(lengths, 1, dtype=np.int64) - lengths
     pooled = lengths.sum(1, dtype=np.int64)
     for position, feature in enumerate(multi):
         size = lengths[:, position]

@@ -102,7 +102,7 @@ class Console:
             self._give_up(error)
 
     def flush(self, seconds: float = 0.0) -> None:
-        """Write the buffer as far as it is read, waiting at most `seconds` for each part."""
+        """Write the buffer as far as it is read, waiting at most `seconds` for each chunk."""
         if not self.buffer:
             return
         try:
@@ -126,7 +126,10 @@ class Console:
 
 
 def _write(data: bytearray, seconds: float) -> int:
-    """Write to standard output without Python's buffer, which would block; returns the number of bytes written."""
+    """Write to standard output unbuffered, waiting at most `seconds` for each chunk.
+
+    Returns the number of bytes written.
+    """
     try:
         descriptor = sys.stdout.fileno()
     except (OSError, AttributeError):  # not a real file, as in notebooks and tests

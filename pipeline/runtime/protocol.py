@@ -7,7 +7,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 M = TypeVar("M")
 
-TYPE = "type"  # key of the type's name
+TYPE = "type"  # JSON field with the message's class name
 
 
 class MessageError(ValueError):

@@ -13,7 +13,7 @@ NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 def cell(value: object) -> object:
-    r"""Escape control characters in a text, and prefix an apostrophe if a spreadsheet would read it as a formula.
+    r"""Escape control characters, and prefix an apostrophe to a text that a spreadsheet would treat as a formula.
 
     >>> [cell(value) for value in ("=1+1", "-1e-4", "-", -0.5, None)]
     ["'=1+1", '-1e-4', '-', -0.5, None]

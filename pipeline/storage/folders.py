@@ -13,13 +13,11 @@ from pipeline.errors import UserError, os_errors
 
 
 def made_once(folder: Path, files: Sequence[str], make: Callable[[Path], object], key: str) -> Path:
-    """Create `folder`, unless all its `files` exist; returns it.
-
-    Several processes may do this at the same time if `make` writes the same files in each.
+    """Create `folder` unless it is complete, and return it. Safe in parallel if `make` is deterministic.
 
     Args:
         files: names of the files that a complete folder has.
-        make: fills an empty folder.
+        make: writes the files into an empty folder.
         key: config key of the parent folder, for error messages.
 
     Raises:
@@ -81,7 +79,7 @@ def published(folder: Path, files: Sequence[str]) -> Iterator[Path]:
 
 
 def _move_up(work: Path, folder: Path, files: Sequence[str]) -> None:
-    """Move the old files out, in reverse order, and the new ones in; restore the old ones after an error."""
+    """Move the old files away in reverse order, then the new ones into place; on an error, restore the old files."""
     old = work / "old"
     old.mkdir()
     try:

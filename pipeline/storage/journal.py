@@ -80,7 +80,7 @@ class JournalWriter:
             os.close(self.descriptor)
 
     def _drop(self, count: int) -> None:
-        """Remove written bytes from the buffer."""
+        """Remove the first `count` bytes, now written to the file, from the buffer."""
         self.size += count
         del self.buffer[:count]
 
@@ -156,9 +156,9 @@ def read_points(file: Path) -> Iterator[Record]:
 
 
 def read_opening(file: Path) -> Record | None:
-    """The first record `open` of a journal; None if there is none.
+    """The first `open` record of a journal, or None.
 
-    Points that were read back from the store may precede it, if the run's folder was lost.
+    `known` records may precede it (points read back from the store).
     """
     if not file.exists():
         return None

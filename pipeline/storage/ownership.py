@@ -1,9 +1,20 @@
 """Ownership of a run's folder: only one process at a time may write it.
 
 Ownership is a file lock, which the kernel releases when the process dies. filelock closes the lock file in forked
-children (data loader workers), which would otherwise keep the lock. Each owner also writes a number to a file, one
-higher than the previous owner's; processes that work for an earlier owner check it and stop. If a network file system
-does not share locks between hosts, ownership is checked in the tracking store: see `pipeline.tracking.run_opening`.
+children (data loader workers), which would otherwise keep the lock. If a network file system does not share locks
+between hosts, ownership is checked in the tracking store: see `pipeline.tracking.run_opening`.
+
+Words used here and in `pipeline.tracking`:
+
+- owner: the process that may write the run's folder, normally a trainer. It holds `owner.lock` and is named in
+  `owner.json`.
+- owner number: counts the owners of a folder, from 1. Each new owner writes its number to `owner.json`; processes that
+  work for an earlier owner compare it with theirs and stop.
+- claim: a unique text that each start of a run writes to the run's tag `owner` in the tracking store. It does across
+  hosts what the owner number does in a folder.
+- writer lock: `writer.lock` in the folder, held by the writer process that delivers the journal. A new owner's writer
+  waits for it.
+- taken over: a run is taken over when another process becomes its owner; the previous owner and its writer then stop.
 """
 
 import json
@@ -68,7 +79,7 @@ class Ownership:
         return self
 
     def check(self) -> None:
-        """Raise a TrainingError if another process has taken the run over, according to the owner file."""
+        """Raise a TrainingError if the run was taken over, according to the owner file."""
         owner = _read_owner(self.folder)
         if owner and (owner.number, owner.host, owner.pid) > (self.number, socket.gethostname(), self._pid):
             raise TrainingError(f"run {self.folder.name} was taken over by {owner}; process {self._pid} ends here")
@@ -80,7 +91,7 @@ class Ownership:
 
 
 def owner_number(folder: Path) -> int:
-    """The number of the folder's latest owner, from 1; 0 if it never had one."""
+    """The folder's current owner number; 0 if it never had an owner."""
     owner = _read_owner(folder)
     return owner.number if owner else 0
 

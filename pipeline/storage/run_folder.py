@@ -56,7 +56,10 @@ class RunFolder:
         return read_opening(self.journal)
 
     def final_status(self) -> str | None:
-        """The status in the journal's last record; None if that is not `finish`, or the journal cannot be read."""
+        """The status in the journal's final record.
+
+        None if that is not `finish` (the run goes on or was killed), or if the journal cannot be read.
+        """
         try:
             check_file(self.journal)
             with self.journal.open("rb") as stream:

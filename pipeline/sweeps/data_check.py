@@ -20,7 +20,7 @@ def check_data(plan: Plan, workers: Workers) -> tuple[Plan, str]:
     Raises:
         UserError: arms have different data, or the data leave a required metric undefined.
     """
-    jobs: dict[str, tuple[Arm, Job]] = {}  # keyed by the settings that decide digest and metrics
+    jobs: dict[str, tuple[Arm, Job]] = {}  # key: data, model and evaluation settings, which decide digest and metrics
     loading: dict[str, Job] = {}  # data settings -> first job, which loads or generates the data
     for arm in plan.arms:
         data, deciding = _settings(arm, "data."), _settings(arm, "data.", "model.", "evaluation.")

@@ -39,7 +39,7 @@ def main() -> None:
     inbox = Inbox(sys.stdin)
     importing = threading.Thread(target=_import_mlflow, daemon=True)
     importing.start()
-    opening: Opening | None = None  # the opened run, until its journal is followed
+    opening: Opening | None = None  # pending opening, until delivery of its journal begins
     while (request := inbox.next()) is not None:
         match request:
             case messages.AbandonRun(failure):

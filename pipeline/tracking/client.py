@@ -113,7 +113,7 @@ def context_tags() -> dict[str, str]:
 
 
 def stored_run(run: Any) -> StoredRun:
-    """Convert an MLflow run."""
+    """Convert an MLflow run to a `StoredRun`."""
     return StoredRun(
         run.info.run_id,
         run.info.run_name or "",

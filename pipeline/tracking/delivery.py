@@ -41,8 +41,8 @@ NO_WORD = "the process ended without a word"
 def wait_for_turn(folder: RunFolder, check: Callable[[], None] = lambda: None) -> FileLock:
     """Wait for the previous owner's writer to stop, then acquire the writer lock; the caller releases it.
 
-    If that writer hangs for `TURN_SECONDS`, the lock is returned without being acquired. Two writers at once do no
-    harm, since they deliver the same records. check: called while waiting.
+    After TURN_SECONDS return without it: that writer hangs, and delivering twice is harmless. check: called while
+    waiting.
     """
 
     def is_cancelled() -> bool:
@@ -61,9 +61,9 @@ class Delivery:
     def __init__(
         self, folder: Path, owner: int, inbox: Inbox, send: Callable[[DeliveryNews], None], claim: str | None = None
     ) -> None:
-        """owner: number of the folder's owner that this writer delivers for. send: sends progress to the trainer.
+        """owner: owner number for which this writer delivers. send: sends progress to the trainer.
 
-        claim: expected value of the run's tag `owner`; None: not checked.
+        claim: the run's expected claim; None: not checked.
         """
         self.folder, self.inbox, self.send = RunFolder(folder), inbox, send
         self.store = StoreCalls(self.folder, owner, claim, inbox, send)

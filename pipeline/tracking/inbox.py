@@ -11,7 +11,7 @@ from pipeline.runtime.protocol import read_messages
 from pipeline.tracking.messages import WRITER_REQUESTS, FinishRun, WriterRequest
 
 GONE_SECONDS = 5.0  # once the trainer has exited, end delivery after this long without progress
-HANGING_SECONDS = 1.0  # after that, exit even if a call to the store hangs
+HANGING_SECONDS = 1.0  # further seconds until the process exits even if a call to the store hangs
 WATCH_SECONDS = 0.2
 
 
@@ -49,7 +49,7 @@ class Inbox:
 
     @property
     def seconds_left(self) -> float:
-        """How long to wait for an unreachable store before giving up; infinite until the journal is complete."""
+        """Seconds until delivery gives up on a store that accepts nothing; infinite while the run is in progress."""
         if not self.ending:
             return math.inf
         patience = GONE_SECONDS if self.gone or self.finish is None else self.finish.patience

@@ -44,8 +44,8 @@ class FollowRun:
     """Deliver the run's journal as it grows. Reply: a `DeliveryReport`, after `FinishRun`."""
 
     folder: str
-    owner: int  # number of the folder's owner
-    claim: str  # value of the run's tag `owner`; a process that takes the run over replaces it
+    owner: int  # owner number
+    claim: str  # a process that takes the run over replaces it in the run's tag `owner`
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class FetchArtifact:
 
 @dataclass(frozen=True)
 class OpenedRun:
-    """An opened run; the journal's record `open` is created from it."""
+    """Reply to `OpenRun`: the opened run, from which the trainer writes the journal's `open` record."""
 
     run_id: str
     name: str
@@ -112,7 +112,7 @@ class Away:
 
 @dataclass(frozen=True)
 class TakenOver:
-    """The store shows that another process has taken the run over; delivery has ended."""
+    """The run's claim in the store shows that the run was taken over; delivery has ended."""
 
     by: str
 

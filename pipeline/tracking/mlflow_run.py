@@ -73,7 +73,7 @@ class MlflowRun:
 
     @property
     def lost(self) -> bool:
-        """Whether another process has taken the run over, so that nothing more is written."""
+        """Whether the run was taken over, so that nothing more is written."""
         return self._taken_over is not None
 
     def log_params(self, params: Mapping[str, str]) -> None:
@@ -206,7 +206,7 @@ class MlflowRun:
             raise
 
     def _check_owner(self) -> None:
-        """Raise a TrainingError if another process owns the run now."""
+        """Raise a TrainingError if the run was taken over."""
         if self._taken_over is None:
             try:
                 self.owner.check()
@@ -216,7 +216,7 @@ class MlflowRun:
             raise TrainingError(str(self._taken_over)) from None
 
     def _check_news(self) -> None:
-        """Check whether the writer has reported that another process took the run over."""
+        """Check whether the writer has reported that the run was taken over."""
         with contextlib.suppress(queue.Empty):
             _, news = self.writer.inbox.get_nowait()
             if isinstance(news, messages.TakenOver):

@@ -55,7 +55,11 @@ def _collect(modules: list[str]) -> dict[str, str]:
 
 
 def _project_imports(tree: ast.AST) -> Iterator[ast.ImportFrom]:
-    """All `from pipeline... import ...` statements of a module, except under TYPE_CHECKING."""
+    """Yield the `from pipeline... import ...` statements of a module, except under TYPE_CHECKING.
+
+    Raises:
+        ImportError: the module has an `import pipeline...` statement, which cannot be made relative.
+    """
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             continue

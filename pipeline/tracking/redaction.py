@@ -16,7 +16,7 @@ def without_secrets(text: str) -> str:
 
 
 def shown_uri(uri: str) -> str:
-    """Remove login and query from a URI.
+    """Remove credentials and the query string from a URI.
 
     >>> shown_uri("postgresql://user:secret@host/base?password=other")
     'postgresql://host/base'

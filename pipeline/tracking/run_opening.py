@@ -133,7 +133,7 @@ class Opening:
         return run
 
     def _late_runs(self, client: Any) -> list[Any]:
-        """Runs created by an unanswered request; wait for them until LATE_SECONDS after it."""
+        """Return the runs that an unanswered create request made; poll until LATE_SECONDS after the request."""
         while True:
             runs = search(client, f"tags.{OWNER} = '{self.claim}'")
             if runs or time.monotonic() > (self.requested_at or 0.0) + LATE_SECONDS:
@@ -161,7 +161,7 @@ def refuse_alive(client: Any, run: Any, own_folder: Path | None) -> None:
 
 
 def _changes(client: Any, run: Any) -> bool:
-    """Whether the run gets points, another status or another owner within WATCH_SECONDS."""
+    """Whether the run gets points, another status or another claim within WATCH_SECONDS."""
     before, end = _state(run), time.monotonic() + WATCH_SECONDS
     while time.monotonic() < end:
         time.sleep(PAUSE_SECONDS)
@@ -201,7 +201,7 @@ def experiment_id(client: Any, experiment: str | None) -> str:
 
 
 def create_for(client: Any, opened: Record, folder: Path, claim: str | None) -> Any:
-    """Create a run for one that began offline or in another store. claim: its tag `owner`; None: unchanged."""
+    """Create a run for one that began offline or in another store. claim: its new claim; None: unchanged."""
     tags = opened["tags"] | {ORIGINAL: opened["id"], "run_dir": str(folder), "host": opened["host"]}
     tags |= {OWNER: claim} if claim else {}
     experiment = experiment_id(client, opened["experiment"])

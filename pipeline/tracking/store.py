@@ -22,7 +22,7 @@ CLIENT_SETTINGS = {
 
 
 def tracking_uri() -> str:
-    """The store's URI without login and query, which may be secret."""
+    """The store's URI without credentials and query string, which may be secret."""
     import mlflow
 
     return shown_uri(str(mlflow.get_tracking_uri()))

@@ -16,7 +16,7 @@ from pipeline.tracking.store import store_key, tracking_uri
 from pipeline.tracking.store_errors import Answer, classify, one_line
 
 PAUSE_SECONDS = (0.25, 4.0)  # pause between two attempts: first, longest
-CLAIM_SECONDS = 5.0  # between two checks of the run's owner in the store
+CLAIM_SECONDS = 5.0  # between two checks of the run's claim in the store
 FAILING_SECONDS = 20.0  # after this long, a call that fails (HTTP 500) while others succeed counts as refused
 
 
@@ -35,14 +35,14 @@ class StoreCalls:
         inbox: Inbox,
         send: Callable[[DeliveryNews], None],
     ) -> None:
-        """claim: expected value of the run's tag `owner`; None: not checked."""
+        """owner: owner number. claim: the run's expected claim; None: not checked."""
         self.folder, self.owner, self.claim = folder, owner, claim
         self.inbox, self.send = inbox, send
         self.cursor = Cursor(folder, store_key())
         self.client: Any = None
         self.run_id, self.host = "", ""  # the run's id in the store, and the value of its tag `host`
         self.reason = ""  # why the rest of the journal is not delivered
-        self.superseded = False  # another process owns the run now
+        self.superseded = False  # the run was taken over
         self._is_away = False
         self._claim_checked_at = -CLAIM_SECONDS
 
@@ -96,7 +96,7 @@ class StoreCalls:
             warn(f"run {self.run_id}: {problem}")
 
     def check(self) -> None:
-        """Raise GaveUpError if the folder has a newer owner, or if the run ends in a hurry and no time is left."""
+        """Raise GaveUpError if the folder has a higher owner number, or if the run is hurried and no time is left."""
         if owner_number(self.folder.path) > self.owner:
             self.superseded = True
             raise GaveUpError
@@ -105,7 +105,7 @@ class StoreCalls:
             raise GaveUpError
 
     def check_claim(self) -> None:
-        """Raise GaveUpError if the run's tag `owner` has changed; queried at most every CLAIM_SECONDS."""
+        """Raise GaveUpError if the run's claim has changed; queried at most every CLAIM_SECONDS."""
         if self.claim is None or time.monotonic() - self._claim_checked_at < CLAIM_SECONDS:
             return
         try:

@@ -90,7 +90,7 @@ class Training:
         self.plan = lru_cache(1)(task.plan)  # cached, since shuffling many rows is slow
         self.evaluated_at, self.due = -1, False  # due: the evaluation after the last step is still missing
         self.saver = saver or Saver(None)
-        self.done = False  # the model holds the best weights instead of the last ones
+        self.done = False  # True once the last weights are saved and the best ones may be in the model
         self.random = _random_state(device)  # restored in `advance`, since other code uses the generators too
 
     def train(self) -> Result:
@@ -354,7 +354,7 @@ def _weighted(values: Mapping[str, Tensor], weight: float) -> Mapping[str, Tenso
 
 
 def _sum(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Add up the tensors with the same name."""
+    """Sum the tensors of each name over all mappings."""
     total = dict(parts[0])
     for part in parts[1:]:
         for name, value in part.items():

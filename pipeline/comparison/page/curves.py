@@ -89,7 +89,7 @@ def window(points: int) -> int:
 
 
 def thin(count: int, most: int = MOST_POINTS) -> Steps:
-    """Indices of at most `most` of `count` points, evenly spaced, including the first and the last."""
+    """Evenly spaced indices of up to `most` of `count` points, with the first and the last."""
     return np.unique(np.rint(np.linspace(0, count - 1, min(count, most))).astype(np.int64))
 
 

@@ -296,7 +296,7 @@ class RawDataConfig(Config):
 
 
 class PrepareCtrConfig(Config):
-    """Convert raw impressions to a folder that train_mmoe reads."""
+    """Config of `prepare_ctr`, which converts raw impressions to a folder that train_mmoe reads."""
 
     short: ClassVar[dict[str, str]] = {"data": "data.train"}
 

@@ -114,8 +114,8 @@ class Objective:
             return {}
         shared = list(model.experts.parameters())
         probed = {name: flat(gradients(losses[name], shared)) for name in COMPONENTS if name in losses}
-        if "loss_ctcvr_focal" in losses and 0 in model.deep_heads:
-            towers = [*model.towers.parameters(), model.last]  # their first axis is the task
+        if "loss_ctcvr_focal" in losses and 0 in model.deep_heads:  # 0: the CTR head
+            towers = [*model.towers.parameters(), model.last]  # axis 0: the deep heads, in the order of `deep_heads`
             row = model.deep_heads.index(0)
             probed[CTR_TOWER] = flat(part[row] for part in gradients(losses["loss_ctcvr_focal"], towers))
         return probed

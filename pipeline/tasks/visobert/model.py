@@ -35,7 +35,7 @@ class Output(NamedTuple):
 
 
 class AspectSentimentModel(nn.Module):
-    """An encoder, pooling, a head for sentiments, and a head for mentions if aspects are detected."""
+    """An encoder, pooling, a sentiment head and, if configured, an aspect detection head."""
 
     thresholds: Tensor  # [A], probability from which an aspect counts as mentioned; saved with the weights
 
@@ -70,7 +70,7 @@ class AspectSentimentModel(nn.Module):
 
     @property
     def detects(self) -> bool:
-        """True if the model has a head for mentions."""
+        """Whether the model has an aspect detection head."""
         return "aspect" in self.heads
 
     def _pool(self, encoded: Encoded, mask: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ class World:
         p_ctr, p_cvr = self._rows(_stream(seed, 2), 200_000)[1:3]
         logits = [np.log(p / (1 - p)) for p in (p_ctr, p_cvr)]
         first = _intercept(logits[0], np.ones(len(p_ctr)), CTR)
-        weights = 1 / (1 + np.exp(-(logits[0] + first)))  # the conversion rate is per click
+        weights = 1 / (1 + np.exp(-(logits[0] + first)))  # weight rows by p_ctr, because CVR is defined on clicks
         self.intercept = np.array([first, _intercept(logits[1], weights, CVR)])
 
     def _rows(self, random: np.random.Generator, count: int) -> tuple[dict[str, Ints], Floats, Floats]:

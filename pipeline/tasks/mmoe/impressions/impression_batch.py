@@ -24,7 +24,7 @@ class Impressions:
     numeric: Tensor  # [B, M] float32
     ids: Tensor  # [n] int32, rows of the fused table
     weights: Tensor  # [n] float32
-    starts: Tensor  # [B * F + 1] int32: start of each bag
+    starts: Tensor  # [B * F + 1] int32: offset of each bag in `ids`, then the end
     groups: Groups | None = None  # ids sorted by table row, for the gradient on the CPU
 
     def __len__(self) -> int:

@@ -13,7 +13,7 @@ from pipeline.tasks.mmoe.impressions.impression_table import ImpressionTable, re
 
 
 class ImpressionData:
-    """The prepared folder of a config's `data` block; the generated data if the block has no path.
+    """The data of a run: the prepared folder `data.path`, or generated data if that is null.
 
     Raises:
         UserError: the folder is missing or damaged, or its training or validation split is empty.

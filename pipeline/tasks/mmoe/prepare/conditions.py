@@ -113,7 +113,7 @@ class _Parser:
                 tree = ast.parse(plain.decode(), mode="eval")
             return self.truth(tree.body)
         except SyntaxError as error:
-            position = error.offset - 1 if error.offset else len(self.text)  # offset 0 means the end
+            position = error.offset - 1 if error.offset else len(self.text)  # 0 or None: at the end
             raise self.error(position, error.msg) from None
         except (RecursionError, MemoryError, ValueError, OverflowError):
             raise self.error(0, "cannot be read") from None

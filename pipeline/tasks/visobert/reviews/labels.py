@@ -246,7 +246,7 @@ def _parse(cell: str) -> _Cell:
 
 
 def _pieces(cell: str) -> Iterator[tuple[tuple[str, ...], int, str]]:
-    """Yield every piece of a cell: the aspects it may be about (none if not known), its label, and its text."""
+    """Yield each annotation of a cell: its candidate aspects (none if unrecognised), label code and source text."""
     pairs = _object(cell)
     if pairs is None:
         for piece in filter(None, map(str.strip, cell.split(";"))):

@@ -64,7 +64,7 @@ class ReviewData:
         return Dataset(Path(train.source).name, self.splits.digest, train.source, profile)
 
     def warnings(self) -> list[str]:
-        """Warnings about the files: dropped cells, unknown tokens, copies across files, truncated texts."""
+        """Warnings about dropped cells, unknown tokens, reviews that are also in train, and truncated texts."""
         warnings: list[str] = []
         for name, reviews in self.splits.by_name.items():
             warnings += reviews.notes

@@ -149,7 +149,11 @@ def _text_column(file: Path, columns: Columns, form: ReviewFormatConfig) -> str:
 
 
 def _label_column(file: Path, columns: Columns, form: ReviewFormatConfig, text_column: str) -> str | None:
-    """The column with all labels: the configured one, else one of LABEL_COLUMNS; None with a column per aspect."""
+    """The column with all labels; None if there is none.
+
+    It is the configured label column. Without one: None if each configured aspect has its own column, else the first
+    of LABEL_COLUMNS that exists.
+    """
     if form.label_column is not None:
         name = _configured_column(file, columns, "label_column", form.label_column)
         if name == text_column:
@@ -168,7 +172,7 @@ def _configured_column(file: Path, columns: Columns, key: str, value: str) -> st
 
 
 def _first_of(names: Sequence[str], columns: Sequence[str] | Columns) -> str | None:
-    """The column that matches the first possible name, ignoring case; None if there is none."""
+    """The column of the first entry of `names` that exists, ignoring case; None if there is none."""
     columns_by_name = {column.casefold(): column for column in reversed(list(columns))}
     return next((columns_by_name[name] for name in names if name in columns_by_name), None)
 

@@ -80,7 +80,7 @@ class Predictions:
 
 
 def column_types(aspects: Sequence[str], polar: Flags, detection: bool) -> dict[str, str]:
-    """Names and MLflow types of the columns of `Predictions.frame`."""
+    """Map the columns of `Predictions.frame` to their MLflow types."""
     types = dict.fromkeys(aspects, "string")
     for aspect, has_sentiments in zip(aspects, polar, strict=True):
         parts = ([MENTIONED_TEXT] if detection else []) + (list(SENTIMENTS) if has_sentiments else [])

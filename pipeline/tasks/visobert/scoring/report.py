@@ -62,7 +62,7 @@ def write_pair_rows(folder: Path, reviews: Reviews, predictions: Predictions) ->
 
 
 def confident_errors(reviews: Reviews, predictions: Predictions) -> pd.DataFrame:
-    """Table of wrong predictions (sentiments of labelled cells, and mentions), most confident first.
+    """Misclassified cells by descending confidence: sentiments of labelled cells, and mentions.
 
     At most MAX_ERRORS rows. The column `probability` is the probability of the prediction.
     """
