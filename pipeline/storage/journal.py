@@ -31,7 +31,7 @@ class JournalWriter:
     def __init__(self, file: Path, check: Callable[[], None] = lambda: None) -> None:
         """Open the journal, and cut off an incomplete last record left by a killed process.
 
-        check: called before every write; raises if another process owns the journal now.
+        check: called before every write; raises if the run was taken over.
         """
         self.file, self.check = file, check
         if os.path.lexists(file):  # only a regular file may be truncated

@@ -6,7 +6,7 @@ between hosts, ownership is checked in the tracking store: see `pipeline.trackin
 
 Words used here and in `pipeline.tracking`:
 
-- owner: the process that may write the run's folder, normally a trainer. It holds `owner.lock` and is named in
+- owner: the process that may write the run's folder: a trainer, or `sync`. It holds `owner.lock` and is named in
   `owner.json`.
 - owner number: counts the owners of a folder, from 1. Each new owner writes its number to `owner.json`; processes that
   work for an earlier owner compare it with theirs and stop.
