@@ -39,7 +39,10 @@ def main(config: MmoeConfig, given: frozenset[str]) -> None:
     bayes = {f"{name}_bayes": value for name in RANKING_METRICS[:2]
              if (value := ranking[0].metrics.get(f"{name}_bayes")) is not None}  # fmt: skip
     if bayes:
-        info("no model can beat " + ", ".join(f"{name} {value:.4f}" for name, value in bayes.items()))
+        info(
+            "the best that a model can be expected to reach: "
+            + ", ".join(f"{name} {value:.4f}" for name, value in bayes.items())
+        )
     info(f"{wording.ONE_SEED}\n")
     rows = {reviews.name: "", "TF-IDF, logistic regression": "_tfidf", "majority": "_majority"}
     info(table((row, {f"test/{name}": reviews.metrics.get(f"test/{name}{suffix}") for name in REVIEW_METRICS})
