@@ -16,7 +16,7 @@ from pipeline.tasks.mmoe.task import MmoeTask
 from pipeline.tracking.messages import RunRequest
 from pipeline.tracking.mlflow_run import MlflowRun
 from pipeline.tracking.run import MemoryRun, Run
-from pipeline.tracking.writer import Writer
+from pipeline.tracking.writer_client import Writer
 from pipeline.training.loop import Training
 
 ROWS = 1_000_000

@@ -119,7 +119,7 @@ class Entries(click.Group):
 
 def _train(config: Any, target: str, given: frozenset[str]) -> None:
     """Train one run. The writer process starts first, so that it imports mlflow while this process imports torch."""
-    with import_reference("pipeline.tracking.writer:writer_for")(config.tracking) as writer:
+    with import_reference("pipeline.tracking.writer_client:writer_for")(config.tracking) as writer:
         import_reference("pipeline.runs.launch:launch")(config, import_reference(target), given, writer)
 
 

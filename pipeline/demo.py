@@ -15,7 +15,7 @@ from pipeline.tasks.visobert.config import DataPrepConfig, VisobertConfig
 from pipeline.tasks.visobert.prepare.data_prep import prepare_reviews
 from pipeline.tasks.visobert.task import VisobertTask
 from pipeline.tracking.messages import RunRequest
-from pipeline.tracking.writer import Writer, writer_for
+from pipeline.tracking.writer_client import Writer, writer_for
 
 FOCAL_KEYS = frozenset(key.path for key in keys(MmoeConfig) if key.path.startswith("loss.aux_focal."))
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -20,7 +20,7 @@ from hypothesis import settings
 if TYPE_CHECKING:
     from laboratory import Laboratory
 
-    from pipeline.tracking.writer import Writer
+    from pipeline.tracking.writer_client import Writer
 
 settings.register_profile("project", max_examples=25, deadline=None)
 settings.load_profile("project")
@@ -106,7 +106,7 @@ one_writer = pytest.mark.xdist_group("one writer")  # tests of the shared place 
 def shared_place(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[Place]:
     from mlflow import MlflowClient
 
-    from pipeline.tracking.writer import Writer
+    from pipeline.tracking.writer_client import Writer
 
     folder = tmp_path_factory.mktemp("place")
     store_in(folder, empty_store)
@@ -133,13 +133,13 @@ def place(shared_place: Place, monkeypatch: pytest.MonkeyPatch) -> Place:
 def lent(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     """The place, whose writer serves what is called by `call_pipeline` too, in a working folder of its own."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pipeline.tracking.writer.Writer", lending(place.writer))
+    monkeypatch.setattr("pipeline.tracking.writer_client.Writer", lending(place.writer))
     return place
 
 
 def lending(writer: "Writer") -> type["Writer"]:
     """A class whose writers are all the one that runs already: starting another takes seconds."""
-    from pipeline.tracking.writer import Writer
+    from pipeline.tracking.writer_client import Writer
 
     class Lent(Writer):
         def __init__(self) -> None:

@@ -12,9 +12,9 @@ from conftest import ROOT
 RENDER = """
 import pandas as pd
 from pipeline.comparison.page import view
-from pipeline.comparison.results import Arm, Comparison
+from pipeline.comparison.results import ArmResult, Comparison
 
-arm = Arm("alone", "baseline", None, "#000000", {0: "r"}, {0: 0.5}, 0.5, *[None] * 6, {}, "", None, {}, {})
+arm = ArmResult("alone", "baseline", None, "#000000", {0: "r"}, {0: 0.5}, 0.5, *[None] * 6, {}, "", None, {}, {})
 facts = {"run_id": "r", "name": "r", "status": "FINISHED", "arm": "alone", "seed": 0, "sweep_id": None}
 runs = pd.DataFrame([facts | {"metrics.test/auc": 0.5}])
 history = pd.DataFrame({"run": [], "metric": [], "step": [], "value": []})

@@ -10,7 +10,7 @@ from pipeline.names import CONTROLLED
 
 
 @dataclass(frozen=True)
-class Arm:
+class ArmResult:
     """One arm: its runs, one per seed, and their differences to the baseline's runs."""
 
     name: str
@@ -49,7 +49,7 @@ class Comparison:
     tracking_uri: str
     baseline: str
     seeds: tuple[int, ...]
-    arms: tuple[Arm, ...]
+    arms: tuple[ArmResult, ...]
     side_metrics: tuple[str, ...]
     runs: pd.DataFrame  # the compared runs, as `load_runs` returns them
     notes: tuple[str, ...]

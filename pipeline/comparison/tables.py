@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from pipeline.comparison import wording
-from pipeline.comparison.results import Arm, Comparison
+from pipeline.comparison.results import ArmResult, Comparison
 from pipeline.comparison.selection import unique_leaves
 from pipeline.comparison.wording import NOTHING
 from pipeline.maths.statistics import Paired
@@ -90,7 +90,7 @@ def to_text(comparison: Comparison) -> str:
     return visible("\n\n".join(parts))
 
 
-def _record(arm: Arm, comparison: Comparison) -> dict[str, Any]:
+def _record(arm: ArmResult, comparison: Comparison) -> dict[str, Any]:
     record: dict[str, Any] = {
         "arm": arm.name,
         "role": arm.role,
@@ -121,7 +121,7 @@ def _paired(prefix: str, paired: Paired | None) -> dict[str, float | int | None]
     return {prefix + name: getattr(paired, field) if paired else None for name, field in fields.items()}
 
 
-def _label(arm: Arm) -> str:
+def _label(arm: ArmResult) -> str:
     name = visible(" ".join(arm.name.split()))
     name = name if len(name) <= LABEL_LENGTH else name[: LABEL_LENGTH - 1] + "…"
     return f"  {name}" if arm.role == "control" else name

@@ -18,7 +18,7 @@ import pandas as pd
 from pipeline.comparison import wording
 from pipeline.comparison.compare_config import CompareConfig
 from pipeline.comparison.page.view import write_page
-from pipeline.comparison.results import Arm, Comparison
+from pipeline.comparison.results import ArmResult, Comparison
 from pipeline.comparison.row_intervals import row_intervals
 from pipeline.comparison.run_loading import load_history, load_runs
 from pipeline.comparison.selection import (
@@ -46,9 +46,19 @@ from pipeline.storage.csv_table import write_csv
 from pipeline.tracking.messages import RunRequest
 from pipeline.tracking.mlflow_run import MlflowRun, end_early
 from pipeline.tracking.store import tracking_uri
-from pipeline.tracking.writer import Writer
+from pipeline.tracking.writer_client import Writer
 
-__all__ = ["Arm", "Comparison", "compare", "load_history", "load_runs", "to_frame", "to_markdown", "to_text", "write"]
+__all__ = [
+    "ArmResult",
+    "Comparison",
+    "compare",
+    "load_history",
+    "load_runs",
+    "to_frame",
+    "to_markdown",
+    "to_text",
+    "write",
+]
 
 CURVES = re.compile(r"loss_.*|valid/.*|alpha/.*|influence/.*|aux_focal_on")  # metrics that the page draws
 
@@ -94,12 +104,12 @@ def compare(  # noqa: PLR0917 (notebooks pass one or two by position)
     controls = {arm: control for control, group in reversed(groups.items()) if roles[control] == "control"
                 for arm in first_text(group, "control_of").split(CONTROLLED)}  # fmt: skip
 
-    def make_arm(name: str, group: pd.DataFrame) -> Arm:
+    def make_arm(name: str, group: pd.DataFrame) -> ArmResult:
         own, difference, run_ids = list(values[name].values()), differences[name], runs_by_seed(group)
         own_best = [best[run] for run in run_ids.values() if run in best]
         control = controls.get(name) if name in tested else None
         side = {side: _paired(values_by_seed(group, side), values_by_seed(groups[base], side)) for side in sides}
-        return Arm(
+        return ArmResult(
             name=name,
             role=roles[name],
             control_of=first_text(group, "control_of") or None,
@@ -216,7 +226,7 @@ def _colors(groups: Mapping[str, pd.DataFrame]) -> dict[str, str]:
     return {arm: colors.get(arm) or next(free) for arm in groups}
 
 
-def _note_unshared_seeds(arms: Sequence[Arm], notes: list[str]) -> None:
+def _note_unshared_seeds(arms: Sequence[ArmResult], notes: list[str]) -> None:
     base, *others = arms
     few = [arm.name for arm in others if arm.difference and arm.difference.n < 2]
     if few:
@@ -229,7 +239,7 @@ def _note_unshared_seeds(arms: Sequence[Arm], notes: list[str]) -> None:
             notes.append(f"{arm.name}: {' and '.join(parts)}; differences are over the shared seeds")
 
 
-def _note_equal_seeds(arms: Sequence[Arm], runs: pd.DataFrame, metric: str, notes: list[str]) -> None:
+def _note_equal_seeds(arms: Sequence[ArmResult], runs: pd.DataFrame, metric: str, notes: list[str]) -> None:
     """Note seeds at which all arms are equal, usually because their best weights are from before the gate opened."""
     for seed in sorted({seed for arm in arms for seed in arm.values}):
         values, seed_runs = {arm.values.get(seed) for arm in arms} - {None}, runs[runs["seed"] == seed]

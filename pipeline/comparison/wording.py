@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from pipeline.comparison.results import Arm, Comparison
+from pipeline.comparison.results import ArmResult, Comparison
 from pipeline.maths import statistics as stats
 from pipeline.maths.statistics import Paired
 
@@ -93,7 +93,7 @@ def verdict(role: str, difference: Paired, p_adjusted: float | None, mode: str) 
     return stats.verdict(difference.mean, p_adjusted, higher_is_better=mode == "max")
 
 
-def shown_verdict(arm: Arm) -> str:
+def shown_verdict(arm: ArmResult) -> str:
     return arm.verdict or "baseline"
 
 
@@ -142,7 +142,7 @@ def legend(comparison: Comparison) -> str:
     return "\n".join(lines)
 
 
-def sentence(arm: Arm, comparison: Comparison) -> str:
+def sentence(arm: ArmResult, comparison: Comparison) -> str:
     """A sentence that begins with an arm's verdict (`shown_verdict`), followed by the numbers behind it."""
     numbers, difference = metric_format(comparison), arm.difference
     words = shown_verdict(arm) + (f" of {arm.control_of}" if arm.role == "control" and arm.control_of else "")
@@ -197,7 +197,7 @@ def _with_interval(paired: Paired | None, numbers: MetricFormat, mark: str = "")
     return f"{numbers.signed(paired.mean)}{mark}\n{interval}"
 
 
-def _over_rows(arm: Arm, numbers: MetricFormat) -> str:
+def _over_rows(arm: ArmResult, numbers: MetricFormat) -> str:
     return "\n".join(f"seed {seed}: {numbers.estimate(*row)}" for seed, row in arm.rows.items()) or NOTHING
 
 

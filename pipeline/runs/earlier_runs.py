@@ -18,7 +18,7 @@ from pipeline.storage.journal import Record, read_opening
 from pipeline.storage.ownership import alive_error, live_owner
 from pipeline.storage.run_folder import RunFolder
 from pipeline.tracking.messages import StoredRun
-from pipeline.tracking.writer import Writer
+from pipeline.tracking.writer_client import Writer
 
 SHOWN = 5  # number of differences listed in an error
 

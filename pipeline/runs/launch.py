@@ -18,7 +18,7 @@ from pipeline.runs.earlier_runs import EarlierRun
 from pipeline.runs.machine_errors import explained, one_line_machine_errors
 from pipeline.runs.resume import fork, identity_tags, newest_state, restore, use_first_threads
 from pipeline.runs.run_artifacts import headline, log_description, log_results
-from pipeline.runs.run_start import OpenedRun, open_run
+from pipeline.runs.run_start import RunStart, open_run
 from pipeline.runs.shared_prefix import start_from_prefix
 from pipeline.runtime import process_rank
 from pipeline.runtime.console import Console, info, warn
@@ -26,7 +26,7 @@ from pipeline.tasks.base import Task, undefined
 from pipeline.tracking.messages import RunRequest
 from pipeline.tracking.mlflow_run import MlflowRun, end_early
 from pipeline.tracking.run import MemoryRun, Run
-from pipeline.tracking.writer import Writer
+from pipeline.tracking.writer_client import Writer
 from pipeline.training.loop import Training, Watch, count_steps
 from pipeline.training.saver import Saver
 
@@ -139,7 +139,7 @@ def _load_task(config: RunConfig, make_task: TaskFactory, overrides: frozenset[s
 
 
 def _prepared(
-    opened: OpenedRun, task: Task[Any], identity: Mapping[str, str], device: str, overrides: frozenset[str], *,
+    opened: RunStart, task: Task[Any], identity: Mapping[str, str], device: str, overrides: frozenset[str], *,
     prefix: Path | None, watch: Watch | None, quiet: bool,
 ) -> Training:  # fmt: skip
     """Create the `Training`, at step 0 or with the state of an earlier start, another run or a shared prefix."""
@@ -158,7 +158,7 @@ def _prepared(
     training = Training(task, run, Console(total_steps, quiet), device, watch=watch, saver=saver)
     if state:
         restore(training, state)
-        info(f"{run.name}: goes on after step {state.step} of {total_steps}")
+        info(f"{run.name}: continues after step {state.step} of {total_steps}")
         run.set_tags({"resumed_at": str(state.step)})
         _repeat_evaluations(run, training, watch)
     elif tracked and opened.origin:
@@ -232,7 +232,7 @@ def _already_trained(earlier: EarlierRun, launcher: str | None) -> Trained:
         info(f"{earlier.name}: run {earlier.run_id} is finished already; nothing is trained (without resume a new run "
             "is)")  # fmt: skip
     else:
-        info(f"{earlier.name}: run {earlier.run_id} is trained already; what waits in {earlier.folder} is delivered")
+        info(f"{earlier.name}: run {earlier.run_id} is trained already; delivering the rest of {earlier.folder}")
         sync(earlier.folder)
     return Trained(earlier.run_id, earlier.name, tracking_uri(), earlier.metrics, before=True)
 
@@ -247,5 +247,5 @@ def _ending_early(run: Run) -> Iterator[None]:
         if process_rank.world_size() > 1 and isinstance(error, KeyboardInterrupt):
             info("torchrun stops all its processes when one of them has ended: its report names that one")
         if isinstance(run, MlflowRun) and not run.lost:
-            info(f"{run.name}: run {run.id} is {status}; the same command with resume=auto goes on with it")
+            info(f"{run.name}: run {run.id} is {status}; the same command with resume=auto continues it")
         raise

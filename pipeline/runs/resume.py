@@ -14,7 +14,7 @@ from pipeline.storage.checkpoint_format import Checkpoint
 from pipeline.storage.journal import Record, read_points
 from pipeline.storage.run_folder import RunFolder
 from pipeline.tracking.mlflow_run import MlflowRun
-from pipeline.tracking.writer import Writer
+from pipeline.tracking.writer_client import Writer
 from pipeline.training.loop import Training
 
 
@@ -28,7 +28,7 @@ def identity_tags(config: RunConfig, digest: str) -> dict[str, str]:
 def newest_state(run: MlflowRun) -> Checkpoint | None:
     """The run's newest intact checkpoint, or None; warns if the journal has lost records that preceded it."""
     checkpoint = RunFolder(run.folder).checkpoints().latest()
-    run.resume_from(checkpoint.facts["position"] if checkpoint else 0)
+    run.check_position(checkpoint.facts["position"] if checkpoint else 0)
     return checkpoint
 
 

@@ -50,7 +50,7 @@ def log_results(run: Run, task: Task[Any], training: Training, device: str) -> N
         task.report(model, folder, device)
     log_files(run, folder)
     with optional("the run's note"):
-        if text := note(training.result, training.keeper.step, run.history()):
+        if text := note(training.result, training.best_weights.step, run.history()):
             run.set_tags({"mlflow.note.content": text})
     if task.config.tracking.log_model:
         export = asdict(task.export(model, run.folder / "model"))

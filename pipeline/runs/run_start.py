@@ -15,12 +15,12 @@ from pipeline.storage.run_folder import RunFolder
 from pipeline.tracking.messages import RunRequest
 from pipeline.tracking.mlflow_run import MlflowRun
 from pipeline.tracking.run import MemoryRun, Run
-from pipeline.tracking.writer import Writer
+from pipeline.tracking.writer_client import Writer
 
 MEMORY_EVENTS = Path("/sys/fs/cgroup/memory.events")
 
 
-class OpenedRun(NamedTuple):
+class RunStart(NamedTuple):
     run: Run
     resumed: bool  # an earlier start began it
     origin: Checkpoint | None  # checkpoint from which a fork starts
@@ -28,10 +28,10 @@ class OpenedRun(NamedTuple):
 
 def open_run(
     config: RunConfig, writer: Writer | None, request: RunRequest, identity: Mapping[str, str]
-) -> OpenedRun | EarlierRun:
+) -> RunStart | EarlierRun:
     """Open the run to train, or return an earlier run that is already trained. identity: result of `identity_tags`."""
     if writer is None:
-        return OpenedRun(MemoryRun(request.name), resumed=False, origin=None)
+        return RunStart(MemoryRun(request.name), resumed=False, origin=None)
     with one_at_a_time(config, identity["run_key"]):
         earlier = find_earlier(config, identity, writer, None if request.resume else request.run_id)
         if earlier and (earlier.finished or earlier.ended_as == "FINISHED"):
@@ -44,14 +44,14 @@ def open_run(
         fresh = earlier is None or not RunFolder(earlier.folder).checkpoints().steps()
         origin = find_origin(config, writer) if fresh else None
         run = MlflowRun(writer, request, Path(config.output_dir), config.tracking.offline)
-    return OpenedRun(run, request.resume, origin)
+    return RunStart(run, request.resume, origin)
 
 
 def _continuing(request: RunRequest, earlier: EarlierRun) -> RunRequest:
     """Change a request to resume an earlier run; a run that `mlflow run` opened becomes its launcher."""
     launcher = request.launcher if request.run_id in (None, earlier.run_id) else request.run_id
     if earlier.ended_as is None and earlier.folder.is_dir():
-        warn(f"{earlier.name}: the last start of run {earlier.run_id} ended without a word: it was killed, or the "
+        warn(f"{earlier.name}: the last start of run {earlier.run_id} was killed, or the "
              f"machine went down{_memory_kills()}")  # fmt: skip
     tags = {name: value for name, value in request.tags.items() if name != THREADS}  # the first start's tag is kept
     return replace(request, run_id=earlier.run_id, resume=True, folder=str(earlier.folder), launcher=launcher,

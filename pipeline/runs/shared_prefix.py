@@ -42,13 +42,15 @@ def train_prefix(task: Task[Any], folders: Mapping[int, Path], device: str) -> i
 def start_from_prefix(training: Training, folder: Path) -> None:
     """Load the state of a shared prefix into a new training, and log the prefix's points in its run.
 
-    Values of `Task.settings` are replaced by this run's own, such as the weight of a loss that is not active yet.
+    `Task.scheduled_values`, such as the weight of a loss that is not active yet, are replaced by this run's own.
     """
     with (folder / POINTS_FILE).open(encoding="utf-8") as lines:
         for line in lines:
             step, time_ms, values = json.loads(line)
             if "global_step" in values:
-                values |= {name: value for name, value in training.task.settings(step).items() if name in values}
+                values |= {
+                    name: value for name, value in training.task.scheduled_values(step).items() if name in values
+                }
             training.run.log_metrics(step, values, time_ms)
     training.restore(read_checkpoint(folder))
 

@@ -29,7 +29,7 @@ class ArmRuns:
 
     def __init__(self, context: SweepContext) -> None:
         self.context, self.plan = context, context.plan
-        self.prefix_folder = context.folder / "trunks"
+        self.prefix_folder = context.folder / "prefixes"
         self.total = len(self.plan.sweep.seeds) * len(self.plan.arms)
         self.ended = 0
         self.failures: dict[tuple[str, int], str] = {}  # (arm, seed) -> error

@@ -10,7 +10,7 @@ from pipeline.runtime.interrupts import next_item
 from pipeline.runtime.processes import ChildProcess, Ended
 from pipeline.sweeps.jobs import Job, OnProgress, ready_jobs
 from pipeline.sweeps.requests import WORKER_REPLIES, Evaluated, JobFailed, StopRun, WorkerReply
-from pipeline.sweeps.worker import PATIENCE_SECONDS
+from pipeline.sweeps.worker import EXIT_SECONDS
 
 Worker = ChildProcess[WorkerReply]
 
@@ -47,7 +47,7 @@ class LocalWorkers:
         """See `Workers.close`."""
         for worker in self.workers:
             worker.end_input()
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        deadline = time.monotonic() + EXIT_SECONDS
         for worker in self.workers:
             worker.close(max(0.0, deadline - time.monotonic()))
 

@@ -72,7 +72,7 @@ def run_job(number: int, request: JobRequest, environment: LauncherEnvironment, 
     """
     import ray
 
-    from pipeline.tracking.writer import STOPPED_SECONDS, Writer
+    from pipeline.tracking.writer_client import STOPPED_SECONDS, Writer
 
     global _work  # noqa: PLW0603
     try:

@@ -13,7 +13,7 @@ from pipeline.sweeps.jobs import Job, OnProgress, ready_jobs
 from pipeline.sweeps.ray_cluster import LauncherEnvironment, connect, named_interrupts, refuse_local_store
 from pipeline.sweeps.ray_task import Board, Started, run_job
 from pipeline.sweeps.requests import DigestData, JobDone, JobFailed
-from pipeline.sweeps.worker import PATIENCE_SECONDS
+from pipeline.sweeps.worker import EXIT_SECONDS
 
 RETRIES = 3  # for a task whose process or node was lost
 
@@ -73,7 +73,7 @@ class RayWorkers:
         for reference in running:
             self.ray.cancel(reference)
         if running:
-            _, late = self.ray.wait(running, num_returns=len(running), timeout=PATIENCE_SECONDS)
+            _, late = self.ray.wait(running, num_returns=len(running), timeout=EXIT_SECONDS)
             for reference in late:
                 self.ray.cancel(reference, force=True)
         self.ray.shutdown()

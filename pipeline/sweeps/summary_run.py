@@ -14,7 +14,7 @@ from pipeline.sweeps.sweep_plan import Plan, to_yaml
 from pipeline.tracking.messages import RunRequest, StoredRun
 from pipeline.tracking.mlflow_run import MlflowRun, end_early
 from pipeline.tracking.stored_runs import end_run, runs_of_ids, runs_of_sweep, runs_of_tag, store_exists, tag_run
-from pipeline.tracking.writer import Writer
+from pipeline.tracking.writer_client import Writer
 
 
 class StoredSweep(NamedTuple):

@@ -47,7 +47,7 @@ def sweep(config: SweepConfig, file: Path, typed: Mapping[str, str]) -> None:
         raise UserError(f"{file}: training.threads is null, allowed with engine ray: a number (of CPUs for a run)")
     folder = Path(plan.baseline.config.output_dir) / "sweeps" / plan.identity()
     with _locked(folder):
-        from pipeline.tracking.writer import Writer
+        from pipeline.tracking.writer_client import Writer
 
         workers = _start_workers(config, folder)
         try:

@@ -40,9 +40,9 @@ from pipeline.sweeps.requests import (
 from pipeline.tasks.registry import TASKS
 
 if TYPE_CHECKING:
-    from pipeline.tracking.writer import Writer
+    from pipeline.tracking.writer_client import Writer
 
-PATIENCE_SECONDS = 15  # time limit for a worker to exit
+EXIT_SECONDS = 15  # time limit for a worker to exit
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def main() -> None:
     requests = _Requests()
 
     import pipeline.runs.launch  # noqa: F401 (takes seconds, best while another worker loads the data)
-    from pipeline.tracking.writer import Writer
+    from pipeline.tracking.writer_client import Writer
 
     with interruptible(), Writer() as writer:
         work = Work(writer, send_reply, requests.stop)

@@ -181,7 +181,7 @@ class Task(ABC, Generic[C]):
         shares of the values that `influence` needs, with names that begin with `influence/`.
         """
 
-    def settings(self, step: int) -> Mapping[str, float | bool]:  # noqa: ARG002
+    def scheduled_values(self, step: int) -> Mapping[str, float | bool]:  # noqa: ARG002
         """Scheduled values to log with the losses, such as the weight of a loss."""
         return {}
 

@@ -1,4 +1,4 @@
-"""Main program of the writer process, started by `pipeline.tracking.writer`: open runs and deliver their journals."""
+"""Main program of the writer process (see `writer_client.py`): open runs and deliver their journals."""
 
 import contextlib
 import gc
@@ -19,11 +19,11 @@ from pipeline.storage.run_folder import RunFolder
 from pipeline.tracking import messages
 from pipeline.tracking.client import connect, context_tags, download, find_by_id, search, stored_run
 from pipeline.tracking.cursor import Cursor
-from pipeline.tracking.delivery import NO_WORD, Delivery, wait_for_turn
+from pipeline.tracking.delivery import WAS_KILLED, Delivery, wait_for_turn
 from pipeline.tracking.inbox import Inbox
 from pipeline.tracking.redaction import shown_uri
 from pipeline.tracking.run_opening import Opening
-from pipeline.tracking.store import configure_mlflow, probe, store_key, tracking_uri
+from pipeline.tracking.store import check_reachable, configure_mlflow, store_key, tracking_uri
 from pipeline.tracking.store_calls import PAUSE_SECONDS
 from pipeline.tracking.store_errors import Answer, classify, one_line, refusal
 
@@ -54,7 +54,7 @@ def main() -> None:
                 reply(_open(request, opening, inbox, importing))
             case messages.FindRuns() | messages.FetchArtifact():
                 reply(_query(request, importing))
-    _abandon(opening, NO_WORD)
+    _abandon(opening, WAS_KILLED)
     sys.stderr.flush()
     os._exit(0)  # skip MLflow's exit handlers, which may be slow and would end an active run
 
@@ -83,7 +83,7 @@ def _follow(
 def _unreachable() -> str:
     """Probe the store's server, without mlflow; return the error, or "" if the server answers."""
     try:
-        probe()
+        check_reachable()
     except ConnectionError as error:
         return str(error)
     return ""
@@ -153,7 +153,11 @@ def _open_with_retries(opening: Opening, inbox: Inbox) -> messages.OpenedRun:
         try:
             return opening.open()
         except Exception as error:
-            if classify(error) not in (Answer.AWAY, Answer.FAILED) or inbox.gone or time.monotonic() + pause > end:
+            if (
+                classify(error) not in (Answer.UNAVAILABLE, Answer.FAILED)
+                or inbox.gone
+                or time.monotonic() + pause > end
+            ):
                 raise
             time.sleep(pause)
             pause = min(2 * pause, longest)

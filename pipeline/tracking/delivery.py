@@ -27,7 +27,7 @@ from pipeline.tracking.history import HISTORY_FILE, write_history
 from pipeline.tracking.inbox import Inbox
 from pipeline.tracking.messages import DeliveryNews, DeliveryReport, Progress
 from pipeline.tracking.run_opening import create_for, delete_stale_tags
-from pipeline.tracking.store import probe
+from pipeline.tracking.store import check_reachable
 from pipeline.tracking.store_calls import GaveUpError, StoreCalls
 
 POLL_SECONDS = 0.5  # between two reads of the journal
@@ -35,7 +35,7 @@ TURN_SECONDS = 10.0  # wait for an earlier owner's writer, which stops after its
 PROGRESS_SECONDS = 0.5  # between two progress messages
 LONG_SECONDS = 600.0  # for uploading a model or a large file, if the store has just answered
 LARGE_BYTES = 1 << 20
-NO_WORD = "the process ended without a word"
+WAS_KILLED = "the process was killed"
 
 
 def wait_for_turn(folder: RunFolder, check: Callable[[], None] = lambda: None) -> FileLock:
@@ -128,7 +128,7 @@ class Delivery:
         self.reader = JournalReader(self.folder.journal, self.cursor.offset)
 
     def _locate(self) -> None:
-        probe()
+        check_reachable()
         store, cursor = self.store, self.cursor
         store.client = store.client or connect()
         ids = [run_id for run_id in (cursor.run_id, self.opened["id"]) if run_id]
@@ -256,7 +256,7 @@ class Delivery:
             cursor.save()
             return
         status = self.status or requested or "FAILED"
-        failure = "" if self.status else (finish.failure if finish else "") or ("" if requested else NO_WORD)
+        failure = "" if self.status else (finish.failure if finish else "") or ("" if requested else WAS_KILLED)
         if failure:
             self.store.require("tags", set_tags, {"failure": failure})
         hurried = self.inbox.hurried

@@ -15,7 +15,7 @@ from pipeline.storage.ownership import live_owner
 from pipeline.storage.run_folder import RunFolder
 from pipeline.tracking.client import connect, find_by_id, stored_points, stored_run
 from pipeline.tracking.cursor import Cursor
-from pipeline.tracking.store import check_uri, probe, store_key, tracking_uri
+from pipeline.tracking.store import check_reachable, check_uri, store_key, tracking_uri
 from pipeline.tracking.store_errors import refusal
 
 SHOWN = 3  # names listed in a line
@@ -86,7 +86,7 @@ def _find_folder(run: str, output_dir: Path) -> RunFolder:
         if RunFolder(path).journal.is_file():
             return RunFolder(path.resolve())
     try:
-        probe()
+        check_reachable()
         stored = find_by_id(connect(), run)
     except Exception as error:  # report any error of the store in one line
         raise UserError(f"{run}: no run's folder, and {refusal(error)}") from None
@@ -120,7 +120,7 @@ def _check_journal(journal: Journal) -> Iterator[Finding]:
         yield Finding(f"journal: {journal.damaged} damaged lines, {journal.torn_bytes} bytes of a torn one",
                       "the next start (resume=auto) cuts the torn line off and trains again what it held")  # fmt: skip
     status = journal.final_status
-    yield Finding(f"journal: ends as {status or 'a run that goes on, or was cut off without a word'}",
+    yield Finding(f"journal: ends as {status or 'a run that still trains, or was killed'}",
                   None if status == "FINISHED" else "start it again with resume=auto")  # fmt: skip
 
 
@@ -142,7 +142,7 @@ def _check_store(journal: Journal) -> Iterator[Finding]:
     cursor = Cursor(journal.folder, store_key())
     waiting = journal.folder.journal.stat().st_size - cursor.offset - journal.torn_bytes
     try:
-        probe()
+        check_reachable()
         client = connect()
         run = find_by_id(client, cursor.run_id or journal.opened["id"])
     except Exception as error:  # report any error of the store as a finding

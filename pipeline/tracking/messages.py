@@ -50,7 +50,7 @@ class FollowRun:
 
 @dataclass(frozen=True)
 class FinishRun:
-    """Deliver the rest of the journal. Replies: any number of `Progress` or `Away`, then a `DeliveryReport`."""
+    """Deliver the rest of the journal. Replies: any of `Progress` and `StoreUnavailable`, then a `DeliveryReport`."""
 
     status: str | None  # final status, if the journal does not contain it
     failure: str = ""
@@ -103,7 +103,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Away:
+class StoreUnavailable:
     """The store is unreachable or accepts no calls at the moment."""
 
     waiting: int  # number of records not delivered yet
@@ -172,7 +172,7 @@ class Refused:
 
 
 WriterRequest = OpenRun | AbandonRun | FollowRun | FinishRun | FindRuns | FetchArtifact
-DeliveryNews = Progress | Away | TakenOver
+DeliveryNews = Progress | StoreUnavailable | TakenOver
 WriterReply = OpenedRun | DeliveryNews | DeliveryReport | FoundRuns | FetchedArtifact | Refused
 WRITER_REQUESTS: tuple[type[WriterRequest], ...] = get_args(WriterRequest)
 WRITER_REPLIES: tuple[type[WriterReply], ...] = get_args(WriterReply)

@@ -24,7 +24,7 @@ from pipeline.storage.journal import JournalWriter, LoggedPoints, is_measured, r
 from pipeline.storage.run_folder import RunFolder, leaves_folder
 from pipeline.tracking import messages
 from pipeline.tracking.run import PATIENCE_SECONDS, Points, Run, now_ms
-from pipeline.tracking.writer import STOPPED_SECONDS, Writer
+from pipeline.tracking.writer_client import STOPPED_SECONDS, Writer
 
 FAILED_SECONDS = 15.0  # time without progress after which delivery of a failed run gives up
 HURRY_SECONDS = 2.0  # added to the patience, for a hurried writer to end the run
@@ -116,7 +116,7 @@ class MlflowRun:
     def position(self) -> int:
         return self.journal.sync()
 
-    def resume_from(self, position: int) -> None:
+    def check_position(self, position: int) -> None:
         if position > self.logged_bytes:
             warn(f"journal {self.journal.file}: found {self.logged_bytes} bytes where {position} were saved; of the "
                  "rest, what the store has was read back")  # fmt: skip
@@ -156,7 +156,7 @@ class MlflowRun:
                               f"`python -m pipeline sync {self.folder}`")  # fmt: skip
         self.writer_cpu_seconds = report.cpu_seconds
         if report.problems:
-            raise TrainingError(f"run {self.id}: {'; '.join(report.problems)}; all of it lies in {self.journal.file}")
+            raise TrainingError(f"run {self.id}: {'; '.join(report.problems)}; {self.journal.file} has all of the run")
 
     def _abandon(self, _: object, error: BaseException | None, __: object) -> None:
         """Exit callback after an error: let the writer end the run, and raise disk errors as TrainingErrors."""
@@ -283,7 +283,7 @@ class MlflowRun:
                     self._restart_writer()
                     self.writer.send(request)
                     end = time.monotonic() + request.patience + 1
-                case messages.Away(waiting, reason):
+                case messages.StoreUnavailable(waiting, reason):
                     last_report = messages.DeliveryReport((), max(1, waiting), reason, self.id, 0.0)
                 case messages.Progress(delivered, total, busy):
                     end, last_report = time.monotonic() + max(request.patience + 1, busy), None

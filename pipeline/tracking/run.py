@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 Points = Mapping[str, float]
 
-PATIENCE_SECONDS = 30.0  # how long the end of a run waits for an unreachable store
+PATIENCE_SECONDS = 30.0  # without progress, after which the delivery of a run's end gives up
 
 
 def now_ms() -> int:
@@ -42,7 +42,7 @@ class Run(Protocol):
     def position(self) -> int:
         """Sync the journal to the disk; returns its size in bytes."""
 
-    def resume_from(self, position: int) -> None:
+    def check_position(self, position: int) -> None:
         """Note that training resumes from a state saved at this journal position; warn if the journal is shorter."""
 
     def history(self) -> Iterable[tuple[int, Points]]:
@@ -99,7 +99,7 @@ class MemoryRun:
     def position(self) -> int:
         return 0
 
-    def resume_from(self, position: int) -> None:
+    def check_position(self, position: int) -> None:
         """Do nothing."""
 
     def history(self) -> Iterable[tuple[int, Points]]:

@@ -49,7 +49,7 @@ def check_uri(uri: str | None = None) -> None:
                         f"({without_secrets(str(error))})") from None  # fmt: skip
 
 
-def probe() -> None:
+def check_reachable() -> None:
     """Check within seconds, and without importing mlflow, that the store's server answers.
 
     Raises:

@@ -11,7 +11,7 @@ from pipeline.storage.run_folder import RunFolder
 from pipeline.tracking.client import deletion_message, is_deleted, set_tags
 from pipeline.tracking.cursor import Cursor
 from pipeline.tracking.inbox import Inbox
-from pipeline.tracking.messages import Away, DeliveryNews, TakenOver
+from pipeline.tracking.messages import DeliveryNews, StoreUnavailable, TakenOver
 from pipeline.tracking.store import store_key, tracking_uri
 from pipeline.tracking.store_errors import Answer, classify, one_line
 
@@ -143,10 +143,10 @@ class StoreCalls:
 
     def _report_away(self) -> None:
         if self.inbox.finish:
-            self.send(Away(self.waiting(), self.reason))
+            self.send(StoreUnavailable(self.waiting(), self.reason))
         elif not self._is_away and not self.inbox.ending:
-            warn(f"tracking store {tracking_uri()} takes nothing ({self.reason}); the run goes on, and all of "
-                 f"it waits in {self.folder.journal}")  # fmt: skip
+            warn(f"tracking store {tracking_uri()} is unavailable ({self.reason}); training continues, and "
+                 f"what it logs waits in {self.folder.journal}")  # fmt: skip
             self._is_away = True
 
     def _report_back(self) -> None:

@@ -15,7 +15,7 @@ REFUSALS = {
     "INVALID_STATE",
     "NOT_IMPLEMENTED",
 }
-HTTP_AWAY = {408, 425, 429, 502, 503, 504}
+HTTP_UNAVAILABLE = {408, 425, 429, 502, 503, 504}
 HTTP_UNAUTHORIZED, HTTP_SERVER_ERROR, HTTP_CLIENT_ERRORS = 401, 500, range(400, 500)
 STATUS_IN_TEXT = re.compile(r"failed with error code (\d{3}) ")
 REFUSED_BY_DATABASE = re.compile("DataError|IntegrityError|StringDataRightTruncation|out of range|out-of-date database")
@@ -27,7 +27,7 @@ OWN_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ImportError, A
 class Answer(enum.Enum):
     """Classes of errors, by how the failed call is treated; see the table in docs/resume.md."""
 
-    AWAY = "away"  # repeat the call
+    UNAVAILABLE = "unavailable"  # repeat the call
     FAILED = "failed"  # HTTP 500: repeat the call; refused if it keeps failing while other calls succeed
     NOT_ALLOWED = "not allowed"  # HTTP 401: repeat the call until the login is corrected
     REFUSED = "refused"  # this call will never succeed
@@ -41,13 +41,13 @@ def classify(error: Exception) -> Answer:
     if code in REFUSALS or REFUSED_BY_DATABASE.search(str(error)):
         return Answer.REFUSED
     if status is None:
-        return Answer.AWAY if _is_temporary(error) else Answer.REFUSED
+        return Answer.UNAVAILABLE if _is_temporary(error) else Answer.REFUSED
     if status == HTTP_UNAUTHORIZED:
         return Answer.NOT_ALLOWED
     is_database = code == "BAD_REQUEST" and not STATUS_IN_TEXT.search(str(error))  # the server's database failed
     if status == HTTP_SERVER_ERROR or is_database:
         return Answer.FAILED
-    return Answer.REFUSED if status in HTTP_CLIENT_ERRORS and status not in HTTP_AWAY else Answer.AWAY
+    return Answer.REFUSED if status in HTTP_CLIENT_ERRORS and status not in HTTP_UNAVAILABLE else Answer.UNAVAILABLE
 
 
 def http_status(error: Exception) -> int | None:

@@ -18,11 +18,10 @@ from pipeline.tracking.cursor import Cursor
 from pipeline.tracking.delivery import Delivery
 from pipeline.tracking.inbox import Inbox
 from pipeline.tracking.messages import DeliveryNews, DeliveryReport, FinishRun, Progress
+from pipeline.tracking.run import PATIENCE_SECONDS
 from pipeline.tracking.run_opening import refuse_alive
-from pipeline.tracking.store import CLIENT_SETTINGS, probe, store_key, tracking_uri
+from pipeline.tracking.store import CLIENT_SETTINGS, check_reachable, store_key, tracking_uri
 from pipeline.tracking.store_errors import Answer, classify, one_line, refusal
-
-PATIENCE_SECONDS = 30.0  # time without progress after which delivery gives up
 
 
 def sync(folder: Path, again: bool = False) -> None:
@@ -42,7 +41,7 @@ def sync(folder: Path, again: bool = False) -> None:
         raise UserError(f"{folder}: found no {JOURNAL_FILE}, allowed: a run's folder, or a folder of such folders")
     os.environ |= CLIENT_SETTINGS
     with _delivery_errors(folders[0].path.parent):
-        probe()
+        check_reachable()
         connect().search_experiments(max_results=1)
     failures: list[UserError] = []
     for each in folders:

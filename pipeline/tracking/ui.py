@@ -210,7 +210,7 @@ def wait_until_up(server: subprocess.Popen[bytes], base: str) -> None:
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end:
         if server.poll() is not None:
-            raise UserError(f"MLflow's server ended with code {server.returncode}; its own words are above")
+            raise UserError(f"MLflow's server ended with code {server.returncode}; see its output above")
         with suppress(URLError, ConnectionError, TimeoutError), urlopen(f"{base}/health", timeout=5):  # noqa: S310
             return
         time.sleep(0.2)

@@ -85,7 +85,7 @@ class Training:
         self.scaler = torch.amp.GradScaler(device, enabled=self.config.training.amp == "fp16")
         self.total_steps, self.schedule = count_steps(task), task.schedule.model_dump()
         self.recorder = Recorder(run, console, self.config.tracking.log_every, task.logged_losses)
-        self.keeper = BestWeights(self.config.evaluation, run.folder / BEST_FILE)
+        self.best_weights = BestWeights(self.config.evaluation, run.folder / BEST_FILE)
         self.result = Result(self.model)
         self.plan = lru_cache(1)(task.plan)  # cached, since shuffling many rows is slow
         self.evaluated_at, self.due = -1, False  # due: the evaluation after the last step is still missing
@@ -121,11 +121,11 @@ class Training:
         """Save the last weights; calibrate the best ones and evaluate them on the test split."""
         self.saver.check_data()
         self.run.log_metrics(self.result.steps, {TRAIN_SECONDS: seconds})
-        if self.keeper.step is not None:
-            self.run.log_metrics(self.result.steps, {"best_step": self.keeper.step})
+        if self.best_weights.step is not None:
+            self.run.log_metrics(self.result.steps, {"best_step": self.best_weights.step})
         save_weights(self.model.state_dict(), self.run.folder / FINAL_FILE)
         self.done = True
-        self.keeper.restore(self.model)
+        self.best_weights.restore(self.model)
         with evaluating(self.model):
             fitted = self.task.calibrate(self.model, self.device)
         if fitted:
@@ -160,7 +160,7 @@ class Training:
                 self._step(window, batches)
                 if self.due:
                     self._evaluate()
-                if self.saver.is_due(self.result.steps, self.keeper.step):
+                if self.saver.is_due(self.result.steps, self.best_weights.step):
                     self._save()
                 self.console.flush()
         finally:
@@ -168,7 +168,7 @@ class Training:
 
     def _save(self) -> None:
         self.random = _random_state(self.device)
-        seconds = self.saver.save(self.result.steps, self.keeper.step, self.state, self.files)
+        seconds = self.saver.save(self.result.steps, self.best_weights.step, self.state, self.files)
         self.recorder.last_log += seconds  # exclude the save from the throughput
 
     def _loaded(self, windows: Iterator[Window]) -> Iterator[tuple[Window, list[Any]]]:
@@ -202,22 +202,22 @@ class Training:
             "model": self.model.state_dict(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "scaler": self.scaler.state_dict(),
-            "keeper": self.keeper.state(),
+            "keeper": self.best_weights.state(),
             "random": self.random,
         }
 
     def files(self) -> dict[str, Path]:
         """Files that belong to the state: name in a checkpoint -> path."""
-        return {BEST_LINK: self.keeper.file} if self.keeper.step is not None else {}
+        return {BEST_LINK: self.best_weights.file} if self.best_weights.step is not None else {}
 
-    def restore(self, generation: Checkpoint) -> None:
+    def restore(self, checkpoint: Checkpoint) -> None:
         """Load a checkpoint of the same task.
 
         Raises:
             ValueError, RuntimeError: the state does not fit the model.
         """
-        self.load_state(generation.state)
-        self.keeper.load_state(generation.state["keeper"], generation.folder / BEST_LINK)
+        self.load_state(checkpoint.state)
+        self.best_weights.load_state(checkpoint.state["keeper"], checkpoint.folder / BEST_LINK)
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Load the result of `state`, without the file of the best weights."""
@@ -227,11 +227,11 @@ class Training:
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
         self.scaler.load_state_dict(state["scaler"])
-        self.keeper.load_state(state["keeper"], None)
+        self.best_weights.load_state(state["keeper"], None)
         self.random = state["random"]
 
     def _is_over(self) -> bool:
-        return self.result.steps >= self.total_steps or self.keeper.exhausted or self.stopped
+        return self.result.steps >= self.total_steps or self.best_weights.exhausted or self.stopped
 
     def _step(self, window: Window, batches: Sequence[Any]) -> None:
         """Take one optimizer step; if interrupted before the update, reset gradients and random state."""
@@ -249,7 +249,7 @@ class Training:
                 self.result.steps = step + 1
                 self.due = self.result.steps % every == 0 if every else window.ends_epoch and not self._is_over()
                 rates = {f"lr/{name}": optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
-                settings = rates | dict(self.task.settings(step))
+                settings = rates | dict(self.task.scheduled_values(step))
                 if process_rank.is_main_process():
                     self.recorder.step(step, losses, norms | influence, settings, sum(map(len, window.rows)))
         except (KeyboardInterrupt, RankLost):
@@ -309,12 +309,12 @@ class Training:
             self.run.log_metrics(step, metrics)
             self.run.flush()
             self.result.metrics |= metrics
-            self.keeper.consider(metrics, self.model, step)
+            self.best_weights.consider(metrics, self.model, step)
             self.evaluated_at, self.due = step, False
         self.stopped = self.watch is not None and self.watch(step, metrics)
-        name = self.keeper.metric
+        name = self.best_weights.metric
         score = f"{name} {metrics[name]:.4f}" if name in metrics else "evaluated"
-        info(f"step {step}: {score}" + (" (best)" if self.keeper.step == step else ""))
+        info(f"step {step}: {score}" + (" (best)" if self.best_weights.step == step else ""))
         with optional("what the evaluation shows"):
             for finding in self.task.findings(metrics):
                 warn(f"step {step}: {finding}")

@@ -38,7 +38,7 @@ from pipeline.errors import UserError
 from pipeline.maths.statistics import bootstrap_auc, paired, percentile_interval
 from pipeline.names import TEST_ROWS_FILE
 from pipeline.tracking.client import Point
-from pipeline.tracking.writer import Writer
+from pipeline.tracking.writer_client import Writer
 
 UNIT = 1 / 64  # differences of such numbers are exact
 LABEL = [None, *[0] * 8, *[1] * 8]  # the first row is none of the metric's

@@ -30,10 +30,10 @@ from pipeline.tracking.sync import sync
 pytestmark = [pytest.mark.faults, only_full]
 
 HTML, CUT = "200 with HTML", "a cut body"
-AWAY, REFUSED, FAILED, NOT_ALLOWED = "away", "refused", "failed", "not allowed"
+UNAVAILABLE, REFUSED, FAILED, NOT_ALLOWED = "unavailable", "refused", "failed", "not allowed"
 ANSWERS: dict[int | str, str] = {
-    400: REFUSED, 401: NOT_ALLOWED, 403: REFUSED, 404: REFUSED, 408: AWAY, 413: REFUSED, 429: AWAY, 500: FAILED,
-    502: AWAY, 503: AWAY, HTML: AWAY, CUT: AWAY,
+    400: REFUSED, 401: NOT_ALLOWED, 403: REFUSED, 404: REFUSED, 408: UNAVAILABLE, 413: REFUSED,
+    429: UNAVAILABLE, 500: FAILED, 502: UNAVAILABLE, 503: UNAVAILABLE, HTML: UNAVAILABLE, CUT: UNAVAILABLE,
 }  # fmt: skip
 STEPS = 3
 
@@ -139,7 +139,7 @@ class Ended:
     folder: Path | None = None
 
 
-def make_run(name: str) -> Ended:
+def make_run(name: str, patience: float = 60.0) -> Ended:
     """A run that logs one of everything."""
     try:
         run = MlflowRun(Here(), RunRequest(name, tags={"asked": name}), Path("outputs"))  # type: ignore[arg-type]
@@ -154,7 +154,7 @@ def make_run(name: str) -> Ended:
         run.log_metrics(step, {"loss_total": step / 3}, 1000 + step)
     run.journal.append({"op": "finish", "status": "FINISHED", "time": 5000})
     run.journal.close()
-    inbox = Inbox(None, FinishRun("FINISHED", patience=1.0))
+    inbox = Inbox(None, FinishRun("FINISHED", patience=patience))
     report = Delivery(run.folder, run.owner.number, inbox, lambda _: None, run.claim).follow()
     run.owner.release()
     return Ended(report=report, folder=run.folder)
@@ -173,15 +173,19 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, proxy: Proxy) -> None
     monkeypatch.chdir(tmp_path)
     for name, value in {**CLIENT_SETTINGS, "MLFLOW_TRACKING_URI": proxy.uri}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(writing, "OPEN_SECONDS", 0.5)
     monkeypatch.setattr(writing, "ABANDON_SECONDS", 0.05)
     monkeypatch.setattr(run_opening, "LATE_SECONDS", 0.3)
     monkeypatch.setattr(run_opening, "PAUSE_SECONDS", 0.05)
-    monkeypatch.setattr(store_calls, "FAILING_SECONDS", 0.3)
     monkeypatch.setattr(store_calls, "CLAIM_SECONDS", 0.0)
     for module in (writing, store_calls):
         monkeypatch.setattr(module, "PAUSE_SECONDS", (0.05, 0.1))
-    monkeypatch.setattr("pipeline.tracking.sync.PATIENCE_SECONDS", 5.0)
+
+
+def limit_retries(monkeypatch: pytest.MonkeyPatch, *, lasting: bool) -> float:
+    """Give up soon on an error that lasts, and wait long for a store that answers again; returns the patience."""
+    monkeypatch.setattr(writing, "OPEN_SECONDS", 0.5 if lasting else 60.0)
+    monkeypatch.setattr(store_calls, "FAILING_SECONDS", 0.3 if lasting else 60.0)
+    return 1.0 if lasting else 60.0
 
 
 def whole(client: Any, run: Any) -> bool:
@@ -197,7 +201,7 @@ def whole(client: Any, run: Any) -> bool:
     )  # fmt: skip
 
 
-def test_every_answer_to_every_call(proxy: Proxy, quick: None) -> None:
+def test_every_answer_to_every_call(proxy: Proxy, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow import MlflowClient
 
     client = MlflowClient(proxy.server.uri)
@@ -214,12 +218,13 @@ def test_every_answer_to_every_call(proxy: Proxy, quick: None) -> None:
         name = f"run {number}"
         told = f"{call}: {answer} {'once' if times == 1 else 'for good'}"
         proxy.call, proxy.answer, proxy.times = call, answer, times
-        ended = make_run(name)
+        ended = make_run(name, limit_retries(monkeypatch, lasting=times > 1))
         proxy.answer = None
+        limit_retries(monkeypatch, lasting=False)
         unnoticed = call.startswith("PUT") and answer == HTML  # 200 is a file's whole answer: `doctor` sees it
         runs = client.search_runs(["0"], f"tags.asked = '{name}'")
         kind = ANSWERS[answer]
-        passing = times == 1 and kind in (AWAY, FAILED)
+        passing = times == 1 and kind in (UNAVAILABLE, FAILED)
         if ended.refused:
             if passing:
                 wrong.append(f"{told}: refused: {ended.refused}")
@@ -236,7 +241,7 @@ def test_every_answer_to_every_call(proxy: Proxy, quick: None) -> None:
             if not whole(client, run):
                 wrong.append(f"{told}: not whole: {ended.report}")
             continue
-        if kind in (AWAY, NOT_ALLOWED) and ended.report.problems:
+        if kind in (UNAVAILABLE, NOT_ALLOWED) and ended.report.problems:
             wrong.append(f"{told}: refused by {ended.report}")
         if ended.report.waiting and not ended.report.reason:
             wrong.append(f"{told}: waits for no reason")

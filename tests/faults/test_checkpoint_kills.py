@@ -1,4 +1,4 @@
-"""Kills in the middle of saves: at every moment one whole generation of a checkpoint is on disk."""
+"""Kills in the middle of saves: at every moment one complete checkpoint is on disk."""
 
 import json
 import os
@@ -88,7 +88,7 @@ print(json.dumps(found))
 """
 
 
-def test_a_kill_at_any_moment_leaves_a_whole_generation(
+def test_a_kill_at_any_moment_leaves_a_complete_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """At random moments of saves that follow each other, and at every change of the file system in turn.

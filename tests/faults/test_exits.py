@@ -18,7 +18,7 @@ from server import MlflowServer
 from test_kills import Job, points, runs, weights
 
 from pipeline.sweeps import worker
-from pipeline.tracking import mlflow_run, writer
+from pipeline.tracking import mlflow_run, writer_client
 
 LONG = 100_000  # steps: longer than any test waits
 END_SECONDS = 10  # that a run may take to end, on a machine with nothing else to do
@@ -107,7 +107,7 @@ def output_is_full(process: "subprocess.Popen[str]") -> bool:
 
 
 def test_the_waits_make_up_what_is_promised() -> None:
-    assert writer.STOPPED_SECONDS + mlflow_run.HURRY_SECONDS < END_SECONDS < worker.PATIENCE_SECONDS
+    assert writer_client.STOPPED_SECONDS + mlflow_run.HURRY_SECONDS < END_SECONDS < worker.EXIT_SECONDS
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
@@ -134,7 +134,7 @@ def test_a_run_that_is_alive_is_refused_and_a_signal_saves_and_ends_it(
     assert runs(folder) == {run_id: ("KILLED", "")}
     told = (folder / "stderr.txt").read_text()
     assert f"error: stopped by {number.name}" in told
-    assert f"run {run_id} is KILLED; the same command with resume=auto goes on with it" in told
+    assert f"run {run_id} is KILLED; the same command with resume=auto continues it" in told
     assert "Traceback" not in told
     saved = max(int(entry.name) for entry in (folder / "outputs" / run_id / "checkpoints").iterdir())
     logged = [step for key, step, _ in points(folder, run_id) if key == "global_step"]

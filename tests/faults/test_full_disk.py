@@ -69,7 +69,7 @@ def test_a_journal_that_no_longer_fits(workplace: Path, impressions: Path) -> No
 def test_a_checkpoint_that_no_longer_fits(workplace: Path, impressions: Path) -> None:
     from pipeline.storage.checkpoints import Checkpoints
 
-    # a generation has 375 kB: the best weights and two generations fit, a third beside them does not
+    # a checkpoint has 375 kB: the best weights and two checkpoints fit, a third beside them does not
     result = trained_on(
         "1500k", impressions, workplace, checkpoint__every_steps="20", checkpoint__keep_steps="[20, 40]"
     )

@@ -116,7 +116,7 @@ def stop_before_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
     stops: dict[str, Callable[..., None]] = {entry.target: reached for entry in command_line.ENTRIES.values()}
     stops |= {"pipeline.runs.launch:launch": launched, "pipeline.sweeps.sweep:sweep": planned,
-              "pipeline.tracking.writer:writer_for": lambda _: contextlib.nullcontext()}  # fmt: skip
+              "pipeline.tracking.writer_client:writer_for": lambda _: contextlib.nullcontext()}  # fmt: skip
     for entry in command_line.ENTRIES.values():
         if entry.trains:
             stops[entry.target] = lambda: None

@@ -202,15 +202,15 @@ def test_the_best_weights_are_those_up_to_the_checkpoint(small: Make, tmp_path: 
     run = Kept(folder=tmp_path / "run")
     training = training_of(task, run)
     training.advance(4)
-    best_then, weights_then = training.keeper.step, load_file(training.keeper.file)
-    training.keeper.best = -float("inf")  # whatever comes next is better
+    best_then, weights_then = training.best_weights.step, load_file(training.best_weights.file)
+    training.best_weights.best = -float("inf")  # whatever comes next is better
     training.advance(6)
-    assert training.keeper.step == 6
+    assert training.best_weights.step == 6
     again = training_of(task, Kept(folder=run.folder))
     state = Checkpoints(run.folder).at(4)
     restore(again, state)
-    assert again.keeper.step == best_then
-    found = load_file(again.keeper.file)
+    assert again.best_weights.step == best_then
+    found = load_file(again.best_weights.file)
     assert all(torch.equal(found[name], weights_then[name]) for name in weights_then)
 
 
@@ -220,7 +220,7 @@ def test_patience_and_loss_scale_go_on_from_where_they_were(small: Make, tmp_pat
     training = training_of(task, run)
     training.advance(1)
     training.scaler.update(512.0)
-    training.keeper.best = float("inf")  # nothing that comes is better
+    training.best_weights.best = float("inf")  # nothing that comes is better
     training.advance(4)
     again = training_of(task, Kept(folder=run.folder))
     restore(again, Checkpoints(run.folder).at(4))
@@ -274,7 +274,7 @@ def test_a_fork_has_its_own_settings_and_the_points_that_led_to_it(small: Make, 
     fork(training, run, state)  # type: ignore[arg-type]
     assert {group["weight_decay"] for group in training.optimizers["dense"].param_groups} == {0.5}
     assert {tuple(group["betas"]) for group in training.optimizers["dense"].param_groups} == {(0.5, 0.9)}
-    assert training.keeper.step is None  # what was best by another metric says nothing
+    assert training.best_weights.step is None  # what was best by another metric says nothing
     assert training.result.steps == 8
     steps = [step for step, values in run.points if "global_step" in values]
     evaluated = [step for step, values in run.points if "valid/auc_ctr" in values]
@@ -340,7 +340,7 @@ def test_kept_are_the_last_two_the_best_and_those_asked_for(small: Make, tmp_pat
     saver = Saver(run, CheckpointConfig(every_steps=2, keep_steps=(3,)), FACTS)  # type: ignore[arg-type]
     training = Training(task, run, Console(0, quiet=True), "cpu", saver=saver)
     training.train()
-    assert Checkpoints(run.folder).steps() == sorted({3, 10, 12, training.keeper.step or 0})
+    assert Checkpoints(run.folder).steps() == sorted({3, 10, 12, training.best_weights.step or 0})
     assert {CHECKPOINT_SECONDS, CHECKPOINT_MEGABYTES} <= {name for _, values in run.points for name in values}
 
 

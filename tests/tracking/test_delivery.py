@@ -31,12 +31,12 @@ from pipeline.storage.ownership import live_owner
 from pipeline.storage.run_folder import RunFolder
 from pipeline.tracking import delivery, inbox, store_calls
 from pipeline.tracking.cursor import Cursor
-from pipeline.tracking.delivery import NO_WORD, Delivery, wait_for_turn
+from pipeline.tracking.delivery import WAS_KILLED, Delivery, wait_for_turn
 from pipeline.tracking.inbox import Inbox
 from pipeline.tracking.messages import DeliveryReport, FinishRun, RunRequest
 from pipeline.tracking.mlflow_run import MlflowRun
-from pipeline.tracking.store import probe
-from pipeline.tracking.writer import Writer
+from pipeline.tracking.store import check_reachable
+from pipeline.tracking.writer_client import Writer
 
 pytestmark = one_writer
 
@@ -151,17 +151,17 @@ def test_an_outage_of_the_server_loses_nothing(
     log_steps(first, range(100, 1500))
     first.set_tags({"failure": "stopped", "branched_from": "prefix 1"})
     first.flush()
-    wait_for(lambda: says("takes nothing"))
+    wait_for(lambda: says("is unavailable"))
     with pytest.raises(Undelivered, match="1,402 records wait") as caught:  # steps, tags, and the end
         first.finish("KILLED", patience=0.5)
     assert caught.value.exit_code == 3
-    assert says("takes nothing") == 1
+    assert says("is unavailable") == 1
     assert writer.process is process  # it serves the next one
     assert process.poll() is None
     second = open_run(writer, offline=True, name="second", experiment="later", tags={"arm": "a"})
     assert second.run_folder.journal.is_file()
     log_steps(second, range(10))
-    wait_for(lambda: says("takes nothing") == 2)
+    wait_for(lambda: says("is unavailable") == 2)
 
     door.open()
     wait_for(lambda: says("is back"))
@@ -275,7 +275,7 @@ import signal, sys
 from pathlib import Path
 from pipeline.tracking.messages import RunRequest
 from pipeline.tracking.mlflow_run import MlflowRun
-from pipeline.tracking.writer import Writer
+from pipeline.tracking.writer_client import Writer
 run = MlflowRun(writer := Writer(), RunRequest("doomed"), Path("outputs"))
 for step in range(50):
     run.log_metrics(step, {"loss_total": step / 3}, 1000 + step)
@@ -292,12 +292,12 @@ signal.pause()
         assert has_imported == "False"  # only the writer imports MLflow
         trainer.kill()
     wait_for(lambda: client.get_run(run_id).info.status == "FAILED")
-    assert client.get_run(run_id).data.tags["failure"] == NO_WORD
+    assert client.get_run(run_id).data.tags["failure"] == WAS_KILLED
     assert points(client, run_id) == expected(range(50))
     wait_for(lambda: not Path(f"/proc/{pid}").exists())
     assert live_owner(folder) is None
     run = resume(writer, run_id)
-    run.resume_from(0)
+    run.check_position(0)
     log_steps(run, range(60))
     run.finish("FINISHED")
     assert points(client, run_id) == expected(range(60))
@@ -362,7 +362,7 @@ def test_a_writer_is_not_waited_for_after_an_interrupt(monkeypatch: pytest.Monke
         return subprocess.Popen(["sleep", "600"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     monkeypatch.setattr(processes, "start", start)
-    monkeypatch.setattr("pipeline.tracking.writer.STOPPED_SECONDS", 0.2)
+    monkeypatch.setattr("pipeline.tracking.writer_client.STOPPED_SECONDS", 0.2)
     with pytest.raises(KeyboardInterrupt), Writer() as writer:
         raise KeyboardInterrupt
     assert writer.process.poll() == -signal.SIGKILL
@@ -425,12 +425,12 @@ def test_waiting_for_a_hanging_writer_ends(tmp_path: Path, monkeypatch: pytest.M
 def test_points_logged_before_are_compared_and_not_logged_again(client: Any, writer: Writer, here: Path) -> None:
     before = interrupted(writer, range(10))
     run = resume(writer, before.id)
-    run.resume_from(before.journal.size)
+    run.check_position(before.journal.size)
     log_steps(run, range(4, 15))
     run.log_metrics(15, {"system/rows_per_second": 1.0, "checkpoint/megabytes": 1.0})  # the second: an earlier name
     run.finish("FINISHED")
     again = resume(writer, before.id)
-    again.resume_from(0)
+    again.check_position(0)
     again.log_metrics(15, {"system/rows_per_second": 2.0, "checkpoint/megabytes": 2.0})  # once, and not compared
     assert [(step, *values.values()) for step, values in again.history()] == [
         *((step, step / 3) for step in range(15)), (15, 1.0, 1.0)
@@ -449,7 +449,7 @@ def test_another_value_than_before_is_a_warning_and_mlflows_stays(
 ) -> None:
     before = interrupted(writer, range(10))
     run = resume(writer, before.id)
-    run.resume_from(0)
+    run.check_position(0)
     for step in range(10):
         run.log_metrics(step, {"loss_total": step / 3 + (1e-16 if step == 0 else 1e-3 if step >= 7 else 0)})
     run.finish("FINISHED")
@@ -499,7 +499,7 @@ def test_an_incomplete_last_record_is_skipped(client: Any, writer: Writer, here:
     with before.journal.file.open("ab") as stream:
         stream.write(b'{"op":"metrics","step":5,"ti')
     run = resume(writer, before.id)
-    run.resume_from(0)
+    run.check_position(0)
     log_steps(run, range(8))
     run.finish("FINISHED")
     assert points(client, before.id) == expected(range(8))
@@ -512,7 +512,7 @@ def test_points_that_only_the_store_has_are_read_back(client: Any, writer: Write
     before_size = before.journal.file.stat().st_size
     os.truncate(before.journal.file, int(kept * before_size))
     run = resume(writer, before.id)
-    run.resume_from(before_size)
+    run.check_position(before_size)
     assert [step for step, _ in run.history()] == list(range(40))
     log_steps(run, range(30, 50))
     run.finish("FINISHED")
@@ -704,15 +704,15 @@ def test_a_call_that_goes_on_to_fail_is_refused_only_where_others_succeed(
 
 
 def test_the_probe_knows_who_answers(server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    probe()
+    check_reachable()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{server.uri}/no/such/page")  # any answer will do
-    probe()
+    check_reachable()
     dead = f"127.0.0.1:{free_port()}"
     for uri in (f"http://user:secret@{dead}", f"postgresql+psycopg://user:secret@{dead}/base"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         with pytest.raises(ConnectionError, match=r"does not answer: .*refused") as caught:
-            probe()
+            check_reachable()
         assert "secret" not in str(caught.value)
     monkeypatch.setenv("HTTP_PROXY", f"http://{dead}")  # the proxy may reach what we cannot
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host.invalid")
-    probe()
+    check_reachable()

@@ -105,7 +105,7 @@ def test_a_torn_journal_and_a_damaged_checkpoint(run: Path, capsys: pytest.Captu
     state.write_bytes(b"\0" * state.stat().st_size)
     output = differences(run.name, capsys)
     assert "bytes of a torn one the next start (resume=auto) cuts the torn line off" in output
-    assert "ends as a run that goes on, or was cut off without a word start it again with resume=auto" in output
+    assert "ends as a run that still trains, or was killed start it again with resume=auto" in output
     assert "checkpoint of step 10: whole" in output
     assert "DIFFERS checkpoint of step 20: " in output
 

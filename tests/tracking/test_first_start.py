@@ -337,7 +337,7 @@ import sys, time
 from pathlib import Path
 from pipeline.tracking.messages import RunRequest
 from pipeline.tracking.mlflow_run import MlflowRun
-from pipeline.tracking.writer import Writer
+from pipeline.tracking.writer_client import Writer
 
 number, steps, metrics = map(int, sys.argv[1:])
 with Writer() as writer:

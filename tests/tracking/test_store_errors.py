@@ -53,14 +53,14 @@ def test_temporary_errors_are_repeated() -> None:
         MlflowException("(psycopg.errors.DataError) x", codes.BAD_REQUEST), FileNotFoundError(2, "x"),
         PermissionError(13, "x"), ValueError("x"), KeyError("x"), UserError("x"),
     ]  # fmt: skip
-    assert [classify(error) for error in again] == [Answer.AWAY] * len(again)
+    assert [classify(error) for error in again] == [Answer.UNAVAILABLE] * len(again)
     assert [classify(error) for error in never] == [Answer.REFUSED] * len(never)
 
 
 ANSWERS = {
-    400: Answer.REFUSED, 401: Answer.NOT_ALLOWED, 403: Answer.REFUSED, 404: Answer.REFUSED, 408: Answer.AWAY,
-    413: Answer.REFUSED, 422: Answer.REFUSED, 425: Answer.AWAY, 429: Answer.AWAY, 500: Answer.FAILED,
-    502: Answer.AWAY, 503: Answer.AWAY, 504: Answer.AWAY,
+    400: Answer.REFUSED, 401: Answer.NOT_ALLOWED, 403: Answer.REFUSED, 404: Answer.REFUSED, 408: Answer.UNAVAILABLE,
+    413: Answer.REFUSED, 422: Answer.REFUSED, 425: Answer.UNAVAILABLE, 429: Answer.UNAVAILABLE, 500: Answer.FAILED,
+    502: Answer.UNAVAILABLE, 503: Answer.UNAVAILABLE, 504: Answer.UNAVAILABLE,
 }  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def test_http_answers_are_classified_as_documented(status: int, monkeypatch: pyt
 
 @pytest.mark.parametrize(
     ("code", "answer"),
-    [("REQUEST_LIMIT_EXCEEDED", Answer.AWAY), ("TEMPORARILY_UNAVAILABLE", Answer.AWAY),
+    [("REQUEST_LIMIT_EXCEEDED", Answer.UNAVAILABLE), ("TEMPORARILY_UNAVAILABLE", Answer.UNAVAILABLE),
      ("INTERNAL_ERROR", Answer.FAILED), ("BAD_REQUEST", Answer.FAILED), ("UNAUTHENTICATED", Answer.NOT_ALLOWED),
      ("PERMISSION_DENIED", Answer.REFUSED), ("INVALID_PARAMETER_VALUE", Answer.REFUSED),
      ("RESOURCE_DOES_NOT_EXIST", Answer.REFUSED), ("INVALID_STATE", Answer.REFUSED)],

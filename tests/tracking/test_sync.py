@@ -21,7 +21,7 @@ from pipeline.storage.journal import JOURNAL_FILE, JournalWriter
 from pipeline.storage.ownership import Ownership, live_owner
 from pipeline.storage.run_folder import RunFolder
 from pipeline.tracking import sync as syncing
-from pipeline.tracking.delivery import NO_WORD, Delivery
+from pipeline.tracking.delivery import WAS_KILLED, Delivery
 from pipeline.tracking.inbox import Inbox
 from pipeline.tracking.messages import FinishRun, OpenedRun, OpenRun, RunRequest, TakenOver
 from pipeline.tracking.mlflow_run import MlflowRun
@@ -319,7 +319,7 @@ import os, signal
 from pathlib import Path
 from pipeline.tracking.messages import RunRequest
 from pipeline.tracking.mlflow_run import MlflowRun
-from pipeline.tracking.writer import Writer
+from pipeline.tracking.writer_client import Writer
 run = MlflowRun(writer := Writer(), RunRequest("doomed"), Path("outputs"))
 for step in range(50):
     run.log_metrics(step, {"loss_total": step / 3}, 1000 + step)
@@ -342,7 +342,7 @@ signal.pause()
     sync(folder)
     stored = place.client.get_run(run_id)
     assert stored.info.status == "FAILED"
-    assert stored.data.tags["failure"] == NO_WORD
+    assert stored.data.tags["failure"] == WAS_KILLED
     assert points(place.client, run_id, "loss_total") == [(step, step / 3, 1000 + step) for step in range(50)]
 
 

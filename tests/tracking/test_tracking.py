@@ -25,7 +25,7 @@ from pipeline.tracking.messages import OpenRun, Refused, RunRequest
 from pipeline.tracking.mlflow_run import MlflowRun
 from pipeline.tracking.run_opening import Opening, experiment_id
 from pipeline.tracking.stored_runs import runs_of_filter
-from pipeline.tracking.writer import Writer
+from pipeline.tracking.writer_client import Writer
 
 pytestmark = one_writer
 
@@ -216,7 +216,7 @@ def test_a_run_that_the_store_lost_goes_on_from_its_checkpoint_in_a_new_one(
     trained = start(resume="auto" if resume == "auto" else lost)
     output = capsys.readouterr().err
     assert f"found no run {lost}, whose folder is here; it is made there, with tag original_run_id" in output
-    assert "goes on after step 7 of 12" in output
+    assert "continues after step 7 of 12" in output
     assert (trained.id, trained.steps) == (lost, 12)
     run = only_run(place.client, seed)
     assert (run.info.run_id != lost, run.data.tags["original_run_id"], run.info.status) == (True, lost, "FINISHED")
@@ -289,7 +289,7 @@ def test_another_config_or_other_data_is_refused_by_name(
     capsys.readouterr()
     trained = start(resume=run_id, **{"checkpoint.every_steps": 5, "training.prefetch": 0, "tracking.log_report": True})
     assert (trained.id, trained.steps) == (run_id, 12)
-    assert "goes on after step 7 of 12" in capsys.readouterr().err
+    assert "continues after step 7 of 12" in capsys.readouterr().err
     assert only_run(place.client, 70).info.status == "FINISHED"
 
 

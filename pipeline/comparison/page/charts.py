@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.comparison.page.curves import Curve
-from pipeline.comparison.results import Arm
+from pipeline.comparison.results import ArmResult
 from pipeline.comparison.wording import MINUS, short
 from pipeline.maths.statistics import Paired
 
@@ -204,7 +204,7 @@ class Effect:
     """A row of the forest plot: an arm and its differences to the baseline."""
 
     index: int
-    arm: Arm
+    arm: ArmResult
     paired: Paired
     seeds: Mapping[int, float]  # seed -> difference
 

@@ -97,7 +97,7 @@ class Objective:
             )
         return terms
 
-    def settings(self, step: int) -> Mapping[str, float | bool]:
+    def scheduled_values(self, step: int) -> Mapping[str, float | bool]:
         return {
             "pos_weight_ctcvr": self.config.loss.ctcvr_pos_weight(step),
             "aux_focal_on": self._focal_is_on(step),

@@ -109,8 +109,8 @@ class MmoeTask(Task[MmoeConfig]):
     ) -> Mapping[str, Tensor]:
         return self.objective.losses(output, batch, counts, step)
 
-    def settings(self, step: int) -> Mapping[str, float | bool]:
-        return self.objective.settings(step)
+    def scheduled_values(self, step: int) -> Mapping[str, float | bool]:
+        return self.objective.scheduled_values(step)
 
     def logged_losses(self, names: Sequence[str]) -> Sequence[str]:
         return self.objective.logged_losses(names)

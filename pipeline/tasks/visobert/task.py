@@ -37,7 +37,7 @@ from pipeline.tasks.visobert.reviews.review_data import ReviewData
 from pipeline.tasks.visobert.reviews.review_table import ReviewBatch, length_buckets
 from pipeline.tasks.visobert.reviews.sentiments import NOT_MENTIONED, SENTIMENTS, UNKNOWN
 from pipeline.tasks.visobert.scoring.predictions import column_types
-from pipeline.tracking.writer import fetch_artifact
+from pipeline.tracking.writer_client import fetch_artifact
 
 EXAMPLE_LETTERS = 200
 

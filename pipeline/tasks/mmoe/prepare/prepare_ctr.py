@@ -16,7 +16,7 @@ from pipeline.tasks.mmoe.prepare.preparation import prepare
 from pipeline.tracking.messages import RunRequest
 from pipeline.tracking.mlflow_run import MlflowRun
 from pipeline.tracking.store import check_uri
-from pipeline.tracking.writer import Writer, writer_for
+from pipeline.tracking.writer_client import Writer, writer_for
 
 OUT_OF_VOCABULARY_WARNING = 0.2
 IRREGULARITIES = {  # in raw Ali-CCP files

@@ -24,7 +24,7 @@ from pipeline.tasks.visobert.tokenizer import MANY_UNKNOWN, load_tokenizer, unkn
 from pipeline.tracking import plots
 from pipeline.tracking.messages import RunRequest
 from pipeline.tracking.mlflow_run import MlflowRun
-from pipeline.tracking.writer import Writer, writer_for
+from pipeline.tracking.writer_client import Writer, writer_for
 
 PICTURE = "sentiment_distribution.png"
 FILES = (
