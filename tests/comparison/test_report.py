@@ -19,7 +19,7 @@ from pipeline.comparison.page.colors import DARK, LIGHT, contrast, readable
 from pipeline.comparison.page.curves import Curve, combine, curves, gates, left_out, smooth, thin, window
 from pipeline.comparison.page.view import page as page_of
 from pipeline.comparison.page.view import panel_metrics, write_page
-from pipeline.comparison.verdicts import Arm, Comparison
+from pipeline.comparison.results import ArmResult, Comparison
 from pipeline.comparison.wording import MetricFormat, probability, short
 from pipeline.maths.statistics import Paired, paired
 
@@ -72,9 +72,9 @@ def plain(element: Mapping[str, Any]) -> str:
 
 def arm(
     name: str, values: Sequence[float], base: Sequence[float], role: str = "arm", **fields: Any
-) -> Arm:  # base: of seeds 0, 1, ...
+) -> ArmResult:  # base: of seeds 0, 1, ...
     result = paired([value - other for value, other in zip(values, base, strict=True)])
-    plain = Arm(
+    plain = ArmResult(
         name=name, role=role, control_of=None, color="#d62728",
         runs={seed: f"{name}-{seed}" for seed in range(len(values))}, values=dict(enumerate(values)),
         mean=float(np.mean(values)), spread=float(np.std(values, ddof=1)) if len(values) > 1 else None,
@@ -89,7 +89,7 @@ def arm(
 BASE = (0.60, 0.61, 0.62)
 
 
-def comparison(*arms: Arm, **fields: Any) -> Comparison:
+def comparison(*arms: ArmResult, **fields: Any) -> Comparison:
     everyone = (arm("baseline", BASE[: len(arms[0].values) if arms else 3], BASE[: len(arms[0].values) if arms else 3],
                     "baseline", color="#1f77b4"), *arms)  # fmt: skip
     rows = [
