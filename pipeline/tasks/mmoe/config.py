@@ -4,6 +4,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from pipeline.config.loss_config import FocalConfig
 from pipeline.config.run_config import (
     AdamConfig,
     DenseOptimizerConfig,
@@ -96,27 +97,11 @@ class ModelConfig(Config):
     """fit a scale and a shift of each logit on the validation split, for the logged model; does not affect training"""
 
 
-class AuxFocalConfig(Config):
+class AuxFocalConfig(FocalConfig):
     enabled: bool = False
     """add the auxiliary focal loss on CTCVR"""
-    warmup_steps: int = Field(2000, ge=0)
-    """first optimizer step with the focal term"""
     target_head: Literal["ctcvr"] = "ctcvr"
     """head of the focal term"""
-    lambda_: float = Field(0.1, alias="lambda", ge=0)
-    """weight of the focal term; usual: 0.05-0.2"""
-    gamma: float = Field(1.0, ge=0, le=100)
-    """focusing exponent; usual: 1-2"""
-    use_alpha: bool = False
-    """weigh positives by alpha and negatives by 1 - alpha in the focal term"""
-    alpha: float = Field(0.25, ge=0, le=1)
-    """weight of positives, with use_alpha"""
-    detach_p_for_weight: bool = True
-    """no gradient through the factor (1 - p_t)^gamma"""
-    compute_fp32: bool = True
-    """compute the focal term in fp32 even under mixed precision"""
-    log_components: bool = True
-    """log every loss term; false: only the total"""
 
 
 class PosWeightConfig(Config):
@@ -253,21 +238,11 @@ class MmoeConfig(RunConfig):
         return " ".join(parts) or "baseline"
 
     def warnings(self, given: frozenset[str] = frozenset()) -> list[str]:
-        warnings, focal, block = [], self.loss.aux_focal, "loss.aux_focal"
-        if focal.lambda_ > 0.2:
-            warnings.append(f"{block}.lambda is {focal.lambda_:g}; usual: 0.05-0.2")
-        if not 1 <= focal.gamma <= 2:
-            warnings.append(f"{block}.gamma is {focal.gamma:g}; usual: 1-2")
+        warnings = self.loss.aux_focal.warnings("loss.aux_focal", given)
         for task in ("ctr", "ctcvr"):
             raw, effective = getattr(self.loss.static_pos_weight, task), self.loss.pos_weight(task)
             if effective < raw:
                 warnings.append(f"pos_weight of {task} is clipped: {raw:g} -> {effective:g}")
-        if not focal.enabled:
-            acting = {f"{block}.{key}" for key in ("enabled", "log_components")}
-            idle = sorted({key for key in given if key.startswith(f"{block}.")} - acting)
-            warnings += [f"{key} has no effect while {block}.enabled is false" for key in idle]
-        elif f"{block}.alpha" in given and not focal.use_alpha:
-            warnings.append(f"{block}.alpha has no effect while {block}.use_alpha is false")
         if "loss.late_pos_weight.warmup_steps" in given and not self.loss.late_pos_weight.ctcvr:
             warnings.append("loss.late_pos_weight.warmup_steps has no effect while loss.late_pos_weight.ctcvr is 0")
         warnings += self.optim.embedding.warnings(given)

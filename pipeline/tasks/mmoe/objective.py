@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pipeline.compute import distributed
 from pipeline.compute.device import AMP, precision
+from pipeline.config.loss_config import never_starts
 from pipeline.maths.gradients import PREFIX, cosine, flat, gradients, norm
 from pipeline.maths.losses import (
     LogProbability,
@@ -20,7 +21,6 @@ from pipeline.maths.losses import (
     product,
     product_log_probability,
 )
-from pipeline.maths.schedules import gate_is_open
 from pipeline.tasks.base import TOTAL
 from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.impressions.impression_batch import Impressions
@@ -55,7 +55,7 @@ class Objective:
             "loss_cvr_aux": clicked_cross_entropy(cvr, click, conversion).sum() / counts["clicks"].clamp_min(1),
         }
         ctcvr_loss = bce
-        if self._focal_is_on(step):
+        if self.focal.is_on(step):
             reduced = AMP.get(precision(self.config.training.amp, click.device.type))
             if not self.focal.compute_fp32 and reduced is not None:
                 ctcvr = product_log_probability(z_ctr.to(reduced), z_cvr.to(reduced))
@@ -76,8 +76,7 @@ class Objective:
         self, ctcvr: LogProbability, conversion: Tensor, counts: Mapping[str, Tensor], step: int
     ) -> dict[str, Tensor]:
         focal = self.focal
-        alpha = focal.alpha if focal.use_alpha else None
-        values = binary_focal(ctcvr, conversion, focal.gamma, alpha, focal.detach_p_for_weight)
+        values = binary_focal(ctcvr, conversion, focal.gamma, focal.class_weight, focal.detach_p_for_weight)
         terms = {"loss_ctcvr_focal": values.float().sum() / counts["rows"]}
         if self.config.tracking.probes(step):
             factor = binary_focal_factor(ctcvr, conversion, focal.gamma).detach().float()
@@ -100,7 +99,7 @@ class Objective:
     def scheduled_values(self, step: int) -> Mapping[str, float | bool]:
         return {
             "pos_weight_ctcvr": self.config.loss.ctcvr_pos_weight(step),
-            "aux_focal_on": self._focal_is_on(step),
+            "aux_focal_on": self.focal.is_on(step),
             "aux_focal_lambda": self.focal.lambda_ if self.focal.enabled else 0.0,
             "aux_focal_gamma": self.focal.gamma,
         }
@@ -134,18 +133,9 @@ class Objective:
         return values | {name: value for name, value in losses.items() if name.startswith(PREFIX)}
 
     def warnings(self, total_steps: int) -> Sequence[str]:
-        late = self.config.loss.late_pos_weight
-        warnings = [
-            f"{key}.warmup_steps is {warmup}, the last of {total_steps} steps is {total_steps - 1}: {effect}"
-            for key, acts, warmup, effect in (
-                ("loss.aux_focal", self.focal.enabled, self.focal.warmup_steps, "the focal term will never switch on"),
-                ("loss.late_pos_weight", late.ctcvr, late.warmup_steps, "the weight of conversions will never rise"),
-            )
-            if acts and warmup >= total_steps
-        ]
-        if not self.focal.compute_fp32 and self.config.training.amp == "no":
-            warnings.append("loss.aux_focal.compute_fp32: false has no effect with training.amp: no")
+        late, amp = self.config.loss.late_pos_weight, self.config.training.amp
+        warnings = self.focal.run_warnings("loss.aux_focal", total_steps, amp)
+        if late.ctcvr:
+            effect = "the weight of conversions will never rise"
+            warnings += never_starts("loss.late_pos_weight.warmup_steps", late.warmup_steps, total_steps, effect)
         return warnings
-
-    def _focal_is_on(self, step: int) -> bool:
-        return self.focal.enabled and gate_is_open(step, self.focal.warmup_steps)
