@@ -1,7 +1,7 @@
 """Interface between a task and the training loop: data, model, named losses and evaluation."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pipeline.config.run_config import RunConfig, ScheduleConfig
-from pipeline.config.strict_config import closest
+from pipeline.config.strict_config import closest, to_yaml
 from pipeline.errors import UserError
 from pipeline.maths.calibration import Fitted
 from pipeline.names import TEST_ROWS_FILE
+from pipeline.runtime.importing import uncollected
+from pipeline.storage.calibration_file import write_calibration
+from pipeline.storage.weights import save_weights
 
 C = TypeVar("C", bound=RunConfig)
 Rows = npt.NDArray[np.int64]
@@ -47,6 +50,19 @@ def write_test_rows(folder: Path, columns: Mapping[str, npt.NDArray[Any]]) -> No
     file = folder / TEST_ROWS_FILE
     file.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({name: pa.array(values) for name, values in columns.items()}), file, compression="zstd")
+
+
+def count_parameters(make: Callable[[], nn.Module]) -> int:
+    """Number of parameters of the model that `make` builds, here without memory for them."""
+    with uncollected(), torch.device("meta"):  # imports torch's compiler, as optimizers do
+        return sum(weight.numel() for weight in make().parameters())
+
+
+def save_model(folder: Path, model: nn.Module, config: RunConfig, calibration: Fitted) -> None:
+    """Write what every exported model has: `model.safetensors`, `config.yaml` and `calibration.json`."""
+    save_weights(model.state_dict(), folder / "model.safetensors")
+    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    write_calibration(folder, calibration)
 
 
 def undefined(task: "Task[Any]", key: str, metric: str) -> str:
@@ -132,7 +148,7 @@ class Task(ABC, Generic[C]):
 
     def summary(self) -> Mapping[str, str]:
         """Params to log in addition to those of the config, such as numbers of rows; also printed at the start."""
-        return {}
+        return {"parameters": str(count_parameters(self.model))}
 
     def describe(self, folder: Path) -> Mapping[str, float]:  # noqa: ARG002
         """Return metrics to log at step 0, and write artifacts into the folder. Called once, before training."""

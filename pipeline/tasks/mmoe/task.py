@@ -4,20 +4,15 @@ import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
 from pipeline.compute.optimizers import RowAdagrad, SparseAdam
 from pipeline.config.run_config import ScheduleConfig
-from pipeline.config.strict_config import to_yaml
 from pipeline.data.schema import SCHEMA_FILE, VOCABULARY_FILE
 from pipeline.data.shuffle import Shuffle
 from pipeline.maths.calibration import Fitted
-from pipeline.runtime.importing import uncollected
-from pipeline.storage.calibration_file import write_calibration
-from pipeline.storage.weights import save_weights
-from pipeline.tasks.base import Dataset, ModelExport, Rows, Task
+from pipeline.tasks.base import Dataset, ModelExport, Rows, Task, save_model
 from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.evaluation import EVENTS, Evaluation
 from pipeline.tasks.mmoe.impressions.impression_batch import Impressions
@@ -59,10 +54,8 @@ class MmoeTask(Task[MmoeConfig]):
         return MmoeTask(config, self.data if config.data == self.config.data else None)
 
     def summary(self) -> Mapping[str, str]:
-        with uncollected(), torch.device("meta"):  # shapes only; imports torch's compiler, as optimizers do
-            parameters = sum(weight.numel() for weight in self.model().parameters())
         rows = {f"rows_{name}": str(split.rows) for name, split in self.data.schema.splits.items()}
-        return {"parameters": str(parameters)} | rows
+        return {**super().summary(), **rows}
 
     def warnings(self, total_steps: int) -> Sequence[str]:
         return self.objective.warnings(total_steps)
@@ -142,9 +135,7 @@ class MmoeTask(Task[MmoeConfig]):
     def export(self, model: nn.Module, folder: Path) -> ModelExport:
         from pipeline.tasks.mmoe.predict import raw_example  # imports pandas
 
-        save_weights(model.state_dict(), folder / "model.safetensors")
-        (folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
-        write_calibration(folder, self.evaluation.calibration)
+        save_model(folder, model, self.config, self.evaluation.calibration)
         for name in (SCHEMA_FILE, VOCABULARY_FILE):
             shutil.copyfile(self.data.folder / name, folder / name)
         return ModelExport(

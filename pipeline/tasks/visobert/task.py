@@ -12,13 +12,9 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from pipeline.config.run_config import AdamConfig, ScheduleConfig
-from pipeline.config.strict_config import to_yaml
 from pipeline.maths.calibration import Fitted
 from pipeline.runtime.console import info, warn
-from pipeline.runtime.importing import uncollected
-from pipeline.storage.calibration_file import write_calibration
-from pipeline.storage.weights import save_weights
-from pipeline.tasks.base import Dataset, ModelExport, Rows, Task
+from pipeline.tasks.base import Dataset, ModelExport, Rows, Task, count_parameters, save_model
 from pipeline.tasks.visobert.config import EMBEDDED, VisobertConfig
 from pipeline.tasks.visobert.encoders.model_folder import model_folder
 from pipeline.tasks.visobert.encoders.pretrained_encoder import PretrainedEncoder
@@ -31,7 +27,7 @@ from pipeline.tasks.visobert.model import (
     layers_from_the_top,
 )
 from pipeline.tasks.visobert.objective import Objective
-from pipeline.tasks.visobert.predict import ASPECTS_FILE, CONFIG_FILE, ENCODER_FOLDER, TOKENIZER_FOLDER, WEIGHTS_FILE
+from pipeline.tasks.visobert.predict import ASPECTS_FILE, ENCODER_FOLDER, TOKENIZER_FOLDER
 from pipeline.tasks.visobert.reviews.alpha import ALPHA_FILE, Alpha, check_same_data, compute_alpha
 from pipeline.tasks.visobert.reviews.review_data import ReviewData
 from pipeline.tasks.visobert.reviews.review_table import ReviewBatch, length_buckets
@@ -73,9 +69,7 @@ class VisobertTask(Task[VisobertConfig]):
         self.alpha = self._alpha()
         self.objective = Objective(config, self.alpha.vector)
         self.evaluation = Evaluation(config, self.data, self.objective)
-        # "meta" creates shapes without memory. It imports torch's compiler, which the optimizers import anyway.
-        with uncollected(), torch.device("meta"):
-            self.parameters = sum(weight.numel() for weight in self._build(weights=False).parameters())
+        self.parameters = count_parameters(lambda: self._build(weights=False))
 
     def with_config(self, config: VisobertConfig) -> "VisobertTask | None":
         uses_run = config.data_prep_run is not None and config.multi_label.focal_alpha == "auto"
@@ -195,15 +189,13 @@ class VisobertTask(Task[VisobertConfig]):
 
     def export(self, model: Any, folder: Path) -> ModelExport:
         reviews = self.data.splits
-        save_weights(model.state_dict(), folder / WEIGHTS_FILE)
-        (folder / CONFIG_FILE).write_text(to_yaml(self.config), encoding="utf-8")
+        save_model(folder, model, self.config, self.evaluation.calibration)
         self.data.tokenizer.save(folder / TOKENIZER_FOLDER)
         if isinstance(model.encoder, PretrainedEncoder):
             model.encoder.config.save_pretrained(str(folder / ENCODER_FOLDER))
         aspects = {"aspects": reviews.train.aspects, "detection_only": reviews.detection_only,
                    "text_column": reviews.train.text_column}  # fmt: skip
         (folder / ASPECTS_FILE).write_text(json.dumps(aspects, ensure_ascii=False) + "\n", encoding="utf-8")
-        write_calibration(folder, self.evaluation.calibration)
         return ModelExport(
             folder=folder,
             task="visobert",
