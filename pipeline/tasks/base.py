@@ -53,7 +53,7 @@ def write_test_rows(folder: Path, columns: Mapping[str, npt.NDArray[Any]]) -> No
 
 
 def count_parameters(make: Callable[[], nn.Module]) -> int:
-    """Number of parameters of the model that `make` builds, here without memory for them."""
+    """Number of parameters of the model that `make` builds, with tensors that have shapes but no values."""
     with uncollected(), torch.device("meta"):  # imports torch's compiler, as optimizers do
         return sum(weight.numel() for weight in make().parameters())
 
@@ -148,7 +148,7 @@ class Task(ABC, Generic[C]):
 
     def summary(self) -> Mapping[str, str]:
         """Params to log in addition to those of the config, such as numbers of rows; also printed at the start."""
-        return {"parameters": str(count_parameters(self.model))}
+        return {}
 
     def describe(self, folder: Path) -> Mapping[str, float]:  # noqa: ARG002
         """Return metrics to log at step 0, and write artifacts into the folder. Called once, before training."""

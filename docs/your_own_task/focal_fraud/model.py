@@ -1,5 +1,6 @@
 """Embeddings and a multilayer perceptron."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,7 +20,7 @@ class FraudModel(nn.Module):
             layers += [nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(config.dropout)]
             width = hidden
         self.layers, self.last = nn.Sequential(*layers), nn.Linear(width, 1)
-        nn.init.constant_(self.last.bias, torch.logit(torch.tensor(fraud_rate)).item())
+        nn.init.constant_(self.last.bias, math.log(fraud_rate / (1 - fraud_rate)))
 
     def forward(self, batch: Transactions) -> Tensor:
         """Logits [B], in fp32."""

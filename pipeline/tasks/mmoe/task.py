@@ -12,7 +12,7 @@ from pipeline.config.run_config import ScheduleConfig
 from pipeline.data.schema import SCHEMA_FILE, VOCABULARY_FILE
 from pipeline.data.shuffle import Shuffle
 from pipeline.maths.calibration import Fitted
-from pipeline.tasks.base import Dataset, ModelExport, Rows, Task, save_model
+from pipeline.tasks.base import Dataset, ModelExport, Rows, Task, count_parameters, save_model
 from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.evaluation import EVENTS, Evaluation
 from pipeline.tasks.mmoe.impressions.impression_batch import Impressions
@@ -55,7 +55,7 @@ class MmoeTask(Task[MmoeConfig]):
 
     def summary(self) -> Mapping[str, str]:
         rows = {f"rows_{name}": str(split.rows) for name, split in self.data.schema.splits.items()}
-        return {**super().summary(), **rows}
+        return {"parameters": str(count_parameters(self.model))} | rows
 
     def warnings(self, total_steps: int) -> Sequence[str]:
         return self.objective.warnings(total_steps)
