@@ -27,21 +27,24 @@ class Predictor:
         return self._predict(model_input, raw=bool((params or {}).get(RAW, False)))
 
 
-def load_predictor(task: str, folder: Path) -> Callable[..., pd.DataFrame]:
+def load_predictor(module: str, folder: Path) -> Callable[..., pd.DataFrame]:
     """Load the function `predict(input, raw=False)` from the folder that a task exported.
 
+    module: full name of the task's module `predict`. In the code of a logged model, which is a package that holds
+    copies of `pipeline` and of the task's package, the copy is loaded.
+
     Raises:
-        ValueError: `task` is not a valid task name.
+        ValueError: `module` is not the name of a module `predict`.
     """
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", task):
-        raise ValueError(f"task {task!r} is not the name of a task; allowed: letters a-z, digits and _")
-    module = importlib.import_module(f".tasks.{task}.predict", __package__)
-    predict: Callable[..., pd.DataFrame] = module.load(folder)
+    if not re.fullmatch(r"(?:[A-Za-z_]\w*\.)+predict", module):
+        raise ValueError(f"predictor {module!r} is not the name of a module `predict` in a package")
+    copies = __name__.removesuffix("pipeline.serving")  # "" in the project itself
+    predict: Callable[..., pd.DataFrame] = importlib.import_module(copies + module).load(folder)
     return predict
 
 
 def _load_pyfunc(path: str) -> Predictor:
     """Load the model; called by MLflow."""
     folder = Path(path)
-    task = json.loads((folder / SERVING_FILE).read_text(encoding="utf-8"))["task"]
-    return Predictor(load_predictor(task, folder))
+    predictor = json.loads((folder / SERVING_FILE).read_text(encoding="utf-8"))["predictor"]
+    return Predictor(load_predictor(predictor, folder))

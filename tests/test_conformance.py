@@ -1,6 +1,7 @@
 """Both tasks keep what the training loop expects of a task; planted mistakes are found by name."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +106,9 @@ class MissingParameter(MmoeTask):
         return optimizers
 
 
-class OtherName(MmoeTask):
+class OtherColumns(MmoeTask):
     def export(self, model: nn.Module, folder: Path) -> Any:
-        export = super().export(model, folder)
-        return type(export)(export.folder, "ctr-model", export.inputs, export.outputs, export.example)
+        return replace(super().export(model, folder), outputs={"p_click": "double"})
 
 
 class HiddenState(MmoeTask):
@@ -137,7 +137,7 @@ class LatePrefix(MmoeConfig):
         (BatchNorm, check_steps_change_no_buffer, r"buffer norm.running_mean is changed .*BatchNorm"),
         (TrainingMode, check_evaluation_is_deterministic, "evaluate draws random numbers"),
         (MissingParameter, check_optimizers_hold_every_parameter, "parameter .* is in 0 optimizers"),
-        (OtherName, check_export_predicts, "exported as 'ctr-model', its runs are of 'mmoe'"),
+        (OtherColumns, check_export_predicts, r"predict gives \['p_ctr', .*p_click"),
         (HiddenState, check_resumes_exactly, "resumed after half of the steps, the model differs"),
     ],
 )

@@ -100,19 +100,19 @@ def test_a_pickle_in_place_of_a_logged_models_weights(impressions: Path, tmp_pat
     for name in ("schema.json", "vocabulary.parquet"):
         shutil.copyfile(impressions / name, folder / name)
     (folder / "config.yaml").write_text(to_yaml(load(MmoeConfig)))
-    (folder / "serving.json").write_text('{"task": "mmoe"}')
+    (folder / "serving.json").write_text('{"predictor": "pipeline.tasks.mmoe.predict"}')
     for bomb in bombs(sentinel, tmp_path):
         (folder / "model.safetensors").write_bytes(bomb)
         with pytest.raises(SafetensorError):
             _load_pyfunc(str(folder))
 
 
-@pytest.mark.parametrize("task", ["../mmoe", "mmoe.predict", "", "a b", "mmoe\n"])
-def test_a_logged_model_names_a_task_and_nothing_else(task: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["../mmoe", "mmoe", ".predict", "predict", "", "a b.predict", "mmoe.predict\n"])
+def test_a_logged_model_names_a_predictor_and_nothing_else(name: str, tmp_path: Path) -> None:
     from pipeline.serving import _load_pyfunc
 
-    (tmp_path / "serving.json").write_text(json.dumps({"task": task}))
-    with pytest.raises(ValueError, match="is not the name of a task"):
+    (tmp_path / "serving.json").write_text(json.dumps({"predictor": name}))
+    with pytest.raises(ValueError, match="is not the name of a module `predict`"):
         _load_pyfunc(str(tmp_path))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.config.strict_config import to_yaml
 from pipeline.names import NOTE_LENGTH
 from pipeline.runtime.console import optional
-from pipeline.tasks.base import Task, evaluating
+from pipeline.tasks.base import Task, evaluating, predictor_module
 from pipeline.tracking import plots
 from pipeline.tracking.run import Run
 from pipeline.training.loop import Result, Training
@@ -54,7 +54,8 @@ def log_results(run: Run, task: Task[Any], training: Training, device: str) -> N
             run.set_tags({"mlflow.note.content": text})
     if task.config.tracking.log_model:
         export = asdict(task.export(model, run.folder / "model"))
-        run.log_model(export | {"folder": str(export["folder"].resolve())})
+        facts = {"task": task.config.task, "predictor": predictor_module(task)}
+        run.log_model(export | facts | {"folder": str(export["folder"].resolve())})
 
 
 def log_files(run: Run, folder: Path) -> None:

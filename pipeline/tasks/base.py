@@ -1,5 +1,6 @@
 """Interface between a task and the training loop: data, model, named losses and evaluation."""
 
+import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -101,10 +102,9 @@ class Dataset(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelExport:
-    """Files of an exported model, which `pipeline.tasks.<task>.predict.load(folder)` turns into a predictor."""
+    """Files of an exported model, which `predict.load(folder)` of the task's package turns into a predictor."""
 
     folder: Path
-    task: str
     inputs: Sequence[str] | None  # names of the raw columns; None = one unnamed column of text
     outputs: Mapping[str, str]  # column -> "double" or "string"
     example: Any  # example input for predict, as plain lists: {column: values}, or a list of texts
@@ -255,6 +255,22 @@ class Task(ABC, Generic[C]):
     @abstractmethod
     def export(self, model: nn.Module, folder: Path) -> ModelExport:
         """Write all files that are needed to predict from raw input into the folder."""
+
+
+def predictor_module(task: Task[Any]) -> str:
+    """Full name of the module that loads exported models: `predict` in the package of the task's class.
+
+    For a class outside a package with this module, such as one in a notebook, it is that of its base class.
+
+    Raises:
+        UserError: there is no such module.
+    """
+    for parent in type(task).__mro__:
+        package = parent.__module__.rpartition(".")[0]
+        if package and importlib.util.find_spec(f"{package}.predict"):
+            return f"{package}.predict"
+    name = f"{type(task).__module__}.{type(task).__qualname__}"
+    raise UserError(f"{name}: found no module `predict` beside it, allowed: a package with predict.py")
 
 
 def evaluate(task: Task[Any], model: nn.Module, split: str, device: str) -> dict[str, float]:

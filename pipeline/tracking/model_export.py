@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from pipeline.serving import RAW, SERVING_FILE
 from pipeline.storage.journal import Record, read_records
 from pipeline.storage.run_folder import RunFolder
 from pipeline.tracking.client import BATCH_POINTS, DIGEST_LENGTH
-from pipeline.tracking.model_package import PROJECT, write_package
+from pipeline.tracking.model_package import find_roots, write_package
 
 MODEL_NAME = "model"
 ORIGIN_TAGS = ("mlflow.source.", "mlflow.user")  # prefixes of a run's tags that its model gets too
@@ -85,29 +85,33 @@ def log_model(export: Mapping[str, Any], create: Callable[[], str]) -> str:
     example. The packages imported there become the model's requirements.
 
     Args:
-        export: the fields of `pipeline.tasks.base.ModelExport`.
+        export: the fields of `pipeline.tasks.base.ModelExport`, and `task` and `predictor`, which is the module of
+            `pipeline.tasks.base.predictor_module`.
         create: creates the model in the store and returns its id; called after the check.
 
     Raises:
         UserError: the model cannot be loaded there, or fails to predict.
     """
     folder = Path(export["folder"])
-    (folder / SERVING_FILE).write_text(json.dumps({"task": export["task"]}) + "\n", encoding="utf-8")
+    # journals of versions without tasks of other packages have no predictor
+    predictor = export.get("predictor") or f"pipeline.tasks.{export['task']}.predict"
+    serving = {"task": export["task"], "predictor": predictor}
+    (folder / SERVING_FILE).write_text(json.dumps(serving) + "\n", encoding="utf-8")
     inputs, example = export["inputs"], export["example"]
     # AnyType, since pandas may read a column as integer, float or text. Without named inputs there is no schema, and
     # MLflow passes the input unchanged: a one-column schema would accept a frame's first column under any name
     columns = None if inputs is None else Schema([ColSpec(AnyType(), name) for name in inputs])  # type: ignore[no-untyped-call]
     outputs: list[ColSpec | TensorSpec] = [ColSpec(DataType[kind], name) for name, kind in export["outputs"].items()]
     with tempfile.TemporaryDirectory() as work:
-        package = write_package(export["task"], Path(work))
+        package = write_package(predictor, Path(work))
         model: dict[str, Any] = {
-            "loader_module": f"{package}.serving",
+            "loader_module": f"{package}.pipeline.serving",
             "data_path": str(folder),
             "code_paths": [str(Path(work) / package)],
             "signature": ModelSignature(columns, Schema(outputs), PARAMS),
             "input_example": example if inputs is None else pd.DataFrame(example),
         }
-        with _project_hidden(Path(work)):
+        with _project_hidden(Path(work), find_roots(predictor)):
             model["pip_requirements"] = _check_model(model, Path(work) / "saved")
             model_id = create()
             mlflow.pyfunc.log_model(name=MODEL_NAME, model_id=model_id, **model)
@@ -131,10 +135,11 @@ def _check_model(model: Mapping[str, Any], saved: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def _project_hidden(work: Path) -> Iterator[None]:
-    """Within the block, processes that MLflow starts can import the model's code but not the project."""
+def _project_hidden(work: Path, packages: Iterable[str]) -> Iterator[None]:
+    """Within the block, processes that MLflow starts can import the model's code but not the packages it is from."""
     (work / "hidden").mkdir()
-    (work / "hidden" / f"{PROJECT.name}.py").write_text(HIDDEN_PROJECT, encoding="utf-8")
+    for name in packages:
+        (work / "hidden" / f"{name}.py").write_text(HIDDEN_PROJECT, encoding="utf-8")
     path, before = list(sys.path), {name: os.environ.get(name) for name in CHECK_SETTINGS}
     sys.path[:0] = [str(work), str(work / "hidden")]
     os.environ |= CHECK_SETTINGS

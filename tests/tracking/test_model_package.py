@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ LIBRARIES = {
     "tokenizers", "transformers", "huggingface_hub",
 }  # fmt: skip
 
+SUMS_PREDICT = "pipeline.tasks.sums.predict"
 SUMS = """
 from pathlib import Path
 import pandas as pd
@@ -45,9 +47,11 @@ def load(folder: Path):
 
 @pytest.mark.parametrize("task", ["mmoe", "visobert"])
 def test_package_is_what_predicting_needs(task: str, tmp_path: Path) -> None:
-    name = write_package(task, tmp_path)
+    name = write_package(f"pipeline.tasks.{task}.predict", tmp_path)
     assert re.fullmatch(r"focal_model_[0-9a-f]{12}", name)
-    files = {file.relative_to(tmp_path / name).as_posix(): file for file in (tmp_path / name).rglob("*.py")}
+    assert {path.name for path in (tmp_path / name).iterdir()} == {"__init__.py", "pipeline"}
+    project = tmp_path / name / "pipeline"
+    files = {file.relative_to(project).as_posix(): file for file in project.rglob("*.py")}
     assert len([file for file in files if not file.endswith("__init__.py")]) <= 25
     assert not {file.split("/")[0] for file in files} & {"tracking", "training", "runs", "compute"}
     others = {file.split("/")[1] for file in files if file.startswith("tasks/")} - {task, "__init__.py", "base.py"}
@@ -76,9 +80,11 @@ def test_models_of_both_tasks_answer_as_the_project_does(
         torch.manual_seed(1)
         (tmp_path / name).mkdir()
         export = task.export(task.model().eval(), tmp_path / name)
-        (export.folder / "serving.json").write_text(json.dumps({"task": export.task}))
+        (export.folder / "serving.json").write_text(json.dumps({"predictor": f"pipeline.tasks.{name}.predict"}))
         monkeypatch.syspath_prepend(tmp_path / "code")
-        serving = importlib.import_module(f"{write_package(name, tmp_path / 'code')}.serving")
+        serving = importlib.import_module(
+            f"{write_package(f'pipeline.tasks.{name}.predict', tmp_path / 'code')}.pipeline.serving"
+        )
         example = export.example if export.inputs is None else pd.DataFrame(export.example)
         own = importlib.import_module(f"pipeline.tasks.{name}.predict").load(export.folder)
         pd.testing.assert_frame_equal(serving._load_pyfunc(str(export.folder)).predict(example), own(example))
@@ -99,11 +105,12 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_name_follows_the_content(toy: Path, tmp_path: Path) -> None:
-    first = write_package("sums", tmp_path / "first")
-    assert write_package("sums", tmp_path / "again") == first
-    assert "from ...sums import total" in (tmp_path / "first" / first / "tasks" / "sums" / "predict.py").read_text()
+    first = write_package(SUMS_PREDICT, tmp_path / "first")
+    assert write_package(SUMS_PREDICT, tmp_path / "again") == first
+    predict = tmp_path / "first" / first / "pipeline" / "tasks" / "sums" / "predict.py"
+    assert "from ....pipeline.sums import total" in predict.read_text()
     (toy / "sums.py").write_text("def total(frame):\n    return frame['a'] - frame['b']\n")
-    assert write_package("sums", tmp_path / "second") != first
+    assert write_package(SUMS_PREDICT, tmp_path / "second") != first
 
 
 @pytest.mark.parametrize(
@@ -113,7 +120,7 @@ def test_name_follows_the_content(toy: Path, tmp_path: Path) -> None:
 def test_import_that_cannot_travel_is_refused(toy: Path, tmp_path: Path, line: str, message: str) -> None:
     (toy / "sums.py").write_text(f"def total(frame):\n    {line}\n")
     with pytest.raises(ImportError, match=message):
-        write_package("sums", tmp_path / "package")
+        write_package(SUMS_PREDICT, tmp_path / "package")
 
 
 def export(toy: Path) -> dict[str, Any]:
@@ -181,11 +188,89 @@ def test_model_that_cannot_answer_is_refused_with_the_reason(toy: Path, log: Any
         log(shown)
 
 
+OUTSIDE = """
+from pathlib import Path
+import pandas as pd
+from pipeline.sums import total
+from .parts.weights import weight_in
+from outside_model.names import COLUMN
+
+def load(folder: Path):
+    return lambda frame, raw: pd.DataFrame({COLUMN: total(frame) * weight_in(folder)})
+"""
+
+
+@pytest.fixture
+def outside(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A task in a package of its own, which imports its modules by relative and by absolute imports."""
+    package = tmp_path / "site" / "outside_model"
+    (package / "parts").mkdir(parents=True)
+    files = {"__init__": "import pipeline.errors", "predict": OUTSIDE, "names": "COLUMN = 'sum'", "parts/__init__": "",
+             "parts/weights": "from .files import FILE\ndef weight_in(path): return float((path / FILE).read_text())",
+             "parts/files": "from ..names import COLUMN\nFILE = 'weight.txt' if COLUMN == 'sum' else ''"}  # fmt: skip
+    for name, text in files.items():
+        (package / f"{name}.py").write_text(text + "\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    yield package
+    for module in [module for module in sys.modules if module.startswith("outside_model")]:
+        del sys.modules[module]
+
+
+def test_package_of_another_packages_task_holds_its_modules(outside: Path, tmp_path: Path) -> None:
+    name = write_package("outside_model.predict", tmp_path / "code")
+    files = {file.relative_to(tmp_path / "code" / name).as_posix(): file.read_text()
+             for file in (tmp_path / "code" / name).rglob("*.py")}  # fmt: skip
+    assert {file for file in files if not file.endswith("__init__.py")} == {
+        "pipeline/serving.py", "pipeline/sums.py", "outside_model/predict.py", "outside_model/names.py",
+        "outside_model/parts/weights.py", "outside_model/parts/files.py",
+    }  # fmt: skip
+    assert not any(text for file, text in files.items() if file.endswith("__init__.py"))
+    lines = files["outside_model/predict.py"].splitlines()
+    assert "from ..pipeline.sums import total" in lines
+    assert "from .parts.weights import weight_in" in lines
+    assert "from ..outside_model.names import COLUMN" in lines
+    assert "from ..names import COLUMN" in files["outside_model/parts/files.py"].splitlines()
+
+
+def test_model_of_another_packages_task_answers_without_it(outside: Path, toy: Path, log: Any) -> None:
+    import mlflow
+
+    run, _ = log(export(toy) | {"predictor": "outside_model.predict"})
+    for file in outside.rglob("*.py"):
+        file.unlink()
+    model = mlflow.pyfunc.load_model(f"runs:/{run}/model")
+    assert model.predict(model.input_example)["sum"].tolist() == [33.0, 66.0]  # 3 * (1 + 10), 3 * (2 + 20)
+
+
+def test_model_that_needs_its_package_installed_is_refused(outside: Path, toy: Path, log: Any) -> None:
+    late = "import importlib\nCOLUMN = importlib.import_module('outside_model.parts.files').__name__ and 'sum'\n"
+    (outside / "names.py").write_text(late)
+    with pytest.raises(UserError, match="ImportError: a logged model is loaded without the project that trained it"):
+        log(export(toy) | {"predictor": "outside_model.predict"})
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("from . import COLUMN", r"outside_model\.COLUMN: no such module of pipeline or outside_model; the __init__"),
+     ("from .nothing import a", r"outside_model\.nothing: no such module"),
+     ("import outside_model.names", "import outside_model.names: write from")],
+)  # fmt: skip
+def test_import_of_another_package_that_cannot_travel(outside: Path, tmp_path: Path, line: str, message: str) -> None:
+    (outside / "names.py").write_text(f"{line}\nCOLUMN = 'sum'\n")
+    with pytest.raises(ImportError, match=message):
+        write_package("outside_model.predict", tmp_path / "package")
+
+
+def test_predictor_without_a_package_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ImportError, match="outside_nothing: no such package"):
+        write_package("outside_nothing.predict", tmp_path)
+
+
 def test_hidden_project_cannot_be_imported(tmp_path: Path) -> None:
     """What makes the check worth something: a process that MLflow starts would import the project from here."""
     from pipeline.tracking.model_export import _project_hidden
 
-    with _project_hidden(tmp_path):
+    with _project_hidden(tmp_path, ["pipeline"]):
         code = f"import json, sys; sys.path = json.loads({json.dumps(json.dumps(sys.path))}); import pipeline.errors"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1

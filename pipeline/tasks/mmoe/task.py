@@ -140,7 +140,6 @@ class MmoeTask(Task[MmoeConfig]):
             shutil.copyfile(self.data.folder / name, folder / name)
         return ModelExport(
             folder=folder,
-            task="mmoe",
             inputs=self.data.schema.raw_columns,
             outputs={f"p_{event}": "double" for event in EVENTS},
             example=raw_example(self.data.folder, rows=5),

@@ -198,7 +198,6 @@ class VisobertTask(Task[VisobertConfig]):
         (folder / ASPECTS_FILE).write_text(json.dumps(aspects, ensure_ascii=False) + "\n", encoding="utf-8")
         return ModelExport(
             folder=folder,
-            task="visobert",
             inputs=None,
             outputs=column_types(reviews.train.aspects, reviews.polar, detection=self.config.model.aspect_detection),
             example=[text[:EXAMPLE_LETTERS] for text in reviews.valid.texts[:2]],

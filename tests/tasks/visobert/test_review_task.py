@@ -508,7 +508,7 @@ def test_an_exported_model_predicts_as_the_task_does(make: Make, tmp_path: Path,
     assert (frame.filter(like="/") - plain.filter(like="/")).abs().max().max() > 1e-3
     assert list(frame.columns) == list(export.outputs)
     assert frame.filter(like="/").std().max() > 0.01  # not all the same
-    assert (export.task, export.inputs) == ("visobert", None)
+    assert export.inputs is None
     assert all(isinstance(text, str) and text for text in export.example)
 
 
