@@ -15,7 +15,7 @@ from pipeline.runtime.console import open_standard_streams
 from pipeline.runtime.importing import import_reference
 from pipeline.runtime.interrupts import Interrupted, interruptible
 from pipeline.runtime.text import visible
-from pipeline.tasks.registry import ROOT
+from pipeline.tasks.registry import ROOT, TASKS, config_class, task_factory
 
 LONGEST_LINE = 3000  # characters of an error message
 
@@ -27,7 +27,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 def command(name: str, entry: Entry) -> click.Command:
     """Make the click command of an entry point, with one option per config key."""
-    model: type[Config] = import_reference(entry.config)
+    model: type[Config] = config_class(name) if entry.trains else import_reference(entry.config)
     short: dict[str, str] = getattr(model, "short", {})
     names: dict[str, list[str]] = {}
     for alias, path in short.items():
@@ -53,9 +53,9 @@ def command(name: str, entry: Entry) -> click.Command:
         validated = load(model, source, overrides, shown_as=shown)
         if not entry.trains and ranks.world_size() > 1:
             raise UserError(f"{name}: found WORLD_SIZE {ranks.world_size()}, allowed: 1 (torchrun is for "
-                            f"{' and '.join(other for other, each in ENTRIES.items() if each.trains)})")  # fmt: skip
+                            f"{' and '.join(TASKS)})")  # fmt: skip
         if entry.trains:
-            _train(validated, entry.target, frozenset(overrides))
+            _train(validated, name, frozenset(overrides))
             return
         target = import_reference(entry.target)
         if entry.passes_on:
@@ -112,15 +112,23 @@ class Entries(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Entry points"):
-            formatter.write_dl([(name, entry.about) for name, entry in ENTRIES.items()])
+            formatter.write_dl([(name, _about(name)) for name in ENTRIES])
         with formatter.section("Tools"):
             formatter.write_dl([(name, str(tool.help)) for name, tool in TOOLS.items()])
 
 
-def _train(config: Any, target: str, given: frozenset[str]) -> None:
+def _about(name: str) -> str:
+    """What an entry point does, or why it cannot be used."""
+    try:
+        return ENTRIES[name].about
+    except UserError as error:
+        return visible(f"cannot be used: {error}")
+
+
+def _train(config: Any, name: str, given: frozenset[str]) -> None:
     """Train one run. The writer process starts first, so that it imports mlflow while this process imports torch."""
     with import_reference("pipeline.tracking.writer_client:writer_for")(config.tracking) as writer:
-        import_reference("pipeline.runs.launch:launch")(config, import_reference(target), given, writer)
+        import_reference("pipeline.runs.launch:launch")(config, task_factory(name), given, writer)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -1,8 +1,9 @@
 """Table of the entry points. Configs and functions are text references, so that this module imports none of them."""
 
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from pipeline.tasks.registry import TASKS
+from pipeline.tasks.registry import SHIPPED, TASKS
 
 
 class Entry(NamedTuple):
@@ -14,10 +15,10 @@ class Entry(NamedTuple):
     passes_on: bool = False  # accept unknown options (keys of the task); target is called with (config, file, options)
 
 
-ENTRIES = {
+OWN = {
     "main": Entry(
         "The demo on embedded data: a baseline and the focal arm side by side, and a review model.",
-        TASKS["train_mmoe"].config, "pipeline.demo:main", "configs/mtl_mmoe.yaml",
+        SHIPPED["train_mmoe"].config, "pipeline.demo:main", "configs/mtl_mmoe.yaml",
     ),
     "data_prep": Entry(
         "Sentiment distribution, alpha, duplicates and lengths of reviews.",
@@ -29,7 +30,6 @@ ENTRIES = {
         "pipeline.tasks.mmoe.config:PrepareCtrConfig", "pipeline.tasks.mmoe.prepare.prepare_ctr:prepare_ctr",
         "configs/prepare_ctr.yaml",
     ),
-    **{name: Entry(*task, trains=True) for name, task in TASKS.items()},
     "sweep": Entry(
         "Train a baseline and arms with several seeds and compare them. Keys of the task apply to every run.",
         "pipeline.sweeps.sweep_config:SweepConfig", "pipeline.sweeps.sweep:sweep", "configs/sweeps/aux_focal.yaml",
@@ -41,3 +41,22 @@ ENTRIES = {
         "configs/compare.yaml",
     ),
 }  # fmt: skip
+
+
+class Entries(Mapping[str, Entry]):
+    """The project's own entry points and those that train a task. Looking one up can raise a UserError, see `Tasks`."""
+
+    def __getitem__(self, name: str) -> Entry:
+        return OWN[name] if name in OWN else Entry(*TASKS[name], trains=True)
+
+    def __contains__(self, name: object) -> bool:
+        return name in OWN or name in TASKS
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*OWN, *TASKS])
+
+    def __len__(self) -> int:
+        return len(OWN) + len(TASKS)
+
+
+ENTRIES = Entries()

@@ -118,7 +118,14 @@ def is_operational(key: str) -> bool:
 class RunConfig(Config):
     """The config of a training task."""
 
-    task: ClassVar[str] = ""  # value of the tag `task`
+    task: ClassVar[str] = ""  # name of the task, a-z, 0-9 and _; its entry point is train_<task>
+    data_keys: ClassVar[tuple[str, ...]] = ("data.",)  # prefixes of the keys that decide the data
+    # Prefixes of the metrics (without split) that comparisons show beside the primary one, in the order of display. The
+    # first two are shown before the others, and panels of the page show all validation metrics of the first.
+    side_metrics: ClassVar[tuple[str, ...]] = ("auc_", "f1_", "ece_", "logloss_", "calibration_")
+    gates: ClassVar[tuple[str, ...]] = ()  # metrics that are 1 while a scheduled loss acts, else 0
+    charts: ClassVar[tuple[str, ...]] = ()  # metrics that `make ui` charts beside the primary one
+    headline: ClassVar[tuple[str, ...]] = ()  # metrics (without split) of a run's last line; () = AUCs and F1 scores
     short: ClassVar[dict[str, str]] = {
         "epochs": "training.num_train_epochs",
         "max_steps": "training.max_steps",

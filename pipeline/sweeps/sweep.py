@@ -17,14 +17,13 @@ from filelock import FileLock, Timeout
 
 from pipeline.errors import TrainingError, UserError
 from pipeline.runtime.console import info, warn
-from pipeline.runtime.importing import import_reference
 from pipeline.sweeps.arm_runs import ArmRuns
 from pipeline.sweeps.data_check import check_data
 from pipeline.sweeps.jobs import SweepContext, Workers
 from pipeline.sweeps.local_workers import LocalWorkers
 from pipeline.sweeps.sweep_config import SweepConfig
 from pipeline.sweeps.sweep_plan import Plan, resolve
-from pipeline.tasks.registry import ROOT, TASKS
+from pipeline.tasks.registry import ROOT, config_class
 from pipeline.tracking.store import check_uri
 
 
@@ -36,7 +35,7 @@ def sweep(config: SweepConfig, file: Path, typed: Mapping[str, str]) -> None:
         TrainingError: some runs failed; the others are compared.
     """
     check_uri()
-    plan = resolve(config, file, import_reference(TASKS[config.task].config), [Path(), file.parent, ROOT], typed)
+    plan = resolve(config, file, config_class(config.task), [Path(), file.parent, ROOT], typed)
     for warning in _warnings(plan):
         warn(warning)
     if not plan.baseline.config.tracking.enabled:

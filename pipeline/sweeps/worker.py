@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from pipeline.errors import UserError
-from pipeline.runtime.importing import import_reference
 from pipeline.runtime.interrupts import interruptible, next_item
 from pipeline.runtime.processes import take_standard_output
 from pipeline.runtime.protocol import read_messages
@@ -37,7 +36,7 @@ from pipeline.sweeps.requests import (
     TrainPrefix,
     TrainRun,
 )
-from pipeline.tasks.registry import TASKS
+from pipeline.tasks.registry import config_class, task_factory
 
 if TYPE_CHECKING:
     from pipeline.tracking.writer_client import Writer
@@ -169,7 +168,7 @@ class Work:
     def make_task(self, entry: str, config: Any) -> Any:
         """Create the task of a config, reusing the previous task's data if possible."""
         shared = self.task.with_config(config) if self.task is not None else None
-        self.task = shared or import_reference(TASKS[entry].make)(config)
+        self.task = shared or task_factory(entry)(config)
         return self.task
 
 
@@ -177,7 +176,7 @@ def parse_config(request: JobRequest) -> Any:
     """Parse and validate the config of a request."""
     from pipeline.config.strict_config import validate
 
-    return validate(import_reference(TASKS[request.entry].config), yaml.safe_load(request.config), None)
+    return validate(config_class(request.entry), yaml.safe_load(request.config), None)
 
 
 if __name__ == "__main__":

@@ -117,9 +117,7 @@ def stop_before_work(monkeypatch: pytest.MonkeyPatch) -> None:
     stops: dict[str, Callable[..., None]] = {entry.target: reached for entry in command_line.ENTRIES.values()}
     stops |= {"pipeline.runs.launch:launch": launched, "pipeline.sweeps.sweep:sweep": planned,
               "pipeline.tracking.writer_client:writer_for": lambda _: contextlib.nullcontext()}  # fmt: skip
-    for entry in command_line.ENTRIES.values():
-        if entry.trains:
-            stops[entry.target] = lambda: None
+    monkeypatch.setattr(command_line, "task_factory", lambda name: name)
     monkeypatch.setattr(command_line, "import_reference", lambda reference: stops.get(reference) or real(reference))
 
 
