@@ -40,7 +40,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the backgrou
 SLOW = ("test_sweep", "test_kills", "test_exits", "test_outage", "test_deployment", "test_notebooks", "test_browser",
         "test_entry_points", "test_train_visobert", "test_delivery", "test_sync", "test_tracking", "test_doctor",
         "test_first_start", "test_security", "test_resume", "test_ranks", "test_kubernetes",
-        "test_ray_sweep")  # fmt: skip
+        "test_ray_sweep", "test_own_task")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -156,7 +156,6 @@ def installed(folder: Path) -> Path:
 
 def test_a_package_of_its_own_is_trained_and_its_model_needs_neither_package(workplace: Path, tmp_path: Path) -> None:
     path = os.pathsep.join([str(installed(tmp_path / "site")), str(ROOT)])
-    assert "train_fraud" in run_pipeline("--help", PYTHONPATH=path).stdout
     done = run_pipeline("train_fraud", *TYPED, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr
     client = MlflowClient()
