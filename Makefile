@@ -19,7 +19,7 @@ demo: setup
 	$(RUN) -m pipeline main
 
 ui: setup
-	$(RUN) -m pipeline.tracking.ui --port $(PORT)
+	$(RUN) -m pipeline ui --port $(PORT)
 
 notebook: setup
 	$(PIP) --editable '.[notebooks]'

@@ -15,7 +15,7 @@ from pipeline.runtime.console import open_standard_streams
 from pipeline.runtime.importing import import_reference
 from pipeline.runtime.interrupts import Interrupted, interruptible
 from pipeline.runtime.text import visible
-from pipeline.tasks.registry import ROOT, TASKS, config_class, task_factory
+from pipeline.tasks.registry import ROOT, TASKS, config_class, declarations, task_factory
 
 LONGEST_LINE = 3000  # characters of an error message
 
@@ -98,7 +98,13 @@ def verify_command(folder: str) -> None:
     click.echo(visible(f"{folder}: as its schema.json says, {rows} rows, digest {schema.digest}"))
 
 
-TOOLS = {str(tool.name): tool for tool in (sync_command, doctor_command, verify_command)}
+@click.command("ui", help="Open MLflow on the newest sweep of the store in MLFLOW_TRACKING_URI, else ./mlflow.db.")
+@click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True, help="Where to serve.")
+def ui_command(port: int) -> None:
+    import_reference("pipeline.tracking.ui:ui")(port, lambda task: declarations(task).charts)
+
+
+TOOLS = {str(tool.name): tool for tool in (sync_command, doctor_command, verify_command, ui_command)}
 
 
 class Entries(click.Group):

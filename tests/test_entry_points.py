@@ -15,8 +15,8 @@ from click.testing import CliRunner
 from conftest import Call, Place, mlflow_run, one_writer, project_in, run_pipeline
 
 from pipeline import demo as story
+from pipeline.__main__ import ui_command
 from pipeline.errors import UserError
-from pipeline.tracking.ui import ui
 
 TINY = {"max_steps": "8", "warmup_steps": "4", "batch_size": "256", "data.embedded.rows": "4000",
         "evaluation.every_steps": "4", "training.threads": "1"}  # fmt: skip
@@ -265,7 +265,7 @@ def test_a_tracking_uri_that_is_none_is_one_line(
 
 def test_the_page_of_a_tracking_uri_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://[::1")
-    told = CliRunner().invoke(ui, []).exception
+    told = CliRunner().invoke(ui_command, []).exception
     assert isinstance(told, UserError)
     assert str(told).startswith("MLFLOW_TRACKING_URI: found 'http://[::1', allowed: the URI of a tracking store")
 

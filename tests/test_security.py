@@ -543,7 +543,7 @@ def make_ui(port: int) -> list[str]:
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout.strip().splitlines()[-1]  # fmt: skip
     _, *arguments = recipe.split()
-    assert arguments[:2] == ["-m", "pipeline.tracking.ui"]
+    assert arguments[:3] == ["-m", "pipeline", "ui"]
     return arguments
 
 
@@ -574,12 +574,12 @@ def test_make_ui_serves_this_machine_alone(sweep: None, monkeypatch: pytest.Monk
 
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # or the command sets it
     port = free_port()
-    options = make_ui(port)[2:]
+    options = make_ui(port)[3:]
     with monkeypatch.context() as patch:
         patch.setattr(ui.subprocess, "Popen", start)
         patch.setattr(ui.signal, "signal", lambda *_: None)
         with pytest.raises(Started) as ours:
-            ui.ui.main(options, standalone_mode=False)
+            command_line.ui_command.main(options, standalone_mode=False)
     assert ours.value.command[:4] == [sys.executable, "-m", "mlflow", "ui"]
     with monkeypatch.context() as patch:
         patch.setattr(mlflow.server, "_exec_cmd", start)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,6 @@ from pipeline.runtime.text import listed
 
 REFERENCES = ("_bayes", "_majority", "_tfidf")  # name suffixes of reference scores, which are not the model's
 NOT_SET = "not set"
-SIDE_KINDS = ("auc_", "f1_", "ece_", "logloss_", "calibration_")  # in display order
 LOWER_IS_BETTER = re.compile(r"(^|[/_])(loss|logloss|ece|error)")
 
 
@@ -172,19 +171,19 @@ def _setting_keys(runs: pd.DataFrame) -> list[str]:
                   if "." in key and not is_operational(key) and not key.startswith(CALIBRATION))  # fmt: skip
 
 
-def side_metrics(runs: pd.DataFrame, metric: str) -> tuple[str, ...]:
-    """Other test metrics to show: AUC and F1 first, then metrics of the primary metric's event, then the others.
+def side_metrics(runs: pd.DataFrame, metric: str, kinds: Sequence[str]) -> tuple[str, ...]:
+    """Other test metrics to show: the first two kinds, then metrics of the primary metric's event, then the others.
 
-    In each group, metrics of calibrated probabilities come last.
+    In each group, metrics of calibrated probabilities come last. kinds: see `RunConfig.side_metrics`.
     """
     event = _event(metric)
 
     def rank(name: str) -> tuple[int, bool, int, str]:
-        kind, calibrated = _side_kind(name), name.endswith(CALIBRATED)
+        kind, calibrated = _side_kind(name, kinds), name.endswith(CALIBRATED)
         return (0 if kind < 2 and not calibrated else 1 if _event(name) == event else 2), calibrated, kind, name
 
-    names = [name for name in _finite_metrics(runs)
-             if name.startswith("test/") and _is_plain(name) and _side_kind(name) >= 0 and name != metric]  # fmt: skip
+    plain = [name for name in _finite_metrics(runs) if name.startswith("test/") and _is_plain(name)]
+    names = [name for name in plain if _side_kind(name, kinds) >= 0 and name != metric]
     return tuple(sorted(names, key=rank))
 
 
@@ -192,10 +191,10 @@ def _event(metric: str) -> str:
     return metric.removesuffix(CALIBRATED).rsplit("_", 1)[-1]
 
 
-def _side_kind(name: str) -> int:
-    """Index of the metric's kind in SIDE_KINDS; -1 if it is not a side effect."""
+def _side_kind(name: str, kinds: Sequence[str]) -> int:
+    """Index of the metric's kind; -1 if it is not a side effect. Means of several F1 scores, `..._f1_...`, are F1."""
     leaf = name.rsplit("/", maxsplit=1)[-1]
-    return next((at for at, kind in enumerate(SIDE_KINDS)
+    return next((at for at, kind in enumerate(kinds)
                  if leaf.startswith(kind) or (kind == "f1_" and "_f1_" in leaf)), -1)  # fmt: skip
 
 

@@ -43,6 +43,7 @@ from pipeline.names import COLORS, CONTROLLED, NOTE_LENGTH
 from pipeline.runtime.console import info
 from pipeline.runtime.text import listed
 from pipeline.storage.csv_table import write_csv
+from pipeline.tasks.registry import declarations
 from pipeline.tracking.messages import RunRequest
 from pipeline.tracking.mlflow_run import MlflowRun, end_early
 from pipeline.tracking.store import tracking_uri
@@ -60,7 +61,7 @@ __all__ = [
     "write",
 ]
 
-CURVES = re.compile(r"loss_.*|valid/.*|alpha/.*|influence/.*|aux_focal_on")  # metrics that the page draws
+CURVES = ("loss_", "valid/", "alpha/", "influence/")  # prefixes of the metrics that the page draws
 
 
 def compare(  # noqa: PLR0917 (notebooks pass one or two by position)
@@ -92,7 +93,7 @@ def compare(  # noqa: PLR0917 (notebooks pass one or two by position)
         raise UserError(f"baseline {base}: none of its runs has {metric}")
     groups = {arm: groups[arm] for arm in _display_order(base, groups)}
     settings = differing_settings(groups, notes)
-    sides = side_metrics(usable, metric)
+    sides = side_metrics(usable, metric, declarations(task).side_metrics)
     values = {arm: values_by_seed(group, metric) for arm, group in groups.items()}
     roles = {arm: "baseline" if arm == base else _role(group) for arm, group in groups.items()}
     differences = {arm: _paired(own, values[base]) for arm, own in values.items()}
@@ -159,7 +160,8 @@ def write(comparison: Comparison, folder: Path) -> list[Path]:
     """
     table, markdown, page = files = [folder / f"comparison.{kind}" for kind in ("csv", "md", "html")]
     logged = [str(name).removeprefix("metrics.") for name in comparison.runs.filter(like="metrics.")]
-    history = load_history(comparison.runs, [name for name in logged if CURVES.fullmatch(name)])
+    gates = declarations(comparison.task).gates
+    history = load_history(comparison.runs, [name for name in logged if name.startswith(CURVES) or name in gates])
     with os_errors(f"output_dir {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         write_csv(to_frame(comparison), table)

@@ -25,7 +25,7 @@ class DenseOptimizerConfig(AdamConfig):
 
 class ScheduleConfig(Config):
     warmup_steps: int = Field(0, ge=0)
-    """optimizer steps over which the learning rate rises linearly (not the focal gate: that is loss.aux_focal)"""
+    """optimizer steps over which the learning rate rises linearly (the loss's own warm-up is another key)"""
     decay: Literal["cosine", "constant"] = "cosine"
     """learning rate after the warm-up"""
     final_ratio: float = Field(0.0, ge=0, le=1)

@@ -54,7 +54,7 @@ def launch(config: RunConfig, make_task: TaskFactory, overrides: frozenset[str],
         return
     request = RunRequest(run_id=os.environ.get("MLFLOW_RUN_ID"))
     trained = train_run(config, make_task, writer, request, given=overrides)
-    info(f"\n{trained.name}\n{headline(trained.metrics)}")
+    info(f"\n{trained.name}\n{headline(trained.metrics, config.headline)}")
     if trained.tracking_uri:
         info(f"run {trained.id} in {trained.tracking_uri}\nnext: make ui opens MLflow on it")
 

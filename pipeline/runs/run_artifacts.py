@@ -1,6 +1,6 @@
 """Log params and config before training, and reports and the model after it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -82,8 +82,13 @@ def note(result: Result, best_step: int | None, history: Iterable[tuple[int, Map
     return text.rstrip("\n") if scores else ""
 
 
-def headline(metrics: Mapping[str, float]) -> str:
-    """The AUCs and F1 scores of the test split on one line; of the validation split if there is no test split."""
+def headline(metrics: Mapping[str, float], names: Sequence[str] = ()) -> str:
+    """Metrics of the test split on one line; of the validation split if there is no test split.
+
+    names: the metrics without their split. By default all AUCs and F1 scores, or all metrics if there are none.
+    """
     split = "test" if any(name.startswith("test/") for name in metrics) else "valid"
     shown = {name: value for name, value in metrics.items() if name.startswith(f"{split}/") and name.count("/") == 1}
-    return "  ".join(f"{name} {value:.4f}" for name, value in shown.items() if "auc" in name or "f1" in name)
+    chosen = [f"{split}/{name}" for name in names if f"{split}/{name}" in metrics]
+    chosen = chosen or [name for name in shown if "auc" in name or "f1" in name] or list(shown)
+    return "  ".join(f"{name} {metrics[name]:.4f}" for name in chosen)

@@ -23,7 +23,8 @@ def check_data(plan: Plan, workers: Workers) -> tuple[Plan, str]:
     jobs: dict[str, tuple[Arm, Job]] = {}  # key: data, model and evaluation settings, which decide digest and metrics
     loading: dict[str, Job] = {}  # data settings -> first job, which loads or generates the data
     for arm in plan.arms:
-        data, deciding = _settings(arm, "data."), _settings(arm, "data.", "model.", "evaluation.")
+        keys = arm.config.data_keys
+        data, deciding = _settings(arm, *keys), _settings(arm, *keys, "model.", "evaluation.")
         if deciding not in jobs:
             request = DigestData(plan.sweep.task, to_yaml(arm.config), _required_metrics(plan, arm))
             job = Job(f"data of {arm.name}", request, needs=loading.get(data))

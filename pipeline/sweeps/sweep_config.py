@@ -111,7 +111,7 @@ class SweepConfig(Config):
     search: SearchConfig | None = None
     """instead of arms: search for the best arm with Optuna"""
     controls: Literal["off", "reweight"] = "off"
-    """reweight: for each focal arm, also train a control that adds lambda to the weight of conversions instead"""
+    """reweight: also train the control of each arm that has one, which only changes the weights of examples"""
     seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1)
     """every arm runs once with each seed; differences are taken within a seed"""
     metric: str | None = Field(None, pattern=r"^(valid|test)/.+")

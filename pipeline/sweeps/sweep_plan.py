@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from pipeline.config.run_config import RunConfig
-from pipeline.config.strict_config import canonical, keys, load, nearest, read_yaml, validate
+from pipeline.config.strict_config import canonical, flatten, keys, load, nearest, read_yaml, validate
 from pipeline.errors import UserError
 from pipeline.sweeps.sweep_config import GridConfig, Overrides, SearchConfig, SweepConfig
 
@@ -106,7 +106,7 @@ def resolve(
     if sweep.controls == "reweight":
         controls = controls_of(arms)
         if not controls and not sweep.search:
-            raise UserError(f"{file}: controls is reweight, but no arm has a focal loss with lambda > 0; allowed: off")
+            raise UserError(f"{file}: controls is reweight, but no arm has a control; allowed: off")
         fingerprints = {arm.config.fingerprint() for arm in arms}
         arms += [control for control in controls if control.config.fingerprint() not in fingerprints]
     _refuse_equal_names([arm.name for arm in (baseline, *arms)], file)
@@ -147,9 +147,16 @@ def controls_of(arms: Sequence[Arm]) -> list[Arm]:
             continue
         key = config.fingerprint()
         control_of = (*controls[key].control_of, arm.name) if key in controls else (arm.name,)
-        overridden = frozenset(name for name in arm.overridden if not name.startswith("loss.aux_focal."))
-        controls[key] = Arm(config.arm_name(), "control", config, overridden, control_of)
+        controls[key] = Arm(config.arm_name(), "control", config, _kept(arm, config), control_of)
     return list(controls.values())
+
+
+def _kept(arm: Arm, control: RunConfig) -> frozenset[str]:
+    """The keys overridden by the arm that its control keeps: those of blocks in which the two have equal values."""
+    own, others = flatten(arm.config), flatten(control)
+    changed = {key for key in own if own[key] != others[key]}
+    blocks = {key.rpartition(".")[0] for key in changed} - {""}
+    return frozenset(key for key in arm.overridden if key not in changed and key.rpartition(".")[0] not in blocks)
 
 
 def to_yaml(plan: Plan) -> str:
@@ -276,7 +283,7 @@ def _check_space(search: SearchConfig, baseline: Arm, file: Path) -> None:
     """Check that both ends of every range, and every choice, are valid values of their key."""
     baseline = with_overrides(baseline, search.settings, f"{file}: search.settings")
     for key in _dotted(dict.fromkeys(search.space), type(baseline.config), f"{file}: search.space"):
-        if key in ("seed", "run_name") or key.startswith("data."):
+        if key in ("seed", "run_name") or key.startswith(baseline.config.data_keys):
             raise UserError(f"{file}: search.space: found {key}, allowed: keys that leave seed and data alone")
     for key, space in search.space.items():
         for value in space.choices if space.choices is not None else [space.low, space.high]:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import webbrowser
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +23,8 @@ from urllib.error import URLError
 from urllib.parse import quote
 from urllib.request import urlopen
 
-import click
-
 from pipeline.errors import UserError
 from pipeline.runtime.console import info, warn
-from pipeline.runtime.text import visible
 from pipeline.tracking.client import connect, experiments
 from pipeline.tracking.store import configure_mlflow, tracking_uri
 from pipeline.tracking.store_creation import ensure_store
@@ -40,7 +37,7 @@ STOP_SECONDS = 5  # how long to wait before killing the server
 DEFAULT_EXPERIMENT = "0"
 VIEW_TAG = "mlflow.sharedViewState."  # prefix of an experiment's tag; the rest of the tag is the key in the link
 TRAINING = "workflowType=machine_learning"  # in a link; by default, MLflow shows its GenAI pages
-LOSSES = ("loss_ctcvr_bce", "loss_ctcvr_focal", "loss_sentiment")  # charted if the sweep logged them
+Charts = Callable[[str], Sequence[str]]  # name of a task -> metrics to chart if the sweep logged them
 QUIET = {
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # avoids seven processes that evaluate chats
     "MLFLOW_LOGGING_LEVEL": "WARNING",
@@ -48,20 +45,22 @@ QUIET = {
 }
 
 
-@click.command(help="Open MLflow on the newest sweep of the tracking store (MLFLOW_TRACKING_URI, else ./mlflow.db).")
-@click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True, help="where to serve")
-def ui(port: int) -> None:
-    """Run MLflow's server until Ctrl-C; if the store is a server itself, only show the link."""
+def ui(port: int, charts: Charts) -> None:
+    """Run MLflow's server until Ctrl-C; if the store is a server itself, only show the link.
+
+    Raises:
+        UserError: the port is in use, the store does not answer, or the server ends by itself.
+    """
     configure_mlflow()
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # report an unreachable server within seconds
     uri = tracking_uri()
     if uri.startswith(("http://", "https://")):
-        sweep = newest_sweep()
+        sweep = newest_sweep(charts)
         show(link(uri.rstrip("/"), sweep), sweep)
         return
     base = f"http://{HOST}:{port}"
     check_free(port)
-    address = link(base, sweep := newest_sweep())  # before the server starts, since both may create the store
+    address = link(base, sweep := newest_sweep(charts))  # before the server starts, since both may create the store
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # with nohup, keep ignoring SIGHUP
             signal.signal(number, _end)
@@ -110,7 +109,7 @@ def _line_chart(metric: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def newest_sweep() -> SweepView | None:
+def newest_sweep(charts: Charts) -> SweepView | None:
     """The most recently started sweep; None if there is none.
 
     Raises:
@@ -126,8 +125,8 @@ def newest_sweep() -> SweepView | None:
     logged = {name for run in runs_of_sweep(sweep_id) for name in run.metrics}
     validation_metric = metric.replace("test/", "valid/", 1)
     experiment_id = mlflow.MlflowClient().get_run(summary.run_id).info.experiment_id
-    charts = tuple(name for name in (validation_metric, *LOSSES) if name in logged)
-    return SweepView(sweep_id, experiment_id, metric, charts)
+    wanted = [validation_metric, *charts(summary.tags.get("task", ""))]
+    return SweepView(sweep_id, experiment_id, metric, tuple(name for name in wanted if name in logged))
 
 
 def newest_experiment() -> str:
@@ -229,11 +228,3 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001 (a signal handler)
     raise KeyboardInterrupt
-
-
-if __name__ == "__main__":
-    try:
-        ui()
-    except UserError as error:
-        print(f"error: {visible(str(error))}", file=sys.stderr)
-        sys.exit(error.exit_code)

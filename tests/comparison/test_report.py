@@ -21,6 +21,7 @@ from pipeline.comparison.page.view import page as page_of
 from pipeline.comparison.page.view import panel_metrics, write_page
 from pipeline.comparison.results import ArmResult, Comparison
 from pipeline.comparison.wording import MetricFormat, probability, short
+from pipeline.config.run_config import RunConfig
 from pipeline.maths.statistics import Paired, paired
 
 HOSTILE = """<script>alert("1")</script> & 'l.1' </style>"""
@@ -174,7 +175,8 @@ def test_nothing_is_asked_from_outside(tmp_path: Path) -> None:
     assert "http://127.0.0.1:5000" in page.find("header")[0]["text"]  # said, not linked
 
 
-def test_names_cannot_break_out(tmp_path: Path) -> None:
+def test_names_cannot_break_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RunConfig, "gates", ("aux_focal_on",))  # of a task of this name, too
     bad = arm(HOSTILE, (0.61, 0.62, 0.63), BASE,
               differing={HOSTILE: HOSTILE}, side={HOSTILE: paired((1.0, 2.0, 3.0))},
               minimum_detectable=0.01)  # fmt: skip
@@ -276,7 +278,10 @@ def test_the_gate_is_where_it_opened(tmp_path: Path) -> None:
 def test_gates_are_the_first_open_step_of_any_seed() -> None:
     rows = [("a0", 0, 0.0), ("a0", 7, 1.0), ("a0", 8, 1.0), ("a1", 6, 1.0), ("b0", 3, 0.0)]
     history = pd.DataFrame([(r, "aux_focal_on", s, v) for r, s, v in rows], columns=["run", "metric", "step", "value"])
-    assert gates(history, {"a": ["a0", "a1"], "b": ["b0"]}) == {"a": 6}
+    arms = {"a": ["a0", "a1"], "b": ["b0"]}
+    assert gates(history, arms, ["aux_focal_on"]) == {"a": 6}
+    assert gates(history, arms, ["other_on", "aux_focal_on"]) == {"a": 6}
+    assert gates(history, arms, ["other_on"]) == gates(history, arms, []) == {}
 
 
 def test_curve_positions_by_hand(tmp_path: Path) -> None:
@@ -473,8 +478,8 @@ def test_alpha_bars_share_a_scale(tmp_path: Path) -> None:
     compared.runs["metrics.alpha/neutral"], compared.runs["metrics.alpha/positive"] = 2.0, 0.5
     page, _ = written(compared, EMPTY, tmp_path)
     bars = page.find("div", "bar")
-    assert [bar["text"] for bar in bars] == ["0.5", "2"] * 2  # positive, then neutral
-    assert [bar["attributes"]["style"] for bar in page.find("i")] == ["width:27.5px", "width:110.0px"] * 2
+    assert [bar["text"] for bar in bars] == ["2", "0.5"] * 2  # neutral, then positive
+    assert [bar["attributes"]["style"] for bar in page.find("i")] == ["width:110.0px", "width:27.5px"] * 2
 
 
 def test_which_metrics_have_a_panel() -> None:

@@ -253,7 +253,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"task": "train"}, ["task", "train_mmoe, train_visobert"]),
     ({"metric": "auc"}, ["metric", "valid|test"]),
     ({"controls": "reweigh"}, ["controls", "off, reweight"]),
-    ({"controls": "reweight", "arms": [{"lambda": 0}]}, ["controls", "no arm has a focal loss"]),
+    ({"controls": "reweight", "arms": [{"lambda": 0}]}, ["controls", "no arm has a control"]),
     ({"config": "nowhere.yaml"}, ["nowhere.yaml", "No such file"]),
     ({"arm": [{}]}, ["unknown key arm", "arms"]),
     ({"search": {"space": {"lambda": {"low": 0, "high": 1}}}}, ["arms or search"]),

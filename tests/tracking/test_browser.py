@@ -21,8 +21,10 @@ import pytest
 from conftest import in_laboratory
 from laboratory import ARMS, Laboratory
 
+from pipeline.__main__ import ui_command
 from pipeline.errors import UserError
-from pipeline.tracking.ui import HOST, VIEW_TAG, check_free, has_desktop, link, newest_sweep, show, ui, wait_until_up
+from pipeline.tasks.registry import declarations
+from pipeline.tracking.ui import HOST, VIEW_TAG, check_free, has_desktop, link, newest_sweep, show, wait_until_up
 
 CHARTS = ("valid/logloss_ctcvr", "loss_ctcvr_bce", "loss_ctcvr_focal")
 CARD = "[data-testid=experiment-view-compare-runs-card]"
@@ -37,6 +39,10 @@ DRAWN = """() => {
 }""".replace("CARD", CARD)
 
 
+def charts(task: str) -> tuple[str, ...]:
+    return declarations(task).charts
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind((HOST, 0))
@@ -47,7 +53,7 @@ def start_ui(folder: Path, *arguments: str, **environment: str) -> subprocess.Po
     """`make ui` as it is run in a terminal, with no desktop around it."""
     hidden = ("DISPLAY", "WAYLAND_DISPLAY")
     return subprocess.Popen(
-        [sys.executable, "-m", "pipeline.tracking.ui", *arguments],
+        [sys.executable, "-m", "pipeline", "ui", *arguments],
         cwd=folder,
         env={name: value for name, value in os.environ.items() if name not in hidden} | environment,
         stdout=subprocess.PIPE,
@@ -136,7 +142,7 @@ def call_ui(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # it would set it for this process too
-    ui.main([], standalone_mode=False)
+    ui_command.main([], standalone_mode=False)
 
 
 def more_seeds(client: Any, sweep: str) -> list[str]:
@@ -216,12 +222,12 @@ def make_run(client: Any, experiment: str, metrics: tuple[str, ...] = (), **tags
 def test_the_newest_sweep_is_shared_as_a_view(client: Any) -> None:
     elsewhere = client.create_experiment("elsewhere")
     make_run(client, "0", role="summary", sweep_id="a" * 16, metric="test/auc_ctcvr")
-    make_run(client, elsewhere, role="summary", sweep_id="b" * 16, metric="test/pair_f1_micro")
+    make_run(client, elsewhere, role="summary", sweep_id="b" * 16, metric="test/pair_f1_micro", task="visobert")
     make_run(client, "0", ("valid/auc_ctcvr", "loss_ctcvr_bce"), role="arm", sweep_id="a" * 16)
     logged = ("loss_aspect", "loss_sentiment", "valid/pair_f1_micro", "test/pair_f1_micro")
     make_run(client, elsewhere, logged, role="arm", sweep_id="b" * 16)
 
-    sweep = newest_sweep()
+    sweep = newest_sweep(charts)
     assert sweep
     assert (sweep.sweep_id, sweep.experiment_id) == ("b" * 16, elsewhere)
     assert sweep.charts == ("valid/pair_f1_micro", "loss_sentiment")
@@ -248,7 +254,7 @@ def test_a_store_that_refuses_the_view_gets_a_link_with_the_filter(
         raise MlflowException("you may only read")
 
     monkeypatch.setattr("mlflow.MlflowClient.set_experiment_tag", refuse)
-    page, _, query = link("http://host:1", newest_sweep()).partition("?")
+    page, _, query = link("http://host:1", newest_sweep(charts)).partition("?")
     assert page == "http://host:1/#/experiments/0/runs"
     assert "you may only read" in capsys.readouterr().err
     given = parse_qs(query, strict_parsing=True)
@@ -257,10 +263,10 @@ def test_a_store_that_refuses_the_view_gets_a_link_with_the_filter(
 
 
 def test_without_a_sweep_the_newest_runs_experiment_is_shown(client: Any) -> None:
-    assert newest_sweep() is None
+    assert newest_sweep(charts) is None
     assert link("http://host:1", None) == "http://host:1/#/experiments/0/runs?workflowType=machine_learning"
     make_run(client, elsewhere := client.create_experiment("elsewhere"), role="baseline")
-    assert newest_sweep() is None
+    assert newest_sweep(charts) is None
     assert link("http://host:1", None) == f"http://host:1/#/experiments/{elsewhere}/runs?workflowType=machine_learning"
 
 

@@ -98,9 +98,12 @@ def left_out(history: pd.DataFrame, metrics: Sequence[str]) -> int:
     return int((history["metric"].isin(metrics) & ~np.isfinite(history["value"])).sum())
 
 
-def gates(history: pd.DataFrame, arms: Mapping[str, Sequence[str]]) -> dict[str, int]:
-    """Map each arm whose gate opens to the first step at which it is open in any run."""
-    is_open = history[(history["metric"] == "aux_focal_on") & (history["value"] == 1)]
+def gates(history: pd.DataFrame, arms: Mapping[str, Sequence[str]], metrics: Sequence[str]) -> dict[str, int]:
+    """Map each arm with a gate that opens to the first step at which one is open in any run.
+
+    metrics: those of gates, which are 1 while the gate is open.
+    """
+    is_open = history[history["metric"].isin(metrics) & (history["value"] == 1)]
     first = is_open.groupby("run", observed=True)["step"].min().to_dict()
     return {name: min(int(first[run]) for run in runs if run in first)
             for name, runs in arms.items() if any(run in first for run in runs)}  # fmt: skip

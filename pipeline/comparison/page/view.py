@@ -13,8 +13,7 @@ from pipeline.comparison.page import charts, colors, curves
 from pipeline.comparison.page.charts import Effect
 from pipeline.comparison.results import Comparison
 from pipeline.comparison.selection import REFERENCES, validation_metric
-
-SENTIMENTS = ("positive", "negative", "neutral")
+from pipeline.tasks.registry import declarations
 
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
@@ -64,8 +63,9 @@ def panel_metrics(comparison: Comparison, names: Sequence[str]) -> dict[str, lis
     """Map each heading to the metrics that get a panel, in order. names: all metrics of the history."""
     primary = validation_metric(comparison.metric)
     sides = {validation_metric(metric) for metric in comparison.side_metrics}
+    shown = ("valid/loss_", *(f"valid/{kind}" for kind in declarations(comparison.task).side_metrics[:1]))
     own = [name for name in names if not name.endswith(REFERENCES)]
-    valid = [name for name in own if name.startswith(("valid/auc_", "valid/loss_")) or name in {primary, *sides}]
+    valid = [name for name in own if name.startswith(shown) or name in {primary, *sides}]
     losses = [name for name in own if name.startswith("loss_")]
     return {
         "Validation": sorted(valid, key=lambda name: (name != primary, "/loss_" in name, name)),
@@ -82,7 +82,8 @@ def _curves(comparison: Comparison, history: pd.DataFrame) -> Mapping[str, objec
     names, index = list(runs), {name: position for position, name in enumerate(runs)}
     drawn = {metric: {index[name]: curve for name, curve in by_arm.items()}
              for metric, by_arm in curves.curves(history, wanted, runs).items()}  # fmt: skip
-    gates = {index[name]: step for name, step in curves.gates(history, runs).items()} if drawn else {}
+    opened = curves.gates(history, runs, declarations(comparison.task).gates) if drawn else {}
+    gates = {index[name]: step for name, step in opened.items()}
     steps = [int(curve.steps[end]) for by_arm in drawn.values() for curve in by_arm.values() for end in (0, -1)]
     axis = min(steps, default=0), max(steps, default=0)
     panels = {heading: [charts.panel(metric, drawn[metric], gates, axis, names) for metric in metrics
@@ -101,7 +102,7 @@ def _alpha(comparison: Comparison) -> Mapping[str, object]:
         means = {name: float(own[f"metrics.alpha/{name}"].astype(float).mean()) for name in names}
         alpha.append({name: mean for name, mean in means.items() if np.isfinite(mean)})
     known = {name for values in alpha for name in values}
-    names = [name for name in SENTIMENTS if name in known] + sorted(known - set(SENTIMENTS))
+    names = sorted(known)
     longest = max((abs(value) for values in alpha for value in values.values()), default=0.0) or 1.0
     return {"alpha": alpha, "alpha_names": names, "longest": longest}
 

@@ -186,6 +186,8 @@ class MmoeEvaluationConfig(EvaluationConfig):
 
 class MmoeConfig(RunConfig):
     task: ClassVar[str] = "mmoe"
+    gates: ClassVar[tuple[str, ...]] = ("aux_focal_on",)
+    charts: ClassVar[tuple[str, ...]] = ("loss_ctcvr_bce", "loss_ctcvr_focal")
     short: ClassVar[dict[str, str]] = RunConfig.short | {
         "lambda": "loss.aux_focal.lambda",
         "gamma": "loss.aux_focal.gamma",

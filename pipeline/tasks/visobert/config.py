@@ -236,6 +236,7 @@ EMBEDDED_DEFAULTS: Mapping[str, Any] = {
 
 class VisobertConfig(RunConfig):
     task: ClassVar[str] = "visobert"
+    charts: ClassVar[tuple[str, ...]] = ("loss_sentiment",)
     short: ClassVar[dict[str, str]] = RunConfig.short | {
         "alpha": "multi_label.focal_alpha",
         "gamma": "multi_label.focal_gamma",
