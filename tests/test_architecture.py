@@ -1,6 +1,7 @@
 """Who may import whom: one table of floors, no circles, and names that say where a thing is."""
 
 import ast
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
@@ -15,6 +16,7 @@ FLOORS = (
     ("conformance", "entries", "demo"), ("__main__",),
 )  # fmt: skip
 LEVEL = {folder: level for level, floor in enumerate(FLOORS) for folder in floor}
+NAME_TASKS = {"tasks", "demo", "entries"}  # folders and files that may name the modules of a task
 REPEATED = {"config", "task", "objective", "evaluation", "model", "predict"}  # in every task's folder
 LIBRARIES = {"mlflow": "tracking", "ray": "sweeps", "optuna": "sweeps"}  # library -> the one folder that imports it
 MATHS = {"math", "typing", "collections", "dataclasses", "itertools", "torch", "numpy", "sklearn", "scipy", "pipeline"}
@@ -49,6 +51,15 @@ def folder_of(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
 
 
+def tasks_named_elsewhere(root: Path) -> Iterator[str]:
+    """Each module that names a module of a task, by an import or as text, where that is not allowed."""
+    folders = [file.parent.name for file in sorted((root / "pipeline" / "tasks").glob("*/__init__.py"))]
+    for module, file in modules(root).items():
+        named = re.search(rf"\btasks[./]({'|'.join(folders)})\b", file.read_text(encoding="utf-8"))
+        if named and folder_of(module) not in NAME_TASKS:
+            yield f"{module} names {named[0]}, allowed in {', '.join(sorted(NAME_TASKS))}"
+
+
 def broken(root: Path) -> Iterator[str]:
     """Each rule that is broken, in a line."""
     graph = imports(root)
@@ -62,6 +73,7 @@ def broken(root: Path) -> Iterator[str]:
             parts, others = module.split("."), name.split(".")
             if here == there == "tasks" and len(others) > 3 and parts[2] != others[2]:
                 yield f"{module} imports {name}, which is of another task"
+    yield from tasks_named_elsewhere(root)
     for module, names in graph.items():
         for library, folder in LIBRARIES.items():
             if library in names and folder_of(module) != folder:
@@ -97,6 +109,8 @@ def test_the_package_keeps_the_rules() -> None:
     ("storage/files.py", "from pipeline.training import loop", "is not on a floor below"),
     ("runs/launch.py", "def late():\n    import mlflow", "imports mlflow, allowed in tracking"),
     ("tasks/mmoe/model.py", "from pipeline.tasks.visobert import config", "which is of another task"),
+    ("sweeps/jobs.py", "def late():\n    from pipeline.tasks.mmoe import config", "names tasks.mmoe, allowed in demo"),
+    ("runs/resume.py", "CONFIG = 'pipeline.tasks.visobert.config:VisobertConfig'", "names tasks.visobert, allowed in"),
     ("maths/losses.py", "import pandas", "which is no mathematics"),
     ("storage/files.py", "from pipeline.storage import run_folder", "a circle: "),
     ("storage/losses.py", "", "2 files are called losses.py"),

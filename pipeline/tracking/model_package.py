@@ -107,8 +107,8 @@ def _imports(module: str, tree: ast.AST, roots: Roots) -> Iterator[tuple[str, li
 def _with_relative_imports(module: str, source: str, roots: Sequence[str]) -> str:
     """A module's source with its absolute imports of the roots made relative; relative imports stay as they are.
 
-    >>> _with_relative_imports("pipeline.tasks.mmoe.predict", "from pipeline.errors import UserError", ["pipeline"])
-    'from ....pipeline.errors import UserError'
+    >>> _with_relative_imports("outside.predict", "from pipeline.errors import UserError", ["pipeline", "outside"])
+    'from ..pipeline.errors import UserError'
     """
     dots = "." * (module.count(".") + 1)
     names = "|".join(map(re.escape, roots))
