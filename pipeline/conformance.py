@@ -88,14 +88,14 @@ def check_optimizers_hold_every_parameter(make_task: MakeTask, config: RunConfig
 
 
 def check_steps_change_no_buffer(make_task: MakeTask, config: RunConfig, folder: Path) -> None:
-    """A training step changes no buffers: those of BatchNorm, for example, would depend on the micro-batches."""
+    """A training step changes no buffers; they would depend on the micro-batches, see `Task.model`."""
     training = _training(make_task(config), folder)
     before = {name: buffer.clone() for name, buffer in training.model.named_buffers()}
     for window, batches in training._loaded(training._remaining(1)):
         training.model.train()
         training._step(window, batches)
     for name, buffer in training.model.named_buffers():
-        assert torch.equal(buffer, before[name]), f"buffer {name} is changed by a training step (BatchNorm?)"
+        assert torch.equal(buffer, before[name]), f"buffer {name} is changed by a training step"
 
 
 def check_resumes_exactly(make_task: MakeTask, config: RunConfig, folder: Path) -> None:

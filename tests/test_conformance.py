@@ -24,6 +24,8 @@ from pipeline.conformance import (
     check_shared_prefix,
     check_steps_change_no_buffer,
 )
+from pipeline.errors import UserError
+from pipeline.runs.launch import train_run
 from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.impressions.impression_batch import Impressions
 from pipeline.tasks.mmoe.task import MmoeTask
@@ -94,6 +96,27 @@ class BatchNorm(MmoeTask):
         return output._replace(logits=model.norm(output.logits))
 
 
+class FrozenBatchNorm(BatchNorm):
+    """Its normalisation stays in evaluation mode, as in a pretrained model whose statistics are kept."""
+
+    def model(self) -> Any:
+        model = super().model()
+        model.norm.eval()
+        model.norm.train = lambda *_: model.norm  # type: ignore[method-assign]
+        return model
+
+
+class CountedBatches(MmoeTask):
+    def model(self) -> Any:
+        model = super().model()
+        model.register_buffer("batches", torch.zeros(()))
+        return model
+
+    def forward(self, model: nn.Module, batch: Impressions) -> Any:
+        model.batches += model.training
+        return model(batch)
+
+
 class TrainingMode(MmoeTask):
     def evaluate(self, model: nn.Module, split: str, device: str) -> Mapping[str, float]:
         return super().evaluate(model.train(), split, device)
@@ -134,7 +157,7 @@ class LatePrefix(MmoeConfig):
         (OwnRows, check_losses_are_shares, r"losses\['loss_ctr'\] .* divide sums by the step's counts"),
         (RandomBatch, check_batches_are_reproducible, "batch.rows. differs the second time"),
         (GlobalPlan, check_batches_are_reproducible, "plan.epoch. gives other rows the second time"),
-        (BatchNorm, check_steps_change_no_buffer, r"buffer norm.running_mean is changed .*BatchNorm"),
+        (CountedBatches, check_steps_change_no_buffer, "buffer batches is changed by a training step"),
         (TrainingMode, check_evaluation_is_deterministic, "evaluate draws random numbers"),
         (MissingParameter, check_optimizers_hold_every_parameter, "parameter .* is in 0 optimizers"),
         (OtherColumns, check_export_predicts, r"predict gives \['p_ctr', .*p_click"),
@@ -144,6 +167,28 @@ class LatePrefix(MmoeConfig):
 def test_a_mistake_is_found(task: type[MmoeTask], check: Check, reason: str, mmoe: MmoeConfig, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=reason):
         check(task, mmoe, tmp_path)
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.SyncBatchNorm])
+def test_a_run_refuses_running_statistics(kind: type[nn.Module], mmoe: MmoeConfig) -> None:
+    """One line before the first step, whichever check is asked for."""
+
+    class Normed(BatchNorm):
+        def model(self) -> Any:
+            model = super().model()
+            model.norm = kind(2)
+            return model
+
+    with pytest.raises(UserError) as caught:
+        train_run(mmoe, Normed, None)
+    assert str(caught.value) == (
+        f"model: found {kind.__name__} norm with running statistics, which depend on the micro-batches, allowed: "
+        "LayerNorm, GroupNorm, or the module in evaluation mode"
+    )
+
+
+def test_statistics_that_no_step_changes_are_allowed(mmoe: MmoeConfig, tmp_path: Path) -> None:
+    check_steps_change_no_buffer(FrozenBatchNorm, mmoe, tmp_path)
 
 
 def test_a_prefix_that_is_too_long_is_found(mmoe: MmoeConfig, tmp_path: Path) -> None:

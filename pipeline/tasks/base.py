@@ -162,7 +162,13 @@ class Task(ABC, Generic[C]):
 
     @abstractmethod
     def model(self) -> nn.Module:
-        """A new model. Its weights depend only on torch's seed, and training steps do not change its buffers."""
+        """A new model. Its weights depend only on torch's seed, and training steps do not change its buffers.
+
+        A checkpoint holds all persistent buffers, but running statistics such as those of BatchNorm would depend on the
+        micro-batches, differ between the processes of a distributed training, and be changed by an interrupted step
+        that is taken again. A run therefore refuses modules with `track_running_stats` that are in training mode after
+        `model.train()`; other changes of buffers are found by `conformance.check_steps_change_no_buffer`.
+        """
 
     @property
     def schedule(self) -> ScheduleConfig:
@@ -255,6 +261,21 @@ class Task(ABC, Generic[C]):
     @abstractmethod
     def export(self, model: nn.Module, folder: Path) -> ModelExport:
         """Write all files that are needed to predict from raw input into the folder."""
+
+
+def new_model(task: Task[Any]) -> nn.Module:
+    """Create the model to train, in training mode.
+
+    Raises:
+        UserError: a module has running statistics, see `Task.model`.
+    """
+    model = task.model().train()
+    for name, module in model.named_modules():
+        if module.training and getattr(module, "track_running_stats", False):
+            kind = type(module).__name__
+            raise UserError(f"model: found {kind} {name} with running statistics, which depend on the micro-batches, "
+                            "allowed: LayerNorm, GroupNorm, or the module in evaluation mode")  # fmt: skip
+    return model
 
 
 def predictor_module(task: Task[Any]) -> str:

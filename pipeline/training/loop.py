@@ -26,7 +26,7 @@ from pipeline.runtime.interrupts import check, deferred
 from pipeline.runtime.memory import keep_freed_memory
 from pipeline.storage.checkpoint_format import Checkpoint
 from pipeline.storage.weights import load_weights, save_weights
-from pipeline.tasks.base import TOTAL, Rows, Task, evaluate, evaluating
+from pipeline.tasks.base import TOTAL, Rows, Task, evaluate, evaluating, new_model
 from pipeline.tracking.run import Run
 from pipeline.training.best_weights import BestWeights
 from pipeline.training.recorder import Recorder
@@ -77,7 +77,7 @@ class Training:
         self.task, self.config, self.run, self.console, self.device = task, task.config, run, console, device
         keep_freed_memory()
         torch.manual_seed(self.config.seed)
-        self.model = task.model().to(device)
+        self.model = new_model(task).to(device)
         self.optimizers = task.optimizers(self.model)
         self.peaks = {
             name: [group["lr"] for group in optimizer.param_groups] for name, optimizer in self.optimizers.items()
