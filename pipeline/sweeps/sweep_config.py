@@ -100,8 +100,8 @@ class SweepConfig(Config):
 
     task: TaskName
     """entry point of every run"""
-    file: str = Field(alias="config", min_length=1)
-    """YAML of the task that every run starts from; relative to the working folder, the sweep file or the project"""
+    file: str | None = Field(None, alias="config", min_length=1)
+    """YAML of every run, relative to the working folder, the sweep file or the project; null = the task's default"""
     settings: Overrides = Field({})
     """overrides of every run; task keys on the command line (data=FOLDER, max_steps=100) are added to them"""
     baseline: Overrides

@@ -60,6 +60,12 @@ def test_the_shipped_sweep_holds_the_five_arms() -> None:
     assert len(plan.sweep.seeds) == 3
 
 
+def test_without_a_yaml_the_runs_start_from_that_of_the_entry_point(tmp_path: Path) -> None:
+    named, default = plan_of(tmp_path), plan_of(tmp_path, config=...)
+    assert default.sweep.file is None
+    assert [arm.config for arm in default.arms] == [arm.config for arm in named.arms]
+
+
 def test_the_shipped_alpha_sweep_is_a_grid_without_its_baseline() -> None:
     plan = shipped("alpha")
     loss = [arm.config.multi_label for arm in plan.arms]  # type: ignore[attr-defined]
