@@ -199,6 +199,27 @@ def test_a_package_of_its_own_is_trained_and_its_model_needs_neither_package(wor
 
 
 @pytest.mark.faults
+def test_a_sweep_of_a_package_of_its_own(workplace: Path, tmp_path: Path) -> None:
+    path = os.pathsep.join([str(installed(tmp_path / "site")), str(ROOT)])
+    sweep = {"task": "train_fraud", "settings": {key: value for key, value in TINY.items() if "focal" not in key},
+             "baseline": {"focal": False}, "arms": [{"focal": True, "lambda": 0.5, "warmup_steps": 3}], "seeds": [0],
+             "controls": "reweight", "jobs": 1}  # fmt: skip
+    (workplace / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    done = run_pipeline("sweep", "--config", "sweep.yaml", PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr
+    client = MlflowClient()
+    runs = {run.data.tags["role"]: run for run in client.search_runs(["0"])}
+    assert runs.keys() == {"baseline", "arm", "control", "summary"}
+    for role, weights in {"baseline": [5.0] * 8, "arm": [5.0] * 8, "control": [5.0] * 3 + [5.5] * 5}.items():
+        points = client.get_metric_history(runs[role].info.run_id, "pos_weight_fraud")
+        assert [point.value for point in points] == weights
+        assert runs[role].data.tags["branch_step"] == "3"  # all three share the steps before the gate
+    assert "gate opens at step 3" in next(workplace.glob("outputs/sweeps/*/comparison.html")).read_text()
+    lines = [line for line in done.stderr.splitlines() if "logloss_fraud" in line]
+    assert [line.split()[:3] for line in lines] == [["pr_auc_fraud", "logloss_fraud", "ece_fraud"]]
+
+
+@pytest.mark.faults
 def test_a_folder_of_the_project_is_trained_through_mlflow_run(workplace: Path) -> None:
     """As the documentation says: a folder, a YAML, an entry of the registry and a block of MLproject."""
     project = project_in(workplace)
