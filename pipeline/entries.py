@@ -43,7 +43,7 @@ OWN = {
 }  # fmt: skip
 
 
-class Entries(Mapping[str, Entry]):
+class EntryTable(Mapping[str, Entry]):
     """The project's own entry points and those that train a task. Looking one up can raise a UserError, see `Tasks`."""
 
     def __getitem__(self, name: str) -> Entry:
@@ -59,4 +59,4 @@ class Entries(Mapping[str, Entry]):
         return len(OWN) + len(TASKS)
 
 
-ENTRIES = Entries()
+ENTRIES = EntryTable()
