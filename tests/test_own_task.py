@@ -68,7 +68,7 @@ def test_losses_by_hand() -> None:
     after = task.losses(output, batch, counts, 3)
     assert float(after["loss_focal"]) == pytest.approx(focal, rel=1e-6)
     assert float(after["loss_total"]) == pytest.approx(bce + 0.5 * focal, rel=1e-6)
-    assert [task.settings(step)["focal_on"] for step in (2, 3)] == [False, True]
+    assert [task.scheduled_values(step)["focal_on"] for step in (2, 3)] == [False, True]
 
 
 def test_the_focal_term_is_computed_in_reduced_precision_on_request() -> None:

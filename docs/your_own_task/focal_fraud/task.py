@@ -77,7 +77,7 @@ class FraudTask(Task[FraudConfig]):
             total = total + focal.lambda_ * losses["loss_focal"]
         return losses | {TOTAL: total}
 
-    def settings(self, step: int) -> Mapping[str, float | bool]:
+    def scheduled_values(self, step: int) -> Mapping[str, float | bool]:
         return {"focal_on": self.focal.is_on(step), "pos_weight_fraud": self.config.loss.pos_weight.at(step)}
 
     def logged_losses(self, names: Sequence[str]) -> Sequence[str]:
