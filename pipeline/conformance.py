@@ -26,6 +26,7 @@ from pipeline.runs.shared_prefix import start_from_prefix, train_prefix
 from pipeline.runtime.console import Console
 from pipeline.serving import load_predictor
 from pipeline.tasks.base import TOTAL, Task, evaluate, evaluating, predictor_module
+from pipeline.tracking.model_package import write_package
 from pipeline.tracking.run import MemoryRun
 from pipeline.training.loop import Training, count_steps
 
@@ -150,7 +151,10 @@ def check_evaluation_is_deterministic(make_task: MakeTask, config: RunConfig, fo
 
 
 def check_export_predicts(make_task: MakeTask, config: RunConfig, folder: Path) -> None:
-    """The exported model can be loaded by the task's `predict`, and predicts the declared columns for the example."""
+    """The exported model can be loaded by the task's `predict`, and predicts the declared columns for the example.
+
+    The code of `predict` can be packaged with a logged model.
+    """
     task = make_task(config)
     torch.manual_seed(config.seed)
     model = task.model()
@@ -161,6 +165,10 @@ def check_export_predicts(make_task: MakeTask, config: RunConfig, folder: Path) 
     for name, kind in export.outputs.items():
         finite = kind != "double" or np.isfinite(answer[name].dropna()).all()
         assert finite, f"predict gives infinite values of {name}"
+    try:
+        write_package(predictor_module(task), folder / "code")
+    except ImportError as error:
+        raise AssertionError(f"the code of predict cannot be packaged: {error}") from None
 
 
 CHECKS: tuple[Check, ...] = (

@@ -90,7 +90,7 @@ def log_model(export: Mapping[str, Any], create: Callable[[], str]) -> str:
         create: creates the model in the store and returns its id; called after the check.
 
     Raises:
-        UserError: the model cannot be loaded there, or fails to predict.
+        UserError: its code cannot be packaged, or the model cannot be loaded there or fails to predict.
     """
     folder = Path(export["folder"])
     # journals of versions without tasks of other packages have no predictor
@@ -103,7 +103,10 @@ def log_model(export: Mapping[str, Any], create: Callable[[], str]) -> str:
     columns = None if inputs is None else Schema([ColSpec(AnyType(), name) for name in inputs])  # type: ignore[no-untyped-call]
     outputs: list[ColSpec | TensorSpec] = [ColSpec(DataType[kind], name) for name, kind in export["outputs"].items()]
     with tempfile.TemporaryDirectory() as work:
-        package = write_package(predictor, Path(work))
+        try:
+            package = write_package(predictor, Path(work))
+        except ImportError as error:
+            raise UserError(f"the model's code cannot be packaged: {error}") from None
         model: dict[str, Any] = {
             "loader_module": f"{package}.pipeline.serving",
             "data_path": str(folder),

@@ -259,6 +259,13 @@ def test_import_of_another_package_that_cannot_travel(outside: Path, tmp_path: P
     (outside / "names.py").write_text(f"{line}\nCOLUMN = 'sum'\n")
     with pytest.raises(ImportError, match=message):
         write_package("outside_model.predict", tmp_path / "package")
+    from pipeline.tracking.model_export import log_model
+
+    (tmp_path / "model").mkdir()
+    shown = {"folder": str(tmp_path / "model"), "task": "sums", "predictor": "outside_model.predict", "inputs": None,
+             "outputs": {"sum": "double"}, "example": ["a"]}  # fmt: skip
+    with pytest.raises(UserError, match=f"the model's code cannot be packaged: .*{message}"):
+        log_model(shown, lambda: pytest.fail("a model is created"))
 
 
 def test_predictor_without_a_package_is_refused(tmp_path: Path) -> None:
