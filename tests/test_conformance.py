@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from pipeline.conformance import (
 )
 from pipeline.errors import UserError
 from pipeline.runs.launch import train_run
+from pipeline.tasks.base import predictor_module
 from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.impressions.impression_batch import Impressions
 from pipeline.tasks.mmoe.task import MmoeTask
@@ -185,6 +187,16 @@ def test_a_run_refuses_running_statistics(kind: type[nn.Module], mmoe: MmoeConfi
         f"model: found {kind.__name__} norm with running statistics, which depend on the micro-batches, allowed: "
         "LayerNorm, GroupNorm, or the module in evaluation mode"
     )
+
+
+def test_a_logged_model_needs_a_predictor(mmoe: MmoeConfig) -> None:
+    """That of the base class for a task outside a package; a task without one is refused before it trains."""
+    assert predictor_module(OwnRows(mmoe)) == "pipeline.tasks.mmoe.predict"
+
+    logged = mmoe.with_values(tracking={"log_model": True})
+    bare = SimpleNamespace(config=logged, known_metrics=lambda _: {"valid/auc_ctcvr": ""})
+    with pytest.raises(UserError, match="SimpleNamespace: found no module `predict` beside it, allowed: a package"):
+        train_run(logged, lambda _: bare, None)  # type: ignore[arg-type, return-value]
 
 
 def test_statistics_that_no_step_changes_are_allowed(mmoe: MmoeConfig, tmp_path: Path) -> None:

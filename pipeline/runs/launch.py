@@ -22,7 +22,7 @@ from pipeline.runs.run_start import RunStart, open_run
 from pipeline.runs.shared_prefix import start_from_prefix
 from pipeline.runtime import process_rank
 from pipeline.runtime.console import Console, info, warn
-from pipeline.tasks.base import Task, undefined
+from pipeline.tasks.base import Task, predictor_module, undefined
 from pipeline.tracking.messages import RunRequest
 from pipeline.tracking.mlflow_run import MlflowRun, end_early
 from pipeline.tracking.run import MemoryRun, Run
@@ -129,12 +129,15 @@ def _load_task(config: RunConfig, make_task: TaskFactory, overrides: frozenset[s
     """Create the task and load its data.
 
     Raises:
-        UserError: evaluation.metric does not exist, or is undefined on this data although the config relies on it.
+        UserError: evaluation.metric does not exist, or is undefined on this data although the config relies on it; or
+            the task has no module `predict`, which its logged model needs.
     """
     task = make_task(config)
     reason = undefined(task, "evaluation.metric", config.evaluation.metric)
     if reason and config.relies_on_metric(overrides):
         raise UserError(f"evaluation.metric: {reason}; allowed: a metric that these data define")
+    if config.tracking.log_model:
+        predictor_module(task)  # refused now instead of after the training
     return task
 
 
