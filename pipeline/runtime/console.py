@@ -6,7 +6,6 @@ In a terminal, a progress bar shows the steps; otherwise each step is written as
 import contextlib
 import json
 import os
-import select
 import sys
 import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from pipeline.errors import TrainingError
 from pipeline.names import ROWS_PER_SECOND
+from pipeline.runtime.platform_support import ATOMIC_BYTES, wait_writable
 from pipeline.runtime.process_rank import is_main_process
 from pipeline.runtime.text import visible
 
@@ -62,7 +62,7 @@ def optional(what: str) -> Iterator[None]:
 
 def _is_writable(stream: TextIO) -> bool:
     try:
-        return bool(select.select([], [stream.fileno()], [], MESSAGE_SECONDS)[1])
+        return wait_writable(stream.fileno(), MESSAGE_SECONDS)
     except (OSError, ValueError, AttributeError):  # not a real file, as in notebooks and tests
         return True
 
@@ -138,8 +138,8 @@ def _write(data: bytearray, seconds: float) -> int:
         return len(data)
     sys.stdout.flush()
     count = 0
-    while count < len(data) and select.select([], [descriptor], [], seconds)[1]:
-        count += os.write(descriptor, data[count : count + select.PIPE_BUF])
+    while count < len(data) and wait_writable(descriptor, seconds):
+        count += os.write(descriptor, data[count : count + ATOMIC_BYTES])
     return count
 
 

@@ -1,7 +1,7 @@
 """Raise `Interrupted` when the process is asked to end: by Ctrl-C, a signal, or the exit of `mlflow run`.
 
-Kubernetes sends SIGTERM; Slurm SIGTERM or the signal of `--signal` (SIGUSR1, SIGUSR2); a closed terminal SIGHUP.
-`mlflow run` forwards none of them, so a process that it started watches its parent.
+Kubernetes sends SIGTERM; Slurm SIGTERM or the signal of `--signal` (SIGUSR1, SIGUSR2); a closed terminal SIGHUP;
+Ctrl-Break on Windows SIGBREAK. `mlflow run` forwards none of them, so a process that it started watches its parent.
 """
 
 import os
@@ -13,9 +13,11 @@ from queue import Empty, Queue
 from types import FrameType
 from typing import TypeVar
 
+from pipeline.runtime.platform_support import known_signals, terminate_self
+
 T = TypeVar("T")
 
-SIGNALS = tuple(signal.Signals[f"SIG{name}"] for name in ("INT", "TERM", "HUP", "USR1", "USR2", "XCPU"))
+SIGNALS = known_signals("INT", "TERM", "HUP", "USR1", "USR2", "XCPU", "BREAK")
 WATCH_SECONDS = 0.5  # between two checks of the parent
 
 _deferrals = 0  # number of active `deferred` blocks
@@ -108,5 +110,5 @@ def _raise_once() -> None:
 def _watch_parent(parent: int, over: threading.Event) -> None:
     while not over.wait(WATCH_SECONDS):
         if os.getppid() != parent:
-            os.kill(os.getpid(), signal.SIGTERM)
+            terminate_self()
             return

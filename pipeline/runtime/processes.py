@@ -113,6 +113,7 @@ def start(module: str, environment: Mapping[str, str], stderr: Any, own_session:
         stdout=subprocess.PIPE,
         stderr=stderr,
         text=True,
+        encoding="utf-8",
         env=environment,
         start_new_session=own_session,
     )
@@ -123,7 +124,7 @@ def take_standard_output() -> Callable[[Any], None]:
 
     Returns the function that sends a reply; replies are lost if the parent has exited.
     """
-    stream = os.fdopen(os.dup(1), "w")
+    stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
     def reply(message: Any) -> None:

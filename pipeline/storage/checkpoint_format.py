@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.errors import UserError
-from pipeline.storage.files import Damaged, Entry, sync, write_hashed
+from pipeline.runtime.platform_support import sync_path
+from pipeline.storage.files import Damaged, Entry, write_hashed
 from pipeline.storage.state_file import read_state, write_state
 
 FORMAT = 2  # format 1: tensors and values in two files of a custom format
@@ -70,7 +71,7 @@ def write_checkpoint(
         files[name] = _link(source.resolve(), folder / name)
     content = _manifest(step, facts, files)
     manifest = write_hashed(folder / MANIFEST_FILE, lambda stream: stream.write(content))
-    sync(folder)
+    sync_path(folder)
     return sum(entry.size for entry in files.values()) + manifest.size
 
 
@@ -149,8 +150,8 @@ def _link(source: Path, target: Path) -> Entry:
     except OSError:  # on another file system, or links are not supported
         with source.open("rb") as stream:
             return write_hashed(target, lambda copy: shutil.copyfileobj(stream, copy))
+    sync_path(target)
     with target.open("rb") as stream:
-        os.fsync(stream.fileno())
         return Entry(os.fstat(stream.fileno()).st_size, hashlib.file_digest(stream, "sha256").hexdigest())
 
 

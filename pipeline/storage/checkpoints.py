@@ -11,8 +11,9 @@ from typing import Any
 
 from pipeline.errors import TrainingError, UserError
 from pipeline.runtime.console import warn
+from pipeline.runtime.platform_support import sync_path
 from pipeline.storage.checkpoint_format import Checkpoint, read_checkpoint, read_manifest, verify, write_checkpoint
-from pipeline.storage.files import Damaged, sync
+from pipeline.storage.files import Damaged
 from pipeline.storage.state_file import state_bytes
 
 SPARE_BYTES = 1 << 14  # allowance for the manifest, the folder and rounding of file sizes
@@ -145,7 +146,7 @@ class Checkpoints:
             work.rename(self._path(step))
         finally:
             shutil.rmtree(work, ignore_errors=True)
-        sync(self.folder)
+        sync_path(self.folder)
         return size
 
     def _make_room(self, step: int, state: Mapping[str, Any], links: Mapping[str, Path], best: int | None) -> None:

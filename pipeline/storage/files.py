@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from pipeline.errors import UserError
+from pipeline.runtime.platform_support import replace_file, sync_path
 
 
 class NotAFileError(OSError):
@@ -79,21 +80,12 @@ def replacing(file: Path, suffix: str = "", *, durable: bool = False) -> Iterato
         work.unlink(missing_ok=True)  # left by a killed process; a symbolic link would redirect the write
         yield work
         if durable:
-            sync(work)
-        work.replace(file)
+            sync_path(work)
+        replace_file(work, file)
     except BaseException:
         with suppress(OSError):
             work.unlink(missing_ok=True)
         raise
-
-
-def sync(path: Path) -> None:
-    """Sync a file, or the entries of a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def check_file(file: Path) -> None:

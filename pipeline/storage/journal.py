@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.errors import TrainingError, os_errors
 from pipeline.names import MEASURED
+from pipeline.runtime.platform_support import BYTE_FILE, read_at, write_at
 from pipeline.storage.files import check_file
 
 JOURNAL_FILE = "journal.jsonl"
@@ -36,7 +37,7 @@ class JournalWriter:
         self.file, self.check = file, check
         if os.path.lexists(file):  # only a regular file may be truncated
             check_file(file)
-        self.descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        self.descriptor = os.open(file, os.O_RDWR | os.O_CREAT | BYTE_FILE, 0o666)
         self.size = _whole_size(self.descriptor)
         os.ftruncate(self.descriptor, self.size)
         self.buffer, self.failed = bytearray(), False
@@ -85,17 +86,12 @@ class JournalWriter:
         del self.buffer[:count]
 
 
-def write_at(descriptor: int, data: bytes, position: int) -> int:
-    """Write to the journal's file; returns the number of bytes written."""
-    return os.pwrite(descriptor, data, position)
-
-
 def _whole_size(descriptor: int) -> int:
     """Size of the file up to the end of its last complete line."""
     end = os.fstat(descriptor).st_size
     while end:
         start = max(0, end - CHUNK_BYTES)
-        newline = os.pread(descriptor, end - start, start).rfind(b"\n")
+        newline = read_at(descriptor, end - start, start).rfind(b"\n")
         if newline >= 0:
             return start + newline + 1
         end = start

@@ -4,7 +4,6 @@
 standard output. It exits when its input closes; a run that is still training first gets the status KILLED.
 """
 
-import os
 import queue
 import signal
 import sys
@@ -20,6 +19,7 @@ import yaml
 
 from pipeline.errors import UserError
 from pipeline.runtime.interrupts import interruptible, next_item
+from pipeline.runtime.platform_support import terminate_self
 from pipeline.runtime.processes import take_standard_output
 from pipeline.runtime.protocol import read_messages
 from pipeline.sweeps.requests import (
@@ -88,7 +88,7 @@ class _Requests:
             self.closed = True
             self.queue.put(None)
             if self.busy:
-                os.kill(os.getpid(), signal.SIGTERM)
+                terminate_self()
 
 
 class Work:

@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock
 
 from pipeline.errors import UserError
-from pipeline.storage.files import sync
+from pipeline.runtime.platform_support import sync_path
 from pipeline.tracking.store import configure_mlflow
 from pipeline.tracking.store_errors import one_line
 
@@ -101,9 +101,9 @@ def _create(uri: str, file: Path) -> None:
         raise UserError(f"tracking store {file}: {one_line(error)}") from None
     finally:
         sqlalchemy.event.remove(sqlalchemy.pool.Pool, "connect", _without_syncs)
-    sync(work)
+    sync_path(work)
     _rename(work, file)
-    sync(file.parent)
+    sync_path(file.parent)
 
 
 def _remove(database: Path) -> None:

@@ -25,6 +25,7 @@ from urllib.request import urlopen
 
 from pipeline.errors import UserError
 from pipeline.runtime.console import info, warn
+from pipeline.runtime.platform_support import allow_closed_port, known_signals, stop_process_tree
 from pipeline.tracking.client import connect, experiments
 from pipeline.tracking.store import configure_mlflow, tracking_uri
 from pipeline.tracking.store_creation import ensure_store
@@ -61,7 +62,7 @@ def ui(port: int, charts: Charts) -> None:
     base = f"http://{HOST}:{port}"
     check_free(port)
     address = link(base, sweep := newest_sweep(charts))  # before the server starts, since both may create the store
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in known_signals("INT", "TERM", "HUP"):
         if signal.getsignal(number) is not signal.SIG_IGN:  # with nohup, keep ignoring SIGHUP
             signal.signal(number, _end)
     with suppress(KeyboardInterrupt), serving(port) as server:
@@ -186,13 +187,13 @@ def serving(port: int) -> Iterator[subprocess.Popen[bytes]]:
     try:
         yield server
     finally:
-        _stop(server)
+        stop_process_tree(server, STOP_SECONDS)
 
 
 def check_free(port: int) -> None:
     """Raise a UserError if another program uses the port."""
     with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was just closed counts as free
+        allow_closed_port(listener)
         try:
             listener.bind((HOST, port))
         except OSError as error:
@@ -214,16 +215,6 @@ def wait_until_up(server: subprocess.Popen[bytes], base: str) -> None:
             return
         time.sleep(0.2)
     raise UserError(f"MLflow's server did not answer within {START_SECONDS} s")
-
-
-def _stop(server: subprocess.Popen[bytes]) -> None:
-    """End the server and the processes that it started."""
-    with suppress(ProcessLookupError):
-        os.killpg(server.pid, signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            server.wait(STOP_SECONDS)
-        os.killpg(server.pid, signal.SIGKILL)
-    server.wait()
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001 (a signal handler)

@@ -658,7 +658,7 @@ def test_weights_that_cannot_be_written_leave_the_old_ones(tmp_path: Path, monke
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(files, "sync", full)
+        patched.setattr(files, "sync_path", full)
         with pytest.raises(TrainingError, match=f"^{file}: No space left on device$"):
             save_weights({"weight": torch.zeros(3)}, file)
     assert [entry.name for entry in file.parent.iterdir()] == ["model.safetensors"]
