@@ -57,7 +57,11 @@ def report(name: str, values: Sequence[float], unit: str) -> None:
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
     """Redirect output to the null device. It is still formatted and written, as in a run that prints to a file."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+    with (
+        open(os.devnull, "w", encoding="utf-8") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
         yield
 
 

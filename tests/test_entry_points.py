@@ -289,8 +289,8 @@ def raw(tmp_path: Path) -> Path:
     ids=["header only", "empty", "third value", "conversion without click", "absent column", "cut line", "no number"],
 )
 def test_bad_raw_data(workplace: Path, call_pipeline: Call, raw: Path, change: Any, parts: list[str]) -> None:
-    lines = change(raw.read_text().splitlines())
-    raw.write_text("\n".join(lines) + ("\n" if lines else ""))
+    lines = change(raw.read_text(encoding="utf-8").splitlines())
+    raw.write_text("\n".join(lines) + ("\n" if lines else ""), encoding="utf-8")
     arguments = ["--data", str(raw), "--schema", "schema.yaml", "--output_dir", "prepared"]
     assert_one_line(call_pipeline("prepare_ctr", *arguments), *parts)
     assert not list((workplace / "prepared").glob("*"))

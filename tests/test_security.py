@@ -597,7 +597,7 @@ def listening(port: int) -> set[str]:
     """Local addresses (hex, as the kernel lists them) at which somebody waits on the port."""
     found = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        for line in Path(table).read_text().splitlines()[1:]:
+        for line in Path(table).read_text(encoding="utf-8").splitlines()[1:]:
             address, state = line.split()[1], line.split()[3]
             if state == "0A" and int(address.split(":")[1], 16) == port:
                 found.add(address.split(":")[0])

@@ -58,8 +58,8 @@ def connect(address: str | None) -> Any:
     """
     try:
         import ray
-        import ray.exceptions
-        import ray.util.scheduling_strategies
+        import ray.exceptions  # noqa: F401 (used as an attribute of ray)
+        import ray.util.scheduling_strategies  # noqa: F401
     except ImportError:
         raise UserError("engine ray: Ray is not installed; install it with `pip install --editable '.[ray]'`, or use "
                         "engine local") from None  # fmt: skip

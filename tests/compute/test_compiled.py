@@ -48,7 +48,7 @@ def compiled_modules() -> list[Path]:
 @pytest.mark.parametrize("file", compiled_modules(), ids=lambda file: file.stem)
 def test_compiled_functions_use_their_own_file_alone(file: Path) -> None:
     """numba does not see a change of another file, and would go on with the machine code that it has kept."""
-    tree = ast.parse(file.read_text())
+    tree = ast.parse(file.read_text(encoding="utf-8"))
     imported = {
         alias.asname or alias.name.partition(".")[0]
         for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)

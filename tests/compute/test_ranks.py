@@ -66,7 +66,7 @@ def trained(folder: Path, size: int, overrides: Mapping[str, str], **asked: Any)
         process.start()
     for rank, process in enumerate(processes):
         process.join(timeout=300)
-        assert process.exitcode == 0, Path(f"{file}.{rank}.log").read_text()
+        assert process.exitcode == 0, Path(f"{file}.{rank}.log").read_text(encoding="utf-8")
     return torch.load(f"{file}.out", weights_only=False)
 
 

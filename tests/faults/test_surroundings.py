@@ -114,7 +114,9 @@ def test_trainer_that_stands_still_is_taken_over_once_its_lock_is_gone(
     first = [resuming[0], "-c", stands, *resuming[3:]]
     with started(first, folder) as process:
         reader = subprocess.Popen(["cat"], stdin=process.stdout, stdout=subprocess.DEVNULL)
-        wait_for(lambda: Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+        wait_for(
+            lambda: Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "T"
+        )
         refused = subprocess.run(resuming, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
         assert refused.returncode == 2, refused.stderr
         assert "is alive" in refused.stderr

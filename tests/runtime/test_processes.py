@@ -140,6 +140,6 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def _state(pid: int) -> str:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
     except OSError:  # it ended just now
         return "Z"

@@ -178,7 +178,7 @@ def test_an_outage_of_the_server_loses_nothing(
     assert (stored.status, stored.start_time) == ("FINISHED", client.get_run(first.id).info.start_time)
     assert "failure" not in stored.tags  # the earlier start's tag was delivered after the next start
     assert stored.tags.items() >= {"branched_from": "prefix 1", "host": socket.gethostname()}.items()
-    assert Path(client.download_artifacts(first.id, "notes/note.txt")).read_text() == "read me"
+    assert Path(client.download_artifacts(first.id, "notes/note.txt")).read_text(encoding="utf-8") == "read me"
     assert len(pd.read_parquet(client.download_artifacts(first.id, "history.parquet"))) == 1600
     assert live_owner(first.folder) is None
     (made,) = client.search_runs([client.get_experiment_by_name("later").experiment_id])
@@ -551,7 +551,7 @@ def test_a_folder_that_was_moved_still_has_its_files(client: Any, writer: Writer
     moved = resume(writer, run.id, folder=str(tmp_path / "moved"))
     moved.finish("FINISHED")
     assert client.get_run(run.id).data.tags["run_dir"] == str((tmp_path / "moved").resolve())
-    assert Path(client.download_artifacts(run.id, "note.txt")).read_text() == "read me"
+    assert Path(client.download_artifacts(run.id, "note.txt")).read_text(encoding="utf-8") == "read me"
 
 
 def test_files_from_elsewhere_are_copied_when_they_are_logged(client: Any, writer: Writer, here: Path) -> None:
@@ -563,7 +563,7 @@ def test_files_from_elsewhere_are_copied_when_they_are_logged(client: Any, write
     with pytest.raises(TrainingError, match=r"artifact .*gone\.txt: No such file or directory"):
         run.log_artifact(gone)
     run.finish("FINISHED")
-    assert Path(client.download_artifacts(run.id, "tables/report.txt")).read_text() == "as it was"
+    assert Path(client.download_artifacts(run.id, "tables/report.txt")).read_text(encoding="utf-8") == "as it was"
 
 
 def test_a_journal_names_files_of_its_run_alone(client: Any, writer: Writer, here: Path) -> None:

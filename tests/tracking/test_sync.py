@@ -139,7 +139,7 @@ def test_a_run_without_a_store_is_delivered_completely(
     assert [step for step, *_ in points(client, made.info.run_id, "valid/auc")] == list(range(700))
     assert [value != value for _, value, _ in points(client, made.info.run_id, "valid/auc")].index(True) == 5  # noqa: PLR0124
     assert made.inputs.dataset_inputs[0].dataset.digest == "ab" * 16
-    assert Path(client.download_artifacts(made.info.run_id, "notes/note.txt")).read_text() == "read me"
+    assert Path(client.download_artifacts(made.info.run_id, "notes/note.txt")).read_text(encoding="utf-8") == "read me"
     assert "history.parquet" in [stored.path for stored in client.list_artifacts(made.info.run_id)]
     (model,) = models(client, made)
     tested = [("test/auc", 1 / 3, 700, 1800, "data", "ab" * 16), ("test/logloss", 0.25, 700, 1800, "data", "ab" * 16)]
@@ -433,7 +433,7 @@ def test_what_was_refused_is_tried_again(place: Place) -> None:
     note.write_text("read me")
     sync(run.folder)
     assert client.get_run(run.id).info.status == "FINISHED"
-    assert Path(client.download_artifacts(run.id, "late note.txt")).read_text() == "read me"
+    assert Path(client.download_artifacts(run.id, "late note.txt")).read_text(encoding="utf-8") == "read me"
 
 
 def no_journal(folder: Path) -> None:

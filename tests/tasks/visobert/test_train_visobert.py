@@ -98,7 +98,7 @@ def test_embedded_reviews(lent: Place, tmp_path: Path, call_pipeline: Call, monk
     assert json.loads(params["alpha_vector"]) == pytest.approx(alpha, abs=5e-5)
     assert params["alpha_mode"] == "auto"
     assert [metrics[f"alpha/{name}"] for name in ("positive", "negative", "neutral")] == pytest.approx(alpha)
-    alpha_file = json.loads(Path(client.download_artifacts(run.info.run_id, "alpha.json")).read_text())
+    alpha_file = json.loads(Path(client.download_artifacts(run.info.run_id, "alpha.json")).read_text(encoding="utf-8"))
     assert alpha_file["counts"] == counts
     assert f"distribution positive {counts[0]}, negative {counts[1]}, neutral {counts[2]}" in result.stderr
     assert f"Total parameters: {int(params['parameters']):,}\n" in result.stderr
