@@ -22,7 +22,7 @@ class Child:
     def __init__(self, data: Path, overrides: Mapping[str, object], threads: int) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         command = [sys.executable, "-m", "bench.child", str(data), *(f"{key}={v}" for key, v in overrides.items())]
-        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True,
+        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, encoding="utf-8",
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
         self.loaded = self._answer()
 

@@ -61,7 +61,7 @@ def _used(raw: Path, folder: Path) -> Used:
                "--tracking.enabled", "false"]  # fmt: skip
     # start it from a small process, because a child's peak memory begins with that of its parent
     launcher = [sys.executable, "-c", LAUNCHER, *command]
-    launched = subprocess.run(launcher, cwd=ROOT, check=False, capture_output=True, text=True)
+    launched = subprocess.run(launcher, cwd=ROOT, check=False, capture_output=True, encoding="utf-8")
     if launched.returncode:
         lines = launched.stderr.strip().splitlines()
         raise RuntimeError(f"prepare_ctr ended with code {launched.returncode}: {lines[-1] if lines else ''}")

@@ -165,7 +165,7 @@ def write(comparison: Comparison, folder: Path) -> list[Path]:
     with os_errors(f"output_dir {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         write_csv(to_frame(comparison), table)
-        markdown.write_text(to_markdown(comparison), encoding="utf-8")
+        markdown.write_text(to_markdown(comparison), encoding="utf-8", newline="\n")
         write_page(comparison, history, page)
     return files
 

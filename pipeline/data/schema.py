@@ -149,7 +149,7 @@ class DataSchema(Config):
 
     def write(self, folder: Path) -> None:
         text = json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False)
-        (folder / SCHEMA_FILE).write_text(text + "\n", encoding="utf-8")
+        (folder / SCHEMA_FILE).write_text(text + "\n", encoding="utf-8", newline="\n")
 
 
 def split_parts(split: Path) -> list[Path]:

@@ -26,7 +26,7 @@ def log_description(run: Run, task: Task[Any], overrides: frozenset[str]) -> Non
         run.set_tags({"overrides": ", ".join(sorted(overrides))})
     run.log_input(dataset.name, dataset.digest, dataset.source, dataset.profile)
     file = run.folder / CONFIG_FILE
-    file.write_text(to_yaml(config), encoding="utf-8")
+    file.write_text(to_yaml(config), encoding="utf-8", newline="\n")
     run.log_artifact(file)
     folder = run.folder / "description"
     folder.mkdir(parents=True, exist_ok=True)

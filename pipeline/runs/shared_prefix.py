@@ -57,7 +57,7 @@ def start_from_prefix(training: Training, folder: Path) -> None:
 
 def _save(training: Training, run: MemoryRun, folder: Path) -> None:
     state = training.state()  # logs the buffered steps
-    with (folder / POINTS_FILE).open("w", encoding="utf-8") as lines:
+    with (folder / POINTS_FILE).open("w", encoding="utf-8", newline="\n") as lines:
         for (step, values), time_ms in zip(run.points, run.times, strict=True):
             lines.write(json.dumps([step, time_ms, values]) + "\n")
     write_checkpoint(folder, state, training.result.steps, links=training.files())

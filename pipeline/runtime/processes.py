@@ -112,7 +112,6 @@ def start(module: str, environment: Mapping[str, str], stderr: Any, own_session:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=stderr,
-        text=True,
         encoding="utf-8",
         env=environment,
         start_new_session=own_session,

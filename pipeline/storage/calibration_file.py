@@ -9,7 +9,7 @@ CALIBRATION_FILE = "calibration.json"
 
 
 def write_calibration(folder: Path, fitted: Fitted) -> None:
-    (folder / CALIBRATION_FILE).write_text(json.dumps(fitted, indent=2) + "\n", encoding="utf-8")
+    (folder / CALIBRATION_FILE).write_text(json.dumps(fitted, indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
 def read_calibration(folder: Path) -> Fitted:

@@ -74,7 +74,7 @@ class Ownership:
         """
         owner = Owner(socket.gethostname(), self._pid, owner_number(self.folder) + 1)
         with os_errors(f"run folder {self.folder}"), replacing(self.folder / OWNER_FILE, durable=True) as work:
-            work.write_text(json.dumps(asdict(owner)), encoding="utf-8")
+            work.write_text(json.dumps(asdict(owner)), encoding="utf-8", newline="\n")
         self.number = owner.number
         return self
 

@@ -82,7 +82,7 @@ class SummaryRun:
         """
         with optional("sweep.yaml"):
             file = folder / "sweep.yaml"
-            file.write_text(to_yaml(plan), encoding="utf-8")
+            file.write_text(to_yaml(plan), encoding="utf-8", newline="\n")
             self.run.log_artifact(file)
         if failures:
             info(f"\nfailed:\n{_listed(failures)}")

@@ -71,7 +71,7 @@ class Cursor:
         text = json.dumps({name: saved.model_dump() for name, saved in self.stores.items()}, indent=1)
         try:
             with replacing(self.file) as work:
-                work.write_text(text, encoding="utf-8")
+                work.write_text(text, encoding="utf-8", newline="\n")
         except OSError as error:
             warn(f"{self.file}: {error.strerror or error}; what was delivered may be delivered once more")
 

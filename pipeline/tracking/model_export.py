@@ -96,7 +96,7 @@ def log_model(export: Mapping[str, Any], create: Callable[[], str]) -> str:
     # journals of versions without tasks of other packages have no predictor
     predictor = export.get("predictor") or f"pipeline.tasks.{export['task']}.predict"
     serving = {"task": export["task"], "predictor": predictor}
-    (folder / SERVING_FILE).write_text(json.dumps(serving) + "\n", encoding="utf-8")
+    (folder / SERVING_FILE).write_text(json.dumps(serving) + "\n", encoding="utf-8", newline="\n")
     inputs, example = export["inputs"], export["example"]
     # AnyType, since pandas may read a column as integer, float or text. Without named inputs there is no schema, and
     # MLflow passes the input unchanged: a one-column schema would accept a frame's first column under any name
@@ -142,7 +142,7 @@ def _project_hidden(work: Path, packages: Iterable[str]) -> Iterator[None]:
     """Within the block, processes that MLflow starts can import the model's code but not the packages it is from."""
     (work / "hidden").mkdir()
     for name in packages:
-        (work / "hidden" / f"{name}.py").write_text(HIDDEN_PROJECT, encoding="utf-8")
+        (work / "hidden" / f"{name}.py").write_text(HIDDEN_PROJECT, encoding="utf-8", newline="\n")
     path, before = list(sys.path), {name: os.environ.get(name) for name in CHECK_SETTINGS}
     sys.path[:0] = [str(work), str(work / "hidden")]
     os.environ |= CHECK_SETTINGS

@@ -38,7 +38,7 @@ def write_package(predictor: str, folder: Path) -> str:
             parent.mkdir(parents=True, exist_ok=True)
             if parent.is_relative_to(package):
                 (parent / "__init__.py").touch()
-        file.write_text(source, encoding="utf-8")
+        file.write_text(source, encoding="utf-8", newline="\n")
     return package.name
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.comparison.compare_config import CompareConfig
 from pipeline.config.strict_config import Config, canonical, flatten, keys, load, to_yaml
+from pipeline.config.yaml_file import read_yaml
 from pipeline.errors import UserError
 from pipeline.sweeps.sweep_config import SweepConfig
 from pipeline.tasks.mmoe.config import MmoeConfig, PrepareCtrConfig
@@ -71,6 +72,17 @@ def test_a_missing_or_empty_focal_block_is_disabled(tmp_path: Path, block: str) 
 def test_one_number_has_one_text(text: str) -> None:
     config = load(MmoeConfig, SHIPPED, {"loss.aux_focal.lambda": text})
     assert flatten(config)["loss.aux_focal.lambda"] == "0.1"
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda file: file.name)
+def test_yaml_is_the_same_with_the_line_ends_of_windows(tmp_path: Path, file: Path) -> None:
+    content = file.read_bytes() + b"folded: >\n  two\n  lines\nkept: |\n  \xe1\xba\xa3nh\n"
+    assert b"\r" not in content
+    (tmp_path / "lf.yaml").write_bytes(content)
+    (tmp_path / "crlf.yaml").write_bytes(content.replace(b"\n", b"\r\n"))
+    tree = read_yaml(tmp_path / "crlf.yaml")
+    assert tree == read_yaml(tmp_path / "lf.yaml")
+    assert (tree["folded"], tree["kept"]) == ("two lines\n", "ảnh\n")
 
 
 def test_yaml_numbers_written_as_text(tmp_path: Path) -> None:

@@ -101,3 +101,34 @@ def test_train_sweep_and_compare_without_what_only_some_systems_have(
     assert "baseline" in shown
     started = (lacking / "started").read_text(encoding="utf-8")
     assert all(module in started for module in ("pipeline sweep", "pipeline.tracking", "pipeline.sweeps.worker"))
+
+
+# An encoding that is left to the system is an error in the project's files.
+NAMED = """
+import warnings
+warnings.filterwarnings("error", category=EncodingWarning, module=r"pipeline(\\\\.|$)")
+"""
+REVIEWS = [("Pin trâu, máy đẹp", "Positive", ""), ("Chụp ảnh quá tệ", "", "Negative"), ("Tạm được", "Neutral", "")]
+
+
+@only_full
+def test_reviews_are_read_trained_and_compared_with_another_encoding_of_the_system(workplace: Path) -> None:
+    """LC_ALL=C without UTF-8 mode: the system's encoding is ASCII, as it is cp1252 on Windows."""
+    (workplace / "site").mkdir()
+    (workplace / "site" / "sitecustomize.py").write_text(NAMED, encoding="utf-8")
+    rows = "".join(f'"{text} {number}",{pin},{photo}\r\n' for number in range(20) for text, pin, photo in REVIEWS)
+    (workplace / "reviews.csv").write_text(f"data,Độ bền,Ảnh\r\n{rows}", encoding="utf-8", newline="")
+    tiny = {"model": {"name": "embedded", "embedded": {"width": 16}}, "data": {"train": "reviews.csv"},
+            "training": {"max_steps": 4, "batch_size": 16, "threads": 1}}  # fmt: skip
+    text = yaml.safe_dump(tiny, allow_unicode=True) + "# Ngôn ngữ: tiếng Việt\n"
+    (workplace / "config.yaml").write_text(text.replace("\n", "\r\n"), encoding="utf-8", newline="")
+    environment = {"PYTHONWARNDEFAULTENCODING": "1", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C",
+                   "PYTHONPATH": os.pathsep.join((str(workplace / "site"), str(ROOT)))}  # fmt: skip
+    start(workplace, "data_prep", "--data", "reviews.csv", "--output_dir", "prepared", **environment)
+    assert "Độ bền" in (workplace / "prepared" / "sentiment_distribution.csv").read_text(encoding="utf-8")
+    for alpha in ("auto", "null"):
+        start(workplace, "train_visobert", "--config", "config.yaml", "--alpha", alpha, **environment)
+    which = ("--filter", "tags.task = 'visobert'", "--baseline", "focal_alpha null")
+    start(workplace, "compare", *which, "--output_dir", "compared", **environment)
+    with closing(sqlite3.connect(workplace / "mlflow.db")) as base:
+        assert base.execute("select count(*) from runs where status = 'FINISHED'").fetchone()[0] >= 3

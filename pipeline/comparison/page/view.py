@@ -28,7 +28,7 @@ TEMPLATES.filters |= {"px": charts.pixels, "percent": charts.per_cent}
 
 def write_page(comparison: Comparison, history: pd.DataFrame, file: Path) -> None:
     """Write the page. history: columns run, metric, step, value, as `load_history` returns them; may be empty."""
-    file.write_text(page(comparison, history), encoding="utf-8")
+    file.write_text(page(comparison, history), encoding="utf-8", newline="\n")
 
 
 def page(comparison: Comparison, history: pd.DataFrame) -> str:

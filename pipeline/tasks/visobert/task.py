@@ -195,7 +195,9 @@ class VisobertTask(Task[VisobertConfig]):
             model.encoder.config.save_pretrained(str(folder / ENCODER_FOLDER))
         aspects = {"aspects": reviews.train.aspects, "detection_only": reviews.detection_only,
                    "text_column": reviews.train.text_column}  # fmt: skip
-        (folder / ASPECTS_FILE).write_text(json.dumps(aspects, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / ASPECTS_FILE).write_text(
+            json.dumps(aspects, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n"
+        )
         return ModelExport(
             folder=folder,
             inputs=None,

@@ -463,9 +463,9 @@ def test_ids_decode_back_to_the_raw_values(rows: list[dict[str, Any]]) -> None:
 
 @pytest.mark.faults
 @settings(deadline=None, max_examples=EXAMPLES)
-@given(raw_rows, st.integers(1, 50), st.integers(1, 3), st.sampled_from(["key", None]))
+@given(raw_rows, st.integers(1, 50), st.integers(1, 3), st.sampled_from(["key", None]), st.sampled_from(["\n", "\r\n"]))
 def test_batches_files_and_formats_do_not_matter(
-    rows: list[dict[str, Any]], batch_rows: int, files: int, by: str | None
+    rows: list[dict[str, Any]], batch_rows: int, files: int, by: str | None, line_end: str
 ) -> None:
     frame = frame_of(rows)
     with workplace() as folder:
@@ -485,7 +485,7 @@ def test_batches_files_and_formats_do_not_matter(
         other = try_prepare(folder, folder / "dialect.csv", by, batch_rows=batch_rows, schema=read)
         frame.to_parquet(folder / "whole.parquet", row_group_size=7)
         parquet = try_prepare(folder, folder / "whole.parquet", by, batch_rows=batch_rows)
-        (folder / "whole.jsonl").write_text(json_lines(frame), encoding="utf-8")
+        (folder / "whole.jsonl").write_text(json_lines(frame), encoding="utf-8", newline=line_end)
         objects = try_prepare(folder, folder / "whole.jsonl", by, batch_rows=batch_rows)
         if whole is None:
             assert parts is other is parquet is objects is None

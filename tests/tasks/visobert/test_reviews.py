@@ -97,12 +97,13 @@ def test_the_same_file_as_other_programs_write_it(tmp_path: Path, change: str) -
     assert (other.digest == plain.digest) == (change not in ("bom", "crlf", "both", "blank lines"))
 
 
-def test_jsonl_and_parquet_hold_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_jsonl_and_parquet_hold_the_same(tmp_path: Path, line_end: str) -> None:
     expected = read(tmp_path, WIDE)
     frame = pd.read_csv(tmp_path / "reviews.csv", keep_default_na=False)
     records = [{key: value or None for key, value in row.items()} for row in frame.to_dict("records")]
     del records[0]["Camera"]  # a key that is not there is nothing
-    lines = "\n\n".join(json.dumps(record, ensure_ascii=record["data"] == "NA") for record in records)
+    lines = (2 * line_end).join(json.dumps(record, ensure_ascii=record["data"] == "NA") for record in records)
     # the order of columns is that of their first appearance
     jsonl = read(tmp_path, lines, "reviews.jsonl", aspects=expected.aspects)
     assert (jsonl.texts, jsonl.labels.tolist()) == (expected.texts, expected.labels.tolist())

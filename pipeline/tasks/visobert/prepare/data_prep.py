@@ -175,7 +175,9 @@ def _write(analysis: Analysis, output: Path) -> list[Path]:
         if not (folder / PICTURE).exists():
             files.remove(PICTURE)
         write_duplicates(analysis.with_text, analysis.groups, analysis.duplicates, folder)
-        (folder / "token_lengths.json").write_text(json.dumps(analysis.tokens, indent=2) + "\n", encoding="utf-8")
+        (folder / "token_lengths.json").write_text(
+            json.dumps(analysis.tokens, indent=2) + "\n", encoding="utf-8", newline="\n"
+        )
         alpha.write(folder / ALPHA_FILE)
     if PICTURE not in files:
         (output / PICTURE).unlink(missing_ok=True)  # left by an earlier run

@@ -187,4 +187,4 @@ def write_duplicates(
                 row = [number, group.kind, split, int(reviews.rows[position]), text, labels]
                 writer.writerow([*row, str(group.conflict).lower()])
     text = json.dumps(counts, indent=2, ensure_ascii=False)
-    (folder / "duplicates.json").write_text(text + "\n", encoding="utf-8")
+    (folder / "duplicates.json").write_text(text + "\n", encoding="utf-8", newline="\n")

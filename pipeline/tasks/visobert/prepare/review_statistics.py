@@ -52,7 +52,7 @@ def write_distribution(
 ) -> None:
     """Write the distributions of the splits as JSON, together with `more`, and as CSV, a line per split and aspect."""
     text = json.dumps({"splits": splits, **more}, indent=2, ensure_ascii=False)
-    json_file.write_text(text + "\n", encoding="utf-8")
+    json_file.write_text(text + "\n", encoding="utf-8", newline="\n")
     with csv_file.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
         others = ["labelled_cells", "mentions", "without_polarity", "dropped"]

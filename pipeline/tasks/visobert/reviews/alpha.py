@@ -63,7 +63,7 @@ class Alpha:
             for aspect, counts in zip(self.aspects, self.per_aspect_counts, strict=True)
         }
         with replacing(file, str(os.getpid())) as work:
-            work.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            work.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 
     @classmethod
     def read(cls, file: Path) -> "Alpha":
