@@ -1,3 +1,4 @@
+# Another Python has another folder: make setup PYTHON=python3.12 VENV=.venv312
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
