@@ -65,7 +65,7 @@ def test_mlproject_and_the_command_line_have_the_same_entries() -> None:
         assert list(block["parameters"]) == ["config"]  # any other default would beat the YAML
         assert block["parameters"]["config"]["default"] == ENTRIES[name].file
         assert (ROOT / ENTRIES[name].file).is_file()
-        assert block["command"] == f"exec python -m pipeline {name} --config {{config}}"
+        assert block["command"] == f"python -m pipeline {name} --config {{config}}"
 
 
 @pytest.mark.parametrize("name", ENTRIES)

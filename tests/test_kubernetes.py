@@ -54,10 +54,14 @@ def derived(tmp_path: Path) -> Path:
 # ---------------------------------------------------------------- the project
 
 
-def test_the_derived_project_differs_in_its_environment_alone(derived: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_derived_project_differs_in_its_environment_and_starts_of_commands_alone(
+    derived: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (file,) = derived.iterdir()
     ours, theirs = (yaml.safe_load((folder / "MLproject").read_text()) for folder in (ROOT, derived))
     assert (file.name, ours.pop("conda_env"), theirs.pop("docker_env")) == ("MLproject", "conda.yaml", {"image": IMAGE})
+    for name, entry in ours["entry_points"].items():
+        assert theirs["entry_points"][name].pop("command") == f"exec {entry.pop('command')}"
     assert theirs == ours
     monkeypatch.syspath_prepend(str(RECIPE))
     from project import in_image

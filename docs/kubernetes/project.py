@@ -1,13 +1,15 @@
 """`python docs/kubernetes/project.py IMAGE FOLDER`: the project of this MLproject that runs in an image.
 
 MLflow's Kubernetes backend wants `docker_env` in MLproject, and MLflow takes no MLproject with two environments. So it
-gets a folder of its own, whose MLproject has the image in the place of conda.yaml and is otherwise this one.
+gets a folder of its own, whose MLproject has the image in the place of conda.yaml, and in front of every command the
+image's program `exec`, which undoes the quotes that MLflow puts around words. It is otherwise this one.
 """
 
 import sys
 from pathlib import Path
 
 ENVIRONMENT = "conda_env: conda.yaml\n"
+COMMAND = 'command: "python '
 MLPROJECT = Path(__file__).parents[2] / "MLproject"
 
 
@@ -19,7 +21,8 @@ def in_image(mlproject: str, image: str) -> str:
     """
     if mlproject.count(ENVIRONMENT) != 1:
         raise ValueError(f"found {mlproject.count(ENVIRONMENT)} lines {ENVIRONMENT.strip()!r}, allowed: one")
-    return mlproject.replace(ENVIRONMENT, f'docker_env:\n  image: "{image}"\n')
+    own = mlproject.replace(ENVIRONMENT, f'docker_env:\n  image: "{image}"\n')
+    return own.replace(COMMAND, 'command: "exec python ')
 
 
 def main(image: str, folder: str) -> None:
