@@ -62,7 +62,7 @@ def count_parameters(make: Callable[[], nn.Module]) -> int:
 def save_model(folder: Path, model: nn.Module, config: RunConfig, calibration: Fitted) -> None:
     """Write what every exported model has: `model.safetensors`, `config.yaml` and `calibration.json`."""
     save_weights(model.state_dict(), folder / "model.safetensors")
-    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8", newline="\n")
     write_calibration(folder, calibration)
 
 

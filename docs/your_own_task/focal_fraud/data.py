@@ -63,7 +63,7 @@ class Encoder:
         return cls(**json.loads(file.read_text(encoding="utf-8")))
 
     def save(self, file: Path) -> None:
-        file.write_text(json.dumps(vars(self), ensure_ascii=False) + "\n", encoding="utf-8")
+        file.write_text(json.dumps(vars(self), ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 
     def encode(self, frame: pd.DataFrame) -> Transactions:
         """Encode the columns of a frame; without a label column, as in prediction, the labels are 0.
