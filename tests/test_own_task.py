@@ -238,7 +238,7 @@ def test_a_folder_of_the_project_is_trained_through_mlflow_run(workplace: Path) 
     declared = yaml.safe_load((project / "MLproject").read_text(encoding="utf-8"))
     declared["entry_points"]["train_fraud"] = {
         "parameters": {"config": {"type": "string", "default": "configs/fraud.yaml"}},
-        "command": "exec python -m pipeline train_fraud --config {config}",
+        "command": "python -m pipeline train_fraud --config {config}",
     }
     (project / "MLproject").write_text(yaml.safe_dump(declared), encoding="utf-8")
     assert list(broken(project)) == []
