@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import ROOT, mlflow_run, project_in, run_pipeline
+from conftest import ROOT, mlflow_run, only_full, project_in, run_pipeline
 from mlflow import MlflowClient
 from test_architecture import broken
 
@@ -198,6 +198,7 @@ def test_a_package_of_its_own_is_trained_and_its_model_needs_neither_package(wor
     assert np.all((np.array(answer) > 0) & (np.array(answer) < 1))
 
 
+@only_full
 @pytest.mark.faults
 def test_a_sweep_of_a_package_of_its_own(workplace: Path, tmp_path: Path) -> None:
     path = os.pathsep.join([str(installed(tmp_path / "site")), str(ROOT)])
@@ -219,6 +220,7 @@ def test_a_sweep_of_a_package_of_its_own(workplace: Path, tmp_path: Path) -> Non
     assert [line.split()[:3] for line in lines] == [["pr_auc_fraud", "logloss_fraud", "ece_fraud"]]
 
 
+@only_full
 @pytest.mark.faults
 def test_a_folder_of_the_project_is_trained_through_mlflow_run(workplace: Path) -> None:
     """As the documentation says: a folder, a YAML, an entry of the registry and a block of MLproject."""
