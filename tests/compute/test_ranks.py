@@ -250,7 +250,7 @@ def test_a_killed_rank_ends_the_job_and_any_number_goes_on(
     _, told = job.communicate(timeout=300)
     assert job.returncode == 1
     assert "SIGKILL" in told
-    assert "resume=auto goes on" in told
+    assert "resume=auto continues it" in told
     assert [status for _, status in points_of(here)["runs"]] in (["KILLED"], ["FAILED"])
 
     alone = Path(shutil.copytree(here, tmp_path / "alone"))
