@@ -6,9 +6,11 @@ import os
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -246,9 +248,10 @@ def test_a_run_of_another_host_is_refused_as_long_as_it_gets_points(
     request = RunRequest("test", run_id=run_id, resume=True, folder=str(place.folder / "outputs" / run_id))
     with monkeypatch.context() as patch:
         patch.setattr(opening, "WATCH_SECONDS", 300)  # it ends with the first new point
-        patch.setattr(
-            opening.time, "sleep", lambda _: place.client.log_metric(run_id, "loss_total", 1.0, step=next(steps))
-        )
+        # of this module alone: threads of other tests sleep, too
+        clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: place.client.log_metric(
+            run_id, "loss_total", 1.0, step=next(steps)))  # fmt: skip
+        patch.setattr(opening, "time", clock)
         with pytest.raises(UserError, match=f"run {run_id} is alive: process 77 on elsewhere writes it"):
             Opening(request, Path("outputs"), {"loss_total": 3}).open()
     assert place.client.get_run(run_id).data.tags["owner"] == "77 ab12cd34"
