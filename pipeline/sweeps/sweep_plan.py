@@ -150,11 +150,11 @@ def controls_of(arms: Sequence[Arm]) -> list[Arm]:
             continue
         key = config.fingerprint()
         control_of = (*controls[key].control_of, arm.name) if key in controls else (arm.name,)
-        controls[key] = Arm(config.arm_name(), "control", config, _kept(arm, config), control_of)
+        controls[key] = Arm(config.arm_name(), "control", config, _shared_overrides(arm, config), control_of)
     return list(controls.values())
 
 
-def _kept(arm: Arm, control: RunConfig) -> frozenset[str]:
+def _shared_overrides(arm: Arm, control: RunConfig) -> frozenset[str]:
     """The keys overridden by the arm that its control keeps: those of blocks in which the two have equal values."""
     own, others = flatten(arm.config), flatten(control)
     changed = {key for key in own if own[key] != others[key]}

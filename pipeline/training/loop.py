@@ -29,6 +29,7 @@ from pipeline.storage.weights import load_weights, save_weights
 from pipeline.tasks.base import TOTAL, Rows, Task, evaluate, evaluating, new_model
 from pipeline.tracking.run import Run
 from pipeline.training.best_weights import BestWeights
+from pipeline.training.random_state import random_state, set_random_state
 from pipeline.training.recorder import Recorder
 from pipeline.training.saver import Saver
 
@@ -91,7 +92,7 @@ class Training:
         self.evaluated_at, self.due = -1, False  # due: the evaluation after the last step is still missing
         self.saver = saver or Saver(None)
         self.done = False  # True once the last weights are saved and the best ones may be in the model
-        self.random = _random_state(device)  # restored in `advance`, since other code uses the generators too
+        self.random = random_state(device)  # restored in `advance`, since other code uses the generators too
 
     def train(self) -> Result:
         """Train, evaluate, keep the best weights, and evaluate them once on the test split.
@@ -148,7 +149,7 @@ class Training:
     def advance(self, until: int | None = None) -> None:
         """Train to the end, or until `until` optimizer steps are completed (and evaluated, if due)."""
         self.model.train()
-        _set_random_state(self.random)
+        set_random_state(self.random)
         try:
             if self.due:
                 self._evaluate()
@@ -164,10 +165,10 @@ class Training:
                     self._save()
                 self.console.flush()
         finally:
-            self.random = _random_state(self.device)
+            self.random = random_state(self.device)
 
     def _save(self) -> None:
-        self.random = _random_state(self.device)
+        self.random = random_state(self.device)
         seconds = self.saver.save(self.result.steps, self.best_weights.step, self.state, self.files)
         self.recorder.last_log += seconds  # exclude the save from the throughput
 
@@ -237,7 +238,7 @@ class Training:
         """Take one optimizer step; if interrupted before the update, reset gradients and random state."""
         step, every = self.result.steps, self.config.evaluation.every_steps
         distributed.seed_rank(self.config.seed, step)
-        random = _random_state(self.device)
+        random = random_state(self.device)
         try:
             factor = learning_rate_factor(step, self.total_steps, **self.schedule)
             for name, optimizer in self.optimizers.items():
@@ -255,7 +256,7 @@ class Training:
         except (KeyboardInterrupt, RankLost):
             if self.result.steps == step:
                 self.model.zero_grad(set_to_none=True)
-                _set_random_state(random)
+                set_random_state(random)
             raise
 
     def _backward(
@@ -331,16 +332,6 @@ def count_steps(task: Task[Any]) -> int:
             break
         steps += -(-len(task.plan(epoch)) // training.accumulation_steps)
     return int(min(steps, longest))
-
-
-def _random_state(device: str) -> dict[str, Any]:
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if device == "cuda" else None}
-
-
-def _set_random_state(state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if state["cuda"] is not None and torch.cuda.is_available():  # a state saved with CUDA may be loaded without it
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 def _norm(gradients: Sequence[Tensor]) -> Tensor:

@@ -247,10 +247,10 @@ def test_a_killed_rank_ends_the_job_and_any_number_goes_on(
         ["pgrep", "-f", "-P", str(job.pid), "pipeline train_mmoe"], capture_output=True, text=True, check=True
     ).stdout.split()[-1])  # fmt: skip
     os.kill(victim, signal.SIGKILL)
-    _, told = job.communicate(timeout=300)
+    _, stderr = job.communicate(timeout=300)
     assert job.returncode == 1
-    assert "SIGKILL" in told
-    assert "resume=auto continues it" in told
+    assert "SIGKILL" in stderr
+    assert "resume=auto continues it" in stderr
     assert [status for _, status in points_of(here)["runs"]] in (["KILLED"], ["FAILED"])
 
     alone = Path(shutil.copytree(here, tmp_path / "alone"))
@@ -264,14 +264,14 @@ def test_a_killed_rank_ends_the_job_and_any_number_goes_on(
         folder = tmp_path / str(size)
         shutil.copytree(here, folder)
         job = torchrun(size, folder, *arguments)
-        _, told = job.communicate(timeout=300)
-        assert job.returncode == 0, told
-        assert "continues after step" in told
+        _, stderr = job.communicate(timeout=300)
+        assert job.returncode == 0, stderr
+        assert "continues after step" in stderr
         assert_same_run(points_of(folder), expected)
     job = torchrun(2, tmp_path / "2", *arguments)
-    _, told = job.communicate(timeout=300)
-    assert job.returncode == 0, told
-    assert "is finished already" in told
+    _, stderr = job.communicate(timeout=300)
+    assert job.returncode == 0, stderr
+    assert "is finished already" in stderr
 
 
 def test_other_entry_points_are_for_one_process(monkeypatch: pytest.MonkeyPatch, call_pipeline: Call) -> None:

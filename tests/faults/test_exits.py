@@ -49,9 +49,9 @@ def started(command: list[str], folder: Path, **environment: str) -> Iterator["s
     """A real process in a session of its own, whose standard output says which steps it has made."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
-    with (folder / "stderr.txt").open("w") as told:
+    with (folder / "stderr.txt").open("w") as stderr:
         process = subprocess.Popen(
-            command, cwd=folder, stdout=subprocess.PIPE, stderr=told, text=True, start_new_session=True,
+            command, cwd=folder, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True,
             env={**os.environ, "PATH": path, **environment},
         )  # fmt: skip
     signal.signal(signal.SIGHUP, before)
@@ -124,18 +124,20 @@ def test_a_run_that_is_alive_is_refused_and_a_signal_saves_and_ends_it(
         wait_for_step(process, 250)
         ((run_id, _),) = runs(folder).items()
         for resume in ("auto", run_id):
-            code, told = start([*alive.arguments, "--resume", resume], folder)
+            code, stderr = start([*alive.arguments, "--resume", resume], folder)
             assert code == 2
-            assert told.strip().splitlines()[-1].startswith(f"error: run {run_id} is alive: process {process.pid} on ")
+            assert (
+                stderr.strip().splitlines()[-1].startswith(f"error: run {run_id} is alive: process {process.pid} on ")
+            )
         wait_for(lambda: output_is_full(process))
         process.send_signal(number)
         assert end_of(process) == 128 + number
         wait_for(lambda: not children_in(folder))
     assert runs(folder) == {run_id: ("KILLED", "")}
-    told = (folder / "stderr.txt").read_text()
-    assert f"error: stopped by {number.name}" in told
-    assert f"run {run_id} is KILLED; the same command with resume=auto continues it" in told
-    assert "Traceback" not in told
+    stderr = (folder / "stderr.txt").read_text()
+    assert f"error: stopped by {number.name}" in stderr
+    assert f"run {run_id} is KILLED; the same command with resume=auto continues it" in stderr
+    assert "Traceback" not in stderr
     saved = max(int(entry.name) for entry in (folder / "outputs" / run_id / "checkpoints").iterdir())
     logged = [step for key, step, _ in points(folder, run_id) if key == "global_step"]
     assert saved == max(logged) + 1 > 250  # not the last multiple of 200: where it was
@@ -156,9 +158,9 @@ def test_a_signal_ends_the_run_without_the_server(
         process.send_signal(signal.SIGTERM)
         assert end_of(process) == 128 + signal.SIGTERM
         wait_for(lambda: not children_in(tmp_path))
-        told = (tmp_path / "stderr.txt").read_text()
-        assert "python -m pipeline sync outputs/" in told
-        assert "Traceback" not in told
+        stderr = (tmp_path / "stderr.txt").read_text()
+        assert "python -m pipeline sync outputs/" in stderr
+        assert "Traceback" not in stderr
 
 
 @only_full
@@ -198,8 +200,8 @@ def test_through_mlflow_run_the_new_run_is_only_the_launcher(folder: Path, impre
     ids = [client.create_run("0").info.run_id for _ in range(3)]
     resuming = [*short(impressions).arguments, "--resume", "auto"]
     for run_id, kill, expected in zip(ids, (Kill(12), Kill(25), None), (-9, -9, 0), strict=True):
-        code, told = start(resuming, folder, kill, MLFLOW_RUN_ID=run_id)
-        assert code == expected, told
+        code, stderr = start(resuming, folder, kill, MLFLOW_RUN_ID=run_id)
+        assert code == expected, stderr
     statuses = runs(folder)
     assert list(statuses) == ids or set(statuses) == set(ids)
     assert statuses[ids[0]] == ("FINISHED", "")
