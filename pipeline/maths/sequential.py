@@ -1,0 +1,132 @@
+"""Repeated confidence intervals for a sweep that adds seeds until its arms are decided."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import t
+
+from pipeline.maths.statistics import paired
+
+LOOKS = (3, 5, 8, 12, 20, 32, 50, 80)  # numbers of seeds after which an arm may be decided
+LEVEL = 0.05  # probability of any false claim in a family of arms
+PATHS = 2**20  # simulated paths under the null hypothesis
+
+Decision = Literal[
+    "better",
+    "better, by less than the margin",
+    "worse",
+    "worse, by less than the margin",
+    "equal within the margin",
+    "identical",
+]
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the first seeds say about an arm, in the metric's unit."""
+
+    seeds: int
+    mean: float  # of the differences arm - baseline
+    sd: float
+    low: float | None  # repeated confidence interval of the mean; None if all differences are equal
+    high: float | None
+    decision: Decision | None  # None: open
+
+
+def scheduled_looks(first: int, most: int) -> tuple[int, ...]:
+    """The looks from `first` to `most` seeds, both of which must be in LOOKS."""
+    return tuple(seeds for seeds in LOOKS if first <= seeds <= most)
+
+
+def nominal_level(arms: int, level: float = LEVEL) -> float:
+    """Two-sided level of each arm's t interval at each look, for a family of `arms` arms.
+
+    With this level, the probability that any look of any arm excludes the arm's true difference is at most `level`
+    (repeated confidence intervals: Jennison and Turnbull 1989; divided among arms by Bonferroni). All looks up to the
+    last of LOOKS are paid for, so the largest number of seeds may be raised later. For Gaussian differences the
+    smallest p value over the looks has the same distribution whatever their variance; this is its level / arms
+    quantile over simulated paths.
+    """
+    return float(np.quantile(_smallest_p_values(), level / arms))
+
+
+@cache
+def _smallest_p_values() -> npt.NDArray[np.float64]:
+    """Smallest two-sided p value of the t test over all looks, for each of PATHS paths of Gaussian differences."""
+    random = np.random.default_rng(1989)
+    total, squares, largest = np.zeros(PATHS), np.zeros(PATHS), np.ones(PATHS)
+    for before, seeds in zip((0, *LOOKS), LOOKS, strict=False):
+        added = seeds - before
+        step = random.normal(scale=math.sqrt(added), size=PATHS)
+        squares += step**2 / added + (random.chisquare(added - 1, size=PATHS) if added > 1 else 0)
+        total += step
+        variance = (squares - total**2 / seeds) / (seeds - 1)
+        np.minimum(largest, 2 * t.sf(np.abs(total) / np.sqrt(variance * seeds), seeds - 1), out=largest)
+    return largest
+
+
+def look(
+    differences: Sequence[float],
+    level: float,
+    *,
+    higher_is_better: bool,
+    margin: float | None = None,
+    same_weights: bool = False,
+) -> Look:
+    """Decide on an arm from its paired differences to the baseline, one per seed.
+
+    level: `nominal_level` of the arm's family. margin: differences below it do not matter. same_weights: at every seed
+    both runs ended with the same weights. Differences without variance decide nothing else: seeds whose best weights
+    are from before the gate differ by exactly 0, whatever the arm does later.
+
+    Raises:
+        ValueError: fewer than two differences, or one that is not finite.
+    """
+    if len(differences) < 2:
+        raise ValueError(f"differences: found {len(differences)}, allowed: at least 2")
+    result = paired(differences, 1 - level)
+    assert result.sd is not None
+    if not result.sd:
+        return Look(result.n, result.mean, 0.0, None, None, "identical" if same_weights else None)
+    assert result.low is not None
+    assert result.high is not None
+    decision = _decide(result.low, result.high, higher_is_better=higher_is_better, margin=margin)
+    return Look(result.n, result.mean, result.sd, result.low, result.high, decision)
+
+
+def _decide(low: float, high: float, *, higher_is_better: bool, margin: float | None) -> Decision | None:
+    inside = margin is not None and -margin < low and high < margin
+    if low > 0 or high < 0:
+        if (low > 0) == higher_is_better:
+            return "better, by less than the margin" if inside else "better"
+        return "worse, by less than the margin" if inside else "worse"
+    return "equal within the margin" if inside else None
+
+
+def looks(
+    differences: Sequence[float | None],
+    schedule: Sequence[int],
+    level: float,
+    *,
+    higher_is_better: bool,
+    margin: float | None = None,
+    same_weights: Sequence[bool] = (),
+) -> tuple[Look, ...]:
+    """The looks at an arm so far: up to the one that decides it, or the last one whose seeds have all finished.
+
+    differences: arm - baseline for seeds 0, 1, ...; None where a run has not finished or has failed. same_weights:
+    for each seed, whether both runs ended with the same weights.
+    """
+    made: list[Look] = []
+    for seeds in schedule:
+        known = [difference for difference in differences[:seeds] if difference is not None]
+        if len(known) < seeds or (made and made[-1].decision):
+            break
+        same = len(same_weights) >= seeds and all(same_weights[:seeds])
+        made.append(look(known, level, higher_is_better=higher_is_better, margin=margin, same_weights=same))
+    return tuple(made)
