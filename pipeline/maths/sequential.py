@@ -1,20 +1,21 @@
 """Repeated confidence intervals for a sweep that adds seeds until its arms are decided."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 from scipy.stats import t
 
-from pipeline.maths.statistics import paired
+from pipeline.maths.statistics import Array, paired
 
 LOOKS = (3, 5, 8, 12, 20, 32, 50, 80)  # numbers of seeds after which an arm may be decided
 LEVEL = 0.05  # probability of any false claim in a family of arms
-PATHS = 2**20  # simulated paths under the null hypothesis
+PATHS = 2**20  # simulated paths for a nominal level: 1.4% of standard error for ten arms
+POWER_PATHS = 2**16  # simulated paths for a minimum detectable difference
 
 Decision = Literal[
     "better",
@@ -56,18 +57,46 @@ def nominal_level(arms: int, level: float = LEVEL) -> float:
 
 
 @cache
-def _smallest_p_values() -> npt.NDArray[np.float64]:
+def _smallest_p_values() -> Array:
     """Smallest two-sided p value of the t test over all looks, for each of PATHS paths of Gaussian differences."""
+    smallest = np.ones(PATHS)
+    for seeds, mean, sd in _null_paths(LOOKS, PATHS):
+        np.minimum(smallest, 2 * t.sf(np.abs(mean) * math.sqrt(seeds) / sd, seeds - 1), out=smallest)
+    return smallest
+
+
+def _null_paths(schedule: Sequence[int], paths: int) -> Iterator[tuple[int, Array, Array]]:
+    """At each look: its seeds, and mean and standard deviation of that many standard normal differences. [paths]
+
+    The seeds between two looks enter through their sum and, independent of it, the chi-squared sum of squares about
+    their mean.
+    """
     random = np.random.default_rng(1989)
-    total, squares, largest = np.zeros(PATHS), np.zeros(PATHS), np.ones(PATHS)
-    for before, seeds in zip((0, *LOOKS), LOOKS, strict=False):
+    total, squares = np.zeros(paths), np.zeros(paths)
+    for before, seeds in pairwise((0, *schedule)):
         added = seeds - before
-        step = random.normal(scale=math.sqrt(added), size=PATHS)
-        squares += step**2 / added + (random.chisquare(added - 1, size=PATHS) if added > 1 else 0)
+        step = random.normal(scale=math.sqrt(added), size=paths)
+        squares += step**2 / added + (random.chisquare(added - 1, size=paths) if added > 1 else 0)
         total += step
-        variance = (squares - total**2 / seeds) / (seeds - 1)
-        np.minimum(largest, 2 * t.sf(np.abs(total) / np.sqrt(variance * seeds), seeds - 1), out=largest)
-    return largest
+        yield seeds, total / seeds, np.sqrt((squares - total**2 / seeds) / (seeds - 1))
+
+
+def half_width(sd: float, seeds: int, level: float) -> float:
+    """Half-width of the interval of an arm whose `seeds` differences have standard deviation `sd`, in its unit."""
+    return float(t.isf(level / 2, seeds - 1)) * sd / math.sqrt(seeds)
+
+
+def minimum_detectable_difference(sd: float, schedule: Sequence[int], level: float, power: float = 0.8) -> float:
+    """Smallest true difference that some look of `schedule` finds with this power, in the unit of `sd`.
+
+    sd: standard deviation of the differences arm - baseline, treated as exact. level: `nominal_level` of the family. A
+    simulated path of Gaussian differences is decided at a look if the true difference exceeds its interval's half-width
+    less its error; the path needs the smallest of these over the looks, and this is their `power` quantile.
+    """
+    needed = np.full(POWER_PATHS, np.inf)
+    for seeds, error, spread in _null_paths(schedule, POWER_PATHS):
+        np.minimum(needed, half_width(1.0, seeds, level) * spread - error, out=needed)
+    return float(np.quantile(needed, power)) * sd
 
 
 def look(
