@@ -44,24 +44,26 @@ def scheduled_looks(first: int, most: int) -> tuple[int, ...]:
     return tuple(seeds for seeds in LOOKS if first <= seeds <= most)
 
 
-def nominal_level(arms: int, level: float = LEVEL) -> float:
+def nominal_level(arms: int) -> float:
     """Two-sided level of each arm's t interval at each look, for a family of `arms` arms.
 
-    With this level, the probability that any look of any arm excludes the arm's true difference is at most `level`
+    With this level, the probability that any look of any arm excludes the arm's true difference is at most LEVEL
     (repeated confidence intervals: Jennison and Turnbull 1989; divided among arms by Bonferroni). All looks up to the
     last of LOOKS are paid for, so the largest number of seeds may be raised later. For Gaussian differences the
-    smallest p value over the looks has the same distribution whatever their variance; this is its level / arms
+    smallest p value over the looks has the same distribution whatever their variance; this is its LEVEL / arms
     quantile over simulated paths.
     """
-    return float(np.quantile(_smallest_p_values(), level / arms))
+    return float(np.quantile(_smallest_p_values(), LEVEL / arms))
 
 
 @cache
 def _smallest_p_values() -> Array:
-    """Smallest two-sided p value of the t test over all looks, for each of PATHS paths of Gaussian differences."""
+    """Smallest two-sided p value over all looks, for each of PATHS paths of Gaussian differences; 1 if above LEVEL."""
     smallest = np.ones(PATHS)
     for seeds, mean, sd in _null_paths(LOOKS, PATHS):
-        np.minimum(smallest, 2 * t.sf(np.abs(mean) * math.sqrt(seeds) / sd, seeds - 1), out=smallest)
+        statistic = np.abs(mean) * math.sqrt(seeds) / sd
+        extreme = np.flatnonzero(statistic > t.isf(LEVEL / 2, seeds - 1))
+        smallest[extreme] = np.minimum(smallest[extreme], 2 * t.sf(statistic[extreme], seeds - 1))
     return smallest
 
 
@@ -110,8 +112,9 @@ def look(
     """Decide on an arm from its paired differences to the baseline, one per seed.
 
     level: `nominal_level` of the arm's family. margin: differences below it do not matter. same_weights: at every seed
-    both runs ended with the same weights. Differences without variance decide nothing else: seeds whose best weights
-    are from before the gate differ by exactly 0, whatever the arm does later.
+    both runs ended with the same weights; with differences of 0, the arm is identical. Differences without variance
+    decide nothing else: seeds whose best weights are from before the gate differ by exactly 0, whatever the arm does
+    later.
 
     Raises:
         ValueError: fewer than two differences, or one that is not finite.
@@ -121,7 +124,8 @@ def look(
     result = paired(differences, 1 - level)
     assert result.sd is not None
     if not result.sd:
-        return Look(result.n, result.mean, 0.0, None, None, "identical" if same_weights else None)
+        identical = same_weights and not result.mean
+        return Look(result.n, result.mean, 0.0, None, None, "identical" if identical else None)
     assert result.low is not None
     assert result.high is not None
     decision = _decide(result.low, result.high, higher_is_better=higher_is_better, margin=margin)
@@ -159,3 +163,28 @@ def looks(
         same = len(same_weights) >= seeds and all(same_weights[:seeds])
         made.append(look(known, level, higher_is_better=higher_is_better, margin=margin, same_weights=same))
     return tuple(made)
+
+
+def decided_by_one_seed(
+    differences: Sequence[float], level: float, *, higher_is_better: bool, margin: float | None = None
+) -> tuple[int, ...]:
+    """Seeds (indices of `differences`) each of which alone brought about the decision; empty if open.
+
+    The decision hangs on a seed if it changes with the mean and standard deviation of the others, at the same number of
+    seeds: what one seed fewer costs in precision does not count. Two differences are never enough: one has no spread.
+
+    Raises:
+        ValueError: fewer than two differences, or one that is not finite.
+    """
+    decision = look(differences, level, higher_is_better=higher_is_better, margin=margin).decision
+    if decision is None or len(differences) < 3:
+        return ()
+    deciding: list[int] = []
+    for seed in range(len(differences)):
+        others = paired([*differences[:seed], *differences[seed + 1 :]])
+        assert others.sd is not None
+        half = half_width(others.sd, len(differences), level)
+        low, high = others.mean - half, others.mean + half
+        if not half or _decide(low, high, higher_is_better=higher_is_better, margin=margin) != decision:
+            deciding.append(seed)
+    return tuple(deciding)
