@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from bench import evaluation, growth, mmoe, peers, prepare, recording, start, visobert
+from bench import evaluation, growth, mmoe, peers, prepare, recording, sequential_seeds, start, visobert
 from bench.workshop import Workshop
 
 FIGURES: dict[str, Callable[[Workshop], None]] = {  # in the order of measurement; some functions print several figures
@@ -10,6 +10,10 @@ FIGURES: dict[str, Callable[[Workshop], None]] = {  # in the order of measuremen
     "first_step_s": start.first_step,
     "first_step_fresh_s": start.first_step,
     "auc_1m_ms": evaluation.auc_1m,
+    "cost_of_answer": sequential_seeds.cost_of_answer,
+    "cost_of_answer_prefixes": sequential_seeds.cost_of_answer,
+    "cost_of_answer_stopping": sequential_seeds.cost_of_answer,
+    "power_of_answer": sequential_seeds.cost_of_answer,
     "mmoe_b1024": mmoe.mmoe_b1024,
     "mmoe_b4096": mmoe.mmoe_b4096,
     "mmoe_deepfm_b1024": mmoe.mmoe_deepfm_b1024,

@@ -4,16 +4,19 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT
+from scipy.stats import ttest_1samp
 
-from bench import figures
+from bench import figures, sequential_seeds
 from bench.catalogue import FIGURES
 from bench.impressions import MULTI, SINGLE, read, write
 from bench.workshop import reference_config
 from pipeline.config.strict_config import flatten, load
 from pipeline.data.layout import Layout
 from pipeline.data.schema import DataSchema
+from pipeline.maths.sequential import looks
 from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.task import MmoeTask
 
@@ -34,6 +37,7 @@ PROMISED = [
     "visobert_vs_naive_fp32",
     "visobert_vs_trainer",
     "auc_1m_ms",
+    "cost_of_answer",
     "first_step_s",
     "help_s",
 ]
@@ -82,3 +86,40 @@ def test_the_interval_of_a_median_is_the_binomial_one(count: int, places: tuple[
     """Conover 1999, section 3.2: order statistics whose chance to miss the median is below 2.5% on each side."""
     values = [float(value) for value in range(count)][::-1]
     assert figures.interval(values) == places
+
+
+@pytest.mark.parametrize("margin", [None, 1.0])
+def test_simulated_sweeps_are_decided_as_real_ones(margin: float | None) -> None:
+    differences = np.random.default_rng(1).normal(size=(30, 4, 20)) + np.arange(4)[:, None]
+    differences[:3, 0] = 0.0
+    differences[:3, 3, :3] = 2.0  # no variance at the first look
+    schedule, level = (3, 5, 8, 12, 20), 0.0019
+    answers = sequential_seeds.at_looks(differences, schedule, level, margin)
+    kinds = {sequential_seeds.BETTER: "better", sequential_seeds.WORSE: "worse", sequential_seeds.EQUAL: "equal"}
+    for index in np.ndindex(30, 4):
+        last = looks(differences[index].tolist(), schedule, level, higher_is_better=True, margin=margin)[-1]
+        assert str(last.decision).startswith(kinds.get(int(answers.decision[index]), "None"))
+        assert answers.seeds[index] == last.seeds
+
+
+def test_holm_of_simulated_sweeps_steps_down() -> None:
+    """The smallest p value is tested at 5% / arms, the next at 5% / (arms - 1), until one is not rejected."""
+    differences = np.random.default_rng(2).normal(size=(50, 4, 6)) + np.array([0, 0.8, -1.2, 1.6])[:, None]
+    found = sequential_seeds.holm(differences).decision
+    for sweep, decisions in zip(differences, found, strict=True):
+        tests = sorted((ttest_1samp(arm, 0).pvalue, index) for index, arm in enumerate(sweep))
+        expected = [0] * 4
+        for left, (p, index) in zip((4, 3, 2, 1), tests, strict=True):
+            if p > 0.05 / left:
+                break
+            expected[index] = int(np.sign(sweep[index].mean()))
+        assert decisions.tolist() == expected
+    assert set(np.unique(found)) == {-1, 0, 1}
+
+
+def test_steps_of_a_simulated_sweep_by_hand() -> None:
+    """Arms decided at 3 and 5 seeds: the baseline trains 5, and so do the prefixes. 2,000 of 3,125 steps are shared."""
+    seeds = np.array([[3, 5]])
+    assert sequential_seeds.mean_steps(seeds, 0) == 3125 * (3 + 5 + 5)
+    assert sequential_seeds.mean_steps(seeds, 2000) == 2000 * 5 + 1125 * (3 + 5 + 5)
+    assert sequential_seeds.mean_steps(np.array([[3, 5], [5, 5]]), 2000) == 2000 * 5 + 1125 * 14
