@@ -19,7 +19,8 @@ LEVEL = {folder: level for level, floor in enumerate(FLOORS) for folder in floor
 NAME_TASKS = {"tasks", "demo", "entries"}  # folders and files that may name the modules of a task
 REPEATED = {"config", "task", "objective", "evaluation", "model", "predict"}  # in every task's folder
 LIBRARIES = {"mlflow": "tracking", "ray": "sweeps", "optuna": "sweeps"}  # library -> the one folder that imports it
-MATHS = {"math", "typing", "collections", "dataclasses", "itertools", "torch", "numpy", "sklearn", "scipy", "pipeline"}
+MATHS = {"math", "typing", "collections", "dataclasses", "itertools", "functools", "torch", "numpy", "sklearn", "scipy",
+         "pipeline"}  # fmt: skip
 Imports = Mapping[str, set[str]]
 
 

@@ -8,9 +8,12 @@ from itertools import pairwise
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 from scipy.stats import t
 
-from pipeline.maths.statistics import Array, paired
+from pipeline.maths.statistics import paired
+
+Array = npt.NDArray[np.float64]
 
 LOOKS = (3, 5, 8, 12, 20, 32, 50, 80)  # numbers of seeds after which an arm may be decided
 LEVEL = 0.05  # probability of any false claim in a family of arms
