@@ -46,7 +46,7 @@ def smallest_p_values(differences: Array) -> Array:
 
 
 def test_levels_are_those_of_t_tests_on_raw_differences() -> None:
-    """Of N raw paths, 0.05 / m fall below the level: a binomial count. The level itself has the error of its paths."""
+    """The number of raw paths below the level is binomial; the simulated level adds the error of its own paths."""
     paths = 60_000
     found = smallest_p_values(np.random.default_rng(5).normal(size=(paths, LOOKS[-1])))
     for arms in (1, 4, 10):
