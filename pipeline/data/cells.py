@@ -7,7 +7,6 @@ or as a date at midnight. If all values of a column are whole numbers, `3.0` bec
 becomes `True`.
 """
 
-import ast
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config.strict_config import nearest
+from pipeline.data.list_cells import listed_items
 from pipeline.data.raw_schema import FeatureSource
 from pipeline.data.schema import Feature
 from pipeline.errors import UserError
@@ -34,8 +34,7 @@ _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _SPELLINGS = {"whole": r"^[+-]?[0-9]+(\.0*)?$", "truth": r"^(?i:true|false)$"}
 _MIDNIGHT = r"^(\d{4}-\d\d-\d\d)[ T]00:00:00(\.0+)?$"
 _TIME = r"^(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)(\.\d*?[1-9])?\.?0*$"
-_ITEM = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[-+.\w]+"""
-_LIST = re.compile(rf"\[\s*(?:(?:{_ITEM})\s*(?:,\s*(?:{_ITEM})\s*)*)?\]")
+_SPACES = "[ \u00a0\u2009\u202f]"  # plain, no-break, thin and narrow no-break, as numbers are printed with
 
 
 class Texts(NamedTuple):
@@ -56,10 +55,16 @@ class Bags(NamedTuple):
 
 @dataclass(frozen=True)
 class Cells:
-    """Reader of cells. missing: texts that mean a missing value. strip: whether to strip whitespace around text."""
+    """Reader of cells.
+
+    missing: texts that mean a missing value. strip: whether to strip whitespace around text. decimal, thousands: marks
+    of numbers written as text; None = groups of digits have no mark.
+    """
 
     missing: tuple[str, ...]
     strip: bool = True
+    decimal: str = "."
+    thousands: str | None = None
 
     def texts(self, raw: pa.Array, column: str, place: Place) -> Texts:
         """Read a column with one value per row as texts.
@@ -94,11 +99,14 @@ class Cells:
         text = raw
         if pa.types.is_string(raw.type):
             text = pc.utf8_trim_whitespace(raw)
-            text = _null_where(pc.is_in(text, value_set=self._missing_text), text)
+            text = self._with_points(_null_where(pc.is_in(text, value_set=self._missing_text), text))
         try:
             values: Floats = _doubles(text).to_numpy(zero_copy_only=False)
         except pa.ArrowInvalid:
             row = next(row for row in range(len(text)) if not _is_number(text[row : row + 1]))
+            if self.decimal != "." or self.thousands:
+                example = f"1{self.thousands or ''}234{self.decimal}5"
+                allowed += f", written like {example}, as csv.decimal and csv.thousands say"
             raise cell_error(place, row, column, raw[row].as_py(), allowed) from None
         return np.where(np.isin(values, self._missing_numbers), np.nan, values) if self._missing_numbers else values
 
@@ -155,6 +163,17 @@ class Cells:
         lengths = pc.list_value_length(raw).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
         owners = np.repeat(np.arange(len(raw)), lengths)
         return plain(raw.flatten(), column, lambda element: place(int(owners[element]) if len(owners) else 0)), lengths
+
+    def _with_points(self, texts: pa.Array) -> pa.Array:
+        """Rewrite numbers with `decimal` and `thousands` as Arrow parses them; other texts become unparsable."""
+        if self.decimal == "." and self.thousands is None:
+            return texts
+        mark = _SPACES if self.thousands == " " else re.escape(self.thousands or "")
+        groups = f"[0-9]{{1,3}}({mark}[0-9]{{3}})+|" if mark else ""
+        number = rf"^[+-]?({groups}[0-9]*)({re.escape(self.decimal)}[0-9]*)?([eE][+-]?[0-9]+)?$"
+        plain_texts = pc.replace_substring_regex(texts, mark, "") if mark else texts
+        plain_texts = pc.replace_substring(plain_texts, self.decimal, ".")
+        return pc.if_else(pc.match_substring_regex(texts, number), plain_texts, "not a number")
 
     @cached_property
     def _missing_text(self) -> pa.Array:
@@ -291,7 +310,7 @@ def _is_number(text: pa.Array) -> bool:
 
 
 def _split(cells: pa.Array, separator: str, column: str, place: Place) -> pa.Array:
-    """Split text cells into lists of texts. A cell may also be written as a list by pandas or JSON: `['a', 'b']`.
+    """Split text cells into lists of texts. A cell may also be a list as JSON or Python writes it: `["a", "b"]`.
 
     Raises:
         UserError: a cell in brackets is not a valid list.
@@ -303,10 +322,10 @@ def _split(cells: pa.Array, separator: str, column: str, place: Place) -> pa.Arr
     split = lists.to_pylist()
     for row in np.flatnonzero(bracketed.to_numpy(zero_copy_only=False)).tolist():
         text = cells[row].as_py()
-        if not _LIST.fullmatch(text):
-            allowed = "ids with the separator between them, or a list as JSON writes it"
+        split[row] = listed_items(text)
+        if split[row] is None:
+            allowed = "ids with the separator between them, or a list as JSON or Python writes it"
             raise cell_error(place, row, column, text, allowed)
-        split[row] = [ast.literal_eval(item) if item[0] in "'\"" else item for item in re.findall(_ITEM, text)]
     return pa.array(split, pa.list_(pa.string()))
 
 

@@ -6,6 +6,7 @@ import gzip
 import io
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,22 @@ _WRONG_ROW = re.compile(r"Row #(\d+): Expected (\d+) columns, got (\d+)")  # Arr
 
 
 def check_dialect(dialect: CsvSource) -> None:
-    for key in ("delimiter", "escape"):
+    """Refuse characters that cannot be part of a dialect, and unknown encodings."""
+    seen: dict[str, str] = {}  # character -> key
+    for key in ("delimiter", "quote", "escape"):
         character = getattr(dialect, key)
-        if character is not None and not (len(character) == 1 and character.isascii() and character not in '\r\n"'):
-            raise UserError(f"csv.{key}: found {character!r}, allowed: an ASCII character, no quote or line end")
-    if dialect.escape == dialect.delimiter:
-        raise UserError(f"csv.escape: found {dialect.escape!r}, which is csv.delimiter, allowed: another one")
+        if character is None:
+            continue
+        if not (len(character) == 1 and character.isascii() and character not in "\r\n"):
+            raise UserError(f"csv.{key}: found {character!r}, allowed: an ASCII character, no line end")
+        if character in seen:
+            raise UserError(f"csv.{key}: found {character!r}, which is csv.{seen[character]}, allowed: another one")
+        seen[character] = key
+    try:
+        "".encode(dialect.encoding)
+    except (LookupError, ValueError):
+        allowed = "a text encoding of Python, such as utf-8, cp1252 or utf-16"
+        raise UserError(f"csv.encoding: found {dialect.encoding!r}, allowed: {allowed}") from None
 
 
 class CsvReader:
@@ -43,25 +54,27 @@ class CsvReader:
 
     @cached_property
     def names(self) -> list[str]:
-        return self._stripped(self.columns or self._first_line[0])
+        with self._decoding():
+            return self._stripped(self.columns or self._first_line[0])
 
     def batches(self, positions: Sequence[int], rows: int) -> Iterator[pa.RecordBatch]:  # noqa: ARG002 (by bytes)
         """Yield the columns at these positions, in blocks of `BLOCK_BYTES`."""
         first, empty_lines = self._first_line
         header = not self.columns or self._stripped(first) == self._stripped(self.columns)
         if not self._checked:  # only once, although the file is read twice
-            self._check_quotes(header)
+            with self._decoding():
+                self._check_quotes(header)
             self._checked = True
         # use positions as names, because the header may contain duplicates
         names = [str(number) for number in range(len(self.names))]
-        with self._open() as stream:
+        with self._open() as stream, self._decoding():
             try:
                 batches = pa.csv.open_csv(
                     stream,
                     pa.csv.ReadOptions(block_size=BLOCK_BYTES, use_threads=False, column_names=names,
                                        skip_rows_after_names=header * (empty_lines + 1)),
-                    pa.csv.ParseOptions(delimiter=self.dialect.delimiter, escape_char=self.dialect.escape or False,
-                                        newlines_in_values=True),
+                    pa.csv.ParseOptions(delimiter=self.dialect.delimiter, quote_char=self.dialect.quote or False,
+                                        escape_char=self.dialect.escape or False, newlines_in_values=True),
                     pa.csv.ConvertOptions(
                         column_types=dict.fromkeys(names, pa.binary()),
                         include_columns=[names[position] for position in positions] or names[:1],
@@ -83,10 +96,11 @@ class CsvReader:
         Arrow is not used here: its handler for invalid rows runs in Arrow's own thread, which may outlive the
         interpreter and abort the process (SIGABRT).
         """
+        with self._open_bytes() as stream:
+            if problem := _foreign(bytes(stream.read(HEADER_BYTES)), self._is_utf8):
+                raise UserError(f"{self.file}: found {problem}")
         with self._open() as stream:
             start = bytes(stream.read(HEADER_BYTES))
-        if problem := _foreign(start):
-            raise UserError(f"{self.file}: found {problem}")
         text = start.removeprefix(codecs.BOM_UTF8).decode(errors="surrogateescape")
         try:
             names = next(filter(None, self._rows(io.StringIO(text, newline=""))), None)
@@ -100,11 +114,15 @@ class CsvReader:
 
     def _check_quotes(self, header: bool) -> None:
         """Refuse errors that Arrow accepts: text after a closing quote, or a quote that is never closed."""
+        if self.dialect.quote is None:
+            return
+        quote = self.dialect.quote.encode()
         with self._open() as stream:
-            if not any(b'"' in chunk for chunk in iter(lambda: stream.read(BLOCK_BYTES), b"")):
+            if not any(quote in chunk for chunk in iter(lambda: stream.read(BLOCK_BYTES), b"")):
                 return
         number, open_text = 0, gzip.open if is_gzip(self.file) else open
-        with open_text(self.file, "rt", encoding="latin-1", newline="") as text:
+        encoding = "latin-1" if self._is_utf8 else self.dialect.encoding  # invalid UTF-8 is reported with its column
+        with open_text(self.file, "rt", encoding=encoding, newline="") as text:
             try:
                 for number, _ in enumerate(filter(None, self._rows(text)), 1 - header):  # noqa: B007 (for the error)
                     pass
@@ -113,22 +131,44 @@ class CsvReader:
 
     def _rows(self, text: io.TextIOBase) -> Iterator[list[str]]:
         csv.field_size_limit(BLOCK_BYTES)
-        return csv.reader(text, delimiter=self.dialect.delimiter, escapechar=self.dialect.escape, strict=True)
+        dialect, quote = self.dialect, self.dialect.quote
+        return csv.reader(text, delimiter=dialect.delimiter, escapechar=dialect.escape, strict=True, quotechar=quote,
+                          quoting=csv.QUOTE_MINIMAL if quote else csv.QUOTE_NONE)  # fmt: skip
+
+    @cached_property
+    def _is_utf8(self) -> bool:
+        return codecs.lookup(self.dialect.encoding).name == "utf-8"
+
+    @contextmanager
+    def _decoding(self) -> Iterator[None]:
+        """Report text in another encoding than `csv.encoding`; invalid UTF-8 is reported with its row and column."""
+        try:
+            yield
+        except UnicodeError as error:
+            if self._is_utf8:
+                raise
+            reason = str(error).split("\n")[0]
+            raise UserError(f"{self.file}: not {self.dialect.encoding} text, as csv.encoding says: {reason}") from None
 
     def _open(self) -> Any:
+        """Open the file as UTF-8 text."""
+        stream = self._open_bytes()
+        return stream if self._is_utf8 else pa.transcoding_input_stream(stream, self.dialect.encoding, "utf-8")
+
+    def _open_bytes(self) -> Any:
         return pa.input_stream(str(self.file), compression="gzip" if is_gzip(self.file) else None)
 
     def _stripped(self, names: Sequence[str]) -> list[str]:
         return [name.strip() for name in names] if self.dialect.strip else list(names)
 
 
-def _foreign(start: bytes) -> str:
-    """Recognise a file that is not UTF-8 text by its first bytes. Returns its format; "" if it may be text."""
+def _foreign(start: bytes, utf8: bool) -> str:
+    """Recognise a file that is not text, or not UTF-8, by its first bytes. Returns its format; "" if it may be text."""
     for magic, kind in MAGIC.items():
         if start.startswith(magic):
             return f"{kind}, allowed: UTF-8 text"
     utf16 = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or start[:64].count(0) > len(start[:64]) // 4
-    return "UTF-16, allowed: UTF-8 text" if utf16 else ""
+    return "UTF-16, allowed: UTF-8 text, or csv.encoding: utf-16" if utf16 and utf8 else ""
 
 
 def _quote_problem(error: csv.Error) -> str:

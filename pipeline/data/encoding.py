@@ -44,7 +44,8 @@ class Encoder:
             if file_sha256(file) != schema.vocabulary_sha256:
                 raise UserError(f"{file}: not the vocabulary that schema.json was written with; run prepare_ctr again")
             table = pq.ParquetFile(file).read()
-        return cls(schema.features, Cells(schema.missing_values, schema.strip), {
+        cells = Cells(schema.missing_values, schema.strip, schema.decimal, schema.thousands)
+        return cls(schema.features, cells, {
             feature.name: table.filter(pc.equal(table["feature"], feature.name))["value"].to_pylist()
             for feature in schema.features if feature.kind != "numeric"
         })  # fmt: skip

@@ -67,7 +67,7 @@ def read_errors(file: Path) -> Iterator[None]:
     try:
         yield
     except UnicodeError:
-        raise UserError(f"{file}: the header is not UTF-8 text") from None
+        raise UserError(f"{file}: the header is not UTF-8 text; csv.encoding names another encoding") from None
     except (EOFError, zlib.error, pa.ArrowException, OSError) as error:
         reason = (getattr(error, "strerror", None) or str(error)).split("\n")[0]
         gzip_reason = "gzip" in reason or "zlib" in reason or "compressed stream" in reason

@@ -92,7 +92,21 @@ class SplitSource(Config):
 class CsvSource(Config):
     delimiter: Annotated[str, BeforeValidator(lambda value: "\t" if value == r"\t" else value)] = ","
     r"""one character that separates the columns (a tab: "\t")"""
+    quote: str | None = '"'
+    """character around values that contain the delimiter or a line end; null = no value is quoted"""
     escape: str | None = None
     r"""character that escapes a quote within quotes (for Spark, Hive and MySQL, "\\"); null = quotes are doubled"""
+    encoding: str = Field("utf-8", min_length=1)
+    """encoding of the text, as Python calls it: cp1252, cp1258, latin-1, shift_jis, utf-16"""
+    decimal: Literal[".", ","] = "."
+    """decimal mark of numbers written as text"""
+    thousands: Literal[".", ",", "'", " ", "_"] | None = None
+    """mark between groups of three digits of numbers written as text; a space stands for any of its widths"""
     strip: bool = True
     """strip whitespace around every value"""
+
+    @model_validator(mode="after")
+    def _marks_differ(self) -> "CsvSource":
+        if self.decimal == self.thousands:
+            raise ValueError(f"decimal and thousands are both {self.decimal!r}, allowed: different marks")
+        return self

@@ -97,6 +97,10 @@ class DataSchema(Config):
     vocabulary_sha256: str
     missing_values: tuple[str, ...] = MISSING_TEXT
     strip: bool = True
+    decimal: Literal[".", ","] = "."
+    """decimal mark of numbers written as text"""
+    thousands: str | None = None
+    """mark between groups of three digits of numbers written as text"""
     truth: bool = False
     """generated data: the splits hold the true probabilities as `p_ctr` and `p_cvr` (double)"""
     source: str = ""

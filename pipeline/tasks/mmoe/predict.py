@@ -64,9 +64,10 @@ def raw_example(folder: Path, rows: int) -> dict[str, list[Any]]:
         else:
             weights = encoded.get(f"{name}.weights") or [[1.0] * len(cell) for cell in column]
             bags = [
-                [(texts[number], f"{weight:g}") for number, weight in zip(*pair, strict=True) if number >= FIRST_ID]
+                [(texts[number], f"{weight:g}".replace(".", schema.decimal))
+                 for number, weight in zip(*pair, strict=True) if number >= FIRST_ID]
                 for pair in zip(column, weights, strict=True)
-            ]
+            ]  # fmt: skip
             join = feature.weight_separator
             raw[name] = [feature.separator.join(join.join(pair) if join else pair[0] for pair in bag) for bag in bags]
             if feature.weights:

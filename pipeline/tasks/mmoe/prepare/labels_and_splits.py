@@ -1,6 +1,7 @@
 """Labels and splits of raw impressions, as declared by a source schema."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +30,9 @@ class LabelsAndSplits:
     def __init__(self, declared: SourceSchema, schema_file: Path, source: RawTable) -> None:
         self.declared, self.schema_file, self.file = declared, schema_file, source.files[0].path
         self.names = source.names(source.files[0])
-        self.cells = Cells(declared.missing_values, declared.csv.strip)
-        self.label_cells = Cells(declared.missing_values, strip=True)
+        dialect = declared.csv
+        self.cells = Cells(declared.missing_values, dialect.strip, dialect.decimal, dialect.thousands)
+        self.label_cells = replace(self.cells, strip=True)
         self.click = self._label(CLICK, declared.labels.click)
         self.conversion = self._label(CONVERSION, declared.labels.conversion)
         if CLICK in _columns(self.conversion) and CLICK in self.names and declared.labels.click != CLICK:

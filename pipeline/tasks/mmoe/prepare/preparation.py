@@ -81,7 +81,8 @@ def prepare(
 
         schema = write_folder(
             folder, features, vocabularies, tables(),
-            missing_values=declared.missing_values, strip=declared.csv.strip, source=source.description(),
+            missing_values=declared.missing_values, strip=declared.csv.strip, decimal=declared.csv.decimal,
+            thousands=declared.csv.thousands, source=source.description(),
         )  # fmt: skip
         if sum(split.rows for split in schema.splits.values()) != training.all_rows:
             raise UserError(f"{data}: changed while it was read")
