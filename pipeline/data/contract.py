@@ -13,10 +13,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.data.digests import combined_sha256, file_sha256
-from pipeline.data.prepared_folder import VOCABULARY_SCHEMA
+from pipeline.data.prepared_folder import VOCABULARY_SCHEMA, weight_sums
 from pipeline.data.schema import (
     FIRST_ID,
     LABELS,
+    SAMPLE_WEIGHT,
     SPLITS,
     VOCABULARY_FILE,
     BaseRates,
@@ -29,20 +30,25 @@ from pipeline.data.split_files import check_files, record_batches, split_errors
 from pipeline.errors import UserError
 
 
-def describe(folder: Path, features: Sequence[Feature], source: str = "") -> DataSchema:
+def describe(folder: Path, features: Sequence[Feature], source: str = "", *, sample_weight: bool = False) -> DataSchema:
     """Compute and write `schema.json` for a folder that already has splits and vocabulary.
 
     Each split is a file `<split>.parquet` or a folder `<split>` of Parquet files. features: kind and size of each
-    feature, and the edges of numeric ones, which the files do not contain.
+    feature, and the edges of numeric ones, which the files do not contain. sample_weight: the splits have a column
+    `sample_weight`.
 
     Raises:
         UserError: a file is missing or damaged, or contradicts the features.
     """
-    splits = {split: _split(folder, split if (folder / split).is_dir() else f"{split}.parquet") for split in SPLITS}
+    counted = {
+        split: _counted(folder, split if (folder / split).is_dir() else f"{split}.parquet", sample_weight)
+        for split in SPLITS
+    }
     schema = DataSchema(
         features=tuple(features),
-        splits=splits,
-        base_rates=BaseRates.of_split(splits["train"]),
+        splits={name: split for name, (split, _) in counted.items()},
+        base_rates=counted["train"][1],
+        sample_weight=sample_weight,
         vocabulary_sha256=_digest(folder / VOCABULARY_FILE),
         source=source,
     )
@@ -60,11 +66,13 @@ def verify(folder: Path) -> DataSchema:
     schema = DataSchema.read(folder)
     check_files(folder, schema)
     for name, split in schema.splits.items():
-        _check_equal(folder / split.file, f"splits.{name}", _split(folder, split.file), split)
+        counted, rates = _counted(folder, split.file, schema.sample_weight)
+        _check_equal(folder / split.file, f"splits.{name}", counted, split)
+        given = schema.base_rates
+        if name == "train" and not np.allclose([rates.ctr, rates.cvr], [given.ctr, given.cvr], rtol=1e-9, atol=0):
+            _check_equal(folder, "base_rates", rates, given)  # sums of weights may round differently
     vocabulary = folder / VOCABULARY_FILE
     _check_equal(vocabulary, "vocabulary_sha256", _digest(vocabulary), schema.vocabulary_sha256)
-    if "train" in schema.splits:
-        _check_equal(folder, "base_rates", BaseRates.of_split(schema.splits["train"]), schema.base_rates)
     _check(folder, schema)
     return schema
 
@@ -74,18 +82,24 @@ def _check_equal(file: Path, key: str, value: object, allowed: object) -> None:
         raise UserError(f"{file}: found {value}, allowed: {key} of schema.json, {allowed}")
 
 
-def _split(folder: Path, name: str) -> Split:
-    rows, sums = 0, dict.fromkeys(LABELS, 0)
-    for part, table in _tables(folder / name, LABELS):
+def _counted(folder: Path, name: str, sample_weight: bool) -> tuple[Split, BaseRates]:
+    """Count and check rows, labels and weights of a split."""
+    rows, sums, weights = 0, dict.fromkeys(LABELS, 0), np.zeros(3)
+    for part, table in _tables(folder / name, [*LABELS, *([SAMPLE_WEIGHT] if sample_weight else [])]):
         labels = {label: table[label].to_numpy() for label in LABELS}
         for label, values in labels.items():
             _check_all(np.isin(values, (0, 1)), part, label, "0 or 1 in every row")
             sums[label] += int(values.sum())
         _check_all(labels["conversion"] <= labels["click"], part, "conversion", "conversions of clicked rows")
+        if sample_weight:
+            weight = table[SAMPLE_WEIGHT].to_numpy()
+            _check_all((weight > 0) & np.isfinite(weight), part, SAMPLE_WEIGHT, "a finite number above 0 in every row")
+            weights += weight_sums(table)
         rows += table.num_rows
-    return Split(
+    split = Split(
         file=name, rows=rows, clicks=sums["click"], conversions=sums["conversion"], sha256=_digest(folder / name)
     )
+    return split, BaseRates.of_counts(*weights.tolist()) if sample_weight else split.base_rates
 
 
 def _digest(file: Path) -> str:

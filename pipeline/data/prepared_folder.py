@@ -18,6 +18,7 @@ from pipeline.data.schema import (
     LABELS,
     MISSING,
     OUT_OF_VOCABULARY,
+    SAMPLE_WEIGHT,
     SCHEMA_FILE,
     SPLITS,
     VOCABULARY_FILE,
@@ -44,17 +45,20 @@ def write_folder(
     vocabularies: Vocabularies,
     tables: Iterable[tuple[pa.Table, npt.NDArray[np.integer[Any]]]],
     group_rows: int | None = None,
+    sample_weight: bool = False,
     **described: Any,
 ) -> DataSchema:
     """Write vocabulary, splits and schema.
 
     tables: encoded rows, with the index in SPLITS of each row's split. group_rows: rows per Parquet row group.
-    described: other fields of `DataSchema`.
+    sample_weight: the rows have a column `sample_weight`. described: other fields of `DataSchema`.
     """
     _write_vocabularies(vocabularies, folder / VOCABULARY_FILE)
     with ExitStack() as stack:
         writers = {
-            split: stack.enter_context(SplitWriter(folder / f"{split}.parquet", features, group_rows or ROW_GROUP_ROWS))
+            split: stack.enter_context(
+                SplitWriter(folder / f"{split}.parquet", features, group_rows or ROW_GROUP_ROWS, sample_weight)
+            )
             for split in SPLITS
         }
         for table, positions in tables:
@@ -69,7 +73,8 @@ def write_folder(
             for feature in features
         ),
         splits=splits,
-        base_rates=BaseRates.of_split(splits["train"]),
+        base_rates=writers["train"].base_rates(),
+        sample_weight=sample_weight,
         vocabulary_sha256=file_sha256(folder / VOCABULARY_FILE),
         **described,
     )  # fmt: skip
@@ -80,13 +85,14 @@ def write_folder(
 class SplitWriter:
     """Writer of one Parquet split. Its row groups, and therefore its bytes, do not depend on the batches."""
 
-    def __init__(self, file: Path, features: Sequence[Feature], group_rows: int) -> None:
+    def __init__(self, file: Path, features: Sequence[Feature], group_rows: int, sample_weight: bool) -> None:
         self.file, self.rows = file, 0
+        self._weights = np.zeros(3) if sample_weight else None  # sums: of all rows, of clicks, of conversions
         self._sums = Counter(dict.fromkeys(LABELS, 0))
         self._unknown = Counter({feature.name: 0 for feature in features if feature.kind != "numeric"})
         self._known = self._unknown.copy()
         self._group_rows, self._recut = group_rows, Recut(group_rows)
-        self._writer = pq.ParquetWriter(file, arrow_schema(features), compression="zstd")
+        self._writer = pq.ParquetWriter(file, arrow_schema(features, sample_weight), compression="zstd")
 
     def __enter__(self) -> Self:
         return self
@@ -94,7 +100,7 @@ class SplitWriter:
     def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
         with self._writer:
             for piece in self._recut.rest() if failed is None else ():
-                self._writer.write_table(piece, row_group_size=self._group_rows)
+                self._write(piece)
 
     def add(self, table: pa.Table) -> None:
         self.rows += table.num_rows
@@ -106,7 +112,12 @@ class SplitWriter:
             self._unknown[name] += int((ids == OUT_OF_VOCABULARY).sum())
             self._known[name] += int((ids > MISSING).sum())
         for piece in self._recut.add(table):
-            self._writer.write_table(piece, row_group_size=self._group_rows)
+            self._write(piece)
+
+    def base_rates(self) -> BaseRates:
+        if self._weights is None:
+            return self.described().base_rates
+        return BaseRates.of_counts(*self._weights.tolist())
 
     def described(self) -> Split:
         clicks, conversions = (self._sums[label] for label in LABELS)
@@ -118,10 +129,23 @@ class SplitWriter:
         """Share of ids that are out of vocabulary; missing values are not counted."""
         return self._unknown[name] / max(1, self._unknown[name] + self._known[name])
 
+    def _write(self, piece: pa.Table) -> None:
+        if self._weights is not None:
+            self._weights += weight_sums(piece)
+        self._writer.write_table(piece, row_group_size=self._group_rows)
 
-def arrow_schema(features: Sequence[Feature]) -> pa.Schema:
+
+def weight_sums(table: pa.Table) -> npt.NDArray[np.float64]:
+    """Sums of the weights of all rows, of the clicks and of the conversions."""
+    weight = table[SAMPLE_WEIGHT].to_numpy().astype(np.float64)
+    return np.array([weight.sum(), *(weight[table[label].to_numpy() != 0].sum() for label in LABELS)])
+
+
+def arrow_schema(features: Sequence[Feature], sample_weight: bool = False) -> pa.Schema:
     """Arrow schema of the Parquet splits."""
     fields = [(label, pa.int8()) for label in LABELS]
+    if sample_weight:
+        fields.append((SAMPLE_WEIGHT, pa.float32()))
     for feature in features:
         kinds = {"categorical": pa.int32(), "multi": pa.list_(pa.int32()), "numeric": pa.float32()}
         fields.append((feature.name, kinds[feature.kind]))

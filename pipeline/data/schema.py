@@ -3,9 +3,9 @@
 A prepared folder holds `train.parquet`, `validation.parquet`, `test.parquet`, `vocabulary.parquet` and
 `schema.json`. A split may also be a folder of Parquet files, read in the order of their names. The columns of a split
 are `click` and `conversion` (int8), one int32 column per categorical feature, one list<int32> column per multi-valued
-feature (with `<name>.weights`, list<float>, if it is weighted) and one float column per numeric feature. Each feature
-numbers its ids: 0 = out of vocabulary, 1 = missing, then the vocabulary, then the hash buckets shared by rare and
-unseen values.
+feature (with `<name>.weights`, list<float>, if it is weighted), one float column per numeric feature, and a float
+column `sample_weight` if rows have weights. Each feature numbers its ids: 0 = out of vocabulary, 1 = missing, then the
+vocabulary, then the hash buckets shared by rare and unseen values.
 """
 
 import hashlib
@@ -23,6 +23,7 @@ from pipeline.storage.files import check_file
 OUT_OF_VOCABULARY, MISSING, FIRST_ID = 0, 1, 2
 MOST_IDS = 2**31 - 1  # limit for all features together: ids are 32-bit row numbers of one table
 LABELS = ("click", "conversion")
+SAMPLE_WEIGHT = "sample_weight"  # column of the splits, if rows have weights
 SPLITS = ("train", "validation", "test")
 SCHEMA_FILE = "schema.json"
 VOCABULARY_FILE = "vocabulary.parquet"  # columns: feature (string), value (string), id (int32), count (int64)
@@ -73,9 +74,14 @@ class Split(Config):
     sha256: str
     """hash of the file's bytes, or of the concatenated digests of a folder's parts"""
 
+    @property
+    def base_rates(self) -> "BaseRates":
+        """Rates that count rows, without weights."""
+        return BaseRates.of_counts(self.rows, self.clicks, self.conversions)
+
 
 class BaseRates(Config):
-    """Click and conversion rates of the training split."""
+    """Click and conversion rates of the training split, weighted if its rows have weights."""
 
     ctr: float
     """clicks per impression"""
@@ -83,8 +89,9 @@ class BaseRates(Config):
     """conversions per click"""
 
     @classmethod
-    def of_split(cls, train: Split) -> "BaseRates":
-        return cls(ctr=train.clicks / max(1, train.rows), cvr=train.conversions / max(1, train.clicks))
+    def of_counts(cls, rows: float, clicks: float, conversions: float) -> "BaseRates":
+        """Rates from numbers of rows, or from sums of their weights."""
+        return cls(ctr=clicks / rows if rows else 0.0, cvr=conversions / clicks if clicks else 0.0)
 
 
 class DataSchema(Config):
@@ -101,6 +108,8 @@ class DataSchema(Config):
     """decimal mark of numbers written as text"""
     thousands: str | None = None
     """mark between groups of three digits of numbers written as text"""
+    sample_weight: bool = False
+    """the splits have a column `sample_weight` with the weight of each row in the training losses"""
     truth: bool = False
     """generated data: the splits hold the true probabilities as `p_ctr` and `p_cvr` (double)"""
     source: str = ""
@@ -122,7 +131,13 @@ class DataSchema(Config):
         for feature in content["features"]:
             if feature["spelling"] == "text":
                 del feature["spelling"]  # keeps the digest of folders written before this key was added
+        content |= {"sample_weight": True} if self.sample_weight else {}  # as above
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def row_columns(self) -> list[str]:
+        """Columns of a split that do not belong to a feature."""
+        return [*LABELS, *([SAMPLE_WEIGHT] if self.sample_weight else [])]
 
     @property
     def raw_columns(self) -> list[str]:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from pipeline.data.layout import Layout
 from pipeline.data.recut import Recut
-from pipeline.data.schema import LABELS, VOCABULARY_FILE, DataSchema, split_parts
+from pipeline.data.schema import LABELS, SAMPLE_WEIGHT, VOCABULARY_FILE, DataSchema, split_parts
 from pipeline.data.streams import BATCH_ROWS, Streams, mapped, record_batch
 from pipeline.errors import UserError
 from pipeline.storage.files import NotAFileError, check_file
@@ -49,7 +49,7 @@ def open_streams(folder: Path, schema: DataSchema, split: str) -> Streams:
         stats = [part.stat() for part in split_parts(file)]
         made_of = " ".join([schema.digest, split, *(f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats)])
         buffer = mapped(record_batches(file, schema, split), file.with_suffix(".arrow"), made_of)
-    return Streams(buffer, schema.features)
+    return Streams(buffer, schema.features, schema.sample_weight)
 
 
 def read_truth(file: Path) -> Mapping[str, npt.NDArray[np.float64]]:
@@ -66,7 +66,7 @@ def record_batches(file: Path, schema: DataSchema, split: str) -> Iterator[pa.Re
         UserError: a column is missing, or a column or the number of rows differs from the schema.
     """
     layout = Layout(schema.features)
-    columns = [*LABELS]
+    columns = schema.row_columns
     for feature in schema.features:
         columns += [feature.name] + ([f"{feature.name}.weights"] if feature.weighted else [])
     rows = 0
@@ -94,7 +94,8 @@ def record_batches(file: Path, schema: DataSchema, split: str) -> Iterator[pa.Re
         yield from recut.rest()
 
     for table in tables():
-        yield record_batch({name: _combined(table[name]) for name in columns}, layout, str(file))
+        arrays = {name: _combined(table[name]) for name in columns}
+        yield record_batch(arrays, layout, str(file), schema.sample_weight)
 
 
 @contextmanager
@@ -136,6 +137,8 @@ def _check_columns(table: pa.Table, schema: DataSchema, file: Path) -> None:
                 check(f"{name}.weights", same is not False, f"as many weights as {name} has ids")
     for label in LABELS:
         check(label, _is_complete(table[label], pa.types.is_integer), "0 or 1 in every row")
+    if schema.sample_weight:
+        check(SAMPLE_WEIGHT, _is_complete(table[SAMPLE_WEIGHT], pa.types.is_floating), "a number in every row")
 
 
 def _is_complete(column: pa.ChunkedArray, has_kind: Callable[[pa.DataType], bool]) -> bool:

@@ -1,9 +1,10 @@
 """The rows of a split as a stream of 32-bit words in a memory-mapped Arrow file.
 
 Only the rows in use are loaded into memory, and each row is one contiguous range of words: the labels
-(click + 2 * conversion), the numeric features (float32), the ids of the categorical features, the number of ids of each
-multi-valued feature, these ids, and their weights (float32). Ids are rows of the fused table. Every record batch has
-`BATCH_ROWS` rows, except the last one. N = rows, S = categorical, P = multi-valued, M = numeric features.
+(click + 2 * conversion), the row's weight if rows have weights (float32), the numeric features (float32), the ids of
+the categorical features, the number of ids of each multi-valued feature, these ids, and their weights (float32). Ids
+are rows of the fused table. Every record batch has `BATCH_ROWS` rows, except the last one. N = rows, S = categorical,
+P = multi-valued, M = numeric features.
 """
 
 import os
@@ -20,7 +21,7 @@ import pyarrow.ipc
 
 from pipeline.compute.compiled import compiled
 from pipeline.data.layout import Layout, bag_weights, consecutive, float_values
-from pipeline.data.schema import LABELS, Feature
+from pipeline.data.schema import LABELS, SAMPLE_WEIGHT, Feature
 from pipeline.storage.files import check_file
 
 BATCH_ROWS = 65_536
@@ -39,13 +40,15 @@ class Gathered(NamedTuple):
     weights: Array  # [n] float32
     bags: Array  # [n] int32: index of each id's bag
     starts: Array  # [N * F + 1] int32: offset of each bag in `ids`, then the end
+    sample_weight: Array  # [N] float32; [0] if rows have no weights
 
 
 class Streams:
     """A stream in Arrow's IPC file format; `gather` reads arbitrary rows."""
 
-    def __init__(self, buffer: pa.Buffer, features: tuple[Feature, ...]) -> None:
+    def __init__(self, buffer: pa.Buffer, features: tuple[Feature, ...], sample_weight: bool = False) -> None:
         reader = pa.ipc.open_file(pa.BufferReader(buffer))
+        self.sample_weight = sample_weight
         self._buffer = buffer
         self._words = np.frombuffer(buffer, np.int32, len(buffer) // 4)
         self._is_multi = np.array([feature.kind == "multi" for feature in features if feature.kind != "numeric"], bool)
@@ -66,12 +69,12 @@ class Streams:
         if count and (index.min() < 0 or index.max() >= self.rows):
             raise IndexError(f"rows {index.min()} to {index.max()} of {self.rows}")
         # a row has (words - fixed) / 2 ids: two words per multi-valued id (id, weight), one per categorical id
-        fixed = 1 + self._numeric + int(self._is_multi.sum()) - int((~self._is_multi).sum())
+        fixed = 1 + self.sample_weight + self._numeric + int(self._is_multi.sum()) - int((~self._is_multi).sum())
         size = _count_ids(self._words, self._places, index, fixed)
         rows = Gathered(
             np.empty(count, np.float32), np.empty(count, np.float32), np.empty((count, self._numeric), np.float32),
             np.empty(size, np.int32), np.empty(size, np.float32), np.empty(size, np.int32),
-            np.empty(count * features + 1, np.int32),
+            np.empty(count * features + 1, np.int32), np.empty(count * self.sample_weight, np.float32),
         )  # fmt: skip
         _gather(self._words, self._words.view(np.float32), self._places, index, self._is_multi, *rows)
         return rows
@@ -85,7 +88,9 @@ class Streams:
         return labels & 1, labels >> 1
 
 
-def record_batch(columns: Mapping[str, pa.Array], layout: Layout, file: str) -> pa.RecordBatch:
+def record_batch(
+    columns: Mapping[str, pa.Array], layout: Layout, file: str, sample_weight: bool = False
+) -> pa.RecordBatch:
     """Convert at most `BATCH_ROWS` rows of encoded columns (as in the Parquet splits) to a record batch of the stream.
 
     Raises:
@@ -93,20 +98,21 @@ def record_batch(columns: Mapping[str, pa.Array], layout: Layout, file: str) -> 
     """
     single, multi = ([feature for feature in layout.id_features if feature.kind == kind]
                      for kind in ("categorical", "multi"))  # fmt: skip
-    numeric = layout.numeric_features
     click, conversion = (columns[label].to_numpy(zero_copy_only=False) for label in LABELS)
     lengths = np.zeros((len(click), len(multi)), np.int32)
     for position, feature in enumerate(multi):
         lengths[:, position] = np.diff(columns[feature.name].offsets.to_numpy())
-    fixed = 1 + len(layout.features)
+    names = [SAMPLE_WEIGHT] * sample_weight + [feature.name for feature in layout.numeric_features]
+    floats = [float_values(columns[name]) for name in names]
+    fixed = 1 + sample_weight + len(layout.features)
     starts = np.concatenate([[0], np.cumsum(fixed + 2 * lengths.sum(1, dtype=np.int64))])
     words = np.empty(starts[-1], np.int32)
     first = starts[:-1]
 
     words[first] = (click != 0) + 2 * (conversion != 0)
-    for position, feature in enumerate(numeric, 1):
-        words[first + position] = float_values(columns[feature.name]).view(np.int32)
-    for position, feature in enumerate(single, 1 + len(numeric)):
+    for position, values in enumerate(floats, 1):
+        words[first + position] = values.view(np.int32)
+    for position, feature in enumerate(single, 1 + len(floats)):
         words[first + position] = layout.table_ids(columns[feature.name], feature, file)
     # [rows, multi-valued features] number of ids in the row's earlier multi-valued features
     preceding = np.cumsum(lengths, 1, dtype=np.int64) - lengths
@@ -171,13 +177,16 @@ def _count_ids(words: Array, places: Array, index: Array, fixed: int) -> int:
 @compiled
 def _gather(
     words: Array, floats: Array, places: Array, index: Array, is_multi: Array, click: Array, conversion: Array,
-    numeric: Array, ids: Array, weights: Array, bags: Array, starts: Array,
+    numeric: Array, ids: Array, weights: Array, bags: Array, starts: Array, sample_weight: Array,
 ) -> None:  # fmt: skip
     position = bag = starts[0] = 0
     for row in range(len(index)):
         place, end = _row(words, places, index[row])
         click[row], conversion[row] = words[place] & 1, words[place] >> 1
         place += 1
+        if len(sample_weight):
+            sample_weight[row] = floats[place]
+            place += 1
         for number in range(numeric.shape[1]):
             numeric[row, number] = floats[place]
             place += 1

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ranked
 import torch
@@ -19,6 +21,8 @@ from conftest import FULL, ROOT, Call, only_full
 
 from pipeline.compute import distributed
 from pipeline.config.strict_config import load
+from pipeline.data.contract import describe
+from pipeline.data.schema import DataSchema
 from pipeline.runtime import process_rank
 from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tasks.mmoe.task import MmoeTask
@@ -137,6 +141,23 @@ def test_fewer_rows_than_processes(tmp_path: Path, impressions: Path) -> None:
     settings = MMOE | {"data.path": str(impressions), "training.batch_size": "2", "training.accumulation_steps": "2"}
     found = {size: trained(tmp_path / str(size), size, settings, steps=6) for size in (1, 3)}
     assert_like(found[1], found[3], 10 * SUMS)
+
+
+def test_weighted_rows_are_trained_as_by_one_process(tmp_path: Path, impressions: Path) -> None:
+    """Weights of very different sizes, whose sums per rank differ much more than their numbers of rows."""
+    folder, random = tmp_path / "weighted", np.random.default_rng(0)
+    folder.mkdir()
+    (folder / "vocabulary.parquet").write_bytes((impressions / "vocabulary.parquet").read_bytes())
+    schema = DataSchema.read(impressions)
+    for split in schema.splits:
+        table = pq.read_table(impressions / f"{split}.parquet").drop_columns(["p_ctr", "p_cvr"])
+        weights = pa.array(np.exp(random.normal(0, 2, table.num_rows)), pa.float32())
+        pq.write_table(table.append_column("sample_weight", weights), folder / f"{split}.parquet")
+    describe(folder, schema.features, sample_weight=True)
+    settings = MMOE | {"data.path": str(folder), "loss.aux_focal.warmup_steps": "2", "training.accumulation_steps": "2"}
+    found = {size: trained(tmp_path / str(size), size, settings, steps=6) for size in (1, 2)}
+    assert_like(found[1], found[2], 10 * SUMS)
+    assert "loss_gate_balance" in losses(found[1])
 
 
 def test_reviews_are_trained_as_by_one_process(tmp_path: Path) -> None:

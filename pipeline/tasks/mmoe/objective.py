@@ -30,6 +30,11 @@ COMPONENTS = ("loss_ctr", "loss_ctcvr_bce", "loss_ctcvr_focal", "loss_cvr_aux")
 CTR_TOWER = "influence/focal_grad_ctr_tower"
 
 
+def weighted_sum(values: Tensor, batch: Impressions) -> Tensor:
+    """Sum of a value per row [B], multiplied by the rows' weights if they have any."""
+    return values.sum() if batch.sample_weight is None else (values * batch.sample_weight).sum()
+
+
 class Objective:
     """The methods of `Task` that compute the loss terms from the model's output."""
 
@@ -37,8 +42,11 @@ class Objective:
         self.config, self.focal = config, config.loss.aux_focal
 
     def counts(self, batch: Impressions) -> Mapping[str, Tensor]:
-        rows = torch.full((), float(len(batch)), device=batch.click.device)
-        return {"rows": rows, "clicks": batch.click.sum(), "conversions": batch.conversion.sum()}
+        """Numbers of rows, clicks and conversions, or the sums of their weights."""
+        weight = batch.sample_weight
+        rows = torch.full((), float(len(batch)), device=batch.click.device) if weight is None else weight.sum()
+        clicks, conversions = weighted_sum(batch.click, batch), weighted_sum(batch.conversion, batch)
+        return {"rows": rows, "clicks": clicks, "conversions": conversions}
 
     def losses(
         self, output: Output, batch: Impressions, counts: Mapping[str, Tensor], step: int
@@ -48,18 +56,19 @@ class Objective:
         click, conversion, rows = batch.click, batch.conversion, counts["rows"]
         ctr, cvr = log_probability(z_ctr), log_probability(z_cvr)
         ctcvr = product(ctr, cvr)
-        bce = binary_cross_entropy(ctcvr, conversion, loss.ctcvr_pos_weight(step)).sum() / rows
+        bce = weighted_sum(binary_cross_entropy(ctcvr, conversion, loss.ctcvr_pos_weight(step)), batch) / rows
+        clicks = torch.where(counts["clicks"] > 0, counts["clicks"], 1.0)
         terms = {
-            "loss_ctr": binary_cross_entropy(ctr, click, loss.pos_weight("ctr")).sum() / rows,
+            "loss_ctr": weighted_sum(binary_cross_entropy(ctr, click, loss.pos_weight("ctr")), batch) / rows,
             "loss_ctcvr_bce": bce,
-            "loss_cvr_aux": clicked_cross_entropy(cvr, click, conversion).sum() / counts["clicks"].clamp_min(1),
+            "loss_cvr_aux": weighted_sum(clicked_cross_entropy(cvr, click, conversion), batch) / clicks,
         }
         ctcvr_loss = bce
         if self.focal.is_on(step):
             reduced = AMP.get(precision(self.config.training.amp, click.device.type))
             if not self.focal.compute_fp32 and reduced is not None:
                 ctcvr = product_log_probability(z_ctr.to(reduced), z_cvr.to(reduced))
-            terms |= self._focal_terms(ctcvr, conversion, counts, step)
+            terms |= self._focal_terms(ctcvr, batch, counts, step)
             ctcvr_loss = bce + self.focal.lambda_ * terms["loss_ctcvr_focal"]
         terms["loss_ctcvr"] = ctcvr_loss
         total = (
@@ -67,33 +76,40 @@ class Objective:
             + esmm.lambda_ctcvr * terms["loss_ctcvr"]
             + esmm.lambda_cvr_aux * terms["loss_cvr_aux"]
         )
-        for name, value in self._regularisers(output, len(batch) / rows).items():
+        for name, value in self._regularisers(output, batch, rows).items():
             terms[name] = value
             total = total + value
         return terms | {TOTAL: total}
 
     def _focal_terms(
-        self, ctcvr: LogProbability, conversion: Tensor, counts: Mapping[str, Tensor], step: int
+        self, ctcvr: LogProbability, batch: Impressions, counts: Mapping[str, Tensor], step: int
     ) -> dict[str, Tensor]:
-        focal = self.focal
+        focal, conversion = self.focal, batch.conversion
         values = binary_focal(ctcvr, conversion, focal.gamma, focal.class_weight, focal.detach_p_for_weight)
-        terms = {"loss_ctcvr_focal": values.float().sum() / counts["rows"]}
+        terms = {"loss_ctcvr_focal": weighted_sum(values.float(), batch) / counts["rows"]}
         if self.config.tracking.probes(step):
             factor = binary_focal_factor(ctcvr, conversion, focal.gamma).detach().float()
             positives = counts["conversions"]  # without positives: 0/0, which is not logged
-            terms["influence/focal_factor_positive"] = (factor * conversion).sum() / positives
-            terms["influence/focal_factor_negative"] = (factor * (1 - conversion)).sum() / (counts["rows"] - positives)
+            terms["influence/focal_factor_positive"] = weighted_sum(factor * conversion, batch) / positives
+            negative = weighted_sum(factor * (1 - conversion), batch)
+            terms["influence/focal_factor_negative"] = negative / (counts["rows"] - positives)
         return terms
 
-    def _regularisers(self, output: Output, share: Tensor) -> dict[str, Tensor]:
-        """Weighted regularisers, which are means over rows. share: this batch's share of the optimizer step's rows."""
-        gate, terms = self.config.model.gate, dict[str, Tensor]()
-        if output.gates is not None and gate.entropy_weight:
-            terms["loss_gate_entropy"] = gate.entropy_weight * gate_entropy_deficit(output.gates).mean() * share
-        if output.gates is not None and gate.balance_weight:
-            terms["loss_gate_balance"] = (
-                gate.balance_weight * gate_imbalance(distributed.all_reduce_mean(output.gates)[None]) * share
-            )
+    def _regularisers(self, output: Output, batch: Impressions, rows: Tensor) -> dict[str, Tensor]:
+        """Regularisers with their weights, which are means over rows. rows: count of the whole optimizer step."""
+        gate, gates, terms = self.config.model.gate, output.gates, dict[str, Tensor]()
+        if gates is None or not (gate.entropy_weight or gate.balance_weight):
+            return terms
+        deficit, share, weight = gate_entropy_deficit(gates), len(batch) / rows, batch.sample_weight
+        if weight is not None:  # mean weight of the micro-batch: a mean of relative weights is a weighted mean
+            mean = distributed.all_reduce_mean(weight)
+            relative, share = weight / mean, share * mean
+            deficit, gates = deficit * relative, gates * relative[:, None, None]
+        if gate.entropy_weight:
+            terms["loss_gate_entropy"] = gate.entropy_weight * deficit.mean() * share
+        if gate.balance_weight:
+            imbalance = gate_imbalance(distributed.all_reduce_mean(gates)[None])
+            terms["loss_gate_balance"] = gate.balance_weight * imbalance * share
         return terms
 
     def scheduled_values(self, step: int) -> Mapping[str, float | bool]:

@@ -54,8 +54,10 @@ class MmoeTask(Task[MmoeConfig]):
         return MmoeTask(config, self.data if config.data == self.config.data else None)
 
     def summary(self) -> Mapping[str, str]:
-        rows = {f"rows_{name}": str(split.rows) for name, split in self.data.schema.splits.items()}
-        return {"parameters": str(count_parameters(self.model))} | rows
+        schema = self.data.schema
+        rows = {f"rows_{name}": str(split.rows) for name, split in schema.splits.items()}
+        weights = {"sample_weight": "in training losses alone; metrics are unweighted"} if schema.sample_weight else {}
+        return {"parameters": str(count_parameters(self.model))} | rows | weights
 
     def warnings(self, total_steps: int) -> Sequence[str]:
         return self.objective.warnings(total_steps)

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.layout import Layout
-from pipeline.data.schema import BaseRates, DataSchema, Feature, Split
+from pipeline.data.schema import LABELS, BaseRates, DataSchema, Feature, Split
+from pipeline.data.schema import SAMPLE_WEIGHT as WEIGHT
 from pipeline.data.streams import SCHEMA, Streams, record_batch
 from pipeline.errors import UserError
 from pipeline.tasks.mmoe.impressions.embedded_impressions import generate
@@ -122,12 +123,12 @@ def assert_holds(batch: Impressions, rows: Sequence[Row], features: Sequence[Fea
     assert batch.click.dtype == batch.conversion.dtype == batch.numeric.dtype == torch.float32
 
 
-def impressions(columns: dict[str, pa.Array], layout: Layout) -> ImpressionTable:
+def impressions(columns: dict[str, pa.Array], layout: Layout, weighted: bool = False) -> ImpressionTable:
     """The columns as a split of one record batch."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, SCHEMA) as writer:
-        writer.write_batch(record_batch(columns, layout, "input"))
-    return ImpressionTable(Streams(sink.getvalue(), layout.features))
+        writer.write_batch(record_batch(columns, layout, "input", weighted))
+    return ImpressionTable(Streams(sink.getvalue(), layout.features, weighted))
 
 
 def every(table: ImpressionTable) -> Impressions:
@@ -148,16 +149,21 @@ def test_impressions_are_the_columns(table: tuple[list[Feature], list[Row]], sli
 
 
 @settings(deadline=None, max_examples=100)
-@given(tables(), st.data())
-def test_batch_is_a_gather_of_rows(table: tuple[list[Feature], list[Row]], data: st.DataObject) -> None:
-    """Any rows in any order, repeated, or none."""
+@given(tables(), st.booleans(), st.data())
+def test_batch_is_a_gather_of_rows(table: tuple[list[Feature], list[Row]], weighted: bool, data: st.DataObject) -> None:
+    """Any rows in any order, repeated, or none; with and without weights of the rows."""
     features, rows = table
     chosen = data.draw(st.lists(st.integers(0, len(rows) - 1), max_size=12))
-    whole = impressions(columns_of(rows, features), layout_of(features))
+    weights = data.draw(st.lists(number, min_size=len(rows), max_size=len(rows)))
+    columns = columns_of(rows, features) | ({WEIGHT: pa.array(weights, pa.float32())} if weighted else {})
+    whole = impressions(columns, layout_of(features), weighted)
     assert len(whole) == len(rows)
     index = np.array(chosen, dtype=np.int64)
     picked = [rows[one] for one in chosen]
     assert_holds(whole.batch(index), picked, features)
+    found = whole.batch(index).sample_weight
+    assert (None if found is None else found.tolist()) == ([weights[one] for one in chosen] if weighted else None)
+    assert [label.tolist() for label in whole.labels] == [[row[name] for row in rows] for name in LABELS]
     assert_holds(whole.batch(torch.from_numpy(index)), picked, features)
 
 
@@ -186,21 +192,24 @@ def test_layout_by_hand() -> None:
     assert layout_of([PRICE]).table_rows == 0
 
 
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
 @pytest.mark.parametrize("features", [[COLOUR, PRICE, TAGS, TOPICS], [COLOUR, PRICE]], ids=["bags", "no bags"])
-def test_moving_a_batch(features: list[Feature]) -> None:
+def test_moving_a_batch(features: list[Feature], weighted: bool) -> None:
     """To its own device: itself. To another one: all but the groups, which the gradient on the CPU needs."""
     row: Row = {"click": 1, "conversion": 0, "colour": 1, "price": 2.0, "tags": [(1, 2.0)], "topics": [1, 2]}
-    batch = impressions(columns_of([row] * 3, features), layout_of(features)).batch(np.arange(3), training=True)
+    columns = columns_of([row] * 3, features) | ({WEIGHT: pa.array([1, 2, 3], pa.float32())} if weighted else {})
+    batch = impressions(columns, layout_of(features), weighted).batch(np.arange(3), training=True)
     assert batch.to("cpu") is batch
     moved = batch.to("meta")
     assert len(moved) == 3
     assert batch.groups is not None
     assert moved.groups is None
     for name, value in vars(batch).items():
-        if name != "groups":
+        if name != "groups" and value is not None:
             other = getattr(moved, name)
             assert other.device.type == "meta"
             assert (other.shape, other.dtype) == (value.shape, value.dtype)
+    assert (batch.sample_weight is None, moved.sample_weight is None) == (not weighted, not weighted)
 
 
 # A prepared folder

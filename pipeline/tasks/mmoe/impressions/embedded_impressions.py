@@ -23,7 +23,6 @@ from pipeline.data.schema import (
     LABELS,
     SCHEMA_FILE,
     VOCABULARY_FILE,
-    BaseRates,
     DataSchema,
     Feature,
     Split,
@@ -201,7 +200,7 @@ def generate(folder: Path, rows: int, seed: int) -> DataSchema:
     schema = DataSchema(
         features=tuple(features),
         splits=splits,
-        base_rates=BaseRates.of_split(splits["train"]),
+        base_rates=splits["train"].base_rates,
         vocabulary_sha256=file_sha256(folder / VOCABULARY_FILE),
         truth=True,
         source=f"generator {GENERATOR_VERSION}, {rows} rows, seed {seed}",

@@ -4,7 +4,7 @@ B = rows of a batch, F = id features, M = numeric features, n = ids of the batch
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,7 @@ class Impressions:
     weights: Tensor  # [n] float32
     starts: Tensor  # [B * F + 1] int32: offset of each bag in `ids`, then the end
     groups: Groups | None = None  # ids sorted by table row, for the gradient on the CPU
+    sample_weight: Tensor | None = None  # [B] float32; None = all rows weigh the same
 
     def __len__(self) -> int:
         return len(self.numeric)
@@ -34,7 +35,10 @@ class Impressions:
         if device == "cpu":
             return self
         names = ("click", "conversion", "numeric", "ids", "weights", "starts")
-        return Impressions(*(getattr(self, name).to(device, non_blocking=True) for name in names))
+        moved = Impressions(*(getattr(self, name).to(device, non_blocking=True) for name in names))
+        if self.sample_weight is None:
+            return moved
+        return replace(moved, sample_weight=self.sample_weight.to(device, non_blocking=True))
 
 
 def assemble(columns: Mapping[str, pa.Array], layout: Layout) -> Impressions:

@@ -47,6 +47,7 @@ class ImpressionTable:
             torch.from_numpy(gathered.weights),
             torch.from_numpy(gathered.starts),
             grouped(gathered.ids, gathered.bags, gathered.weights) if training else None,
+            torch.from_numpy(gathered.sample_weight) if self.streams.sample_weight else None,
         )
 
     def batches(self, size: int, first: int = 0, last: int | None = None) -> Sequence[Rows]:

@@ -8,16 +8,17 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.data.cells import Cells, no_column, respelt
+from pipeline.data.cells import Cells, cell_error, no_column, respelt
 from pipeline.data.digests import split_positions, text_hashes
 from pipeline.data.raw_schema import Where
 from pipeline.data.raw_table import Batch, RawTable
-from pipeline.data.schema import LABELS, SPLITS
+from pipeline.data.schema import LABELS, SAMPLE_WEIGHT, SPLITS
 from pipeline.errors import UserError
 from pipeline.tasks.mmoe.prepare.conditions import Columns, Condition, parse
 from pipeline.tasks.mmoe.prepare.source_schema import SourceSchema
 
 CLICK, CONVERSION = LABELS
+WEIGHT = "a finite number above 0 as the row's weight"
 
 
 class LabelsAndSplits:
@@ -54,6 +55,8 @@ class LabelsAndSplits:
         label_columns = [*_columns(self.click), *(name for name in _columns(self.conversion) if name != CLICK)]
         self._check_columns("labels.click", _columns(self.click))
         self._check_columns("labels.conversion", label_columns)
+        weight_columns = [] if declared.sample_weight is None else [declared.sample_weight]
+        self._check_columns("sample_weight", weight_columns)
         self._check_features(label_columns)
         split_columns = [] if declared.split.by is None else [declared.split.by]
         self._check_columns("split.by", split_columns)
@@ -61,13 +64,15 @@ class LabelsAndSplits:
             self._check_columns(f"split.{split}.where", condition.columns)
             split_columns += condition.columns
         weights = [feature.weights for feature in declared.features.values() if feature.weights]
-        self.columns = list(dict.fromkeys([*label_columns, *declared.features, *weights, *split_columns]))
+        self.columns = list(
+            dict.fromkeys([*label_columns, *weight_columns, *declared.features, *weights, *split_columns])
+        )
 
-    def labels(self, batch: Batch) -> dict[str, pa.Array]:
-        """Compute the columns `click` and `conversion` (int8).
+    def row_columns(self, batch: Batch) -> dict[str, pa.Array]:
+        """Compute the columns `click` and `conversion` (int8), and `sample_weight` (float32) if rows have weights.
 
         Raises:
-            UserError: a value is not 0 or 1, or there is a conversion without a click.
+            UserError: a label is not 0 or 1, a weight is not above 0, or there is a conversion without a click.
         """
         click = _evaluated(self.click, Columns(self.label_cells, batch, None))
         conversion = _evaluated(self.conversion, Columns(self.label_cells, batch, click))
@@ -79,7 +84,19 @@ class LabelsAndSplits:
                 f"{batch.place(int(orphans[0]))}: a conversion ({labels.conversion}) without a click ({labels.click}), "
                 "allowed: conversions of clicked rows"
             )
-        return {CLICK: click.cast(pa.int8()), CONVERSION: conversion.cast(pa.int8())}
+        return {CLICK: click.cast(pa.int8()), CONVERSION: conversion.cast(pa.int8())} | self._weight(batch)
+
+    def _weight(self, batch: Batch) -> dict[str, pa.Array]:
+        name = self.declared.sample_weight
+        if name is None:
+            return {}
+        with np.errstate(over="ignore"):
+            weights = self.label_cells.numbers(batch.columns[name], name, batch.place, WEIGHT).astype(np.float32)
+        wrong = np.flatnonzero(~((weights > 0) & np.isfinite(weights)))
+        if len(wrong):
+            row = int(wrong[0])
+            raise cell_error(batch.place, row, name, batch.columns[name][row].as_py(), WEIGHT)
+        return {SAMPLE_WEIGHT: pa.array(weights)}
 
     def split(self, batch: Batch) -> npt.NDArray[np.int64]:
         """Return the index in SPLITS of each row's split.
@@ -126,7 +143,7 @@ class LabelsAndSplits:
         return condition
 
     def _check_features(self, label_columns: list[str]) -> None:
-        written = set(LABELS)
+        written = {*LABELS, *([SAMPLE_WEIGHT] if self.declared.sample_weight else [])}
         for name, feature in self.declared.features.items():
             key, weights = f"features.{name}", [feature.weights] if feature.weights else []
             for column in (name, *weights):

@@ -75,12 +75,12 @@ def prepare(
         def tables() -> Iterator[tuple[pa.Table, np.ndarray]]:
             for batch in source.batches(plan.columns, batch_rows):
                 columns = encoder.encode_columns(batch.columns, batch.place)
-                yield pa.table(plan.labels(batch) | columns), plan.split(batch)
+                yield pa.table(plan.row_columns(batch) | columns), plan.split(batch)
                 done = batch.start + batch.rows
                 progress("splits", done, done / training.all_rows)
 
         schema = write_folder(
-            folder, features, vocabularies, tables(),
+            folder, features, vocabularies, tables(), sample_weight=declared.sample_weight is not None,
             missing_values=declared.missing_values, strip=declared.csv.strip, decimal=declared.csv.decimal,
             thousands=declared.csv.thousands, source=source.description(),
         )  # fmt: skip
@@ -100,7 +100,7 @@ class TrainingSplit:
         self._counts = {name: Counts() for name in self.features if name not in self._numeric}
 
     def add(self, batch: Batch) -> None:
-        self.plan.labels(batch)  # checks the labels
+        self.plan.row_columns(batch)  # checks labels and weights
         training = self.plan.split(batch) == 0
         self.all_rows += batch.rows
         self.rows += int(training.sum())

@@ -23,6 +23,8 @@ class SourceSchema(Config):
     """for CSV files without a header: the column names in file order; null = the first line holds them"""
     csv: CsvSource = CsvSource()
     labels: LabelSource
+    sample_weight: Name | None = None
+    """column with the weight of each row in the training losses, above 0; null = every row weighs the same"""
     features: dict[Name, Annotated[FeatureSource, BeforeValidator(kind_alone)]] = Field(min_length=1)
     """column -> kind, or a mapping with `kind` and its settings"""
     missing_values: tuple[str, ...] = MISSING_TEXT
