@@ -30,18 +30,25 @@ from pipeline.data.split_files import check_files, record_batches, split_errors
 from pipeline.errors import UserError
 
 
-def describe(folder: Path, features: Sequence[Feature], source: str = "", *, sample_weight: bool = False) -> DataSchema:
+def describe(
+    folder: Path,
+    features: Sequence[Feature],
+    source: str = "",
+    *,
+    sample_weight: bool = False,
+    click_only: bool = False,
+) -> DataSchema:
     """Compute and write `schema.json` for a folder that already has splits and vocabulary.
 
     Each split is a file `<split>.parquet` or a folder `<split>` of Parquet files. features: kind and size of each
     feature, and the edges of numeric ones, which the files do not contain. sample_weight: the splits have a column
-    `sample_weight`.
+    `sample_weight`. click_only: the data have no conversion labels; the column `conversion` is 0.
 
     Raises:
         UserError: a file is missing or damaged, or contradicts the features.
     """
     counted = {
-        split: _counted(folder, split if (folder / split).is_dir() else f"{split}.parquet", sample_weight)
+        split: _counted(folder, split if (folder / split).is_dir() else f"{split}.parquet", sample_weight, click_only)
         for split in SPLITS
     }
     schema = DataSchema(
@@ -49,6 +56,7 @@ def describe(folder: Path, features: Sequence[Feature], source: str = "", *, sam
         splits={name: split for name, (split, _) in counted.items()},
         base_rates=counted["train"][1],
         sample_weight=sample_weight,
+        click_only=click_only,
         vocabulary_sha256=_digest(folder / VOCABULARY_FILE),
         source=source,
     )
@@ -66,7 +74,7 @@ def verify(folder: Path) -> DataSchema:
     schema = DataSchema.read(folder)
     check_files(folder, schema)
     for name, split in schema.splits.items():
-        counted, rates = _counted(folder, split.file, schema.sample_weight)
+        counted, rates = _counted(folder, split.file, schema.sample_weight, schema.click_only)
         _check_equal(folder / split.file, f"splits.{name}", counted, split)
         given = schema.base_rates
         if name == "train" and not np.allclose([rates.ctr, rates.cvr], [given.ctr, given.cvr], rtol=1e-9, atol=0):
@@ -82,13 +90,14 @@ def _check_equal(file: Path, key: str, value: object, allowed: object) -> None:
         raise UserError(f"{file}: found {value}, allowed: {key} of schema.json, {allowed}")
 
 
-def _counted(folder: Path, name: str, sample_weight: bool) -> tuple[Split, BaseRates]:
+def _counted(folder: Path, name: str, sample_weight: bool, click_only: bool) -> tuple[Split, BaseRates]:
     """Count and check rows, labels and weights of a split."""
     rows, sums, weights = 0, dict.fromkeys(LABELS, 0), np.zeros(3)
     for part, table in _tables(folder / name, [*LABELS, *([SAMPLE_WEIGHT] if sample_weight else [])]):
         labels = {label: table[label].to_numpy() for label in LABELS}
         for label, values in labels.items():
             _check_all(np.isin(values, (0, 1)), part, label, "0 or 1 in every row")
+            _check_all((values == 0) | (label != "conversion") | (not click_only), part, label, "0 in click-only data")
             sums[label] += int(values.sum())
         _check_all(labels["conversion"] <= labels["click"], part, "conversion", "conversions of clicked rows")
         if sample_weight:

@@ -108,6 +108,8 @@ class DataSchema(Config):
     """decimal mark of numbers written as text"""
     thousands: str | None = None
     """mark between groups of three digits of numbers written as text"""
+    click_only: bool = False
+    """the data have no conversion labels; the column `conversion` is 0"""
     sample_weight: bool = False
     """the splits have a column `sample_weight` with the weight of each row in the training losses"""
     truth: bool = False
@@ -131,8 +133,18 @@ class DataSchema(Config):
         for feature in content["features"]:
             if feature["spelling"] == "text":
                 del feature["spelling"]  # keeps the digest of folders written before this key was added
-        content |= {"sample_weight": True} if self.sample_weight else {}  # as above
+        content |= {key: True for key in ("click_only", "sample_weight") if getattr(self, key)}  # as above
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def warnings(self) -> list[str]:
+        """Warnings about splits with rows in which no row has a click, or a conversion."""
+        warnings = []
+        for name, split in self.splits.items():
+            counts = {"click": split.clicks} | ({} if self.click_only else {"conversion": split.conversions})
+            effect = "there is none to learn from" if name == "train" else "metrics of {}s are undefined there"
+            warnings += [f"{name} has no {event}: {effect.format(event)}"
+                         for event, count in counts.items() if split.rows and not count]  # fmt: skip
+        return warnings
 
     @property
     def row_columns(self) -> list[str]:

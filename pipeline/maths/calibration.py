@@ -79,6 +79,32 @@ def fit_funnel(z_ctr: Tensor, z_cvr: Tensor, click: Tensor, conversion: Tensor) 
     return Affine(math.exp(x[0]), x[1]), Affine(math.exp(x[2]), x[3])
 
 
+def fit_click(z: Tensor, click: Tensor) -> Affine | None:
+    """Fit the calibration of the logit of a click alone; see `fit_funnel`. Returns None without both classes.
+
+    z: [N] logits. click: [N], 0 or 1.
+
+    Raises:
+        ValueError: a logit is NaN or infinite.
+    """
+    rate = click.double().mean()
+    if not 0 < rate < 1:
+        return None
+    z, click, ones = _finite(z), click.double(), torch.ones(len(z), dtype=torch.float64)
+
+    def at(x: Tensor) -> _Point:
+        scaled = z * x[0].exp()
+        ctr = log_probability(scaled + x[1])
+        design = torch.stack([scaled, ones])
+        weighted = design * _deviation(ctr)
+        gradient = (design * (ctr.log_p.exp() - click)).sum(1)
+        point = _Point(binary_cross_entropy(ctr, click).sum(), gradient, weighted @ weighted.T)
+        return _with_prior(point, x, slice(0, 1))
+
+    log_scale, shift = _minimise(at, torch.stack([torch.zeros_like(rate), torch.logit(rate) - z.mean()])).tolist()
+    return Affine(math.exp(log_scale), shift)
+
+
 def fit_temperature(logits: Tensor, label: Tensor) -> float:
     """Fit the temperature T that minimises the cross-entropy of softmax(logits / T) plus log(T)^2 / (2 PRIOR_SD^2).
 

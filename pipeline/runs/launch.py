@@ -84,6 +84,7 @@ def train_run(
         raise UserError("resume and fork need tracking.enabled: true; without it nothing of a run is kept")
     distributed.init(device := prepare_torch(config))
     task = _load_task(config, make_task, given)
+    config = task.config
     identity = identity_tags(config, task.dataset.digest)
     request = request or RunRequest()
     request = replace(request, name=request.name or config.name(), experiment=config.experiment,
@@ -113,7 +114,7 @@ def follow(config: RunConfig, make_task: TaskFactory, overrides: frozenset[str])
     run = MemoryRun()
     try:
         training = Training(task, run, Console(0, quiet=True), device, saver=Saver(None, files=task.files))
-        if _synchronise(training, identity_tags(config, task.dataset.digest)):
+        if _synchronise(training, identity_tags(task.config, task.dataset.digest)):
             training.train()
     finally:
         run.discard()
@@ -133,7 +134,8 @@ def _load_task(config: RunConfig, make_task: TaskFactory, overrides: frozenset[s
             the task has no module `predict`, which its logged model needs.
     """
     task = make_task(config)
-    reason = undefined(task, "evaluation.metric", config.evaluation.metric)
+    chosen = config if "evaluation.metric" in overrides else task.config
+    reason = undefined(task, "evaluation.metric", chosen.evaluation.metric)
     if reason and config.relies_on_metric(overrides):
         raise UserError(f"evaluation.metric: {reason}; allowed: a metric that these data define")
     if config.tracking.log_model:

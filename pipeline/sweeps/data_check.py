@@ -23,19 +23,21 @@ def check_data(plan: Plan, workers: Workers) -> tuple[Plan, str]:
     jobs: dict[str, tuple[Arm, Job]] = {}  # key: data, model and evaluation settings, which decide digest and metrics
     loading: dict[str, Job] = {}  # data settings -> first job, which loads or generates the data
     for arm in plan.arms:
-        keys = arm.config.data_keys
-        data, deciding = _settings(arm, *keys), _settings(arm, *keys, "model.", "evaluation.")
+        data, deciding = _settings(arm, *arm.config.data_keys), _deciding(arm)
         if deciding not in jobs:
             request = DigestData(plan.sweep.task, to_yaml(arm.config), _required_metrics(plan, arm))
             job = Job(f"data of {arm.name}", request, needs=loading.get(data))
             loading.setdefault(data, job)
             jobs[deciding] = arm, job
     workers.work([job for _, job in jobs.values()])
+    for _, job in jobs.values():
+        if job.error:
+            raise UserError(job.error)
+    if (resolved := _with_metrics_of_data(plan, jobs)) != plan:
+        return check_data(resolved, workers)
     digests: dict[str, str] = {}  # digest -> first arm with it
     undefined: dict[tuple[str, str], Arm] = {}  # (key, reason) -> first arm concerned
     for arm, job in jobs.values():
-        if job.error:
-            raise UserError(job.error)
         assert isinstance(job.reply, DataDigest)
         digests.setdefault(job.reply.digest, arm.name)
         for key_and_reason in job.reply.undefined.items():
@@ -45,6 +47,25 @@ def check_data(plan: Plan, workers: Workers) -> tuple[Plan, str]:
         raise UserError(f"{arm_name} has data {digest[:12]}..., {other_name} has {other_digest[:12]}...: a sweep is on "
                         "one data set")  # fmt: skip
     return _with_defined_metric(plan, undefined), next(iter(digests))
+
+
+def _with_metrics_of_data(plan: Plan, jobs: Mapping[str, tuple[Arm, Job]]) -> Plan:
+    """Replace the evaluation metrics of arms that did not choose one by the defaults for their data."""
+    arms = []
+    for arm in plan.arms:
+        reply = jobs[_deciding(arm)][1].reply
+        assert isinstance(reply, DataDigest)
+        if "evaluation.metric" not in arm.overridden and reply.metric != arm.config.evaluation.metric:
+            evaluation = arm.config.evaluation.model_dump() | {"metric": reply.metric}
+            arm = replace(arm, config=arm.config.with_values(evaluation=evaluation))  # noqa: PLW2901
+        arms.append(arm)
+    metric = plan.sweep.metric or arms[0].config.evaluation.metric.replace("valid/", "test/", 1)
+    return replace(plan, arms=tuple(arms), metric=metric)
+
+
+def _deciding(arm: Arm) -> str:
+    """The settings that decide the digest of the data and the metrics that they define."""
+    return _settings(arm, *arm.config.data_keys, "model.", "evaluation.")
 
 
 def _settings(arm: Arm, *prefixes: str) -> str:

@@ -73,6 +73,7 @@ class JobFailed(JobDone):
 @dataclass(frozen=True, kw_only=True)
 class DataDigest(JobDone):
     digest: str
+    metric: str  # evaluation.metric, with the default for these data
     undefined: Mapping[str, str]  # key -> why its metric is undefined on these data
 
 

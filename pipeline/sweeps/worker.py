@@ -128,7 +128,8 @@ class Work:
 
         task = self.make_task(request.entry, parse_config(request))
         reasons = {key: undefined(task, key, metric) for key, metric in request.metrics.items()}
-        return DataDigest(digest=task.dataset.digest, undefined={key: why for key, why in reasons.items() if why})
+        return DataDigest(digest=task.dataset.digest, metric=task.config.evaluation.metric,
+                          undefined={key: why for key, why in reasons.items() if why})  # fmt: skip
 
     def train_prefix(self, request: TrainPrefix) -> PrefixTrained:
         from pipeline.runs.launch import prepare_torch

@@ -123,7 +123,7 @@ class Task(ABC, Generic[C]):
     mean with `distributed.all_reduce_mean`. `evaluate` may distribute its rows with `distributed.split_evenly`.
     """
 
-    config: C
+    config: C  # as given, or with the defaults that the data call for
 
     # --- data --------------------------------------------------------------------------------------------------------
 

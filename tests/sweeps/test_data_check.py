@@ -92,3 +92,21 @@ def test_an_undefined_metric_is_refused_or_replaced_before_any_run(
     assert stderr.endswith(f"test has 0 conversions of {rows} rows; the verdict is about valid/auc_ctcvr\n")
     with pytest.raises(UserError, match=r"^metric: test/auc_ctcvr needs both classes: "):
         plan({"test": "conversions"}, metric="test/auc_ctcvr")
+
+
+def test_a_sweep_on_clicks_is_judged_by_them(tmp_path: Path, impressions: Path) -> None:
+    """Data without conversion labels give every arm that chose no metric another default."""
+    clicks = tmp_path / "clicks"
+    shutil.copytree(impressions, clicks)
+    DataSchema.read(clicks).model_copy(update={"click_only": True}).write(clicks)
+    arms = [{"optim.dense.lr": 0.01}, {"evaluation.metric": "valid/logloss_ctr", "evaluation.mode": "min"}]
+    changes = {"settings": {"aux_focal": False}, "baseline": {}, "arms": arms, "controls": "off"}
+    plan = checked_plan(sweep_file(tmp_path, clicks, **changes))
+    assert plan.metric == "test/auc_ctr"
+    assert [arm.config.evaluation.metric for arm in plan.arms] == [
+        "valid/auc_ctr",
+        "valid/auc_ctr",
+        "valid/logloss_ctr",
+    ]
+    with pytest.raises(UserError, match=r"^metric: test/auc_ctcvr needs conversion labels"):
+        checked_plan(sweep_file(tmp_path, clicks, **changes, metric="test/auc_ctcvr"))

@@ -15,9 +15,11 @@ from pipeline.config.run_config import (
     embedded_line,
 )
 from pipeline.config.strict_config import Config, Positive, Probability
+from pipeline.errors import UserError
 from pipeline.maths.schedules import clipped_pos_weight, gate_is_open
 
 HEADS = ("ctr", "cvr")
+CLICK_METRIC = "valid/auc_ctr"  # default evaluation metric of data without conversion labels
 
 
 class EmbeddedDataConfig(Config):
@@ -232,6 +234,23 @@ class MmoeConfig(RunConfig):
             loss=self.loss.model_dump(by_alias=True)
             | {"aux_focal": {"log_components": focal.log_components}, "late_pos_weight": late}
         )
+
+    def for_clicks(self, data: str) -> Self:
+        """Config of a run on data without conversion labels; the default evaluation metric becomes `valid/auc_ctr`.
+
+        Raises:
+            UserError: a loss on conversions is switched on, or that on clicks is switched off.
+        """
+        why, late = f"{data} has no conversion labels", self.loss.late_pos_weight.ctcvr
+        if self.loss.aux_focal.enabled:
+            raise UserError(f"loss.aux_focal.enabled: found true, but {why}; allowed: false")
+        if late:
+            raise UserError(f"loss.late_pos_weight.ctcvr: found {late:g}, but {why}; allowed: 0")
+        if not self.esmm.lambda_ctr:
+            raise UserError(f"esmm.lambda_ctr: found 0, but {why}; allowed: above 0")
+        if self.evaluation.metric != self.default_metric():
+            return self
+        return self.with_values(evaluation=self.evaluation.model_dump() | {"metric": CLICK_METRIC})
 
     def arm_name(self) -> str:
         focal, late = self.loss.aux_focal, self.loss.late_pos_weight

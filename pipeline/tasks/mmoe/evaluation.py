@@ -3,6 +3,7 @@
 N = rows of a split, T = tasks (ctr, cvr), E = experts.
 """
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.compute import distributed
 from pipeline.data.schema import DataSchema, Split
-from pipeline.maths.calibration import Fitted, fit_funnel, rescaled
+from pipeline.maths.calibration import Affine, Fitted, fit_click, fit_funnel, rescaled
 from pipeline.maths.losses import (
     LogProbability,
     binary_cross_entropy,
@@ -34,6 +35,7 @@ from pipeline.tasks.mmoe.model import Output
 from pipeline.tracking import plots
 
 EVENTS = ("ctr", "cvr", "ctcvr")
+CLICK_EVENTS = EVENTS[:1]  # those of data without conversion labels
 EVALUATED_GAMMAS = (1, 2)  # the same for every arm, independent of its config
 COMMON_LOSSES = {
     "ctr": ["loss_ctr"],
@@ -41,7 +43,6 @@ COMMON_LOSSES = {
     "ctcvr": ["loss_ctcvr_bce", *(f"loss_ctcvr_focal_g{gamma}" for gamma in EVALUATED_GAMMAS)],
 }
 CALIBRATION_METRICS = ("ece", "logloss", "calibration")
-CALIBRATION_NEEDS = "a conversion, more clicks than conversions, more rows than clicks"  # in the validation split
 GATE_METRIC = re.compile(r"gate/(\w+)/expert_(\d+)")
 
 Events = Mapping[str, tuple[Array, LogProbability]]
@@ -50,7 +51,7 @@ Events = Mapping[str, tuple[Array, LogProbability]]
 class Predictions(NamedTuple):
     """Model outputs for all rows of a split, on the CPU."""
 
-    logits: Tensor  # [N, T]
+    logits: Tensor  # [N, T]; [N, 1] without conversion labels
     gate_means: Tensor | None  # [T, E]
     gate_entropy: Tensor | None  # [T] mean, nats
 
@@ -60,6 +61,7 @@ class Evaluation:
 
     def __init__(self, config: MmoeConfig, data: ImpressionData) -> None:
         self.config, self.data = config, data
+        self.heads = HEADS[:1] if data.schema.click_only else HEADS
         self.calibration: Fitted = {}
 
     def evaluate(self, model: nn.Module, split: str, device: str) -> Mapping[str, float]:
@@ -94,15 +96,20 @@ class Evaluation:
         if not self.config.model.calibrate:
             return {}
         table = self.data.valid
-        z_ctr, z_cvr = self.predict(model, table, device).logits.unbind(1)
+        z = self.predict(model, table, device).logits.unbind(1)
         click, conversion = (torch.from_numpy(label.astype(np.float64)) for label in table.labels)
-        fitted = fit_funnel(z_ctr, z_cvr, click, conversion)
+        if len(z) == 1:
+            of_click = fit_click(z[0], click)
+            fitted: Sequence[Affine] | None = of_click and [of_click]
+        else:
+            fitted = fit_funnel(z[0], z[1], click, conversion)
         if fitted is None:
             clicks, conversions = int(click.sum()), int(conversion.sum())
-            info(f"probabilities are not calibrated: found {len(table)} validation rows, {clicks} clicks and "
-                f"{conversions} conversions; needed: {CALIBRATION_NEEDS}")  # fmt: skip
+            found = f"{len(table)} validation rows, {clicks} clicks"
+            found += "" if self.data.schema.click_only else f" and {conversions} conversions"
+            info(f"probabilities are not calibrated: found {found}; needed: {calibration_needs(self.data.schema)}")
             return {}
-        self.calibration = {head: affine._asdict() for head, affine in zip(HEADS, fitted, strict=True)}
+        self.calibration = {head: affine._asdict() for head, affine in zip(self.heads, fitted, strict=True)}
         return self.calibration
 
     def report(self, model: nn.Module, folder: Path, device: str) -> None:
@@ -110,7 +117,7 @@ class Evaluation:
             table = self.data.test
             events = labelled(table, self.predict(model, table, device).logits)
             columns: dict[str, npt.NDArray[Any]] = {}
-            for event in ("ctr", "ctcvr"):  # the events whose AUC is over all rows
+            for event in events_of(self.data.schema)[::2]:  # click and both: the events whose AUC is over all rows
                 label, probability = events[event]
                 columns[f"label/auc_{event}"] = label.astype(np.uint8)
                 columns[f"score/auc_{event}"] = probability.log_p.float().numpy()
@@ -137,6 +144,7 @@ class Evaluation:
             return [torch.cat(logits), *(torch.stack(part) for part in (shares, entropies) if part)]
 
         logits, *sums = (part.cpu() for part in distributed.split_evenly(len(table), predict_rows))
+        logits = logits[:, : len(self.heads)]
         if not sums:
             return Predictions(logits, None, None)
         return Predictions(logits, *(part.sum(0) / len(table) for part in sums))
@@ -147,6 +155,8 @@ class Evaluation:
             names = [head for head in HEADS if getattr(self.config.model.heads, head).deep]
             means, entropies = predictions.gate_means.tolist(), predictions.gate_entropy.tolist()
             for task, shares, entropy in zip(names, means, entropies, strict=True):
+                if task not in self.heads:  # the gate of a head that is not trained
+                    continue
                 metrics |= {f"gate/{task}/expert_{expert}": share for expert, share in enumerate(shares)}
                 metrics[f"gate/{task}/entropy"] = entropy
         return metrics
@@ -154,7 +164,7 @@ class Evaluation:
     def _calibrated(self, table: ImpressionTable, logits: Tensor) -> dict[str, float]:
         """Metrics that calibration changes. It keeps the ranking by one logit, but changes the ranking by a product."""
         metrics: dict[str, float] = {}
-        for event, (label, probability) in labelled(table, rescaled(logits, self.calibration, HEADS)).items():
+        for event, (label, probability) in labelled(table, rescaled(logits, self.calibration, self.heads)).items():
             names = ("auc", *CALIBRATION_METRICS) if event == "ctcvr" else CALIBRATION_METRICS
             values = binary_metrics(label, *(part.numpy() for part in probability))
             metrics |= {f"{name}_{event}": values[name] for name in names if name in values}
@@ -163,17 +173,16 @@ class Evaluation:
     def _common_losses(self, events: Events) -> dict[str, float]:
         """Losses on the same scale for every arm: independent of its gate, lambda, gamma and late weight."""
         loss = self.config.loss
-        ctr, cvr, ctcvr = (
-            (LogProbability(*(part.double() for part in probability)), torch.from_numpy(label))
-            for label, probability in (events[event] for event in EVENTS)
-        )
-        values = {
-            "loss_ctr": binary_cross_entropy(*ctr, loss.pos_weight("ctr")),
-            "loss_ctcvr_bce": binary_cross_entropy(*ctcvr, loss.pos_weight("ctcvr")),
-            "loss_cvr_aux": binary_cross_entropy(*cvr),
+        terms = {
+            event: (LogProbability(*(part.double() for part in probability)), torch.from_numpy(label))
+            for event, (label, probability) in events.items()
         }
-        for gamma in EVALUATED_GAMMAS:
-            values[f"loss_ctcvr_focal_g{gamma}"] = binary_focal(*ctcvr, gamma)
+        values = {"loss_ctr": binary_cross_entropy(*terms["ctr"], loss.pos_weight("ctr"))}
+        if "ctcvr" in terms:
+            ctcvr = terms["ctcvr"]
+            values["loss_ctcvr_bce"] = binary_cross_entropy(*ctcvr, loss.pos_weight("ctcvr"))
+            values["loss_cvr_aux"] = binary_cross_entropy(*terms["cvr"])
+            values |= {f"loss_ctcvr_focal_g{gamma}": binary_focal(*ctcvr, gamma) for gamma in EVALUATED_GAMMAS}
         return {name: value.mean().item() for name, value in values.items() if len(value)}  # no cvr loss without clicks
 
     def _bayes_aucs(self, split: str) -> dict[str, float]:
@@ -191,10 +200,15 @@ class Evaluation:
 
 
 def labelled(table: ImpressionTable, logits: Tensor) -> Events:
-    """Labels and log probabilities of each event. `cvr` (conversion given a click) covers only clicked rows."""
+    """Labels and log probabilities of each event; `ctr` alone if logits are [N, 1].
+
+    `cvr` (conversion given a click) covers only clicked rows.
+    """
     click, conversion = (label.astype(np.float64) for label in table.labels)
-    z_ctr, z_cvr = logits[:, 0], logits[:, 1]
-    clicked = click == 1
+    z_ctr = logits[:, 0]
+    if logits.shape[1] == 1:
+        return {"ctr": (click, log_probability(z_ctr))}
+    z_cvr, clicked = logits[:, 1], click == 1
     return {
         "ctr": (click, log_probability(z_ctr)),
         "cvr": (conversion[clicked], log_probability(z_cvr[torch.from_numpy(clicked)])),
@@ -206,27 +220,44 @@ def known_metrics(schema: DataSchema, split: str, calibrated: bool) -> dict[str,
     """Map every metric of a split (`valid` or `test`) to the reason why it is undefined; "" if it is defined."""
     name = {"valid": "validation", "test": "test"}[split]
     counts = _counts(schema.splits.get(name))
+    events = events_of(schema)
     known: dict[str, str] = {}
     for event, label, among in (("ctr", "clicks", "rows"), ("cvr", "conversions", "clicks"),
                                 ("ctcvr", "conversions", "rows")):  # fmt: skip
         positives, rows = counts[label], counts[among]
         summary = f"{name} has {positives:,} {label} of {rows:,} {among}"
+        lacks_positives = "" if positives else f"needs {label}: {summary}"
         lacks_class = "" if 0 < positives < rows else f"needs both classes: {summary}"
         lacks_rows = "" if rows else f"needs {among}: {summary}"
+        if event not in events:
+            lacks_class = lacks_rows = lacks_positives = "needs conversion labels: the data are of clicks alone"
         known |= {f"auc_{event}": lacks_class, f"pr_auc_{event}": lacks_class}
         known |= dict.fromkeys([f"logloss_{event}", f"ece_{event}", *COMMON_LOSSES[event]], lacks_rows)
-        known[f"calibration_{event}"] = "" if positives else f"needs {label}: {summary}"
+        known[f"calibration_{event}"] = lacks_positives
         if schema.truth:
             known[f"auc_{event}_bayes"] = lacks_class
     if split == "test" and calibrated:
         valid = _counts(schema.splits.get("validation"))
+        counted = list(valid)[: 2 if schema.click_only else 3]
+        ordered = [0, *(valid[name] for name in reversed(counted))]  # 0 < conversions < clicks < rows
         lacks = ""
-        if not 0 < valid["conversions"] < valid["clicks"] < valid["rows"]:
-            summary = ", ".join(f"{count:,} {name}" for name, count in valid.items())
-            lacks = f"needs {CALIBRATION_NEEDS}: validation has {summary}"
+        if any(less >= more for less, more in itertools.pairwise(ordered)):
+            summary = ", ".join(f"{valid[name]:,} {name}" for name in counted)
+            lacks = f"needs {calibration_needs(schema)}: validation has {summary}"
         metrics = ["auc_ctcvr", *(f"{kind}_{event}" for kind in CALIBRATION_METRICS for event in EVENTS)]
         known |= {f"{metric}{CALIBRATED}": known[metric] or lacks for metric in metrics}
     return {f"{split}/{metric}": lacks for metric, lacks in known.items()}
+
+
+def events_of(schema: DataSchema) -> Sequence[str]:
+    """The events whose labels the data have."""
+    return CLICK_EVENTS if schema.click_only else EVENTS
+
+
+def calibration_needs(schema: DataSchema) -> str:
+    """What the validation split must have for a calibration."""
+    conversions = "" if schema.click_only else "a conversion, more clicks than conversions, "
+    return f"{conversions or 'a click, '}more rows than clicks"
 
 
 def _counts(split: Split | None) -> Mapping[str, int]:

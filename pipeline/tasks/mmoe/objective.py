@@ -38,8 +38,9 @@ def weighted_sum(values: Tensor, batch: Impressions) -> Tensor:
 class Objective:
     """The methods of `Task` that compute the loss terms from the model's output."""
 
-    def __init__(self, config: MmoeConfig) -> None:
-        self.config, self.focal = config, config.loss.aux_focal
+    def __init__(self, config: MmoeConfig, click_only: bool = False) -> None:
+        """click_only: the data have no conversion labels, so that `loss_ctr` is the only loss."""
+        self.config, self.focal, self.click_only = config, config.loss.aux_focal, click_only
 
     def counts(self, batch: Impressions) -> Mapping[str, Tensor]:
         """Numbers of rows, clicks and conversions, or the sums of their weights."""
@@ -51,7 +52,31 @@ class Objective:
     def losses(
         self, output: Output, batch: Impressions, counts: Mapping[str, Tensor], step: int
     ) -> Mapping[str, Tensor]:
-        esmm, loss = self.config.esmm, self.config.loss
+        esmm = self.config.esmm
+        if self.click_only:
+            terms = {"loss_ctr": self._click_loss(log_probability(output.logits[:, 0]), batch, counts)}
+            total = esmm.lambda_ctr * terms["loss_ctr"]
+        else:
+            terms = self._funnel_terms(output, batch, counts, step)
+            total = (
+                esmm.lambda_ctr * terms["loss_ctr"]
+                + esmm.lambda_ctcvr * terms["loss_ctcvr"]
+                + esmm.lambda_cvr_aux * terms["loss_cvr_aux"]
+            )
+        for name, value in self._regularisers(output, batch, counts["rows"]).items():
+            terms[name] = value
+            total = total + value
+        return terms | {TOTAL: total}
+
+    def _click_loss(self, ctr: LogProbability, batch: Impressions, counts: Mapping[str, Tensor]) -> Tensor:
+        values = binary_cross_entropy(ctr, batch.click, self.config.loss.pos_weight("ctr"))
+        return weighted_sum(values, batch) / counts["rows"]
+
+    def _funnel_terms(
+        self, output: Output, batch: Impressions, counts: Mapping[str, Tensor], step: int
+    ) -> dict[str, Tensor]:
+        """Losses of click and conversion (ESMM, Ma et al. 2018, equation 3), and the focal loss from the gate on."""
+        loss = self.config.loss
         z_ctr, z_cvr = output.logits.unbind(1)
         click, conversion, rows = batch.click, batch.conversion, counts["rows"]
         ctr, cvr = log_probability(z_ctr), log_probability(z_cvr)
@@ -59,7 +84,7 @@ class Objective:
         bce = weighted_sum(binary_cross_entropy(ctcvr, conversion, loss.ctcvr_pos_weight(step)), batch) / rows
         clicks = torch.where(counts["clicks"] > 0, counts["clicks"], 1.0)
         terms = {
-            "loss_ctr": weighted_sum(binary_cross_entropy(ctr, click, loss.pos_weight("ctr")), batch) / rows,
+            "loss_ctr": self._click_loss(ctr, batch, counts),
             "loss_ctcvr_bce": bce,
             "loss_cvr_aux": weighted_sum(clicked_cross_entropy(cvr, click, conversion), batch) / clicks,
         }
@@ -70,16 +95,7 @@ class Objective:
                 ctcvr = product_log_probability(z_ctr.to(reduced), z_cvr.to(reduced))
             terms |= self._focal_terms(ctcvr, batch, counts, step)
             ctcvr_loss = bce + self.focal.lambda_ * terms["loss_ctcvr_focal"]
-        terms["loss_ctcvr"] = ctcvr_loss
-        total = (
-            esmm.lambda_ctr * terms["loss_ctr"]
-            + esmm.lambda_ctcvr * terms["loss_ctcvr"]
-            + esmm.lambda_cvr_aux * terms["loss_cvr_aux"]
-        )
-        for name, value in self._regularisers(output, batch, rows).items():
-            terms[name] = value
-            total = total + value
-        return terms | {TOTAL: total}
+        return terms | {"loss_ctcvr": ctcvr_loss}
 
     def _focal_terms(
         self, ctcvr: LogProbability, batch: Impressions, counts: Mapping[str, Tensor], step: int
@@ -100,19 +116,23 @@ class Objective:
         gate, gates, terms = self.config.model.gate, output.gates, dict[str, Tensor]()
         if gates is None or not (gate.entropy_weight or gate.balance_weight):
             return terms
-        deficit, share, weight = gate_entropy_deficit(gates), len(batch) / rows, batch.sample_weight
-        if weight is not None:  # mean weight of the micro-batch: a mean of relative weights is a weighted mean
-            mean = distributed.all_reduce_mean(weight)
-            relative, share = weight / mean, share * mean
-            deficit, gates = deficit * relative, gates * relative[:, None, None]
+        share, relative = len(batch) / rows, None
+        if batch.sample_weight is not None:  # divided by the micro-batch's mean weight, they make weighted means
+            mean = distributed.all_reduce_mean(batch.sample_weight)
+            share, relative = share * mean, batch.sample_weight / mean
         if gate.entropy_weight:
+            deficit = gate_entropy_deficit(gates)
+            deficit = deficit if relative is None else deficit * relative
             terms["loss_gate_entropy"] = gate.entropy_weight * deficit.mean() * share
         if gate.balance_weight:
+            gates = gates if relative is None else gates * relative[:, None, None]
             imbalance = gate_imbalance(distributed.all_reduce_mean(gates)[None])
             terms["loss_gate_balance"] = gate.balance_weight * imbalance * share
         return terms
 
     def scheduled_values(self, step: int) -> Mapping[str, float | bool]:
+        if self.click_only:
+            return {}
         return {
             "pos_weight_ctcvr": self.config.loss.ctcvr_pos_weight(step),
             "aux_focal_on": self.focal.is_on(step),

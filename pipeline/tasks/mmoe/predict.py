@@ -24,25 +24,31 @@ BATCH_ROWS = 8192
 
 
 def load(folder: Path) -> Callable[..., pd.DataFrame]:
-    """Load a model written by `MmoeTask.export`. Returns predict(frame, raw=False); raw=True skips calibration."""
+    """Load a model written by `MmoeTask.export`. Returns predict(frame, raw=False); raw=True skips calibration.
+
+    A model of data without conversion labels predicts `p_ctr` alone.
+    """
     schema, encoder = DataSchema.read(folder), Encoder.load(folder)
     layout = Layout(schema.features)
     model = Mmoe(load_config(MmoeConfig, folder / "config.yaml").model, layout, schema.base_rates)
     model.load_state_dict(load_file(folder / "model.safetensors"))
     model.eval()
     calibration = read_calibration(folder)
+    heads = HEADS[:1] if schema.click_only else HEADS
 
     def predict(frame: pd.DataFrame, raw: bool = False) -> pd.DataFrame:
         columns = encoder.encode(frame)
-        logits = np.empty((len(frame), 2))
+        logits = np.empty((len(frame), len(heads)))
         with torch.inference_mode():
             for first in range(0, len(frame), BATCH_ROWS):
                 batch = assemble({name: column.slice(first, BATCH_ROWS) for name, column in columns.items()}, layout)
-                logits[first : first + BATCH_ROWS] = model(batch).logits.double().numpy()
+                logits[first : first + BATCH_ROWS] = model(batch).logits[:, : len(heads)].double().numpy()
         if calibration and not raw:
-            logits = rescaled(torch.from_numpy(logits), calibration, HEADS).numpy()
-        p_ctr, p_cvr = 1 / (1 + np.exp(-logits.T))
-        return pd.DataFrame({"p_ctr": p_ctr, "p_cvr": p_cvr, "p_ctcvr": p_ctr * p_cvr}, index=frame.index)
+            logits = rescaled(torch.from_numpy(logits), calibration, heads).numpy()
+        p = dict(zip((f"p_{head}" for head in heads), 1 / (1 + np.exp(-logits.T)), strict=True))
+        if not schema.click_only:
+            p["p_ctcvr"] = p["p_ctr"] * p["p_cvr"]
+        return pd.DataFrame(p, index=frame.index)
 
     return predict
 

@@ -14,7 +14,7 @@ from pipeline.data.shuffle import Shuffle
 from pipeline.maths.calibration import Fitted
 from pipeline.tasks.base import Dataset, ModelExport, Rows, Task, count_parameters, save_model
 from pipeline.tasks.mmoe.config import MmoeConfig
-from pipeline.tasks.mmoe.evaluation import EVENTS, Evaluation
+from pipeline.tasks.mmoe.evaluation import Evaluation, events_of
 from pipeline.tasks.mmoe.impressions.impression_batch import Impressions
 from pipeline.tasks.mmoe.impressions.impression_data import ImpressionData
 from pipeline.tasks.mmoe.model import Mmoe, Output
@@ -26,20 +26,20 @@ class MmoeTask(Task[MmoeConfig]):
         """data: the data of the config's `data` block, if they are already loaded.
 
         Raises:
-            UserError: see `ImpressionData`.
+            UserError: see `ImpressionData` and `MmoeConfig.for_clicks`.
         """
-        self.config, self.data = config, data or ImpressionData(config.data)
-        self.objective, self.evaluation = Objective(config), Evaluation(config, self.data)
+        self.data = data or ImpressionData(config.data)
+        click_only = self.data.schema.click_only
+        self.config = config = config.for_clicks(self.data.name) if click_only else config
+        self.objective, self.evaluation = Objective(config, click_only), Evaluation(config, self.data)
 
     # --- data --------------------------------------------------------------------------------------------------------
 
     @property
     def dataset(self) -> Dataset:
         schema = self.data.schema
-        splits = {
-            name: {"rows": split.rows, "clicks": split.clicks, "conversions": split.conversions}
-            for name, split in schema.splits.items()
-        }
+        labels = ("rows", "clicks") if schema.click_only else ("rows", "clicks", "conversions")
+        splits = {name: {label: getattr(split, label) for label in labels} for name, split in schema.splits.items()}
         return Dataset(self.data.name, schema.digest, schema.source, splits)
 
     @property
@@ -60,7 +60,7 @@ class MmoeTask(Task[MmoeConfig]):
         return {"parameters": str(count_parameters(self.model))} | rows | weights
 
     def warnings(self, total_steps: int) -> Sequence[str]:
-        return self.objective.warnings(total_steps)
+        return [*self.data.schema.warnings(), *self.objective.warnings(total_steps)]
 
     # --- training ----------------------------------------------------------------------------------------------------
 
@@ -143,6 +143,6 @@ class MmoeTask(Task[MmoeConfig]):
         return ModelExport(
             folder=folder,
             inputs=self.data.schema.raw_columns,
-            outputs={f"p_{event}": "double" for event in EVENTS},
+            outputs={f"p_{event}": "double" for event in events_of(self.data.schema)},
             example=raw_example(self.data.folder, rows=5),
         )

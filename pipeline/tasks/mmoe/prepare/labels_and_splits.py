@@ -35,7 +35,8 @@ class LabelsAndSplits:
         self.cells = Cells(declared.missing_values, dialect.strip, dialect.decimal, dialect.thousands)
         self.label_cells = replace(self.cells, strip=True)
         self.click = self._label(CLICK, declared.labels.click)
-        self.conversion = self._label(CONVERSION, declared.labels.conversion)
+        conversion = declared.labels.conversion
+        self.conversion = None if conversion is None else self._label(CONVERSION, conversion)
         if CLICK in _columns(self.conversion) and CLICK in self.names and declared.labels.click != CLICK:
             raise self._error(
                 "labels.conversion",
@@ -75,7 +76,10 @@ class LabelsAndSplits:
             UserError: a label is not 0 or 1, a weight is not above 0, or there is a conversion without a click.
         """
         click = _evaluated(self.click, Columns(self.label_cells, batch, None))
-        conversion = _evaluated(self.conversion, Columns(self.label_cells, batch, click))
+        if self.conversion is None:
+            conversion = pa.array(np.zeros(batch.rows, bool))
+        else:
+            conversion = _evaluated(self.conversion, Columns(self.label_cells, batch, click))
         clicks, conversions = (values.to_numpy(zero_copy_only=False) for values in (click, conversion))
         orphans = np.flatnonzero(conversions & ~clicks)
         if len(orphans):
@@ -171,5 +175,5 @@ def _evaluated(label: str | Condition, columns: Columns) -> pa.Array:
     return columns.label(label) if isinstance(label, str) else label.evaluate(columns)
 
 
-def _columns(label: str | Condition) -> list[str]:
-    return [label] if isinstance(label, str) else list(label.columns)
+def _columns(label: str | Condition | None) -> list[str]:
+    return [label] if isinstance(label, str) else list(label.columns) if label else []

@@ -81,6 +81,7 @@ def prepare(
 
         schema = write_folder(
             folder, features, vocabularies, tables(), sample_weight=declared.sample_weight is not None,
+            click_only=declared.labels.conversion is None,
             missing_values=declared.missing_values, strip=declared.csv.strip, decimal=declared.csv.decimal,
             thousands=declared.csv.thousands, source=source.description(),
         )  # fmt: skip

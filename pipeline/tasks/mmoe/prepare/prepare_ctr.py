@@ -72,9 +72,11 @@ class ProgressBars:
 
 def figures(schema: DataSchema) -> dict[str, float]:
     """Counts, base rates and out-of-vocabulary shares as metrics."""
-    metrics: dict[str, float] = {"base_rate/ctr": schema.base_rates.ctr, "base_rate/cvr": schema.base_rates.cvr}
+    metrics: dict[str, float] = {"base_rate/ctr": schema.base_rates.ctr}
+    metrics |= {} if schema.click_only else {"base_rate/cvr": schema.base_rates.cvr}
     for name, split in schema.splits.items():
-        metrics |= {f"{count}/{name}": getattr(split, count) for count in ("rows", "clicks", "conversions")}
+        counts = ("rows", "clicks") if schema.click_only else ("rows", "clicks", "conversions")
+        metrics |= {f"{count}/{name}": getattr(split, count) for count in counts}
     metrics |= {f"raw/{name}": count for name, count in schema.counts.items() if not name.startswith("rows/")}
     names = metric_names([feature.name for feature in schema.features])
     for feature in schema.features:
@@ -84,15 +86,18 @@ def figures(schema: DataSchema) -> dict[str, float]:
 
 
 def _report(schema: DataSchema) -> None:
+    if schema.click_only:
+        info("labels.conversion is null: the data are of clicks alone, and train_mmoe trains loss_ctr alone")
     for name, split in schema.splits.items():
-        info(f"{name}: {split.rows} rows, {split.clicks} clicks, {split.conversions} conversions")
-        for event, count in (("click", split.clicks), ("conversion", split.conversions)):
-            if split.rows and not count:
-                warn(f"{name} has no {event}: metrics of {event}s are undefined there")
+        conversions = "" if schema.click_only else f", {split.conversions} conversions"
+        info(f"{name}: {split.rows} rows, {split.clicks} clicks{conversions}")
+    for warning in schema.warnings():
+        warn(warning)
     for name, count in schema.counts.items():
         if count and name in IRREGULARITIES:
             info(f"{count} {IRREGULARITIES[name]}")
-    info(f"base rates of the training split: ctr {schema.base_rates.ctr:.6g}, cvr {schema.base_rates.cvr:.6g}")
+    cvr = "" if schema.click_only else f", cvr {schema.base_rates.cvr:.6g}"
+    info(f"base rates of the training split: ctr {schema.base_rates.ctr:.6g}{cvr}")
     for feature in schema.features:
         shares = {split: share for split, share in feature.out_of_vocabulary.items() if share}
         if shares:

@@ -12,8 +12,8 @@ from pipeline.data.schema import MISSING_TEXT
 class LabelSource(Config):
     click: Name
     """a column that holds 0/1 or true/false, or a condition such as `status != "new"`"""
-    conversion: Name
-    """like click; a condition may refer to the label `click`: `click and income == "50000+."`"""
+    conversion: Name | None = None
+    """like click; a condition may refer to the label `click`: `click and income == "50000+."`; null = only clicks"""
 
 
 class SourceSchema(Config):
