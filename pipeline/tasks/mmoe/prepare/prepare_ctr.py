@@ -12,6 +12,7 @@ from pipeline.names import metric_names
 from pipeline.runtime.console import info, warn
 from pipeline.runtime.text import visible
 from pipeline.tasks.mmoe.config import PrepareCtrConfig
+from pipeline.tasks.mmoe.prepare.determining_features import determining_features
 from pipeline.tasks.mmoe.prepare.preparation import prepare
 from pipeline.tracking.messages import RunRequest
 from pipeline.tracking.mlflow_run import MlflowRun
@@ -40,6 +41,8 @@ def prepare_ctr(config: PrepareCtrConfig, given: frozenset[str]) -> None:  # noq
     with ProgressBars() as bars:
         schema = prepare(Path(config.data.train), Path(config.schema_), output, own=own, progress=bars.show)
     _report(schema)
+    for warning in determining_features(output, schema):
+        warn(warning)
     with writer_for(config.tracking) as writer:
         if writer:
             _track(writer, config, schema, output)
