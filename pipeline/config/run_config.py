@@ -95,6 +95,8 @@ class TrackingConfig(TrackingSwitch):
     """keep pictures and tables of the finished model as artifacts"""
     log_rows: bool = True
     """keep the test split's per-row scores as an artifact, for intervals over rows"""
+    log_diff: bool = True
+    """keep the diff of tracked files that are not committed as an artifact, its first MB"""
 
     def probes(self, step: int) -> bool:
         """Return True if influence metrics are measured at this optimizer step."""

@@ -20,6 +20,7 @@ from pipeline.runs.resume import fork, identity_tags, newest_state, restore, use
 from pipeline.runs.run_artifacts import headline, log_description, log_results
 from pipeline.runs.run_start import RunStart, open_run
 from pipeline.runs.shared_prefix import start_from_prefix
+from pipeline.runs.source_changes import log_source_changes
 from pipeline.runtime import process_rank
 from pipeline.runtime.console import Console, info, warn
 from pipeline.tasks.base import Task, predictor_module, undefined
@@ -157,6 +158,8 @@ def _prepared(
     if state is None:
         log_description(run, task, overrides)
     total_steps = _announce(run, task, device, overrides)
+    if state is None:
+        log_source_changes(run, config.tracking.log_diff)
     facts = {"task": config.task, "config_digest": config.fingerprint(), "data_digest": identity["data_digest"],
              "torch": torch.__version__}  # fmt: skip
     saver = Saver(tracked, config.checkpoint, facts, task.files)
