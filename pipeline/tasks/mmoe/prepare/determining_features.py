@@ -22,6 +22,7 @@ LEAST_ROWS = 10  # of each class in the validation split; chance ranks fewer row
 
 Floats = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.bool_]
+Bags = tuple[npt.NDArray[Any], npt.NDArray[Any]]  # ids of all rows, and the number of ids in each row
 
 
 def determining_features(folder: Path, schema: DataSchema) -> Iterator[str]:
@@ -42,8 +43,8 @@ def determining_features(folder: Path, schema: DataSchema) -> Iterator[str]:
             events = ranked[of_valid]
             if min(events.sum(), len(events) - events.sum()) < LEAST_ROWS or not of_train.any():
                 continue
-            parts = [column.filter(pa.array(rows)) for column, rows in zip(columns, among[name], strict=True)]
-            area = max(auc(events, score) for score in _scores(feature, *parts, fitted[of_train]))
+            fit, judge = (column.filter(pa.array(rows)) for column, rows in zip(columns, among[name], strict=True))
+            area = max(auc(events, score) for score in _scores(feature, fit, judge, fitted[of_train]))
             if area > SUSPICIOUS:
                 yield (f"feature {feature.name} alone ranks the {name}s of validation with an AUC of {area:.4f}: is it "
                        f"known before the {name}? A feature that is made of the label teaches nothing")  # fmt: skip
@@ -62,27 +63,27 @@ class _Rows:
         return self.file.read_row_groups(list(self.groups), columns=[name])[name].combine_chunks()
 
     def label(self, name: str) -> Labels:
-        return np.asarray(self.column(name)) != 0
+        labels: Labels = np.asarray(self.column(name)) != 0
+        return labels
 
 
 def _scores(feature: Feature, train: pa.Array, valid: pa.Array, label: Labels) -> list[Floats]:
     """Scores of the validation rows, higher for more events. label: [training rows]."""
     if feature.kind != "numeric":
-        return [_log_odds(*map(_bags, (train, valid)), label, feature.size)]
+        return [_log_odds(_bags(train), _bags(valid), label, feature.size)]
     numbers, others = (np.asarray(column, np.float64) for column in (train, valid))
     direction = np.sign(numbers[label].mean() - numbers[~label].mean()) if 0 < label.sum() < len(label) else 0.0
-    bins = [_bins(values, feature) for values in (numbers, others)]
-    return [direction * others, _log_odds(*bins, label, len(feature.edges) + 2)]
+    size = len(feature.edges) + 2
+    return [direction * others, _log_odds(_bins(numbers, feature), _bins(others, feature), label, size)]
 
 
-def _bags(column: pa.Array) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Ids of all rows, and the number of ids in each row."""
+def _bags(column: pa.Array) -> Bags:
     if pa.types.is_list(column.type):
         return np.asarray(column.flatten()), np.diff(np.asarray(column.offsets))
     return np.asarray(column), np.ones(len(column), np.int64)
 
 
-def _bins(values: Floats, feature: Feature) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+def _bins(values: Floats, feature: Feature) -> Bags:
     """Bins of numbers as ids; the value that replaces missing ones has a bin of its own."""
     bins = np.searchsorted(np.array(feature.edges), values, "right")
     if feature.fill is not None:
@@ -90,7 +91,7 @@ def _bins(values: Floats, feature: Feature) -> tuple[npt.NDArray[Any], npt.NDArr
     return bins, np.ones(len(values), np.int64)
 
 
-def _log_odds(train: Any, valid: Any, label: Labels, size: int) -> Floats:
+def _log_odds(train: Bags, valid: Bags, label: Labels, size: int) -> Floats:
     """Sum over a row's ids of their log odds of the event, relative to those of all rows (naive Bayes).
 
     An id that training rows do not have adds nothing. Every id has one more row with the mean rate.
@@ -102,4 +103,4 @@ def _log_odds(train: Any, valid: Any, label: Labels, size: int) -> Floats:
     rates = (events + rate) / (counts + 1)
     odds = np.log(rates / (1 - rates)) - np.log(rate / (1 - rate))
     owners = np.repeat(np.arange(len(sizes)), sizes)
-    return np.bincount(owners, weights=odds[others], minlength=len(sizes))
+    return np.bincount(owners, weights=odds[others], minlength=len(sizes)).astype(np.float64)
