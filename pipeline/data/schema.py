@@ -26,6 +26,7 @@ LABELS = ("click", "conversion")
 SAMPLE_WEIGHT = "sample_weight"  # column of the splits, if rows have weights
 SPLITS = ("train", "validation", "test")
 SCHEMA_FILE = "schema.json"
+ADDED = ("decimal", "thousands", "click_only", "sample_weight")  # only written if set: earlier versions refuse them
 VOCABULARY_FILE = "vocabulary.parquet"  # columns: feature (string), value (string), id (int32), count (int64)
 
 # Texts that pandas reads as missing values, so that `prepare_ctr` and a logged model treat them alike.
@@ -179,7 +180,11 @@ class DataSchema(Config):
         return validate(cls, tree, file)
 
     def write(self, folder: Path) -> None:
-        text = json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False)
+        tree = self.model_dump(mode="json")
+        for key in ADDED:
+            if tree[key] == type(self).model_fields[key].default:
+                del tree[key]
+        text = json.dumps(tree, indent=1, ensure_ascii=False)
         (folder / SCHEMA_FILE).write_text(text + "\n", encoding="utf-8", newline="\n")
 
 
