@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
-from pipeline.config.strict_config import Config, Positive, Probability, flatten
+from pipeline.config.strict_config import Config, Positive, Probability, flatten, keys
 
 
 class AdamConfig(Config):
@@ -121,6 +121,9 @@ class RunConfig(Config):
     """The config of a training task."""
 
     task: ClassVar[str] = ""  # name of the task, a-z, 0-9 and _; its entry point is train_<task>
+    # Keys that older versions did not have. While they have their defaults they are not part of fingerprints, so that
+    # older runs are still found.
+    added_keys: ClassVar[frozenset[str]] = frozenset()
     data_keys: ClassVar[tuple[str, ...]] = ("data.",)  # prefixes of the keys that decide the data
     # Prefixes of the metrics (without split) that comparisons show beside the primary one, in the order of display. The
     # first two are shown before the others, and panels of the page show all validation metrics of the first.
@@ -198,7 +201,9 @@ class RunConfig(Config):
 
     def fingerprint(self, data_digest: str = "") -> str:
         """Return the SHA-256 (hex) of everything that decides the result: task, settings and data."""
-        text = json.dumps([self.task, self.decisive(), data_digest], sort_keys=True)
+        defaults = {key.path: key.default for key in keys(type(self)) if key.path in self.added_keys}
+        settings = {key: value for key, value in self.decisive().items() if defaults.get(key) != value}
+        text = json.dumps([self.task, settings, data_digest], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def warnings(self, given: frozenset[str] = frozenset()) -> list[str]:  # noqa: ARG002

@@ -1,7 +1,7 @@
 """Config classes of `train_visobert` (configs/config_multi.yaml) and `data_prep` (configs/data_prep.yaml)."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -15,6 +15,7 @@ from pipeline.config.run_config import (
     embedded_line,
 )
 from pipeline.config.strict_config import Config, Positive, Probability, with_default
+from pipeline.tasks.visobert.reviews.dialects import DialectName, Meaning, repeated_spelling
 
 METRIC_WITHOUT_DETECTION = "valid/sentiment_f1_macro"
 EMBEDDED = "embedded"  # value of model.name and tokenizer that selects the small ones, which are trained from scratch
@@ -28,7 +29,7 @@ class EmbeddedReviewsConfig(Config):
 
 
 class ReviewFormatConfig(Config):
-    """Format of review files: CSV, JSONL or Parquet, with one label column per aspect or one for all aspects."""
+    """Format of review files: tables with one label column per aspect or one for all aspects, or published layouts."""
 
     text_column: str | None = Field(None, min_length=1)
     """column of the text; null = the first existing one of data, text, comment, review, content, sentence"""
@@ -38,16 +39,44 @@ class ReviewFormatConfig(Config):
     """the aspects; null = every other column, or every aspect that the label column names"""
     detection_only: tuple[str, ...] = ()
     """aspects that are only detected, in addition to those whose labels have no polarity"""
+    labels: DialectName | dict[Meaning, tuple[str, ...]] | None = None
+    """what labels mean, a name or {positive: [1, POS], not_mentioned: [None]}; null = English or Vietnamese words"""
     on_bad_label: Literal["error", "drop"] = "error"
-    """a label other than Positive, Negative, Neutral: error = stop, drop = ignore that cell with a warning"""
+    """a label that data.labels does not know: error = stop, drop = ignore that cell with a warning"""
+    delimiter: str | None = None
+    """what separates the columns of a text file, one character or `tab`; null = a comma, in .tsv a tab"""
     embedded: EmbeddedReviewsConfig = EmbeddedReviewsConfig()
     cache: str = Field("data_cache", min_length=1)
     """folder for generated reviews and tokenised texts"""
 
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _check_labels(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        if unknown := sorted(set(value) - set(get_args(Meaning))):
+            raise ValueError(f"no meaning {unknown[0]}; there are: {', '.join(get_args(Meaning))}")
+        if not all(isinstance(texts, list | tuple) and texts for texts in value.values()) or not value:
+            raise ValueError("a list of labels for each meaning")
+        if any(isinstance(text, bool) for texts in value.values() for text in texts):
+            raise ValueError("write true, false, yes and no in quotes")
+        labels = {meaning: ["" if text is None else str(text) for text in texts] for meaning, texts in value.items()}
+        if repeated := repeated_spelling(labels):
+            raise ValueError(repeated)
+        return labels
+
+    @field_validator("delimiter")
+    @classmethod
+    def _check_delimiter(cls, value: Any) -> Any:
+        value = "\t" if value in ("tab", "\\t") else value
+        if value is not None and (len(value) != 1 or value in '"\r\n\0'):
+            raise ValueError("one character other than a quote or a line break, or tab")
+        return value
+
 
 class PrepDataConfig(ReviewFormatConfig):
     path: str | None = Field(None, min_length=1)
-    """the training file (.csv, .jsonl, .parquet); null = the embedded reviews"""
+    """the training file (docs/data.md lists the formats); null = the embedded reviews"""
     validation: str | None = Field(None, min_length=1)
     """the validation file, to find duplicates across splits; null = none"""
     test: str | None = Field(None, min_length=1)
@@ -77,7 +106,7 @@ class DataPrepConfig(Config):
 
 class TrainDataConfig(ReviewFormatConfig):
     train: str | None = Field(None, min_length=1)
-    """the training file (.csv, .jsonl, .parquet); null = the embedded reviews"""
+    """the training file (docs/data.md lists the formats); null = the embedded reviews"""
     validation: str | None = Field(None, min_length=1)
     """the validation file; null = data.validation_share of the training file"""
     test: str | None = Field(None, min_length=1)
@@ -128,6 +157,8 @@ class ModelConfig(Config):
     """add a head that detects whether an aspect is mentioned; false: sentiments only"""
     max_tokens: int = Field(256, ge=8)
     """longer texts are truncated to this many tokens"""
+    segmenter: Literal["pyvi"] | None = None
+    """join the syllables of each word by _ before tokenising, which PhoBERT needs; pyvi is an extra. null = no"""
     embedded: EmbeddedModelConfig = EmbeddedModelConfig()
     calibrate: bool = True
     """fit a temperature for each head on the validation split, for the logged model; does not affect training"""
@@ -236,6 +267,7 @@ EMBEDDED_DEFAULTS: Mapping[str, Any] = {
 
 class VisobertConfig(RunConfig):
     task: ClassVar[str] = "visobert"
+    added_keys: ClassVar[frozenset[str]] = frozenset({"data.labels", "data.delimiter", "model.segmenter"})
     charts: ClassVar[tuple[str, ...]] = ("loss_sentiment",)
     short: ClassVar[dict[str, str]] = RunConfig.short | {
         "alpha": "multi_label.focal_alpha",
@@ -308,11 +340,14 @@ class VisobertConfig(RunConfig):
             (embedded, "model.name is embedded", ["model.revision", "model.init"]),
             (not embedded, "model.name is not embedded", ["model.embedded."]),
             (self.data.train is not None, "data.train is given", ["data.embedded."]),
-            (self.data.train is None, "the data are the embedded reviews", ["data.validation_share"]),
+            (self.data.train is None, "the data are the embedded reviews",
+             ["data.validation_share", "data.labels", "data.delimiter"]),
             (self.data.validation is not None, "data.validation is given", ["data.validation_share"]),
         ]  # fmt: skip
         warnings = [f"{key} has no effect while {reason}" for holds, reason, prefixes in without_effect if holds
                     for key in sorted(given) if key.startswith(tuple(prefixes))]  # fmt: skip
         if loss.use_focal_loss and not 0.5 <= loss.focal_gamma <= 5:
             warnings.append(f"multi_label.focal_gamma is {loss.focal_gamma:g}; usual: 0.5-5")
+        if "phobert" in self.model.name.lower() and self.model.segmenter is None:
+            warnings.append("model.segmenter is null, but PhoBERT was pretrained on segmented words; usual: pyvi")
         return warnings

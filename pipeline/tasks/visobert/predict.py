@@ -31,7 +31,7 @@ def load(folder: Path) -> Callable[..., pd.DataFrame]:
     config = load_config(VisobertConfig, folder / CONFIG_FILE)
     saved = json.loads((folder / ASPECTS_FILE).read_text(encoding="utf-8"))
     aspects, polar = saved["aspects"], ~np.isin(saved["aspects"], saved["detection_only"])
-    tokenizer = load_saved(folder / TOKENIZER_FOLDER, config.model.name)
+    tokenizer = load_saved(folder / TOKENIZER_FOLDER, config.model.name, config.model.segmenter)
     encoder = EMBEDDED if config.model.name == EMBEDDED else str(folder / ENCODER_FOLDER)
     model = build_model(config.model.model_copy(update={"name": encoder}), len(aspects), tokenizer, weights=False)
     model.load_state_dict(load_file(folder / WEIGHTS_FILE))

@@ -16,6 +16,8 @@ from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 from pipeline.errors import UserError
 from pipeline.tasks.visobert.config import EMBEDDED
 from pipeline.tasks.visobert.encoders.model_folder import model_folder
+from pipeline.tasks.visobert.segmenter import load_segmenter
+from pipeline.tasks.visobert.spelling import one_spelling
 
 TOKENIZER_FILE = "tokenizer.json"
 # A tokenizer's folder must have one of these: without a vocabulary, transformers silently builds an empty tokenizer.
@@ -49,24 +51,33 @@ class Tokenizer(Protocol):
         ...
 
 
-def load_tokenizer(name: str, revision: str | None, texts: Sequence[str], vocabulary: int) -> Tokenizer:
+def load_tokenizer(
+    name: str, revision: str | None, texts: Sequence[str], vocabulary: int, segmenter: str | None = None
+) -> Tokenizer:
     """Load the tokenizer of a model, or train the embedded one.
 
     `name`: a hub id, a local folder, or `embedded`, which trains a tokenizer with `vocabulary` entries on `texts`.
+    `segmenter`: see `ModelConfig.segmenter`.
 
     Raises:
-        UserError: the folder or model does not exist, or has no tokenizer.
+        UserError: the folder or model does not exist, or has no tokenizer; the segmenter is not installed.
     """
     if name == EMBEDDED:
-        return EmbeddedTokenizer.train(texts, vocabulary)
-    return PretrainedTokenizer(model_folder(name, revision, weights=False), name)
+        segmented = list(map(load_segmenter(segmenter), _nfc(texts))) if segmenter else texts
+        tokenizer: Tokenizer = EmbeddedTokenizer.train(segmented, vocabulary)
+    else:
+        tokenizer = PretrainedTokenizer(model_folder(name, revision, weights=False), name)
+    return SegmentedTokenizer(tokenizer, segmenter) if segmenter else tokenizer
 
 
-def load_saved(folder: Path, name: str) -> Tokenizer:
+def load_saved(folder: Path, name: str, segmenter: str | None = None) -> Tokenizer:
     """Load the tokenizer of the model `name` from a folder that `save` wrote."""
+    tokenizer: Tokenizer
     if name == EMBEDDED:
-        return EmbeddedTokenizer(Backend.from_file(str(folder / TOKENIZER_FILE)))
-    return PretrainedTokenizer(folder, name)
+        tokenizer = EmbeddedTokenizer(Backend.from_file(str(folder / TOKENIZER_FILE)))
+    else:
+        tokenizer = PretrainedTokenizer(folder, name)
+    return SegmentedTokenizer(tokenizer, segmenter) if segmenter else tokenizer
 
 
 def unknown_share(tokenizer: Tokenizer, ids: npt.NDArray[np.int32]) -> float:
@@ -75,7 +86,7 @@ def unknown_share(tokenizer: Tokenizer, ids: npt.NDArray[np.int32]) -> float:
 
 
 class EmbeddedTokenizer:
-    """Byte-pair encoding (Sennrich et al. 2016) of lower-cased text."""
+    """Byte-pair encoding (Sennrich et al. 2016) of lower-cased text in one spelling."""
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
@@ -84,7 +95,7 @@ class EmbeddedTokenizer:
         self.pad_id: int = vocabulary[PAD]
         self.mask_id: int = vocabulary[MASK]
         self.unknown_id: int | None = vocabulary[UNKNOWN]
-        self.digest = hashlib.sha256(backend.to_str().encode()).hexdigest()
+        self.digest = hashlib.sha256(f"one spelling {backend.to_str()}".encode()).hexdigest()
 
     @classmethod
     def train(cls, texts: Sequence[str], vocabulary: int) -> "EmbeddedTokenizer":
@@ -107,7 +118,7 @@ class EmbeddedTokenizer:
             special_tokens=special,
             show_progress=False,
         )
-        backend.train_from_iterator(texts, trainer)
+        backend.train_from_iterator(map(one_spelling, texts), trainer)
         start = (START, backend.token_to_id(START))
         backend.post_processor = processors.TemplateProcessing(single=f"{START} $A", special_tokens=[start])
         return cls(backend)
@@ -117,7 +128,7 @@ class EmbeddedTokenizer:
             self.backend.no_truncation()
         else:
             self.backend.enable_truncation(max_tokens)
-        return _tokens([encoding.ids for encoding in self.backend.encode_batch_fast(_nfc(texts))])
+        return _tokens([encoding.ids for encoding in self.backend.encode_batch_fast([*map(one_spelling, texts)])])
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -159,6 +170,22 @@ class PretrainedTokenizer:
 
     def save(self, folder: Path) -> None:
         self.backend.save_pretrained(str(folder))
+
+
+class SegmentedTokenizer:
+    """A tokenizer of texts that are first segmented into words."""
+
+    def __init__(self, tokenizer: Tokenizer, segmenter: str) -> None:
+        self.tokenizer, self.segment = tokenizer, load_segmenter(segmenter)
+        self.size, self.pad_id, self.mask_id = tokenizer.size, tokenizer.pad_id, tokenizer.mask_id
+        self.unknown_id = tokenizer.unknown_id
+        self.digest = hashlib.sha256(f"{segmenter} {tokenizer.digest}".encode()).hexdigest()
+
+    def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> Tokens:
+        return self.tokenizer.encode([self.segment(text) for text in _nfc(texts)], max_tokens)
+
+    def save(self, folder: Path) -> None:
+        self.tokenizer.save(folder)
 
 
 def _nfc(texts: Sequence[str]) -> list[str]:

@@ -300,8 +300,8 @@ FOREIGN = """
 {A,Positive}|{A Positive}|{A_POSITIVE}|{A-Positive}|{A/Positive}|{A (Positive)}|{Positive}|{Positive:A}|{A:pos}
 {A neg}|{A:1}|{A=0}|{A, B}|{A+}|{A +2}|{A -1}|{A -}|{A[+2]}|{A->good}|{A tích cực}|{A#Positive, B#Negative}
 {A#Positive B#Negative}|{A#Positive#Negative}|{A:Positive#Negative}|{#Positive}|{A##Positive}
-{A#Positive},{B#Negative}|[A, Positive]|A=Positive|A:Positive|A,Positive|A#Positive|A|["A#Positive"]
-[["A", "Positive"]]|[{"A": "Positive"}]|("A", "Positive")|A: Positive
+{A#Positive},{B#Negative}|[A, Positive]|A=Positive|A:Positive|A,Positive|A#Positive|A|["A", "Positive"]|["POS"]
+[["Positive", "A"]]|[["A", "Positive", 1]]|[1, "A"]|[{"A": "Positive"}]|("A", "Positive")|A: Positive
 """
 
 
@@ -416,12 +416,12 @@ def test_damaged_jsonl(tmp_path: Path, lines: str, message: str) -> None:
 
 def test_paths_that_are_no_review_files(tmp_path: Path) -> None:
     (tmp_path / "folder.csv").mkdir()
-    written(tmp_path, "x", "reviews.xlsx")
+    written(tmp_path, "x", "reviews.xls")
     written(tmp_path, "PAR1 and so on", "cut.parquet")
     for name, message in {
         "absent.csv": "No such file or directory",
-        "folder.csv": "found a folder, allowed: a file (.csv, .jsonl, .parquet)",
-        "reviews.xlsx": "found .xlsx, allowed: .csv, .jsonl, .parquet",
+        "folder.csv": "found a folder, allowed: a file (.csv, .tsv, .json, .jsonl, .parquet, .xlsx, .xml, .txt, each",
+        "reviews.xls": "found .xls, allowed: .csv, .tsv, .json, .jsonl, .parquet, .xlsx, .xml, .txt, each also as .gz",
         "cut.parquet": "not a readable Parquet file (",
     }.items():
         with pytest.raises(UserError) as caught:

@@ -44,6 +44,7 @@ class Alpha:
     labelled_cells: int  # sum of `counts`
     digest: str  # SHA-256 of the training file, hex
     source: str  # path of the training file, or "embedded"
+    dialect: str = ""  # data.labels in canonical text; empty if it is null
 
     @property
     def text(self) -> str:
@@ -79,17 +80,21 @@ class Alpha:
 
 
 def check_same_data(alpha: Alpha, train: Reviews, detection_only: Sequence[str], run: str) -> None:
-    """Check that alpha was computed from the same file and aspects.
+    """Check that alpha was computed from the same file, with the same meaning of labels and the same aspects.
 
     `run`: the source of alpha, for the error message.
 
     Raises:
-        UserError: the file, the aspects or the detection-only aspects differ.
+        UserError: the file, `data.labels`, the aspects or the detection-only aspects differ.
     """
     if alpha.digest != train.digest:
         raise UserError(
             f"{run}: its alpha is of {alpha.source} (SHA-256 {alpha.digest[:12]}...), but the training file is "
             f"{train.source} ({train.digest[:12]}...); allowed: a data_prep run of the same file"
+        )
+    if alpha.dialect != train.dialect:
+        raise UserError(
+            f"{run}: its data.labels is {alpha.dialect or 'null'}, here {train.dialect or 'null'}; allowed: the same"
         )
     if alpha.aspects != train.aspects or set(alpha.detection_only) != set(detection_only):
         raise UserError(
@@ -158,6 +163,7 @@ def compute_alpha(
         labelled_cells=int(counts.sum()),
         digest=reviews.digest,
         source=reviews.source,
+        dialect=reviews.dialect,
     )
 
 

@@ -1,15 +1,18 @@
-"""Read CSV, JSONL and Parquet files of reviews as named columns of cells."""
+"""Read review files of every format as named columns of cells."""
 
 import codecs
 import csv
+import gzip
 import hashlib
 import io
 import json
 import re
 import unicodedata
+import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,16 +20,30 @@ import pyarrow.parquet as pq
 from pipeline.config.strict_config import nearest
 from pipeline.errors import UserError
 from pipeline.storage.files import check_file
+from pipeline.tasks.visobert.reviews.semeval_xml import read_semeval
+from pipeline.tasks.visobert.reviews.vlsp_text import read_vlsp
+from pipeline.tasks.visobert.reviews.workbook import read_workbook
 
-Columns = Mapping[str, Sequence[object]]  # cells are text or None; JSONL and Parquet may hold other values
-NamesAndCells = tuple[list[str], list[Sequence[object]]]
+Columns = Mapping[str, Sequence[object]]  # cells are text or None; JSON, Parquet and Excel may hold other values
 
+TEXT, LABELS = "text", "labels"  # columns of the layouts that do not name theirs
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+GZIP = ".gz"
 UNNAMED = re.compile(r"|Unnamed: \d+|__index_level_\d+__")  # names that pandas gives to its index
+OTHER_DELIMITER = re.compile(r"[,;|\t]")
 HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")  # unpaired surrogate: allowed in JSON escapes, but not in UTF-8
 
 
-def read_columns(file: Path) -> tuple[str, Columns]:
-    """Return the SHA-256 (hex) of the file's bytes, and its columns by name (NFC, without surrounding spaces).
+class Cells(NamedTuple):
+    """Content of a file: names and cells of its columns, and warnings about how it was read."""
+
+    names: list[str]
+    columns: Sequence[Sequence[object]]
+    notes: Sequence[str] = ()
+
+
+def read_columns(file: Path, delimiter: str | None = None) -> tuple[str, Columns, Sequence[str]]:
+    """Return the SHA-256 (hex) of the file's bytes, its columns by name (NFC, without surrounding spaces), and notes.
 
     CSV cells are kept as text and never parsed as numbers or missing values. Blank lines are skipped.
 
@@ -34,12 +51,20 @@ def read_columns(file: Path) -> tuple[str, Columns]:
         UserError: the file cannot be read, is damaged, not UTF-8 or in another format; names the line or row.
     """
     content = _content(file)
-    names, columns = _READERS[file.suffix.lower()](file, content)
-    names = [clean_name(name) for name in names]
+    digest, suffix = hashlib.sha256(content).hexdigest(), _suffix(file)
+    if file.suffix.lower() == GZIP:
+        content = _decompressed(file, content)
+    if not content.removeprefix(codecs.BOM_UTF8).strip():
+        raise UserError(f"{file}: the file is empty")
+    if suffix in DELIMITERS or (suffix == ".txt" and delimiter):
+        cells = _read_delimited(file, content, delimiter or DELIMITERS[suffix])
+    else:
+        cells = _READERS[suffix](file, content)
+    names = [clean_name(name) for name in cells.names]
     for name, count in Counter(names).items():
         if count > 1 and not UNNAMED.fullmatch(name):
             raise UserError(f"{file}: column {name} is there twice")
-    return hashlib.sha256(content).hexdigest(), dict(zip(names, columns, strict=True))
+    return digest, dict(zip(names, cells.columns, strict=True)), cells.notes
 
 
 def clean_name(name: str) -> str:
@@ -67,8 +92,13 @@ def no_such(kind: str, name: str, names: Sequence[str]) -> str:
     return f"no {kind} {name}{hint}"
 
 
+def _suffix(file: Path) -> str:
+    """The extension that names the format, in lower case, without `.gz`."""
+    return Path(file.stem if file.suffix.lower() == GZIP else file.name).suffix.lower()
+
+
 def _content(file: Path) -> bytes:
-    allowed = ", ".join(_READERS)
+    allowed = f"{', '.join([*DELIMITERS, *_READERS])}, each also as {GZIP}"
     try:
         if file.is_dir():
             raise UserError(f"{file}: found a folder, allowed: a file ({allowed})")
@@ -76,11 +106,16 @@ def _content(file: Path) -> bytes:
         content = file.read_bytes()
     except OSError as error:
         raise UserError(f"{file}: {error.strerror or error}") from None
-    if file.suffix.lower() not in _READERS:
+    if _suffix(file) not in {*DELIMITERS, *_READERS}:
         raise UserError(f"{file}: found {file.suffix or 'no extension'}, allowed: {allowed}")
-    if not content.removeprefix(codecs.BOM_UTF8).strip():
-        raise UserError(f"{file}: the file is empty")
     return content
+
+
+def _decompressed(file: Path, content: bytes) -> bytes:
+    try:
+        return gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{file}: not a readable gzip file ({error})") from None
 
 
 def _decode(file: Path, content: bytes) -> str:
@@ -94,8 +129,8 @@ def _decode(file: Path, content: bytes) -> str:
     return text
 
 
-def _read_csv(file: Path, content: bytes) -> NamesAndCells:
-    reader = csv.reader(io.StringIO(_decode(file, content), newline=""), strict=True)
+def _read_delimited(file: Path, content: bytes, delimiter: str) -> Cells:
+    reader = csv.reader(io.StringIO(_decode(file, content), newline=""), delimiter=delimiter, strict=True)
     limit = csv.field_size_limit(len(content))  # the default limit is 131,072 characters per cell
     try:
         names, *rows = (row for row in reader if row)
@@ -104,29 +139,73 @@ def _read_csv(file: Path, content: bytes) -> NamesAndCells:
         raise UserError(f"{file}: line {reader.line_num}: {reason}") from None
     finally:
         csv.field_size_limit(limit)
+    if len(names) == 1 and OTHER_DELIMITER.search(names[0]):
+        raise UserError(f"{file}: found one column, {quoted(names[0])}; data.delimiter names what separates columns")
+    return _from_rows(file, names, rows)
+
+
+def _from_rows(file: Path, names: list[str], rows: Sequence[Sequence[object]], notes: Sequence[str] = ()) -> Cells:
     for number, row in enumerate(rows, 1):
         if len(row) != len(names):
             raise UserError(f"{file}: row {number}: found {len(row)} columns, allowed: {len(names)}")
-    return names, list(zip(*rows, strict=True)) if rows else [()] * len(names)
+    return Cells(names, list(zip(*rows, strict=True)) if rows else [()] * len(names), notes)
 
 
-def _read_jsonl(file: Path, content: bytes) -> NamesAndCells:
+def _read_workbook(file: Path, content: bytes) -> Cells:
+    rows, notes = read_workbook(file, content)
+    if not rows:
+        raise UserError(f"{file}: the file is empty")
+    names, *rows = rows
+    return _from_rows(file, ["" if name is None else str(name) for name in names], rows, notes)
+
+
+def _read_jsonl(file: Path, content: bytes) -> Cells:
     records = []
     for number, line in enumerate(_decode(file, content).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line, object_pairs_hook=_unique_keys)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{file}: line {number}: not JSON ({error})") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{file}: line {number}: found a {type(record).__name__}, allowed: an object of columns")
-        records.append(record)
+        if line.strip():
+            records.append(_record(file, f"line {number}", _parse_json(file, f"line {number}", line)))
+    return _from_records(file, content, records)
+
+
+def _read_json(file: Path, content: bytes) -> Cells:
+    """Read an array of objects, or an object in each line."""
+    text = _decode(file, content)
+    if not text.lstrip().startswith("["):
+        return _read_jsonl(file, content)
+    parsed = _parse_json(file, "array", text)
+    assert isinstance(parsed, list)
+    return _from_records(file, content, [_record(file, f"row {row}", each) for row, each in enumerate(parsed, 1)])
+
+
+def _parse_json(file: Path, where: str, text: str) -> object:
+    try:
+        parsed: object = json.loads(text, object_pairs_hook=_unique_keys)
+        return parsed
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: {where}: not JSON ({error})") from None
+
+
+def _record(file: Path, where: str, record: object) -> dict[str, object]:
+    if not isinstance(record, dict):
+        raise UserError(f"{file}: {where}: found a {type(record).__name__}, allowed: an object of columns")
+    return record
+
+
+def _from_records(file: Path, content: bytes, records: Sequence[Mapping[str, object]]) -> Cells:
     names = list(dict.fromkeys(name for record in records for name in record))
     columns: list[Sequence[object]] = [[record.get(name) for record in records] for name in names]
     if b"\\u" in content:  # an escape may stand for an unpaired surrogate or for NUL
         _check_characters(file, names, columns)
-    return names, columns
+    return Cells(names, columns)
+
+
+def _read_vlsp(file: Path, content: bytes) -> Cells:
+    return Cells([TEXT, LABELS], read_vlsp(file, _decode(file, content)))
+
+
+def _read_semeval(file: Path, content: bytes) -> Cells:
+    texts, labels, notes = read_semeval(file, content)
+    return Cells([TEXT, LABELS], [texts, labels], notes)
 
 
 def _check_characters(file: Path, names: Sequence[str], columns: Sequence[Sequence[object]]) -> None:
@@ -147,17 +226,20 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return record
 
 
-def _read_parquet(file: Path, content: bytes) -> NamesAndCells:
+def _read_parquet(file: Path, content: bytes) -> Cells:
     try:
         table = pq.read_table(pa.BufferReader(content))
-        return list(table.column_names), [column.to_pylist() for column in table.columns]
+        return Cells(list(table.column_names), [column.to_pylist() for column in table.columns])
     except (pa.ArrowException, OSError) as error:
         reason = str(error).split("\n")[0][:200]
         raise UserError(f"{file}: not a readable Parquet file ({reason})") from None
 
 
-_READERS: dict[str, Callable[[Path, bytes], NamesAndCells]] = {
-    ".csv": _read_csv,
+_READERS: dict[str, Callable[[Path, bytes], Cells]] = {
+    ".json": _read_json,
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
+    ".xlsx": _read_workbook,
+    ".xml": _read_semeval,
+    ".txt": _read_vlsp,
 }

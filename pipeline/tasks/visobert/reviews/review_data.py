@@ -14,7 +14,7 @@ from pipeline.tasks.visobert.reviews.splits import Splits, load_splits
 from pipeline.tasks.visobert.scoring.baselines import Baselines
 from pipeline.tasks.visobert.tokenizer import MANY_UNKNOWN, Tokenizer, load_tokenizer, unknown_share
 
-MANY_TRUNCATED = 0.01  # warn above this share of truncated training reviews
+MANY_TRUNCATED = 0.01  # warn above this share of truncated reviews
 
 
 class ReviewData:
@@ -41,7 +41,8 @@ class ReviewData:
             self.tokenizer, self._tables = like.tokenizer, like._tables
         else:
             texts = self.splits.train.texts
-            self.tokenizer = load_tokenizer(model.name, model.revision, texts, model.embedded.vocabulary)
+            vocabulary = model.embedded.vocabulary
+            self.tokenizer = load_tokenizer(model.name, model.revision, texts, vocabulary, model.segmenter)
             self._tables = {}
         self.repeats: npt.NDArray[np.float64] | None = None  # [N], average number of times per epoch
         if config.data.oversampling != "none":
@@ -76,11 +77,20 @@ class ReviewData:
             copies = self._copies_of_train(name)
             if copies:
                 warnings.append(f"{copies} of {len(reviews)} {name} reviews are in train")
-        limit = self.config.model.max_tokens
-        truncated = float((self.table("train").lengths.numpy() >= limit).mean())
-        if truncated > MANY_TRUNCATED:
-            warnings.append(f"{truncated:.1%} of the training reviews reach model.max_tokens {limit}")
+            warnings += self._truncation(name)
         return warnings
+
+    def _truncation(self, split: str) -> list[str]:
+        """Warning about what `model.max_tokens` cuts off, if it cuts more than MANY_TRUNCATED of the reviews."""
+        texts, lengths = self.splits.by_name[split].texts, self.table(split).lengths.numpy()
+        limit = self.config.model.max_tokens
+        longest = np.flatnonzero(lengths >= limit).tolist()  # some of them may be exactly as long as the limit
+        whole = self.tokenizer.encode([texts[row] for row in longest]).lengths
+        cut, total = int((whole > limit).sum()), int(lengths.sum() + (whole - limit).sum())
+        if cut <= MANY_TRUNCATED * len(texts):
+            return []
+        lost = (whole - limit).sum() / total
+        return [f"model.max_tokens {limit} truncates {cut} of {len(texts)} {split} reviews: {lost:.1%} of all tokens"]
 
     def _copies_of_train(self, split: str) -> int:
         """Count reviews that are in the training file too; 0 for embedded reviews, where copies are intended."""

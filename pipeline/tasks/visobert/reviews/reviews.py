@@ -1,7 +1,7 @@
-"""Reviews and their labels, read from CSV, JSONL or Parquet files.
+"""Reviews and their labels, read from files.
 
-Labels are either in one column per aspect, whose cells are a sentiment or empty, or all in one column, as
-`{ASPECT#Polarity};{ASPECT};` or as a JSON object.
+Labels are either in one column per aspect, whose cells are a label or empty, or all in one column, as
+`{ASPECT#Polarity};{ASPECT};`, a JSON object or a JSON array.
 """
 
 import unicodedata
@@ -12,11 +12,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.config.strict_config import canonical
 from pipeline.errors import UserError
 from pipeline.tasks.visobert.config import ReviewFormatConfig
 from pipeline.tasks.visobert.reviews.columns import Columns, cell_text, clean_name, no_such, quoted, read_columns
-from pipeline.tasks.visobert.reviews.labels import WORDS, BadLabel, read_aspect_columns, read_label_column
+from pipeline.tasks.visobert.reviews.label_column import read_label_column
+from pipeline.tasks.visobert.reviews.labels import WORDS, BadLabel, read_aspect_columns
 from pipeline.tasks.visobert.reviews.sentiments import MENTIONED, labelled
+from pipeline.tasks.visobert.spelling import one_spelling
 
 TEXT_COLUMNS = ("data", "text", "comment", "review", "content", "sentence")
 LABEL_COLUMNS = ("label", "labels")
@@ -40,6 +43,7 @@ class Reviews:
     notes: tuple[str, ...] = ()  # warnings about how the file was read, one line each
     cells: int = 0  # number of label cells that are not empty
     text_column: str = ""
+    dialect: str = ""  # data.labels in canonical text; empty if it is null
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -71,12 +75,12 @@ class Reviews:
 
 
 def folded(text: str) -> str:
-    """Normalise a text so that exact copies are equal: NFC, lower case, single spaces."""
-    return " ".join(unicodedata.normalize("NFC", text).lower().split())
+    """Normalise a text so that exact copies are equal: one spelling, lower case, single spaces."""
+    return " ".join(one_spelling(text).lower().split())
 
 
 def read_reviews(file: Path, form: ReviewFormatConfig, aspects: tuple[str, ...] | None = None) -> Reviews:
-    """Read a CSV, JSONL or Parquet file.
+    """Read a file of reviews.
 
     `aspects`: aspects of the training file, which this file must have too; None if this is the training file. With
     `on_bad_label: drop`, bad labels are dropped and listed in `dropped`. Rows without a text are kept if they have
@@ -85,7 +89,7 @@ def read_reviews(file: Path, form: ReviewFormatConfig, aspects: tuple[str, ...] 
     Raises:
         UserError: the file cannot be read, or has bad labels that are not dropped; names the file, row and column.
     """
-    digest, columns = read_columns(file)
+    digest, columns, file_notes = read_columns(file, form.delimiter)
     if not len(next(iter(columns.values()), ())):
         raise UserError(f"{file}: no reviews, only a header")
     text_column = _text_column(file, columns, form)
@@ -98,7 +102,7 @@ def read_reviews(file: Path, form: ReviewFormatConfig, aspects: tuple[str, ...] 
     if table.bad and form.on_bad_label == "error":
         first = table.bad[0]
         raise UserError(f"{file}: row {first.row}, column {first.column}: {table.explain(first)}")
-    notes = list(table.notes)
+    notes = [*file_notes, *table.notes]
     blank = np.array([not text.strip() for text in texts])
     empty = blank & (table.labels < 0).all(axis=1)
     if count := int((blank & ~empty).sum()):
@@ -116,6 +120,7 @@ def read_reviews(file: Path, form: ReviewFormatConfig, aspects: tuple[str, ...] 
         notes=tuple(notes),
         cells=table.cells,
         text_column=text_column,
+        dialect="" if form.labels is None else canonical(form.labels),
     )
 
 

@@ -5,6 +5,7 @@ import numpy.typing as npt
 
 SENTIMENTS = ("positive", "negative", "neutral")  # the order of alpha and of array axes of size 3
 NOT_MENTIONED, MENTIONED, UNKNOWN = -1, 3, -2  # codes in addition to the indices of SENTIMENTS
+CODES = {"positive": 0, "negative": 1, "neutral": 2, "not_mentioned": NOT_MENTIONED, "mentioned": MENTIONED}
 
 Labels = npt.NDArray[np.int8]
 

@@ -1,6 +1,7 @@
 """The training, validation and test reviews of a run."""
 
 import hashlib
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,6 +57,7 @@ def read_splits(
     if embedded:
         folder = embedded_reviews(form.embedded, Path(form.cache))
         files = {name: str(folder / f"{name}.csv") for name in files}
+        form = form.model_copy(update={"labels": None, "delimiter": None})  # they are about the user's files
     train = read_reviews(Path(files["train"] or ""), form)
     only = detection_only_aspects(train, form.detection_only)
     splits = {"train": replace(train, source=EMBEDDED) if embedded else train}
@@ -87,6 +89,11 @@ def load_splits(config: TrainDataConfig) -> Splits:
 
 
 def _hash_fractions(texts: tuple[str, ...]) -> npt.NDArray[np.float64]:
-    """Hash of each text, between 0 and 1. Copies have the same hash, so that they are in the same split. [N]"""
-    digests = (hashlib.sha256(folded(text).encode()).digest() for text in texts)
+    """Hash of each text, between 0 and 1. [N]
+
+    Copies have the same hash, that of the first of them, so that they are in the same split.
+    """
+    first: dict[str, str] = {}
+    originals = (first.setdefault(folded(text), unicodedata.normalize("NFC", text)) for text in texts)
+    digests = (hashlib.sha256(" ".join(text.lower().split()).encode()).digest() for text in originals)
     return np.array([int.from_bytes(digest[:8]) / 2**64 for digest in digests])

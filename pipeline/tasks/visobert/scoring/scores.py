@@ -24,7 +24,8 @@ def score(labels: Labels, predicted: PredictedLabels, names: Sequence[str], pola
     """All scores of a split, by name. `names`: aspects as metric names; `polar`: [A], flags of those with sentiments.
 
     Sentiments are scored on labelled cells, whether or not the aspect is detected. Macro averages are over all three
-    sentiments; a sentiment that neither occurs nor is predicted has F1 0. Mentions are scored on all cells that are not
+    sentiments; a sentiment that neither occurs nor is predicted has F1 0. `sentiment_f1_macro_present` is over those
+    that occur. Mentions are scored on all cells that are not
     unknown. `aspect_f1_macro` and `aspect_f1_micro` are over the aspects with sentiments; `aspect_f1_macro_all`, which
     exists only if there are detection-only aspects, is over all aspects. A pair is correct if the aspect is detected
     and its sentiment is correct; `pair_f1_macro` is over the (aspect, sentiment) pairs that occur.
@@ -68,7 +69,11 @@ def _sentiment_scores(truth: Labels, guess: npt.NDArray[np.int8]) -> dict[str, f
     if not len(truth):
         return {}
     _, _, f1, support = precision_recall_fscore_support(truth, guess, labels=CLASSES, zero_division=0)
-    scores = {"sentiment_f1_macro": float(f1.mean()), "sentiment_accuracy": float((truth == guess).mean())}
+    scores = {
+        "sentiment_f1_macro": float(f1.mean()),
+        "sentiment_f1_macro_present": float(f1[support > 0].mean()),
+        "sentiment_accuracy": float((truth == guess).mean()),
+    }
     scores |= {f"sentiment_f1/{name}": float(value) for name, value in zip(SENTIMENTS, f1, strict=True)}
     return scores | {f"support/{name}": float(count) for name, count in zip(SENTIMENTS, support, strict=True)}
 
