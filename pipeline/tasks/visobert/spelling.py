@@ -7,6 +7,7 @@ on the keyboard. A letter is one code point (NFC) or several (NFD). Web pages wr
 import html
 import re
 import unicodedata
+from html.entities import html5
 
 _ENTITY = re.compile(r"&(?:#[0-9]+|#[xX][0-9a-fA-F]+|[a-zA-Z][a-zA-Z0-9]*);")
 # In NFD, vowels and tones (grave, acute, tilde, hook above, dot below) are code points of their own.
@@ -21,5 +22,11 @@ def one_spelling(text: str) -> str:
     >>> one_spelling("Ho&agrave; b&igrave;nh, thuỷ, quý, hoàn")
     'Hòa bình, thủy, quý, hoàn'
     """
-    text = _ENTITY.sub(lambda match: html.unescape(match[0]), text)
+    text = _ENTITY.sub(_character, text)
     return unicodedata.normalize("NFC", _SECOND_VOWEL.sub(r"\1\3\2", unicodedata.normalize("NFD", text)))
+
+
+def _character(entity: re.Match[str]) -> str:
+    """The character of an entity. What is no entity stays: `html.unescape` would make `¬x;` of `&notx;`."""
+    known = entity[0][1] == "#" or entity[0][1:] in html5
+    return html.unescape(entity[0]) if known else entity[0]

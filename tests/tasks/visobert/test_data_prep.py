@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import unicodedata
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,14 @@ from pipeline.tasks.visobert.prepare.duplicates import (
     write_duplicates,
 )
 from pipeline.tasks.visobert.prepare.review_statistics import distribution, token_lengths, write_distribution
-from pipeline.tasks.visobert.reviews.alpha import ALPHA_FILE, Alpha, auto_alpha, compute_alpha, count_sentiments
+from pipeline.tasks.visobert.reviews.alpha import (
+    ALPHA_FILE,
+    Alpha,
+    auto_alpha,
+    check_same_data,
+    compute_alpha,
+    count_sentiments,
+)
 from pipeline.tasks.visobert.reviews.reviews import Reviews, folded
 from pipeline.tasks.visobert.reviews.sentiments import MENTIONED, NOT_MENTIONED, UNKNOWN
 
@@ -115,6 +123,20 @@ def test_a_bad_alpha_file(tmp_path: Path, change: Any, message: str) -> None:
         Alpha.read(file)
     assert str(caught.value).startswith(f"{file}: not an alpha.json of data_prep (")
     assert message in str(caught.value)
+
+
+def test_alpha_of_other_labels_is_refused(tmp_path: Path) -> None:
+    """The same file, read with another meaning of its numbers."""
+    alpha = compute_alpha(reviews_of([[P], [N], [U]], dialect="0-3"), (), "auto")
+    check_same_data(alpha, reviews_of([[P], [N], [U]], dialect="0-3"), (), "run 1")
+    with pytest.raises(UserError, match=r"^run 1: its data\.labels is 0-3, here null; allowed: the same$"):
+        check_same_data(alpha, reviews_of([[P], [N], [U]]), (), "run 1")
+    alpha.write(tmp_path / ALPHA_FILE)
+    assert Alpha.read(tmp_path / ALPHA_FILE) == alpha
+    tree = json.loads((tmp_path / ALPHA_FILE).read_text())
+    del tree["dialect"]  # of an older version
+    (tmp_path / ALPHA_FILE).write_text(json.dumps(tree))
+    check_same_data(Alpha.read(tmp_path / ALPHA_FILE), reviews_of([[P], [N], [U]]), (), "run 1")
 
 
 @pytest.mark.parametrize("content", [b"[1, 2]", b"{", b"\xff\xfe"])
@@ -269,6 +291,16 @@ def test_exact_copies_within_and_across_splits(tmp_path: Path) -> None:
     assert distinct(train).tolist() == [0, 2, 3, 4, 5]  # other labels, another review
 
 
+def test_copies_in_other_spellings() -> None:
+    long = "máy chạy rất hòa hợp, pin khỏe và chụp hình cũng đẹp, thủy tinh trong suốt, dùng hai ngày mới sạc"
+    texts = [long, long.replace("òa", "oà").replace("ủy", "uỷ"), unicodedata.normalize("NFD", long),
+             long.replace("đẹp", "&#273;ẹp").replace("khỏe", "kho&#7867;") + "!", "khác hẳn"]  # fmt: skip
+    groups = find_duplicates({"train": reviews_of([[P]] * 5, texts)})
+    assert [(group.kind, [position for _, position in group.members]) for group in groups] == [
+        ("exact", [0, 1, 2]), ("near", [0, 1, 2, 3])
+    ]  # fmt: skip
+
+
 def test_conflicts_and_folding() -> None:
     def conflict(*rows: list[int]) -> bool:
         return in_conflict(np.array(rows, dtype=np.int8))
@@ -378,6 +410,7 @@ def test_embedded_reviews(lent: Place, tmp_path: Path, prep: Call, monkeypatch: 
     assert 'next: train_visobert with data.detection_only=["Others"]' in result.stderr
     assert "config=configs/config_multi_embedded.yaml" in result.stderr
     assert "embedded data: generated, 500 reviews, because data.path is null\n" in result.stderr
+    assert "warning" not in result.stderr
 
 
 SOME = 'data,A,B\n"máy\nđẹp",Positive,\npin kém,,Negative\nbình thường thôi,Neutral,Neutral\n'

@@ -1,5 +1,6 @@
 """Keys of the aspect sentiment task, its learning rate's warm-up, and what `launch` tells of epochs and files."""
 
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -345,6 +346,30 @@ def test_the_warm_up_by_hand() -> None:
     half = factors(8, 0, 0.5, "cosine")
     assert half[:4] == [0.25, 0.5, 0.75, 1.0]
     assert half[4:] == pytest.approx([1, 0.5 + 0.5 * 2**-0.5, 0.5, 0.5 - 0.5 * 2**-0.5])
+
+
+# ---------------------------------------------------------------- run keys
+
+
+def test_keys_that_older_versions_did_not_have_leave_run_keys_as_they_were() -> None:
+    """The formula of before those keys; each of them counts once it has another value than its default."""
+    added = {"data.labels", "data.delimiter", "model.segmenter"}
+    for config in (config_of(SHIPPED), config_of(SMALL, seed="3", data__train="a.csv")):
+        older = {key: value for key, value in config.decisive().items() if key not in added}
+        text = json.dumps(["visobert", older, "d"], sort_keys=True)
+        assert config.fingerprint("d") == hashlib.sha256(text.encode()).hexdigest()
+        assert len(older) == len(config.decisive()) - 3
+    values = [{}, {"data__labels": "0-3"}, {"data__labels": "{positive: [1]}"}, {"data__delimiter": ";"},
+              {"model__segmenter": "pyvi"}]  # fmt: skip
+    assert len({config_of(SHIPPED, **value).fingerprint("d") for value in values}) == len(values)
+    assert config_of(SHIPPED, data__labels="null").fingerprint("d") == config_of(SHIPPED).fingerprint("d")
+
+
+def test_phobert_without_segmented_words_is_reported() -> None:
+    name = {"model__name": "vinai/phobert-base-v2"}
+    assert [note for note in config_of(None, **name).warnings() if "segmented words" in note]
+    assert not config_of(None, **name, model__segmenter="pyvi").warnings()
+    assert not config_of(SHIPPED).warnings()
 
 
 # ---------------------------------------------------------------- what launch tells and keeps

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy.typing as npt
 import pandas as pd
 import pytest
 import torch
+from conftest import ROOT
 from torch import Tensor, nn
 
 from pipeline.config.strict_config import load
@@ -333,9 +335,27 @@ def test_a_note_of_the_file_is_reported_once(make: Make, tmp_path: Path, files: 
 
 
 def test_truncated_texts_are_reported(make: Make) -> None:
-    warnings = make(**{"model.max_tokens": 8}).warnings(10)
-    assert [note for note in warnings if "model.max_tokens 8" in note]
-    assert not [note for note in make().warnings(10) if "max_tokens" in note]
+    """In how many reviews, and how much of all that was written; a review of exactly the limit is whole."""
+    whole = {name: task.tokenizer.encode(reviews.texts).lengths for task in [make().data]
+             for name, reviews in task.splits.by_name.items()}  # fmt: skip
+    limit = int(np.sort(whole["train"])[-3])
+    cut = {name: (lengths > limit).sum() for name, lengths in whole.items()}
+    assert 1 <= cut["train"] < (whole["train"] >= limit).sum()
+    warnings = make(**{"model.max_tokens": limit}).warnings(10)
+    for name, lengths in whole.items():
+        share = np.maximum(lengths - limit, 0).sum() / lengths.sum()
+        line = f"model.max_tokens {limit} truncates {cut[name]} of {len(lengths)} {name} reviews: "
+        line += f"{share:.1%} of all tokens"
+        assert (line in warnings) == (cut[name] > 0.01 * len(lengths)), name
+    assert not [
+        note for note in make(**{"model.max_tokens": int(whole["train"].max())}).warnings(10) if "trunc" in note
+    ]
+
+
+def test_the_worked_example_gives_no_warning(tmp_path: Path) -> None:
+    values = {"data.embedded.rows": "400", "data.cache": str(tmp_path)}
+    task = VisobertTask(load(VisobertConfig, ROOT / "configs" / "config_multi_embedded.yaml", values))
+    assert task.warnings(10) == []
 
 
 def test_copies_unknown_tokens_and_missing_texts_are_reported(
@@ -361,6 +381,19 @@ def test_copies_unknown_tokens_and_missing_texts_are_reported(
     assert not [note for note in warnings if "reviews are in train" in note]
     warnings = list(make(**{"data.validation": files["data.train"]}).warnings(10))
     assert f"{len(train)} of {len(train)} valid reviews are in train" in warnings
+
+
+def test_copies_in_another_spelling_are_reported(make: Make, tmp_path: Path, files: dict[str, str]) -> None:
+    """The tone on another vowel, decomposed letters, and HTML entities."""
+    train = pd.read_csv(files["data.train"], keep_default_na=False)
+    train.loc[0, "data"] = "Hòa thì thích, thủy thì không"
+    train.to_csv(tmp_path / "train.csv", index=False)
+    test = pd.concat([train[:1]] * 4, ignore_index=True)
+    test["data"] = ["Hoà thì thích, thuỷ thì không", unicodedata.normalize("NFD", train.loc[0, "data"]),
+                    "H&ograve;a th&#236; th&iacute;ch, thủy thì&nbsp;không", "Hoa thì thích"]  # fmt: skip
+    test.to_csv(tmp_path / "test.csv", index=False)
+    warnings = make(**{"data.train": tmp_path / "train.csv", "data.test": tmp_path / "test.csv"}).warnings(10)
+    assert "3 of 4 test reviews are in train" in warnings
 
 
 # ---------------------------------------------------------------- evaluation and predictions

@@ -7,6 +7,7 @@ import sys
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -155,6 +156,73 @@ def test_decomposed_letters_are_composed_first(tmp_path: Path) -> None:
     assert decomposed != TEXTS
     expected = [own_ids(folder / "tokenizer.json", text) for text in TEXTS]
     assert ids_of(load_tokenizer(str(folder), None, [], 0), decomposed) == expected
+
+
+def test_a_pretrained_tokenizer_gets_the_text_as_it_is(visobert: Path) -> None:
+    tokenizer = load_tokenizer(str(visobert), None, [], 0)
+    texts = ["hoà &lt;3", "hòa &lt;3"]
+    assert ids_of(tokenizer, texts) == [own_ids(visobert / "tokenizer.json", text) for text in texts]
+
+
+def test_the_embedded_tokenizer_reads_every_spelling_alike() -> None:
+    tokenizer = load_tokenizer(EMBEDDED, None, [*TEXTS, "hòa bình, thủy chung, khỏe re"] * 3, 300)
+    spellings = ["Hòa bình, khỏe", "Hoà b&igrave;nh, khoẻ", unicodedata.normalize("NFD", "Hoà bình, khoẻ")]
+    first, *others = ids_of(tokenizer, spellings)
+    assert others == [first, first]
+    assert tokenizer.unknown_id not in first
+    trained_on_others = load_tokenizer(EMBEDDED, None, [*TEXTS, "hoà bình, thuỷ chung, khoẻ re"] * 3, 300)
+    assert ids_of(trained_on_others, spellings) == [first] * 3
+
+
+# ---------------------------------------------------------------- word segmentation
+
+SEGMENTED = {"Điện thoại tốt": "Điện_thoại tốt", "nhân viên nhiệt tình": "nhân_viên nhiệt_tình"}
+
+
+@pytest.fixture
+def pyvi(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the package, which knows two texts."""
+    module = ModuleType("pyvi.ViTokenizer")
+    module.tokenize = SEGMENTED.__getitem__  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pyvi", ModuleType("pyvi"))
+    monkeypatch.setitem(sys.modules, "pyvi.ViTokenizer", module)
+
+
+@pytest.mark.usefixtures("pyvi")
+def test_texts_are_segmented_before_they_are_tokenised(visobert: Path, tmp_path: Path) -> None:
+    plain = load_tokenizer(str(visobert), None, [], 0)
+    tokenizer = load_tokenizer(str(visobert), None, [], 0, "pyvi")
+    texts = [unicodedata.normalize("NFD", text) for text in SEGMENTED]
+    expected = ids_of(plain, list(SEGMENTED.values()))
+    assert ids_of(tokenizer, texts) == expected != ids_of(plain, texts)
+    assert ids_of(tokenizer, texts, 5) == ids_of(plain, list(SEGMENTED.values()), 5)
+    assert tokenizer.digest != plain.digest  # cached tokens are not shared
+    assert (tokenizer.size, tokenizer.pad_id, tokenizer.mask_id, tokenizer.unknown_id) == (
+        plain.size, plain.pad_id, plain.mask_id, plain.unknown_id
+    )  # fmt: skip
+    tokenizer.save(tmp_path / "saved")
+    assert ids_of(load_saved(tmp_path / "saved", str(visobert), "pyvi"), texts) == expected
+
+
+@pytest.mark.usefixtures("pyvi")
+def test_the_embedded_tokenizer_is_trained_on_segmented_texts() -> None:
+    segmented = load_tokenizer(EMBEDDED, None, list(SEGMENTED.values()) * 3, 300)
+    tokenizer = load_tokenizer(EMBEDDED, None, list(SEGMENTED) * 3, 300, "pyvi")
+    assert ids_of(tokenizer, list(SEGMENTED)) == ids_of(segmented, list(SEGMENTED.values()))
+
+
+def test_a_segmenter_that_is_not_installed(visobert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyvi", None)
+    message = "model.segmenter pyvi: pyvi is not installed; install it with `pip install --editable '.[segmenter]'`"
+    assert refused(visobert, segmenter="pyvi") == message
+    assert refused(EMBEDDED, segmenter="pyvi") == message
+
+
+def test_the_segmenter_itself() -> None:
+    pytest.importorskip("pyvi", reason="the extra segmenter is not installed")
+    from pipeline.tasks.visobert.segmenter import load_segmenter
+
+    assert load_segmenter("pyvi")("Điện thoại có pin tốt").split() == ["Điện_thoại", "có", "pin", "tốt"]
 
 
 def test_a_vocabulary_without_a_tokenizer_file(tmp_path: Path) -> None:

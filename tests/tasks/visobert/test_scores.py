@@ -63,6 +63,7 @@ def test_by_hand() -> None:
     scores = score(LABELS, PREDICTED, NAMES, POLAR)
     expected = {
         "sentiment_f1_macro": 5 / 9,
+        "sentiment_f1_macro_present": 5 / 9,
         "sentiment_accuracy": 4 / 6,
         "sentiment_f1/positive": 2 / 3,
         "sentiment_f1/negative": 0,
@@ -98,6 +99,17 @@ def test_an_aspect_without_labels() -> None:
     assert scores["pair_f1_micro"] == scores["pair_f1_macro"] == scores["exact_match"] == 1
     assert scores["sentiment_f1_macro"] == pytest.approx(2 / 3)  # neutral neither occurs nor is predicted: 0
     assert "aspect_f1_macro_all" not in scores
+
+
+def test_the_macro_over_the_sentiments_that_occur() -> None:
+    """Truth P P N, said P U N: F1 of positive is 2/3, of negative 1; neutral is said, but does not occur."""
+    labels, said = table([[P], [P], [N]]), PredictedLabels(table([[P], [U], [N]]), None)
+    scores = score(labels, said, ("pin",), np.array([True]))
+    assert scores["sentiment_f1_macro"] == pytest.approx((2 / 3 + 1 + 0) / 3)
+    assert scores["sentiment_f1_macro_present"] == pytest.approx((2 / 3 + 1) / 2)
+    assert scores["sentiment_f1_macro_present"] == pytest.approx(
+        f1_score([P, P, N], [P, U, N], labels=[P, N], average="macro")
+    )
 
 
 def test_a_split_in_which_an_aspect_is_unknown_throughout() -> None:

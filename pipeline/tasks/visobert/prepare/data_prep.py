@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 from pipeline.names import metric_names
 from pipeline.runtime.console import info, optional, table, warn
 from pipeline.storage.folders import published
-from pipeline.tasks.visobert.config import DataPrepConfig, EmbeddedModelConfig
+from pipeline.tasks.visobert.config import EMBEDDED, DataPrepConfig, EmbeddedModelConfig
 from pipeline.tasks.visobert.prepare.duplicates import Group, distinct, find_duplicates, summary, write_duplicates
 from pipeline.tasks.visobert.prepare.review_statistics import ALL, distribution, token_lengths, write_distribution
 from pipeline.tasks.visobert.reviews.alpha import ALPHA_FILE, Alpha, auto_alpha, compute_alpha, count_sentiments
@@ -221,6 +221,7 @@ def _print(analysis: Analysis) -> None:
 
 
 def _print_copies(analysis: Analysis) -> None:
+    tell = info if analysis.train.source == EMBEDDED else warn  # the generator writes copies on purpose
     for kind in ("exact", "near"):
         counts = analysis.duplicates[kind]
         info(f"{kind} copies: {counts['copies']} in {counts['groups']} groups, {counts['conflicting_groups']} of these "
@@ -229,7 +230,7 @@ def _print_copies(analysis: Analysis) -> None:
             across = counts["across"][f"{first}/{second}"][f"reviews_of_{second}"]
             if across:
                 total = len(analysis.with_text[second])
-                warn(f"{across} of {total} {second} reviews have {kind} copies in {first}")
+                tell(f"{across} of {total} {second} reviews have {kind} copies in {first}")
 
 
 def _counts_text(row: Mapping[str, Any]) -> str:

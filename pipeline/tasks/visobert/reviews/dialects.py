@@ -12,6 +12,7 @@ Meaning = Literal["positive", "negative", "neutral", "not_mentioned", "mentioned
 DialectName = Literal["english", "POS/NEG/NEU", "vietnamese", "-1/0/1", "0-3"]
 Spellings = Mapping[Meaning, Sequence[str]]
 
+SENTIMENTS: tuple[Meaning, ...] = ("positive", "negative", "neutral")
 DIALECTS: Mapping[DialectName, Spellings] = {
     "english": {"positive": ["Positive"], "negative": ["Negative"], "neutral": ["Neutral"]},
     "POS/NEG/NEU": {"positive": ["POS"], "negative": ["NEG"], "neutral": ["NEU"]},
@@ -57,9 +58,8 @@ class Dialect:
     def of(cls, labels: DialectName | Spellings | None) -> "Dialect":
         """The dialect of `data.labels`: by name, as a mapping, or the words of all dialects."""
         if labels is None:
-            meanings: Sequence[Meaning] = ("positive", "negative", "neutral")
-            return cls({meaning: [text for name in WORDS for text in DIALECTS[name][meaning]] for meaning in meanings},
-                       chosen=False)  # fmt: skip
+            words = {meaning: [text for name in WORDS for text in DIALECTS[name][meaning]] for meaning in SENTIMENTS}
+            return cls(words, chosen=False)
         return cls(DIALECTS[labels] if isinstance(labels, str) else labels)
 
     def meaning(self, text: str) -> Meaning | None:
@@ -72,9 +72,10 @@ class Dialect:
         match = difflib.get_close_matches(label_key(text), list(words), 1, 0.6)
         return words[match[0]] if match else None
 
-    def example(self, meaning: Meaning) -> str:
-        """The first spelling of a meaning, or the meaning's own name."""
-        return next(iter(self.spellings.get(meaning, ())), meaning.capitalize())
+    @property
+    def examples(self) -> list[str]:
+        """The first spellings of positive, negative and neutral, or their own names."""
+        return [next(iter(self.spellings.get(meaning, ())), meaning.capitalize()) for meaning in SENTIMENTS]
 
     @property
     def allowed(self) -> str:

@@ -17,7 +17,7 @@ from pipeline.tasks.visobert.config import ReviewFormatConfig
 from pipeline.tasks.visobert.reviews.columns import HALF_CHARACTER, cell_text, clean_name, no_such, quoted
 from pipeline.tasks.visobert.reviews.dialects import Dialect
 from pipeline.tasks.visobert.reviews.labels import WORDS, BadLabel, LabelTable, configured_aspects, label_code
-from pipeline.tasks.visobert.reviews.sentiments import MENTIONED, NOT_MENTIONED, SENTIMENTS, UNKNOWN, Labels
+from pipeline.tasks.visobert.reviews.sentiments import MENTIONED, NOT_MENTIONED, UNKNOWN, Labels
 
 _BRACES = re.compile(r"\{([^{}]+)\}")
 _OBJECT = re.compile(r"""\s*\{\s*["'}]""")
@@ -227,7 +227,7 @@ def _explain_piece(dialect: Dialect, label: BadLabel) -> str:
     hint = ""
     if polarity and label_code(dialect, polarity[1]) == UNKNOWN:
         hint = f"; did you mean {{{aspects[0]}#{word}}}?" if aspects and word else dialect.hint(polarity[1])
-    first = dialect.example("positive")
-    forms = ", ".join(f"{{ASPECT#{dialect.example(meaning)}}}" for meaning in SENTIMENTS)
+    first = dialect.examples[0]
+    forms = ", ".join(f"{{ASPECT#{word}}}" for word in dialect.examples)
     allowed = f'{forms} or {{ASPECT}}, joined by ;, or a JSON object {{"ASPECT": "{first}"}}'
     return f'found {quoted(label.value)}, allowed: {allowed} or array [["ASPECT", "{first}"]]{hint}'
