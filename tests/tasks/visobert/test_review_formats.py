@@ -392,20 +392,31 @@ def test_two_sentiments_of_one_aspect(tmp_path: Path) -> None:
     assert read(tmp_path, more, "a.jsonl", on_bad_label="drop").labels.tolist() == [[X, U], [N, O]]
 
 
+# An entity that stands for 10^9 characters, and one that would be read from a file.
+NESTED = "".join(f'<!ENTITY e{n} "{f"&e{n - 1};" * 10}">' for n in range(1, 9))
+BOMB = f'<!DOCTYPE x [<!ENTITY e0 "aaaaaaaaaa">{NESTED}]><x><sentence><text>&e8;</text></sentence></x>'
+EXTERNAL = '<!DOCTYPE x [<!ENTITY a SYSTEM "file:///etc/hostname">]><x><sentence><text>&a;</text></sentence></x>'
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.txt", "Phòng sạch\n", "line 1: found 'Phòng sạch', allowed: the layout of VLSP 2018"),
         ("a.txt", "#1\nx\n{A, positive}, {B negative}\n", "line 3: found '{A, positive}, {B negative}', allowed: "),
-        ("a.txt", "#1\nx\n{A, positive}\n{B, negative}\n", "line 4: found a second line of labels, allowed: "),
+        ("a.txt", "#1\nx\n{A, positive}\n{B, negative}\n", "line 4: found '{B, negative}' after the labels of a"),
+        ("a.txt", "#1\nx\n{A, positive}\nno number\n", "line 4: found 'no number' after the labels of a review, "),
+        ("a.txt", "#1\nx\n{A, positive\n#2\ny\n{A, positive}\n", "line 3: found '{A, positive', allowed: "),
         ("a.txt", "#1\nx\n{A, positiv}\n", "row 1, column labels: found '[\"A\", \"positiv\"]', allowed: {ASPECT"),
         ("a.xml", "<sentences><sentence>", "not XML (no element found"),
         ("a.xml", "<html><p/></html>", "found <html> without sentences, allowed: the XML of SemEval 2014"),
         ("a.xml", '<sentences><sentence><text>x</text><aspectTerms><aspectTerm term="x" polarity="positive"/>'
          "</aspectTerms></sentence></sentences>", "found aspectTerm elements only, allowed: the XML of SemEval 2014"),
+        ("a.xml", BOMB, "not XML (limit on input amplification"),
+        ("a.xml", EXTERNAL, "not XML (undefined entity &a;"),
         ("a.xml", '<x><sentence><text>x</text><Opinion category="A" polarity="conflict"/></sentence></x>',
          "row 1, column labels: found '[\"A\", \"conflict\"]', allowed: {ASPECT#Positive}"),
         ("a.csv", "text;A\nx;Positive\n", "found one column, 'text;A'; data.delimiter names what separates columns"),
+        ("a.csv", 'text;A\n"x, y";Positive\n', "found one column, 'text;A'; data.delimiter names what"),
         ("a.csv", "text\tA\nx, y\tPositive\n", "found one column, 'text\\tA'; data.delimiter names what"),
         ("a.csv.gz", "text,A\nx,Positive\n", "not a readable gzip file (Not a gzipped file"),
         ("a.csv.gz", gzip.compress(b"text,A\nx,Positive\n")[:-9], "not a readable gzip file ("),
@@ -417,6 +428,18 @@ def test_two_sentiments_of_one_aspect(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_damaged_files(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
     assert refused(tmp_path, content, name).startswith(message)
+
+
+@pytest.mark.parametrize("span", ["8, 0", "3, 3", "-1, 3", '"0", 3', "0, NaN", "0.5, 2"])
+def test_spans_that_are_none(tmp_path: Path, span: str) -> None:
+    line = f'{{"text": "Pin tốt", "labels": [[{span}, "A#POSITIVE"]]}}'
+    assert refused(tmp_path, line, "a.jsonl").startswith(f"row 1, column labels: found '[[{span}, \"A#POSITIVE\"]]', ")
+
+
+def test_a_delimiter_of_a_file_without_one_is_reported(tmp_path: Path) -> None:
+    reviews = read(tmp_path, lines(objects()), "a.jsonl", delimiter=";")
+    assert reviews.notes == (f"{tmp_path / 'a.jsonl'}: data.delimiter has no effect on .jsonl",)
+    assert not read(tmp_path, wide(WORD, delimiter=";"), delimiter=";").notes
 
 
 def test_json_lines_may_be_called_json(tmp_path: Path) -> None:
@@ -450,4 +473,7 @@ def test_workbooks(tmp_path: Path) -> None:
     assert (reviews.texts, reviews.labels.tolist()) == (("x", "y", "z"), [[P, O], [N, O], [U, P]])
     assert reviews.notes == (f"{tmp_path / 'a.xlsx'}: only sheet Reviews is read, not Notes",)
     assert refused(tmp_path, workbook([]), "a.xlsx") == "the file is empty"
-    assert refused(tmp_path, "PK and so on", "a.xlsx").startswith("not a readable workbook (")
+    cut, other = workbook(rows)[:-40], bytearray(workbook(rows))
+    other[8] = other[other.rindex(b"PK\1\2") + 10] = 99  # a compression that there is not
+    for content in (b"PK and so on", gzip.compress(b"x"), cut, bytes(other)):
+        assert refused(tmp_path, content, "a.xlsx").startswith("not a readable workbook (")

@@ -60,6 +60,8 @@ def read_columns(file: Path, delimiter: str | None = None) -> tuple[str, Columns
         cells = _read_delimited(file, content, delimiter or DELIMITERS[suffix])
     else:
         cells = _READERS[suffix](file, content)
+        if delimiter:
+            cells = cells._replace(notes=[*cells.notes, f"{file}: data.delimiter has no effect on {suffix}"])
     names = [clean_name(name) for name in cells.names]
     for name, count in Counter(names).items():
         if count > 1 and not UNNAMED.fullmatch(name):
@@ -133,14 +135,17 @@ def _read_delimited(file: Path, content: bytes, delimiter: str) -> Cells:
     reader = csv.reader(io.StringIO(_decode(file, content), newline=""), delimiter=delimiter, strict=True)
     limit = csv.field_size_limit(len(content))  # the default limit is 131,072 characters per cell
     try:
-        names, *rows = (row for row in reader if row)
+        lines = (line for line in reader if line)
+        names = next(lines)
+        if len(names) == 1 and OTHER_DELIMITER.search(names[0]):
+            found = f"found one column, {quoted(names[0])}"
+            raise UserError(f"{file}: {found}; data.delimiter names what separates columns")
+        rows = list(lines)
     except csv.Error as error:
         reason = "a quote that is never closed" if "unexpected end" in str(error) else str(error)
         raise UserError(f"{file}: line {reader.line_num}: {reason}") from None
     finally:
         csv.field_size_limit(limit)
-    if len(names) == 1 and OTHER_DELIMITER.search(names[0]):
-        raise UserError(f"{file}: found one column, {quoted(names[0])}; data.delimiter names what separates columns")
     return _from_rows(file, names, rows)
 
 

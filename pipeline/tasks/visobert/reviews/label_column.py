@@ -183,7 +183,7 @@ def _in_array(dialect: Dialect, item: object) -> tuple[tuple[str, ...], int]:
     match item:
         case str(text) if label_code(dialect, text) == UNKNOWN:  # a label alone is no aspect
             return _in_braces(dialect, f"{{{text}}}")
-        case [int() | float(), int() | float(), str(text)]:
+        case [int(start), int(end), str(text)] if 0 <= start < end:  # where the words are is not used
             return _in_braces(dialect, f"{{{text}}}")
         case [str(aspect), label]:
             return _pair(dialect, aspect, label)

@@ -26,16 +26,17 @@ def read_vlsp(file: Path, content: str) -> tuple[list[str], list[list[list[str]]
         UserError: the file has another layout; names the line.
     """
     texts, labels = list[str](), list[list[list[str]]]()
-    for number, line in enumerate(map(str.strip, content.splitlines()), 1):
+    for number, line in enumerate(map(str.strip, content.split("\n")), 1):
         if _NUMBER.fullmatch(line):
             texts.append("")
             labels.append([])
         elif line and not texts:
             raise UserError(f"{file}: line {number}: found {line[:60]!r}, allowed: {LAYOUT}; or data.delimiter")
-        elif line.startswith("{") and line.endswith("}"):
-            if not _LABELS.fullmatch(line) or labels[-1]:
-                reason = "a second line of labels" if labels[-1] else repr(line[:60])
-                raise UserError(f"{file}: line {number}: found {reason}, allowed: {LAYOUT}")
+        elif line and labels[-1]:
+            raise UserError(f"{file}: line {number}: found {line[:60]!r} after the labels of a review, allowed: {LAYOUT}")
+        elif line.startswith("{"):
+            if not _LABELS.fullmatch(line):
+                raise UserError(f"{file}: line {number}: found {line[:60]!r}, allowed: {LAYOUT}")
             labels[-1] = [[aspect.strip(), polarity.strip()] for aspect, polarity in _LABEL.findall(line)]
         elif line:
             texts[-1] = f"{texts[-1]}\n{line}".strip()
