@@ -150,6 +150,8 @@ def _prepared(
 ) -> Training:  # fmt: skip
     """Create the `Training`, at step 0 or with the state of an earlier start, another run or a shared prefix."""
     run, config = opened.run, task.config
+    if generated := config.embedded():
+        info(generated)
     tracked = run if isinstance(run, MlflowRun) else None
     state = newest_state(tracked) if tracked and opened.resumed else None
     run.set_tags(config.operational(overrides) | {"precision": precision(config.training.amp, device)})
@@ -199,8 +201,6 @@ def _synchronise(training: Training, identity: Mapping[str, str]) -> bool:
 def _announce(run: Run, task: Task[Any], device: str, overrides: frozenset[str]) -> int:
     """Print what will be trained, with warnings; returns the number of optimizer steps."""
     config, total_steps = task.config, count_steps(task)
-    if generated := config.embedded():
-        info(generated)
     announce_epochs(config, overrides)
     if reason := undefined(task, "evaluation.metric", config.evaluation.metric):
         warn(f"evaluation.metric: {reason}; {LAST_KEPT}")
