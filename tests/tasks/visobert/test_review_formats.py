@@ -403,8 +403,8 @@ EXTERNAL = '<!DOCTYPE x [<!ENTITY a SYSTEM "file:///etc/hostname">]><x><sentence
     [
         ("a.txt", "Phòng sạch\n", "line 1: found 'Phòng sạch', allowed: the layout of VLSP 2018"),
         ("a.txt", "#1\nx\n{A, positive}, {B negative}\n", "line 3: found '{A, positive}, {B negative}', allowed: "),
-        ("a.txt", "#1\nx\n{A, positive}\n{B, negative}\n", "line 4: found '{B, negative}' after the labels of a"),
-        ("a.txt", "#1\nx\n{A, positive}\nno number\n", "line 4: found 'no number' after the labels of a review, "),
+        ("a.txt", "#1\nx\n{A, positive}\n{B, negative}\n", "line 4: found '{B, negative}' after a review's labels, "),
+        ("a.txt", "#1\nx\n{A, positive}\nno number\n", "line 4: found 'no number' after a review's labels, "),
         ("a.txt", "#1\nx\n{A, positive\n#2\ny\n{A, positive}\n", "line 3: found '{A, positive', allowed: "),
         ("a.txt", "#1\nx\n{A, positiv}\n", "row 1, column labels: found '[\"A\", \"positiv\"]', allowed: {ASPECT"),
         ("a.xml", "<sentences><sentence>", "not XML (no element found"),

@@ -33,7 +33,7 @@ def read_vlsp(file: Path, content: str) -> tuple[list[str], list[list[list[str]]
         elif line and not texts:
             raise UserError(f"{file}: line {number}: found {line[:60]!r}, allowed: {LAYOUT}; or data.delimiter")
         elif line and labels[-1]:
-            raise UserError(f"{file}: line {number}: found {line[:60]!r} after the labels of a review, allowed: {LAYOUT}")
+            raise UserError(f"{file}: line {number}: found {line[:60]!r} after a review's labels, allowed: {LAYOUT}")
         elif line.startswith("{"):
             if not _LABELS.fullmatch(line):
                 raise UserError(f"{file}: line {number}: found {line[:60]!r}, allowed: {LAYOUT}")
