@@ -183,8 +183,9 @@ def _in_array(dialect: Dialect, item: object) -> tuple[tuple[str, ...], int]:
     match item:
         case str(text) if label_code(dialect, text) == UNKNOWN:  # a label alone is no aspect
             return _in_braces(dialect, f"{{{text}}}")
-        case [int(start), int(end), str(text)] if 0 <= start < end:  # where the words are is not used
-            return _in_braces(dialect, f"{{{text}}}")
+        case [int() | float() as start, int() | float() as end, str(text)]:
+            aspects, code = _in_braces(dialect, f"{{{text}}}")
+            return aspects, code if 0 <= start < end else UNKNOWN
         case [str(aspect), label]:
             return _pair(dialect, aspect, label)
         case dict():
@@ -221,13 +222,16 @@ def _in_braces(dialect: Dialect, piece: str) -> tuple[tuple[str, ...], int]:
 def _explain_piece(dialect: Dialect, label: BadLabel) -> str:
     if "};{" in label.value:
         return f"found {quoted(label.value)}, allowed: one sentiment an aspect; data.on_bad_label: drop leaves it out"
+    first = dialect.examples[0]
+    match _array(label.value):
+        case [int() | float() as start, int() | float() as end, str()] if not 0 <= start < end:
+            return f'found {quoted(label.value)}, allowed: [start, end, "ASPECT#{first}"] with 0 <= start < end'
     aspects, _ = _in_braces(dialect, label.value)
     polarity = _POLARITY.search(label.value)
     word = dialect.closest(polarity[1]) if polarity else None
     hint = ""
     if polarity and label_code(dialect, polarity[1]) == UNKNOWN:
         hint = f"; did you mean {{{aspects[0]}#{word}}}?" if aspects and word else dialect.hint(polarity[1])
-    first = dialect.examples[0]
     forms = ", ".join(f"{{ASPECT#{word}}}" for word in dialect.examples)
     allowed = f'{forms} or {{ASPECT}}, joined by ;, or a JSON object {{"ASPECT": "{first}"}}'
     return f'found {quoted(label.value)}, allowed: {allowed} or array [["ASPECT", "{first}"]]{hint}'
