@@ -272,6 +272,10 @@ def test_each_line_of_the_table(line: tuple[str, str], tmp_path: Path, monkeypat
     prep = {("path" if key == "train" else key): value for key, value in tree["data"].items()}
     again, _ = read_splits(files, validate(DataPrepConfig, {"data": prep}, None).data)
     assert again["train"].labels.tolist() == splits["train"].labels.tolist()
+    packed = Path(f"{data.train}.gz")
+    packed.write_bytes(gzip.compress(Path(data.train or "").read_bytes()))
+    if not packed.name.endswith(".gz.gz"):
+        assert read_reviews(packed, data).texts == splits["train"].texts
 
 
 # ---------------------------------------------------------------- what is refused

@@ -184,8 +184,8 @@ def _in_array(dialect: Dialect, item: object) -> tuple[tuple[str, ...], int]:
         case str(text) if label_code(dialect, text) == UNKNOWN:  # a label alone is no aspect
             return _in_braces(dialect, f"{{{text}}}")
         case [int() | float() as start, int() | float() as end, str(text)]:
-            aspects, code = _in_braces(dialect, f"{{{text}}}")
-            return aspects, code if 0 <= start < end else UNKNOWN
+            names, code = _in_braces(dialect, f"{{{text}}}")
+            return names, code if 0 <= start < end else UNKNOWN
         case [str(aspect), label]:
             return _pair(dialect, aspect, label)
         case dict():
