@@ -538,11 +538,11 @@ QUOTES = "quotes within quotes are doubled, or csv.escape names what escapes the
     ("content", "told"),
     [
         (b"clicked,user\n1,\xfe,3\n", "row 1: found 3 columns, allowed: 2"),  # bytes that are no text in such a row
-        (b"\n\n1\xfe,\xff\n", "the header is not UTF-8 text"),
+        (b"\n\n1\xfe,\xff\n", "the header is not UTF-8 text; csv.encoding names another encoding"),
         (b'clicked,"user\n1,2\n', "the header: found a quote that is never closed"),
         (b'"clicked"x,user\n1,2\n', f"the header: found text after a closing quote, allowed: {QUOTES}"),
         (b"\xef\xbb\xbf\n\n", "no rows"),
-        (b"\xff\xfeclicked", "found UTF-16, allowed: UTF-8 text"),
+        (b"\xff\xfeclicked", "found UTF-16, allowed: UTF-8 text, or csv.encoding: utf-16"),
     ],
 )
 def test_headers_and_rows_of_impressions(tmp_path: Path, content: bytes, told: str) -> None:

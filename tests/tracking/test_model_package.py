@@ -31,6 +31,7 @@ pytestmark = pytest.mark.xdist_group("model package")  # one process imports mlf
 LIBRARIES = {
     "numpy", "pandas", "pyarrow", "pydantic", "pydantic_core", "annotated_types", "yaml", "torch", "safetensors",
     "tokenizers", "transformers", "huggingface_hub",
+    "pyvi",  # only if model.segmenter names it
 }  # fmt: skip
 
 SUMS_PREDICT = "pipeline.tasks.sums.predict"
@@ -52,7 +53,7 @@ def test_package_is_what_predicting_needs(task: str, tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / name).iterdir()} == {"__init__.py", "pipeline"}
     project = tmp_path / name / "pipeline"
     files = {file.relative_to(project).as_posix(): file for file in project.rglob("*.py")}
-    assert len([file for file in files if not file.endswith("__init__.py")]) <= 26
+    assert len([file for file in files if not file.endswith("__init__.py")]) <= 29
     assert not {file.split("/")[0] for file in files} & {"tracking", "training", "runs", "compute"}
     others = {file.split("/")[1] for file in files if file.startswith("tasks/")} - {task, "__init__.py", "base.py"}
     assert not others
