@@ -22,7 +22,7 @@ def precision(amp: str, device: str) -> str:
     """Resolve `training.amp: auto`: bf16 if the device has instructions for it, else no."""
     if amp != "auto":
         return amp
-    native = torch.cuda.is_bf16_supported() if device == "cuda" else _cpu_has_bf16()
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else _cpu_has_bf16()
     return "bf16" if native else "no"
 
 

@@ -45,6 +45,8 @@ class TrainingConfig(Config):
     """clip the norm of the dense gradients to this"""
     amp: Literal["auto", "no", "bf16", "fp16"] = "no"
     """mixed precision of forward and backward, losses stay fp32; auto = bf16 if the device has it, else no"""
+    compile: bool = False
+    """compile the dense part of the model with torch.compile; needs a C++ compiler"""
     threads: Positive | None = None
     """CPU threads of torch; null = one fewer than cores, for the writer process. Rounding depends on the number"""
     prefetch: int | None = Field(None, ge=0)
@@ -123,7 +125,7 @@ class RunConfig(Config):
     task: ClassVar[str] = ""  # name of the task, a-z, 0-9 and _; its entry point is train_<task>
     # Keys that older versions did not have. While they have their defaults they are not part of fingerprints, so that
     # older runs are still found.
-    added_keys: ClassVar[frozenset[str]] = frozenset()
+    added_keys: ClassVar[frozenset[str]] = frozenset({"training.compile"})
     data_keys: ClassVar[tuple[str, ...]] = ("data.",)  # prefixes of the keys that decide the data
     # Prefixes of the metrics (without split) that comparisons show beside the primary one, in the order of display. The
     # first two are shown before the others, and panels of the page show all validation metrics of the first.

@@ -122,7 +122,7 @@ def multi_label_focal(
     if gamma:
         value = value * _softmax_focal_factor(log_p, index, gamma)
     if alpha is not None:
-        weights = torch.as_tensor(alpha, dtype=log_p.dtype, device=log_p.device)
+        weights = torch.as_tensor(alpha, dtype=log_p.dtype).to(log_p.device, non_blocking=True)  # do not wait for a GPU
         value = value * weights[index.squeeze(-1)]
     return torch.where(labelled, value, 0.0)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pipeline.compute import distributed
+from pipeline.compute.compilation import check_compiler
 from pipeline.compute.device import amp_warning, precision, resolve_device
 from pipeline.config.run_config import RunConfig
 from pipeline.errors import UserError
@@ -122,9 +123,16 @@ def follow(config: RunConfig, make_task: TaskFactory, overrides: frozenset[str])
 
 
 def prepare_torch(config: RunConfig) -> str:
-    """Set the number of CPU threads; returns the device."""
+    """Set the number of CPU threads; returns the device.
+
+    Raises:
+        UserError: the device does not exist, or the config needs a compiler that does not.
+    """
     torch.set_num_threads(config.training.threads or max(1, TORCH_THREADS - 1))
-    return resolve_device(config.device)
+    device = resolve_device(config.device)
+    if config.training.compile:
+        check_compiler(device)
+    return device
 
 
 def _load_task(config: RunConfig, make_task: TaskFactory, overrides: frozenset[str]) -> Task[Any]:

@@ -3,9 +3,11 @@
 import os
 import queue
 import time
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 
+from pipeline.runtime.gpus import VARIABLE
 from pipeline.runtime.interrupts import next_item
 from pipeline.runtime.processes import ChildProcess, Ended
 from pipeline.sweeps.jobs import Job, OnProgress, ready_jobs
@@ -18,11 +20,15 @@ Worker = ChildProcess[WorkerReply]
 class LocalWorkers:
     """A pool of worker processes; each runs one job at a time."""
 
-    def __init__(self, size: int, folder: Path) -> None:
-        """folder: where each worker writes its log."""
+    def __init__(self, size: int, folder: Path, gpus: Sequence[str] = ()) -> None:
+        """folder: where each worker writes its log. gpus: names of GPUs; each worker uses the one with fewest workers.
+
+        Without names, workers find their device themselves.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.inbox = folder, queue.Queue[tuple[Worker, WorkerReply | Ended]]()
         self.workers: dict[Worker, Job | None] = {}
+        self.gpus, self.gpu_of = gpus, dict[Worker, str | None]()
         self.numbers = count()
         for _ in range(size):
             self._start_worker()
@@ -54,8 +60,11 @@ class LocalWorkers:
     def _start_worker(self) -> None:
         log = self.folder / f"worker-{next(self.numbers)}.log"
         environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_RUN_ID"}
+        gpu = min(self.gpus, key=list(self.gpu_of.values()).count, default=None)
+        if gpu is not None:
+            environment[VARIABLE] = gpu
         worker = ChildProcess("pipeline.sweeps.worker", WORKER_REPLIES, self.inbox, environment=environment, log=log)
-        self.workers[worker] = None
+        self.workers[worker], self.gpu_of[worker] = None, gpu
 
     def _handle(self, worker: Worker, reply: WorkerReply | Ended, on_progress: OnProgress | None) -> None:
         job = self.workers[worker]
@@ -65,7 +74,7 @@ class LocalWorkers:
             return
         self.workers[worker] = None
         if isinstance(reply, Ended):
-            del self.workers[worker]
+            del self.workers[worker], self.gpu_of[worker]
             self._start_worker()
             reply = JobFailed(error=f"its process ended with code {reply.code}; see {worker.log}")
         if job:

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from pipeline.errors import TrainingError, UserError
 from pipeline.runtime.console import info, warn
+from pipeline.runtime.gpus import visible_gpus
 from pipeline.sweeps.arm_runs import ArmRuns
 from pipeline.sweeps.data_check import check_data
 from pipeline.sweeps.jobs import SweepContext, Workers
@@ -48,7 +49,7 @@ def sweep(config: SweepConfig, file: Path, typed: Mapping[str, str]) -> None:
     with _locked(folder):
         from pipeline.tracking.writer_client import Writer
 
-        workers = _start_workers(config, folder)
+        workers = _start_workers(config, folder, plan)
         try:
             with Writer() as writer:
                 _train_and_compare(plan, folder, workers, writer)
@@ -56,9 +57,10 @@ def sweep(config: SweepConfig, file: Path, typed: Mapping[str, str]) -> None:
             workers.close()
 
 
-def _start_workers(config: SweepConfig, folder: Path) -> Workers:
+def _start_workers(config: SweepConfig, folder: Path, plan: Plan) -> Workers:
     if config.engine == "local":
-        return LocalWorkers(config.jobs, folder)
+        on_gpu = any(arm.config.device != "cpu" for arm in plan.arms)
+        return LocalWorkers(config.jobs, folder, visible_gpus() if on_gpu else ())
     from pipeline.sweeps.ray_workers import RayWorkers
 
     return RayWorkers(config.jobs, folder, config.ray_address)

@@ -170,6 +170,14 @@ class Task(ABC, Generic[C]):
         `model.train()`; other changes of buffers are found by `conformance.check_steps_change_no_buffer`.
         """
 
+    def dense_methods(self, model: nn.Module) -> Sequence[tuple[nn.Module, str]]:
+        """The modules' methods that `training.compile` compiles; by default, the model's `forward`.
+
+        They must not have loops over a dimension of the batch, which would be compiled anew for each length, nor
+        operations with sparse gradients.
+        """
+        return [(model, "forward")]
+
     @property
     def schedule(self) -> ScheduleConfig:
         """Schedule of the learning rate."""

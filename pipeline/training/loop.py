@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
 from pipeline.compute import distributed
+from pipeline.compute.compilation import compile_method, compiling
 from pipeline.compute.device import autocast
 from pipeline.compute.prefetch import prefetched
 from pipeline.compute.sparse import coalesced
@@ -32,6 +32,7 @@ from pipeline.training.best_weights import BestWeights
 from pipeline.training.random_state import random_state, set_random_state
 from pipeline.training.recorder import Recorder
 from pipeline.training.saver import Saver
+from pipeline.training.step_values import gradient_norm, summed, weighted
 
 Watch = Callable[[int, Mapping[str, float]], bool]
 
@@ -93,6 +94,9 @@ class Training:
         self.saver = saver or Saver(None)
         self.done = False  # True once the last weights are saved and the best ones may be in the model
         self.random = random_state(device)  # restored in `advance`, since other code uses the generators too
+        self.compiled = not self.config.training.compile  # False: to be compiled before the next step
+        for module, name in () if self.compiled else task.dense_methods(self.model):
+            compile_method(module, name)
 
     def train(self) -> Result:
         """Train, evaluate, keep the best weights, and evaluate them once on the test split.
@@ -149,6 +153,8 @@ class Training:
     def advance(self, until: int | None = None) -> None:
         """Train to the end, or until `until` optimizer steps are completed (and evaluated, if due)."""
         self.model.train()
+        if not self.compiled:
+            self._compile()
         set_random_state(self.random)
         try:
             if self.due:
@@ -166,6 +172,27 @@ class Training:
                 self.console.flush()
         finally:
             self.random = random_state(self.device)
+
+    def _compile(self) -> None:
+        """Compile the model with the first batch of the training, whichever step is next.
+
+        Compiled code can depend on the batch that it is compiled with, so that a resumed run would get other code from
+        its own first batch.
+        """
+        started, together = time.perf_counter(), process_rank.world_size() > 1
+        rows = self.plan(0)[0]
+        settings = {key: value for key, value in self.config.decisive().items()
+                    if key.startswith("model.") or key == "training.amp"}  # fmt: skip
+        shapes = [(name, weight.shape) for name, weight in self.model.named_parameters()]
+        with compiling((type(self.model), settings, shapes), alone=not together):
+            try:
+                self._backward(Window([rows], ends_epoch=False), self._load(Window([rows], ends_epoch=False)), 0)
+            finally:
+                self.model.zero_grad(set_to_none=True)
+                set_random_state(self.random)
+        self.compiled = True
+        info(f"training.compile: compiled in {time.perf_counter() - started:.1f} s")
+        self.recorder.last_log = time.perf_counter()  # exclude the time from the throughput
 
     def _save(self) -> None:
         self.random = random_state(self.device)
@@ -266,20 +293,20 @@ class Training:
         amp, probes = self.config.training.amp, self.config.tracking.probes(step)
         batches: list[Any] = [batch.to(self.device) for batch in loaded]
         weights = [distributed.local_weight(len(rows)) for rows in window.rows]
-        counts = distributed.all_reduce(_sum([_weighted(self.task.counts(batch), weight)
+        counts = distributed.all_reduce(summed([weighted(self.task.counts(batch), weight)
                                     for batch, weight in zip(batches, weights, strict=True)]))  # fmt: skip
         shares, probed = [], []
         for batch, weight in zip(batches, weights, strict=True):
             with autocast(amp, self.device):
                 output = self.task.forward(self.model, batch)
-            losses = _weighted(self.task.losses(output, batch, counts, step), weight)
+            losses = weighted(self.task.losses(output, batch, counts, step), weight)
             if probes:
                 probed.append(self.task.probe(self.model, losses))
             self.scaler.scale(losses[TOTAL]).backward()  # type: ignore[no-untyped-call]
             shares.append({name: loss.detach() for name, loss in losses.items()})
         distributed.all_reduce_gradients(self.model.parameters())
-        means = distributed.all_reduce(_sum(shares))
-        influence = dict(self.task.influence(distributed.all_reduce(_sum(probed)), means)) if probes else {}
+        means = distributed.all_reduce(summed(shares))
+        influence = dict(self.task.influence(distributed.all_reduce(summed(probed)), means)) if probes else {}
         return {name: loss for name, loss in means.items() if not name.startswith(PREFIX)}, influence
 
     def _update(self) -> dict[str, Tensor]:
@@ -291,7 +318,7 @@ class Training:
             sparse = [parameter for parameter in parameters if parameter.grad.is_sparse]
             for parameter in sparse:  # add up each row's gradients, for the norm and for the optimizer
                 parameter.grad = coalesced(parameter.grad)
-            norm = _norm([p.grad.values() if p.grad.is_sparse else p.grad for p in parameters])
+            norm = gradient_norm([p.grad.values() if p.grad.is_sparse else p.grad for p in parameters])
             if self.config.training.clip_norm is not None and not sparse:
                 torch.nn.utils.clip_grads_with_norm_(parameters, self.config.training.clip_norm, norm)
             norms[f"grad_norm/{name}"] = norm
@@ -332,22 +359,3 @@ def count_steps(task: Task[Any]) -> int:
             break
         steps += -(-len(task.plan(epoch)) // training.accumulation_steps)
     return int(min(steps, longest))
-
-
-def _norm(gradients: Sequence[Tensor]) -> Tensor:
-    """The L2 norm of all gradients together, shape []."""
-    norm: Tensor = torch.linalg.vector_norm(gradients[0]) if len(gradients) == 1 else get_total_norm(gradients)
-    return norm
-
-
-def _weighted(values: Mapping[str, Tensor], weight: float) -> Mapping[str, Tensor]:
-    return values if weight == 1 else {name: value * weight for name, value in values.items()}
-
-
-def _sum(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Sum the tensors of each name over all mappings."""
-    total = dict(parts[0])
-    for part in parts[1:]:
-        for name, value in part.items():
-            total[name] = total[name] + value
-    return total

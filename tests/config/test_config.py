@@ -1,3 +1,5 @@
+import hashlib
+import json
 from pathlib import Path
 from typing import Literal
 
@@ -313,3 +315,13 @@ def test_losses_that_are_all_switched_off_are_refused() -> None:
         with pytest.raises(UserError, match="0, allowed: a loss with a weight above 0"):
             load(VisobertConfig, None, values)
     load(VisobertConfig, None, {"multi_label.lambda_sentiment": "0"})
+
+
+def test_a_key_that_was_added_later_is_part_of_the_fingerprint_where_it_is_used() -> None:
+    """The formula that runs of before were stored with: a hash of all other settings."""
+    config, compiled = (load(MmoeConfig, None, {"training.compile": value}) for value in ("false", "true"))
+    settings = {key: value for key, value in config.decisive().items() if key != "training.compile"}
+    before = hashlib.sha256(json.dumps(["mmoe", settings, "digest"], sort_keys=True).encode()).hexdigest()
+    assert config.fingerprint("digest") == before
+    assert compiled.fingerprint("digest") != before
+    assert config.decisive()["training.compile"] == "false"  # logged, as every setting is

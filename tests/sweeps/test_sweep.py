@@ -292,7 +292,7 @@ def workshop(started_workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Wor
     """Sweeps that are started in this process use its worker."""
 
     class SharedWorkers(LocalWorkers):
-        def __init__(self, size: int, folder: Path) -> None:  # noqa: ARG002
+        def __init__(self, size: int, folder: Path, gpus: Any = ()) -> None:  # noqa: ARG002
             folder.mkdir(parents=True)
             self.__dict__ = started_workshop.workers.__dict__
 

@@ -117,7 +117,10 @@ class Mmoe(nn.Module):
         self.bias = nn.Parameter(torch.tensor([_logit(rate) for rate in rates]))
 
     def forward(self, batch: Impressions) -> Output:
-        embedded = self.embedding(batch)  # [B, F, D + W]
+        return self.dense(self.embedding(batch))
+
+    def dense(self, embedded: Tensor) -> Output:
+        """The model after the embeddings. embedded: [B, F, D + W]"""
         vectors = functional.dropout(
             embedded[..., : self.config.embedding_dim], self.config.embedding_dropout, self.training
         )

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
@@ -32,6 +33,7 @@ class MmoeTask(Task[MmoeConfig]):
         click_only = self.data.schema.click_only
         self.config = config = config.for_clicks(self.data.name) if click_only else config
         self.objective, self.evaluation = Objective(config, click_only), Evaluation(config, self.data)
+        self.on_cpu = config.device == "cpu" or not torch.cuda.is_available()
 
     # --- data --------------------------------------------------------------------------------------------------------
 
@@ -68,6 +70,9 @@ class MmoeTask(Task[MmoeConfig]):
         sparse = self.config.optim.embedding.name != "adam"
         return Mmoe(self.config.model, self.data.layout, self.data.schema.base_rates, sparse)
 
+    def dense_methods(self, model: nn.Module) -> Sequence[tuple[nn.Module, str]]:
+        return [(model, "dense")]
+
     @property
     def schedule(self) -> ScheduleConfig:
         return self.config.optim.schedule
@@ -94,7 +99,7 @@ class MmoeTask(Task[MmoeConfig]):
         return Shuffle(len(self.data.train), self.config.training.batch_size, self.config.seed, epoch)
 
     def batch(self, rows: Rows) -> Impressions:
-        return self.data.train.batch(rows, training=True)
+        return self.data.train.batch(rows, groups=self.on_cpu)
 
     def counts(self, batch: Impressions) -> Mapping[str, Tensor]:
         return self.objective.counts(batch)

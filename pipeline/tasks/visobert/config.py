@@ -267,7 +267,7 @@ EMBEDDED_DEFAULTS: Mapping[str, Any] = {
 
 class VisobertConfig(RunConfig):
     task: ClassVar[str] = "visobert"
-    added_keys: ClassVar[frozenset[str]] = frozenset({"data.labels", "data.delimiter", "model.segmenter"})
+    added_keys: ClassVar[frozenset[str]] = RunConfig.added_keys | {"data.labels", "data.delimiter", "model.segmenter"}
     charts: ClassVar[tuple[str, ...]] = ("loss_sentiment",)
     short: ClassVar[dict[str, str]] = RunConfig.short | {
         "alpha": "multi_label.focal_alpha",

@@ -16,6 +16,7 @@ from pipeline.maths.calibration import Fitted
 from pipeline.runtime.console import info, warn
 from pipeline.tasks.base import Dataset, ModelExport, Rows, Task, count_parameters, save_model
 from pipeline.tasks.visobert.config import EMBEDDED, VisobertConfig
+from pipeline.tasks.visobert.encoders.embedded_encoder import Convolution
 from pipeline.tasks.visobert.encoders.model_folder import model_folder
 from pipeline.tasks.visobert.encoders.pretrained_encoder import PretrainedEncoder
 from pipeline.tasks.visobert.evaluation import Evaluation
@@ -131,6 +132,12 @@ class VisobertTask(Task[VisobertConfig]):
     def _build(self, *, weights: bool) -> AspectSentimentModel:
         aspects = len(self.data.splits.train.aspects)
         return build_model(self.config.model, aspects, self.data.tokenizer, weights=weights, warn=warn)
+
+    def dense_methods(self, model: Any) -> Sequence[tuple[nn.Module, str]]:
+        if isinstance(model.encoder, PretrainedEncoder):
+            return [(model, "forward")]
+        layers = model.encoder.layers  # the other layers loop over the tokens
+        return [(layer, "forward") for layer in layers if isinstance(layer, Convolution)]
 
     @property
     def schedule(self) -> ScheduleConfig:

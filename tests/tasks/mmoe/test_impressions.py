@@ -198,7 +198,7 @@ def test_moving_a_batch(features: list[Feature], weighted: bool) -> None:
     """To its own device: itself. To another one: all but the groups, which the gradient on the CPU needs."""
     row: Row = {"click": 1, "conversion": 0, "colour": 1, "price": 2.0, "tags": [(1, 2.0)], "topics": [1, 2]}
     columns = columns_of([row] * 3, features) | ({WEIGHT: pa.array([1, 2, 3], pa.float32())} if weighted else {})
-    batch = impressions(columns, layout_of(features), weighted).batch(np.arange(3), training=True)
+    batch = impressions(columns, layout_of(features), weighted).batch(np.arange(3), groups=True)
     assert batch.to("cpu") is batch
     moved = batch.to("meta")
     assert len(moved) == 3

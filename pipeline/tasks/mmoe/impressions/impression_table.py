@@ -36,8 +36,8 @@ class ImpressionTable:
         """click and conversion of every row."""
         return self.streams.labels()
 
-    def batch(self, rows: Rows, *, training: bool = False) -> Impressions:
-        """Gather rows in the given order. training: add the groups that the table's gradient needs."""
+    def batch(self, rows: Rows, *, groups: bool = False) -> Impressions:
+        """Gather rows in the given order. groups: add the groups, with which the CPU computes the table's gradient."""
         gathered = self.streams.gather(np.asarray(rows, dtype=np.int64))
         return Impressions(
             torch.from_numpy(gathered.click),
@@ -46,7 +46,7 @@ class ImpressionTable:
             torch.from_numpy(gathered.ids),
             torch.from_numpy(gathered.weights),
             torch.from_numpy(gathered.starts),
-            grouped(gathered.ids, gathered.bags, gathered.weights) if training else None,
+            grouped(gathered.ids, gathered.bags, gathered.weights) if groups else None,
             torch.from_numpy(gathered.sample_weight) if self.streams.sample_weight else None,
         )
 
