@@ -6,9 +6,12 @@ import math
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 ROOT = Path(__file__).parent.parent
 RATE = "rows per CPU second"
@@ -47,6 +50,14 @@ def measured(name: str, own: Timed, reference: Timed, pairs: int, unit: str = RA
             rates.append(way.rows / way.seconds())
     ratios = [value / other for value, other in zip(values, references, strict=True)]
     figure(name, statistics.median(values), unit, statistics.median(references), ratios)
+
+
+def clock(device: str) -> float:
+    """Seconds: of this process's CPU time, or for CUDA of wall time once the GPU has done all its work."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def report(name: str, values: Sequence[float], unit: str) -> None:

@@ -16,7 +16,7 @@ from unittest.mock import patch
 import numpy as np
 import numpy.typing as npt
 
-from bench.figures import Timed, measured, silence
+from bench.figures import Timed, clock, measured, silence
 from bench.impressions import Column, Columns, read
 from bench.workshop import Trainer, Workshop
 from pipeline.tasks.mmoe.config import MmoeConfig
@@ -75,8 +75,8 @@ def deepctr(columns: Columns, config: MmoeConfig, **settings: float) -> Run:
     return seconds
 
 
-def rechub(columns: Columns, config: MmoeConfig) -> Run:
-    """Return a function that runs `MTLTrainer.train_one_epoch` over the rows and returns its CPU seconds."""
+def rechub(columns: Columns, config: MmoeConfig, device: str = "cpu") -> Run:
+    """Return a function that runs `MTLTrainer.train_one_epoch` over the rows and returns its seconds (see `clock`)."""
     from torch_rechub.basic.features import SequenceFeature, SparseFeature
     from torch_rechub.models.multi_task import MMOE
     from torch_rechub.trainers import MTLTrainer
@@ -91,7 +91,7 @@ def rechub(columns: Columns, config: MmoeConfig) -> Run:
     tower = {"dims": list(config.model.towers.hidden), "activation": "relu"}
     expert = {"dims": list(config.model.experts.hidden), "activation": "relu"}
     model = MMOE(features, kinds, config.model.experts.count, expert, [tower] * 2)
-    trainer = MTLTrainer(model, kinds)
+    trainer = MTLTrainer(model, kinds, device=device)
     labels = np.stack([columns.click, columns.conversion], 1)
     loader = DataGenerator(inputs, labels).generate_dataloader(
         x_val=inputs, y_val=labels, x_test=inputs, y_test=labels, batch_size=config.training.batch_size
@@ -99,9 +99,9 @@ def rechub(columns: Columns, config: MmoeConfig) -> Run:
 
     def seconds() -> float:
         with silence():
-            started = time.process_time()
+            started = clock(device)
             trainer.train_one_epoch(loader)
-            return time.process_time() - started
+            return clock(device) - started
 
     return seconds
 

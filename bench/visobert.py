@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from bench.figures import Timed, figure, measured, silence
+from bench.figures import Timed, clock, figure, measured, silence
 from bench.workshop import Workshop
 from pipeline.compute.device import precision
 from pipeline.config.strict_config import load
@@ -24,7 +24,7 @@ from pipeline.tasks.visobert.tokenizer import PAD, START, UNKNOWN, EmbeddedToken
 from pipeline.tracking.run import MemoryRun
 from pipeline.training.loop import Training, Window
 
-REVIEWS, LAYERS, ASPECTS, PAIRS, FEW_PAIRS = 6000, 2, 11, 5, 3
+REVIEWS, LAYERS, WIDTH, ASPECTS, PAIRS, FEW_PAIRS = 6000, 2, 768, 11, 5, 3
 UNIT = "reviews per CPU second"
 LENGTH_MEDIAN, LENGTH_SIGMA = 26, 0.68  # log-normal: mean 33, p50 26, p90 62, p99 126
 NAIVE_LENGTH, NAIVE_BATCH = 256, 16
@@ -32,22 +32,22 @@ STEPS, NAIVE_STEPS = 8, 2  # per measurement
 VOCABULARY = 15_002
 
 
-def write_reviews(file: Path) -> list[str]:
+def write_reviews(file: Path, reviews: int = REVIEWS) -> list[str]:
     """Write texts of made-up words, one token each, with random labels. Returns the texts."""
     generator = np.random.Generator(np.random.PCG64(0))
     letters = np.array(list("abcdeghiklmnopqrstuvxy"))
     words = ["".join(generator.choice(letters, 6)) for _ in range(4000)]
-    lengths = np.clip(generator.lognormal(np.log(LENGTH_MEDIAN), LENGTH_SIGMA, REVIEWS), 3, 300).astype(int)
+    lengths = np.clip(generator.lognormal(np.log(LENGTH_MEDIAN), LENGTH_SIGMA, reviews), 3, 300).astype(int)
     texts = [" ".join(generator.choice(words, max(1, length - 1))) for length in lengths]
-    labels = generator.choice(["", "Positive", "Negative", "Neutral"], (REVIEWS, ASPECTS), p=[0.8, 0.1, 0.07, 0.03])
+    labels = generator.choice(["", "Positive", "Negative", "Neutral"], (reviews, ASPECTS), p=[0.8, 0.1, 0.07, 0.03])
     frame = pd.DataFrame(labels, columns=[f"aspect {index}" for index in range(ASPECTS)])
     frame.insert(0, "data", texts)
     frame.to_csv(file, index=False)
     return texts
 
 
-def write_model(folder: Path, texts: list[str]) -> None:
-    """Write the configuration and tokenizer of an encoder as wide as ViSoBERT."""
+def write_model(folder: Path, texts: list[str], layers: int = LAYERS, width: int = WIDTH) -> None:
+    """Write the configuration and tokenizer of an encoder; ViSoBERT has 12 layers and a width of 768."""
     from transformers import PreTrainedTokenizerFast, XLMRobertaConfig
 
     own = EmbeddedTokenizer.train(texts, 12_000)
@@ -56,8 +56,8 @@ def write_model(folder: Path, texts: list[str]) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "own" / "tokenizer.json"), **special)
     tokenizer.save_pretrained(str(folder))
     XLMRobertaConfig(
-        vocab_size=VOCABULARY, hidden_size=768, num_hidden_layers=LAYERS, num_attention_heads=12,
-        intermediate_size=3072, max_position_embeddings=514, pad_token_id=own.pad_id, type_vocab_size=2,
+        vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=layers, num_attention_heads=12,
+        intermediate_size=4 * width, max_position_embeddings=514, pad_token_id=own.pad_id, type_vocab_size=2,
     ).save_pretrained(str(folder))  # fmt: skip
 
 
@@ -165,8 +165,8 @@ class WithLoss(torch.nn.Module):
         }
 
 
-def transformers_trainer(task: VisobertTask, folder: Path) -> Timed:
-    """CPU seconds of a few steps of Hugging Face's Trainer with length grouping.
+def transformers_trainer(task: VisobertTask, folder: Path, device: str = "cpu", steps: int | None = STEPS) -> Timed:
+    """Seconds (see `clock`) of a few steps of Hugging Face's Trainer with length grouping; None = of an epoch.
 
     Work before the first step (tokenising, sorting, creating the optimizer) is not counted.
     """
@@ -178,6 +178,8 @@ def transformers_trainer(task: VisobertTask, folder: Path) -> Timed:
     class Sampled(Trainer):
         def _get_train_sampler(self, *arguments: Any) -> list[int]:
             order = np.array(list(super()._get_train_sampler(*arguments)))
+            if steps is None:
+                return order.tolist()
             batches = np.split(order, range(training.batch_size, len(order), training.batch_size))
             return np.concatenate(spread_out(batches, lengths)).tolist()
 
@@ -185,10 +187,10 @@ def transformers_trainer(task: VisobertTask, folder: Path) -> Timed:
         seconds = 0.0
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            self.started = time.process_time()
+            self.started = clock(device)
 
         def on_train_end(self, *_: Any, **__: Any) -> None:
-            self.seconds = time.process_time() - self.started
+            self.seconds = clock(device) - self.started
 
     def padded(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         lengths = np.array([len(item["input_ids"]) for item in items])
@@ -199,23 +201,23 @@ def transformers_trainer(task: VisobertTask, folder: Path) -> Timed:
         arrays = {"input_ids": ids, "attention_mask": mask, "labels": labels}
         return {name: torch.from_numpy(values) for name, values in arrays.items()}
 
-    clock = Clock()
+    watch = Clock()
     arguments = TrainingArguments(
-        output_dir=str(folder / "trainer"), use_cpu=True, num_train_epochs=1, bf16=training.amp == "bf16",
+        output_dir=str(folder / "trainer"), use_cpu=device == "cpu", num_train_epochs=1, bf16=training.amp == "bf16",
         per_device_train_batch_size=training.batch_size, train_sampling_strategy="group_by_length",
         learning_rate=task.config.optim.encoder.lr, weight_decay=task.config.optim.encoder.weight_decay,
         max_grad_norm=training.clip_norm or 0.0, save_strategy="no", report_to="none", disable_tqdm=True,
-        remove_unused_columns=False, dataloader_pin_memory=False,
+        remove_unused_columns=False, dataloader_pin_memory=device != "cpu",
     )  # fmt: skip
     with silence():
-        trainer = Sampled(WithLoss(task), arguments, padded, reviews, callbacks=[clock])
+        trainer = Sampled(WithLoss(task), arguments, padded, reviews, callbacks=[watch])
 
-    def steps() -> float:
+    def seconds() -> float:
         with silence():
             trainer.train()
-        return clock.seconds
+        return watch.seconds
 
-    return Timed(steps, STEPS * training.batch_size)
+    return Timed(seconds, len(reviews) if steps is None else steps * training.batch_size)
 
 
 def make_task(folder: Path, amp: str) -> VisobertTask:

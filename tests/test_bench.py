@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from conftest import ROOT
 from scipy.stats import ttest_1samp
 
-from bench import figures, sequential_seeds
+from bench import figures, sequential_seeds, wheels
 from bench.catalogue import FIGURES
 from bench.impressions import MULTI, SINGLE, read, write
 from bench.workshop import reference_config
@@ -123,3 +124,15 @@ def test_steps_of_a_simulated_sweep_by_hand() -> None:
     assert sequential_seeds.mean_steps(seeds, 0) == 3125 * (3 + 5 + 5)
     assert sequential_seeds.mean_steps(seeds, 2000) == 2000 * 5 + 1125 * (3 + 5 + 5)
     assert sequential_seeds.mean_steps(np.array([[3, 5], [5, 5]]), 2000) == 2000 * 5 + 1125 * 14
+
+
+def test_what_a_machine_with_a_gpu_lacks() -> None:
+    """Pins of pyproject.toml without what torch and transformers bring, and what those packages require."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pins = dict(pin.split("==") for pin in (*project["dependencies"], *project["optional-dependencies"]["bench"]))
+    packages = wheels.needed()
+    direct = packages.keys() & pins.keys()
+    assert direct == {"accelerate", "pydantic", "torch-rechub"}
+    assert {name: packages[name] for name in direct} == {name: pins[name] for name in direct}
+    assert {"pydantic-core", "psutil"} <= packages.keys()
+    assert not packages.keys() & {*wheels.MACHINE, *wheels.UNUSED}
