@@ -353,14 +353,14 @@ def test_the_warm_up_by_hand() -> None:
 
 def test_keys_that_older_versions_did_not_have_leave_run_keys_as_they_were() -> None:
     """The formula of before those keys; each of them counts once it has another value than its default."""
-    added = {"data.labels", "data.delimiter", "model.segmenter"}
+    added = {"data.labels", "data.delimiter", "model.segmenter", "training.compile"}
     for config in (config_of(SHIPPED), config_of(SMALL, seed="3", data__train="a.csv")):
         older = {key: value for key, value in config.decisive().items() if key not in added}
         text = json.dumps(["visobert", older, "d"], sort_keys=True)
         assert config.fingerprint("d") == hashlib.sha256(text.encode()).hexdigest()
-        assert len(older) == len(config.decisive()) - 3
+        assert len(older) == len(config.decisive()) - 4
     values = [{}, {"data__labels": "0-3"}, {"data__labels": "{positive: [1]}"}, {"data__delimiter": ";"},
-              {"model__segmenter": "pyvi"}]  # fmt: skip
+              {"model__segmenter": "pyvi"}, {"training__compile": "true"}]  # fmt: skip
     assert len({config_of(SHIPPED, **value).fingerprint("d") for value in values}) == len(values)
     assert config_of(SHIPPED, data__labels="null").fingerprint("d") == config_of(SHIPPED).fingerprint("d")
 
