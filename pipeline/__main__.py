@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import click
 
-from pipeline.config.strict_config import Config, keys, load, nearest
+from pipeline.config.strict_config import Config, keys, keys_in_unions, load, nearest
 from pipeline.entries import ENTRIES, Entry
 from pipeline.errors import UserError
 from pipeline.runtime import process_rank as ranks
@@ -29,6 +29,7 @@ def command(name: str, entry: Entry) -> click.Command:
     """Make the click command of an entry point, with one option per config key."""
     model: type[Config] = config_class(name) if entry.trains else import_reference(entry.config)
     short: dict[str, str] = getattr(model, "short", {})
+    every = [key for key in (*keys(model), *keys_in_unions(model)) if key.path != "config"]  # --config names a file
     names: dict[str, list[str]] = {}
     for alias, path in short.items():
         names.setdefault(path, []).append(alias)
@@ -39,14 +40,13 @@ def command(name: str, entry: Entry) -> click.Command:
             metavar="VALUE",
             help=f"{key.field.description or key.path}  [{key.allowed}; default: {key.default}]",
         )
-        for key in keys(model)
-        if key.path != "config"  # a key inside sweep files; on the command line --config names the file itself
+        for key in every
     ]
 
     def run(config: str | None, **texts: str | None) -> None:
         if config is not None:
             _refuse_empty("--config", config, "a YAML file")
-        paths = {_identifier(key.path): key.path for key in keys(model)}
+        paths = {_identifier(key.path): key.path for key in every}
         overrides = {paths[name]: text for name, text in texts.items() if text is not None}
         source = Path(config) if config else ROOT / entry.file if entry.file else None
         shown = {path: names[path][0] for path in overrides if path in names}

@@ -17,6 +17,7 @@ class Family:
     arms: tuple[str, ...]  # names; controls and the baseline are no members
     level: float  # two-sided level of each member's interval, at each look
     looks: tuple[int, ...]  # numbers of seeds at which the members are looked at
+    settings: tuple[str, ...] = ()  # hash of each member's settings: a name may not get others
 
     def to_tag(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False)
@@ -24,7 +25,8 @@ class Family:
     @classmethod
     def from_tag(cls, text: str) -> "Family":
         tree = json.loads(text)
-        return cls(tuple(tree["arms"]), float(tree["level"]), tuple(tree["looks"]))
+        settings = tuple(tree.get("settings", ()))
+        return cls(tuple(tree["arms"]), float(tree["level"]), tuple(tree["looks"]), settings)
 
 
 def families_of(tags: Mapping[str, str]) -> tuple[Family, ...]:

@@ -4,6 +4,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,14 +16,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.comparison.compare_config import check_source
+from pipeline.comparison.families import families_of
+from pipeline.comparison.membership import Membership
 from pipeline.errors import UserError
-from pipeline.names import CANONICAL
+from pipeline.names import CANONICAL, QUESTION, SWEEP
 from pipeline.runtime.console import warn
 from pipeline.tracking.client import Point
 from pipeline.tracking.history import HISTORY_FILE
 from pipeline.tracking.messages import StoredRun
 from pipeline.tracking.store import tracking_uri
-from pipeline.tracking.stored_runs import artifact, points_of, runs_of_filter, runs_of_ids, runs_of_sweep
+from pipeline.tracking.stored_runs import artifact, points_of, runs_of_filter, runs_of_ids, runs_of_sweep, runs_of_tag
 
 # Roles that are never compared: runs that train nothing, and the trials from which a search chooses an arm.
 NOT_COMPARED = ("launcher", "summary", "comparison", "trial")
@@ -48,14 +51,15 @@ def load_runs(
     Missing values are NaN. Rows are sorted by role (baseline, arm, control), arm and seed.
 
     finished: load finished runs only; `attrs["left_out"]` maps the names of the other runs to their status. For a
-    sweep, `attrs` also holds its `metric` and `mode`.
+    sweep, `attrs` also holds its `metric` and `mode`, and unless an older version ran it, `families` (of arms, see
+    `Family`), `other_families` (their number in other sweeps that ask the same question) and `margin`.
 
     Raises:
         UserError: no or several sources are given, no run matches, or the tracking store is unreachable.
     """
     check_source(sweep_id, runs, experiment, filter)
     if sweep_id is not None:
-        stored, source = runs_of_sweep(sweep_id), f"sweep_id {sweep_id}"
+        stored, source = [_seen_from(run, sweep_id) for run in runs_of_sweep(sweep_id)], f"sweep_id {sweep_id}"
     elif runs is not None:
         stored, source = runs_of_ids([runs] if isinstance(runs, str) else runs), "runs"
     else:
@@ -74,7 +78,28 @@ def load_runs(
     if sweep_id is not None:
         summary = next((run.tags for run in stored if run.tags.get("role") == "summary"), {})
         frame.attrs |= {name: summary[name] for name in ("metric", "mode") if name in summary}
+        if QUESTION in summary:
+            frame.attrs |= {
+                "families": families_of(summary),
+                "other_families": other_families(sweep_id, summary[QUESTION]),
+                "margin": float(summary["margin"]) if summary.get("margin") else None,
+            }
     return frame
+
+
+def other_families(sweep_id: str, question: str) -> int:
+    """Number of families in other sweeps that ask the same question."""
+    others = [run.tags for run in runs_of_tag(QUESTION, question) if run.tags.get("sweep_id") != sweep_id]
+    return sum(len(families_of(tags)) for tags in others if tags.get("role") == "summary")
+
+
+def _seen_from(run: StoredRun, sweep_id: str) -> StoredRun:
+    """A run with the tags of its place in this sweep: it may have begun in another one."""
+    if (place := Membership.of(run.tags, sweep_id)) is None:
+        return run
+    tags = {name: value for name, value in run.tags.items() if name != "control_of"} | {"sweep_id": sweep_id}
+    tags |= {"arm": place.arm, "role": place.role, "arm_number": str(place.arm_number)}
+    return replace(run, tags=tags | ({"control_of": place.control_of} if place.control_of else {}))
 
 
 def count_by(values: Iterable[str]) -> str:
@@ -85,7 +110,7 @@ def count_by(values: Iterable[str]) -> str:
 def _frame(runs: Sequence[StoredRun]) -> pd.DataFrame:
     params = [run.canonical_params for run in runs]
     tags = [{name: value for name, value in run.tags.items()
-             if name not in FACT_TAGS and not name.startswith(CANONICAL)} for run in runs]  # fmt: skip
+             if name not in FACT_TAGS and not name.startswith((CANONICAL, SWEEP))} for run in runs]  # fmt: skip
     facts = pd.DataFrame([_facts(run, own) for run, own in zip(runs, params, strict=True)], columns=list(FACTS))
     facts["seed"] = facts["seed"].astype("Int64")
     facts["start_time"] = pd.to_datetime(facts["start_time"], unit="ms", utc=True)

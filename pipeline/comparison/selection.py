@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -101,12 +101,19 @@ def choose_metric(
         raise UserError(f"metric {metric}: in none of {len(runs)} runs{nearest(metric, candidates[:12])}")
     if mode is None and attrs.get("metric") == metric:
         mode = attrs.get("mode") or None
-    if mode is None:
-        modes = {how for name, how in evaluated if name == validation_metric(metric) and how}
-        mode = modes.pop() if len(modes) == 1 else "min" if LOWER_IS_BETTER.search(metric) else "max"
+    mode = mode or default_mode(metric, evaluated)
     if mode not in ("max", "min"):
         raise UserError(f"mode: found {mode}, allowed: max, min")
     return metric, mode
+
+
+def default_mode(metric: str, evaluated: Collection[tuple[str, str]]) -> str:
+    """The mode (max or min) of a metric: that of `evaluation` if the runs were evaluated by it, else by its name.
+
+    evaluated: evaluation.metric and evaluation.mode of the runs.
+    """
+    modes = {how for name, how in evaluated if name == validation_metric(metric) and how}
+    return modes.pop() if len(modes) == 1 else "min" if LOWER_IS_BETTER.search(metric) else "max"
 
 
 def baseline_arm(runs: pd.DataFrame, baseline: str | None) -> str:

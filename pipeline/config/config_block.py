@@ -80,6 +80,17 @@ def keys(model: type[Config], prefix: str = "") -> Iterator[Key]:
             yield Key(path, field, "required" if required else canonical(field.default))
 
 
+def keys_in_unions(model: type[Config]) -> Iterator[Key]:
+    """Yield the keys of blocks that a key may hold beside other values, such as `seeds.most` where seeds may be a list.
+
+    Only the command line knows them; elsewhere the whole value is one key.
+    """
+    for key in keys(model):
+        for choice in _choices(key.field.annotation):
+            if block := block_of(choice):
+                yield from keys(block, key.path + ".")
+
+
 def flatten(config: Config, prefix: str = "") -> dict[str, str]:
     """Flatten a config to {dotted key: canonical text}, the form logged as MLflow params."""
     flat: dict[str, str] = {}

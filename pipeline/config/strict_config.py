@@ -12,14 +12,24 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from pipeline.config.config_block import Config, Key, Positive, Probability, flatten, keys, to_yaml, without_none
+from pipeline.config.config_block import (
+    Config,
+    Key,
+    Positive,
+    Probability,
+    flatten,
+    keys,
+    keys_in_unions,
+    to_yaml,
+    without_none,
+)
 from pipeline.config.error_texts import closest, explain, nearest, unknown_key
 from pipeline.config.yaml_file import canonical, parse_yaml, read_yaml, why_not_plain
 from pipeline.errors import UserError
 
 __all__ = [
-    "Config", "Key", "Positive", "Probability", "canonical", "closest", "flatten", "keys", "load", "nearest",
-    "read_yaml", "to_yaml", "validate", "with_default",
+    "Config", "Key", "Positive", "Probability", "canonical", "closest", "flatten", "keys", "keys_in_unions", "load",
+    "nearest", "read_yaml", "to_yaml", "validate", "with_default",
 ]  # fmt: skip
 
 NULLS = ("null", "None")  # texts of an override that mean null
@@ -42,7 +52,7 @@ def load(
         UserError: a key is unknown (the message suggests the nearest), or a value is not allowed.
     """
     tree = read_yaml(file) if file else {}
-    known = {key.path: key for key in keys(model)}
+    known = {key.path: key for key in (*keys(model), *keys_in_unions(model))}
     typed: dict[str, str] = {}
     for path, text in (overrides or {}).items():
         if path not in known:

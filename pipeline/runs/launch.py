@@ -14,7 +14,7 @@ from pipeline.compute.compilation import check_compiler
 from pipeline.compute.device import amp_warning, precision, resolve_device
 from pipeline.config.run_config import RunConfig
 from pipeline.errors import UserError
-from pipeline.names import LAST_KEPT, LAUNCHED
+from pipeline.names import LAST_KEPT, LAUNCHED, WEIGHTS_DIGEST
 from pipeline.runs.earlier_runs import EarlierRun
 from pipeline.runs.machine_errors import explained, one_line_machine_errors
 from pipeline.runs.resume import fork, identity_tags, newest_state, restore, use_first_threads
@@ -47,6 +47,7 @@ class Trained:
     metrics: Mapping[str, float]  # the last value of every evaluation metric
     steps: int = 0  # completed optimizer steps, including earlier starts
     before: bool = False  # an earlier start had finished the run
+    weights_digest: str = ""  # of the last weights
 
 
 def launch(config: RunConfig, make_task: TaskFactory, overrides: frozenset[str], writer: Writer | None) -> None:
@@ -106,7 +107,7 @@ def train_run(
             raise
     run.finish("FINISHED")
     uri = run.tracking_uri if isinstance(run, MlflowRun) else None
-    return Trained(run.id, run.name, uri, result.metrics, result.steps)
+    return Trained(run.id, run.name, uri, result.metrics, result.steps, weights_digest=result.weights_digest)
 
 
 def follow(config: RunConfig, make_task: TaskFactory, overrides: frozenset[str]) -> None:
@@ -250,7 +251,8 @@ def _already_trained(earlier: EarlierRun, launcher: str | None) -> Trained:
     else:
         info(f"{earlier.name}: run {earlier.run_id} is trained already; delivering the rest of {earlier.folder}")
         sync(earlier.folder)
-    return Trained(earlier.run_id, earlier.name, tracking_uri(), earlier.metrics, before=True)
+    digest = earlier.tags.get(WEIGHTS_DIGEST, "")
+    return Trained(earlier.run_id, earlier.name, tracking_uri(), earlier.metrics, before=True, weights_digest=digest)
 
 
 @contextmanager

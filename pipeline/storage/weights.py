@@ -1,8 +1,10 @@
 """Files of model weights in the safetensors format."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -28,6 +30,16 @@ def save_weights(weights: Mapping[str, Tensor], file: Path) -> None:
         raise TrainingError(f"{file}: {error.strerror or error}") from None
     except SafetensorError as error:
         raise TrainingError(f"{file}: {error}") from None
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) of the names, types, shapes and bytes of a state dict."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(weights.items()):
+        tensor = weight.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def load_weights(file: Path) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from pipeline.config.strict_config import to_yaml
+from pipeline.sweeps.adoption import EqualRuns
 from pipeline.sweeps.requests import Evaluated, JobDone, JobFailed, JobRequest, TrainRun
 from pipeline.sweeps.sweep_plan import Arm, Plan
 from pipeline.tracking.messages import StoredRun
@@ -60,7 +61,8 @@ class SweepContext:
     plan: Plan
     folder: Path
     workers: Workers
-    stored: Mapping[str, StoredRun]  # run key -> run in the tracking store at the start of the sweep
+    stored: Mapping[str, StoredRun]  # run key -> run of this sweep in the tracking store when this start began
+    equal_runs: EqualRuns | None = None  # of other sweeps
 
     def train_request(
         self, arm: Arm, seed: int, tags: Mapping[str, str], *, prefix: Path | None = None, watched: str | None = None

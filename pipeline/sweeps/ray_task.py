@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.names import WEIGHTS_DIGEST
 from pipeline.runtime.interrupts import Interrupted, interruptible
 from pipeline.storage.ownership import live_owner
 from pipeline.sweeps.ray_cluster import LauncherEnvironment, named_interrupts
@@ -111,7 +112,8 @@ class _RayWork(Work):
         if runs:
             run = max(runs, key=lambda run: (run.status == "FINISHED", run.start_time))
             if run.status == "FINISHED" and not request.watched:
-                return RunTrained(run_id=run.first_id, metrics=run.metrics, steps=0)
+                digest = run.tags.get(WEIGHTS_DIGEST, "")
+                return RunTrained(run_id=run.first_id, metrics=run.metrics, steps=0, weights_digest=digest)
             request = replace(request, run_id=run.first_id, folder=run.tags.get("run_dir"))
             _wait_for_owner(run)
         return super().train(request)

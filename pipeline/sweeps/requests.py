@@ -14,6 +14,7 @@ class DigestData:
     entry: str  # the task's entry point
     config: str  # YAML
     metrics: Mapping[str, str] = field(default_factory=dict)  # config key that names a metric -> metric
+    count: bool = False  # count the optimizer steps too
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class DataDigest(JobDone):
     digest: str
     metric: str  # evaluation.metric, with the default for these data
     undefined: Mapping[str, str]  # key -> why its metric is undefined on these data
+    steps: int = 0  # optimizer steps of a run, if they were to be counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,7 @@ class RunTrained(JobDone):
     run_id: str
     metrics: Mapping[str, float]
     steps: int
+    weights_digest: str = ""  # of the last weights
     stopped: bool = False  # ended early by `StopRun`
 
 

@@ -7,7 +7,8 @@ The study is stored in the sweep's folder. Trials that are RUNNING in it when a 
 resumed.
 """
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -28,8 +29,8 @@ TRIAL = "trial"  # value of the tag `role`; comparisons leave these runs out
 EVALUATED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
-def search(context: SweepContext) -> tuple[Plan, dict[tuple[str, int], str]]:
-    """Run the missing trials.
+def search(context: SweepContext, named: Callable[[Arm], Arm]) -> tuple[Plan, dict[tuple[str, int], str]]:
+    """Run the missing trials. named: names the best arm.
 
     Returns the plan that compares the best setting with the baseline, and the errors of failed trials by trial name
     and seed.
@@ -39,7 +40,7 @@ def search(context: SweepContext) -> tuple[Plan, dict[tuple[str, int], str]]:
     """
     trials = _Trials(context)
     trials.run()
-    best, plan = trials.best(), context.plan
+    best, plan = named(trials.best()), context.plan
     count = len(trials.in_state(*EVALUATED))
     info(f"best of {count} trials on {trials.metric} (seed {trials.config.seed}): {best.name}")
     controls = controls_of([best]) if plan.sweep.controls == "reweight" else []
@@ -81,7 +82,7 @@ class _Trials:
         self.storage = RDBStorage(f"sqlite:///{file}")
         self.study = optuna.create_study(
             storage=self.storage,
-            study_name=f"{context.id} {self.metric}",
+            study_name=f"{context.id} {self.metric}{self._variant()}",
             load_if_exists=True,
             direction="minimize" if minimize else "maximize",
             pruner=optuna.pruners.MedianPruner(n_startup_trials=self.config.startup_trials),
@@ -95,6 +96,13 @@ class _Trials:
         self.failures: dict[tuple[str, int], str] = {}  # (trial name, seed) -> error
         self.failed_keys: set[str] = set()  # run keys of failed trials
         self.failed_count = 0
+
+    def _variant(self) -> str:
+        """Part of the study's name: a sweep with sequential seeds keeps its id if the search changes."""
+        if not self.context.plan.sweep.is_sequential:
+            return ""
+        settings = self.config.model_dump_json(exclude={"trials", "metric"})
+        return f" {hashlib.sha256(settings.encode()).hexdigest()[:8]}"
 
     def run(self) -> None:
         """Run all trials to completion."""

@@ -1,20 +1,33 @@
 """Summary run of a sweep, which holds the report and the sweep's resolved settings."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.comparison.families import FAMILY_TAG, Family, families_of
 from pipeline.comparison.tables import plain
 from pipeline.comparison.verdicts import compare, load_runs, to_markdown, to_text, write
 from pipeline.errors import TrainingError, UserError
-from pipeline.names import NOTE_LENGTH
+from pipeline.names import NOTE_LENGTH, QUESTION
 from pipeline.runtime.console import info, optional
+from pipeline.sweeps.adoption import EqualRuns
 from pipeline.sweeps.sweep_plan import Plan, to_yaml
+from pipeline.tracking.client import code_version
 from pipeline.tracking.messages import RunRequest, StoredRun
 from pipeline.tracking.mlflow_run import MlflowRun, end_early
-from pipeline.tracking.stored_runs import end_run, runs_of_ids, runs_of_sweep, runs_of_tag, store_exists, tag_run
+from pipeline.tracking.stored_runs import (
+    end_run,
+    finished_runs,
+    runs_of_ids,
+    runs_of_sweep,
+    runs_of_tag,
+    store_exists,
+    tag_run,
+)
 from pipeline.tracking.writer_client import Writer
+
+DEFAULT_EXPERIMENT = "0"  # id of MLflow's
 
 
 class StoredSweep(NamedTuple):
@@ -22,6 +35,10 @@ class StoredSweep(NamedTuple):
 
     by_key: Mapping[str, StoredRun]  # run key -> run; a finished one if there are several
     summary: StoredRun | None
+
+    @property
+    def families(self) -> tuple[Family, ...]:
+        return families_of(self.summary.tags) if self.summary else ()
 
 
 def claim_launcher(plan_id: str) -> None:
@@ -51,6 +68,16 @@ def stored_sweep(sweep_id: str) -> StoredSweep:
     return StoredSweep({run.tags["run_key"]: run for run in runs if "run_key" in run.tags}, summary)
 
 
+def equal_runs(plan: Plan, data_digest: str) -> EqualRuns:
+    """Finished runs in the sweep's experiment that it may adopt; the store is searched when they are first needed."""
+
+    def find() -> list[StoredRun]:
+        runs = finished_runs(plan.experiment or DEFAULT_EXPERIMENT, data_digest) if store_exists() else []
+        return [run for run in runs if plan.metric in run.metrics]
+
+    return EqualRuns(find, code_version())
+
+
 class SummaryRun:
     """The open summary run."""
 
@@ -58,24 +85,33 @@ class SummaryRun:
         self.run, self.sweep_id, self.ending = run, sweep_id, False
 
     @classmethod
-    def open(cls, writer: Writer, plan: Plan, sweep_id: str, earlier: StoredRun | None) -> "SummaryRun":
+    def open(
+        cls, writer: Writer, plan: Plan, plan_id: str, data_digest: str, earlier: StoredRun | None
+    ) -> "SummaryRun":
         """Reopen the summary run of an earlier start, or use the run that `mlflow run` opened, or create one."""
         launcher, config = os.environ.get("MLFLOW_RUN_ID"), plan.baseline.config
+        sweep_id, margin = plan.identity(data_digest), plan.sweep.margin
         request = RunRequest(
             name=f"sweep {plan.title}"[:40],
             experiment=config.experiment,
             run_id=earlier.run_id if earlier else launcher,
             launcher=launcher if earlier and earlier.run_id != launcher else None,
             # the role comes last: the next start takes a run without a role for a launcher run and ends it
-            tags={"sweep_id": sweep_id, "sweep_plan": plan.identity(), "task": config.task, "metric": plan.metric}
-            | {"mode": plan.sweep.mode or "", "role": "summary"},
+            tags={"sweep_id": sweep_id, "sweep_plan": plan_id, "task": config.task, "metric": plan.metric}
+            | {"mode": plan.sweep.mode or "", QUESTION: plan.question(data_digest)}
+            | {"margin": "" if margin is None else repr(margin), "role": "summary"},
             resume=earlier is not None,
             folder=earlier.tags.get("run_dir") if earlier else None,
         )  # fmt: skip
         return cls(MlflowRun(writer, request, Path(config.output_dir)), sweep_id)
 
-    def conclude(self, plan: Plan, folder: Path, failures: Mapping[tuple[str, int], str]) -> None:
-        """Compare the finished runs, print and store the report, and end the summary run.
+    def record_families(self, families: Sequence[Family]) -> None:
+        """Record the families before their arms are trained: their levels are fixed from then on."""
+        self.run.set_tags({f"{FAMILY_TAG}{number}": family.to_tag() for number, family in enumerate(families, 1)})
+        self.run.flush()
+
+    def conclude(self, plan: Plan, folder: Path, failures: Mapping[tuple[str, int], str], remark: str = "") -> None:
+        """Compare the finished runs, print and store the report, and end the summary run. remark: added to its note.
 
         Raises:
             TrainingError: there is nothing to compare.
@@ -86,7 +122,8 @@ class SummaryRun:
             self.run.log_artifact(file)
         if failures:
             info(f"\nfailed:\n{_listed(failures)}")
-        note, files, refusal = _listed(failures, plain), list[Path](), None
+        note = "\n\n".join(text for text in (plain(remark), _listed(failures, plain)) if text)
+        files, refusal = list[Path](), None
         try:
             comparison = compare(load_runs(self.sweep_id), plan.metric, plan.sweep.mode, title=plan.title)
         except UserError as error:

@@ -6,12 +6,13 @@ found in the tracking store by their run key, so the same command resumes an int
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
@@ -26,6 +27,9 @@ from pipeline.sweeps.sweep_config import SweepConfig
 from pipeline.sweeps.sweep_plan import Plan, resolve
 from pipeline.tasks.registry import ROOT, config_class
 from pipeline.tracking.store import check_uri
+
+if TYPE_CHECKING:
+    from pipeline.comparison.families import Family
 
 
 def sweep(config: SweepConfig, file: Path, typed: Mapping[str, str]) -> None:
@@ -46,6 +50,11 @@ def sweep(config: SweepConfig, file: Path, typed: Mapping[str, str]) -> None:
     if config.engine == "ray" and any(arm.config.training.threads is None for arm in plan.arms):
         raise UserError(f"{file}: training.threads is null, allowed with engine ray: a number (of CPUs for a run)")
     folder = Path(plan.baseline.config.output_dir) / "sweeps" / plan.identity()
+    if config.plan:
+        from pipeline.sweeps.planning import print_plan
+
+        print_plan(plan, folder)
+        return
     with _locked(folder):
         from pipeline.tracking.writer_client import Writer
 
@@ -68,31 +77,40 @@ def _start_workers(config: SweepConfig, folder: Path, plan: Plan) -> Workers:
 
 def _train_and_compare(plan: Plan, folder: Path, workers: Workers, writer: Any) -> None:
     with ThreadPoolExecutor(1) as pool:  # import mlflow while the workers load the data: both take seconds
-        claim = pool.submit(_claim_launcher, plan)
+        claim = pool.submit(_claim_launcher, folder.name)
         plan, data_digest = check_data(plan, workers)
         claim.result()
-    from pipeline.sweeps.summary_run import SummaryRun, stored_sweep
+    from pipeline.sweeps.growth import grown, with_known_name
+    from pipeline.sweeps.summary_run import SummaryRun, equal_runs, stored_sweep
 
     sweep_id, settings = plan.identity(data_digest), plan.sweep
     if generated := plan.baseline.config.embedded():  # all arms have the same data
         info(generated)
-    info(f"sweep {sweep_id}: {len(plan.arms)} arms x {len(settings.seeds)} seeds, {settings.jobs} at a time")
+    seeds = " to ".join(map(str, dict.fromkeys((settings.looks[0], settings.looks[-1]))))
+    info(f"sweep {sweep_id}: {len(plan.arms)} arms x {seeds} seeds, {settings.jobs} at a time")
     stored = stored_sweep(sweep_id)
-    summary = SummaryRun.open(writer, plan, sweep_id, stored.summary)
+    if not settings.search:
+        grown(stored.families, plan)  # an arm that the sweep cannot have is refused before a run is opened
+    summary = SummaryRun.open(writer, plan, folder.name, data_digest, stored.summary)
     try:
-        context = SweepContext(sweep_id, data_digest, plan, folder, workers, stored.by_key)
+        equal = equal_runs(plan, data_digest)
+        context = SweepContext(sweep_id, data_digest, plan, folder, workers, stored.by_key, equal)
         failures: dict[tuple[str, int], str] = {}
         if settings.search:
             from pipeline.sweeps.search import search
 
-            plan, failures = search(context)
+            plan, failures = search(context, partial(with_known_name, stored.families))
             context = replace(context, plan=plan)
+        families = grown(stored.families, plan)
+        summary.record_families(families)
         start = time.perf_counter()
         runs = ArmRuns(context)
-        workers.work(runs.jobs())
+        _train(plan, families, runs)
         runs.report_cost(time.perf_counter() - start)
+        if remark := equal.note():
+            info(remark)
         failures |= runs.failures
-        summary.conclude(plan, folder, failures)
+        summary.conclude(plan, folder, failures, remark)
     except BaseException as error:
         workers.close()
         summary.abandon(error)
@@ -102,10 +120,20 @@ def _train_and_compare(plan: Plan, folder: Path, workers: Workers, writer: Any) 
     shutil.rmtree(runs.prefix_folder, ignore_errors=True)
 
 
-def _claim_launcher(plan: Plan) -> None:
+def _train(plan: Plan, families: Sequence["Family"], runs: ArmRuns) -> None:
+    """Train the missing runs: all of them, or with sequential seeds as many as decide the arms."""
+    if not plan.sweep.is_sequential:
+        runs.train(plan.arms, plan.sweep.all_seeds)
+        return
+    from pipeline.sweeps.rounds import train_in_rounds
+
+    train_in_rounds(plan, families, runs)
+
+
+def _claim_launcher(plan_id: str) -> None:
     from pipeline.sweeps.summary_run import claim_launcher
 
-    claim_launcher(plan.identity())
+    claim_launcher(plan_id)
 
 
 def _warnings(plan: Plan) -> Iterator[str]:

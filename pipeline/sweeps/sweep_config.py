@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -95,6 +96,28 @@ class SearchConfig(Config):
     """number of random trials before TPE proposes settings and the median pruner stops trials"""
 
 
+class SeedsConfig(Config):
+    """Seeds 0, 1, 2, ..., as many as the arms need to be decided."""
+
+    first: int = 3
+    """number of seeds before the first look at the arms"""
+    most: int = 20
+    """number of seeds after which an arm that is not decided is left alone"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _looks(cls, tree: Any) -> Any:
+        from pipeline.maths.sequential import LOOKS
+
+        if isinstance(tree, Mapping):
+            found = {"first": 3, "most": 20} | dict(tree)
+            if found.keys() != {"first", "most"} or any(number not in LOOKS for number in found.values()):
+                raise ValueError(f"first and most: each one of {', '.join(map(str, LOOKS))}")
+            if found["first"] > found["most"]:
+                raise ValueError("first <= most")
+        return tree
+
+
 class SweepConfig(Config):
     short: ClassVar[dict[str, str]] = {}
 
@@ -112,8 +135,10 @@ class SweepConfig(Config):
     """instead of arms: search for the best arm with Optuna"""
     controls: Literal["off", "reweight"] = "off"
     """reweight: also train the control of each arm that has one, which only changes the weights of examples"""
-    seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1)
-    """every arm runs once with each seed; differences are taken within a seed"""
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] | SeedsConfig = (0, 1, 2)
+    """every arm runs once with each; {first, most}: after 3, 5, 8, 12, 20, ... seeds, arms that are decided stop"""
+    margin: float | None = Field(None, gt=0)
+    """differences below it do not matter, in the metric's unit; only with seeds {first, most}"""
     metric: str | None = Field(None, pattern=r"^(valid|test)/.+")
     """primary metric of the verdict; null = evaluation.metric of the task, on the test split"""
     mode: Literal["max", "min"] | None = None
@@ -128,6 +153,26 @@ class SweepConfig(Config):
     """train the steps before the gate once for all arms of a seed; false = train each arm alone, with equal results"""
     title: str | None = Field(None, min_length=1)
     """title of the report; null = the file's name"""
+    plan: bool = False
+    """true: train nothing; print the runs, steps, hours, disk space and minimum detectable difference of the sweep"""
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether the arms get more seeds until they are decided."""
+        return isinstance(self.seeds, SeedsConfig)
+
+    @property
+    def looks(self) -> tuple[int, ...]:
+        """Numbers of seeds after which the arms are compared; of a list of seeds, their number."""
+        from pipeline.maths.sequential import scheduled_looks
+
+        seeds = self.seeds
+        return scheduled_looks(seeds.first, seeds.most) if isinstance(seeds, SeedsConfig) else (len(seeds),)
+
+    @property
+    def all_seeds(self) -> tuple[int, ...]:
+        """Every seed that an arm may be run with."""
+        return tuple(range(self.seeds.most)) if isinstance(self.seeds, SeedsConfig) else self.seeds
 
     @model_validator(mode="after")
     def _one_kind_of_arms(self) -> Self:
@@ -135,11 +180,14 @@ class SweepConfig(Config):
             raise ValueError("found " + ("neither" if self.arms is None else "both") + ", allowed: arms or search")
         if isinstance(self.arms, list) and not self.arms:
             raise ValueError("arms is empty, allowed: at least one")
-        repeated = [seed for seed in self.seeds if self.seeds.count(seed) > 1]
+        seeds = self.all_seeds
+        repeated = [seed for seed in seeds if seeds.count(seed) > 1]
         if repeated:
             raise ValueError(f"seeds: {repeated[0]} is there twice, allowed: each once")
         if self.ray_address and self.engine != "ray":
             raise ValueError(f"ray_address: found {self.ray_address} with engine {self.engine}, allowed: engine ray")
-        if self.search and self.search.seed in self.seeds:
+        if self.margin is not None and not self.is_sequential:
+            raise ValueError(f"margin: found {self.margin} with a list of seeds, allowed: seeds {{first, most}}")
+        if self.search and self.search.seed in seeds:
             raise ValueError(f"search.seed {self.search.seed} is one of seeds, allowed: another")
         return self

@@ -55,13 +55,29 @@ class Plan:
     def baseline(self) -> Arm:
         return self.arms[0]
 
+    @property
+    def experiment(self) -> str | None:
+        """The experiment of the runs; None for MLflow's default experiment."""
+        return self.baseline.config.experiment or _environment_experiment()
+
+    def question(self, data_digest: str = "") -> str:
+        """Hash of what the sweep asks: the baseline, data, experiment, metric and mode; not of its arms and seeds."""
+        baseline = self.baseline.config.with_values(seed=0).fingerprint(data_digest)
+        asked = [baseline, self.experiment, self.metric, self.sweep.mode, self.sweep.share_prefix]
+        return hashlib.sha256(json.dumps(["question", self.sweep.task, *asked]).encode()).hexdigest()[:16]
+
     def identity(self, data_digest: str = "") -> str:
-        """Hash of settings, seeds, data and experiment; independent of their order, of `jobs` and of `metric`."""
+        """The sweep's id.
+
+        With a list of seeds, a hash of settings, seeds, data and experiment; independent of their order, of `jobs` and
+        of `metric`. With sequential seeds the question's: more arms or seeds continue the same sweep.
+        """
+        if self.sweep.is_sequential:
+            return self.question(data_digest)
         runs = sorted((arm.name, arm.role, arm.at(seed).fingerprint(data_digest))
-                      for seed in self.sweep.seeds for arm in self.arms)  # fmt: skip
+                      for seed in self.sweep.all_seeds for arm in self.arms)  # fmt: skip
         search = [self.sweep.search.model_dump(), self.sweep.controls] if self.sweep.search else None
-        experiment = self.baseline.config.experiment or _environment_experiment()
-        text = json.dumps([self.sweep.task, runs, search, self.sweep.share_prefix, experiment])
+        text = json.dumps([self.sweep.task, runs, search, self.sweep.share_prefix, self.experiment])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -169,7 +185,8 @@ def to_yaml(plan: Plan) -> str:
     differing = [key for key in baseline if len({own[key] for own in settings.values()}) > 1 and key != "seed"]
     arms = {name: {key: own[key] for key in differing} for name, own in settings.items()}
     common = {key: value for key, value in baseline.items() if key not in (*differing, "seed")}
-    tree = {"task": plan.sweep.task, "metric": plan.metric, "seeds": list(plan.sweep.seeds), "arms": arms}
+    seeds = plan.sweep.model_dump(mode="json")["seeds"]
+    tree = {"task": plan.sweep.task, "metric": plan.metric, "seeds": seeds, "margin": plan.sweep.margin, "arms": arms}
     return yaml.safe_dump(tree | {"common": common}, sort_keys=False, allow_unicode=True)
 
 

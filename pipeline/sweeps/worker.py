@@ -125,11 +125,13 @@ class Work:
             UserError: one of the metrics does not exist.
         """
         from pipeline.tasks.base import undefined
+        from pipeline.training.loop import count_steps
 
         task = self.make_task(request.entry, parse_config(request))
         reasons = {key: undefined(task, key, metric) for key, metric in request.metrics.items()}
         return DataDigest(digest=task.dataset.digest, metric=task.config.evaluation.metric,
-                          undefined={key: why for key, why in reasons.items() if why})  # fmt: skip
+                          undefined={key: why for key, why in reasons.items() if why},
+                          steps=count_steps(task) if request.count else 0)  # fmt: skip
 
     def train_prefix(self, request: TrainPrefix) -> PrefixTrained:
         from pipeline.runs.launch import prepare_torch
@@ -164,7 +166,8 @@ class Work:
             watch=watch if request.watched else None,
             quiet=True,
         )  # fmt: skip
-        return RunTrained(run_id=run.id, metrics=run.metrics, steps=run.steps, stopped=stopped)
+        return RunTrained(run_id=run.id, metrics=run.metrics, steps=run.steps, weights_digest=run.weights_digest,
+                          stopped=stopped)  # fmt: skip
 
     def make_task(self, entry: str, config: Any) -> Any:
         """Create the task of a config, reusing the previous task's data if possible."""

@@ -112,6 +112,13 @@ def context_tags() -> dict[str, str]:
     return dict(registry.resolve_tags()) | {"mlflow.source.name": "python -m pipeline"}
 
 
+def code_version() -> str:
+    """Git commit of this code, as runs are tagged with it; empty if it is unknown."""
+    from mlflow.utils.git_utils import get_git_commit
+
+    return get_git_commit(str(Path(__file__).parent)) or ""
+
+
 def stored_run(run: Any) -> StoredRun:
     """Convert an MLflow run to a `StoredRun`."""
     return StoredRun(

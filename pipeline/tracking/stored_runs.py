@@ -12,6 +12,7 @@ from urllib.request import url2pathname
 
 from pipeline.config.strict_config import nearest
 from pipeline.errors import UserError
+from pipeline.names import SWEEP
 from pipeline.tracking.client import (
     Point,
     connect,
@@ -32,9 +33,19 @@ PAGE_IDS = 100  # number of ids in one filter
 
 def runs_of_sweep(sweep_id: str) -> list[StoredRun]:
     """All runs of a sweep, of every role and in all experiments, oldest first."""
-    if "'" in sweep_id:  # a filter cannot quote it, and no sweep id contains it
+    if {"'", "`"} & set(sweep_id):  # a filter cannot quote them, and no sweep id contains them
         return []
-    return runs_of_tag("sweep_id", sweep_id)
+    own = runs_of_tag("sweep_id", sweep_id)
+    joined = runs_of_filter(None, f"tags.`{SWEEP}{sweep_id}` LIKE '%'")  # among them runs that began in other sweeps
+    return sorted({run.run_id: run for run in own + joined}.values(), key=lambda run: run.start_time)
+
+
+def finished_runs(experiment: str, data_digest: str) -> list[StoredRun]:
+    """Finished runs on these data in an experiment (name or id), oldest first; none without such an experiment."""
+    with _user_errors() as client:
+        match = find_experiment(client, experiment)
+        condition = f"attributes.status = 'FINISHED' AND tags.data_digest = '{data_digest}'"
+        return [stored_run(run) for run in search(client, condition, [match.experiment_id])] if match else []
 
 
 def runs_of_tag(name: str, value: str) -> list[StoredRun]:

@@ -19,13 +19,13 @@ from pipeline.compute.sparse import coalesced
 from pipeline.errors import RankLost, UserError
 from pipeline.maths.gradients import PREFIX
 from pipeline.maths.schedules import learning_rate_factor
-from pipeline.names import CALIBRATION, TRAIN_SECONDS
+from pipeline.names import CALIBRATION, TRAIN_SECONDS, WEIGHTS_DIGEST
 from pipeline.runtime import process_rank
 from pipeline.runtime.console import Console, info, optional, warn
 from pipeline.runtime.interrupts import check, deferred
 from pipeline.runtime.memory import keep_freed_memory
 from pipeline.storage.checkpoint_format import Checkpoint
-from pipeline.storage.weights import load_weights, save_weights
+from pipeline.storage.weights import load_weights, save_weights, weights_digest
 from pipeline.tasks.base import TOTAL, Rows, Task, evaluate, evaluating, new_model
 from pipeline.tracking.run import Run
 from pipeline.training.best_weights import BestWeights
@@ -49,6 +49,7 @@ class Result:
     model: nn.Module
     steps: int = 0  # optimizer steps completed
     metrics: dict[str, float] = field(default_factory=dict)  # the last value of every evaluation metric
+    weights_digest: str = ""  # of the last weights
 
 
 class Window(NamedTuple):
@@ -129,6 +130,8 @@ class Training:
         if self.best_weights.step is not None:
             self.run.log_metrics(self.result.steps, {"best_step": self.best_weights.step})
         save_weights(self.model.state_dict(), self.run.folder / FINAL_FILE)
+        self.result.weights_digest = weights_digest(self.model.state_dict())
+        self.run.set_tags({WEIGHTS_DIGEST: self.result.weights_digest})
         self.done = True
         self.best_weights.restore(self.model)
         with evaluating(self.model):
