@@ -45,10 +45,15 @@ class EqualRuns:
                f"{here}" if self.refused else ""  # fmt: skip
 
     @cached_property
+    def finished(self) -> list[StoredRun]:
+        """All finished runs, whatever their settings, oldest first."""
+        return list(self.find())
+
+    @cached_property
     def _by_key(self) -> dict[str, list[StoredRun]]:
         """Run key -> runs. Trials of a search may have been stopped early; forks and ranks change the numbers."""
         runs: dict[str, list[StoredRun]] = {}
-        for run in self.find():
+        for run in self.finished:
             tags = run.tags
             if "run_key" in tags and tags.get("role") != "trial" and not tags.keys() & {FORKED_FROM, "processes"}:
                 runs.setdefault(tags["run_key"], []).append(run)

@@ -36,6 +36,10 @@ class RunResult(NamedTuple):
     metrics: Mapping[str, float]
     weights_digest: str  # of the last weights; "" in runs of older versions
 
+    @classmethod
+    def of(cls, run: StoredRun) -> "RunResult":
+        return cls(run.metrics, run.tags.get(WEIGHTS_DIGEST, ""))
+
 
 class ArmRuns:
     """Jobs for runs of arms with seeds, and their results."""
@@ -82,24 +86,25 @@ class ArmRuns:
             info(f"trained {self.trained_steps:,} optimizer steps for runs of {self.steps:,} in {seconds:.0f} s; "
                  f"shared prefixes saved {saved:,} steps, about {self.saved_seconds:.0f} s of training")  # fmt: skip
 
-    def _finished_before(self, arm: Arm, seed: int) -> bool:
-        """Whether the run has finished in an earlier start, or in another sweep, which this one then adopts it from."""
-        name, config, digest = arm.run_name(seed), arm.at(seed), self.context.data_digest
-        run, how = self.context.stored.get(config.fingerprint(digest)), "finished before"
-        if run is None and self.context.equal_runs:
-            run, how = self.context.equal_runs.adopt(name, config, digest), "adopted"
-        if run is None or run.status != "FINISHED":
-            return False
-        self._join(run, arm)
-        self.results[arm.name, seed] = RunResult(run.metrics, run.tags.get(WEIGHTS_DIGEST, ""))
-        self._report_end(f"{name}: {how} (run {run.run_id})")
-        return True
+    def find(self, arm: Arm, seed: int) -> tuple[StoredRun | None, str]:
+        """The finished run of an arm and seed, of an earlier start or of another sweep, and which of the two."""
+        config, digest = arm.at(seed), self.context.data_digest
+        if run := self.context.stored.get(config.fingerprint(digest)):
+            return (run if run.status == "FINISHED" else None), "finished before"
+        equal = self.context.equal_runs
+        return equal.adopt(arm.run_name(seed), config, digest) if equal else None, "adopted"
 
-    def _join(self, run: StoredRun, arm: Arm) -> None:
-        """Tag a finished run with its place in this sweep, unless it has that tag."""
+    def _finished_before(self, arm: Arm, seed: int) -> bool:
+        """Whether the run has finished already. It is tagged with its place in this sweep, unless it has that tag."""
+        run, how = self.find(arm, seed)
+        if run is None:
+            return False
         tags = self._membership(arm).to_tags(self.context.id)
         if not tags.items() <= run.tags.items():
             tag_run(run.run_id, tags)
+        self.results[arm.name, seed] = RunResult.of(run)
+        self._report_end(f"{arm.run_name(seed)}: {how} (run {run.run_id})")
+        return True
 
     def _membership(self, arm: Arm) -> Membership:
         return Membership(arm.name, arm.role, CONTROLLED.join(arm.control_of), self.plan.arms.index(arm))
