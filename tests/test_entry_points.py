@@ -76,7 +76,7 @@ def test_prepare_ctr_then_training_through_mlproject_and_predicting(
     assert run.data.params["training.batch_size"] == "256"
     shown = {name for name in run.data.tags if not name.startswith("mlflow.")} - {"git_dirty"}  # of a repository alone
     assert shown == {"task", "seed", "data_digest", "run_key", "threads", "owner", "run_dir", "host", "precision",
-                     "overrides"}  # fmt: skip
+                     "overrides", "weights_digest"}  # fmt: skip
     assert len(run.data.tags["data_digest"]) == 64
     assert run.inputs.dataset_inputs[0].dataset.digest == run.data.tags["data_digest"][:32]
 

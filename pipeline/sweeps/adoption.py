@@ -40,9 +40,10 @@ class EqualRuns:
 
     def note(self) -> str:
         """Which equal runs were not adopted; "" if there are none."""
-        here = f"this code is {self.code[:CODE_SHOWN]}" if self.code else "this code's version is unknown"
-        return f"trained anew, since finished runs of other code or threads are not adopted: {listed(self.refused)}; " \
-               f"{here}" if self.refused else ""  # fmt: skip
+        if not self.refused:
+            return ""
+        here = f"this code is {self.code[:CODE_SHOWN]}" if self.code else "the version of this code is unknown"
+        return f"finished runs of other code or threads are not adopted: {listed(self.refused)}; {here}"
 
     @cached_property
     def finished(self) -> list[StoredRun]:

@@ -26,7 +26,7 @@ from pipeline.sweeps.rounds import looks_at
 from pipeline.sweeps.summary_run import equal_runs, stored_sweep
 from pipeline.sweeps.sweep_plan import Arm, Plan, controls_of, with_overrides
 from pipeline.tracking.messages import StoredRun
-from pipeline.tracking.stored_runs import store_exists, tag_run
+from pipeline.tracking.stored_runs import tag_run
 
 KEPT = 3  # checkpoints of a run: the last two and the best one
 
@@ -51,7 +51,6 @@ def print_plan(plan: Plan, folder: Path) -> None:
         steps = _count_steps(plan, workers)
     finally:
         workers.close()
-    in_store = store_exists()
     stored, equal = stored_sweep(sweep_id), equal_runs(plan, data_digest)
     families = grown(() if plan.sweep.search else stored.families, plan)
     runs = ArmRuns(SweepContext(sweep_id, data_digest, plan, folder, workers, stored.by_key, equal))
@@ -60,8 +59,10 @@ def print_plan(plan: Plan, folder: Path) -> None:
             if run := runs.find(arm, seed)[0]:
                 runs.results[arm.name, seed] = RunResult.of(run)
     info(f"plan of sweep {sweep_id}, of which nothing is trained now:")
-    for line in describe(plan, families, runs, steps, equal.finished if in_store else []):
+    for line in describe(plan, families, runs, steps, equal.finished):
         info(f"- {line}")
+    if remark := equal.note():
+        info(f"- {remark}")
 
 
 def describe(

@@ -27,8 +27,6 @@ from pipeline.tracking.stored_runs import (
 )
 from pipeline.tracking.writer_client import Writer
 
-DEFAULT_EXPERIMENT = "0"  # id of MLflow's
-
 
 class StoredSweep(NamedTuple):
     """Runs of a sweep that are already in the tracking store."""
@@ -72,7 +70,7 @@ def equal_runs(plan: Plan, data_digest: str) -> EqualRuns:
     """Finished runs in the sweep's experiment that it may adopt; the store is searched when they are first needed."""
 
     def find() -> list[StoredRun]:
-        runs = finished_runs(plan.experiment or DEFAULT_EXPERIMENT, data_digest) if store_exists() else []
+        runs = finished_runs(plan.experiment, data_digest) if store_exists() else []
         return [run for run in runs if plan.metric in run.metrics]
 
     return EqualRuns(find, code_version())

@@ -18,6 +18,7 @@ PAGE_ROWS = 1000
 BATCH_POINTS = 1000  # MLflow's limit for one log_batch
 BATCH_PARAMS = 100
 DIGEST_LENGTH = 32  # characters of a dataset's hash: MLflow accepts 36; a tag holds the full hash
+DEFAULT_EXPERIMENT = "0"  # id of MLflow's default experiment
 OLDEST_FIRST = ["attributes.start_time ASC"]
 
 

@@ -14,6 +14,7 @@ from pipeline.config.strict_config import nearest
 from pipeline.errors import UserError
 from pipeline.names import SWEEP
 from pipeline.tracking.client import (
+    DEFAULT_EXPERIMENT,
     Point,
     connect,
     download,
@@ -40,10 +41,10 @@ def runs_of_sweep(sweep_id: str) -> list[StoredRun]:
     return sorted({run.run_id: run for run in own + joined}.values(), key=lambda run: run.start_time)
 
 
-def finished_runs(experiment: str, data_digest: str) -> list[StoredRun]:
-    """Finished runs on these data in an experiment (name or id), oldest first; none without such an experiment."""
+def finished_runs(experiment: str | None, data_digest: str) -> list[StoredRun]:
+    """Finished runs on these data in an experiment (name or id; None: MLflow's default), oldest first."""
     with _user_errors() as client:
-        match = find_experiment(client, experiment)
+        match = find_experiment(client, experiment or DEFAULT_EXPERIMENT)
         condition = f"attributes.status = 'FINISHED' AND tags.data_digest = '{data_digest}'"
         return [stored_run(run) for run in search(client, condition, [match.experiment_id])] if match else []
 

@@ -24,9 +24,10 @@ from urllib.parse import quote
 from urllib.request import urlopen
 
 from pipeline.errors import UserError
+from pipeline.names import SWEEP
 from pipeline.runtime.console import info, warn
 from pipeline.runtime.platform_support import allow_closed_port, known_signals, stop_process_tree
-from pipeline.tracking.client import connect, experiments
+from pipeline.tracking.client import DEFAULT_EXPERIMENT, connect, experiments
 from pipeline.tracking.store import configure_mlflow, tracking_uri
 from pipeline.tracking.store_creation import ensure_store
 from pipeline.tracking.store_errors import one_line
@@ -35,7 +36,6 @@ from pipeline.tracking.stored_runs import runs_of_sweep, runs_of_tag, store_exis
 HOST = "127.0.0.1"
 START_SECONDS = 120  # how long to wait for the server's first answer
 STOP_SECONDS = 5  # how long to wait before killing the server
-DEFAULT_EXPERIMENT = "0"
 VIEW_TAG = "mlflow.sharedViewState."  # prefix of an experiment's tag; the rest of the tag is the key in the link
 TRAINING = "workflowType=machine_learning"  # in a link; by default, MLflow shows its GenAI pages
 Charts = Callable[[str], Sequence[str]]  # name of a task -> metrics to chart if the sweep logged them
@@ -80,10 +80,13 @@ class SweepView:
     experiment_id: str
     metric: str  # the metric of the verdict
     charts: tuple[str, ...]
+    adopted: bool = False  # whether some of its runs began in another sweep
 
     @property
     def filter(self) -> str:
         """MLflow's filter for the runs of the sweep, without its summary."""
+        if self.adopted:
+            return f"tags.`{SWEEP}{self.sweep_id}` LIKE '%'"
         return f"tags.sweep_id = '{self.sweep_id}' and tags.role != 'summary'"
 
     @property
@@ -123,11 +126,13 @@ def newest_sweep(charts: Charts) -> SweepView | None:
         return None
     summary = summaries[-1]
     sweep_id, metric = summary.tags["sweep_id"], summary.tags["metric"]
-    logged = {name for run in runs_of_sweep(sweep_id) for name in run.metrics}
+    runs = runs_of_sweep(sweep_id)
+    logged = {name for run in runs for name in run.metrics}
+    adopted = any(run.tags.get("sweep_id") != sweep_id for run in runs)
     validation_metric = metric.replace("test/", "valid/", 1)
     experiment_id = mlflow.MlflowClient().get_run(summary.run_id).info.experiment_id
     wanted = [validation_metric, *charts(summary.tags.get("task", ""))]
-    return SweepView(sweep_id, experiment_id, metric, tuple(name for name in wanted if name in logged))
+    return SweepView(sweep_id, experiment_id, metric, tuple(name for name in wanted if name in logged), adopted)
 
 
 def newest_experiment() -> str:

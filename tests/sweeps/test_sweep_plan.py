@@ -142,6 +142,30 @@ def test_the_identity_is_of_what_is_run_and_on_what(tmp_path: Path) -> None:
     assert plan_of(tmp_path, settings={"output_dir": "elsewhere", "tracking.log_every": 9}).identity() == one.identity()
 
 
+def test_the_identity_of_sequential_seeds_is_the_question(tmp_path: Path) -> None:
+    few, many = {"first": 3, "most": 8}, {"first": 5, "most": 20}
+    one = plan_of(tmp_path, seeds=few)
+    same = plan_of(tmp_path, seeds=many, arms=[{"lambda": 0.2}], margin=0.001, jobs=4, title="other")
+    assert one.identity("d") == same.identity("d") == one.question("d") == plan_of(tmp_path).question("d")
+    others = [plan_of(tmp_path, seeds=few, metric="test/auc_ctr"), plan_of(tmp_path, seeds=few, mode="min"),
+              plan_of(tmp_path, seeds=few, baseline={"aux_focal": False, "optim.dense.lr": 0.1}),
+              plan_of(tmp_path, seeds=few, share_prefix=False),
+              plan_of(tmp_path, seeds=few, settings={"experiment": "x"})]  # fmt: skip
+    assert len({plan.identity("d") for plan in (one, *others)} | {one.identity("e")}) == 7
+    assert plan_of(tmp_path).identity("d") not in {one.identity("d"), plan_of(tmp_path, seeds=[0, 1]).identity("d")}
+
+
+def test_the_number_of_sequential_seeds_can_be_typed(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    for written, expected in {None: (3, 12), "{first: 5, most: 8}": (5, 12), "[0, 1]": (3, 12)}.items():
+        seeds = {"seeds": yaml.safe_load(written)} if written else {}
+        file.write_text(yaml.safe_dump(SWEEP | seeds))
+        typed = load(SweepConfig, file, {"seeds.most": "12", "margin": "0.01"})
+        assert (typed.looks[0], typed.looks[-1]) == expected
+        assert typed.all_seeds == tuple(range(12))
+    assert load(SweepConfig, file).looks == (2,)
+
+
 def test_what_arms_share_is_the_run_until_the_gate(tmp_path: Path) -> None:
     late = {"loss.late_pos_weight.ctcvr": 0.1}  # from step 2000
     plan = plan_of(tmp_path, arms=[{"lambda": 0.05}, {"gamma": 2}, {"warmup_steps": 1500}, {"optim.dense.lr": 0.001},
@@ -170,7 +194,7 @@ def test_arms_branch_at_their_own_gates_from_what_logs_as_they_do(tmp_path: Path
     arms = [{"warmup_steps": 300}, {"warmup_steps": 700}, {"warmup_steps": 500, "tracking.log_every": 5}]
     plan = plan_of(tmp_path, arms=arms, seeds=[0, 1], settings={"output_dir": str(tmp_path)})
     context = SweepContext("5eed", "d" * 64, plan, tmp_path, workers=None, stored={})  # type: ignore[arg-type]
-    requests = [job.request for job in ArmRuns(context).jobs()]
+    requests = [job.request for job in ArmRuns(context).jobs(plan.arms, [0, 1])]
     trained = [request for request in requests if isinstance(request, TrainPrefix)]
     assert [sorted(request.folders) for request in trained] == [["300", "700"]] * 2  # a prefix a seed
     assert not set(trained[0].folders.values()) & set(trained[1].folders.values())
@@ -255,6 +279,15 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"seeds": []}, ["seeds", "at least 1"]),
     ({"seeds": [1, 1]}, ["seeds", "twice"]),
     ({"seeds": [-1]}, ["seeds", ">= 0"]),
+    ({"seeds": {"first": 3, "most": 9}}, ["seeds", "first and most: each one of 3, 5, 8, 12, 20, 32, 50, 80"]),
+    ({"seeds": {"frist": 3}}, ["seeds", "frist", "first and most"]),
+    ({"seeds": {"first": 8, "most": 5}}, ["seeds", "first <= most"]),
+    ({"margin": 0.1}, ["margin: found 0.1 with a list of seeds", "{first, most}"]),
+    ({"margin": 0, "seeds": {"first": 3}}, ["margin: found 0", "> 0"]),
+    (
+        {"arms": ..., "search": {"seed": 7, "space": {"lambda": {"low": 0, "high": 1}}}, "seeds": {"most": 8}},
+        ["search.seed 7"],
+    ),
     ({"jobs": 0}, ["jobs", ">= 1"]),
     ({"task": "train"}, ["task", "train_mmoe, train_visobert"]),
     ({"metric": "auc"}, ["metric", "valid|test"]),
