@@ -28,8 +28,8 @@ class CompareConfig(Config):
     """whether a higher or a lower metric is better; null = as in the runs' configs, else min for losses and errors"""
     baseline: str | None = Field(None, min_length=1)
     """arm with which the others are compared: its name, or the id of one of its runs; null = arm with role baseline"""
-    bootstrap: bool = True
-    """show intervals over test rows within each seed, for runs that kept their per-row scores"""
+    new_rows: bool = True
+    """show intervals that hold for new test rows, for runs that stored their per-row scores"""
     output_dir: str = Field("comparisons", min_length=1)
     """folder in which each comparison gets its own subfolder"""
 

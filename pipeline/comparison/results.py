@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from pipeline.maths.row_covariance import NewRows
 from pipeline.maths.statistics import Paired
 from pipeline.names import CONTROLLED
 
@@ -26,7 +27,7 @@ class ArmResult:
     difference: Paired | None  # arm - baseline over the seeds that both have; None for the baseline
     p_adjusted: float | None  # None for the baseline, controls and fewer than two seeds
     minimum_detectable: float | None  # minimum detectable difference; None like p_adjusted
-    rows: Mapping[int, tuple[float, float, float]]  # seed -> difference and its interval over test rows
+    new_rows: NewRows | None  # interval for new seeds and new test rows; None without stored rows
     verdict: str  # "" for the baseline, "control" for a control
     against_control: Paired | None  # paired difference arm - control; None without a control
     side: Mapping[str, Paired]  # side metric -> arm - baseline

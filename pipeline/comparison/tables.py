@@ -10,13 +10,14 @@ import pandas as pd
 from pipeline.comparison import wording
 from pipeline.comparison.results import ArmResult, Comparison
 from pipeline.comparison.selection import unique_leaves
-from pipeline.comparison.wording import NOTHING
 from pipeline.maths.statistics import Paired
 from pipeline.runtime.console import aligned
 from pipeline.runtime.text import visible
 
-# Limits in a terminal: numbers of side metrics, settings and seeds shown; characters of an arm's name.
-SIDE_SHOWN, SETTINGS_SHOWN, SEEDS_SHOWN, LABEL_LENGTH = 6, 8, 3, 30
+# Limits in a terminal: numbers of side metrics and settings shown; characters of an arm's name.
+SIDE_SHOWN, SETTINGS_SHOWN, LABEL_LENGTH = 6, 8, 30
+NEW_ROWS = ("low", "high", "seeds_variance", "interaction_variance", "rows_variance", "degrees", "deciding_rows",
+            "rows_name")  # fmt: skip
 IN_TEXT = (wording.MEAN, wording.DIFFERENCE, wording.INTERVAL, wording.P, wording.DETECTABLE, wording.VERDICT)
 CUT = "\n\nThe whole table is in comparison.md.\n"
 
@@ -26,8 +27,8 @@ def to_frame(comparison: Comparison) -> pd.DataFrame:
 
     Columns: arm, role, control_of, verdict, seeds; mean, spread, best_valid, best_valid_spread of the primary metric;
     difference, low, high (95% over seeds, unadjusted), p, p_adjusted, minimum_detectable. Prefixes: `control.` for the
-    difference to the control, `rows.s<seed>.` for the difference over test rows, `side.<metric>.` for differences of
-    side metrics, and `params.` for settings that differ.
+    difference to the control, `new_rows.` for the interval on new rows and what it is made of (see `NewRows`),
+    `side.<metric>.` for differences of side metrics, and `params.` for settings that differ.
     """
     return pd.DataFrame([_record(arm, comparison) for arm in comparison.arms])
 
@@ -73,8 +74,10 @@ def to_text(comparison: Comparison) -> str:
         aligned(rows, left=(0, len(IN_TEXT))),
         wording.method(comparison),
     ]
-    if any(arm.rows for arm in comparison.arms):
-        parts.append(f"{aligned(_row_cells(comparison))}\n{wording.BOOTSTRAP}")
+    if wording.NEW_ROWS in columns:
+        cells = zip(map(_label, comparison.arms[1:]), columns[wording.NEW_ROWS][1:], strict=True)
+        table = aligned([["", wording.NEW_ROWS], *([label, cell.replace("\n", "; ")] for label, cell in cells)])
+        parts.append(f"{table}\n{wording.NEW_ROWS_METHOD}")
     sides = [metric for metric in comparison.side_metrics if any(metric in arm.side for arm in comparison.arms)]
     if sides:
         cells = [["", *(metric.removeprefix("test/") for metric in sides[:SIDE_SHOWN])]]
@@ -108,9 +111,8 @@ def _record(arm: ArmResult, comparison: Comparison) -> dict[str, Any]:
     }
     if any(other.against_control for other in comparison.arms):
         record |= _paired("control.", arm.against_control)
-    for seed in sorted({seed for other in comparison.arms for seed in other.rows}):
-        names = [f"rows.s{seed}.{name}" for name in ("difference", "low", "high")]
-        record |= dict(zip(names, arm.rows.get(seed, (None, None, None)), strict=True))
+    if any(other.new_rows for other in comparison.arms):
+        record |= {f"new_rows.{name}": getattr(arm.new_rows, name, None) for name in NEW_ROWS}
     for metric in comparison.side_metrics:
         record |= _paired(f"side.{metric}.", arm.side.get(metric))
     return record | {f"params.{key}": value for key, value in arm.differing.items()}
@@ -125,16 +127,6 @@ def _label(arm: ArmResult) -> str:
     name = visible(" ".join(arm.name.split()))
     name = name if len(name) <= LABEL_LENGTH else name[: LABEL_LENGTH - 1] + "…"
     return f"  {name}" if arm.role == "control" else name
-
-
-def _row_cells(comparison: Comparison) -> list[list[str]]:
-    numbers = wording.metric_format(comparison)
-    seeds = sorted({seed for arm in comparison.arms for seed in arm.rows})[:SEEDS_SHOWN]
-    rows = [[wording.ROWS, *(f"seed {seed}" for seed in seeds)]]
-    return rows + [
-        [_label(arm), *(numbers.estimate(*arm.rows[seed]) if seed in arm.rows else NOTHING for seed in seeds)]
-        for arm in comparison.arms[1:]
-    ]
 
 
 def _setting_cells(comparison: Comparison, short: bool = False) -> list[list[str]]:

@@ -1,8 +1,8 @@
 """Comparison of tracked runs over seeds, with a verdict on whether each arm is better than the baseline.
 
 The verdict is a paired t test over seeds on one primary metric, with Holm's correction for the number of arms that are
-not controls. A bootstrap over test rows is also shown, but does not affect the verdict, because it ignores the
-variation between seeds.
+not controls. It says whether other seeds would agree on these test rows. Beside it stands an interval for new test
+rows, which does not affect the verdict.
 """
 
 import hashlib
@@ -17,9 +17,9 @@ import pandas as pd
 
 from pipeline.comparison import wording
 from pipeline.comparison.compare_config import CompareConfig
+from pipeline.comparison.new_rows import new_rows as on_new_rows
 from pipeline.comparison.page.view import write_page
 from pipeline.comparison.results import ArmResult, Comparison
-from pipeline.comparison.row_intervals import row_intervals
 from pipeline.comparison.run_loading import load_history, load_runs
 from pipeline.comparison.selection import (
     baseline_arm,
@@ -69,7 +69,7 @@ def compare(  # noqa: PLR0917 (notebooks pass one or two by position)
     metric: str | None = None,
     mode: str | None = None,
     baseline: str | None = None,
-    bootstrap: bool = True,
+    new_rows: bool = True,
     title: str = "",
 ) -> Comparison:
     """Compare the arms of `runs` (a frame of `load_runs`) with the baseline.
@@ -100,7 +100,7 @@ def compare(  # noqa: PLR0917 (notebooks pass one or two by position)
     tested = [arm for arm, role in roles.items() if role == "arm"]
     adjusted = dict(zip(tested, holm([differences[arm].p for arm in tested]), strict=True))
     best = _best_on_validation(usable, metric, mode)
-    rows = row_intervals(groups, values, base, metric, notes) if bootstrap else {}
+    rows = on_new_rows(groups, values, base, metric, dict.fromkeys(groups, 0.05), notes) if new_rows else {}
     colors = _colors(groups)
     controls = {arm: control for control, group in reversed(groups.items()) if roles[control] == "control"
                 for arm in first_text(group, "control_of").split(CONTROLLED)}  # fmt: skip
@@ -125,7 +125,7 @@ def compare(  # noqa: PLR0917 (notebooks pass one or two by position)
             p_adjusted=adjusted.get(name),
             minimum_detectable=minimum_detectable_difference(difference.sd, difference.n, len(tested))
             if name in tested else None,
-            rows=rows.get(name, {}),
+            new_rows=rows.get(name),
             verdict=wording.verdict(roles[name], difference, adjusted.get(name), mode),
             against_control=_paired(values[name], values[control]) if control else None,
             side={} if name == base else {side: paired for side, paired in side.items() if paired.n},
@@ -193,7 +193,7 @@ def compare_runs(config: CompareConfig, given: frozenset[str]) -> None:  # noqa:
 
 def _compare_and_write(config: CompareConfig) -> tuple[Comparison, list[Path]]:
     runs = load_runs(config.sweep_id, runs=config.runs, experiment=config.experiment, filter=config.filter)
-    comparison = compare(runs, config.metric, config.mode, config.baseline, config.bootstrap)
+    comparison = compare(runs, config.metric, config.mode, config.baseline, config.new_rows)
     ids = hashlib.sha256(" ".join(sorted(comparison.runs["run_id"])).encode()).hexdigest()[:12]
     files = write(comparison, Path(config.output_dir) / (config.sweep_id or ids))
     info(to_text(comparison))

@@ -22,14 +22,14 @@ P = "p (Holm)"
 DETECTABLE = "minimum\ndetectable\ndifference"
 VERDICT = "verdict"
 CONTROL = "against its control,\n95% interval (unadjusted)"
-ROWS = "over test rows,\n95% bootstrap interval"
+NEW_ROWS = "on new rows,\n95% interval (unadjusted)"
 
 # Legends
 METHOD = """Verdict: paired t test over seeds on {metric}, p adjusted by Holm for {arms}.
 95% intervals are over seeds and not adjusted for the number of arms.
 Minimum detectable difference: the smallest true difference that this test would find with 80% probability."""
 ONE_SEED = "One seed cannot tell a better setting from luck."
-BOOTSTRAP = "Over test rows: one trained model against another. Other seeds may differ; the verdict does not use it."
+NEW_ROWS_METHOD = "On new rows: the interval for other seeds and other test rows like these, taken as independent."
 SIDES = "Side effects: untested differences to the baseline; *: the 95% interval over seeds excludes 0."
 
 
@@ -137,7 +137,7 @@ def method(comparison: Comparison) -> str:
 def legend(comparison: Comparison) -> str:
     """The method, followed by explanations of the optional columns."""
     lines = [method(comparison)]
-    lines += [BOOTSTRAP] if any(arm.rows for arm in comparison.arms) else []
+    lines += [NEW_ROWS_METHOD] if any(arm.new_rows for arm in comparison.arms) else []
     lines += [SIDES] if comparison.side_metrics else []
     return "\n".join(lines)
 
@@ -179,9 +179,9 @@ def columns(comparison: Comparison) -> dict[str, list[str]]:
         DETECTABLE: [numbers.number(arm.minimum_detectable) for arm in arms],
         VERDICT: [shown_verdict(arm) for arm in arms],
         CONTROL: [_with_interval(arm.against_control, numbers) for arm in arms],
-        ROWS: [_over_rows(arm, numbers) for arm in arms],
+        NEW_ROWS: [_on_new_rows(arm, numbers) for arm in arms],
     }
-    optional = (BEST, CONTROL, ROWS)
+    optional = (BEST, CONTROL, NEW_ROWS)
     shown = {heading: cells for heading, cells in table.items() if heading not in optional or set(cells) != {NOTHING}}
     return shown | {side_heading(metric): _side(comparison, metric) for metric in comparison.side_metrics}
 
@@ -197,8 +197,12 @@ def _with_interval(paired: Paired | None, numbers: MetricFormat, mark: str = "")
     return f"{numbers.signed(paired.mean)}{mark}\n{interval}"
 
 
-def _over_rows(arm: ArmResult, numbers: MetricFormat) -> str:
-    return "\n".join(f"seed {seed}: {numbers.estimate(*row)}" for seed, row in arm.rows.items()) or NOTHING
+def _on_new_rows(arm: ArmResult, numbers: MetricFormat) -> str:
+    rows = arm.new_rows
+    if rows is None:
+        return NOTHING
+    decide = f"{rows.deciding_rows} {rows.rows_name} decide"
+    return f"{numbers.estimate(rows.mean, rows.low, rows.high)}\n{decide}"
 
 
 def _side(comparison: Comparison, metric: str) -> list[str]:

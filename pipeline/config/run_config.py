@@ -131,6 +131,7 @@ class RunConfig(Config):
     # first two are shown before the others, and panels of the page show all validation metrics of the first.
     side_metrics: ClassVar[tuple[str, ...]] = ("auc_", "f1_", "ece_", "logloss_", "calibration_")
     gates: ClassVar[tuple[str, ...]] = ()  # metrics that are 1 while a scheduled loss acts, else 0
+    events: ClassVar[dict[str, str]] = {}  # last part of an AUC's name -> its rows of class 1, such as clicks
     charts: ClassVar[tuple[str, ...]] = ()  # metrics that `make ui` charts beside the primary one
     headline: ClassVar[tuple[str, ...]] = ()  # metrics (without split) of a run's last line; () = AUCs and F1 scores
     short: ClassVar[dict[str, str]] = {

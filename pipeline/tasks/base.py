@@ -43,7 +43,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def write_test_rows(folder: Path, columns: Mapping[str, npt.NDArray[Any]]) -> None:
-    """Write per-row values of the test split, in its order, from which `compare` bootstraps intervals over rows.
+    """Write per-row values of the test split, in its order, from which `compare` computes intervals on new rows.
 
     Columns are named `<kind>/<metric without its split>`. The kinds are `label` (0 or 1) and `score` for an AUC,
     `numerator` and `denominator` for a ratio of sums.

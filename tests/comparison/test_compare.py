@@ -17,11 +17,9 @@ import pytest
 from conftest import ROOT, lending
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.metrics import average_precision_score, roc_auc_score
 
 from pipeline.__main__ import main
 from pipeline.comparison.compare_config import CompareConfig, check_source
-from pipeline.comparison.row_intervals import MetricRows
 from pipeline.comparison.run_loading import points_of_file, points_of_store
 from pipeline.comparison.verdicts import (
     Comparison,
@@ -35,7 +33,7 @@ from pipeline.comparison.verdicts import (
 )
 from pipeline.config.strict_config import load
 from pipeline.errors import UserError
-from pipeline.maths.statistics import bootstrap_auc, paired, percentile_interval
+from pipeline.maths.statistics import paired
 from pipeline.names import TEST_ROWS_FILE
 from pipeline.tracking.client import Point
 from pipeline.tracking.writer_client import Writer
@@ -178,7 +176,7 @@ def fill(store: Store) -> None:
                 "test/pr_auc_ctcvr": 0.1,
                 "test/f1/screen": 0.3,
             } | (EARLIER if arm == "l0" else {"gate/ctr/expert_0": 0.25, "system/checkpoint_megabytes": 2.0})
-            scores = None if seed or arm == "bad" else rows_of(LABEL, scores_of(value))
+            scores = None if arm == "bad" else rows_of(LABEL, scores_of(value))
             store.run(
                 arm,
                 seed,
@@ -336,92 +334,6 @@ def test_only_settings_that_differ_are_told(comparison: Comparison) -> None:
     assert arm(comparison, "l0").differing == {"loss.aux_focal.enabled": "true", "loss.aux_focal.lambda": "0.0"}
 
 
-def test_intervals_over_test_rows_are_within_a_seed(comparison: Comparison) -> None:
-    areas = bootstrap_auc(LABEL[1:], [scores_of(0.5)[1:], scores_of(0.5 + UNIT)[1:]])
-    low, high = percentile_interval(areas[:, 1] - areas[:, 0])
-    assert low <= UNIT <= high > low
-    assert arm(comparison, "l.1 g1").rows == {0: (UNIT, low, high)}
-    assert arm(comparison, "l0").rows == {0: (0.0, 0.0, 0.0)}
-    assert arm(comparison, "bad").rows == arm(comparison, "baseline").rows == {}
-    assert not [note for note in comparison.notes if "interval over test rows" in note]
-    without = compare(load_runs(SWEEP), bootstrap=False)
-    assert [a.rows for a in without.arms] == [{}] * 5
-    assert [a.verdict for a in without.arms] == [a.verdict for a in comparison.arms]
-
-
-def test_one_arm_ranks_all_right_and_one_all_wrong(store: Store) -> None:
-    """The difference is 1 in every resample."""
-    for arm_name, area in (("baseline", 0.0), ("right", 1.0)):
-        rows = rows_of(LABEL, scores_of(area))
-        store.run(arm_name, 0, {"test/auc_ctcvr": area}, rows=rows, sweep_id="5eed00000000000a")
-    assert arm(compare(load_runs("5eed00000000000a")), "right").rows == {0: (1.0, 1.0, 1.0)}
-
-
-def test_intervals_over_test_rows_of_a_ratio_and_of_other_rows(store: Store) -> None:
-    name = "pair_f1_micro"
-    tags = {"sweep_id": "5eed000000000009", "task": "visobert"}
-    numerators = {"baseline": ([1.0] * 20, 20), "more": ([1.5] * 20, 20), "other rows": ([1.0] * 19, 19)}
-    for arm_name, (numerator, count) in numerators.items():
-        rows = {f"numerator/{name}": numerator, f"denominator/{name}": [2.0] * count}
-        store.run(arm_name, 0, {f"test/{name}": numerator[0] / 2}, rows=rows, **tags)
-    result = compare(load_runs("5eed000000000009"), f"test/{name}")
-    assert result.mode == "max"
-    assert arm(result, "more").rows == {0: (0.25, 0.25, 0.25)}
-    assert arm(result, "other rows").rows == {}
-    assert any("other rows s0" in note for note in result.notes)
-
-
-def test_rows_that_make_another_metric_than_was_logged_give_no_interval(store: Store) -> None:
-    """PR-AUC beside label and score, whose AUC is another number; F1 macro beside the sums of F1 micro."""
-    tags = {"sweep_id": "5eed00000000000b"}
-    label, random = np.repeat([1, 0], [40, 160]), np.random.default_rng(0)
-    for seed in range(3):
-        for arm_name, shift in (("baseline", 0.5), ("better", 1.0)):
-            score = random.standard_normal(200) + shift * label
-            hits, pairs = random.integers(0, 3, 200), random.integers(3, 6, 200)
-            logged = {
-                "test/pr_auc_x": average_precision_score(label, score),
-                "test/auc_x": roc_auc_score(label, score),
-                "test/logloss_x": float(np.mean(score, dtype=np.float32)),  # a mean of rows, in float32
-                "test/f1_macro": np.mean(hits / pairs),
-                "test/f1_micro": hits.sum() / pairs.sum() if (arm_name, seed) != ("better", 1) else 0.5,
-            }
-            rows = rows_of(label, score.astype(np.float32), "pr_auc_x") | rows_of(label, score, "auc_x")
-            for name, above, below in (("logloss_x", score, np.ones(200)), *(
-                (f"f1_{kind}", hits, pairs) for kind in ("macro", "micro"))):  # fmt: skip
-                rows |= {f"numerator/{name}": above, f"denominator/{name}": below}
-            store.run(arm_name, seed, logged, rows=rows, **tags)
-    runs = load_runs("5eed00000000000b")
-    noted = "no interval over test rows, because test/{} recomputed from them is not the logged one: "
-    for name, kind in (("pr_auc_x", "AUC"), ("f1_macro", "ratio of sums")):
-        result = compare(runs, f"test/{name}")
-        assert arm(result, "better").rows == {}
-        (note,) = (note for note in result.notes if "over test rows" in note)
-        assert note.startswith(noted.format(name) + f"baseline s0 ({kind} 0.")
-        assert note.endswith(" and 1 more")
-        assert f"logged {arm(result, 'better').values[0]:.9g}" in note
-    for name in ("auc_x", "logloss_x", "f1_micro"):
-        result = compare(runs, f"test/{name}")
-        rows = arm(result, "better").rows
-        assert list(rows) == ([0, 2] if name == "f1_micro" else [0, 1, 2])
-        assert all(low < difference < high for difference, low, high in rows.values())
-        assert [note.startswith(noted.format(name) + "better s1 (ratio of sums 0.") and note.endswith(", logged 0.5)")
-                for note in result.notes if "over test rows" in note] == [True] * (name == "f1_micro")  # fmt: skip
-
-
-def test_rounding_of_rows_to_float32_is_no_other_metric() -> None:
-    """Scores that differ in float64 alone are ties in float32, and the AUC of the rows is another."""
-    label, random = np.repeat([1.0, 0.0], 500), np.random.default_rng(1)
-    score = 1 + np.where(random.random(1000) < 0.5, random.random(1000) * 1e-8, random.standard_normal(1000))
-    rows = MetricRows(label, score.astype(np.float32).astype(np.float64), labelled=True)
-    logged = roc_auc_score(label, score)
-    assert abs(rows.metric() - logged) > 1e-5
-    assert rows.reproduce(logged)
-    assert not rows.reproduce(logged + 0.2)
-    assert not any(MetricRows(label * 0, score, labelled=True).reproduce(value) for value in (0.0, 0.5, math.nan))
-    assert not any(MetricRows(label, score * 0, labelled=False).reproduce(value) for value in (0.0, math.nan, math.inf))
-
-
 def test_unfinished_runs_are_counted_in_a_note(comparison: Comparison) -> None:
     assert [note for note in comparison.notes if "1 FAILED" in note and "bad s3" in note]
     by_hand = compare(load_runs(SWEEP, finished=False))
@@ -478,7 +390,7 @@ def test_the_newest_of_two_runs_of_an_arm_and_seed_counts(store: Store) -> None:
     runs = load_runs(SWEEP)
     again = runs[(runs["arm"] == "l0") & (runs["seed"] == 1)].assign(run_id="newer", **{"metrics.test/auc_ctcvr": 0.75})
     again["start_time"] += pd.Timedelta(seconds=1)
-    result = compare(pd.concat([again, runs], ignore_index=True), metric="test/auc_ctcvr", bootstrap=False)
+    result = compare(pd.concat([again, runs], ignore_index=True), metric="test/auc_ctcvr", new_rows=False)
     assert arm(result, "l0").values[1] == 0.75
     assert arm(result, "l0").runs[1] == "newer"
     older = runs.loc[(runs["arm"] == "l0") & (runs["seed"] == 1), "run_id"].iloc[0]
@@ -738,7 +650,9 @@ def test_frame_and_its_csv(comparison: Comparison, tmp_path: Path) -> None:
     focal = frame.set_index("arm").loc["l.1 g1"]
     assert focal["difference"] == arm(comparison, "l.1 g1").difference.mean
     assert focal["control.difference"] == arm(comparison, "l.1 g1").against_control.mean
-    assert (UNIT, focal["rows.s0.low"], focal["rows.s0.high"]) == arm(comparison, "l.1 g1").rows[0]
+    rows = arm(comparison, "l.1 g1").new_rows
+    assert (focal["new_rows.low"], focal["new_rows.high"]) == (rows.low, rows.high)
+    assert pd.isna(frame.set_index("arm").loc["bad", "new_rows.low"])
     assert focal["side.test/auc_ctr.difference"] == pytest.approx(UNIT)
     assert focal["params.loss.aux_focal.enabled"] == "true"
     assert (focal["seeds"], focal["seeds_shared"]) == (3, 3)
@@ -772,7 +686,7 @@ def test_text_is_aligned_and_ends_with_the_verdict(comparison: Comparison) -> No
 
 
 def test_what_is_written_is_what_was_found(comparison: Comparison) -> None:
-    """Signs, stars, small p values, intervals over test rows, and which direction is better."""
+    """Signs, stars, small p values, intervals on new rows, and which direction is better."""
     focal, lower = arm(comparison, "l.1 g1"), compare(load_runs(SWEEP), mode="min")
     for write_out in (to_text, to_markdown):
         text = write_out(comparison).replace("\N{MINUS SIGN}", "-").replace("\\*", "*")
@@ -782,7 +696,8 @@ def test_what_is_written_is_what_was_found(comparison: Comparison) -> None:
         assert re.search("(less|lower) is better", write_out(lower))
         for p, shown in ((0.0051, r"0\.0051?"), (1e-9, r"< 0\.0+1")):
             side = {"test/auc_ctr": paired([-0.3, -0.2, -0.25])}  # half the interval: 4.30 x 0.05 / sqrt(3) = 0.124
-            one = replace(focal, p_adjusted=p, side=side, rows={0: (0.1, -0.2, 0.3)})
+            on_new_rows = replace(focal.new_rows, mean=0.1, low=-0.2, high=0.3)
+            one = replace(focal, p_adjusted=p, side=side, new_rows=on_new_rows)
             text = write_out(replace(comparison, arms=(comparison.arms[0], one)))
             text = text.replace("\N{MINUS SIGN}", "-").replace("\\*", "*")  # a star is escaped in Markdown
             assert re.search(rf"{shown}(?!\d)", text)

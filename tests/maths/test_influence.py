@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-from pipeline.comparison.row_intervals import read_rows
+from pipeline.comparison.new_rows import read_rows
 from pipeline.config.strict_config import load
 from pipeline.maths.gradients import cosine, flat, gradients, norm
 from pipeline.maths.losses import binary_focal_factor, log_probability, multi_label_focal_factor

@@ -66,6 +66,7 @@ class FraudConfig(RunConfig):
     }
     side_metrics: ClassVar[tuple[str, ...]] = ("auc_", "pr_auc_", "logloss_", "ece_")
     gates: ClassVar[tuple[str, ...]] = ("focal_on",)
+    events: ClassVar[dict[str, str]] = {"fraud": "frauds"}
 
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()

@@ -189,6 +189,7 @@ class MmoeEvaluationConfig(EvaluationConfig):
 class MmoeConfig(RunConfig):
     task: ClassVar[str] = "mmoe"
     gates: ClassVar[tuple[str, ...]] = ("aux_focal_on",)
+    events: ClassVar[dict[str, str]] = {"ctr": "clicks", "ctcvr": "conversions"}
     charts: ClassVar[tuple[str, ...]] = ("loss_ctcvr_bce", "loss_ctcvr_focal")
     short: ClassVar[dict[str, str]] = RunConfig.short | {
         "lambda": "loss.aux_focal.lambda",
