@@ -87,32 +87,30 @@ class _Reader:
         influences = {}
         with tempfile.TemporaryDirectory(prefix="focal-pipeline-") as folder, ThreadPoolExecutor(READERS) as pool:
             read = partial(self._read, seed=seed, folder=Path(folder))
-            for arm, found in zip(arms, pool.map(read, arms), strict=True):
-                if found is None:
-                    continue
-                rows, influence = found
-                self.first = self.first or rows
-                if rows.same_rows(self.first):
-                    influences[arm] = influence
-                else:
+            for arm, (rows, influence) in zip(arms, pool.map(read, arms), strict=True):
+                logged = self.values[arm][seed]
+                self.first = self.first or (rows if influence is not None else None)
+                if rows is None:
+                    self.missing.append(f"{arm} s{seed}")
+                elif influence is None:
+                    found = f"{rows.kind} {rows.metric():.9g}, logged {logged:.9g}"
+                    self.other_metric.append(f"{arm} s{seed} ({found})")
+                elif self.first and not rows.same_rows(self.first):
                     self.other_rows.append(f"{arm} s{seed}")
+                else:
+                    influences[arm] = influence
         return influences
 
-    def _read(self, arm: str, seed: int, folder: Path) -> tuple["MetricRows", Array] | None:
-        run, logged = self.run_ids[arm][seed], self.values[arm][seed]
+    def _read(self, arm: str, seed: int, folder: Path) -> tuple["MetricRows | None", Array | None]:
+        """Rows of a run, and their influence on the metric if they reproduce it."""
+        run = self.run_ids[arm][seed]
         file = artifact(run, self.uris[run], TEST_ROWS_FILE, folder)
         try:
             rows = read_rows(file, self.metric) if file else None
         except (OSError, pa.ArrowException) as error:
             warn(f"{file}: {error}")
             rows = None
-        if rows is None:
-            self.missing.append(f"{arm} s{seed}")
-        elif rows.reproduce(logged):
-            return rows, rows.influence()
-        else:
-            self.other_metric.append(f"{arm} s{seed} ({rows.kind} {rows.metric():.9g}, logged {logged:.9g})")
-        return None
+        return rows, rows.influence() if rows and rows.reproduce(self.values[arm][seed]) else None
 
     @property
     def row_groups(self) -> tuple[int, ...]:

@@ -75,9 +75,10 @@ def to_text(comparison: Comparison) -> str:
         wording.method(comparison),
     ]
     if wording.NEW_ROWS in columns:
-        cells = zip(map(_label, comparison.arms[1:]), columns[wording.NEW_ROWS][1:], strict=True)
-        table = aligned([["", wording.NEW_ROWS], *([label, cell.replace("\n", "; ")] for label, cell in cells)])
-        parts.append(f"{table}\n{wording.NEW_ROWS_METHOD}")
+        cells = [["", wording.NEW_ROWS]]
+        for at, arm in enumerate(comparison.arms[1:], start=1):
+            cells.append([_label(arm), columns[wording.NEW_ROWS][at].replace("\n", "; ")])
+        parts.append(f"{aligned(cells)}\n{wording.NEW_ROWS_METHOD}")
     sides = [metric for metric in comparison.side_metrics if any(metric in arm.side for arm in comparison.arms)]
     if sides:
         cells = [["", *(metric.removeprefix("test/") for metric in sides[:SIDE_SHOWN])]]

@@ -22,6 +22,7 @@ from pipeline.comparison.page.view import panel_metrics, write_page
 from pipeline.comparison.results import ArmResult, Comparison
 from pipeline.comparison.wording import MetricFormat, probability, short
 from pipeline.config.run_config import RunConfig
+from pipeline.maths.row_covariance import NewRows
 from pipeline.maths.statistics import Paired, paired
 
 HOSTILE = """<script>alert("1")</script> & 'l.1' </style>"""
@@ -80,7 +81,7 @@ def arm(
         runs={seed: f"{name}-{seed}" for seed in range(len(values))}, values=dict(enumerate(values)),
         mean=float(np.mean(values)), spread=float(np.std(values, ddof=1)) if len(values) > 1 else None,
         best=None, best_spread=None, difference=None if role == "baseline" else result,
-        p_adjusted=result.p if role == "arm" else None, minimum_detectable=None, rows={},
+        p_adjusted=result.p if role == "arm" else None, minimum_detectable=None, new_rows=None,
         verdict={"baseline": "", "control": "control"}.get(role, "not distinguishable"), against_control=None,
         side={}, differing={"loss.aux_focal.lambda": "0.1" if role == "arm" else "0.0"},
     )  # fmt: skip
@@ -441,10 +442,13 @@ def test_no_seed_in_common(tmp_path: Path) -> None:
     assert "No arm shares a seed with the baseline." in page.find("body")[0]["text"]
 
 
+NEW_ROWS = NewRows(0.001, -0.0033, 0.0053, 0.05, 3, 1e-6, 0.5e-6, 3e-6, 25.7, 75, "conversions")
+
+
 def test_table_shows_all_that_is_known_of_an_arm(tmp_path: Path) -> None:
     one = arm(
         "l.1", BASE, BASE, difference=Paired(3, 0.001, 0.002, -0.004, 0.006, 0.03), p_adjusted=0.06, best=0.7,
-        best_spread=0.01, minimum_detectable=0.0123, rows={0: (0.0011, -0.0022, 0.0044)},
+        best_spread=0.01, minimum_detectable=0.0123, new_rows=NEW_ROWS,
         against_control=Paired(3, 0.0005, 0.001, -0.002, 0.003, 0.5),
         side={"test/auc_ctr": Paired(3, -0.002, 0.001, -0.0045, 0.0005, 0.07)},
     )  # fmt: skip
@@ -460,7 +464,7 @@ def test_table_shows_all_that_is_known_of_an_arm(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert cells[width : 2 * width] == [
         "0.6100 ± 0.01003 seeds", "0.7000 ± 0.0100", "+0.0010", "−0.0040 to +0.0060", "0.0600", "0.0123",
-        "not distinguishable", "+0.0005−0.0020 to +0.0030", "seed 0: +0.0011 (−0.0022 to +0.0044)",
+        "not distinguishable", "+0.0005−0.0020 to +0.0030", "+0.0010 (−0.0033 to +0.0053)75 conversions decide",
         "−0.0020−0.0045 to +0.0005",
     ]  # fmt: skip
 
