@@ -1,4 +1,4 @@
-"""Coverage of intervals on new rows in simulated worlds: `python -m bench.coverage [WORLDS]` (4,000: a few minutes).
+"""Coverage of intervals on new rows in simulated worlds: `python -m bench.coverage [WORLDS]` (4,000: five minutes).
 
 In a world, an arm and the baseline are trained with n seeds and tested on the same rows, 75 of them conversions. The
 score of a row is a sum of parts: one that all runs share, one that the arm's runs share, one of the run alone, and a
@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import ndtr
+from scipy.special import ndtr, stdtrit
 from scipy.stats import t
 
 from pipeline.maths.row_covariance import RowCovariance, auc_influence, new_rows_interval, ratio_influence
+from pipeline.maths.sequential import LOOKS, nominal_level
 from pipeline.maths.statistics import paired
 
 Array = npt.NDArray[np.float64]
@@ -109,6 +110,26 @@ def _true_logloss(case: Case) -> float:
     return float(arm - base) * CONVERSIONS / ROWS
 
 
+def any_look_misses(rows_spread: float, sweeps: int, random: np.random.Generator) -> float:
+    """Share of sweeps of one arm in which the interval of any look misses, at the level that pays for all looks.
+
+    Differences are Gaussian with variance 1 over seeds; what rows add to all of them has the standard deviation
+    `rows_spread`, and its variance is estimated from CONVERSIONS rows. The intervals are as in `new_rows_interval`.
+    """
+    level, degrees = nominal_level(1), CONVERSIONS - 1
+    differences = random.normal(size=(sweeps, LOOKS[-1])) + random.normal(scale=rows_spread, size=(sweeps, 1))
+    of_rows = rows_spread**2 * random.chisquare(degrees, sweeps) / degrees
+    missed = np.zeros(sweeps, dtype=bool)
+    for seeds in LOOKS:
+        of_seeds = differences[:, :seeds].var(1, ddof=1) / seeds
+        both = of_seeds + of_rows
+        freedom = both**2 / (of_seeds**2 / (seeds - 1) + of_rows**2 / degrees)
+        half = np.maximum(-stdtrit(seeds - 1, level / 2) * np.sqrt(of_seeds),
+                          -stdtrit(freedom, level / 2) * np.sqrt(both))  # fmt: skip
+        missed |= np.abs(differences[:, :seeds].mean(1)) > half
+    return float(missed.mean())
+
+
 def main(worlds: int) -> None:
     print("metric   variance from  seeds  seeds and rows  seeds alone  rows alone  share of rows in V")
     for metric in ("auc", "logloss"):
@@ -117,6 +138,9 @@ def main(worlds: int) -> None:
                 both, alone, rows, share = simulate(metric, case, seeds, worlds, np.random.default_rng(seeds))
                 print(f"{metric:7}  {name:13}  {seeds:5}  {both:14.1%}  {alone:11.1%}  {rows:10.1%}  {share:18.0%}",
                       flush=True)  # fmt: skip
+    print("spread of rows, in sd of seeds: share of sweeps in which any look misses")
+    for spread in (0.02, 0.2, 0.5, 2.0):
+        print(f"{spread:g}: {any_look_misses(spread, 5 * worlds, np.random.default_rng(0)):.1%}")
 
 
 if __name__ == "__main__":
