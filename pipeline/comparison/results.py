@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import pandas as pd
 
+from pipeline.comparison.families import Family
 from pipeline.maths.row_covariance import NewRows
+from pipeline.maths.sequential import Look
 from pipeline.maths.statistics import Paired
 from pipeline.names import CONTROLLED
 
@@ -25,9 +28,12 @@ class ArmResult:
     best: float | None  # mean over seeds of the best value on the validation split
     best_spread: float | None
     difference: Paired | None  # arm - baseline over the seeds that both have; None for the baseline
-    p_adjusted: float | None  # None for the baseline, controls and fewer than two seeds
+    level: float | None  # two-sided level of the difference's interval; None like the difference
+    looks: tuple[Look, ...]  # of a sequential design; the difference is that of the last one
+    deciding_seeds: tuple[int, ...]  # without any one of them the verdict would be another
+    p_adjusted: float | None  # times the number of arms; None in a sequential design, for controls and for one seed
     minimum_detectable: float | None  # minimum detectable difference; None like p_adjusted
-    new_rows: NewRows | None  # interval for new seeds and new test rows; None without stored rows
+    new_rows: NewRows | None  # the difference on new test rows; None if the runs kept no rows
     verdict: str  # "" for the baseline, "control" for a control
     against_control: Paired | None  # paired difference arm - control; None without a control
     side: Mapping[str, Paired]  # side metric -> arm - baseline
@@ -51,6 +57,10 @@ class Comparison:
     baseline: str
     seeds: tuple[int, ...]
     arms: tuple[ArmResult, ...]
+    design: Literal["fixed", "sequential"]  # whether the seeds were listed, or added until the arms were decided
+    families: tuple[Family, ...]  # arms whose error rates are held together; none if the runs are of no sweep
+    other_families: int  # families of other sweeps that asked the same question
+    margin: float | None  # differences below it do not matter
     side_metrics: tuple[str, ...]
     runs: pd.DataFrame  # the compared runs, as `load_runs` returns them
     notes: tuple[str, ...]

@@ -225,6 +225,12 @@ def values_by_seed(group: pd.DataFrame, metric: str) -> dict[int, float]:
     return dict(sorted((int(seed), float(value)) for seed, value in pairs if math.isfinite(value)))
 
 
+def weights_by_seed(group: pd.DataFrame) -> dict[int, str]:
+    """Map each seed to the digest of the run's last weights, where it is known."""
+    pairs = zip(group["seed"], _texts(group, "tags.weights_digest"), strict=True)
+    return {int(seed): digest for seed, digest in pairs if digest}
+
+
 def _is_finite(runs: pd.DataFrame, metric: str) -> npt.NDArray[np.bool_]:
     finite: npt.NDArray[np.bool_] = np.isfinite(runs[f"metrics.{metric}"].to_numpy(dtype=float, na_value=np.nan))
     return finite

@@ -3,19 +3,21 @@
 import re
 import sys
 from collections.abc import Sequence
+from textwrap import fill
 from typing import Any
 
 import pandas as pd
 
 from pipeline.comparison import wording
+from pipeline.comparison.answer import answer
 from pipeline.comparison.results import ArmResult, Comparison
 from pipeline.comparison.selection import unique_leaves
 from pipeline.maths.statistics import Paired
 from pipeline.runtime.console import aligned
 from pipeline.runtime.text import visible
 
-# Limits in a terminal: numbers of side metrics and settings shown; characters of an arm's name.
-SIDE_SHOWN, SETTINGS_SHOWN, LABEL_LENGTH = 6, 8, 30
+# Limits in a terminal: numbers of side metrics and settings shown; characters of an arm's name and a line.
+SIDE_SHOWN, SETTINGS_SHOWN, LABEL_LENGTH, ANSWER_WIDTH = 6, 8, 30, 100
 NEW_ROWS = ("low", "high", "seeds_variance", "interaction_variance", "rows_variance", "degrees", "deciding_rows",
             "rows_name")  # fmt: skip
 IN_TEXT = (wording.MEAN, wording.DIFFERENCE, wording.INTERVAL, wording.P, wording.DETECTABLE, wording.VERDICT)
@@ -26,9 +28,10 @@ def to_frame(comparison: Comparison) -> pd.DataFrame:
     """A data frame with one row per arm. Numbers are not rounded.
 
     Columns: arm, role, control_of, verdict, seeds; mean, spread, best_valid, best_valid_spread of the primary metric;
-    difference, low, high (95% over seeds, unadjusted), p, p_adjusted, minimum_detectable. Prefixes: `control.` for the
-    difference to the control, `new_rows.` for the interval on new rows and what it is made of (see `NewRows`),
-    `side.<metric>.` for differences of side metrics, and `params.` for settings that differ.
+    difference, low, high (over seeds, at the two-sided `level`), p, p_adjusted, minimum_detectable; look_<seeds>.low
+    and .high of a sequential design. Prefixes: `control.` for the difference to the control, `new_rows.` for the
+    interval on new rows and what it is made of (see `NewRows`), `side.<metric>.` for differences of side metrics, and
+    `params.` for settings that differ. The intervals of `control.` and `side.` are 95% intervals, unadjusted.
     """
     return pd.DataFrame([_record(arm, comparison) for arm in comparison.arms])
 
@@ -43,6 +46,7 @@ def to_markdown(comparison: Comparison, longest: int = sys.maxsize) -> str:
     brief = [
         f"## {plain(comparison.title)}",
         ", ".join(facts),
+        plain(answer(comparison)),
         f"{wording.tally(comparison)}.",
         "\n".join(verdicts),
     ]
@@ -63,28 +67,32 @@ def to_markdown(comparison: Comparison, longest: int = sys.maxsize) -> str:
 def to_text(comparison: Comparison) -> str:
     """Aligned text for a terminal. Each arm's line ends with its verdict."""
     columns, facts = wording.columns(comparison), ", ".join(wording.facts(comparison))
-    rows = [[wording.ARM, *IN_TEXT]]
+    shown = [heading for heading in IN_TEXT if heading in columns]
+    rows = [[wording.ARM, *shown]]
     for at, arm in enumerate(comparison.arms):
-        rows.append([_label(arm), *(columns[heading][at].split("\n")[0] for heading in IN_TEXT)])
+        rows.append([_label(arm), *(columns[heading][at].split("\n")[0] for heading in shown)])
         if arm.against_control and arm.against_control.n:
             against = columns[wording.CONTROL][at].split("\n")
-            rows.append(["  against its control", "", *against, *[""] * (len(IN_TEXT) - 1 - len(against))])
+            rows.append(["  against its control", "", *against, *[""] * (len(shown) - 1 - len(against))])
     parts = [
         f"{comparison.title}\n{facts}\n{wording.tally(comparison)}",
-        aligned(rows, left=(0, len(IN_TEXT))),
+        fill(visible(answer(comparison)), ANSWER_WIDTH, break_long_words=False, break_on_hyphens=False),
+        aligned(rows, left=(0, len(shown))),
         wording.method(comparison),
     ]
     if wording.NEW_ROWS in columns:
-        cells = [["", wording.NEW_ROWS]]
-        for at, arm in enumerate(comparison.arms[1:], start=1):
-            cells.append([_label(arm), columns[wording.NEW_ROWS][at].replace("\n", "; ")])
-        parts.append(f"{aligned(cells)}\n{wording.NEW_ROWS_METHOD}")
+        cells = [["", wording.NEW_ROWS, ""]]
+        for at, arm in enumerate(comparison.arms):
+            if arm.new_rows:
+                estimate, deciding, shares, more = columns[wording.NEW_ROWS][at].split("\n")
+                cells += [[_label(arm), estimate, deciding], ["", shares, more]]
+        parts.append(f"{aligned(cells, left=(0, 1, 2))}\n{wording.NEW_ROWS_METHOD}")
     sides = [metric for metric in comparison.side_metrics if any(metric in arm.side for arm in comparison.arms)]
     if sides:
         cells = [["", *(metric.removeprefix("test/") for metric in sides[:SIDE_SHOWN])]]
         for at, arm in enumerate(comparison.arms[1:], start=1):
-            shown = (columns[wording.side_heading(metric)][at].split("\n")[0] for metric in sides[:SIDE_SHOWN])
-            cells.append([_label(arm), *shown])
+            differences = (columns[wording.side_heading(metric)][at].split("\n")[0] for metric in sides[:SIDE_SHOWN])
+            cells.append([_label(arm), *differences])
         parts.append(f"{aligned(cells)}\n{wording.SIDES}")
     settings = _setting_cells(comparison, short=True)
     if settings:
@@ -107,11 +115,15 @@ def _record(arm: ArmResult, comparison: Comparison) -> dict[str, Any]:
         "best_valid": arm.best,
         "best_valid_spread": arm.best_spread,
         **_paired("", arm.difference),
+        "level": arm.level,
         "p_adjusted": arm.p_adjusted,
         "minimum_detectable": arm.minimum_detectable,
     }
     if any(other.against_control for other in comparison.arms):
         record |= _paired("control.", arm.against_control)
+    for seeds in sorted({look.seeds for other in comparison.arms for look in other.looks}):
+        look = next((look for look in arm.looks if look.seeds == seeds), None)
+        record |= {f"look_{seeds}.low": look and look.low, f"look_{seeds}.high": look and look.high}
     if any(other.new_rows for other in comparison.arms):
         record |= {f"new_rows.{name}": getattr(arm.new_rows, name, None) for name in NEW_ROWS}
     for metric in comparison.side_metrics:

@@ -1,8 +1,7 @@
 """Comparison of tracked runs over seeds, with a verdict on whether each arm is better than the baseline.
 
-The verdict is a paired t test over seeds on one primary metric, with Holm's correction for the number of arms that are
-not controls. It says whether other seeds would agree on these test rows. Beside it stands an interval for new test
-rows, which does not affect the verdict.
+The verdict is about one primary metric and comes from intervals of the differences over seeds, paired by seed, with
+Bonferroni's correction for the number of arms that are not controls (`decisions.py`).
 """
 
 import hashlib
@@ -15,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from pipeline.comparison import wording
 from pipeline.comparison.compare_config import CompareConfig
+from pipeline.comparison.decisions import Decided, Design, decide, design_of, differences
 from pipeline.comparison.new_rows import new_rows as on_new_rows
 from pipeline.comparison.page.view import write_page
 from pipeline.comparison.results import ArmResult, Comparison
@@ -34,11 +33,12 @@ from pipeline.comparison.selection import (
     usable_runs,
     validation_metric,
     values_by_seed,
+    weights_by_seed,
     with_metric,
 )
 from pipeline.comparison.tables import to_frame, to_markdown, to_text
 from pipeline.errors import UserError, os_errors
-from pipeline.maths.statistics import Paired, holm, minimum_detectable_difference, paired
+from pipeline.maths.sequential import LEVEL
 from pipeline.names import COLORS, CONTROLLED, NOTE_LENGTH
 from pipeline.runtime.console import info
 from pipeline.runtime.text import listed
@@ -94,22 +94,28 @@ def compare(  # noqa: PLR0917 (notebooks pass one or two by position)
     groups = {arm: groups[arm] for arm in _display_order(base, groups)}
     settings = differing_settings(groups, notes)
     sides = side_metrics(usable, metric, declarations(task).side_metrics)
-    values = {arm: values_by_seed(group, metric) for arm, group in groups.items()}
     roles = {arm: "baseline" if arm == base else _role(group) for arm, group in groups.items()}
-    differences = {arm: _paired(own, values[base]) for arm, own in values.items()}
-    tested = [arm for arm, role in roles.items() if role == "arm"]
-    adjusted = dict(zip(tested, holm([differences[arm].p for arm in tested]), strict=True))
-    best = _best_on_validation(usable, metric, mode)
-    rows = on_new_rows(groups, values, base, metric, dict.fromkeys(groups, 0.05), notes) if new_rows else {}
     colors = _colors(groups)
+    design = design_of(runs, metric, base)
+    decided = _decide(groups, roles, base, design, metric, mode)
+    groups = {arm: _counted(group, decided.get(arm), notes) for arm, group in groups.items()}
+    usable = usable[usable["run_id"].isin([run for group in groups.values() for run in group["run_id"]])]
+    values = {arm: values_by_seed(group, metric) for arm, group in groups.items()}
+    best = _best_on_validation(usable, metric, mode)
+    levels = {arm: decision.level for arm, decision in decided.items()}
+    rows = on_new_rows(groups, values, base, metric, levels, notes) if new_rows else {}
     controls = {arm: control for control, group in reversed(groups.items()) if roles[control] == "control"
                 for arm in first_text(group, "control_of").split(CONTROLLED)}  # fmt: skip
 
     def make_arm(name: str, group: pd.DataFrame) -> ArmResult:
-        own, difference, run_ids = list(values[name].values()), differences[name], runs_by_seed(group)
+        own, run_ids, decision = list(values[name].values()), runs_by_seed(group), decided.get(name)
         own_best = [best[run] for run in run_ids.values() if run in best]
-        control = controls.get(name) if name in tested else None
-        side = {side: _paired(values_by_seed(group, side), values_by_seed(groups[base], side)) for side in sides}
+        control = controls.get(name) if decision else None
+        side = {side: differences(values_by_seed(group, side), values_by_seed(groups[base], side)) for side in sides}
+        if decision is None:  # the baseline, or a control, whose interval is drawn at its arm's level
+            level = next((decided[arm].level for arm in controls if controls[arm] == name and arm in decided), LEVEL)
+            verdict = "" if name == base else "control"
+            decision = Decided(verdict, differences(values[name], values[base], level), level)
         return ArmResult(
             name=name,
             role=roles[name],
@@ -121,19 +127,22 @@ def compare(  # noqa: PLR0917 (notebooks pass one or two by position)
             spread=_spread(own),
             best=float(np.mean(own_best)) if own_best else None,
             best_spread=_spread(own_best),
-            difference=None if name == base else difference,
-            p_adjusted=adjusted.get(name),
-            minimum_detectable=minimum_detectable_difference(difference.sd, difference.n, len(tested))
-            if name in tested else None,
+            difference=None if name == base else decision.difference,
+            level=None if name == base else decision.level,
+            looks=decision.looks,
+            deciding_seeds=decision.deciding_seeds,
+            p_adjusted=decision.p_adjusted,
+            minimum_detectable=decision.minimum_detectable,
             new_rows=rows.get(name),
-            verdict=wording.verdict(roles[name], difference, adjusted.get(name), mode),
-            against_control=_paired(values[name], values[control]) if control else None,
+            verdict=decision.verdict,
+            against_control=differences(values[name], values[control]) if control else None,
             side={} if name == base else {side: paired for side, paired in side.items() if paired.n},
             differing=settings[name],
         )  # fmt: skip
 
     arms = tuple(make_arm(name, group) for name, group in groups.items())
-    _note_unshared_seeds(arms, notes)
+    if design.kind == "fixed":
+        _note_unshared_seeds(arms, notes)
     _note_equal_seeds(arms, usable, metric, notes)
     sweeps = [sweep for sweep in usable["sweep_id"].unique() if isinstance(sweep, str)]
     return Comparison(
@@ -146,6 +155,10 @@ def compare(  # noqa: PLR0917 (notebooks pass one or two by position)
         baseline=base,
         seeds=tuple(sorted({seed for arm in arms for seed in arm.runs})),
         arms=arms,
+        design=design.kind,
+        families=design.families,
+        other_families=design.other_families,
+        margin=design.margin,
         side_metrics=sides,
         runs=usable.reset_index(drop=True),
         notes=tuple(notes),
@@ -201,6 +214,29 @@ def _compare_and_write(config: CompareConfig) -> tuple[Comparison, list[Path]]:
     return comparison, files
 
 
+def _decide(  # noqa: PLR0917
+    groups: Mapping[str, pd.DataFrame], roles: Mapping[str, str], base: str, design: Design, metric: str, mode: str
+) -> dict[str, Decided]:
+    """Decide on the arms that are not controls."""
+    tested = {arm: group for arm, group in groups.items() if roles[arm] == "arm"}
+    digests = {arm: weights_by_seed(group) for arm, group in tested.items()}
+    values = {arm: values_by_seed(group, metric) for arm, group in tested.items()}
+    baseline = groups[base]
+    return decide(values, values_by_seed(baseline, metric), design, mode, digests, weights_by_seed(baseline))
+
+
+def _counted(group: pd.DataFrame, decision: Decided | None, notes: list[str]) -> pd.DataFrame:
+    """The arm's runs that its last look counts: `most` may have been raised for others, or the next look not made."""
+    if decision is None or not decision.looks:
+        return group
+    counted = group["seed"] < decision.looks[-1].seeds
+    later = sorted(group.loc[~counted, "seed"])
+    if later:
+        arm = first_text(group, "arm")
+        notes.append(f"{arm}: seeds {listed(later)} do not count, because only the scheduled looks do")
+    return group[counted]
+
+
 def _display_order(baseline: str, groups: Mapping[str, pd.DataFrame]) -> list[str]:
     """Order the arms: the baseline, then each arm followed by its controls, then the other controls."""
     control_of = {arm: first_text(group, "control_of").split(CONTROLLED)
@@ -251,11 +287,6 @@ def _note_equal_seeds(arms: Sequence[ArmResult], runs: pd.DataFrame, metric: str
         where = f", all at their best at step {next(iter(steps)):.0f}" if len(steps) == 1 else ""
         notes.append(f"seed {seed}: every arm has the same {metric}{where}; best weights from before the gate are the "
                      "same weights, and a difference of 0 here says nothing about what comes after it")  # fmt: skip
-
-
-def _paired(arm: Mapping[int, float], base: Mapping[int, float]) -> Paired:
-    """Paired differences between two arms, over the seeds that both have."""
-    return paired([value - base[seed] for seed, value in arm.items() if seed in base])
 
 
 def _spread(values: Sequence[float]) -> float | None:

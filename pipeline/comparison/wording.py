@@ -1,15 +1,14 @@
-"""Wording and number formats of a comparison, shared by the terminal, Markdown, the page and MLflow's run note."""
+"""Wording of a comparison, shared by the terminal, Markdown, the page and MLflow's run note."""
 
-import math
 from collections import Counter
-from collections.abc import Sequence
 
+from pipeline.comparison import number_format as shown
+from pipeline.comparison.number_format import NOTHING
 from pipeline.comparison.results import ArmResult, Comparison
-from pipeline.maths import statistics as stats
+from pipeline.maths.row_covariance import NewRows
+from pipeline.maths.sequential import LEVEL, LOOKS
 from pipeline.maths.statistics import Paired
 
-MINUS = "\N{MINUS SIGN}"
-NOTHING = "\N{EN DASH}"
 SEEDS_SHOWN = 8
 
 # Column headings. Their line breaks are kept in a terminal and on the page.
@@ -17,84 +16,41 @@ ARM = "arm"
 MEAN = "mean ± sd"
 BEST = "best on\nvalidation"
 DIFFERENCE = "difference"
-INTERVAL = "95% interval\n(unadjusted)"
-P = "p (Holm)"
+INTERVAL = "interval"
+P = "p (Bonferroni)"
 DETECTABLE = "minimum\ndetectable\ndifference"
 VERDICT = "verdict"
+NEW_ROWS = "on new rows"
 CONTROL = "against its control,\n95% interval (unadjusted)"
-NEW_ROWS = "on new rows,\n95% interval (unadjusted)"
 
 # Legends
-METHOD = """Verdict: paired t test over seeds on {metric}, p adjusted by Holm for {arms}.
-95% intervals are over seeds and not adjusted for the number of arms.
+FIXED = """Verdict: paired t test over seeds on {metric}, p times {arms} (Bonferroni).
+An arm is better or worse if its interval excludes 0. The chance that any arm's interval is wrong is at most 5%.
 Minimum detectable difference: the smallest true difference that this test would find with 80% probability."""
+SEQUENTIAL = """Verdict: repeated confidence intervals over seeds on {metric} (Jennison and Turnbull 1989).
+Looked at after {looks} seeds; an arm that is decided gets no more.
+Better or worse: the interval excludes 0. The chance that any look at any arm of a family is wrong is at most 5%."""
+MARGIN = "Differences below {margin:g} do not matter: equal within the margin if the interval lies inside it."
 ONE_SEED = "One seed cannot tell a better setting from luck."
-NEW_ROWS_METHOD = "On new rows: the interval for other seeds and other test rows like these, taken as independent."
+NEW_ROWS_METHOD = """On new rows: the difference with other seeds and other test rows like these, taken as independent.
+Its uncertainty is split by variance into that of seeds and that of rows; ± is the interval's half-width."""
 SIDES = "Side effects: untested differences to the baseline; *: the 95% interval over seeds excludes 0."
 
-
-class MetricFormat:
-    """Formats all numbers of a metric with as many decimals as its differences need."""
-
-    def __init__(self, differences: Sequence[Paired | None]) -> None:
-        numbers = [number for paired in differences if paired for number in (paired.mean, paired.sd or 0.0)]
-        sizes = sorted(abs(number) for number in numbers if number and math.isfinite(number))
-        typical = sizes[len(sizes) // 2] if sizes else 1.0
-        self.decimals = min(8, max(4, 1 - math.floor(math.log10(typical))))
-
-    def number(self, value: float | None) -> str:
-        if value is None or math.isnan(value):
-            return NOTHING
-        return f"{value:.{self.decimals}f}".replace("-", MINUS)
-
-    def signed(self, value: float | None) -> str:
-        """Format a difference with its sign; exactly 0 has neither sign nor decimals."""
-        if not value:
-            return NOTHING if value is None else "0"
-        return ("+" if value > 0 else "") + self.number(value)
-
-    def spread(self, mean: float | None, sd: float | None) -> str:
-        return self.number(mean) + ("" if sd is None else f" ± {self.number(sd)}")
-
-    def interval(self, low: float | None, high: float | None) -> str:
-        return NOTHING if low is None or high is None else f"{self.signed(low)} to {self.signed(high)}"
-
-    def estimate(self, mean: float, low: float | None, high: float | None) -> str:
-        """A difference with its interval in parentheses."""
-        return f"{self.signed(mean)} ({'one seed' if low is None else self.interval(low, high)})"
-
-
-def metric_format(comparison: Comparison, side: str | None = None) -> MetricFormat:
-    """The format of the primary metric, or of a side metric."""
-    return MetricFormat([arm.side.get(side) if side else arm.difference for arm in comparison.arms])
-
-
-def probability(p: float | None) -> str:
-    if p is None:
-        return NOTHING
-    return "< 0.0001" if p < 0.0001 else f"{p:.4f}"
-
-
-def short(value: float) -> str:
-    """A number with four significant digits."""
-    return f"{value:.4g}".replace("-", MINUS)
+VERDICTS = ("better", "better, by less than the margin", "equal within the margin", "identical",
+            "worse, by less than the margin", "worse", "open", "not distinguishable", "without a verdict")  # fmt: skip
 
 
 def count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def verdict(role: str, difference: Paired, p_adjusted: float | None, mode: str) -> str:
-    """The verdict on an arm; "" for the baseline."""
-    if role != "arm":
-        return "control" if role == "control" else ""
-    if difference.n == 0:
-        return "no shared seed: no verdict"
-    return stats.verdict(difference.mean, p_adjusted, higher_is_better=mode == "max")
-
-
 def shown_verdict(arm: ArmResult) -> str:
     return arm.verdict or "baseline"
+
+
+def tested(comparison: Comparison) -> list[ArmResult]:
+    """The arms that are not controls, without the baseline."""
+    return [arm for arm in comparison.arms if arm.role == "arm"]
 
 
 def direction(comparison: Comparison) -> str:
@@ -103,6 +59,11 @@ def direction(comparison: Comparison) -> str:
 
 def facts(comparison: Comparison) -> list[str]:
     """Task, metric, seeds, baseline and data."""
+    return [*question(comparison), f"data {comparison.data_digest[:12]}"][: None if comparison.data_digest else -1]
+
+
+def question(comparison: Comparison) -> list[str]:
+    """Task, metric, seeds and baseline."""
     seeds = comparison.seeds
     numbers = ", ".join(map(str, seeds[:SEEDS_SHOWN])) + (", ..." if len(seeds) > SEEDS_SHOWN else "")
     parts = [
@@ -110,28 +71,37 @@ def facts(comparison: Comparison) -> list[str]:
         f"{comparison.metric} ({direction(comparison)})",
         f"{count(len(seeds), 'seed')} ({numbers})",
         f"against {comparison.baseline}",
-        f"data {comparison.data_digest[:12]}" if comparison.data_digest else "",
     ]
     return [part for part in parts if part]
 
 
 def tally(comparison: Comparison) -> str:
     """Number of arms with each verdict, as text."""
-    verdicts = Counter(
-        "without a verdict" if arm.verdict.endswith("no verdict") else arm.verdict
-        for arm in comparison.arms if arm.role == "arm"
-    )  # fmt: skip
-    order = ("better", "worse", "not distinguishable", "without a verdict")
-    parts = [f"{verdicts[verdict]} {verdict}" for verdict in order if verdict in verdicts]
+    verdicts = Counter("without a verdict" if "no verdict" in arm.verdict else arm.verdict
+                       for arm in tested(comparison))  # fmt: skip
+    parts = [f"{verdicts[verdict]} {verdict}" for verdict in VERDICTS if verdict in verdicts]
     return f"{count(verdicts.total(), 'arm')}: {', '.join(parts)}" if parts else "no arm beside the baseline"
+
+
+def families(comparison: Comparison) -> str:
+    """How often several families may be wrong; "" for one."""
+    number = len(comparison.families) + comparison.other_families
+    return f"{number} families, each at most 5%, together at most {5 * number}%" if number > 1 else ""
 
 
 def method(comparison: Comparison) -> str:
     """Explanation of the verdicts and intervals, one sentence per line."""
-    arms = count(sum(arm.role == "arm" for arm in comparison.arms), "arm")
-    lines = METHOD.format(metric=comparison.metric, arms=arms)
-    alone = any(arm.difference and arm.difference.n == 1 for arm in comparison.arms)
-    return f"{lines}\n{ONE_SEED}" if alone else lines
+    arms = tested(comparison)
+    if comparison.design == "sequential":
+        looks = sorted({look for family in comparison.families for look in family.looks})
+        lines = [SEQUENTIAL.format(metric=comparison.metric, looks=", ".join(map(str, looks)))]
+    else:
+        compared = round(LEVEL / arms[0].level) if arms and arms[0].level else 0
+        lines = [FIXED.format(metric=comparison.metric, arms=count(compared, "arm"))]
+    lines += [MARGIN.format(margin=comparison.margin)] if comparison.margin else []
+    lines += [f"{text}."] if (text := families(comparison)) else []
+    lines += [ONE_SEED] if any(arm.difference and arm.difference.n == 1 for arm in comparison.arms) else []
+    return "\n".join(lines)
 
 
 def legend(comparison: Comparison) -> str:
@@ -144,79 +114,160 @@ def legend(comparison: Comparison) -> str:
 
 def sentence(arm: ArmResult, comparison: Comparison) -> str:
     """A sentence that begins with an arm's verdict (`shown_verdict`), followed by the numbers behind it."""
-    numbers, difference = metric_format(comparison), arm.difference
-    words = shown_verdict(arm) + (f" of {arm.control_of}" if arm.role == "control" and arm.control_of else "")
-    seeds = difference.n if difference else len(arm.values)
-    parts = [f"{words}, {seeds} seeds" if seeds > 1 else words, f"mean {numbers.spread(arm.mean, arm.spread)}"]
-    if difference and difference.n:
-        parts.append(_difference(difference, numbers))
+    result = arm.difference
+    number = count(result.n if result and result.n else len(arm.values), "seed")
+    parts = [in_full(arm, comparison), f"{number}: {estimate(arm)}" if result and result.n else number]
+    parts += [one_seed_decides(arm)] if arm.deciding_seeds else []
+    parts.append(f"mean {shown.spread(arm.mean, arm.spread)}")
     if arm.p_adjusted is not None:
-        parts.append(f"p {probability(arm.p_adjusted)} (Holm)")
+        parts.append(f"p {shown.probability(arm.p_adjusted)} (Bonferroni)")
     if arm.minimum_detectable is not None:
-        parts.append(f"minimum detectable difference {numbers.number(arm.minimum_detectable)}")
+        parts.append(f"minimum detectable difference {shown.two_digits(arm.minimum_detectable)}")
     if arm.against_control and arm.against_control.n:
         control = next((f" {other.name}" for other in comparison.arms if other.controls(arm.name)), "")
-        parts.append(f"against its control{control}: {_difference(arm.against_control, numbers)}")
+        against = shown.estimate(arm.against_control.mean, arm.against_control.low, arm.against_control.high, arm.mean)
+        parts.append(f"against its control{control}: {against}")
     return "; ".join(parts)
 
 
-def _difference(paired: Paired, numbers: MetricFormat) -> str:
-    interval = "" if paired.low is None else f", 95% interval {numbers.interval(paired.low, paired.high)} (unadjusted)"
-    return f"difference {numbers.signed(paired.mean)}{interval}"
+def one_seed_decides(arm: ArmResult) -> str:
+    """A warning, for an arm whose verdict hangs on a single seed."""
+    return f"one seed decides: without seed {' or '.join(map(str, arm.deciding_seeds))} it would not be {arm.verdict}"
+
+
+def in_full(arm: ArmResult, comparison: Comparison) -> str:
+    """The verdict on these rows and on new ones, or what could still be true of an arm that is not decided."""
+    words, new = shown_verdict(arm), arm.new_rows
+    if arm.role == "control" and arm.control_of:
+        return f"{words} of {arm.control_of}"
+    if words in ("open", "not distinguishable") and arm.difference:
+        low, high, places = arm.difference.low, arm.difference.high, _places(arm)
+        if arm.difference.sd == 0:
+            words += f": all differences are {difference(arm)} so far, which decides nothing"
+        elif low is not None:
+            ends = " and ".join(shown.signed(end, places) for end in (low, high))
+            words += f": the true difference may lie between {ends}"
+    if new is None:
+        return words
+    on_these = only_on_these_rows(arm, comparison)
+    if not on_these:
+        return f"{words}; on new rows like these {shown.estimate(new.mean, new.low, new.high)}"
+    doubt = "more" if words.startswith("equal") else "nothing"
+    return f"{words}{on_these}; on new ones it may be {doubt}: {deciding(new)}"
+
+
+def only_on_these_rows(arm: ArmResult, comparison: Comparison) -> str:
+    """What is added to the verdict of an arm that may be another on new rows; else ""."""
+    words, new, margin = arm.verdict, arm.new_rows, comparison.margin
+    if new is None or not words.startswith(("better", "worse", "equal")):
+        return ""
+    holds = new.low > 0 or new.high < 0
+    if words.startswith("equal") and margin:
+        holds = -margin < new.low and new.high < margin
+    return "" if holds else ", on these rows" if "," in words else " on these rows"
+
+
+def deciding(new: NewRows) -> str:
+    """The rows that the interval on new rows rests on."""
+    return f"{new.deciding_rows} {new.rows_name} decide"
+
+
+def _places(arm: ArmResult) -> int:
+    """Decimals of an arm's difference."""
+    result = arm.difference
+    return shown.decimals(shown.half_width(result.low, result.high) if result else None, arm.mean)
+
+
+def difference(arm: ArmResult) -> str:
+    """An arm's difference, with the digits that its interval allows."""
+    return shown.signed(arm.difference.mean, _places(arm)) if arm.difference and arm.difference.n else NOTHING
+
+
+def estimate(arm: ArmResult) -> str:
+    """An arm's difference with its interval in parentheses."""
+    result = arm.difference
+    if result is None or not result.n:
+        return NOTHING
+    return shown.estimate(result.mean, result.low, result.high, arm.mean)
+
+
+def value(arm: ArmResult, metric: float | None) -> str:
+    """A single value of an arm's runs."""
+    return shown.number(metric, shown.decimals(arm.spread, arm.mean))
+
+
+def seed_difference(arm: ArmResult, difference: float) -> str:
+    """The difference at one seed, with the digits that the spread over seeds allows."""
+    return shown.signed(difference, shown.decimals(arm.difference.sd if arm.difference else None, arm.mean))
 
 
 def columns(comparison: Comparison) -> dict[str, list[str]]:
     """Table columns: heading -> one cell per arm. Lines of a cell after the first hold details."""
-    numbers, arms = metric_format(comparison), comparison.arms
-    differences = [arm.difference if arm.difference and arm.difference.n else None for arm in arms]
+    arms = comparison.arms
+    results = [arm.difference if arm.difference and arm.difference.n else None for arm in arms]
     table = {
         ARM: [" ".join(arm.name.split()) for arm in arms],
-        MEAN: [f"{numbers.spread(arm.mean, arm.spread)}\n{count(len(arm.values), 'seed')}" for arm in arms],
-        BEST: [numbers.spread(arm.best, arm.best_spread) for arm in arms],
-        DIFFERENCE: [numbers.signed(paired.mean if paired else None) for paired in differences],
-        INTERVAL: [numbers.interval(paired.low, paired.high) if paired else NOTHING for paired in differences],
-        P: [probability(arm.p_adjusted) for arm in arms],
-        DETECTABLE: [numbers.number(arm.minimum_detectable) for arm in arms],
+        MEAN: [f"{shown.spread(arm.mean, arm.spread)}\n{count(len(arm.values), 'seed')}" for arm in arms],
+        BEST: [shown.spread(arm.best, arm.best_spread) for arm in arms],
+        DIFFERENCE: [difference(arm) for arm in arms],
+        INTERVAL: [shown.interval(result.low, result.high) if result else NOTHING for result in results],
+        P: [shown.probability(arm.p_adjusted) for arm in arms],
+        DETECTABLE: [shown.two_digits(arm.minimum_detectable) for arm in arms],
         VERDICT: [shown_verdict(arm) for arm in arms],
-        CONTROL: [_with_interval(arm.against_control, numbers) for arm in arms],
-        NEW_ROWS: [_on_new_rows(arm, numbers) for arm in arms],
-    }
-    optional = (BEST, CONTROL, NEW_ROWS)
-    shown = {heading: cells for heading, cells in table.items() if heading not in optional or set(cells) != {NOTHING}}
-    return shown | {side_heading(metric): _side(comparison, metric) for metric in comparison.side_metrics}
+        NEW_ROWS: [_on_new_rows(arm.new_rows) for arm in arms],
+        CONTROL: [_with_interval(arm.against_control, arm.mean) for arm in arms],
+    }  # fmt: skip
+    optional = (BEST, P, DETECTABLE, NEW_ROWS, CONTROL)
+    kept = {heading: cells for heading, cells in table.items() if heading not in optional or set(cells) != {NOTHING}}
+    return kept | {side_heading(metric): _side(comparison, metric) for metric in comparison.side_metrics}
 
 
 def side_heading(metric: str) -> str:
     return f"{metric}\n(difference)"
 
 
-def _with_interval(paired: Paired | None, numbers: MetricFormat, mark: str = "") -> str:
+def _with_interval(paired: Paired | None, size: float, mark: str = "") -> str:
     if paired is None or not paired.n:
         return NOTHING
-    interval = "one seed" if paired.low is None else numbers.interval(paired.low, paired.high)
-    return f"{numbers.signed(paired.mean)}{mark}\n{interval}"
+    interval = "one seed" if paired.low is None else shown.interval(paired.low, paired.high)
+    return f"{shown.difference(paired.mean, paired.low, paired.high, size)}{mark}\n{interval}"
 
 
-def _on_new_rows(arm: ArmResult, numbers: MetricFormat) -> str:
-    rows = arm.new_rows
-    if rows is None:
+def _on_new_rows(new: NewRows | None) -> str:
+    if new is None:
         return NOTHING
-    decide = f"{rows.deciding_rows} {rows.rows_name} decide"
-    return f"{numbers.estimate(rows.mean, rows.low, rows.high)}\n{decide}"
+    return "\n".join([shown.estimate(new.mean, new.low, new.high), deciding(new), *_uncertainty(new)])
+
+
+def _uncertainty(new: NewRows) -> list[str]:
+    """How much of the uncertainty is seeds and how much rows, and what more of either would do."""
+    rows = round(100 * new.rows_share)
+    more = next((seeds for seeds in LOOKS if seeds > new.seeds), 2 * new.seeds)
+    now, seeds, twice = (shown.two_digits(new.half_width(*more)) for more in ((), (more,), (None, 2.0)))
+    return [
+        f"uncertainty: {100 - rows}% seeds, {rows}% rows",
+        f"±{now}; ±{seeds} with {more} seeds; ±{twice} with twice the rows",
+    ]
 
 
 def _side(comparison: Comparison, metric: str) -> list[str]:
     """Cells of a side metric: the baseline's value, and differences, with a star if the interval excludes 0."""
-    numbers, runs = metric_format(comparison, metric), comparison.runs
+    runs, column = comparison.runs, f"metrics.{metric}"
     cells = []
     for arm in comparison.arms:
-        paired, column = arm.side.get(metric), f"metrics.{metric}"
-        if arm.name == comparison.baseline and column in runs:
-            values = runs.loc[runs["run_id"].isin(list(arm.runs.values())), column].astype(float)
-            cells.append(f"{numbers.number(float(values.mean()))}\nown value")
+        paired, own = arm.side.get(metric), None
+        if column in runs:
+            own = runs.loc[runs["run_id"].isin(list(arm.runs.values())), column].astype(float)
+        if arm.name == comparison.baseline and own is not None:
+            cells.append(f"{shown.spread(float(own.mean()), _sd(own.std()))}\nown value")
         else:
-            cells.append(_with_interval(paired, numbers, "*" if paired and _excludes_zero(paired) else ""))
+            size = float(own.mean()) if own is not None else 1.0
+            cells.append(_with_interval(paired, size, "*" if paired and _excludes_zero(paired) else ""))
     return cells
+
+
+def _sd(value: float) -> float | None:
+    return float(value) if value == value else None  # noqa: PLR0124 (NaN with one seed)
 
 
 def _excludes_zero(paired: Paired) -> bool:

@@ -273,17 +273,21 @@ def test_the_comparison_has_the_numbers_derived_by_hand(comparison: Comparison) 
     assert base.mean == 0.625
     assert base.spread == 0.125  # deviations -1/8, 0, 1/8 over n - 1 = 2
     assert (base.difference, base.p_adjusted, base.verdict, base.side) == (None, None, "", {})
-    # t with 2 degrees of freedom: p = 1 - t / sqrt(t^2 + 2); its 97.5% point is 4.302652729911275
+    # t with 2 degrees of freedom: p = 1 - t / sqrt(t^2 + 2), so t^2 = 2 (1 - p)^2 / (1 - (1 - p)^2), here of p = 5% / 3
+    share = (1 - 0.05 / 3) ** 2
+    half = math.sqrt(2 * share / (1 - share)) * UNIT / math.sqrt(3)
     assert focal.difference.mean == pytest.approx(2 * UNIT, rel=1e-12)
     assert focal.difference.sd == pytest.approx(UNIT, rel=1e-12)
-    assert focal.difference.low == pytest.approx(2 * UNIT - 4.302652729911275 * UNIT / math.sqrt(3), rel=1e-9)
-    assert focal.difference.high == pytest.approx(2 * UNIT + 4.302652729911275 * UNIT / math.sqrt(3), rel=1e-9)
+    assert focal.difference.low == pytest.approx(2 * UNIT - half, rel=1e-9)
+    assert focal.difference.high == pytest.approx(2 * UNIT + half, rel=1e-9)
     p_focal, p_bad = 1 - math.sqrt(12) / math.sqrt(14), 1 - 97 / math.sqrt(97**2 + 2)
     assert focal.difference.p == pytest.approx(p_focal, rel=1e-9)
     assert bad.difference.p == pytest.approx(p_bad, rel=1e-6)
-    # Holm over the three arms that are not controls
+    # Bonferroni over the three arms that are not controls
     assert bad.p_adjusted == pytest.approx(3 * p_bad, rel=1e-6)
-    assert focal.p_adjusted == pytest.approx(2 * p_focal, rel=1e-9)
+    assert focal.p_adjusted == pytest.approx(3 * p_focal, rel=1e-9)
+    assert {a.level for a in comparison.arms[1:]} == {0.05 / 3}
+    assert (comparison.design, comparison.families, base.looks, base.level) == ("fixed", (), (), None)
     assert (focal.verdict, bad.verdict) == ("not distinguishable", "worse")
     assert list(zero.difference.__dict__.values()) == [3, 0, 0, 0, 0, 1]  # exactly the baseline
     assert (zero.p_adjusted, zero.verdict, zero.minimum_detectable) == (1, "not distinguishable", 0)
@@ -676,10 +680,9 @@ def test_text_is_aligned_and_ends_with_the_verdict(comparison: Comparison) -> No
         "baseline", "not distinguishable", "", "control", "not distinguishable", "worse",
     ]  # fmt: skip
     assert table[2].startswith("l.1 g1  ")
-    assert "+0.0312" in table[2]
+    assert "+0.031" in table[2]
     assert table[3].startswith("  against its control")
     assert table[4].startswith("  l.1 g1 control")
-    assert "unadjusted" in head
     assert max(map(len, lines)) <= 120
     assert "auc_ctr" in text
     assert any(line.startswith("note: not finished") for line in lines)
@@ -701,7 +704,7 @@ def test_what_is_written_is_what_was_found(comparison: Comparison) -> None:
             text = write_out(replace(comparison, arms=(comparison.arms[0], one)))
             text = text.replace("\N{MINUS SIGN}", "-").replace("\\*", "*")  # a star is escaped in Markdown
             assert re.search(rf"{shown}(?!\d)", text)
-            assert "-0.2500*" in text
+            assert "-0.25*" in text
             assert re.search(r"\+0\.10+ \(-0\.20+ to \+0\.30+\)", text)
 
 
@@ -721,8 +724,9 @@ def test_markdown_has_every_arm_and_stays_within_a_length(comparison: Comparison
     text = to_markdown(comparison)
     tables = [line for line in text.splitlines() if line.startswith("| ")]
     assert len({line.count("|") for line in tables[:6]}) == 1
-    assert "- **bad**: worse, 3 seeds; mean 0.1198 ± 0.1253; difference −0.5052, 95% interval " in text
-    assert "- **l.1 g1 control**: control of l.1 g1, 3 seeds; " in text
+    only = "one seed decides: without seed 1 it would not be worse"  # the others have no spread
+    assert f"- **bad**: worse; 3 seeds: −0.505 (−0.545 to −0.465); {only}; mean 0.12 ± 0.13; p " in text
+    assert "- **l.1 g1 control**: control of l.1 g1; 3 seeds: 0 (" in text
     many = replace(comparison, arms=comparison.arms[:1] + comparison.arms[1:2] * 100)
     assert len(to_markdown(many)) > 8000
     brief = to_markdown(many, 8000)

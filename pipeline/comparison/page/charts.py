@@ -8,9 +8,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.comparison import number_format as shown
+from pipeline.comparison.number_format import MINUS
 from pipeline.comparison.page.curves import Curve
 from pipeline.comparison.results import ArmResult
-from pipeline.comparison.wording import MINUS, short
 from pipeline.maths.statistics import Paired
 
 Floats = npt.NDArray[np.float64]
@@ -22,7 +23,7 @@ FITTED_FROM = 0.1  # share of the steps that value axes ignore: the initial fall
 FEWEST_FITTED = 10  # if the longest curve has fewer points after the ignored steps, the axis is fitted to all steps
 LOG_ABOVE = 50  # a panel whose values span more than this factor has a logarithmic axis
 FOREST_MARGIN = 9  # margin on each side of the forest plot, in per cent of its width, for the axis labels
-WIDEST_BAND = 3  # a minimum detectable difference above this multiple of the other values is not drawn
+WIDEST_BAND = 3  # a grey band wider than this multiple of the other values is not drawn
 
 
 @dataclass(frozen=True)
@@ -143,20 +144,28 @@ class Panel:
     y: Sequence[Tick]
     gates: Sequence[Gate]
     lines: Sequence[Line]
+    zero: float | None  # height of the line at zero, for differences to the baseline
     last: str  # the last value of each curve, as text
 
 
-def panel(
-    name: str, curves: Mapping[int, Curve], gates: Mapping[int, int], steps: tuple[int, int], names: Sequence[str]
+def panel(  # noqa: PLR0917
+    name: str,
+    curves: Mapping[int, Curve],
+    gates: Mapping[int, int],
+    steps: tuple[int, int],
+    names: Sequence[str],
+    difference: bool = False,
 ) -> Panel:
-    """Lay out a metric's curves.
+    """Lay out a metric's curves, or those of its differences to the baseline.
 
     curves: index of an arm -> its curve. gates: index of an arm -> step at which its gate opens. steps: first and last
     step of the x axis. names: the arms' names.
     """
     low, high, log = value_range(list(curves.values()), steps[0] + FITTED_FROM * (steps[1] - steps[0]))
+    if difference:
+        low, high, log = min(low, 0.0), max(high, 0.0), False
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
-    x = Scale(steps[0], max(steps[1], steps[0] + 1), LEFT, right)
+    x, y = Scale(steps[0], max(steps[1], steps[0] + 1), LEFT, right), Scale(low, high, bottom, TOP, log)
     inner_x, inner_y = Scale(x.low, x.high, 0, right - LEFT), Scale(low, high, bottom - TOP, 0, log)
     return Panel(
         name,
@@ -164,11 +173,19 @@ def panel(
         (low, high),
         log,
         [tick._replace(anchor="end") if tick.at > WIDTH - 20 else tick for tick in axis_ticks(x, 5)],
-        axis_ticks(Scale(low, high, bottom, TOP, log)),
+        axis_ticks(y, sign=difference),
         [_gate(index, gates, x, names) for index in curves if index in gates],
         [_line(index, curve, inner_x, inner_y) for index, curve in curves.items()],
-        ", ".join(f"{names[index]} {short(float(curve.mean[-1]))}" for index, curve in curves.items()),
+        y.at(0.0) if difference else None,
+        ", ".join(f"{names[index]} {_last_value(curve, difference)}" for index, curve in curves.items()),
     )
+
+
+def _last_value(curve: Curve, difference: bool) -> str:
+    mean, low, high = (float(values[-1]) for values in (curve.mean, curve.low, curve.high))
+    if difference:
+        return shown.estimate(mean, low, high) if curve.seeds > 1 else shown.signed(mean, shown.decimals(None, mean))
+    return shown.number(mean, shown.decimals((high - low) / 2, mean))
 
 
 def axis_ticks(scale: Scale, most: int = 6, sign: bool = False) -> list[Tick]:
@@ -209,13 +226,14 @@ class Effect:
     seeds: Mapping[int, float]  # seed -> difference
 
 
-def forest_scale(effects: Sequence[Effect]) -> Scale:
-    """Scale in per cent of the width, covering 0, all intervals and seeds, and minimum detectable differences."""
+def forest_scale(effects: Sequence[Effect], margin: float | None = None) -> Scale:
+    """Scale in per cent of the width, covering 0, all intervals and seeds, and the grey bands."""
     numbers = [v for e in effects for v in (e.paired.mean, e.paired.low, e.paired.high, *e.seeds.values())]
-    shown = [0.0, *(number for number in numbers if number is not None)]
-    low, high = min(shown), max(shown)
+    numbers += [end for e in effects if (new := e.arm.new_rows) for end in (new.low, new.high)]
+    drawn = [0.0, *(number for number in numbers if number is not None)]
+    low, high = min(drawn), max(drawn)
     reach = WIDEST_BAND * max(high, -low)
-    wide = [width for e in effects if (width := e.arm.minimum_detectable) and width <= reach]
+    wide = [width for e in effects if (width := e.arm.minimum_detectable or margin) and width <= reach]
     low, high = min([low, *(-w for w in wide)]), max([high, *wide])
     if low == high:
         low, high = -1.0, 1.0

@@ -1,61 +1,111 @@
 """Curves of the page: each arm's history averaged over seeds, smoothed and thinned."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from scipy.stats import t
 
 Floats = npt.NDArray[np.float64]
 Steps = npt.NDArray[np.int64]
+Run = tuple[Steps, Floats]  # steps [N], increasing, and finite values [N] of a metric
+Arms = Mapping[str, Mapping[int, str]]  # name -> seed -> run id
+Points = Mapping[tuple[str, str], Run]  # (metric, run id) -> points
 
 MOST_POINTS = 300  # points per curve: a panel is about 300 pixels wide
 SMOOTH_ABOVE = 100  # points: curves with no more than this, such as those of evaluations, are not smoothed
 SMOOTHED_SHARE = 25  # a smoothing window holds 1 / SMOOTHED_SHARE of a run's points
+LEVEL = 0.05  # two-sided, of the interval of a difference at each step
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One metric of one arm: arrays [P] of equal length, P <= MOST_POINTS."""
+    """One metric of one arm, or its difference to the baseline: arrays [P] of equal length, P <= MOST_POINTS."""
 
     steps: Steps
     mean: Floats  # over the seeds that have the step
-    low: Floats  # lowest value of these seeds
+    low: Floats  # lowest value of these seeds; of a difference, the low end of its interval
     high: Floats
     seeds: int
 
 
-def curves(
-    history: pd.DataFrame, metrics: Sequence[str], arms: Mapping[str, Sequence[str]]
-) -> dict[str, dict[str, Curve]]:
-    """Compute curves: metric -> arm -> curve, in the order of `metrics` and `arms`, where there is a finite value.
-
-    history: columns run, metric, step, value. arms: name -> run ids.
-    """
+def points_by_run(history: pd.DataFrame, metrics: Sequence[str]) -> Points:
+    """Finite points of each metric and run. history: columns run, metric, step, value."""
     finite = history[history["metric"].isin(metrics) & np.isfinite(history["value"])]
-    points = {
+    return {
         (str(metric), str(run)): _points(part)
         for (metric, run), part in finite.groupby(["metric", "run"], observed=True)
     }
+
+
+def _points(part: pd.DataFrame) -> Run:
+    """Points of one run, sorted by step. Only the last point of a step is kept."""
+    ordered = part.drop_duplicates("step", keep="last").sort_values("step", kind="stable")
+    return ordered["step"].to_numpy(np.int64), ordered["value"].to_numpy(np.float64)
+
+
+def curves(
+    points: Points, metrics: Sequence[str], arms: Mapping[str, Mapping[int, str]]
+) -> dict[str, dict[str, Curve]]:
+    """Compute curves: metric -> arm -> curve, in the order of `metrics` and `arms`, where there is a finite value."""
     drawn = {
         metric: {
-            name: combine([points[metric, run] for run in runs if (metric, run) in points])
+            name: combine([points[metric, run] for run in runs.values() if (metric, run) in points])
             for name, runs in arms.items()
-            if any((metric, run) in points for run in runs)
+            if any((metric, run) in points for run in runs.values())
         }
         for metric in metrics
     }
     return {metric: by_arm for metric, by_arm in drawn.items() if by_arm}
 
 
-def _points(part: pd.DataFrame) -> tuple[Steps, Floats]:
-    """Points of one run, sorted by step. Only the last point of a step is kept."""
-    ordered = part.drop_duplicates("step", keep="last").sort_values("step", kind="stable")
-    return ordered["step"].to_numpy(np.int64), ordered["value"].to_numpy(np.float64)
+def differences(points: Points, metrics: Sequence[str], arms: Arms, baseline: str) -> dict[str, dict[str, Curve]]:
+    """Compute curves of the differences to the baseline, as `curves` does, over the seeds that both have."""
+    base = arms[baseline]
+    drawn: dict[str, dict[str, Curve]] = {}
+    for metric in metrics:
+        for name, runs in arms.items():
+            pairs = [((metric, run), (metric, base[seed])) for seed, run in runs.items() if seed in base]
+            known = [(points[own], points[other]) for own, other in pairs if own in points and other in points]
+            curve = combine_differences(known) if name != baseline else None
+            if curve:
+                drawn.setdefault(metric, {})[name] = curve
+    return drawn
 
 
-def combine(seeds: Sequence[tuple[Steps, Floats]]) -> Curve:
+def combine_differences(seeds: Sequence[tuple[Run, Run]]) -> Curve | None:
+    """Difference of an arm to the baseline, paired by seed and step, with Student's 95% interval over the seeds.
+
+    seeds: for each seed, the points of the arm's run and of the baseline's. Steps that not all of these runs have are
+    left out. Long curves are smoothed and thinned as `combine` does. The interval is that of each step alone.
+
+    Returns: None without a common step. With one seed, low and high are the difference itself.
+    """
+    every = [steps for pair in seeds for steps, _ in pair]
+    common = reduce(_intersection, every) if every else np.empty(0, np.int64)
+    if not len(common):
+        return None
+    width, shown = window(len(common)), thin(len(common))
+    apart = []
+    for (steps, values), (other_steps, other_values) in seeds:
+        difference = values[np.isin(steps, common)] - other_values[np.isin(other_steps, common)]
+        apart.append(smooth(difference, width)[shown])
+    differences = np.stack(apart)
+    mean, half = differences.mean(0), np.zeros(len(shown))
+    if len(seeds) > 1:
+        half = t.isf(LEVEL / 2, len(seeds) - 1) * differences.std(0, ddof=1) / math.sqrt(len(seeds))
+    return Curve(common[shown], mean, mean - half, mean + half, len(seeds))
+
+
+def _intersection(one: Steps, other: Steps) -> Steps:
+    return one if np.array_equal(one, other) else np.intersect1d(one, other, assume_unique=True)
+
+
+def combine(seeds: Sequence[Run]) -> Curve:
     """Combine the runs of an arm into one curve.
 
     seeds: each run's steps [N], increasing, and finite values [N], N >= 1. Runs that were logged at different steps
@@ -98,12 +148,12 @@ def left_out(history: pd.DataFrame, metrics: Sequence[str]) -> int:
     return int((history["metric"].isin(metrics) & ~np.isfinite(history["value"])).sum())
 
 
-def gates(history: pd.DataFrame, arms: Mapping[str, Sequence[str]], metrics: Sequence[str]) -> dict[str, int]:
+def gates(history: pd.DataFrame, arms: Arms, metrics: Sequence[str]) -> dict[str, int]:
     """Map each arm with a gate that opens to the first step at which one is open in any run.
 
     metrics: those of gates, which are 1 while the gate is open.
     """
     is_open = history[history["metric"].isin(metrics) & (history["value"] == 1)]
     first = is_open.groupby("run", observed=True)["step"].min().to_dict()
-    return {name: min(int(first[run]) for run in runs if run in first)
-            for name, runs in arms.items() if any(run in first for run in runs)}  # fmt: skip
+    return {name: min(int(first[run]) for run in runs.values() if run in first)
+            for name, runs in arms.items() if any(run in first for run in runs.values())}  # fmt: skip

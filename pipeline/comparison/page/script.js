@@ -13,10 +13,15 @@
     }
     return known.get(path);
   };
-  // as many digits as the resolution of the drawing allows
-  const shown = (value, unit) => {
-    const digits = Math.floor(Math.log10(Math.abs(value) || 1)) + Math.floor(-Math.log10(unit)) + 1;
-    return digits < 1 ? "0" : value.toPrecision(Math.min(digits, 12));
+  // decimals that the drawing resolves, and of these those up to the second digit of the uncertainty
+  const decimals = (unit, half) => {
+    const most = Math.max(0, Math.min(12, Math.floor(-Math.log10(unit))));
+    return half > 0 ? Math.min(most, Math.max(0, 1 - Math.floor(Math.log10(half)))) : most;
+  };
+  const shown = (value, places, sign) => {
+    const text = value.toFixed(places).replace("-", "\u2212");
+    if (!Number(value.toFixed(places))) return text.replace("\u2212", "");
+    return sign && value > 0 ? "+" + text : text;
   };
   const read = event => {
     const chart = event.target.closest && event.target.closest(".chart"), plot = chart && chart.querySelector(".plot");
@@ -26,21 +31,26 @@
     const box = plot.viewBox.baseVal, width = box.width, height = box.height;
     const x = (place.x - plot.getAttribute("x")) * width / plot.getAttribute("width");
     const [first, last] = pair(chart.dataset.steps), [low, high] = pair(chart.dataset.values);
-    const log = "log" in chart.dataset, near = [], lines = [];
+    const log = "log" in chart.dataset, apart = chart.classList.contains("difference"), near = [], lines = [];
     let step = null;
     for (const path of plot.querySelectorAll(".line")) {
       const group = path.parentNode;
       if (getComputedStyle(group).display === "none") continue;
       const all = points(path);
       if (x < all[0][0] - 60 || x > all[all.length - 1][0] + 60) continue;
-      near.push([group.dataset.arm, all.reduce((best, p) => Math.abs(p[0] - x) < Math.abs(best[0] - x) ? p : best)]);
+      const at = all.reduce((best, p, i) => Math.abs(p[0] - x) < Math.abs(all[best][0] - x) ? i : best, 0);
+      const band = group.querySelector(".band"), edge = band ? points(band) : null;  // the upper edge, then the lower
+      near.push([group.dataset.arm, all[at], edge && [edge[edge.length - 1 - at][1], edge[at][1]]]);
     }
-    for (const [arm, point] of near) {
-      const share = 1 - point[1] / height;
-      const value = log ? low * Math.pow(high / low, share) : low + share * (high - low);
-      const unit = log ? value * (Math.pow(high / low, 1 / height) - 1) : (high - low) / height;
+    const value = y => log ? low * Math.pow(high / low, 1 - y / height) : low + (1 - y / height) * (high - low);
+    for (const [arm, point, edges] of near) {
+      const mean = value(point[1]), [least, most] = edges ? edges.map(value) : [mean, mean];
+      const unit = log ? mean * (Math.pow(high / low, 1 / height) - 1) : (high - low) / height;
+      const places = decimals(unit, (most - least) / 2);
+      const interval = edges && apart ? ` (${shown(least, places, true)} to ${shown(most, places, true)})` : "";
       if (step === null) step = first + point[0] / width * (last - first);
-      lines.push([arm, share < 0 ? "below" : share > 1 ? "above" : shown(value, unit)]);
+      const outside = point[1] > height ? "below" : point[1] < 0 ? "above" : "";
+      lines.push([arm, outside || shown(mean, places, apart) + interval]);
     }
     if (!lines.length) return;
     tip.replaceChildren();

@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from pipeline.comparison import wording
-from pipeline.comparison.page import charts, colors, curves
+from pipeline.comparison import number_format, wording
+from pipeline.comparison.answer import sentences
+from pipeline.comparison.page import charts, colors, curves, looks
 from pipeline.comparison.page.charts import Effect
 from pipeline.comparison.results import Comparison
 from pipeline.comparison.selection import REFERENCES, validation_metric
@@ -22,7 +23,14 @@ TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-TEMPLATES.globals |= {"wording": wording, "geometry": charts, "curves": curves, "colors": colors}
+TEMPLATES.globals |= {
+    "wording": wording,
+    "shown": number_format,
+    "geometry": charts,
+    "looks": looks,
+    "curves": curves,
+    "colors": colors,
+}
 TEMPLATES.filters |= {"px": charts.pixels, "percent": charts.per_cent}
 
 
@@ -36,11 +44,16 @@ def page(comparison: Comparison, history: pd.DataFrame) -> str:
     sweeps = comparison.runs["sweep_id"].dropna().unique()
     return TEMPLATES.get_template("page.html").render(
         comparison=comparison,
-        facts=[*wording.facts(comparison), *(f"sweep {sweep}" for sweep in sweeps), comparison.tracking_uri],
+        source=[
+            *([f"data {comparison.data_digest[:12]}"] if comparison.data_digest else []),
+            *(f"sweep {sweep}" for sweep in sweeps),
+            comparison.tracking_uri,
+        ],
         styles=colors.line_styles([arm.color for arm in comparison.arms]),
+        sentences=sentences(comparison),
         columns=wording.columns(comparison),
-        numbers=wording.metric_format(comparison),
         effects=effects(comparison),
+        look_charts=looks.look_charts(comparison),
         settings=list(dict.fromkeys(key for arm in comparison.arms for key in arm.differing)),
         **_curves(comparison, history),
         **_alpha(comparison),
@@ -75,19 +88,32 @@ def panel_metrics(comparison: Comparison, names: Sequence[str]) -> dict[str, lis
 
 
 def _curves(comparison: Comparison, history: pd.DataFrame) -> Mapping[str, object]:
-    """Template variables: panels by heading, steps at which gates open, and the number of values that are not drawn."""
+    """Template variables: panels by heading, steps at which gates open, and the number of values that are not drawn.
+
+    A panel has the panel of the differences to the baseline beside it, unless the baseline lacks the metric.
+    """
     groups = panel_metrics(comparison, list(map(str, history["metric"].unique())))
     wanted = [metric for metrics in groups.values() for metric in metrics]
-    runs = {arm.name: list(arm.runs.values()) for arm in comparison.arms}
+    paired = [metric for heading, metrics in groups.items() if heading != "Influence" for metric in metrics]
+    runs = {arm.name: arm.runs for arm in comparison.arms}
     names, index = list(runs), {name: position for position, name in enumerate(runs)}
+    points = curves.points_by_run(history, wanted)
     drawn = {metric: {index[name]: curve for name, curve in by_arm.items()}
-             for metric, by_arm in curves.curves(history, wanted, runs).items()}  # fmt: skip
+             for metric, by_arm in curves.curves(points, wanted, runs).items()}  # fmt: skip
+    apart = {metric: {index[name]: curve for name, curve in by_arm.items()}
+             for metric, by_arm in curves.differences(points, paired, runs, comparison.baseline).items()}  # fmt: skip
     opened = curves.gates(history, runs, declarations(comparison.task).gates) if drawn else {}
     gates = {index[name]: step for name, step in opened.items()}
     steps = [int(curve.steps[end]) for by_arm in drawn.values() for curve in by_arm.values() for end in (0, -1)]
     axis = min(steps, default=0), max(steps, default=0)
-    panels = {heading: [charts.panel(metric, drawn[metric], gates, axis, names) for metric in metrics
-                        if metric in drawn] for heading, metrics in groups.items()}  # fmt: skip
+
+    def beside(metric: str) -> list[charts.Panel]:
+        own = charts.panel(metric, drawn[metric], gates, axis, names)
+        if metric not in apart:
+            return [own]
+        return [own, charts.panel(metric, apart[metric], gates, axis, names, difference=True)]
+
+    panels = {heading: [beside(metric) for metric in metrics if metric in drawn] for heading, metrics in groups.items()}
     return {"panels": panels, "gates": gates, "left_out": curves.left_out(history, wanted)}
 
 
@@ -118,9 +144,8 @@ class _RunRow(NamedTuple):
 
 def _run_rows(comparison: Comparison) -> list[_RunRow]:
     index = {arm.name: position for position, arm in enumerate(comparison.arms)}
-    numbers = wording.metric_format(comparison)
     columns = ["arm", "seed", "status", f"metrics.{comparison.metric}", "run_id", "name"]
     return [
-        _RunRow(index[arm], seed, status, numbers.number(value), run_id, name)
+        _RunRow(index[arm], seed, status, wording.value(comparison.arms[index[arm]], value), run_id, name)
         for arm, seed, status, value, run_id, name in comparison.runs[columns].itertuples(index=False, name=None)
     ]
