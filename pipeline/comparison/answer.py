@@ -87,7 +87,8 @@ def _undecided(arms: Sequence[ArmResult], comparison: Comparison) -> list[str]:
     sentences = []
     waiting = _waiting(arms, comparison)
     if waiting:
-        sentences.append(f"{_number(waiting)} still open: start the sweep again, and it trains their next seeds.")
+        again = f"start the sweep again, with {'it' if len(waiting) == 1 else 'them'} in its file, for more seeds"
+        sentences.append(f"{_number(waiting)} still open: {again}.")
     ended = [arm for arm in arms if arm.verdict == UNDECIDED]
     enough = {arm.name: seeds for arm in ended if (seeds := _enough_seeds(arm, comparison.margin))}
     settled, others = ([arm for arm in ended if (arm.name in enough) == known] for known in (True, False))

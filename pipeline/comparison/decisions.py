@@ -1,5 +1,6 @@
 """Decisions on the arms: from all seeds of a fixed design, or from the last look of a sequential one."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -40,7 +41,8 @@ class Design:
 
     @property
     def kind(self) -> Literal["fixed", "sequential"]:
-        return "sequential" if any(len(family.looks) > 1 for family in self.families) else "fixed"
+        lists = [math.isclose(family.level, LEVEL / len(family.arms)) for family in self.families]
+        return "fixed" if all(lists) else "sequential"
 
     def family_of(self, arm: str) -> Family | None:
         return next((family for family in self.families if arm in family.arms), None)

@@ -13,7 +13,7 @@ from pipeline.comparison.run_loading import count_by
 from pipeline.config.run_config import is_operational
 from pipeline.config.strict_config import nearest
 from pipeline.errors import UserError
-from pipeline.names import CALIBRATED, CALIBRATION
+from pipeline.names import CALIBRATED, CALIBRATION, WEIGHTS_DIGEST
 from pipeline.runtime.text import listed
 
 REFERENCES = ("_bayes", "_majority", "_tfidf")  # name suffixes of reference scores, which are not the model's
@@ -227,7 +227,7 @@ def values_by_seed(group: pd.DataFrame, metric: str) -> dict[int, float]:
 
 def weights_by_seed(group: pd.DataFrame) -> dict[int, str]:
     """Map each seed to the digest of the run's last weights, where it is known."""
-    pairs = zip(group["seed"], _texts(group, "tags.weights_digest"), strict=True)
+    pairs = zip(group["seed"], _texts(group, f"tags.{WEIGHTS_DIGEST}"), strict=True)
     return {int(seed): digest for seed, digest in pairs if digest}
 
 

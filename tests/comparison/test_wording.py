@@ -197,7 +197,7 @@ def test_all_five_say_the_same_of_seeds_that_were_added(store: Store) -> None:
     assert "lower: seeds 3, 4 do not count, because only the scheduled looks do" in comparison.notes
     assert "3 families, each at most 5%, together at most 15%." in text
     assert answer(comparison).startswith("Use higher: it is better, test/auc_ctcvr +0.0096 (+0.0057 to +0.0135).")
-    assert "lonely is still open: start the sweep again, and it trains their next seeds." in answer(comparison)
+    assert "lonely is still open: start the sweep again, with it in its file, for more seeds." in answer(comparison)
 
 
 def test_the_manual_has_every_heading() -> None:

@@ -52,8 +52,8 @@ def look_charts(comparison: Comparison) -> list[LookChart]:
     """A chart per arm of a sequential design, those to act on first; none for a fixed design, or without looks."""
     schedules = {arm: family.looks for family in comparison.families for arm in family.arms}
     arms = [(index, arm) for index, arm in enumerate(comparison.arms)
-            if arm.role == "arm" and len(schedules.get(arm.name, ())) > 1 and arm.verdict in ORDER]  # fmt: skip
-    if not arms:
+            if arm.role == "arm" and arm.name in schedules and arm.verdict in ORDER]  # fmt: skip
+    if comparison.design == "fixed" or not arms:
         return []
     low, high = value_range([arm for _, arm in arms], comparison.margin)
     y = Scale(low, high, HEIGHT - BOTTOM, TOP)
