@@ -65,9 +65,8 @@ def _doubts(arms: Sequence[ArmResult]) -> list[str]:
     nothing = [arm for arm in better if arm.new_rows and arm.new_rows.low <= 0 <= arm.new_rows.high]
     sentences = []
     if hanging:
-        seeds = f"without seed {_alternatives(hanging[0].deciding_seeds)} it would not be better"
-        which = f"The verdict on {_names(hanging)} hangs on a single seed."
-        sentences.append(f"But one seed decides: {seeds}." if len(better) == 1 else which)
+        which = f"the verdict on {_names(hanging)} hangs on a single seed"
+        sentences.append(f"But {wording.one_seed_decides(hanging[0]) if len(better) == 1 else which}.")
     if nothing and nothing[0].new_rows:
         who = "it" if len(better) == 1 else _names(nothing)
         few = wording.deciding(nothing[0].new_rows)
@@ -152,13 +151,9 @@ def _cost(arms: Sequence[ArmResult], most: int, comparison: Comparison) -> str:
     return f"{missing} runs" + ("" if math.isnan(seconds) else f", {duration(missing * seconds)} of training")
 
 
-def _alternatives(seeds: Sequence[int]) -> str:
-    return " or ".join(map(str, seeds))
-
-
 def duration(seconds: float) -> str:
     """A rounded time, in the largest unit that fits at least twice."""
     for size, unit in ((86_400, "days"), (3_600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
             return f"about {round(seconds / size)} {unit}"
-    return f"about {max(1, round(seconds))} seconds"
+    return f"about {wording.count(max(1, round(seconds)), 'second')}"

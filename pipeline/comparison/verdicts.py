@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from pipeline.comparison.answer import answer
 from pipeline.comparison.compare_config import CompareConfig
 from pipeline.comparison.decisions import Decided, Design, decide, design_of, differences
 from pipeline.comparison.new_rows import new_rows as on_new_rows
+from pipeline.comparison.number_format import estimate
 from pipeline.comparison.page.view import write_page
 from pipeline.comparison.results import ArmResult, Comparison
 from pipeline.comparison.run_loading import load_history, load_runs
@@ -37,6 +39,7 @@ from pipeline.comparison.selection import (
     with_metric,
 )
 from pipeline.comparison.tables import to_frame, to_markdown, to_text
+from pipeline.comparison.wording import sentence
 from pipeline.errors import UserError, os_errors
 from pipeline.maths.sequential import LEVEL
 from pipeline.names import COLORS, CONTROLLED, NOTE_LENGTH
@@ -52,9 +55,12 @@ from pipeline.tracking.writer_client import Writer
 __all__ = [
     "ArmResult",
     "Comparison",
+    "answer",
     "compare",
+    "estimate",
     "load_history",
     "load_runs",
+    "sentence",
     "to_frame",
     "to_markdown",
     "to_text",

@@ -9,7 +9,7 @@ from pipeline.maths.row_covariance import NewRows
 from pipeline.maths.sequential import LEVEL, LOOKS
 from pipeline.maths.statistics import Paired
 
-SEEDS_SHOWN = 8
+SEEDS_SHOWN, DECIDING_SHOWN = 8, 3
 
 # Column headings. Their line breaks are kept in a terminal and on the page.
 ARM = "arm"
@@ -132,7 +132,9 @@ def sentence(arm: ArmResult, comparison: Comparison) -> str:
 
 def one_seed_decides(arm: ArmResult) -> str:
     """A warning, for an arm whose verdict hangs on a single seed."""
-    return f"one seed decides: without seed {' or '.join(map(str, arm.deciding_seeds))} it would not be {arm.verdict}"
+    seeds = [*map(str, arm.deciding_seeds[:DECIDING_SHOWN]), *["another"][: len(arm.deciding_seeds) - DECIDING_SHOWN]]
+    alternatives = " or ".join(part for part in (", ".join(seeds[:-1]), seeds[-1]) if part)
+    return f"one seed decides: without seed {alternatives} it would not be {arm.verdict}"
 
 
 def in_full(arm: ArmResult, comparison: Comparison) -> str:

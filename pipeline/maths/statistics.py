@@ -48,24 +48,12 @@ def paired(differences: Sequence[float], level: float = 0.95) -> Paired:
     return Paired(n, mean * unit, sd * unit, low, high, p)
 
 
-def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Adjust p values for multiple tests by Holm's step-down method (1979). None is kept and not counted as a test."""
-    tested = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
-    adjusted: list[float | None] = [None] * len(p_values)
-    largest = 0.0
-    for rank, (p, index) in enumerate(tested):
-        largest = max(largest, min(1.0, (len(tested) - rank) * p))
-        adjusted[index] = largest
-    return adjusted
-
-
 def minimum_detectable_difference(
     sd: float | None, n: int, arms: int, level: float = 0.05, power: float = 0.8
 ) -> float | None:
     """Smallest true |mean difference| that n seeds detect with this power, in the unit of `sd`.
 
-    Computed with the noncentral t distribution for a two-sided paired t test at level / arms. Holm's first step tests
-    at that level and its later steps are less strict, so the power is reached whatever the results of other arms.
+    Computed with the noncentral t distribution for a two-sided paired t test at level / arms (Bonferroni).
 
     `sd`: standard deviation of the differences arm - baseline, treated as exact. If it is estimated from few seeds, the
     result is uncertain.

@@ -180,8 +180,7 @@ def test_compare_runs_from_the_newest_sweep_to_the_verdict(
 
     base = np.array([values["baseline"][seed] for seed in (0, 1)])
     p = {"l0 g2 w3": 1.0, "l5 g1 w3": float(ttest_rel(list(values["l5 g1 w3"].values()), base).pvalue)}
-    small, large = sorted(tested, key=lambda arm: p[arm])
-    adjusted = {small: min(1, 2 * p[small]), large: min(1, max(2 * p[small], p[large]))}  # Holm of two
+    adjusted = {arm: min(1, 2 * p[arm]) for arm in tested}  # Bonferroni of two
     for arm, of_arm in values.items():
         row = result.values["table"][arm]
         assert row["mean"] == pytest.approx((of_arm[0] + of_arm[1]) / 2, rel=1e-9)
@@ -196,7 +195,7 @@ def test_compare_runs_from_the_newest_sweep_to_the_verdict(
             better = "better" if row["difference"] < 0 else "worse"  # log loss: less is better
             verdict = better if adjusted[arm] <= 0.05 else "not distinguishable"
             assert row["verdict"] == verdict
-            assert f"{arm}: {verdict}; difference {row['difference']:+.2g}" in result.printed
+            assert f"{arm}: {verdict}" in result.printed
 
     assert result.values["gates"] == [3]
     assert result.values["curves"] == ["loss_ctcvr_bce", "loss_ctcvr_focal", "valid/logloss_ctcvr"]

@@ -2,8 +2,7 @@
 
 import math
 from collections import Counter
-from itertools import combinations, pairwise
-from random import Random
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +16,6 @@ from scipy.stats import ttest_rel
 
 from pipeline.maths.statistics import (
     Paired,
-    holm,
     minimum_detectable_difference,
     paired,
     verdict,
@@ -29,7 +27,6 @@ pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # a division b
 DIFFERENCES = st.lists(
     st.floats(-10, 10, allow_nan=False).map(lambda value: round(value, 6)), min_size=2, max_size=12
 )  # on a grid: what rounding leaves of a shift stays far below it
-P_VALUES = st.lists(st.one_of(st.none(), st.floats(0, 1)), max_size=6)
 
 
 # paired
@@ -111,7 +108,7 @@ def test_a_shift_moves_the_interval_and_a_unit_scales_it(differences: list[float
 def test_an_arm_that_equals_the_baseline_is_not_distinguishable() -> None:
     found = paired([0.0] * 5)
     assert found == Paired(5, 0.0, 0.0, 0.0, 0.0, 1.0)
-    assert verdict(found.mean, holm([found.p])[0], higher_is_better=True) == "not distinguishable"
+    assert verdict(found.mean, found.p, higher_is_better=True) == "not distinguishable"
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 6, 7])
@@ -133,7 +130,7 @@ def test_a_difference_constant_up_to_rounding_is_all_but_certain() -> None:
 def test_one_seed_has_no_interval_and_no_verdict() -> None:
     found = paired([0.02])
     assert found == Paired(1, 0.02, None, None, None, None)
-    assert verdict(found.mean, holm([found.p])[0], higher_is_better=True) == "one seed: no verdict"
+    assert verdict(found.mean, found.p, higher_is_better=True) == "one seed: no verdict"
 
 
 def test_no_seed_has_no_mean() -> None:
@@ -147,49 +144,6 @@ def test_no_seed_has_no_mean() -> None:
 def test_a_failed_run_is_no_difference(bad: float, others: list[float]) -> None:
     with pytest.raises(ValueError, match="allowed: finite numbers"):
         paired([*others, bad])
-
-
-# Holm
-
-
-def test_holm_by_hand() -> None:
-    """Sorted: 0.005 x 4, 0.01 x 3, 0.03 x 2, and 0.04 x 1 raised to the step before."""
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-
-
-def test_holm_leaves_out_what_was_not_tested() -> None:
-    found = holm([None, 0.01, None, 0.02])
-    assert (found[0], found[2]) == (None, None)
-    assert [found[1], found[3]] == pytest.approx([0.02, 0.02])  # two tests: 0.01 x 2, and 0.02 x 1
-    assert holm([]) == []
-    assert holm([None]) == [None]
-    assert holm([0.6, 0.7]) == [1.0, 1.0]
-
-
-@given(P_VALUES)
-@settings(deadline=None)
-def test_holm_is_the_closure_of_bonferroni(p_values: list[float | None]) -> None:
-    """Marcus, Peritz and Gabriel 1976: the largest Bonferroni p over all the sets of hypotheses it belongs to."""
-    tested = [index for index, p in enumerate(p_values) if p is not None]
-    expected: list[float | None] = [None] * len(p_values)
-    for size in range(1, len(tested) + 1):
-        for chosen in combinations(tested, size):
-            together = min(1.0, size * min(p_values[index] or 0.0 for index in chosen))
-            for index in chosen:
-                expected[index] = max(expected[index] or 0.0, together)
-    assert holm(p_values) == expected
-
-
-@given(P_VALUES, st.randoms(use_true_random=False))
-@settings(deadline=None)
-def test_holm_keeps_order_and_never_lowers(p_values: list[float | None], random: Random) -> None:
-    adjusted = holm(p_values)
-    pairs = sorted((p, q) for p, q in zip(p_values, adjusted, strict=True) if p is not None and q is not None)
-    assert all(p <= q <= 1 for p, q in pairs)
-    assert [q for _, q in pairs] == sorted(q for _, q in pairs)
-    order = list(range(len(p_values)))
-    random.shuffle(order)
-    assert holm([p_values[index] for index in order]) == [adjusted[index] for index in order]
 
 
 # verdict
@@ -283,7 +237,7 @@ def test_minimum_detectable_difference_without_a_test() -> None:
 def verdicts(metric: Array, higher_is_better: bool = True) -> list[str]:
     """metric: [arms + 1, seeds], the baseline first."""
     found = [paired(arm - metric[0]) for arm in metric[1:]]
-    adjusted = holm([arm.p for arm in found])
+    adjusted = [None if arm.p is None else min(1.0, len(found) * arm.p) for arm in found]  # Bonferroni
     return [verdict(arm.mean, p, higher_is_better) for arm, p in zip(found, adjusted, strict=True)]
 
 
@@ -291,7 +245,7 @@ def verdicts(metric: Array, higher_is_better: bool = True) -> list[str]:
 def test_sweeps_without_an_effect_rarely_claim_one(seeds: int) -> None:
     """Four arms that share the baseline's noise and a seed's luck: any claim in at most 5% of sweeps, so in 25 of 500.
 
-    Of 500 draws at 5% the standard deviation is 4.9; without Holm's step, 60 and more would claim something.
+    Of 500 draws at 5% the standard deviation is 4.9; without the adjustment, 60 and more would claim something.
     """
     random = np.random.default_rng(seeds)
     luck = random.normal(0.75, 0.02, (500, 1, seeds))

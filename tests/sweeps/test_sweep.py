@@ -155,7 +155,7 @@ def test_a_sweep_through_mlproject(finished: Laboratory) -> None:
     # the table, from MLflow's metrics by scipy
     value = {key: run.data.metrics[METRIC] for key, run in runs.items()}
     differences = [value["l5 g1 w3", seed] - value["baseline", seed] for seed in (0, 1)]
-    low, high = stats.t.interval(0.95, 1, np.mean(differences), stats.sem(differences))
+    low, high = stats.t.interval(1 - 0.05 / 2, 1, np.mean(differences), stats.sem(differences))  # two arms
     (summary,) = by_arm_summary(client, sweep_id_of(finished.printed))
     table = pd.read_csv(comparison_of(finished) / "comparison.csv").set_index("arm")
     assert table.loc["l5 g1 w3", "difference"] == pytest.approx(np.mean(differences), abs=1e-12)
