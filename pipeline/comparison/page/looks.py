@@ -9,10 +9,10 @@ from pipeline.comparison.page.charts import Scale, Tick, axis_ticks
 from pipeline.comparison.results import ArmResult, Comparison
 
 WIDTH, HEIGHT = 240, 140  # size of an arm's chart in pixels
-LEFT, RIGHT, TOP, BOTTOM = 50, 6, 8, 20  # margins around the plot
+LEFT, RIGHT, TOP, BOTTOM = 58, 6, 8, 20  # margins around the plot
 INSET = 14  # between the plot's sides and the first and last look
-WIDEST = 3  # the axis reaches this multiple of the arms' median interval: a far worse arm must not flatten the others
-MOST_COLUMNS, FEWEST_COLUMNS = 6, 3
+WIDEST = 2  # the axis reaches this multiple of the arms' median interval: a far worse arm must not flatten the others
+MOST_COLUMNS, FEWEST_COLUMNS = 6, 4
 ORDER = ("better", "better, by less than the margin", "open", "not distinguishable", "equal within the margin",
          "identical", "worse, by less than the margin", "worse")  # fmt: skip
 
@@ -23,7 +23,7 @@ class Mark:
 
     seeds: int
     x: float
-    mean: float
+    mean: float | None  # None if it lies outside the plot
     ends: tuple[float, float] | None  # low and high; None without an interval
     caps: Sequence[float]  # ends that lie inside the plot
     last: bool
@@ -89,7 +89,7 @@ def _chart(index: int, arm: ArmResult, schedule: Sequence[int], y: Scale, margin
         marks.append(Mark(
             look.seeds,
             at[look.seeds],
-            _inside(y, look.mean),
+            y.at(look.mean) if y.low <= look.mean <= y.high else None,
             (_inside(y, ends[0]), _inside(y, ends[1])) if ends else None,
             [y.at(end) for end in ends or () if y.low <= end <= y.high],
             look is arm.looks[-1],
