@@ -1,5 +1,6 @@
 """Sweeps that add seeds until their arms are decided, with workers that train nothing."""
 
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import t
 from test_sweep_plan import plan_of
 
 from pipeline.comparison.families import Family, families_of
@@ -113,8 +115,9 @@ def test_each_arm_gets_the_seeds_that_decide_it(tmp_path: Path, capsys: pytest.C
     )
     assert [look.seeds for look in looks["noisy"]] == [3, 5, 8]
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("look", "not"))]
-    # 6 arms: level .0012, t(2) = 28.8, half-width 28.8 * 1e-4 / sqrt(3) = .0017
-    assert lines[0].startswith("look at 3 seeds: better is better +0.1000 (+0.0983 to +0.1017); worse is worse -0.1000")
+    half = t.isf(nominal_level(6) / 2, 2) * 1e-4 / math.sqrt(3)  # about .0016
+    assert lines[0].startswith(f"look at 3 seeds: better is better +0.1000 (+{0.1 - half:.4f} to +{0.1 + half:.4f}); "
+                               "worse is worse -0.1000")  # fmt: skip
     assert lines[0].endswith("zero is identical; open: noisy, early best")
     assert lines[1:] == [
         "look at 5 seeds: open: noisy, early best",
@@ -201,7 +204,9 @@ def test_killed_anywhere_it_comes_to_the_same_decisions_and_trains_nothing_twice
     assert sorted(first.trained + again.trained) == sorted(undisturbed.trained)
 
 
-def test_more_arms_and_more_seeds_continue_the_sweep(tmp_path: Path) -> None:
+def test_more_arms_and_more_seeds_continue_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[str] = []  # runs whose arm has another position in the file
+    monkeypatch.setattr("pipeline.sweeps.arm_runs.tag_run", lambda run_id, _: moved.append(run_id))
     one, first = plan_with(tmp_path, ["better", "noisy", "zero"], most=5), FakeWorkers()
     families = grown((), one)
     runs = runs_with(one, first)
@@ -230,6 +235,7 @@ def test_more_arms_and_more_seeds_continue_the_sweep(tmp_path: Path) -> None:
     assert [family.looks for family in final] == [(3, 5, 8, 12)] * 2
     train_in_rounds(alone, final, runs_with(alone, third, stored | stored_runs(two, runs)))
     assert sorted(third.trained) == sorted((arm, seed) for arm in ("baseline", "noisy") for seed in range(8, 12))
+    assert moved == [f"noisy s{seed}" for seed in range(8)]
 
 
 def test_a_family_keeps_its_first_look(tmp_path: Path) -> None:
