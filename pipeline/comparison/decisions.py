@@ -9,8 +9,8 @@ import pandas as pd
 
 from pipeline.comparison.families import Family, arm_looks
 from pipeline.maths import statistics
-from pipeline.maths.sequential import LEVEL, Look, decided_by_one_seed
-from pipeline.maths.statistics import Paired, minimum_detectable_difference, paired
+from pipeline.maths.sequential import LEVEL, Look, decided_by_one_seed, minimum_detectable_difference
+from pipeline.maths.statistics import Paired, paired
 
 Values = Mapping[int, float]  # seed -> metric
 NO_SEED = "no shared seed: no verdict"
@@ -93,7 +93,7 @@ def _fixed(own: Values, baseline: Values, level: float, mode: str) -> Decided:
         return Decided(NO_SEED, result, level)
     adjusted = None if result.p is None else min(1.0, result.p * LEVEL / level)
     verdict = statistics.verdict(result.mean, adjusted, higher_is_better=mode == "max", level=LEVEL)
-    minimum = minimum_detectable_difference(result.sd, result.n, 1, level)
+    minimum = None if result.sd is None else minimum_detectable_difference(result.sd, (result.n,), level)
     return Decided(verdict, result, level, (), adjusted, minimum, _deciding_seeds(own, baseline, level, mode, None))
 
 

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy.optimize import brentq
-from scipy.stats import nct, t
+from scipy.stats import t
 
 Verdict = Literal["better", "worse", "not distinguishable", "one seed: no verdict"]
 
@@ -46,32 +45,6 @@ def paired(differences: Sequence[float], level: float = 0.95) -> Paired:
     p = 2 * float(t.sf(abs(mean) / error, n - 1))
     low, high = (mean - half) * unit, (mean + half) * unit
     return Paired(n, mean * unit, sd * unit, low, high, p)
-
-
-def minimum_detectable_difference(
-    sd: float | None, n: int, arms: int, level: float = 0.05, power: float = 0.8
-) -> float | None:
-    """Smallest true |mean difference| that n seeds detect with this power, in the unit of `sd`.
-
-    Computed with the noncentral t distribution for a two-sided paired t test at level / arms (Bonferroni).
-
-    `sd`: standard deviation of the differences arm - baseline, treated as exact. If it is estimated from few seeds, the
-    result is uncertain.
-
-    Returns: None with fewer than two seeds or without an arm; 0 if `sd` is 0.
-    """
-    if sd is None or n < 2 or arms < 1:
-        return None
-    critical = t.isf(level / arms / 2, n - 1)
-
-    def missing(shift: float) -> float:
-        # compute the lower tail as the upper tail of the mirrored distribution: nct.cdf is NaN far in the lower tail
-        return power - float(nct.sf(critical, n - 1, shift) + nct.sf(critical, n - 1, -shift))
-
-    upper = 1.0
-    while missing(upper) > 0:
-        upper *= 2
-    return float(brentq(missing, 0.0, upper, xtol=1e-12)) * sd / math.sqrt(n)
 
 
 def verdict(mean: float, p_adjusted: float | None, higher_is_better: bool, level: float = 0.05) -> Verdict:

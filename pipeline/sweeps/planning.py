@@ -10,8 +10,7 @@ from typing import NamedTuple
 from pipeline.comparison.families import Family
 from pipeline.config.strict_config import to_yaml
 from pipeline.errors import UserError
-from pipeline.maths import sequential
-from pipeline.maths.statistics import minimum_detectable_difference
+from pipeline.maths.sequential import minimum_detectable_difference
 from pipeline.names import CHECKPOINT_MEGABYTES, TRAIN_SECONDS
 from pipeline.runtime.console import info
 from pipeline.runtime.text import listed
@@ -178,11 +177,13 @@ def _detectable(
     for arm in arms:
         own, family = _spread(runs.values(arm.name, metric), baseline), family_of[arm.name]
         sd = own or (median(others) if others else None)
+        if family.looks[-1] < 2:
+            lines.setdefault("unknown, since one seed has no interval", []).append(arm.name)
+            continue
         if not sd:
             lines.setdefault("unknown, since no arm has run with two seeds of this baseline", []).append(arm.name)
             continue
-        found = (sequential.minimum_detectable_difference(sd, family.looks, family.level) if plan.sweep.is_sequential
-                 else minimum_detectable_difference(sd, family.looks[-1], len(family.arms)))  # fmt: skip
+        found = minimum_detectable_difference(sd, family.looks, family.level)
         source = "its own seeds" if own else "other arms"
         lines.setdefault(f"{found:.2g}, from the spread of {source}", []).append(arm.name)
     for text, names in lines.items():

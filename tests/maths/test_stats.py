@@ -2,24 +2,16 @@
 
 import math
 from collections import Counter
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import integrate
-from scipy.special import ndtr
 from scipy.stats import t as student
 from scipy.stats import ttest_rel
 
-from pipeline.maths.statistics import (
-    Paired,
-    minimum_detectable_difference,
-    paired,
-    verdict,
-)
+from pipeline.maths.statistics import Paired, paired, verdict
 
 Array = npt.NDArray[np.float64]
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # a division by zero would only warn
@@ -170,67 +162,6 @@ def test_verdict_at_another_level() -> None:
     assert verdict(0.1, 0.08, True, level=0.1) == "better"
 
 
-# minimum detectable difference
-
-
-def power_of_t_test(effect: float, sd: float, n: int, level: float) -> float:
-    """Chance that |mean| > critical * s / sqrt(n): the normal chance given s, integrated over the chi law of s."""
-    critical, shift = student.isf(level / 2, n - 1), effect * math.sqrt(n) / sd
-    half = (n - 1) / 2
-    constant = math.log(2) + half * math.log(half) - math.lgamma(half)
-
-    def density(s: float) -> float:
-        reached = float(ndtr(shift - critical * s) + ndtr(-critical * s - shift))
-        return math.exp(constant + (n - 2) * math.log(s) - half * s * s) * reached
-
-    turn = shift / critical  # where the normal chance falls from one to zero
-    edges = [0, *sorted(max(0, (shift + step) / critical) for step in (-8, -2, 0, 2, 8)), turn + 3, turn + 12]
-    return sum(integrate.quad(density, low, high, epsabs=1e-13)[0] for low, high in pairwise(edges) if high > low)
-
-
-@pytest.mark.parametrize(
-    ("n", "arms", "level", "power"),
-    [
-        (2, 1, 0.05, 0.8), (2, 20, 0.05, 0.8), (3, 4, 0.05, 0.8), (3, 20, 0.05, 0.8), (5, 1, 0.05, 0.8),
-        (5, 20, 0.05, 0.95), (30, 8, 0.05, 0.8), (4, 1, 0.5, 0.6), (6, 2, 0.9, 0.5), (5, 200, 0.01, 0.99),
-    ],
-)  # fmt: skip
-def test_minimum_detectable_difference_has_its_power(n: int, arms: int, level: float, power: float) -> None:
-    effect = minimum_detectable_difference(0.013, n, arms, level, power)
-    assert effect is not None
-    assert power_of_t_test(effect, 0.013, n, level / arms) == pytest.approx(power, abs=1e-9)
-
-
-def test_minimum_detectable_difference_of_the_textbook() -> None:
-    """Half a standard deviation needs 34 pairs for 80% power at 5% two-sided (Cohen 1988; G*Power)."""
-    needed = [minimum_detectable_difference(1.0, n, 1) for n in (33, 34)]
-    assert needed[0] is not None
-    assert needed[1] is not None
-    assert needed[1] < 0.5 < needed[0]
-
-
-@given(st.floats(1e-9, 1e9), st.integers(2, 40), st.integers(1, 50))
-@settings(max_examples=20, deadline=None)
-def test_minimum_detectable_difference_is_in_the_unit_of_sd_and_falls_with_seeds(sd: float, n: int, arms: int) -> None:
-    one, unit = minimum_detectable_difference(sd, n, arms), minimum_detectable_difference(1.0, n, arms)
-    more_seeds = minimum_detectable_difference(sd, n + 1, arms)
-    more_arms = minimum_detectable_difference(sd, n, arms + 1)
-    assert one is not None
-    assert unit is not None
-    assert more_seeds is not None
-    assert more_arms is not None
-    assert one == pytest.approx(unit * sd, rel=1e-9)
-    assert more_seeds < one < more_arms
-
-
-def test_minimum_detectable_difference_without_a_test() -> None:
-    assert minimum_detectable_difference(None, 1, 4) is None
-    assert minimum_detectable_difference(1.0, 1, 4) is None
-    assert minimum_detectable_difference(None, 3, 4) is None
-    assert minimum_detectable_difference(1.0, 3, 0) is None
-    assert minimum_detectable_difference(0.0, 3, 4) == 0.0
-
-
 # whole sweeps
 
 
@@ -256,19 +187,3 @@ def test_sweeps_without_an_effect_rarely_claim_one(seeds: int) -> None:
     assert 8 <= false <= 37  # nor is the test so timid that it never speaks
     assert set(claims) == {"better", "worse"}
     assert 0.25 < claims["better"] / claims.total() < 0.75
-
-
-@pytest.mark.parametrize(("seeds", "sign"), [(3, 1), (5, -1)])
-def test_a_minimum_detectable_difference_is_found_in_80_percent(seeds: int, sign: int) -> None:
-    """One of four arms has it; a run scatters by 0.004 about a seed's luck, a difference by sqrt(2) times that.
-
-    The share found in 600 draws has a standard deviation of sqrt(0.8 x 0.2 / 600) = 0.016: the bound is three of them.
-    """
-    random = np.random.default_rng(seeds)
-    effect = minimum_detectable_difference(0.004 * math.sqrt(2), seeds, 4)
-    assert effect is not None
-    sweeps = random.normal(0.75, 0.02, (600, 1, seeds)) + random.normal(0, 0.004, (600, 5, seeds))
-    sweeps[:, 2] += sign * effect
-    found = Counter(verdicts(sweep)[1] for sweep in sweeps)
-    assert found["better" if sign > 0 else "worse"] / 600 == pytest.approx(0.8, abs=0.05)
-    assert found["worse" if sign > 0 else "better"] == 0
