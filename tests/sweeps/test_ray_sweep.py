@@ -240,14 +240,15 @@ def test_cancelled_on_ray_and_finished_by_processes(
 def test_an_arm_that_changes_nothing_is_the_baseline(
     ray_folder: Path, workplace: Path, client: Any, impressions: Path
 ) -> None:
-    """lambda 0 equals the baseline bit for bit, on a cluster that the sweep starts and ends."""
-    file = sweep_file(workplace, impressions, arms=[{"lambda": 0.0}, {"lambda": 5.0}], seeds=[0], jobs=2,
-                      metric="test/logloss_ctcvr")  # fmt: skip
+    """lambda 0 equals the baseline bit for bit, and the first look says so, on a cluster of the sweep's own."""
+    file = sweep_file(workplace, impressions, arms=[{"lambda": 0.0}, {"lambda": 5.0}], seeds={"first": 3, "most": 3},
+                      jobs=2, metric="test/logloss_ctcvr")  # fmt: skip
     with Sweep(workplace, file, ("--engine", "ray")) as sweep:
         assert sweep.end() == 0, sweep.stderr()
     runs_of_sweep = client.search_runs(["0"], f"tags.sweep_id = '{sweep_id_of(sweep.stderr())}'")
     assert {run.info.status for run in runs_of_sweep} == {"FINISHED"}
-    runs = {run.data.tags["arm"]: run for run in runs_of_sweep if run.data.tags["role"] != "summary"}
+    assert "look at 3 seeds: l0 g1 w5 is identical" in sweep.stderr()
+    runs = {run.data.tags["arm"]: run for run in runs_of_sweep if run.data.tags.get("seed") == "0"}
     assert set(runs) == {"baseline", "l0 g1 w5", "l5 g1 w5"}
     for run in runs.values():
         points = client.get_metric_history(run.info.run_id, "global_step")

@@ -1,5 +1,6 @@
 """Sweeps as users start them: flat runs, a verdict, and no repeated work after interruptions."""
 
+import json
 import os
 import re
 import signal
@@ -24,6 +25,7 @@ from laboratory import ARMS, METRIC, MMOE, Laboratory
 from safetensors.numpy import load_file
 from scipy import stats
 
+from pipeline.comparison.verdicts import load_runs
 from pipeline.config.strict_config import load
 from pipeline.data.schema import DataSchema
 from pipeline.errors import UserError
@@ -249,6 +251,36 @@ def test_killed_it_goes_on_to_the_same_table(
             assert sorted((p.step, p.value) for p in points) == sorted(zip(rows["step"], rows["value"], strict=True))
 
 
+@in_laboratory
+@pytest.mark.faults
+@only_full
+def test_killed_between_looks_it_comes_to_the_same_decisions(
+    workplace: Path, client: Any, impressions: Path, run_sweep: Call
+) -> None:
+    """SIGKILL to the whole process group after the first look, beside the same sweep undisturbed."""
+    arms = [{"name": "zero", "lambda": 0.0}, {"name": "five", "lambda": 5.0}, {"name": "one", "lambda": 1.0}]
+    changes = {"arms": arms, "seeds": {"first": 3, "most": 8}, "metric": "test/logloss_ctcvr", "title": "own"}
+    file = sweep_file(workplace, impressions, **changes)
+    command = [sys.executable, "-m", "pipeline", "sweep", "--config", str(file)]
+    log = workplace / "log"
+    with log.open("w") as text:
+        process = subprocess.Popen(command, cwd=workplace, stdout=text, stderr=text, start_new_session=True)
+        wait_for(lambda: process.poll() is not None or "look at 3 seeds" in log.read_text())
+        assert process.poll() is None, "it ended before it was killed"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    killed = run_sweep(str(file))
+    assert killed.returncode == 0, killed.stderr
+    apart = {"output_dir": str(workplace / "apart"), "experiment": "apart"}
+    undisturbed = run_sweep(str(sweep_file(workplace, impressions, settings=apart, **changes)))
+    looks = [[line for line in text.splitlines() if line.startswith("look at")]
+             for text in (killed.stderr, undisturbed.stderr)]  # fmt: skip
+    assert looks[0] == looks[1] != []
+    assert "zero is identical" in looks[0][0]
+    assert table_of(killed.stderr) == table_of(undisturbed.stderr)
+    by_arm(client, sweep_id_of(killed.stderr))  # one run of each arm and seed
+
+
 def _begun(workplace: Path) -> int:
     """Number of the arms' runs that have begun."""
     return len(list((workplace / "outputs").glob("*/config.yaml")))
@@ -293,13 +325,14 @@ def workshop(started_workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Wor
 
     class SharedWorkers(LocalWorkers):
         def __init__(self, size: int, folder: Path, gpus: Any = ()) -> None:  # noqa: ARG002
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
             self.__dict__ = started_workshop.workers.__dict__
 
         def close(self) -> None:
             """The fixture does that."""
 
     monkeypatch.setattr("pipeline.sweeps.sweep.LocalWorkers", SharedWorkers)
+    monkeypatch.setattr("pipeline.sweeps.planning.LocalWorkers", SharedWorkers)
     monkeypatch.chdir(started_workshop.folder)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{started_workshop.folder / 'mlflow.db'}")
     return started_workshop
@@ -531,6 +564,64 @@ def test_a_report_that_cannot_be_written_takes_no_sweep_down(
     assert f"sweep {summary.sweep_id} in here" in stderr
     assert "| w+5 w3 |" in run.tags["mlflow.note.content"]
     assert run.artifacts == ["sweep.yaml"]
+
+
+@shares_worker
+def test_a_sweep_grows_and_other_sweeps_adopt_its_runs(
+    workshop: Workshop, impressions: Path, run_sweep: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seeds until decided; then an arm and two seeds more; then a list of seeds: every run is trained once."""
+    client = workshop.client
+    zero, five, one = ({"name": name, "lambda": value} for name, value in (("zero", 0.0), ("five", 5.0), ("one", 1.0)))
+    settings = {"title": "own", "seeds": {"first": 3, "most": 3}, "metric": "test/logloss_ctcvr",
+                "settings": {"evaluation.every_steps": 12}}  # fmt: skip
+    first = run_sweep(str(sweep_file(workshop.folder, impressions, arms=[zero, five], **settings)))
+    assert first.returncode == 0, first.stderr
+    assert "zero is identical" in first.stderr
+    sweep_id = sweep_id_of(first.stderr)
+    runs = by_arm(client, sweep_id)
+    assert len(runs) == 9
+
+    settings["seeds"] = {"first": 3, "most": 5}
+    file = sweep_file(workshop.folder, impressions, arms=[zero, five, one], **settings)
+    planned = run_sweep(str(file), "--plan", "true")
+    assert planned.returncode == 0, planned.stderr
+    assert by_arm(client, sweep_id).keys() == runs.keys()  # it trained nothing
+    found = [(arm, runs[arm, 2].data.tags["weights_digest"] == runs["baseline", 2].data.tags["weights_digest"])
+             for arm in ("zero", "five")]  # fmt: skip
+    assert found == [("zero", True), ("five", False)]
+    assert "- zero: identical already, after 3 seeds" in planned.stderr
+
+    second = run_sweep(str(file))
+    assert second.returncode == 0, second.stderr
+    assert sweep_id_of(second.stderr) == sweep_id
+    grown = by_arm(client, sweep_id)  # which asserts one run of each arm and seed
+    assert {key: run.info.run_id for key, run in grown.items()}.items() >= {
+        key: run.info.run_id for key, run in runs.items()}.items()  # fmt: skip
+    assert ("zero", 3) not in grown
+    (summary,) = by_arm_summary(client, sweep_id)
+    families = [json.loads(summary.data.tags[f"family_{number}"]) for number in (1, 2)]
+    assert [(family["arms"], family["looks"]) for family in families] == [(["zero", "five"], [3, 5]), (["one"], [3, 5])]
+    assert "2 families, each at most 5%, together at most 10%" in second.stderr
+
+    listed = settings | {"seeds": [0, 1, 2]}
+    adopted = run_sweep(str(sweep_file(workshop.folder, impressions, arms=[five, {"lambda": 1.0}], **listed)))
+    assert adopted.returncode == 0, adopted.stderr
+    assert adopted.stderr.count(": adopted (run ") == 9
+    assert "3 families, each at most 5%, together at most 15%" in adopted.stderr
+    other = sweep_id_of(adopted.stderr)
+    assert other != sweep_id
+    assert by_arm(client, other) == {}  # the runs keep the tag of their first sweep
+    table = load_runs(other)
+    assert set(table["run_id"]) == {grown[arm, seed].info.run_id for arm in ("baseline", "five", "one")
+                                    for seed in range(3)}  # fmt: skip
+    assert set(table["arm"]) == {"baseline", "five", "l1 g1 w5"}
+
+    monkeypatch.setattr("pipeline.sweeps.summary_run.code_version", lambda: "0123456789")
+    refused = run_sweep(str(sweep_file(workshop.folder, impressions, arms=[five], **listed)))
+    assert refused.returncode == 0, refused.stderr
+    assert ": adopted (run " not in refused.stderr
+    assert "finished runs of other code or threads are not adopted: baseline s0" in refused.stderr
 
 
 @shares_worker
