@@ -288,7 +288,12 @@ def test_a_far_worse_arm_does_not_flatten_the_others() -> None:
     assert high == pytest.approx(reach + 0.08 * (reach + 2 * reach))
     worse = look_charts(compare(frame({"a": BETTER, "b": tuple(0.9 * d for d in BETTER),
                                        "far": tuple(-50 * d for d in BETTER)})))[-1]  # fmt: skip
-    assert (worse.arm.name, worse.marks[-1].mean, worse.marks[-1].caps) == ("far", None, [])
+    assert (worse.arm.name, worse.marks[-1].outside, worse.marks[-1].caps) == ("far", "▼", [])
+    better = look_charts(compare(frame({"a": BETTER, "b": tuple(0.9 * d for d in BETTER),
+                                        "far": tuple(50 * d for d in BETTER)})))  # fmt: skip
+    assert [(chart.arm.name, chart.marks[-1].outside, len(chart.marks[-1].caps)) for chart in better] == [
+        ("a", "", 2), ("b", "", 2), ("far", "", 2)
+    ]  # fmt: skip
     assert value_range([], None) == (-1.0, 1.0)
     assert value_range([], 0.5) == pytest.approx((-0.58, 0.58))
 

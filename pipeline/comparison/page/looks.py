@@ -23,7 +23,8 @@ class Mark:
 
     seeds: int
     x: float
-    mean: float | None  # None if it lies outside the plot
+    mean: float
+    outside: str  # arrow to a mean that lies outside the plot, else ""
     ends: tuple[float, float] | None  # low and high; None without an interval
     caps: Sequence[float]  # ends that lie inside the plot
     last: bool
@@ -67,12 +68,17 @@ def columns(charts: int) -> int:
 
 
 def value_range(arms: Sequence[ArmResult], margin: float | None) -> tuple[float, float]:
-    """Range of the value axis that all arms share: 0, the margin, and the last intervals, up to a limit."""
+    """Range of the value axis that all arms share: 0, the margin, and the last intervals, up to a limit.
+
+    The arms to choose from are shown whole.
+    """
     ends = [(new.low, new.high) if (new := arm.new_rows) else (result.low, result.high)
             for arm in arms if (result := arm.difference) and result.low is not None]  # fmt: skip
     known = [(low, high) for low, high in ends if low is not None and high is not None]
     reaches = sorted(max(abs(low), abs(high)) for low, high in known)
     limit = WIDEST * reaches[len(reaches) // 2] if reaches else 0.0
+    chosen = [arm.difference for arm in arms if arm.verdict == "better" and arm.difference]
+    limit = max([limit, *(abs(end) for result in chosen for end in (result.low, result.high) if end is not None)])
     band = margin or 0.0
     low = min(-band, *(max(low, -limit) for low, _ in known), 0.0)
     high = max(band, *(min(high, limit) for _, high in known), 0.0)
@@ -89,7 +95,8 @@ def _chart(index: int, arm: ArmResult, schedule: Sequence[int], y: Scale, margin
         marks.append(Mark(
             look.seeds,
             at[look.seeds],
-            y.at(look.mean) if y.low <= look.mean <= y.high else None,
+            _inside(y, look.mean),
+            "▼" if look.mean < y.low else "▲" if look.mean > y.high else "",
             (_inside(y, ends[0]), _inside(y, ends[1])) if ends else None,
             [y.at(end) for end in ends or () if y.low <= end <= y.high],
             look is arm.looks[-1],
