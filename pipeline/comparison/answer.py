@@ -88,7 +88,12 @@ def _undecided(arms: Sequence[ArmResult], comparison: Comparison) -> list[str]:
     if waiting:
         again = f"start the sweep again, with {'it' if len(waiting) == 1 else 'them'} in its file, for more seeds"
         sentences.append(f"{_number(waiting)} still open: {again}.")
-    ended = [arm for arm in arms if arm.verdict == UNDECIDED]
+    same = [arm for arm in arms if arm.verdict == UNDECIDED and arm.difference
+            and arm.difference.sd == arm.difference.mean == 0]  # fmt: skip
+    ended = [arm for arm in arms if arm.verdict == UNDECIDED and arm not in same]
+    if same:
+        why = "the best weights may be from before the gate, where more seeds decide nothing"
+        sentences.append(f"{_number(same)} equal to the baseline at every seed: {why}.")
     enough = {arm.name: seeds for arm in ended if (seeds := _enough_seeds(arm, comparison.margin))}
     settled, others = ([arm for arm in ended if (arm.name in enough) == known] for known in (True, False))
     if settled:

@@ -285,13 +285,17 @@ def _note_unshared_seeds(arms: Sequence[ArmResult], notes: list[str]) -> None:
 
 def _note_equal_seeds(arms: Sequence[ArmResult], runs: pd.DataFrame, metric: str, notes: list[str]) -> None:
     """Note seeds at which all arms are equal, usually because their best weights are from before the gate opened."""
+    equal: dict[str, set[float]] = {}  # seed -> steps of the best weights
     for seed in sorted({seed for arm in arms for seed in arm.values}):
         values, seed_runs = {arm.values.get(seed) for arm in arms} - {None}, runs[runs["seed"] == seed]
         if len(seed_runs) < 2 or len(values) > 1:
             continue
-        steps = set(seed_runs["metrics.best_step"].dropna()) if "metrics.best_step" in seed_runs else set()
-        where = f", all at their best at step {next(iter(steps)):.0f}" if len(steps) == 1 else ""
-        notes.append(f"seed {seed}: every arm has the same {metric}{where}; best weights from before the gate are the "
+        equal[str(seed)] = set(seed_runs["metrics.best_step"].dropna()) if "metrics.best_step" in seed_runs else set()
+    if equal:
+        steps = sorted({f"{step:.0f}" for own in equal.values() for step in own}, key=int)
+        where = f", at their best at {'step' if len(steps) == 1 else 'steps'} {listed(steps)}" if steps else ""
+        seeds = f"{'seed' if len(equal) == 1 else 'seeds'} {listed(equal)}"
+        notes.append(f"{seeds}: every arm has the same {metric}{where}; best weights from before the gate are the "
                      "same weights, and a difference of 0 here says nothing about what comes after it")  # fmt: skip
 
 

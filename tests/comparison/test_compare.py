@@ -377,7 +377,11 @@ def test_a_seed_at_which_nothing_differs_is_told(store: Store) -> None:
             store.run(name, seed, {"test/auc_ctcvr": values[seed], "best_step": steps[seed]}, sweep_id="twins")
     result = compare(load_runs("twins"))
     (note,) = [note for note in result.notes if "every arm has the same" in note]
-    assert note.startswith("seed 0: every arm has the same test/auc_ctcvr, all at their best at step 150;")
+    assert note.startswith("seed 0: every arm has the same test/auc_ctcvr, at their best at step 150;")
+    for arm in ("baseline", "a", "b"):
+        store.run(arm, 2, {"test/auc_ctcvr": 0.5, "best_step": 100}, sweep_id="twins")
+    (note,) = [note for note in compare(load_runs("twins")).notes if "every arm has the same" in note]
+    assert note.startswith("seeds 0, 2: every arm has the same test/auc_ctcvr, at their best at steps 100, 150;")
 
 
 def test_arms_that_share_a_control_stand_before_it(store: Store) -> None:
