@@ -9,17 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
-from scipy.optimize import brentq
 from scipy.stats import ttest_rel
 from test_compare import Store, run_entry
 from test_report import EMPTY, Page
-from test_stats import power_of_t_test
 
 from pipeline.comparison import wording
 from pipeline.comparison.answer import answer
 from pipeline.comparison.families import Family
 from pipeline.comparison.page.view import page as page_of
 from pipeline.comparison.verdicts import Comparison, compare, load_runs, to_markdown, to_text
+from pipeline.maths.sequential import minimum_detectable_difference
 from pipeline.names import NOTE_LENGTH
 
 pytestmark = pytest.mark.xdist_group("compare")
@@ -87,17 +86,13 @@ def expected(level: float = 0.05 / ARMS, seeds: dict[str, int] | None = None) ->
         digits = places((high - low) / 2)
         texts += [f"{np.mean(apart):+.{digits}f}", f"{low:+.{digits}f} to {high:+.{digits}f}"]
         if arm in TESTED:
-            adjusted, least = min(1.0, ARMS * float(test.pvalue)), minimum(float(np.std(apart, ddof=1)), len(values))
+            adjusted = min(1.0, ARMS * float(test.pvalue))
+            least = minimum_detectable_difference(float(np.std(apart, ddof=1)), (len(values),), 0.05 / ARMS)
             texts += ["< 0.0001" if adjusted < 0.0001 else f"{adjusted:.4f}", f"{least:.{places(least)}f}"]
         else:
             texts += ["–", "–"]
         shown[arm] = texts
     return {arm: (*(text.replace("-", "−") for text in texts), VERDICTS[arm]) for arm, texts in shown.items()}
-
-
-def minimum(sd: float, seeds: int) -> float:
-    """The difference that the t test finds with 80% probability, at a fourth of 5%: four arms are not controls."""
-    return float(brentq(lambda size: power_of_t_test(size, sd, seeds, 0.05 / ARMS) - 0.8, sd / 10, 10 * sd))
 
 
 def headings_of(comparison: Comparison) -> tuple[str, ...]:
