@@ -17,6 +17,7 @@ SWEEP = "sweep."  # prefix of tags: sweep.<sweep id> is the run's place in that 
 QUESTION = "question"  # tag of a summary run: hash of what the sweep asks (baseline, data, metric), not of its arms
 WEIGHTS_DIGEST = "weights_digest"  # tag: SHA-256 of the last weights
 GIT_COMMIT = "mlflow.source.git.commit"  # tag set by MLflow
+GIT_DIRTY = "git_dirty"  # tag: whether the code had changes that are not committed
 THREADS = "threads"  # tag: number of CPU threads at the run's first start
 TEST_ROWS_FILE = "evaluation/test_rows.parquet"  # artifact: per-row values of the test split
 CONTROLLED = " | "  # separator of arm names in the tag control_of of a control

@@ -7,12 +7,12 @@ from functools import cache
 from pathlib import Path
 
 import pipeline
+from pipeline.names import GIT_DIRTY
 from pipeline.runtime.console import warn
 from pipeline.tracking.run import Run
 
 PACKAGE = Path(pipeline.__file__).parent  # MLflow tags the commit of the repository that it lies in
 DIFF_FILE = "git_diff.patch"
-GIT_DIRTY = "git_dirty"  # tag
 MOST_BYTES = 1_000_000
 GIT_SECONDS = 10.0
 COMMAND = ("diff", "HEAD", "--no-color", "--no-ext-diff", "--no-textconv")

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from functools import cached_property
 
 from pipeline.config.run_config import RunConfig
-from pipeline.names import FORKED_FROM, GIT_COMMIT, THREADS
+from pipeline.names import FORKED_FROM, GIT_COMMIT, GIT_DIRTY, THREADS
 from pipeline.runtime.text import listed
 from pipeline.tracking.messages import StoredRun
 
@@ -15,12 +15,15 @@ class EqualRuns:
     """Finished runs of other sweeps, or of none, with the same settings and data as runs of this one.
 
     A run is adopted if it was made by the same version of the code with the same number of threads; otherwise its
-    numbers may differ in the last digits.
+    numbers may differ. Code with changes that are not committed is no version.
     """
 
-    def __init__(self, find: Callable[[], Iterable[StoredRun]], code: str) -> None:
-        """find: the finished runs in the tracking store, oldest first. code: git commit of this code; "" if unknown."""
-        self.find, self.code = find, code
+    def __init__(self, find: Callable[[], Iterable[StoredRun]], code: str, *, changed: bool) -> None:
+        """find: the finished runs in the tracking store, oldest first. code: git commit of this code; "" if unknown.
+
+        changed: whether this code has changes that are not committed.
+        """
+        self.find, self.code, self.changed = find, code, changed
         self.refused: list[str] = []  # runs that were not adopted, and why
 
     def adopt(self, name: str, config: RunConfig, data_digest: str) -> StoredRun | None:
@@ -29,8 +32,8 @@ class EqualRuns:
         threads = str(config.training.threads or _default_threads()) if runs else ""
         differences = ""
         for run in reversed(runs):
-            code = run.tags.get(GIT_COMMIT, "")
-            others = [f"code {code[:CODE_SHOWN] or 'unknown'}"] * (code != self.code)
+            code, changed = run.tags.get(GIT_COMMIT, ""), run.tags.get(GIT_DIRTY) == "true"
+            others = [_described(code, changed)] * (code != self.code or changed or self.changed)
             others += [f"{run.tags.get(THREADS, '?')} threads"] * (run.tags.get(THREADS) != threads)
             if not others:
                 return run
@@ -42,8 +45,8 @@ class EqualRuns:
         """Which equal runs were not adopted; "" if there are none."""
         if not self.refused:
             return ""
-        here = f"this code is {self.code[:CODE_SHOWN]}" if self.code else "the version of this code is unknown"
-        return f"finished runs of other code or threads are not adopted: {listed(self.refused)}; {here}"
+        here = _described(self.code, self.changed)
+        return f"finished runs of other code or threads are not adopted: {listed(self.refused)}; here: {here}"
 
     @cached_property
     def finished(self) -> list[StoredRun]:
@@ -59,6 +62,10 @@ class EqualRuns:
             if "run_key" in tags and tags.get("role") != "trial" and not tags.keys() & {FORKED_FROM, "processes"}:
                 runs.setdefault(tags["run_key"], []).append(run)
         return runs
+
+
+def _described(code: str, changed: bool) -> str:
+    return f"code {code[:CODE_SHOWN] or 'unknown'}{' with uncommitted changes' * changed}"
 
 
 def _default_threads() -> int:

@@ -30,6 +30,8 @@ from pipeline.config.strict_config import load
 from pipeline.data.schema import DataSchema
 from pipeline.errors import UserError
 from pipeline.names import MEASURED
+from pipeline.runs.launch import TORCH_THREADS
+from pipeline.sweeps.adoption import EqualRuns
 from pipeline.sweeps.data_check import check_data
 from pipeline.sweeps.jobs import Job
 from pipeline.sweeps.local_workers import LocalWorkers
@@ -38,6 +40,7 @@ from pipeline.sweeps.summary_run import SummaryRun
 from pipeline.sweeps.sweep_config import SweepConfig
 from pipeline.sweeps.sweep_plan import resolve
 from pipeline.tasks.mmoe.config import MmoeConfig
+from pipeline.tracking.messages import StoredRun
 from pipeline.tracking.run import MemoryRun
 
 SETTINGS: dict[str, Any] = {key: yaml.safe_load(value) for key, value in SHRUNK.items()}
@@ -313,6 +316,7 @@ def started_workshop(tmp_path_factory: pytest.TempPathFactory, empty_store: Path
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("MLFLOW_TRACKING_URI", uri)
+        patch.setenv("GIT_DIR", str(folder))  # hides changes of this code, whose runs would not be adopted
         workers = LocalWorkers(1, folder / "workers")
     yield Workshop(folder, MlflowClient(uri), workers)
     workers.close()
@@ -322,6 +326,7 @@ def started_workshop(tmp_path_factory: pytest.TempPathFactory, empty_store: Path
 @pytest.fixture
 def workshop(started_workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Workshop:
     """Sweeps that are started in this process use its worker."""
+    monkeypatch.setattr("pipeline.sweeps.summary_run.uncommitted_changes", lambda _: b"")
 
     class SharedWorkers(LocalWorkers):
         def __init__(self, size: int, folder: Path, gpus: Any = ()) -> None:  # noqa: ARG002
@@ -622,6 +627,23 @@ def test_a_sweep_grows_and_other_sweeps_adopt_its_runs(
     assert refused.returncode == 0, refused.stderr
     assert ": adopted (run " not in refused.stderr
     assert "finished runs of other code or threads are not adopted: baseline s0" in refused.stderr
+
+
+def test_runs_of_changed_code_are_not_adopted() -> None:
+    """Changes that are not committed, of the code that made a run or of this code, may have changed its numbers."""
+    config = load(MmoeConfig, None, {})
+
+    def adopts(dirty: str | None, *, changed: bool) -> tuple[bool, str]:
+        tags = {"run_key": config.fingerprint("d"), "mlflow.source.git.commit": "0123456789",
+                "threads": str(max(1, TORCH_THREADS - 1))} | ({"git_dirty": dirty} if dirty else {})  # fmt: skip
+        run = StoredRun("r", "run", "FINISHED", 0, "", {}, {}, tags)
+        equal = EqualRuns(lambda: [run], "0123456789", changed=changed)
+        return equal.adopt("arm s0", config, "d") is not None, equal.note()
+
+    assert adopts(None, changed=False) == adopts("false", changed=False) == (True, "")
+    note = "finished runs of other code or threads are not adopted: arm s0 (code 0123456{}); here: code 0123456{}"
+    assert adopts("true", changed=False) == (False, note.format(" with uncommitted changes", ""))
+    assert adopts("false", changed=True) == (False, note.format("", " with uncommitted changes"))
 
 
 @shares_worker
