@@ -14,12 +14,20 @@ import pandas as pd
 from pipeline.comparison.page import view
 from pipeline.comparison.results import ArmResult, Comparison
 
-arm = ArmResult("alone", "baseline", None, "#000000", {0: "r"}, {0: 0.5}, 0.5, *[None] * 6, {}, "", None, {}, {})
+arm = ArmResult(
+    "alone", "baseline", None, "#000000", {0: "r"}, {0: 0.5}, mean=0.5, spread=None, best=None, best_spread=None,
+    difference=None, level=None, looks=(), deciding_seeds=(), p_adjusted=None, minimum_detectable=None, new_rows=None,
+    verdict="", against_control=None, side={}, differing={},
+)
 facts = {"run_id": "r", "name": "r", "status": "FINISHED", "arm": "alone", "seed": 0, "sweep_id": None}
 runs = pd.DataFrame([facts | {"metrics.test/auc": 0.5}])
 history = pd.DataFrame({"run": [], "metric": [], "step": [], "value": []})
 print(view.__file__)
-print(view.page(Comparison("t", "mmoe", "test/auc", "max", "", "", "alone", (0,), (arm,), (), runs, ()), history))
+comparison = Comparison(
+    "t", "mmoe", "test/auc", "max", data_digest="", tracking_uri="", baseline="alone", seeds=(0,), arms=(arm,),
+    design="fixed", families=(), other_families=0, margin=None, side_metrics=(), runs=runs, notes=(),
+)
+print(view.page(comparison, history))
 """
 
 
