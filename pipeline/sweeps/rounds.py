@@ -1,10 +1,10 @@
 """Rounds of a sweep: train the seeds of a look, look at the arms, and go on with those that are open."""
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
 from pipeline.comparison.families import Family, arm_looks
+from pipeline.comparison.number_format import estimate
 from pipeline.comparison.selection import default_mode
 from pipeline.maths.sequential import Look
 from pipeline.runtime.console import info
@@ -62,20 +62,11 @@ def _with_baseline_and_controls(plan: Plan, due: Sequence[Arm]) -> list[Arm]:
 
 
 def _report(seeds: int, decided: Sequence[tuple[str, Look]], open_arms: Sequence[Arm], unseen: Sequence[Arm]) -> None:
-    parts = [f"{name} is {look.decision}{_difference(look)}" for name, look in decided]
+    parts = [f"{name} is {look.decision}" + ("" if look.low is None else f" {estimate(look.mean, look.low, look.high)}")
+             for name, look in decided]  # fmt: skip
     parts += [f"open: {_names(open_arms)}"] if open_arms else []
     parts += [f"not looked at, since a seed failed: {_names(unseen)}"] if unseen else []
     info(f"look at {seeds} seeds: {'; '.join(parts)}")
-
-
-def _difference(look: Look) -> str:
-    """The mean difference and its interval, to two digits of the half-width."""
-    if look.low is None or look.high is None:
-        return ""
-    half = (look.high - look.low) / 2
-    decimals = max(0, 1 - math.floor(math.log10(half)))
-    mean, low, high = (f"{number:+.{decimals}f}" for number in (look.mean, look.low, look.high))
-    return f" {mean} ({low} to {high})"
 
 
 def _names(arms: Sequence[Arm]) -> str:

@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 import time
+import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -64,7 +65,10 @@ class MemoryRun:
 
     def __init__(self, name: str = "untracked", folder: Path | None = None) -> None:
         self.id, self.name = "untracked", name
-        self.folder = folder or Path(tempfile.mkdtemp(prefix="focal-pipeline-"))
+        if folder is None:
+            folder = Path(tempfile.mkdtemp(prefix="focal-pipeline-"))
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self.folder = folder
         self.params: dict[str, str] = {}
         self.tags: dict[str, str] = {}
         self.points: list[tuple[int, dict[str, float]]] = []

@@ -117,7 +117,7 @@ def test_each_arm_gets_the_seeds_that_decide_it(tmp_path: Path, capsys: pytest.C
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("look", "not"))]
     half = t.isf(nominal_level(6) / 2, 2) * 1e-4 / math.sqrt(3)  # about .0016
     assert lines[0].startswith(f"look at 3 seeds: better is better +0.1000 (+{0.1 - half:.4f} to +{0.1 + half:.4f}); "
-                               "worse is worse -0.1000")  # fmt: skip
+                               "worse is worse \N{MINUS SIGN}0.1000")  # fmt: skip
     assert lines[0].endswith("zero is identical; open: noisy, early best")
     assert lines[1:] == [
         "look at 5 seeds: open: noisy, early best",

@@ -1,5 +1,6 @@
 """The loop, on small data: what a step is made of, what a run leaves, and that it can be trusted bit for bit."""
 
+import gc
 import math
 import re
 from collections.abc import Callable
@@ -380,3 +381,12 @@ def test_what_a_training_can_do_without_costs_one_line(capsys: pytest.CaptureFix
     for error in (TrainingError("taken over"), KeyboardInterrupt()):
         with pytest.raises(type(error)), optional("the picture"):
             raise error
+
+
+def test_a_run_in_memory_leaves_no_folder() -> None:
+    run = MemoryRun()
+    folder = run.folder
+    (folder / "best.safetensors").write_bytes(b"weights")
+    del run
+    gc.collect()
+    assert not folder.exists()
