@@ -24,7 +24,7 @@ class JsonReader:
     @cached_property
     def names(self) -> list[str]:
         """The keys of all objects, in the order of their first appearance."""
-        return list(dict.fromkeys(key for _, row in self._objects() for key in row))
+        return list(self._are_lists)
 
     def batches(self, positions: Sequence[int], rows: int) -> Iterator[pa.RecordBatch]:
         objects, names = self._objects(), [self.names[position] for position in positions]
@@ -32,17 +32,27 @@ class JsonReader:
             columns = []
             for name in names:
                 cells = [row.get(name) for _, row in batch]
-                are_lists = [isinstance(cell, list) for cell in cells if cell is not None]
+                are_lists = self._are_lists[name]
                 for (number, _), cell in zip(batch, cells, strict=True):
-                    if isinstance(cell, dict) or (cell is not None and isinstance(cell, list) != are_lists[0]):
+                    if isinstance(cell, dict) or (cell is not None and isinstance(cell, list) != are_lists):
                         allowed = "texts, numbers and truth values, or lists of them in every row"
                         problem = f"row {number}, column {name}: found {cell!r:.80}, allowed: {allowed}"
                         raise UserError(f"{self.file}: {problem}")
                 columns.append(pa.array(
                     [[_text(part) for part in cell] if isinstance(cell, list) else _text(cell) for cell in cells],
-                    pa.list_(pa.string()) if any(are_lists) else pa.string(),
+                    pa.list_(pa.string()) if are_lists else pa.string(),
                 ))  # fmt: skip
             yield pa.record_batch(columns, [str(position) for position in positions])
+
+    @cached_property
+    def _are_lists(self) -> dict[str, bool]:
+        """Whether the first value of each key in the file is a list; a key may have no value in a whole batch."""
+        are_lists: dict[str, bool | None] = {}
+        for _, row in self._objects():
+            for key, cell in row.items():
+                if are_lists.get(key) is None:
+                    are_lists[key] = None if cell is None else isinstance(cell, list)
+        return {key: bool(is_list) for key, is_list in are_lists.items()}
 
     def _objects(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield (row number from 1, object) of each line that is not empty. Numbers are kept as text."""

@@ -16,7 +16,8 @@ def listed_items(text: str) -> list[str | None] | None:
         except ValueError:
             if not _LIST.fullmatch(text):
                 return None
-            items = [ast.literal_eval(item) if item[0] in "'\"" else item for item in re.findall(_ITEM, text)]
+            written = [None if item == "None" else item for item in re.findall(_ITEM, text)]
+            items = [ast.literal_eval(item) if item and item[0] in "'\"" else item for item in written]
         texts = [str(item).lower() if isinstance(item, bool) else item for item in items]
         for item in texts:
             if not (item is None or isinstance(item, str)):

@@ -139,6 +139,10 @@ def test_lists_as_json_and_as_python_write_them(tmp_path: Path) -> None:
     assert dict(values_of(tmp_path, "tags")) == dict.fromkeys(ids, 3) | {"a/b": 1, "true": 1, "7": 1, "2.50": 1}
     lengths = [len(bag) for bag in pq.read_table(tmp_path / "out" / "train.parquet")["tags"].to_pylist()]
     assert lengths == [5, 5, 5, 4, 0]
+    frame["tags"] = ["['a', None]", '["a", null]', "[None]", "['None']", "['a', '-']"]
+    frame.to_csv(tmp_path / "data.csv", index=False)
+    prepare(tmp_path / "data.csv", write_schema(tmp_path, {"tags": "multi"}, missing_values=["-"]), tmp_path / "out")
+    assert dict(values_of(tmp_path, "tags")) == {"a": 3, "None": 1}
     for bad in ('[{"a": 1}]', "[[1]]", '["a"', '["\\ud83d"]'):
         frame["tags"] = bad
         frame.to_csv(tmp_path / "data.csv", index=False)

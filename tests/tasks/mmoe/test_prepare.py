@@ -221,6 +221,23 @@ def test_lists_written_as_text(tmp_path: Path) -> None:
         prepare_text(tmp_path, "click,bought,tags\n0,0,\"['a' 'b']\"\n", {"tags": "multi"})  # as numpy writes it
 
 
+@pytest.mark.parametrize("tags", [[None, ["a"], ["a"]], [["a"], ["a"], None]], ids=["first", "last"])
+def test_lists_that_are_missing_in_a_whole_batch(tmp_path: Path, tags: list[list[str] | None]) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text(
+        "".join(json.dumps({"click": 1, "bought": 0, "tags": cell}) + "\n" for cell in tags), encoding="utf-8"
+    )
+    schema = write_schema(tmp_path, {"tags": "multi"})
+    digests = {prepare(data, schema, tmp_path / "out", batch_rows=rows).digest for rows in (1, 2, 3)}
+    assert len(digests) == 1
+    assert column(tmp_path, "tags") == [[] if cell is None else [2] for cell in tags]
+    data.write_text('{"click": 1, "bought": 0, "tags": "a"}\n' + data.read_text(encoding="utf-8"), encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"row [23], column tags: found \['a'\], allowed: texts, numbers and truth values, or"
+    ):
+        prepare(data, schema, tmp_path / "out", batch_rows=1)
+
+
 def test_names_are_matched_in_one_form_and_may_be_numbers(tmp_path: Path) -> None:
     prepare_text(tmp_path, "click,bought,Gia\u0301\n0,0,2\n", {"Gi\u00e1": "numeric"})
     assert column(tmp_path, "Gi\u00e1") == [2]
