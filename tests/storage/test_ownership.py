@@ -143,8 +143,8 @@ from pipeline.storage import ownership
 from pipeline.storage.ownership import live_owner
 
 ownership.ASK_SECONDS = 300
+owners = {live_owner(Path(sys.argv[1]))}  # at least once, however busy the machine is
 print("ready", flush=True)
-owners = set()
 while not select.select([sys.stdin], [], [], 0.003)[0]:
     owners.add(live_owner(Path(sys.argv[1])))
 print(owners, flush=True)
