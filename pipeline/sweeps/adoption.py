@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from functools import cached_property
 
 from pipeline.config.run_config import RunConfig
-from pipeline.names import FORKED_FROM, GIT_COMMIT, GIT_DIRTY, THREADS
+from pipeline.names import CODE_CHANGES, FORKED_FROM, GIT_COMMIT, THREADS
 from pipeline.runtime.text import listed
 from pipeline.tracking.messages import StoredRun
 
@@ -15,15 +15,15 @@ class EqualRuns:
     """Finished runs of other sweeps, or of none, with the same settings and data as runs of this one.
 
     A run is adopted if it was made by the same version of the code with the same number of threads; otherwise its
-    numbers may differ. Code with changes that are not committed is no version.
+    numbers may differ. The version is the git commit with the changes of Python files that are not committed.
     """
 
-    def __init__(self, find: Callable[[], Iterable[StoredRun]], code: str, *, changed: bool) -> None:
-        """find: the finished runs in the tracking store, oldest first. code: git commit of this code; "" if unknown.
+    def __init__(self, find: Callable[[], Iterable[StoredRun]], commit: str, changes: str) -> None:
+        """find: the finished runs in the tracking store, oldest first.
 
-        changed: whether this code has changes that are not committed.
+        commit: git commit of this code; "" if unknown. changes: hash of its uncommitted changes; "" if there are none.
         """
-        self.find, self.code, self.changed = find, code, changed
+        self.find, self.code = find, (commit, changes)
         self.refused: list[str] = []  # runs that were not adopted, and why
 
     def adopt(self, name: str, config: RunConfig, data_digest: str) -> StoredRun | None:
@@ -32,8 +32,8 @@ class EqualRuns:
         threads = str(config.training.threads or _default_threads()) if runs else ""
         differences = ""
         for run in reversed(runs):
-            code, changed = run.tags.get(GIT_COMMIT, ""), run.tags.get(GIT_DIRTY) == "true"
-            others = [_described(code, changed)] * (code != self.code or changed or self.changed)
+            code = run.tags.get(GIT_COMMIT, ""), run.tags.get(CODE_CHANGES, "")
+            others = [_described(*code)] * (code != self.code)
             others += [f"{run.tags.get(THREADS, '?')} threads"] * (run.tags.get(THREADS) != threads)
             if not others:
                 return run
@@ -45,7 +45,7 @@ class EqualRuns:
         """Which equal runs were not adopted; "" if there are none."""
         if not self.refused:
             return ""
-        here = _described(self.code, self.changed)
+        here = _described(*self.code)
         return f"finished runs of other code or threads are not adopted: {listed(self.refused)}; here: {here}"
 
     @cached_property
@@ -64,8 +64,8 @@ class EqualRuns:
         return runs
 
 
-def _described(code: str, changed: bool) -> str:
-    return f"code {code[:CODE_SHOWN] or 'unknown'}{' with uncommitted changes' * changed}"
+def _described(commit: str, changes: str) -> str:
+    return f"code {commit[:CODE_SHOWN] or 'unknown'}" + (f" with uncommitted changes {changes}" if changes else "")
 
 
 def _default_threads() -> int:

@@ -94,7 +94,7 @@ def describe(
         hours = each(lambda own: f"{own.steps / rate / jobs / 3600:.2g}")
         yield f"hours: {hours}; {jobs} at a time, each with the {rate:.3g} steps a second of {run.name} ({run.run_id})"
     else:
-        yield "hours: unknown, since no finished run on these data tells the speed"
+        yield "hours: unknown, since no finished run on these data has its speed logged"
     saved = [run for run in finished if CHECKPOINT_MEGABYTES in run.metrics]
     if saved:
         size, run = saved[-1].metrics[CHECKPOINT_MEGABYTES], saved[-1]
@@ -156,7 +156,7 @@ def _count_steps(plan: Plan, workers: Workers) -> dict[str, int]:
 
 
 def _speed(finished: Sequence[StoredRun]) -> tuple[float, StoredRun] | None:
-    """Optimizer steps a second of the newest run that tells them, with its evaluations; None if there is none."""
+    """Optimizer steps a second of the newest run that has logged them, with its evaluations; None if there is none."""
     for run in reversed(finished):
         before = max(int(run.tags.get(tag, 0)) for tag in ("branch_step", "resumed_at"))  # steps of another process
         steps = run.metrics.get("global_step", -1.0) + 1 - before

@@ -10,7 +10,7 @@ from pipeline.comparison.tables import plain
 from pipeline.comparison.verdicts import compare, load_runs, to_markdown, to_text, write
 from pipeline.errors import TrainingError, UserError
 from pipeline.names import NOTE_LENGTH, QUESTION
-from pipeline.runs.source_changes import PACKAGE, uncommitted_changes
+from pipeline.runs.source_changes import PACKAGE, code_changes
 from pipeline.runtime.console import info, optional
 from pipeline.sweeps.adoption import EqualRuns
 from pipeline.sweeps.sweep_plan import Plan, to_yaml
@@ -74,7 +74,7 @@ def equal_runs(plan: Plan, data_digest: str) -> EqualRuns:
         runs = finished_runs(plan.experiment, data_digest) if store_exists() else []
         return [run for run in runs if plan.metric in run.metrics]
 
-    return EqualRuns(find, code_version(), changed=bool(uncommitted_changes(PACKAGE)))
+    return EqualRuns(find, code_version(), code_changes(PACKAGE))
 
 
 class SummaryRun:

@@ -1,9 +1,11 @@
 """Runs say whether the code that trained them was committed."""
 
+import hashlib
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -66,13 +68,28 @@ def test_the_diff_restores_what_ran(repository: Path, tmp_path: Path, capfd: pyt
     index = (repository / ".git" / "index").read_bytes()
     for _ in range(2):
         run = logged(tmp_path)
-        assert (run.tags, run.artifacts) == ({"git_dirty": "true"}, ["git_diff.patch"])
+        assert (run.tags, run.artifacts) == ({"git_dirty": "true", "code_changes": ANY}, ["git_diff.patch"])
     assert (repository / ".git" / "index").read_bytes() == index
     message = f"({repository}): tag git_dirty and git_diff.patch\n"
     assert capfd.readouterr().err == f"warning: the code that trains has changes that are not committed {message}"
     git(repository, "reset", "-q", "--hard")
     git(repository, "apply", str(tmp_path / "git_diff.patch"))
     assert (repository / "code" / "loss.py").read_text() + (repository / "notes.txt").read_text() == "GAMMA = 2\ntwo\n"
+
+
+def test_the_changes_of_python_files_have_a_hash(repository: Path, tmp_path: Path) -> None:
+    """Edited settings do not make another version of the code: they are in the run key. Equal changes are equal."""
+    (repository / "notes.txt").write_text("two\n")
+    assert logged(tmp_path).tags == {"git_dirty": "true"}
+    hashes = []
+    for value in (2, 3, 2):
+        (repository / "code" / "loss.py").write_text(f"GAMMA = {value}\n")
+        forget()
+        hashes.append(logged(tmp_path).tags["code_changes"])
+    assert hashes[0] == hashes[2] != hashes[1]
+    command = ["git", "diff", "HEAD", "--", "code/loss.py"]
+    difference = subprocess.run(command, cwd=repository, check=True, capture_output=True)
+    assert hashes[0] == hashlib.sha256(difference.stdout).hexdigest()[:8]
 
 
 def test_a_long_diff_is_cut_and_one_that_is_not_wanted_left_out(

@@ -326,7 +326,7 @@ def started_workshop(tmp_path_factory: pytest.TempPathFactory, empty_store: Path
 @pytest.fixture
 def workshop(started_workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Workshop:
     """Sweeps that are started in this process use its worker."""
-    monkeypatch.setattr("pipeline.sweeps.summary_run.uncommitted_changes", lambda _: b"")
+    monkeypatch.setattr("pipeline.sweeps.summary_run.code_changes", lambda _: "")
 
     class SharedWorkers(LocalWorkers):
         def __init__(self, size: int, folder: Path, gpus: Any = ()) -> None:  # noqa: ARG002
@@ -633,17 +633,19 @@ def test_runs_of_changed_code_are_not_adopted() -> None:
     """Changes that are not committed, of the code that made a run or of this code, may have changed its numbers."""
     config = load(MmoeConfig, None, {})
 
-    def adopts(dirty: str | None, *, changed: bool) -> tuple[bool, str]:
+    def adopts(theirs: str, ours: str) -> tuple[bool, str]:
         tags = {"run_key": config.fingerprint("d"), "mlflow.source.git.commit": "0123456789",
-                "threads": str(max(1, TORCH_THREADS - 1))} | ({"git_dirty": dirty} if dirty else {})  # fmt: skip
+                "threads": str(max(1, TORCH_THREADS - 1))} | ({"code_changes": theirs} if theirs else {})  # fmt: skip
         run = StoredRun("r", "run", "FINISHED", 0, "", {}, {}, tags)
-        equal = EqualRuns(lambda: [run], "0123456789", changed=changed)
+        equal = EqualRuns(lambda: [run], "0123456789", ours)
         return equal.adopt("arm s0", config, "d") is not None, equal.note()
 
-    assert adopts(None, changed=False) == adopts("false", changed=False) == (True, "")
+    assert adopts("", "") == adopts("12345678", "12345678") == (True, "")
     note = "finished runs of other code or threads are not adopted: arm s0 (code 0123456{}); here: code 0123456{}"
-    assert adopts("true", changed=False) == (False, note.format(" with uncommitted changes", ""))
-    assert adopts("false", changed=True) == (False, note.format("", " with uncommitted changes"))
+    changed = " with uncommitted changes "
+    assert adopts("12345678", "") == (False, note.format(f"{changed}12345678", ""))
+    assert adopts("", "12345678") == (False, note.format("", f"{changed}12345678"))
+    assert adopts("87654321", "12345678") == (False, note.format(f"{changed}87654321", f"{changed}12345678"))
 
 
 @shares_worker
