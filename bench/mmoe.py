@@ -54,11 +54,3 @@ def mmoe_deepfm_b1024(shop: Workshop) -> None:
     with shop.tracked("mmoe_deepfm_b1024") as run:
         own = Trainer(task, run).timed(steps)
         measured("mmoe_deepfm_b1024", own, sparse_adam.training(shop.data(), task.config, steps), PAIRS)
-
-
-def sparse_adam_b1024(shop: Workshop) -> None:
-    """The reference of `mmoe_deepfm_b1024`, measured against the limit."""
-    task = shop.task()
-    steps = ROWS_A_TURN // task.config.training.batch_size
-    other = limit(task.config, len(task.data.schema.features), steps)
-    measured("sparse_adam_b1024", sparse_adam.training(shop.data(), task.config, steps), other, 5)

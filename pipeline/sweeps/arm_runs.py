@@ -52,7 +52,6 @@ class ArmRuns:
         self.failures: dict[tuple[str, int], str] = {}  # (arm, seed) -> error
         self.steps = 0  # optimizer steps of the runs that this start trained; a shared prefix counts for each run
         self.trained_steps = 0  # optimizer steps that this start computed; a shared prefix counts once
-        self.saved_seconds = 0.0
         others = dict(zip((arm.name for arm in self.plan.arms[1:]), cycle(COLORS[1:]), strict=False))
         self.colors = {self.plan.baseline.name: COLORS[0]} | others  # for MLflow's charts and the report
 
@@ -84,7 +83,7 @@ class ArmRuns:
         if self.steps:
             saved = max(0, self.steps - self.trained_steps)
             info(f"trained {self.trained_steps:,} optimizer steps for runs of {self.steps:,} in {seconds:.0f} s; "
-                 f"shared prefixes saved {saved:,} steps, about {self.saved_seconds:.0f} s of training")  # fmt: skip
+                 f"shared prefixes saved {saved:,} steps, {saved / self.steps:.0%}")  # fmt: skip
 
     def find(self, arm: Arm, seed: int) -> tuple[StoredRun | None, str]:
         """The finished run of an arm and seed, of an earlier start or of another sweep, and which of the two."""
@@ -135,7 +134,6 @@ class ArmRuns:
             return
         assert isinstance(job.reply, PrefixTrained)
         self.trained_steps += job.reply.steps
-        self.saved_seconds += (runs - 1) * job.reply.seconds
         info(f"{job.name}: {job.reply.steps} steps that {runs} runs share, {job.reply.seconds:.0f} s")
 
     def _run_job(self, arm: Arm, seed: int, branch: _Branch | None) -> Job:
