@@ -17,9 +17,6 @@ from pipeline.tracking.mlflow_run import MlflowRun
 from pipeline.tracking.run import MemoryRun, Run
 from pipeline.tracking.writer_client import Writer
 
-MEMORY_EVENTS = Path("/sys/fs/cgroup/memory.events")
-
-
 class RunStart(NamedTuple):
     run: Run
     resumed: bool  # an earlier start began it
@@ -51,18 +48,7 @@ def _continuing(request: RunRequest, earlier: EarlierRun) -> RunRequest:
     """Change a request to resume an earlier run; a run that `mlflow run` opened becomes its launcher."""
     launcher = request.launcher if request.run_id in (None, earlier.run_id) else request.run_id
     if earlier.ended_as is None and earlier.folder.is_dir():
-        warn(f"{earlier.name}: the last start of run {earlier.run_id} was killed, or the "
-             f"machine went down{_memory_kills()}")  # fmt: skip
+        warn(f"{earlier.name}: the last start of run {earlier.run_id} was killed, or the machine went down")
     tags = {name: value for name, value in request.tags.items() if name != THREADS}  # the first start's tag is kept
     return replace(request, run_id=earlier.run_id, resume=True, folder=str(earlier.folder), launcher=launcher,
                    tags=tags)  # fmt: skip
-
-
-def _memory_kills() -> str:
-    """Text on processes that the kernel killed for lack of memory, if the control group has counted any; else ""."""
-    try:
-        counts = dict(line.split() for line in MEMORY_EVENTS.read_text(encoding="ascii").splitlines())
-    except (OSError, ValueError):
-        return ""
-    killed = int(counts.get("oom_kill", 0))
-    return f"; the kernel has killed {killed} processes here for want of memory" if killed else ""
