@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from bench.figures import figure
 from bench.workshop import Trainer, Workshop
+from pipeline.storage.journal import read_points
 
 PAIRS, STALLED_PAIRS, STEPS = 20, 6, 64
 
@@ -24,7 +25,8 @@ def logging(shop: Workshop) -> None:
         figure("logging_cpu", milliseconds[1] * statistics.median(cpu), "CPU ms a step", milliseconds[1], cpu)
         figure("logging_wall", milliseconds[0] * statistics.median(wall), "ms a step", milliseconds[0], wall)
     spent = run.writer_cpu_seconds - first.writer_cpu_seconds
-    figure("logging_writer_cpu", 1e6 * spent / run.points, "us of the writer a point")
+    points = sum(len(record["values"]) for record in read_points(run.journal.file))
+    figure("logging_writer_cpu", 1e6 * spent / points, "us of the writer a point")
     with shop.tracked("logging, stalled") as run:
         tracked = Trainer(task, run)
         _turns(tracked, plain, 1)

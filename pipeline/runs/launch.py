@@ -45,8 +45,7 @@ class Trained:
     name: str
     tracking_uri: str | None  # None: nothing was tracked
     metrics: Mapping[str, float]  # the last value of every evaluation metric
-    steps: int = 0  # completed optimizer steps, including earlier starts
-    before: bool = False  # an earlier start had finished the run
+    steps: int = 0  # completed optimizer steps, including earlier starts; 0: nothing was left to train
     weights_digest: str = ""  # of the last weights
 
 
@@ -252,7 +251,7 @@ def _already_trained(earlier: EarlierRun, launcher: str | None) -> Trained:
         info(f"{earlier.name}: run {earlier.run_id} is trained already; delivering the rest of {earlier.folder}")
         sync(earlier.folder)
     digest = earlier.tags.get(WEIGHTS_DIGEST, "")
-    return Trained(earlier.run_id, earlier.name, tracking_uri(), earlier.metrics, before=True, weights_digest=digest)
+    return Trained(earlier.run_id, earlier.name, tracking_uri(), earlier.metrics, weights_digest=digest)
 
 
 @contextmanager

@@ -88,10 +88,6 @@ class ChildProcess(Generic[R]):
         self._process.wait()
         self.end_input()
 
-    def wait(self) -> int:
-        """Wait for the process to exit; returns the exit code."""
-        return self._process.wait()
-
     def _read(self, replies: tuple[type[R], ...], inbox: "Queue[tuple[ChildProcess[R], R | Ended]]") -> None:
         assert self._process.stdout
         try:

@@ -69,12 +69,10 @@ class RunFolder:
             return None
         return last["status"] if last and last["op"] == "finish" else None
 
-    def checkpoints(
-        self, keep_steps: Collection[int] = (), max_bytes: int | None = None, last: int = 2
-    ) -> "Checkpoints":
+    def checkpoints(self, keep_steps: Collection[int] = (), max_bytes: int | None = None) -> "Checkpoints":
         from pipeline.storage.checkpoints import Checkpoints  # imports torch, which takes seconds
 
-        return Checkpoints(self.path, keep_steps, max_bytes, last)
+        return Checkpoints(self.path, keep_steps, max_bytes)
 
     def lock(self) -> Ownership:
         """Lock the folder for this process; see `Ownership`."""

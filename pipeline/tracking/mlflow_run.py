@@ -51,7 +51,7 @@ class MlflowRun:
         self.writer, self.folder = writer, output_dir
         self.logged: LoggedPoints | None = None  # points of earlier starts, if resumed
         self.logged_bytes = 0  # size of the journal before this start
-        self.points, self.writer_cpu_seconds, self.failure = 0, 0.0, ""
+        self.writer_cpu_seconds, self.failure = 0.0, ""
         self._taken_over: TrainingError | None = None
         opening = messages.OpenRun(request, str(output_dir.resolve()), offline)
         with contextlib.ExitStack() as cleanup:
@@ -87,7 +87,6 @@ class MlflowRun:
         new = metrics if self.logged is None else self._new_points(self.logged, step, metrics)
         if new or not metrics:
             self._append("metrics", step=step, time=time_ms or now_ms(), values=new)
-        self.points += len(new)
 
     def log_artifact(self, file: Path, folder: str = "") -> None:
         """Log a file as an artifact of the run; a file outside the run's folder is copied into it first.

@@ -223,7 +223,7 @@ def test_a_writer_whose_trainer_is_gone_leaves_a_server_that_hangs(server: Mlflo
         try:
             log_steps(run, range(3))
             writer.process.end_input()  # its trainer is gone
-            writer.process.wait()
+            wait_for(lambda: writer.process.poll() is not None)
         finally:
             server.resume()
             run.owner.release()
