@@ -10,14 +10,17 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from io import BytesIO
+from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor, distributed
+
+from pipeline.compute.sparse import coalesced
 from pipeline.errors import RankLost, UserError
 from pipeline.runtime.interrupts import deferred, raise_or_disable
 from pipeline.runtime.process_rank import go_alone, is_main_process, rank, world_size
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 TIMEOUT = timedelta(minutes=30)  # other ranks wait while rank 0 evaluates or saves
 BUCKET_BYTES = 25 << 20  # size of the gradients that are summed in one all-reduce
@@ -37,9 +40,6 @@ def init(device: str) -> None:
         raise UserError(
             f"found WORLD_SIZE {world_size()} without {', '.join(missing)}, allowed: what torchrun sets, or none"
         )
-    import torch
-    from torch import distributed
-
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     with _collective():
@@ -50,8 +50,6 @@ def destroy() -> None:
     """Leave the process group; rank 0 continues alone."""
     if world_size() == 1:
         return
-    from torch import distributed
-
     distributed.destroy_process_group()
     go_alone()
 
@@ -79,8 +77,6 @@ def check_same(facts: Mapping[str, Any] | None) -> bool:
     """
     if world_size() == 1:
         return facts is not None
-    from torch import distributed
-
     gathered: list[Any] = [None] * world_size()
     with _collective():
         distributed.all_gather_object(gathered, None if facts is None else dict(facts))
@@ -98,52 +94,18 @@ def check_same(facts: Mapping[str, Any] | None) -> bool:
 
 
 def broadcast(make: Callable[[], Any]) -> Any:
-    """Call `make` on rank 0 and return its result (tensors and values in dicts, lists and tuples) on every rank."""
+    """Call `make` on rank 0 and return its result (tensors and plain values) on every rank, on the CPU."""
     if world_size() == 1:
         return make()
-    import torch
-    from torch import distributed
-
-    tensors: list[Tensor] = []
-    message: list[Any] = [None]
+    buffer = BytesIO()
     if is_main_process():
-        structure = _extract_tensors(make(), tensors)
-        message = [(structure, [(tensor.shape, tensor.dtype, tensor.device.type) for tensor in tensors])]
+        torch.save(make(), buffer)
+    size = torch.tensor(buffer.tell())
     with _collective():
-        distributed.broadcast_object_list(message, 0)
-        structure, kinds = message[0]
-        if not is_main_process():
-            tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in kinds]
-        for tensor in tensors:
-            distributed.broadcast(tensor.contiguous(), 0)
-    return _insert_tensors(structure, tensors)
-
-
-class _Index(int):
-    """Placeholder for a tensor: its index in a list of tensors."""
-
-
-def _extract_tensors(value: Any, tensors: "list[Tensor]") -> Any:
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        tensors.append(value)
-        return _Index(len(tensors) - 1)
-    if isinstance(value, Mapping):
-        return {key: _extract_tensors(part, tensors) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_extract_tensors(part, tensors) for part in value)
-    return value
-
-
-def _insert_tensors(value: Any, tensors: "Sequence[Tensor]") -> Any:
-    if isinstance(value, _Index):
-        return tensors[value]
-    if isinstance(value, dict):
-        return {key: _insert_tensors(part, tensors) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_insert_tensors(part, tensors) for part in value)
-    return value
+        distributed.broadcast(size, 0)
+        content = torch.frombuffer(buffer.getbuffer() if is_main_process() else bytearray(int(size)), dtype=torch.uint8)
+        distributed.broadcast(content, 0)
+    return torch.load(BytesIO(content.numpy()), map_location="cpu", weights_only=True)
 
 
 def local_rows(rows: Any) -> Any:
@@ -159,13 +121,10 @@ def local_weight(rows: int) -> float:
     return 1 / world_size() if rows < world_size() else 1.0
 
 
-def all_reduce(tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+def all_reduce(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Sum each tensor over the ranks, in float64; the results keep their data types."""
     if world_size() == 1 or not tensors:
         return dict(tensors)
-    import torch
-    from torch import distributed
-
     flat = torch.cat([tensor.detach().reshape(-1).double() for tensor in tensors.values()])
     with _collective():
         distributed.all_reduce(flat)
@@ -176,7 +135,7 @@ def all_reduce(tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
     }
 
 
-def all_reduce_mean(values: "Tensor") -> "Tensor":
+def all_reduce_mean(values: Tensor) -> Tensor:
     """Mean over the first dimension and all ranks; gradients flow only to this rank's rows.
 
     Multiply a function of this mean by this rank's share of the rows: summed over the ranks, the values and gradients
@@ -189,7 +148,7 @@ def all_reduce_mean(values: "Tensor") -> "Tensor":
     return total["sum"] / total["rows"] + (own - own.detach())
 
 
-def all_reduce_gradients(parameters: "Iterable[Tensor]") -> None:
+def all_reduce_gradients(parameters: Iterable[Tensor]) -> None:
     """Sum the gradients over the ranks in place. A sparse gradient gets the rows of all ranks."""
     if world_size() == 1:
         return
@@ -208,10 +167,7 @@ def all_reduce_gradients(parameters: "Iterable[Tensor]") -> None:
         _all_reduce_bucket(bucket)
 
 
-def _all_reduce_bucket(bucket: "Sequence[Tensor]") -> None:
-    import torch
-    from torch import distributed
-
+def _all_reduce_bucket(bucket: Sequence[Tensor]) -> None:
     flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
     with _collective():
         distributed.all_reduce(flat)
@@ -219,23 +175,16 @@ def _all_reduce_bucket(bucket: "Sequence[Tensor]") -> None:
         gradient.copy_(part.view(gradient.shape))
 
 
-def _all_reduce_sparse(gradient: "Tensor") -> "Tensor":
-    import torch
-
-    from pipeline.compute.sparse import coalesced
-
+def _all_reduce_sparse(gradient: Tensor) -> Tensor:
     own = coalesced(gradient)
     rows, values = all_gather(own.indices()[0]), all_gather(own.values())  # in the same order on every rank
     return torch.sparse_coo_tensor(rows[None], values, own.shape, check_invariants=False).coalesce()
 
 
-def all_gather(part: "Tensor") -> "Tensor":
+def all_gather(part: Tensor) -> Tensor:
     """Concatenate the tensors of all ranks along the first dimension; their lengths may differ."""
     if world_size() == 1:
         return part
-    import torch
-    from torch import distributed
-
     lengths = torch.zeros(world_size(), dtype=torch.int64, device=part.device)
     lengths[rank()] = len(part)
     with _collective():
@@ -248,7 +197,7 @@ def all_gather(part: "Tensor") -> "Tensor":
     return torch.cat([whole[:count] for whole, count in zip(gathered, counts, strict=True)])
 
 
-def split_evenly(rows: int, work: "Callable[[int, int], Sequence[Tensor]]") -> "list[Tensor]":
+def split_evenly(rows: int, work: Callable[[int, int], Sequence[Tensor]]) -> list[Tensor]:
     """Call `work(first, last)` for this rank's part of the rows; return each tensor, gathered from all ranks."""
     if world_size() == 1 or rows < world_size():
         return list(work(0, rows))
@@ -260,7 +209,4 @@ def seed_rank(seed: int, step: int) -> None:
     """Seed torch for a step, differently on each rank. Rank 0 keeps its state, as in training with one process."""
     if is_main_process():
         return
-    import numpy as np
-    import torch
-
     torch.manual_seed(int(np.random.SeedSequence([seed, rank(), step]).generate_state(1, np.uint64)[0] >> 1))

@@ -17,6 +17,7 @@ from pipeline.tracking.mlflow_run import MlflowRun
 from pipeline.tracking.run import MemoryRun, Run
 from pipeline.tracking.writer_client import Writer
 
+
 class RunStart(NamedTuple):
     run: Run
     resumed: bool  # an earlier start began it
