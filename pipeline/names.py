@@ -26,8 +26,7 @@ ROWS_PER_SECOND = "system/rows_per_second"  # MLflow shows metrics that start wi
 TRAIN_SECONDS = "system/train_seconds"
 CHECKPOINT_SECONDS = "system/checkpoint_seconds"
 CHECKPOINT_MEGABYTES = "system/checkpoint_megabytes"
-# Prefixes of metrics that a repeated run does not reproduce; the last three occur in runs of older versions.
-MEASURED = ("system/", "throughput/", "time/", "checkpoint/")
+MEASURED = "system/"  # prefix of metrics that a repeated run does not reproduce
 LAST_KEPT = "the weights of the last step are kept as the best"  # message if evaluation.metric is undefined
 NOTE_LENGTH = 8000  # MLflow's limit for a tag, in characters
 LONGEST = 200  # characters of a name within a metric's name; MLflow allows 250, the rest is left for prefixes

@@ -13,7 +13,5 @@ def write_calibration(folder: Path, fitted: Fitted) -> None:
 
 
 def read_calibration(folder: Path) -> Fitted:
-    """Read the calibration; empty if there is no file, as in models of earlier versions."""
-    file = folder / CALIBRATION_FILE
-    fitted: Fitted = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    fitted: Fitted = json.loads((folder / CALIBRATION_FILE).read_text(encoding="utf-8"))
     return fitted

@@ -25,10 +25,6 @@ FORMAT = 2  # format 1: tensors and values in two files of a custom format
 STATE_FILE, MANIFEST_FILE = "state.pt", "manifest.json"
 
 
-class OtherFormat(UserError):  # noqa: N818 (callers read it as a noun)
-    """The checkpoint is intact, but has the format of another version."""
-
-
 class Manifest(NamedTuple):
     """Content of a manifest, and the size in bytes of the whole checkpoint."""
 
@@ -80,7 +76,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
     Raises:
         Damaged: a file is missing or differs from the manifest.
-        OtherFormat: the checkpoint has the format of another version.
+        UserError: the checkpoint has the format of another version.
     """
     manifest = verify(folder)
     try:
@@ -97,7 +93,7 @@ def verify(folder: Path) -> Manifest:
 
     Raises:
         Damaged: a file is missing or differs; the message names the first one.
-        OtherFormat: the checkpoint has the format of another version.
+        UserError: the checkpoint has the format of another version.
     """
     manifest = read_manifest(folder)
     for name, entry in manifest.files.items():
@@ -120,7 +116,7 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         Damaged: the manifest is missing, invalid or changed.
-        OtherFormat: the checkpoint has the format of another version.
+        UserError: the checkpoint has the format of another version.
     """
     file = folder / MANIFEST_FILE
     try:
@@ -130,9 +126,9 @@ def read_manifest(folder: Path) -> Manifest:
         if seal != _seal(content):
             raise Damaged(f"{file}: found other content than was written")
         if version != FORMAT:  # checked after the hash: a flipped bit is damage, not another format
-            raise OtherFormat(f"{file}: found checkpoint format {version!r}, this program reads {FORMAT}; resume with "
-                              "the version of focal-pipeline that wrote it, or delete "
-                              f"{file.parent.parent} to train from the beginning")  # fmt: skip
+            raise UserError(f"{file}: found checkpoint format {version!r}, this program reads {FORMAT}; resume with "
+                            "the version of focal-pipeline that wrote it, or delete "
+                            f"{file.parent.parent} to train from the beginning")  # fmt: skip
         files = {name: Entry(entry["size"], entry["sha256"]) for name, entry in content["files"].items()}
         if STATE_FILE not in files or not all(map(_is_file_name, files)):
             raise Damaged(f"{file}: found files {', '.join(map(repr, files))}")

@@ -79,7 +79,7 @@ class Checkpoints:
         """Read the newest intact checkpoint, and warn about newer damaged ones.
 
         Raises:
-            OtherFormat: the checkpoint has the format of another version; skipping it would silently restart the run.
+            UserError: the checkpoint has the format of another version; skipping it would silently restart the run.
         """
         checkpoint, damages = None, list[Damaged]()
         for step in reversed(self.steps()):
@@ -97,9 +97,9 @@ class Checkpoints:
         """Read the checkpoint of this step.
 
         Raises:
-            UserError: there is none; the message lists the steps that were kept.
+            UserError: there is none (the message lists the steps that were kept), or it has the format of another
+                version.
             Damaged: a file is missing or differs from the manifest.
-            OtherFormat: the checkpoint has the format of another version.
         """
         steps = self.steps()
         if step not in steps:
@@ -111,7 +111,7 @@ class Checkpoints:
         """Check the format of every checkpoint, reading only the manifests.
 
         Raises:
-            OtherFormat: a checkpoint has the format of another version.
+            UserError: a checkpoint has the format of another version.
         """
         for step in self.steps():
             with suppress(Damaged):

@@ -212,7 +212,7 @@ FIELDS: dict[str, dict[str, Check]] = {
     "known": _POINTS,
     "artifact": {"file": _TEXT, "folder": _TEXT},
     "input": {"name": _TEXT, "digest": _TEXT, "source": _TEXT, "profile": _is(dict)},
-    "model": {"folder": _TEXT, "task": _TEXT, "inputs": _list_of_texts_or_none, "outputs": _texts},
+    "model": {"folder": _TEXT, "task": _TEXT, "predictor": _TEXT, "inputs": _list_of_texts_or_none, "outputs": _texts},
     "finish": {"status": lambda value: value in ("FINISHED", "FAILED", "KILLED"), "time": _integer},
 }  # fmt: skip
 

@@ -8,7 +8,6 @@ from typing import Any
 from pipeline.errors import TrainingError, UserError
 from pipeline.runtime.console import info
 from pipeline.runtime.text import listed
-from pipeline.storage.checkpoint_format import OtherFormat
 from pipeline.storage.files import Damaged
 from pipeline.storage.journal import JOURNAL_FILE, JournalReader, Record, same_value
 from pipeline.storage.ownership import live_owner
@@ -132,7 +131,7 @@ def _check_checkpoints(folder: RunFolder) -> Iterator[Finding]:
             yield Finding(f"checkpoint of step {step}: whole")
         except Damaged as damage:
             yield Finding(f"checkpoint of step {step}: {damage}", "the next start passes it over; it may be deleted")
-        except OtherFormat as error:
+        except UserError as error:
             yield Finding(f"checkpoint of step {step}: {error}", "resume=auto refuses it")
 
 

@@ -93,8 +93,7 @@ def log_model(export: Mapping[str, Any], create: Callable[[], str]) -> str:
         UserError: its code cannot be packaged, or the model cannot be loaded there or fails to predict.
     """
     folder = Path(export["folder"])
-    # journals of versions without tasks of other packages have no predictor
-    predictor = export.get("predictor") or f"pipeline.tasks.{export['task']}.predict"
+    predictor = export["predictor"]
     serving = {"task": export["task"], "predictor": predictor}
     (folder / SERVING_FILE).write_text(json.dumps(serving) + "\n", encoding="utf-8", newline="\n")
     inputs, example = export["inputs"], export["example"]

@@ -207,8 +207,6 @@ def test_a_run_of_the_mmoe(small: Make, many: str, tmp_path: Path, capsys: pytes
         )
         np.testing.assert_allclose(logit(found[f"p_{head}"]), expected, rtol=1e-9)
     np.testing.assert_array_equal(found["p_ctcvr"], found["p_ctr"] * found["p_cvr"])
-    (tmp_path / "calibration.json").unlink()  # a model of an earlier version
-    pd.testing.assert_frame_equal(predict.load(tmp_path)(frame), raw)
 
     # without a conversion
     click, conversion = task.data.held_out("valid").labels

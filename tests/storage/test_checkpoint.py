@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from pipeline.errors import TrainingError, UserError
 from pipeline.storage import checkpoint_format, files
 from pipeline.storage import checkpoints as checkpoints_module
-from pipeline.storage.checkpoint_format import OtherFormat, read_checkpoint, write_checkpoint
+from pipeline.storage.checkpoint_format import read_checkpoint, write_checkpoint
 from pipeline.storage.checkpoints import Checkpoints
 from pipeline.storage.files import Damaged
 from pipeline.storage.weights import load_weights, save_weights
@@ -278,7 +278,7 @@ def test_another_format_is_refused_and_never_passed_over(version: int, tmp_path:
         f"{checkpoints.folder} to train from the beginning"
     )
     for refused in (checkpoints.latest, checkpoints.check_format, lambda: checkpoints.at(20)):
-        with pytest.raises(OtherFormat, match=f"^{message}$") as raised:
+        with pytest.raises(UserError, match=f"^{message}$") as raised:
             refused()
         assert raised.value.exit_code == 2
     assert checkpoints.steps() == [10, 20]

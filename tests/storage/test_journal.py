@@ -110,7 +110,8 @@ RECORDS = [
     {"op": "known", "step": 3, "time": 5, "values": {}},
     {"op": "artifact", "file": "a.txt", "folder": ""},
     {"op": "input", "name": "d", "digest": "ab", "source": "s", "profile": {"rows": 3}},
-    {"op": "model", "folder": "model", "task": "mmoe", "inputs": None, "example": ["a"], "outputs": {"p": "double"}},
+    {"op": "model", "folder": "model", "task": "mmoe", "predictor": "mmoe.predict", "inputs": None, "example": ["a"],
+     "outputs": {"p": "double"}},
     {"op": "finish", "status": "KILLED", "time": 1},
 ]  # fmt: skip
 

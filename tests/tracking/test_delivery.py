@@ -427,11 +427,11 @@ def test_points_logged_before_are_compared_and_not_logged_again(client: Any, wri
     run = resume(writer, before.id)
     run.check_position(before.journal.size)
     log_steps(run, range(4, 15))
-    run.log_metrics(15, {"system/rows_per_second": 1.0, "checkpoint/megabytes": 1.0})  # the second: an earlier name
+    run.log_metrics(15, {"system/rows_per_second": 1.0, "system/checkpoint_megabytes": 1.0})
     run.finish("FINISHED")
     again = resume(writer, before.id)
     again.check_position(0)
-    again.log_metrics(15, {"system/rows_per_second": 2.0, "checkpoint/megabytes": 2.0})  # once, and not compared
+    again.log_metrics(15, {"system/rows_per_second": 2.0, "system/checkpoint_megabytes": 2.0})  # once, not compared
     assert [(step, *values.values()) for step, values in again.history()] == [
         *((step, step / 3) for step in range(15)), (15, 1.0, 1.0)
     ]  # fmt: skip
@@ -586,7 +586,8 @@ def test_a_journal_names_files_of_its_run_alone(client: Any, writer: Writer, her
         run.journal.append({"op": "artifact", "file": file, "folder": ""})
     run.journal.append({"op": "artifact", "file": "good.txt", "folder": "../outside"})
     models = [str(secret.parent), "../../home", "linked", "weights", "good.txt", "."]
-    model = {"task": "mmoe", "inputs": ["a"], "example": {"a": [1]}, "outputs": {"p": "double"}}
+    model = {"task": "mmoe", "predictor": "mmoe.predict", "inputs": ["a"], "example": {"a": [1]},
+             "outputs": {"p": "double"}}  # fmt: skip
     for folder in models:
         run.journal.append({"op": "model", "folder": folder} | model)
     run.log_artifact(run.folder / "good.txt")

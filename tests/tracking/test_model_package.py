@@ -128,8 +128,8 @@ def export(toy: Path) -> dict[str, Any]:
     model = toy.parent / "model"
     model.mkdir()
     (model / "weight.txt").write_text("3")
-    return {"folder": str(model), "task": "sums", "inputs": ["a", "b"], "outputs": {"sum": "double"},
-            "example": {"a": [1.0, 2.0], "b": [10.0, 20.0]}}  # fmt: skip
+    return {"folder": str(model), "task": "sums", "predictor": SUMS_PREDICT, "inputs": ["a", "b"],
+            "outputs": {"sum": "double"}, "example": {"a": [1.0, 2.0], "b": [10.0, 20.0]}}  # fmt: skip
 
 
 @pytest.fixture

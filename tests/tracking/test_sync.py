@@ -101,7 +101,7 @@ def log_all(run: MlflowRun, export: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def export(impressions: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A small model as the journals of earlier versions hold it, which name its task but not its predictor."""
+    """A small model, as a journal's record of it."""
     from dataclasses import asdict
 
     from conftest import ROOT, SHRUNK
@@ -112,7 +112,8 @@ def export(impressions: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
     config = load(MmoeConfig, ROOT / "configs/mtl_mmoe.yaml", SHRUNK | {"data.path": str(impressions)})
     task = MmoeTask(config)
-    return asdict(task.export(task.model(), tmp_path_factory.mktemp("export") / "model")) | {"task": "mmoe"}
+    facts = {"task": "mmoe", "predictor": "pipeline.tasks.mmoe.predict"}
+    return asdict(task.export(task.model(), tmp_path_factory.mktemp("export") / "model")) | facts
 
 
 def test_a_run_without_a_store_is_delivered_completely(
