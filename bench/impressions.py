@@ -13,7 +13,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.digests import file_sha256
 from pipeline.data.schema import (
     FIRST_ID,
     SCHEMA_FILE,
@@ -23,6 +22,7 @@ from pipeline.data.schema import (
     Feature,
     Split,
 )
+from pipeline.storage.files import file_sha256
 from pipeline.storage.folders import made_once
 
 SINGLE = {

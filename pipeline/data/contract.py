@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.data.digests import combined_sha256, file_sha256
+from pipeline.data.digests import combined_sha256
 from pipeline.data.prepared_folder import VOCABULARY_SCHEMA, weight_sums
 from pipeline.data.schema import (
     FIRST_ID,
@@ -28,6 +28,7 @@ from pipeline.data.schema import (
 )
 from pipeline.data.split_files import check_files, record_batches, split_errors
 from pipeline.errors import UserError
+from pipeline.storage.files import file_sha256
 
 
 def describe(

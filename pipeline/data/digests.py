@@ -1,4 +1,4 @@
-"""SHA-256 of files, and 64-bit hashes of texts and row numbers."""
+"""Combined SHA-256 of files, and 64-bit hashes of texts and row numbers."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -8,13 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipeline.storage.files import file_sha256
+
 FNV_START, FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
-
-
-def file_sha256(file: Path) -> str:
-    """SHA-256 (hex) of a file's bytes."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def combined_sha256(files: Iterable[Path]) -> str:

@@ -13,9 +13,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.data.cells import Cells, Floats, Place, Texts, cell_error, no_column, number_text, respelt
-from pipeline.data.digests import file_sha256, text_hashes
+from pipeline.data.digests import text_hashes
 from pipeline.data.schema import FIRST_ID, MISSING, OUT_OF_VOCABULARY, VOCABULARY_FILE, DataSchema, Feature
 from pipeline.errors import UserError, os_errors
+from pipeline.storage.files import file_sha256
 
 Ids = npt.NDArray[np.int32]
 

@@ -11,7 +11,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.digests import file_sha256
 from pipeline.data.recut import Recut
 from pipeline.data.schema import (
     FIRST_ID,
@@ -28,6 +27,7 @@ from pipeline.data.schema import (
     Split,
 )
 from pipeline.errors import UserError
+from pipeline.storage.files import file_sha256
 
 Vocabularies = Mapping[str, pa.Table]  # feature -> columns value and count, in the order of the ids
 

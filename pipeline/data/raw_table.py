@@ -11,12 +11,13 @@ import pyarrow.parquet as pq
 
 from pipeline.data.cells import no_column, plain
 from pipeline.data.csv_reader import CsvReader, check_dialect
-from pipeline.data.digests import combined_sha256, file_sha256
+from pipeline.data.digests import combined_sha256
 from pipeline.data.json_reader import JsonReader
 from pipeline.data.raw_files import RawFile, file_format, list_files, read_errors
 from pipeline.data.raw_schema import CsvSource
 from pipeline.data.recut import Recut
 from pipeline.errors import UserError
+from pipeline.storage.files import file_sha256
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, os_errors
 from pipeline.runtime.platform_support import sync_path
-from pipeline.storage.files import Damaged, Entry, write_hashed
+from pipeline.storage.files import Damaged, Entry, file_sha256, write_hashed
 from pipeline.storage.state_file import read_state, write_state
 
 FORMAT = 2  # format 1: tensors and values in two files of a custom format
@@ -80,9 +80,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """
     manifest = verify(folder)
     try:
-        state = read_state(folder / STATE_FILE)
-    except OSError as error:
-        raise Damaged(f"{folder / STATE_FILE}: {error.strerror or error}") from None
+        with os_errors(folder / STATE_FILE, Damaged):
+            state = read_state(folder / STATE_FILE)
     except ValueError as error:
         raise Damaged(f"{folder / STATE_FILE}: {error}") from None
     return Checkpoint(folder, manifest.step, manifest.facts, state)
@@ -98,14 +97,11 @@ def verify(folder: Path) -> Manifest:
     manifest = read_manifest(folder)
     for name, entry in manifest.files.items():
         file = folder / name
-        try:
+        with os_errors(file, Damaged):
             size = file.stat().st_size
             if size != entry.size:
                 raise Damaged(f"{file}: found {size:,} bytes, expected {entry.size:,}")
-            with file.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        except OSError as error:
-            raise Damaged(f"{file}: {error.strerror or error}") from None
+            digest = file_sha256(file)
         if digest != entry.sha256:
             raise Damaged(f"{file}: found SHA-256 {digest[:12]}..., expected {entry.sha256[:12]}...")
     return manifest
@@ -119,8 +115,9 @@ def read_manifest(folder: Path) -> Manifest:
         UserError: the checkpoint has the format of another version.
     """
     file = folder / MANIFEST_FILE
-    try:
+    with os_errors(file, Damaged):
         text = file.read_bytes()
+    try:
         content = json.loads(text)
         version, seal = content["format"], content.pop("sha256")
         if seal != _seal(content):
@@ -134,8 +131,6 @@ def read_manifest(folder: Path) -> Manifest:
             raise Damaged(f"{file}: found files {', '.join(map(repr, files))}")
         size = sum(entry.size for entry in files.values()) + len(text)
         return Manifest(content["step"], content["facts"], files, size)
-    except OSError as error:
-        raise Damaged(f"{file}: {error.strerror or error}") from None
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         raise Damaged(f"{file}: found no manifest in it") from None
 
@@ -147,8 +142,7 @@ def _link(source: Path, target: Path) -> Entry:
         with source.open("rb") as stream:
             return write_hashed(target, lambda copy: shutil.copyfileobj(stream, copy))
     sync_path(target)
-    with target.open("rb") as stream:
-        return Entry(os.fstat(stream.fileno()).st_size, hashlib.file_digest(stream, "sha256").hexdigest())
+    return Entry(target.stat().st_size, file_sha256(target))
 
 
 def _manifest(step: int, facts: Mapping[str, Any], files: Mapping[str, Entry]) -> bytes:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import TrainingError, UserError
+from pipeline.errors import TrainingError, UserError, os_errors
 from pipeline.runtime.console import warn
 from pipeline.runtime.platform_support import sync_path
 from pipeline.storage.checkpoint_format import Checkpoint, read_checkpoint, read_manifest, verify, write_checkpoint
@@ -55,7 +55,7 @@ class Checkpoints:
             TrainingError: the checkpoint does not fit, or the disk fails; the newest intact one is kept.
         """
         started = time.perf_counter()
-        try:
+        with os_errors(f"checkpoint of step {step} in {self.folder}", TrainingError):
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob(".*.*"):  # left by a killed process
                 if leftover.suffix in (NEW, OLD):
@@ -65,8 +65,6 @@ class Checkpoints:
                 self._make_room(step, state, links, best)
                 size = self._write(step, state, facts, links)
             self._prune(step, best)
-        except OSError as error:
-            raise TrainingError(f"checkpoint of step {step} in {self.folder}: {error.strerror or error}") from None
         return Saved(size, time.perf_counter() - started)
 
     def steps(self) -> list[int]:

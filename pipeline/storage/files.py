@@ -53,6 +53,12 @@ class HashedStream:
         """Do nothing: `write_hashed` flushes once, at the end."""
 
 
+def file_sha256(file: Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def write_hashed(file: Path, write: Callable[[HashedStream], object]) -> Entry:
     """Create the file, let `write` fill it, and sync it to the disk."""
     with file.open("wb") as stream:

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.errors import TrainingError
+from pipeline.errors import TrainingError, os_errors
 from pipeline.storage.files import Damaged, replacing
 
 
@@ -19,17 +19,16 @@ def save_weights(weights: Mapping[str, Tensor], file: Path) -> None:
     Raises:
         TrainingError: the disk is full or fails.
     """
-    try:
+    with os_errors(file, TrainingError):
         file.parent.mkdir(parents=True, exist_ok=True)
         for leftover in file.parent.glob(".tmp*"):  # temporary files of safetensors, left by a killed process
             leftover.unlink()
         with replacing(file, durable=True) as work:
-            save_file(_separate(weights), work)
+            try:
+                save_file(_separate(weights), work)
+            except SafetensorError as error:
+                raise TrainingError(f"{file}: {error}") from None
             work.chmod(0o644)  # other users cannot read the files that safetensors writes
-    except OSError as error:
-        raise TrainingError(f"{file}: {error.strerror or error}") from None
-    except SafetensorError as error:
-        raise TrainingError(f"{file}: {error}") from None
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:
@@ -48,10 +47,9 @@ def load_weights(file: Path) -> dict[str, Tensor]:
     Raises:
         Damaged: the file cannot be read, or is not a safetensors file.
     """
-    try:  # memory-mapping the file and copying the tensors is faster than reading it
-        return {name: tensor.clone() for name, tensor in load_file(file).items()}
-    except OSError as error:
-        raise Damaged(f"{file}: {error.strerror or error}") from None
+    try:
+        with os_errors(file, Damaged):  # memory-mapping the file and copying the tensors is faster than reading it
+            return {name: tensor.clone() for name, tensor in load_file(file).items()}
     except SafetensorError as error:
         raise Damaged(f"{file}: found no file of tensors: {error}") from None
 

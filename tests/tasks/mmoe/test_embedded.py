@@ -18,10 +18,10 @@ from scipy.stats import chi2
 from sklearn.metrics import roc_auc_score
 
 from pipeline.data.contract import verify
-from pipeline.data.digests import file_sha256
 from pipeline.data.prepared_folder import FILES, arrow_schema
 from pipeline.data.schema import FIRST_ID, SPLITS, DataSchema
 from pipeline.errors import UserError
+from pipeline.storage.files import file_sha256
 from pipeline.tasks.mmoe.config import EmbeddedDataConfig
 from pipeline.tasks.mmoe.impressions import embedded_impressions as embedded
 from pipeline.tasks.mmoe.impressions.embedded_impressions import embedded_data, generate

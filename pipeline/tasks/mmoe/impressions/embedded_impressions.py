@@ -16,7 +16,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.digests import file_sha256
 from pipeline.data.layout import consecutive
 from pipeline.data.schema import (
     FIRST_ID,
@@ -27,6 +26,7 @@ from pipeline.data.schema import (
     Feature,
     Split,
 )
+from pipeline.storage.files import file_sha256
 from pipeline.storage.folders import made_once
 from pipeline.tasks.mmoe.config import EmbeddedDataConfig
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config.strict_config import nearest
-from pipeline.errors import UserError
+from pipeline.errors import UserError, os_errors
 from pipeline.storage.files import check_file
 from pipeline.tasks.visobert.reviews.semeval_xml import read_semeval
 from pipeline.tasks.visobert.reviews.vlsp_text import read_vlsp
@@ -101,13 +101,11 @@ def _suffix(file: Path) -> str:
 
 def _content(file: Path) -> bytes:
     allowed = f"{', '.join([*DELIMITERS, *_READERS])}, each also as {GZIP}"
-    try:
+    with os_errors(file):
         if file.is_dir():
             raise UserError(f"{file}: found a folder, allowed: a file ({allowed})")
         check_file(file)
         content = file.read_bytes()
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror or error}") from None
     if _suffix(file) not in {*DELIMITERS, *_READERS}:
         raise UserError(f"{file}: found {file.suffix or 'no extension'}, allowed: {allowed}")
     return content
