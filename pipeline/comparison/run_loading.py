@@ -21,8 +21,8 @@ from pipeline.comparison.membership import Membership
 from pipeline.errors import UserError
 from pipeline.names import CANONICAL, QUESTION, SWEEP
 from pipeline.runtime.console import warn
+from pipeline.storage.run_folder import HISTORY_FILE
 from pipeline.tracking.client import Point
-from pipeline.tracking.history import HISTORY_FILE
 from pipeline.tracking.messages import StoredRun
 from pipeline.tracking.store import tracking_uri
 from pipeline.tracking.stored_runs import artifact, points_of, runs_of_filter, runs_of_ids, runs_of_sweep, runs_of_tag

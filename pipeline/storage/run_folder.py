@@ -14,6 +14,7 @@ from pipeline.storage.ownership import Ownership
 if TYPE_CHECKING:
     from pipeline.storage.checkpoints import Checkpoints
 
+HISTORY_FILE = "history.parquet"
 COPIES = "logged"  # subfolder for copies of files that were logged from elsewhere
 TAIL_BYTES = 1 << 16  # end of a journal that is read to find its last record
 
@@ -49,7 +50,7 @@ class RunFolder:
 
     @property
     def history(self) -> Path:
-        return self.path / "history.parquet"
+        return self.path / HISTORY_FILE
 
     def opening(self) -> Record | None:
         """The journal's first record `open`; None if there is none."""

@@ -23,7 +23,7 @@ from pipeline.tracking.client import (
     log_params,
     set_tags,
 )
-from pipeline.tracking.history import HISTORY_FILE, write_history
+from pipeline.tracking.history import write_history
 from pipeline.tracking.inbox import Inbox
 from pipeline.tracking.messages import DeliveryNews, DeliveryReport, Progress
 from pipeline.tracking.run_opening import create_for, delete_stale_tags
@@ -288,10 +288,10 @@ class Delivery:
         try:
             write_history(self.folder.journal, self.folder.history, progress)
         except OSError as error:
-            self.store.add_problem(HISTORY_FILE, error)
+            self.store.add_problem(self.folder.history.name, error)
         else:
             self._ask_for_time()
-            self.store.require(HISTORY_FILE, log_file, self.folder.history)
+            self.store.require(self.folder.history.name, log_file, self.folder.history)
             self._note_progress()
 
     def _advance(self, end: int, records: int = 1) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from pipeline.storage.files import replacing
 from pipeline.storage.journal import read_points
 
-HISTORY_FILE = "history.parquet"
 GROUP_POINTS = 50_000  # per row group; one group is held in memory at a time
 
 
