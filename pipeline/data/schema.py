@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 
 from pipeline.config.strict_config import Config, validate
 from pipeline.errors import UserError
-from pipeline.storage.files import check_file
+from pipeline.storage.files import check_file, write_json
 
 OUT_OF_VOCABULARY, MISSING, FIRST_ID = 0, 1, 2
 MOST_IDS = 2**31 - 1  # limit for all features together: ids are 32-bit row numbers of one table
@@ -184,8 +184,7 @@ class DataSchema(Config):
         for key in ADDED:
             if tree[key] == type(self).model_fields[key].default:
                 del tree[key]
-        text = json.dumps(tree, indent=1, ensure_ascii=False)
-        (folder / SCHEMA_FILE).write_text(text + "\n", encoding="utf-8", newline="\n")
+        write_json(folder / SCHEMA_FILE, tree, indent=1)
 
 
 def split_parts(split: Path) -> list[Path]:

@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 
 from pipeline.maths.calibration import Fitted
+from pipeline.storage.files import write_json
 
 CALIBRATION_FILE = "calibration.json"
 
 
 def write_calibration(folder: Path, fitted: Fitted) -> None:
-    (folder / CALIBRATION_FILE).write_text(json.dumps(fitted, indent=2) + "\n", encoding="utf-8", newline="\n")
+    write_json(folder / CALIBRATION_FILE, fitted)
 
 
 def read_calibration(folder: Path) -> Fitted:

@@ -2,13 +2,14 @@
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from pipeline.errors import UserError
 from pipeline.runtime.platform_support import replace_file, sync_path
@@ -92,6 +93,10 @@ def replacing(file: Path, suffix: str = "", *, durable: bool = False) -> Iterato
         with suppress(OSError):
             work.unlink(missing_ok=True)
         raise
+
+
+def write_json(file: Path, value: Any, indent: int | None = 2) -> None:
+    file.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 
 
 def check_file(file: Path) -> None:

@@ -1,7 +1,6 @@
 """Log a run's model with its files and code, after checking that it can be loaded without the project."""
 
 import contextlib
-import json
 import math
 import os
 import re
@@ -21,6 +20,7 @@ from mlflow.types.schema import AnyType, ColSpec, DataType, ParamSchema, ParamSp
 
 from pipeline.errors import UserError
 from pipeline.serving import RAW, SERVING_FILE
+from pipeline.storage.files import write_json
 from pipeline.storage.journal import Record, read_records
 from pipeline.storage.run_folder import RunFolder
 from pipeline.tracking.client import BATCH_POINTS, DIGEST_LENGTH
@@ -94,8 +94,7 @@ def log_model(export: Mapping[str, Any], create: Callable[[], str]) -> str:
     """
     folder = Path(export["folder"])
     predictor = export["predictor"]
-    serving = {"task": export["task"], "predictor": predictor}
-    (folder / SERVING_FILE).write_text(json.dumps(serving) + "\n", encoding="utf-8", newline="\n")
+    write_json(folder / SERVING_FILE, {"task": export["task"], "predictor": predictor}, indent=None)
     inputs, example = export["inputs"], export["example"]
     # AnyType, since pandas may read a column as integer, float or text. Without named inputs there is no schema, and
     # MLflow passes the input unchanged: a one-column schema would accept a frame's first column under any name

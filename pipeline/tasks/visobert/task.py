@@ -1,6 +1,5 @@
 """The task `train_visobert` as the training loop uses it: aspect sentiment of reviews."""
 
-import json
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch.optim import AdamW, Optimizer
 from pipeline.config.run_config import AdamConfig, ScheduleConfig
 from pipeline.maths.calibration import Fitted
 from pipeline.runtime.console import info, warn
+from pipeline.storage.files import write_json
 from pipeline.tasks.base import Dataset, ModelExport, Rows, Task, count_parameters, save_model
 from pipeline.tasks.visobert.config import EMBEDDED, VisobertConfig
 from pipeline.tasks.visobert.encoders.embedded_encoder import Convolution
@@ -202,9 +202,7 @@ class VisobertTask(Task[VisobertConfig]):
             model.encoder.config.save_pretrained(str(folder / ENCODER_FOLDER))
         aspects = {"aspects": reviews.train.aspects, "detection_only": reviews.detection_only,
                    "text_column": reviews.train.text_column}  # fmt: skip
-        (folder / ASPECTS_FILE).write_text(
-            json.dumps(aspects, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n"
-        )
+        write_json(folder / ASPECTS_FILE, aspects, indent=None)
         return ModelExport(
             folder=folder,
             inputs=None,

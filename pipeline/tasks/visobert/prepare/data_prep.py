@@ -1,6 +1,5 @@
 """`data_prep`: sentiment distribution, alpha, duplicates and lengths of reviews, tracked as a separate run."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ from pipeline.config.strict_config import flatten
 from pipeline.errors import UserError
 from pipeline.names import metric_names
 from pipeline.runtime.console import info, optional, table, warn
+from pipeline.storage.files import write_json
 from pipeline.storage.folders import published
 from pipeline.tasks.visobert.config import EMBEDDED, DataPrepConfig, EmbeddedModelConfig
 from pipeline.tasks.visobert.prepare.duplicates import Group, distinct, find_duplicates, summary, write_duplicates
@@ -175,9 +175,7 @@ def _write(analysis: Analysis, output: Path) -> list[Path]:
         if not (folder / PICTURE).exists():
             files.remove(PICTURE)
         write_duplicates(analysis.with_text, analysis.groups, analysis.duplicates, folder)
-        (folder / "token_lengths.json").write_text(
-            json.dumps(analysis.tokens, indent=2) + "\n", encoding="utf-8", newline="\n"
-        )
+        write_json(folder / "token_lengths.json", analysis.tokens)
         alpha.write(folder / ALPHA_FILE)
     if PICTURE not in files:
         (output / PICTURE).unlink(missing_ok=True)  # left by an earlier run

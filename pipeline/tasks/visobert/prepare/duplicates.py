@@ -14,7 +14,6 @@ into groups through their common neighbours.
 """
 
 import csv
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -28,6 +27,7 @@ from scipy.sparse.csgraph import connected_components
 from sklearn.feature_extraction.text import CountVectorizer
 
 from pipeline.storage.csv_table import cell
+from pipeline.storage.files import write_json
 from pipeline.tasks.visobert.reviews.reviews import Reviews, folded
 from pipeline.tasks.visobert.reviews.sentiments import UNKNOWN
 
@@ -186,5 +186,4 @@ def write_duplicates(
                 text, labels = cell(reviews.texts[position]), cell(reviews.labels_text(position))
                 row = [number, group.kind, split, int(reviews.rows[position]), text, labels]
                 writer.writerow([*row, str(group.conflict).lower()])
-    text = json.dumps(counts, indent=2, ensure_ascii=False)
-    (folder / "duplicates.json").write_text(text + "\n", encoding="utf-8", newline="\n")
+    write_json(folder / "duplicates.json", counts)

@@ -1,7 +1,6 @@
 """Statistics of reviews: sentiments, mentions and lengths in tokens."""
 
 import csv
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.storage.csv_table import cell
+from pipeline.storage.files import write_json
 from pipeline.tasks.visobert.reviews.alpha import count_sentiments
 from pipeline.tasks.visobert.reviews.reviews import Reviews
 from pipeline.tasks.visobert.reviews.sentiments import MENTIONED, SENTIMENTS, UNKNOWN
@@ -51,8 +51,7 @@ def write_distribution(
     splits: Mapping[str, Mapping[str, Any]], more: Mapping[str, Any], json_file: Path, csv_file: Path
 ) -> None:
     """Write the distributions of the splits as JSON, together with `more`, and as CSV, a line per split and aspect."""
-    text = json.dumps({"splits": splits, **more}, indent=2, ensure_ascii=False)
-    json_file.write_text(text + "\n", encoding="utf-8", newline="\n")
+    write_json(json_file, {"splits": splits, **more})
     with csv_file.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
         others = ["labelled_cells", "mentions", "without_polarity", "dropped"]

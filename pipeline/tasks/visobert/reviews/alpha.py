@@ -17,7 +17,7 @@ from annotated_types import Ge
 from pydantic import TypeAdapter
 
 from pipeline.errors import UserError
-from pipeline.storage.files import replacing
+from pipeline.storage.files import replacing, write_json
 from pipeline.tasks.visobert.reviews.columns import quoted
 from pipeline.tasks.visobert.reviews.reviews import Reviews
 from pipeline.tasks.visobert.reviews.sentiments import SENTIMENTS
@@ -64,7 +64,7 @@ class Alpha:
             for aspect, counts in zip(self.aspects, self.per_aspect_counts, strict=True)
         }
         with replacing(file, str(os.getpid())) as work:
-            work.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
+            write_json(work, tree)
 
     @classmethod
     def read(cls, file: Path) -> "Alpha":
