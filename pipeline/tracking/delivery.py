@@ -105,12 +105,12 @@ class Delivery:
     @property
     def is_done(self) -> bool:
         """Whether the whole journal is delivered and the run has ended in the store."""
-        return self.cursor.ended is not None and not self.store.waiting()
+        return self.cursor.at.ended is not None and not self.store.waiting()
 
     def report(self) -> DeliveryReport:
         cursor, used = self.cursor, os.times()
-        more = [f"and {cursor.more_problems} more"] if cursor.more_problems else []
-        return DeliveryReport((*cursor.problems, *more), self.store.waiting(), self.store.reason, self.store.run_id,
+        more = [f"and {cursor.at.more_problems} more"] if cursor.at.more_problems else []
+        return DeliveryReport((*cursor.at.problems, *more), self.store.waiting(), self.store.reason, self.store.run_id,
                               used.user + used.system)  # fmt: skip
 
     def _find_run(self) -> None:
@@ -125,19 +125,19 @@ class Delivery:
         self.store.host = self.opened["host"]
         self.store.attempt("run", self._locate, patient=True)
         self.reader.close()
-        self.reader = JournalReader(self.folder.journal, self.cursor.offset)
+        self.reader = JournalReader(self.folder.journal, self.cursor.at.offset)
 
     def _locate(self) -> None:
         check_reachable()
         store, cursor = self.store, self.cursor
         store.client = store.client or connect()
-        ids = [run_id for run_id in (cursor.run_id, self.opened["id"]) if run_id]
+        ids = [run_id for run_id in (cursor.at.run_id, self.opened["id"]) if run_id]
         run = next(filter(None, (find_by_id(store.client, run_id) for run_id in ids)), None)
-        if run is None or run.info.run_id != cursor.run_id:
+        if run is None or run.info.run_id != cursor.at.run_id:
             cursor.rewind()
         if run is None:
             run = create_for(store.client, self.opened, self.folder.path, store.claim)
-        store.run_id = cursor.run_id = run.info.run_id
+        store.run_id = cursor.at.run_id = run.info.run_id
         self.params = dict(run.data.params)
         self.ended_before = run.info.status if run.info.status != "RUNNING" else None
         cursor.save()
@@ -252,7 +252,7 @@ class Delivery:
         finish, cursor = self.inbox.finish, self.cursor
         requested = finish.status if finish else None
         if self.ended_before and not (self.status or requested):  # this folder is a copy made before the run ended
-            cursor.ended = self.ended_before
+            cursor.at.ended = self.ended_before
             cursor.save()
             return
         status = self.status or requested or "FAILED"
@@ -262,14 +262,14 @@ class Delivery:
         hurried = self.inbox.hurried
         if not hurried:
             self._log_history()
-        if cursor.problems and status == "FINISHED":
+        if cursor.at.problems and status == "FINISHED":
             status = "FAILED"
         self.store.require(f"status {status}",
                            lambda client, run_id: client.set_terminated(run_id, status, self.ended_at))  # fmt: skip
         self.is_ended = True
         if hurried:
             self._log_history()
-        cursor.offset, cursor.ended = max(cursor.offset, self.end_of_status), status
+        cursor.at.offset, cursor.at.ended = max(cursor.at.offset, self.end_of_status), status
         cursor.save()
 
     def _end_early(self) -> None:
@@ -296,7 +296,7 @@ class Delivery:
 
     def _advance(self, end: int, records: int = 1) -> None:
         """Move the cursor to `end`, the end position of the last delivered record."""
-        self.cursor.offset, self.cursor.ended = end, None
+        self.cursor.at.offset, self.cursor.at.ended = end, None
         self.cursor.save()
         self.delivered += records
         self._note_progress()

@@ -139,11 +139,11 @@ def _check_store(journal: Journal) -> Iterator[Finding]:
     sync = f"python -m pipeline sync {journal.folder.path}"
     again = f"{sync} --again"
     cursor = Cursor(journal.folder, store_key())
-    waiting = journal.folder.journal.stat().st_size - cursor.offset - journal.torn_bytes
+    waiting = journal.folder.journal.stat().st_size - cursor.at.offset - journal.torn_bytes
     try:
         check_reachable()
         client = connect()
-        run = find_by_id(client, cursor.run_id or journal.opened["id"])
+        run = find_by_id(client, cursor.at.run_id or journal.opened["id"])
     except Exception as error:  # report any error of the store as a finding
         yield Finding(refusal(error), f"once it is back: {sync}")
         return
@@ -151,7 +151,7 @@ def _check_store(journal: Journal) -> Iterator[Finding]:
         yield Finding(f"tracking store {tracking_uri()}: has no such run", f"{sync} makes it there")
         return
     yield Finding(f"delivery: {waiting:,} bytes of the journal wait", sync if waiting else None)
-    for problem in cursor.problems:
+    for problem in cursor.at.problems:
         yield Finding(f"delivery: {problem}", f"{sync} tries it again")
     status = run.info.status
     is_expected = status == (journal.final_status or status)

@@ -48,7 +48,7 @@ class StoreCalls:
 
     def waiting(self) -> int:
         """Number of records that are not delivered; 1 if only the end of the run is missing."""
-        return self.cursor.remaining() or int(self.inbox.ending and self.cursor.ended is None)
+        return self.cursor.remaining() or int(self.inbox.ending and self.cursor.at.ended is None)
 
     def require(self, subject: str, function: Callable[..., Any], *arguments: Any) -> None:
         """Call `function(client, run_id, *arguments)`; if the store refuses the call, add a problem to the cursor."""

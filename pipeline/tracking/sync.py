@@ -105,7 +105,7 @@ def _sync_run(folder: RunFolder, again: bool) -> str:
 def _deliver(folder: RunFolder, owner: int, again: bool) -> tuple[DeliveryReport, int]:
     """Deliver a run; returns the report and the number of delivered records."""
     cursor = Cursor(folder, store_key())
-    if cursor.problems or again:
+    if cursor.at.problems or again:
         cursor.rewind()  # the store may accept records that it refused before
         cursor.save()
     inbox = Inbox(None, FinishRun(None, patience=PATIENCE_SECONDS))
@@ -117,9 +117,9 @@ def _deliver(folder: RunFolder, owner: int, again: bool) -> tuple[DeliveryReport
                 bar.update(news.delivered - bar.n)
 
         delivery = Delivery(folder.path, owner, inbox, show)
-        if delivery.is_done and _is_stored(cursor.run_id, folder.path):
+        if delivery.is_done and _is_stored(cursor.at.run_id, folder.path):
             delivery.reader.close()
-            return replace(delivery.report(), run_id=cursor.run_id or ""), 0
+            return replace(delivery.report(), run_id=cursor.at.run_id or ""), 0
         report = delivery.follow()
     if delivery.reader.damaged:
         warn(f"{folder.journal}: damaged lines, which were passed over: {delivery.reader.damaged:,}")

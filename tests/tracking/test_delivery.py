@@ -534,7 +534,7 @@ def test_another_programs_delivered_file_is_ignored(saved: Any, field: str) -> N
         for stored in (saved, {"store": saved}, {"store": WHOLE | {field: saved}, "other": WHOLE}):
             RunFolder(folder).delivered.write_text(json.dumps(stored))
             cursor = Cursor(RunFolder(folder), "store")
-            assert cursor.offset == 0  # there is no journal
+            assert cursor.at.offset == 0  # there is no journal
             assert all(isinstance(saved.run_id, str | None) for saved in cursor.stores.values())
 
 
