@@ -3,6 +3,7 @@
 import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -153,7 +154,7 @@ class Checkpoints:
         The newest intact one, the best one and those of `keep_steps` are never removed.
 
         Raises:
-            TrainingError: the new checkpoint does not fit.
+            TrainingError: the new checkpoint would not fit without them either; none is removed.
         """
         if self._shortage(step, state, links) is None:
             return
@@ -161,19 +162,25 @@ class Checkpoints:
         while earlier and self._intact_size(earlier[-1]) is None:
             earlier.pop()
         removable = [kept for kept in earlier[:-1] if kept not in self.keep_steps and kept != best]
-        while shortage := self._shortage(step, state, links):
-            if not removable:
-                raise TrainingError(shortage)
+        if shortage := self._shortage(step, state, links, removable):
+            raise TrainingError(shortage)
+        while removable and self._shortage(step, state, links):
             self._remove(removable.pop(0))
 
-    def _shortage(self, step: int, state: Mapping[str, Any], links: Mapping[str, Path]) -> str | None:
-        """Return an error message if the checkpoint does not fit, otherwise None."""
+    def _shortage(
+        self, step: int, state: Mapping[str, Any], links: Mapping[str, Path], without: Collection[int] = ()
+    ) -> str | None:
+        """Return an error message if the checkpoint does not fit, even `without` these steps, otherwise None."""
         size = state_bytes(state) + SPARE_BYTES
         sources = [source.stat() for source in links.values()]
         copied = sum(stat.st_size for stat in sources if stat.st_dev != self.folder.stat().st_dev)
-        limits = {"the disk": (size + copied, shutil.disk_usage(self.folder).free)}
+        gone = [self._path(each) for each in without]
+        removed = Counter((stat.st_dev, stat.st_ino, stat.st_nlink, stat.st_size)
+                          for folder in gone for stat in map(Path.stat, folder.iterdir()))  # fmt: skip
+        freed = sum(length for (*_, names, length), count in removed.items() if names == count)  # no other link is left
+        limits = {"the disk": (size + copied, shutil.disk_usage(self.folder).free + freed)}
         if self.max_bytes is not None:
-            stats = [file.stat() for file in self.folder.glob("*/*")]
+            stats = [file.stat() for file in self.folder.glob("*/*") if file.parent not in gone]
             used = {(stat.st_dev, stat.st_ino): stat.st_size for stat in stats}  # a file with several links counts once
             linked = sum(stat.st_size for stat in sources if (stat.st_dev, stat.st_ino) not in used)
             limits["checkpoint.max_gb"] = (size + linked, max(0, self.max_bytes - sum(used.values())))

@@ -538,6 +538,23 @@ def test_what_does_not_fit_is_refused_with_figures_and_the_rest_stays(tmp_path: 
     assert checkpoints.steps() == [10, 20, 30]
 
 
+@pytest.mark.parametrize("limit", ["checkpoint.max_gb", "the disk"])
+def test_none_is_removed_for_one_that_would_not_fit_even_then(
+    limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(tmp_path, max_bytes=3_500_000 if limit == "checkpoint.max_gb" else None, last=3)
+    for step in (10, 20, 30):
+        save(checkpoints, step, MEGABYTE)
+    if limit == "the disk":
+        full = shutil.disk_usage(tmp_path)._replace(free=480_000)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    with pytest.raises(TrainingError, match=rf"needs 3,\d+,\d+ bytes, {re.escape(limit)} has 2,4\d\d,\d+ left$"):
+        save(checkpoints, 40, 3 * MEGABYTE)
+    assert checkpoints.steps() == [10, 20, 30]
+    save(checkpoints, 40, 2 * MEGABYTE)
+    assert checkpoints.steps() == [30, 40]
+
+
 def test_the_last_whole_one_never_makes_room(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, max_bytes=1_500_000)
     save(checkpoints, 10, MEGABYTE)
