@@ -198,7 +198,7 @@ def _points(training: Training) -> list[tuple[int, dict[str, float]]]:
 def _assert_same_weights(one: Training, other: Training, what: str) -> None:
     weights, expected = one.model.state_dict(), other.model.state_dict()
     different = [name for name in expected if not torch.equal(weights[name], expected[name])]
-    assert not different, f"{what}, the model differs from an undisturbed training in {different[:3]}"
+    assert not different, f"{what}, the model differs from an uninterrupted training in {different[:3]}"
 
 
 def _seed_all(seed: int) -> None:

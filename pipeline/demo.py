@@ -51,10 +51,10 @@ def main(config: MmoeConfig, given: frozenset[str]) -> None:
     if reviews.tracking_uri:
         with optional("the report"):
             _report([run.id for run in ranking], Path(config.output_dir))
-    store = reviews.tracking_uri or "memory alone"
+    store = reviews.tracking_uri or "memory only"
     info(f"\n{len(runs)} runs in {store}: " + ", ".join(f"{run.name} ({run.id})" for run in runs))
     info("next: open the report; `make ui` opens MLflow: select the first two runs and press Compare. Is it really "
-        "better? `python -m pipeline sweep` takes five settings, three seeds each, and ends in a verdict")  # fmt: skip
+        "better? `python -m pipeline sweep` runs five settings with three seeds each and gives a verdict")  # fmt: skip
 
 
 def _report(run_ids: list[str], output_dir: Path) -> None:

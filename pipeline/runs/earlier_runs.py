@@ -122,7 +122,7 @@ def _of_id(run_id: str, config: RunConfig, output_dir: Path, writer: Writer) -> 
     with os_errors(f"journal {journal}"):
         opened = read_opening(journal)
     if opened is None:
-        raise UserError(f"{journal}: found no record of the run's beginning; it cannot go on")
+        raise UserError(f"{journal}: found no record of the run's beginning; it cannot be resumed")
     return _of_folder(folder, opened)
 
 
@@ -133,7 +133,7 @@ def query_store(config: RunConfig, writer: Writer, **criteria: str | None) -> li
     except UserError as error:
         if not config.tracking.offline:
             raise
-        warn(f"{error}; looking into {config.output_dir} alone")
+        warn(f"{error}; searching only {config.output_dir}")
         return None
 
 
@@ -188,7 +188,7 @@ def _check_same(config: RunConfig, identity: Mapping[str, str], run: EarlierRun)
                                f"{identity['data_digest'][:12]}...")  # fmt: skip
     more = f"; and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
     text = "; ".join(differences[:SHOWN]) + more
-    raise UserError(f"resume {run.run_id}: that run is another one: {text or 'its config differs'}; allowed: the "
+    raise UserError(f"resume {run.run_id}: that run differs: {text or 'its config differs'}; allowed: the "
                     "same config and data (fork=<run id>@<step> starts a new run from its state)")  # fmt: skip
 
 

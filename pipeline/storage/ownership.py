@@ -103,7 +103,7 @@ def live_owner(folder: Path) -> str | None:
 
 def alive_error(run: str, owner: str) -> UserError:
     """The error raised on starting a run that another process is writing."""
-    return UserError(f"run {run} is alive: {owner} writes it; wait for its end, or end it first")
+    return UserError(f"run {run} is in use by {owner}; wait until it ends, or stop it")
 
 
 def _is_locked(file: Path) -> bool:

@@ -173,7 +173,8 @@ def _abandon(opening: Opening | None, failure: str) -> None:
             return
         except Exception as error:  # report any error of the store in one line
             if is_last:
-                warn(f"run {opening.run_id or 'that was asked for'} could not be ended: {one_line(error)}")
+                run = f"run {opening.run_id}" if opening.run_id else "the requested run"
+                warn(f"{run} could not be ended: {one_line(error)}")
             time.sleep(ABANDON_SECONDS)
 
 

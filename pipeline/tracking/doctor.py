@@ -23,10 +23,10 @@ Points = dict[str, dict[int, list[float]]]  # metric -> step -> values
 
 @dataclass(frozen=True)
 class Finding:
-    """Result of one check; `mend`: how to repair it, or None if nothing is wrong."""
+    """Result of one check; `repair`: how to repair it, or None if nothing is wrong."""
 
     what: str
-    mend: str | None = None
+    repair: str | None = None
 
 
 @dataclass
@@ -72,11 +72,11 @@ def doctor(run: str, output_dir: Path = Path("outputs")) -> None:
     info(f"run {journal.opened['id']} ({journal.opened['name']}) in {folder.path}")
     findings = [*_check_journal(journal), *_check_checkpoints(folder), *_check_store(journal)]
     for finding in findings:
-        differs = f"  DIFFERS  {finding.what}\n           {finding.mend}"
-        info(f"  ok       {finding.what}" if finding.mend is None else differs)
-    wrong = sum(finding.mend is not None for finding in findings)
+        differs = f"  DIFFERS  {finding.what}\n           {finding.repair}"
+        info(f"  ok       {finding.what}" if finding.repair is None else differs)
+    wrong = sum(finding.repair is not None for finding in findings)
     if wrong:
-        raise TrainingError(f"run {journal.opened['id']}: {wrong} of {len(findings)} things are not as they should be")
+        raise TrainingError(f"run {journal.opened['id']}: {wrong} of {len(findings)} checks failed")
 
 
 def _find_folder(run: str, output_dir: Path) -> RunFolder:
@@ -110,14 +110,14 @@ def _read_journal(folder: RunFolder) -> Journal:
 
 def _check_journal(journal: Journal) -> Iterator[Finding]:
     owner = live_owner(journal.folder.path)
-    yield Finding(f"alive: {owner} writes it; what follows is of this moment" if owner else "no process writes it")
+    yield Finding(f"{owner} is writing it; the checks below may change" if owner else "no process writes it")
     doubled = [key for key, steps in journal.points.items() if any(len(values) > 1 for values in steps.values())]
     count = sum(map(len, journal.points.values()))
-    mend = f"{_listed(doubled)} twice at a step: a defect of ours; please report it" if doubled else None
-    yield Finding(f"journal: {journal.records:,} records, {count:,} points of {len(journal.points)} metrics", mend)
+    repair = f"{_listed(doubled)} logged twice at a step; this is a bug, please report it" if doubled else None
+    yield Finding(f"journal: {journal.records:,} records, {count:,} points of {len(journal.points)} metrics", repair)
     if journal.torn_bytes or journal.damaged:
-        yield Finding(f"journal: {journal.damaged} damaged lines, {journal.torn_bytes} bytes of a torn one",
-                      "the next start (resume=auto) cuts the torn line off and trains again what it held")  # fmt: skip
+        yield Finding(f"journal: {journal.damaged} damaged lines, {journal.torn_bytes} bytes of an incomplete one",
+                      "the next start (resume=auto) removes the incomplete line and repeats those steps")  # fmt: skip
     status = journal.final_status
     yield Finding(f"journal: ends as {status or 'a run that still trains, or was killed'}",
                   None if status == "FINISHED" else "start it again with resume=auto")  # fmt: skip
@@ -130,7 +130,7 @@ def _check_checkpoints(folder: RunFolder) -> Iterator[Finding]:
             checkpoints.at(step)
             yield Finding(f"checkpoint of step {step}: whole")
         except Damaged as damage:
-            yield Finding(f"checkpoint of step {step}: {damage}", "the next start passes it over; it may be deleted")
+            yield Finding(f"checkpoint of step {step}: {damage}", "the next start skips it; it may be deleted")
         except UserError as error:
             yield Finding(f"checkpoint of step {step}: {error}", "resume=auto refuses it")
 
@@ -148,7 +148,7 @@ def _check_store(journal: Journal) -> Iterator[Finding]:
         yield Finding(refusal(error), f"once it is back: {sync}")
         return
     if run is None:
-        yield Finding(f"tracking store {tracking_uri()}: has no such run", f"{sync} makes it there")
+        yield Finding(f"tracking store {tracking_uri()}: has no such run", f"{sync} creates it")
         return
     yield Finding(f"delivery: {waiting:,} bytes of the journal wait", sync if waiting else None)
     for problem in cursor.at.problems:
@@ -197,7 +197,7 @@ def _compare_points(journal: Points, store: Points, again: str) -> Iterator[Find
                       f"{_listed(differing)}",
                       "another program wrote to the run, or the store's backup is of another run")  # fmt: skip
     if extra:
-        yield Finding(f"store: {len(extra):,} points that the journal has not, of {_listed(extra)}",
+        yield Finding(f"store: {len(extra):,} points missing from the journal, of {_listed(extra)}",
                       "its tail was lost (a power cut?): the next start with resume=auto reads them back")  # fmt: skip
 
 

@@ -117,8 +117,8 @@ class MlflowRun:
 
     def check_position(self, position: int) -> None:
         if position > self.logged_bytes:
-            warn(f"journal {self.journal.file}: found {self.logged_bytes} bytes where {position} were saved; of the "
-                 "rest, what the store has was read back")  # fmt: skip
+            warn(f"journal {self.journal.file}: has {self.logged_bytes} bytes, {position} expected; missing points "
+                 "were read back from the store")  # fmt: skip
 
     def history(self) -> Iterator[tuple[int, Points]]:
         self.journal.flush()
@@ -149,13 +149,14 @@ class MlflowRun:
         if journal_error:
             raise journal_error
         if report is None or report.waiting:
-            rest = f"{report.waiting:,} records wait" if report else "part of it waits"
+            rest = f"{report.waiting:,} records wait" if report else "undelivered records wait"
             reason = report.reason if report else "the tracking store does not answer"
             raise Undelivered(f"run {self.id}: {rest} in {self.journal.file}: {reason}; deliver it with "
                               f"`python -m pipeline sync {self.folder}`")  # fmt: skip
         self.writer_cpu_seconds = report.cpu_seconds
         if report.problems:
-            raise TrainingError(f"run {self.id}: {'; '.join(report.problems)}; {self.journal.file} has all of the run")
+            problems = "; ".join(report.problems)
+            raise TrainingError(f"run {self.id}: {problems}; {self.journal.file} contains the whole run")
 
     def _abandon(self, _: object, error: BaseException | None, __: object) -> None:
         """Exit callback after an error: let the writer end the run, and raise disk errors as TrainingErrors."""
@@ -254,7 +255,7 @@ class MlflowRun:
     def _restart_writer(self) -> None:
         """If the writer process has ended, start a new one, which continues the delivery."""
         if (code := self.writer.process.poll()) is not None:
-            warn(f"the tracking writer ended with code {code}; another one goes on")
+            warn(f"the tracking writer ended with code {code}; a new one continues")
             self.writer.start()
             self._follow()
 

@@ -64,7 +64,7 @@ class Opening:
         if request.run_id:
             run = find_by_id(client, request.run_id) if resumed else client.get_run(request.run_id)
         if resumed and run is None:
-            return self.without_store(f"found no run {request.run_id}, whose folder is here; it is made there, with "
+            return self.without_store(f"found no run {request.run_id}, whose folder is here; it is created there, with "
                                       f"tag {ORIGINAL}")  # fmt: skip
         wanted = request.experiment
         if run and not resumed and wanted and run.info.experiment_id != experiment_id(client, wanted):

@@ -59,7 +59,8 @@ def sync(folder: Path, again: bool = False) -> None:
         failures.append(failure)
     if failures:
         worst = max(failures, key=lambda failure: failure.exit_code)
-        raise type(worst)(f"{len(failures)} of {len(folders)} runs of {folder} are not whole in {tracking_uri()}")
+        count = f"{len(failures)} of {len(folders)}"
+        raise type(worst)(f"{count} runs of {folder} were not fully delivered to {tracking_uri()}")
 
 
 @contextmanager
@@ -122,7 +123,7 @@ def _deliver(folder: RunFolder, owner: int, again: bool) -> tuple[DeliveryReport
             return replace(delivery.report(), run_id=cursor.at.run_id or ""), 0
         report = delivery.follow()
     if delivery.reader.damaged:
-        warn(f"{folder.journal}: damaged lines, which were passed over: {delivery.reader.damaged:,}")
+        warn(f"{folder.journal}: skipped damaged lines: {delivery.reader.damaged:,}")
     return report, max(1, delivery.delivered)
 
 

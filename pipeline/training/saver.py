@@ -88,8 +88,8 @@ class Saver:
         for file, before in self.data.items():
             if (now := _signature(file)) != before:
                 what = "is gone" if now is None else "was changed"
-                raise TrainingError(f"{file}: {what} while the run was training on it; what comes after would be of "
-                                    "other data")  # fmt: skip
+                raise TrainingError(f"{file}: {what} while the run was training on it; later steps would use "
+                                    "different data")  # fmt: skip
 
 
 def _signature(file: Path) -> tuple[int, int] | None:

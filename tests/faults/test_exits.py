@@ -126,9 +126,8 @@ def test_a_run_that_is_alive_is_refused_and_a_signal_saves_and_ends_it(
         for resume in ("auto", run_id):
             code, stderr = start([*alive.arguments, "--resume", resume], folder)
             assert code == 2
-            assert (
-                stderr.strip().splitlines()[-1].startswith(f"error: run {run_id} is alive: process {process.pid} on ")
-            )
+            refusal = f"error: run {run_id} is in use by process {process.pid} on "
+            assert stderr.strip().splitlines()[-1].startswith(refusal)
         wait_for(lambda: output_is_full(process))
         process.send_signal(number)
         assert end_of(process) == 128 + number

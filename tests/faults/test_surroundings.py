@@ -119,7 +119,7 @@ def test_trainer_that_stands_still_is_taken_over_once_its_lock_is_gone(
         )
         refused = subprocess.run(resuming, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
         assert refused.returncode == 2, refused.stderr
-        assert "is alive" in refused.stderr
+        assert "is in use by" in refused.stderr
         for lock in folder.glob("outputs/*/owner.lock"):
             lock.unlink()
         ends_well(resuming, folder)

@@ -58,7 +58,7 @@ def test_one_writes_and_the_other_is_refused(
         assert time.monotonic() - begun < SECONDS
         assert second.returncode == 2, second.stderr
         told = second.stderr.strip().splitlines()[-1]
-        assert told.startswith(f"error: run {run_id} is alive: process {process.pid} on "), told
+        assert told.startswith(f"error: run {run_id} is in use by process {process.pid} on "), told
         count = len(points(folder, run_id))
         wait_for(lambda: len(points(folder, run_id)) > count)  # the first goes on
         process.send_signal(signal.SIGINT)

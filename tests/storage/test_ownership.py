@@ -88,7 +88,7 @@ def test_a_second_process_is_refused_until_the_first_gives_up(folder: Path, quic
     with owner_process(folder) as process:
         for number in (signal.SIGCONT, signal.SIGSTOP):  # at work, and standing still
             os.kill(process.pid, number)
-            with pytest.raises(UserError, match=rf"^run 5eed is alive: process {process.pid} on {HOST} .*$") as refused:
+            with pytest.raises(UserError, match=rf"^run 5eed is in use by process {process.pid} on {HOST};") as refused:
                 Ownership(folder)
             assert type(refused.value) is UserError  # exit code 2: usage, not training
             assert live_owner(folder) == f"process {process.pid} on {HOST}"

@@ -380,7 +380,7 @@ def test_a_writer_ignores_a_schedulers_signals(client: Any, writer: Writer, here
 
 def test_a_run_that_is_alive_cannot_be_resumed(client: Any, writer: Writer, here: Path) -> None:
     run = open_run(writer)
-    with pytest.raises(UserError, match=f"run {run.id} is alive: process {os.getpid()} on"):
+    with pytest.raises(UserError, match=f"run {run.id} is in use by process {os.getpid()} on"):
         resume(writer, run.id)
     run.finish("FINISHED")
 

@@ -1,4 +1,4 @@
-"""`doctor` finds differences between a run's journal, store and checkpoints, and says what mends them."""
+"""`doctor` finds differences between a run's journal, store and checkpoints, and says what repairs them."""
 
 import json
 import shutil
@@ -47,7 +47,7 @@ def run(place: Place) -> Path:
 
 def differences(run: str, capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
-    with pytest.raises(TrainingError, match="are not as they should be"):
+    with pytest.raises(TrainingError, match="checks failed"):
         doctor(run)
     return " ".join(capsys.readouterr().err.split())
 
@@ -94,7 +94,7 @@ def test_extra_points_in_the_store(run: Path, workplace: Path, capsys: pytest.Ca
     output = differences(run.name, capsys)
     assert "1 points are there more than once, of loss_total" in output
     assert "1 points have another value than in the journal, of loss_total" in output
-    assert "1 points that the journal has not, of loss_total" in output
+    assert "1 points missing from the journal, of loss_total" in output
     assert f"run {run.name} is RUNNING python -m pipeline sync" in output
 
 
@@ -104,7 +104,7 @@ def test_a_torn_journal_and_a_damaged_checkpoint(run: Path, capsys: pytest.Captu
     state = run / "checkpoints" / f"{20:09d}" / "state.pt"
     state.write_bytes(b"\0" * state.stat().st_size)
     output = differences(run.name, capsys)
-    assert "bytes of a torn one the next start (resume=auto) cuts the torn line off" in output
+    assert "bytes of an incomplete one the next start (resume=auto) removes the incomplete line" in output
     assert "ends as a run that still trains, or was killed start it again with resume=auto" in output
     assert "checkpoint of step 10: whole" in output
     assert "DIFFERS checkpoint of step 20: " in output
@@ -139,4 +139,4 @@ def test_a_store_that_never_had_it_and_no_run_at_all(
     shutil.copyfile(empty_store, other)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{other}")
     output = differences(str(run), capsys)
-    assert f"has no such run python -m pipeline sync {run} makes it there" in output
+    assert f"has no such run python -m pipeline sync {run} creates it" in output

@@ -334,7 +334,7 @@ signal.pause()
         assert trainer.stdout
         run_id, writer = trainer.stdout.readline().split()
         folder = place.folder / "outputs" / run_id
-        with pytest.raises(UserError, match=f"run {run_id} is alive: process {trainer.pid}"):
+        with pytest.raises(UserError, match=f"run {run_id} is in use by process {trainer.pid}"):
             sync(folder)
         os.kill(int(writer), signal.SIGKILL)
         trainer.kill()
@@ -362,7 +362,7 @@ def test_a_run_whose_model_cannot_answer_is_failed(place: Place, export: dict[st
 def test_a_copied_folder_of_a_run_that_is_alive_is_refused(place: Place) -> None:
     run = MlflowRun(place.writer, RunRequest("copied"), Path("outputs"))
     copy = shutil.copytree(run.folder, Path("copies") / run.id)
-    with pytest.raises(UserError, match=f"run {run.id} is alive: process {os.getpid()} on .* writes it"):
+    with pytest.raises(UserError, match=f"run {run.id} is in use by process {os.getpid()} on "):
         sync(copy)
     assert place.client.get_run(run.id).info.status == "RUNNING"
     run.finish("FINISHED")
@@ -379,7 +379,7 @@ def test_a_folder_of_runs_is_delivered_but_for_the_one_that_is_alive(
     owner = Ownership(runs[0].folder)
     with pytest.raises(UserError, match="1 of 2 runs of outputs are not whole"):
         sync(Path("outputs"))
-    assert f"run {runs[0].id} is alive" in capsys.readouterr().err
+    assert f"run {runs[0].id} is in use by" in capsys.readouterr().err
     owner.release()
     sync(Path("outputs"))
     made = client.search_runs([client.get_experiment_by_name("several").experiment_id])
@@ -409,7 +409,7 @@ def test_a_damaged_folder_leaves_the_others(
         sync(Path("outputs"))
     lines = capsys.readouterr().err.splitlines()
     damaged = runs["lacking"].journal.file.resolve()
-    assert f"warning: {damaged}: damaged lines, which were passed over: 2" in lines
+    assert f"warning: {damaged}: skipped damaged lines: 2" in lines
     errors = [line for line in lines if line.startswith("error: ")]
     assert sorted(line.partition(": found")[0].partition(": KeyError")[0] for line in errors) == sorted(
         [f"error: {runs['headless'].journal.file.resolve()}", f"error: run folder {runs['unforeseen'].folder}"]

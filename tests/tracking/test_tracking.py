@@ -181,7 +181,7 @@ def test_a_second_start_without_its_folder_goes_on_in_the_same_run(place: Place,
         start()
     before = logged(place.client, opened)
     shutil.rmtree(Path(config.output_dir) / opened)
-    with pytest.raises(UserError, match=f"^resume {opened}: that run is another one: seed was 41, now 5; allowed"):
+    with pytest.raises(UserError, match=f"^resume {opened}: that run differs: seed was 41, now 5; allowed"):
         start(seed=5)
     trained = start()
     assert (trained.id, trained.steps) == (opened, 12)
@@ -217,7 +217,7 @@ def test_a_run_that_the_store_lost_goes_on_from_its_checkpoint_in_a_new_one(
     capsys.readouterr()
     trained = start(resume="auto" if resume == "auto" else lost)
     output = capsys.readouterr().err
-    assert f"found no run {lost}, whose folder is here; it is made there, with tag original_run_id" in output
+    assert f"found no run {lost}, whose folder is here; it is created there, with tag original_run_id" in output
     assert "continues after step 7 of 12" in output
     assert (trained.id, trained.steps) == (lost, 12)
     run = only_run(place.client, seed)
@@ -228,7 +228,7 @@ def test_a_run_that_the_store_lost_goes_on_from_its_checkpoint_in_a_new_one(
 def test_a_copy_of_a_folder_whose_run_is_alive_is_refused(place: Place) -> None:
     run = open_run(place.writer)
     copy = shutil.copytree(run.folder, place.folder / "copy" / run.id)
-    alive = f"run {run.id} is alive: process {os.getpid()} on {socket.gethostname()} writes it"
+    alive = f"run {run.id} is in use by process {os.getpid()} on {socket.gethostname()};"
     with pytest.raises(UserError, match=alive):
         Opening(RunRequest("copy", run_id=run.id, resume=True, folder=str(copy)), Path("outputs"), {}).open()
     with pytest.raises(UserError, match=alive):  # the same MLFLOW_RUN_ID
@@ -252,7 +252,7 @@ def test_a_run_of_another_host_is_refused_as_long_as_it_gets_points(
         clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: place.client.log_metric(
             run_id, "loss_total", 1.0, step=next(steps)))  # fmt: skip
         patch.setattr(opening, "time", clock)
-        with pytest.raises(UserError, match=f"run {run_id} is alive: process 77 on elsewhere writes it"):
+        with pytest.raises(UserError, match=f"run {run_id} is in use by process 77 on elsewhere"):
             Opening(request, Path("outputs"), {"loss_total": 3}).open()
     assert place.client.get_run(run_id).data.tags["owner"] == "77 ab12cd34"
     monkeypatch.setattr(opening, "WATCH_SECONDS", 0.3)
@@ -277,7 +277,7 @@ def test_another_config_or_other_data_is_refused_by_name(
     with cut_off(7):
         start()
     run_id = only_run(place.client, 70).info.run_id
-    with pytest.raises(UserError, match=f"^resume {run_id}: that run is another one: ") as refused:
+    with pytest.raises(UserError, match=f"^resume {run_id}: that run differs: ") as refused:
         start(resume=run_id, seed=3, **{"loss.aux_focal.lambda": 0.2})
     assert "seed was 70, now 3" in str(refused.value)
     assert "loss.aux_focal.lambda was 0.1, now 0.2" in str(refused.value)
