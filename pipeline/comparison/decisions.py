@@ -8,12 +8,11 @@ from typing import Literal
 import pandas as pd
 
 from pipeline.comparison.families import Family, arm_looks
-from pipeline.maths import statistics
-from pipeline.maths.sequential import LEVEL, Look, decided_by_one_seed, minimum_detectable_difference
+from pipeline.maths.sequential import LEVEL, Look, decided_by_one_seed, decision_of, minimum_detectable_difference
 from pipeline.maths.statistics import Paired, paired
 
 Values = Mapping[int, float]  # seed -> metric
-NO_SEED = "no shared seed: no verdict"
+NO_SEED, ONE_SEED = "no shared seed: no verdict", "one seed: no verdict"
 OPEN, UNDECIDED = "open", "not distinguishable"  # before and after the last scheduled look
 
 
@@ -91,9 +90,11 @@ def _fixed(own: Values, baseline: Values, level: float, mode: str) -> Decided:
     result = differences(own, baseline, level)
     if not result.n:
         return Decided(NO_SEED, result, level)
-    adjusted = None if result.p is None else min(1.0, result.p * LEVEL / level)
-    verdict = statistics.verdict(result.mean, adjusted, higher_is_better=mode == "max", level=LEVEL)
-    minimum = None if result.sd is None else minimum_detectable_difference(result.sd, (result.n,), level)
+    if result.p is None or result.sd is None or result.low is None or result.high is None:
+        return Decided(ONE_SEED, result, level)
+    adjusted = min(1.0, result.p * LEVEL / level)
+    verdict = decision_of(result.low, result.high, higher_is_better=mode == "max") or UNDECIDED
+    minimum = minimum_detectable_difference(result.sd, (result.n,), level)
     return Decided(verdict, result, level, (), adjusted, minimum, _deciding_seeds(own, baseline, level, mode, None))
 
 

@@ -131,11 +131,12 @@ def look(
         return Look(result.n, result.mean, 0.0, None, None, "identical" if identical else None)
     assert result.low is not None
     assert result.high is not None
-    decision = _decide(result.low, result.high, higher_is_better=higher_is_better, margin=margin)
+    decision = decision_of(result.low, result.high, higher_is_better=higher_is_better, margin=margin)
     return Look(result.n, result.mean, result.sd, result.low, result.high, decision)
 
 
-def _decide(low: float, high: float, *, higher_is_better: bool, margin: float | None) -> Decision | None:
+def decision_of(low: float, high: float, *, higher_is_better: bool, margin: float | None = None) -> Decision | None:
+    """Decision on an arm whose mean difference has this interval; None if the interval leaves it open."""
     inside = margin is not None and -margin < low and high < margin
     if low > 0 or high < 0:
         if (low > 0) == higher_is_better:
@@ -188,6 +189,6 @@ def decided_by_one_seed(
         assert others.sd is not None
         half = half_width(others.sd, len(differences), level)
         low, high = others.mean - half, others.mean + half
-        if not half or _decide(low, high, higher_is_better=higher_is_better, margin=margin) != decision:
+        if not half or decision_of(low, high, higher_is_better=higher_is_better, margin=margin) != decision:
             deciding.append(seed)
     return tuple(deciding)

@@ -1,14 +1,11 @@
-"""Comparison of an arm with the baseline: tests over seeds."""
+"""Comparison of an arm with the baseline: a test over seeds."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from scipy.stats import t
-
-Verdict = Literal["better", "worse", "not distinguishable", "one seed: no verdict"]
 
 
 @dataclass(frozen=True)
@@ -45,12 +42,3 @@ def paired(differences: Sequence[float], level: float = 0.95) -> Paired:
     p = 2 * float(t.sf(abs(mean) / error, n - 1))
     low, high = (mean - half) * unit, (mean + half) * unit
     return Paired(n, mean * unit, sd * unit, low, high, p)
-
-
-def verdict(mean: float, p_adjusted: float | None, higher_is_better: bool, level: float = 0.05) -> Verdict:
-    """Verdict on an arm. mean: mean difference from the baseline; p_adjusted: p value adjusted for multiple tests."""
-    if p_adjusted is None:
-        return "one seed: no verdict"
-    if p_adjusted > level:
-        return "not distinguishable"
-    return "better" if (mean > 0) == higher_is_better else "worse"
