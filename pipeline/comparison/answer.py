@@ -61,12 +61,12 @@ def _choice(arms: Sequence[ArmResult], comparison: Comparison) -> str:
 def _doubts(arms: Sequence[ArmResult]) -> list[str]:
     """Why an arm that is better may be no better with other seeds or on other rows."""
     better = [arm for arm in arms if arm.verdict == BETTER]
-    hanging = [arm for arm in better if arm.deciding_seeds]
+    dependent = [arm for arm in better if arm.deciding_seeds]
     nothing = [arm for arm in better if arm.new_rows and arm.new_rows.low <= 0 <= arm.new_rows.high]
     sentences = []
-    if hanging:
-        which = f"the verdict on {_names(hanging)} hangs on a single seed"
-        sentences.append(f"But {wording.one_seed_decides(hanging[0]) if len(better) == 1 else which}.")
+    if dependent:
+        which = f"the verdict on {_names(dependent)} depends on a single seed"
+        sentences.append(f"But {wording.one_seed_decides(dependent[0]) if len(better) == 1 else which}.")
     if nothing and nothing[0].new_rows:
         who = "it" if len(better) == 1 else _names(nothing)
         few = wording.deciding(nothing[0].new_rows)

@@ -118,9 +118,9 @@ def _deciding_seeds(own: Values, baseline: Values, level: float, mode: str, marg
     shared = sorted(own.keys() & baseline.keys())
     if len(shared) < 2:
         return ()
-    apart = [own[seed] - baseline[seed] for seed in shared]
-    found = decided_by_one_seed(apart, level, higher_is_better=mode == "max", margin=margin)
-    return tuple(shared[index] for index in found)
+    by_seed = [own[seed] - baseline[seed] for seed in shared]
+    deciding = decided_by_one_seed(by_seed, level, higher_is_better=mode == "max", margin=margin)
+    return tuple(shared[index] for index in deciding)
 
 
 def differences(own: Values, baseline: Values, level: float = LEVEL) -> Paired:

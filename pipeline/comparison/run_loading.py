@@ -151,7 +151,7 @@ def artifact_uris(runs: pd.DataFrame | Sequence[str]) -> dict[str, str]:
     return {run.run_id: run.artifact_uri for run in runs_of_ids([runs] if isinstance(runs, str) else list(runs))}
 
 
-class Points(NamedTuple):
+class RunPoints(NamedTuple):
     """A run's points, ordered by metric and step."""
 
     counts: Mapping[str, int]  # metric -> number of points, in the order of the arrays
@@ -187,7 +187,7 @@ def load_history(runs: pd.DataFrame | Sequence[str], metrics: Sequence[str] | No
     return pd.DataFrame(columns, copy=False)
 
 
-def _read_points(run_id: str, uri: str, wanted: frozenset[str] | None, folder: Path) -> Points:
+def _read_points(run_id: str, uri: str, wanted: frozenset[str] | None, folder: Path) -> RunPoints:
     file = artifact(run_id, uri, HISTORY_FILE, folder)
     if file is not None:
         try:
@@ -198,7 +198,7 @@ def _read_points(run_id: str, uri: str, wanted: frozenset[str] | None, folder: P
     return points_of_store({name: own for name, own in points.items() if own})
 
 
-def points_of_file(file: Path, wanted: frozenset[str] | None) -> Points:
+def points_of_file(file: Path, wanted: frozenset[str] | None) -> RunPoints:
     """Read the points of a history.parquet."""
     columns = ["metric", "step", "value", "timestamp"]
     table = pq.read_table(file, columns=columns, read_dictionary=["metric"], use_threads=False, partitioning=None)
@@ -212,7 +212,7 @@ def points_of_file(file: Path, wanted: frozenset[str] | None) -> Points:
     return _ordered(names, *arrays)
 
 
-def points_of_store(points: Mapping[str, Sequence[Point]]) -> Points:
+def points_of_store(points: Mapping[str, Sequence[Point]]) -> RunPoints:
     codes = np.repeat(np.arange(len(points)), [len(own) for own in points.values()])
     flat = [point for own in points.values() for point in own]
     steps = np.array([point.step for point in flat], dtype=np.int64)
@@ -227,7 +227,7 @@ def _ordered(
     steps: npt.NDArray[np.int64],
     values: npt.NDArray[np.float64],
     times: npt.NDArray[np.int64],
-) -> Points:
+) -> RunPoints:
     """Order points by metric name, step, time and value; drop duplicates, as MLflow does.
 
     codes: for each point, the index of its metric in `names`.
@@ -245,4 +245,4 @@ def _ordered(
         kept = np.concatenate([[True], ~(same_point & same_value)])
         codes, steps, values = codes[kept], steps[kept], values[kept]
     counts = np.bincount(codes, minlength=len(names))
-    return Points({names[at]: int(n) for at, n in zip(by_name, counts, strict=True) if n}, steps, values)
+    return RunPoints({names[at]: int(n) for at, n in zip(by_name, counts, strict=True) if n}, steps, values)

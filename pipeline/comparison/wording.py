@@ -131,7 +131,7 @@ def sentence(arm: ArmResult, comparison: Comparison) -> str:
 
 
 def one_seed_decides(arm: ArmResult) -> str:
-    """A warning, for an arm whose verdict hangs on a single seed."""
+    """A warning, for an arm whose verdict depends on a single seed."""
     seeds = [*map(str, arm.deciding_seeds[:DECIDING_SHOWN]), *["another"][: len(arm.deciding_seeds) - DECIDING_SHOWN]]
     alternatives = " or ".join(part for part in (", ".join(seeds[:-1]), seeds[-1]) if part)
     return f"one seed decides: without seed {alternatives} it would not be {arm.verdict}"

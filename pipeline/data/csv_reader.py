@@ -36,7 +36,8 @@ def check_dialect(dialect: CsvSource) -> None:
         if not (len(character) == 1 and character.isascii() and character not in "\r\n"):
             raise UserError(f"csv.{key}: found {character!r}, allowed: an ASCII character, no line end")
         if character in seen:
-            raise UserError(f"csv.{key}: found {character!r}, which is csv.{seen[character]}, allowed: another one")
+            other = f"csv.{seen[character]}"
+            raise UserError(f"csv.{key}: found {character!r}, which is {other}, allowed: a different character")
         seen[character] = key
     try:
         "".encode(dialect.encoding)

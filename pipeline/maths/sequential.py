@@ -174,8 +174,9 @@ def decided_by_one_seed(
 ) -> tuple[int, ...]:
     """Seeds (indices of `differences`) each of which alone brought about the decision; empty if open.
 
-    The decision hangs on a seed if it changes with the mean and standard deviation of the others, at the same number of
-    seeds: what one seed fewer costs in precision does not count. Two differences are never enough: one has no spread.
+    The decision depends on a seed if it changes with the mean and standard deviation of the others, at the same number
+    of seeds: what one seed fewer costs in precision does not count. Two differences are never enough: one has no
+    spread.
 
     Raises:
         ValueError: fewer than two differences, or one that is not finite.

@@ -183,9 +183,9 @@ def _detectable(
         if not sd:
             lines.setdefault("unknown, since no arm has run with two seeds of this baseline", []).append(arm.name)
             continue
-        found = minimum_detectable_difference(sd, family.looks, family.level)
+        smallest = minimum_detectable_difference(sd, family.looks, family.level)
         source = "its own seeds" if own else "other arms"
-        lines.setdefault(f"{found:.2g}, from the spread of {source}", []).append(arm.name)
+        lines.setdefault(f"{smallest:.2g}, from the spread of {source}", []).append(arm.name)
     for text, names in lines.items():
         yield f"minimum detectable difference in {metric} (80% power) of {listed(names)}: {text}"
 

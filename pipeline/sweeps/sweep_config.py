@@ -110,10 +110,10 @@ class SeedsConfig(Config):
         from pipeline.maths.sequential import LOOKS
 
         if isinstance(tree, Mapping):
-            found = {"first": 3, "most": 20} | dict(tree)
-            if found.keys() != {"first", "most"} or any(number not in LOOKS for number in found.values()):
+            seeds = {"first": 3, "most": 20} | dict(tree)
+            if seeds.keys() != {"first", "most"} or any(number not in LOOKS for number in seeds.values()):
                 raise ValueError(f"first and most: each one of {', '.join(map(str, LOOKS))}")
-            if found["first"] > found["most"]:
+            if seeds["first"] > seeds["most"]:
                 raise ValueError("first <= most")
         return tree
 
@@ -183,7 +183,7 @@ class SweepConfig(Config):
         seeds = self.all_seeds
         repeated = [seed for seed in seeds if seeds.count(seed) > 1]
         if repeated:
-            raise ValueError(f"seeds: {repeated[0]} is there twice, allowed: each once")
+            raise ValueError(f"seeds: {repeated[0]} appears twice, allowed: each once")
         if self.ray_address and self.engine != "ray":
             raise ValueError(f"ray_address: found {self.ray_address} with engine {self.engine}, allowed: engine ray")
         if self.margin is not None and not self.is_sequential:

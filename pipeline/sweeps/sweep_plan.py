@@ -240,7 +240,7 @@ def _dotted(overrides: Mapping[str, Any], model: type[RunConfig], where: str) ->
                 place = f"{where}: " if where else ""
                 raise UserError(f"{place}unknown key {prefix}{key}{nearest(path, candidates)}")
             elif path in dotted:
-                raise UserError(f"{where or 'command line'}: {path} is there twice")
+                raise UserError(f"{where or 'command line'}: {path} appears twice")
             else:
                 dotted[path] = value
 

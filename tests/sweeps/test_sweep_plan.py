@@ -311,7 +311,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
             "arms": ...,
             "search": {"space": {"lambda": {"low": 0, "high": 1}, "loss.aux_focal.lambda": {"low": 0, "high": 1}}},
         },
-        ["lambda is there twice"],
+        ["lambda appears twice"],
     ),
     ({"arms": {"grid": {"lambda": [datetime.date(2020, 1, 1)]}}}, ["arms.grid", "lambda", "2020-01-01"]),
     ({"arms": ..., "search": {"seed": 1, "space": {"lambda": {"low": 0, "high": 1}}}}, ["search.seed 1"]),

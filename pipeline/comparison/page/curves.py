@@ -14,7 +14,7 @@ Floats = npt.NDArray[np.float64]
 Steps = npt.NDArray[np.int64]
 Run = tuple[Steps, Floats]  # steps [N], increasing, and finite values [N] of a metric
 Arms = Mapping[str, Mapping[int, str]]  # name -> seed -> run id
-Points = Mapping[tuple[str, str], Run]  # (metric, run id) -> points
+PointsByRun = Mapping[tuple[str, str], Run]  # (metric, run id) -> points
 
 MOST_POINTS = 300  # points per curve: a panel is about 300 pixels wide
 SMOOTH_ABOVE = 100  # points: curves with no more than this, such as those of evaluations, are not smoothed
@@ -33,7 +33,7 @@ class Curve:
     seeds: int
 
 
-def points_by_run(history: pd.DataFrame, metrics: Sequence[str]) -> Points:
+def points_by_run(history: pd.DataFrame, metrics: Sequence[str]) -> PointsByRun:
     """Finite points of each metric and run. history: columns run, metric, step, value."""
     finite = history[history["metric"].isin(metrics) & np.isfinite(history["value"])]
     return {
@@ -49,7 +49,7 @@ def _points(part: pd.DataFrame) -> Run:
 
 
 def curves(
-    points: Points, metrics: Sequence[str], arms: Mapping[str, Mapping[int, str]]
+    points: PointsByRun, metrics: Sequence[str], arms: Mapping[str, Mapping[int, str]]
 ) -> dict[str, dict[str, Curve]]:
     """Compute curves: metric -> arm -> curve, in the order of `metrics` and `arms`, where there is a finite value."""
     drawn = {
@@ -63,7 +63,7 @@ def curves(
     return {metric: by_arm for metric, by_arm in drawn.items() if by_arm}
 
 
-def differences(points: Points, metrics: Sequence[str], arms: Arms, baseline: str) -> dict[str, dict[str, Curve]]:
+def differences(points: PointsByRun, metrics: Sequence[str], arms: Arms, baseline: str) -> dict[str, dict[str, Curve]]:
     """Compute curves of the differences to the baseline, as `curves` does, over the seeds that both have."""
     base = arms[baseline]
     drawn: dict[str, dict[str, Curve]] = {}

@@ -48,7 +48,7 @@ GATE_METRIC = re.compile(r"gate/(\w+)/expert_(\d+)")
 Events = Mapping[str, tuple[Array, LogProbability]]
 
 
-class Predictions(NamedTuple):
+class Outputs(NamedTuple):
     """Model outputs for all rows of a split, on the CPU."""
 
     logits: Tensor  # [N, T]; [N, 1] without conversion labels
@@ -132,7 +132,7 @@ class Evaluation:
             (folder / "plots").mkdir(parents=True, exist_ok=True)
             plots.calibration(curves, folder / "plots" / "calibration.png")
 
-    def predict(self, model: nn.Module, table: ImpressionTable, device: str) -> Predictions:
+    def predict(self, model: nn.Module, table: ImpressionTable, device: str) -> Outputs:
         def predict_rows(first: int, last: int) -> list[Tensor]:
             logits, shares, entropies = [], [], []
             for rows in table.batches(self.config.evaluation.batch_size, first, last):
@@ -146,10 +146,10 @@ class Evaluation:
         logits, *sums = (part.cpu() for part in distributed.split_evenly(len(table), predict_rows))
         logits = logits[:, : len(self.heads)]
         if not sums:
-            return Predictions(logits, None, None)
-        return Predictions(logits, *(part.sum(0) / len(table) for part in sums))
+            return Outputs(logits, None, None)
+        return Outputs(logits, *(part.sum(0) / len(table) for part in sums))
 
-    def _gate_metrics(self, predictions: Predictions) -> dict[str, float]:
+    def _gate_metrics(self, predictions: Outputs) -> dict[str, float]:
         metrics: dict[str, float] = {}
         if predictions.gate_means is not None and predictions.gate_entropy is not None:
             names = [head for head in HEADS if getattr(self.config.model.heads, head).deep]

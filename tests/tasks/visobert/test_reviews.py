@@ -172,7 +172,7 @@ def test_data_aspects_choose(tmp_path: Path) -> None:
     assert read_reviews(file, form(aspects=("A",))).labels.tolist() == [[P]]
     with pytest.raises(UserError, match=r"data\.aspects: no column Zoom; there are: n_star, A, B"):
         read_reviews(file, form(aspects=("Zoom",)))
-    with pytest.raises(UserError, match="A is there twice"):
+    with pytest.raises(UserError, match="A appears twice"):
         read_reviews(file, form(aspects=("A", "A")))
     with pytest.raises(UserError, match="holds the texts"):
         read_reviews(file, form(aspects=("A", "data")))
@@ -389,7 +389,7 @@ def test_encodings(tmp_path: Path) -> None:
         ('data,A\n"x\ny",Positive\n\nz,Positive,\n', "row 2: found 3 columns, allowed: 2"),
         ('data,A\nx,Positive\n"y,Positive\n', "line 3: a quote that is never closed"),
         ('data,A\n"x"y,Positive\n', "line 2: ',' expected after '\"'"),
-        ("data,A,A\nx,Positive,Positive\n", "column A is there twice"),
+        ("data,A,A\nx,Positive,Positive\n", "column A appears twice"),
         ("data\nx\n", "no aspect: column data is the only one"),
         ("data,label\nx,\n", "column label: found no label in any of 1 rows"),
     ],
@@ -407,7 +407,7 @@ def test_damaged_csv(tmp_path: Path, text: str, message: str) -> None:
         ('{"data": "x", "A": "Positive"}\n{"data": "y", "A": 1}\n', "row 2, column A: found '1', allowed: Positive"),
         ('{"data": "x", "A": ["Positive"]}\n', "row 1, column A: found '[\"Positive\"]', allowed: Positive"),
         ('{"data": "xx", "A": "Positive"}\n{"data": "a\\ud83d", "A": ""}\n', "row 2, column data: found half a char"),
-        ('{"data": "x", "A": "Positive", "A": ""}\n', "line 1: not JSON (key 'A' is there twice)"),
+        ('{"data": "x", "A": "Positive", "A": ""}\n', "line 1: not JSON (key 'A' appears twice)"),
     ],
 )
 def test_damaged_jsonl(tmp_path: Path, lines: str, message: str) -> None:

@@ -39,7 +39,7 @@ EXACT = 2**53  # doubles represent every whole number up to this one
 _QUOTED = re.compile(rb"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|`[^`]*`""")
 
 
-class Columns:
+class BatchColumns:
     """The columns of a batch that conditions read. If `click` is not None, that name means the label.
 
     Raises:
@@ -73,7 +73,7 @@ class Columns:
         return self.click if self.click is not None and column == "click" else self.batch.columns[column]
 
 
-Evaluate = Callable[[Columns], pa.Array]
+Evaluate = Callable[[BatchColumns], pa.Array]
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class _Parser:
             raise self.node_error(node, "found texts and numbers in one list")
         allowed = pa.array([constant or None for constant in constants]) if "" in constants else pa.array(constants)
 
-        def evaluate(columns: Columns) -> pa.Array:
+        def evaluate(columns: BatchColumns) -> pa.Array:
             within = pc.is_in(_read(columns, column, constants[0]), value_set=allowed)
             return pc.invert(within) if negated else within
 
@@ -209,9 +209,9 @@ class _Parser:
         raise self.node_error(node, f"found {self.written(node)} where a text or a number is due")
 
 
-def _is_valid(columns: Columns, column: str) -> pa.Array:
+def _is_valid(columns: BatchColumns, column: str) -> pa.Array:
     return columns.text(column).is_valid()
 
 
-def _read(columns: Columns, column: str, constant: str | float) -> pa.Array:
+def _read(columns: BatchColumns, column: str, constant: str | float) -> pa.Array:
     return columns.text(column) if isinstance(constant, str) else columns.number(column)

@@ -22,7 +22,7 @@ LEAST_ROWS = 10  # of each class in the validation split; chance ranks fewer row
 
 Floats = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.bool_]
-Bags = tuple[npt.NDArray[Any], npt.NDArray[Any]]  # ids of all rows, and the number of ids in each row
+RowIds = tuple[npt.NDArray[Any], npt.NDArray[Any]]  # ids of all rows, and the number of ids in each row
 
 
 def determining_features(folder: Path, schema: DataSchema) -> Iterator[str]:
@@ -46,8 +46,10 @@ def determining_features(folder: Path, schema: DataSchema) -> Iterator[str]:
             fit, judge = (column.filter(pa.array(rows)) for column, rows in zip(columns, among[name], strict=True))
             area = max(auc(events, score) for score in _scores(feature, fit, judge, fitted[of_train]))
             if area > SUSPICIOUS:
-                yield (f"feature {feature.name} alone ranks the {name}s of validation with an AUC of {area:.4f}: is it "
-                       f"known before the {name}? A feature that is made of the label teaches nothing")  # fmt: skip
+                yield (
+                    f"feature {feature.name} alone ranks the {name}s of validation with an AUC of {area:.4f}: is it "
+                    f"known before the {name}? A feature derived from the label makes the model useless"
+                )
 
 
 class _Rows:
@@ -77,13 +79,13 @@ def _scores(feature: Feature, train: pa.Array, valid: pa.Array, label: Labels) -
     return [direction * others, _log_odds(_bins(numbers, feature), _bins(others, feature), label, size)]
 
 
-def _bags(column: pa.Array) -> Bags:
+def _bags(column: pa.Array) -> RowIds:
     if pa.types.is_list(column.type):
         return np.asarray(column.flatten()), np.diff(np.asarray(column.offsets))
     return np.asarray(column), np.ones(len(column), np.int64)
 
 
-def _bins(values: Floats, feature: Feature) -> Bags:
+def _bins(values: Floats, feature: Feature) -> RowIds:
     """Bins of numbers as ids; the value that replaces missing ones has a bin of its own."""
     bins = np.searchsorted(np.array(feature.edges), values, "right")
     if feature.fill is not None:
@@ -91,7 +93,7 @@ def _bins(values: Floats, feature: Feature) -> Bags:
     return bins, np.ones(len(values), np.int64)
 
 
-def _log_odds(train: Bags, valid: Bags, label: Labels, size: int) -> Floats:
+def _log_odds(train: RowIds, valid: RowIds, label: Labels, size: int) -> Floats:
     """Sum over a row's ids of their log odds of the event, relative to those of all rows (naive Bayes).
 
     An id that training rows do not have adds nothing. Every id has one more row with the mean rate.

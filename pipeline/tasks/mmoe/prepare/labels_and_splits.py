@@ -14,7 +14,7 @@ from pipeline.data.raw_schema import Where
 from pipeline.data.raw_table import Batch, RawTable
 from pipeline.data.schema import LABELS, SAMPLE_WEIGHT, SPLITS
 from pipeline.errors import UserError
-from pipeline.tasks.mmoe.prepare.conditions import Columns, Condition, parse
+from pipeline.tasks.mmoe.prepare.conditions import BatchColumns, Condition, parse
 from pipeline.tasks.mmoe.prepare.source_schema import SourceSchema
 
 CLICK, CONVERSION = LABELS
@@ -75,11 +75,11 @@ class LabelsAndSplits:
         Raises:
             UserError: a label is not 0 or 1, a weight is not above 0, or there is a conversion without a click.
         """
-        click = _evaluated(self.click, Columns(self.label_cells, batch, None))
+        click = _evaluated(self.click, BatchColumns(self.label_cells, batch, None))
         if self.conversion is None:
             conversion = pa.array(np.zeros(batch.rows, bool))
         else:
-            conversion = _evaluated(self.conversion, Columns(self.label_cells, batch, click))
+            conversion = _evaluated(self.conversion, BatchColumns(self.label_cells, batch, click))
         clicks, conversions = (values.to_numpy(zero_copy_only=False) for values in (click, conversion))
         orphans = np.flatnonzero(conversions & ~clicks)
         if len(orphans):
@@ -122,7 +122,7 @@ class LabelsAndSplits:
         shares = [float(getattr(declared, split)) for split in divided]
         numbers = np.array([SPLITS.index(split) for split in divided])
         positions = numbers[split_positions(keys, declared.seed, shares)]
-        columns = Columns(self.label_cells, batch, None)
+        columns = BatchColumns(self.label_cells, batch, None)
         for split, condition in self.conditions.items():  # the last one, test, takes precedence
             holds = condition.evaluate(columns).to_numpy(zero_copy_only=False)
             positions = np.where(holds, SPLITS.index(split), positions)
@@ -171,7 +171,7 @@ class LabelsAndSplits:
         return UserError(f"{self.schema_file}: {key}: {problem}")
 
 
-def _evaluated(label: str | Condition, columns: Columns) -> pa.Array:
+def _evaluated(label: str | Condition, columns: BatchColumns) -> pa.Array:
     return columns.label(label) if isinstance(label, str) else label.evaluate(columns)
 
 

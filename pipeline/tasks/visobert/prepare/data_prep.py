@@ -219,7 +219,7 @@ def _print(analysis: Analysis) -> None:
 
 
 def _print_copies(analysis: Analysis) -> None:
-    tell = info if analysis.train.source == EMBEDDED else warn  # the generator writes copies on purpose
+    report = info if analysis.train.source == EMBEDDED else warn  # the generator writes copies on purpose
     for kind in ("exact", "near"):
         counts = analysis.duplicates[kind]
         info(f"{kind} copies: {counts['copies']} in {counts['groups']} groups, {counts['conflicting_groups']} of these "
@@ -228,7 +228,7 @@ def _print_copies(analysis: Analysis) -> None:
             across = counts["across"][f"{first}/{second}"][f"reviews_of_{second}"]
             if across:
                 total = len(analysis.with_text[second])
-                tell(f"{across} of {total} {second} reviews have {kind} copies in {first}")
+                report(f"{across} of {total} {second} reviews have {kind} copies in {first}")
 
 
 def _counts_text(row: Mapping[str, Any]) -> str:

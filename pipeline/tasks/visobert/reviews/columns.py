@@ -34,7 +34,7 @@ OTHER_DELIMITER = re.compile(r"[,;|\t]")
 HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")  # unpaired surrogate: allowed in JSON escapes, but not in UTF-8
 
 
-class Cells(NamedTuple):
+class Content(NamedTuple):
     """Content of a file: names and cells of its columns, and warnings about how it was read."""
 
     names: list[str]
@@ -65,7 +65,7 @@ def read_columns(file: Path, delimiter: str | None = None) -> tuple[str, Columns
     names = [clean_name(name) for name in cells.names]
     for name, count in Counter(names).items():
         if count > 1 and not UNNAMED.fullmatch(name):
-            raise UserError(f"{file}: column {name} is there twice")
+            raise UserError(f"{file}: column {name} appears twice")
     return digest, dict(zip(names, cells.columns, strict=True)), cells.notes
 
 
@@ -129,7 +129,7 @@ def _decode(file: Path, content: bytes) -> str:
     return text
 
 
-def _read_delimited(file: Path, content: bytes, delimiter: str) -> Cells:
+def _read_delimited(file: Path, content: bytes, delimiter: str) -> Content:
     reader = csv.reader(io.StringIO(_decode(file, content), newline=""), delimiter=delimiter, strict=True)
     limit = csv.field_size_limit(len(content))  # the default limit is 131,072 characters per cell
     try:
@@ -147,14 +147,14 @@ def _read_delimited(file: Path, content: bytes, delimiter: str) -> Cells:
     return _from_rows(file, names, rows)
 
 
-def _from_rows(file: Path, names: list[str], rows: Sequence[Sequence[object]], notes: Sequence[str] = ()) -> Cells:
+def _from_rows(file: Path, names: list[str], rows: Sequence[Sequence[object]], notes: Sequence[str] = ()) -> Content:
     for number, row in enumerate(rows, 1):
         if len(row) != len(names):
             raise UserError(f"{file}: row {number}: found {len(row)} columns, allowed: {len(names)}")
-    return Cells(names, list(zip(*rows, strict=True)) if rows else [()] * len(names), notes)
+    return Content(names, list(zip(*rows, strict=True)) if rows else [()] * len(names), notes)
 
 
-def _read_workbook(file: Path, content: bytes) -> Cells:
+def _read_workbook(file: Path, content: bytes) -> Content:
     rows, notes = read_workbook(file, content)
     if not rows:
         raise UserError(f"{file}: the file is empty")
@@ -162,7 +162,7 @@ def _read_workbook(file: Path, content: bytes) -> Cells:
     return _from_rows(file, ["" if name is None else str(name) for name in names], rows, notes)
 
 
-def _read_jsonl(file: Path, content: bytes) -> Cells:
+def _read_jsonl(file: Path, content: bytes) -> Content:
     records = []
     for number, line in enumerate(_decode(file, content).split("\n"), 1):
         if line.strip():
@@ -170,7 +170,7 @@ def _read_jsonl(file: Path, content: bytes) -> Cells:
     return _from_records(file, content, records)
 
 
-def _read_json(file: Path, content: bytes) -> Cells:
+def _read_json(file: Path, content: bytes) -> Content:
     """Read an array of objects, or an object in each line."""
     text = _decode(file, content)
     if not text.lstrip().startswith("["):
@@ -194,21 +194,21 @@ def _record(file: Path, where: str, record: object) -> dict[str, object]:
     return record
 
 
-def _from_records(file: Path, content: bytes, records: Sequence[Mapping[str, object]]) -> Cells:
+def _from_records(file: Path, content: bytes, records: Sequence[Mapping[str, object]]) -> Content:
     names = list(dict.fromkeys(name for record in records for name in record))
     columns: list[Sequence[object]] = [[record.get(name) for record in records] for name in names]
     if b"\\u" in content:  # an escape may stand for an unpaired surrogate or for NUL
         _check_characters(file, names, columns)
-    return Cells(names, columns)
+    return Content(names, columns)
 
 
-def _read_vlsp(file: Path, content: bytes) -> Cells:
-    return Cells([TEXT, LABELS], read_vlsp(file, _decode(file, content)))
+def _read_vlsp(file: Path, content: bytes) -> Content:
+    return Content([TEXT, LABELS], read_vlsp(file, _decode(file, content)))
 
 
-def _read_semeval(file: Path, content: bytes) -> Cells:
+def _read_semeval(file: Path, content: bytes) -> Content:
     texts, labels, notes = read_semeval(file, content)
-    return Cells([TEXT, LABELS], [texts, labels], notes)
+    return Content([TEXT, LABELS], [texts, labels], notes)
 
 
 def _check_characters(file: Path, names: Sequence[str], columns: Sequence[Sequence[object]]) -> None:
@@ -225,20 +225,20 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     record = dict(pairs)
     if len(record) < len(pairs):
         repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"key {repeated!r} is there twice")
+        raise ValueError(f"key {repeated!r} appears twice")
     return record
 
 
-def _read_parquet(file: Path, content: bytes) -> Cells:
+def _read_parquet(file: Path, content: bytes) -> Content:
     try:
         table = pq.read_table(pa.BufferReader(content))
-        return Cells(list(table.column_names), [column.to_pylist() for column in table.columns])
+        return Content(list(table.column_names), [column.to_pylist() for column in table.columns])
     except (pa.ArrowException, OSError) as error:
         reason = str(error).split("\n")[0][:200]
         raise UserError(f"{file}: not a readable Parquet file ({reason})") from None
 
 
-_READERS: dict[str, Callable[[Path, bytes], Cells]] = {
+_READERS: dict[str, Callable[[Path, bytes], Content]] = {
     ".json": _read_json,
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,

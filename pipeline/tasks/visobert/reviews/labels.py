@@ -108,7 +108,7 @@ def configured_aspects(form: ReviewFormatConfig) -> tuple[str, ...] | None:
     names = [clean_name(name) for name in form.aspects]
     for name, count in Counter(names).items():
         if count > 1:
-            raise UserError(f"data.aspects: {name} is there twice")
+            raise UserError(f"data.aspects: {name} appears twice")
     return tuple(names)
 
 
