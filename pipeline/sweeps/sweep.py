@@ -6,19 +6,20 @@ found in the tracking store by their run key, so the same command resumes an int
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from pipeline.errors import TrainingError, UserError
 from pipeline.runtime.console import info, warn
 from pipeline.runtime.gpus import visible_gpus
+from pipeline.runtime.importing import import_reference
 from pipeline.sweeps.arm_runs import ArmRuns
 from pipeline.sweeps.data_check import check_data
 from pipeline.sweeps.jobs import SweepContext, Workers
@@ -27,9 +28,6 @@ from pipeline.sweeps.sweep_config import SweepConfig
 from pipeline.sweeps.sweep_plan import Plan, resolve
 from pipeline.tasks.registry import ROOT, config_class
 from pipeline.tracking.store import check_uri
-
-if TYPE_CHECKING:
-    from pipeline.comparison.families import Family
 
 
 def sweep(config: SweepConfig, file: Path, typed: Mapping[str, str]) -> None:
@@ -77,7 +75,7 @@ def _start_workers(config: SweepConfig, folder: Path, plan: Plan) -> Workers:
 
 def _train_and_compare(plan: Plan, folder: Path, workers: Workers, writer: Any) -> None:
     with ThreadPoolExecutor(1) as pool:  # import mlflow while the workers load the data: both take seconds
-        claim = pool.submit(_claim_launcher, folder.name)
+        claim = pool.submit(lambda: import_reference("pipeline.sweeps.summary_run:claim_launcher")(folder.name))
         plan, data_digest = check_data(plan, workers)
         claim.result()
     from pipeline.sweeps.growth import grown, with_known_name
@@ -105,7 +103,12 @@ def _train_and_compare(plan: Plan, folder: Path, workers: Workers, writer: Any) 
         summary.record_families(families)
         start = time.perf_counter()
         runs = ArmRuns(context)
-        _train(plan, families, runs)
+        if settings.is_sequential:  # as many runs as decide the arms
+            from pipeline.sweeps.rounds import train_in_rounds
+
+            train_in_rounds(plan, families, runs)
+        else:
+            runs.train(plan.arms, settings.all_seeds)
         runs.report_cost(time.perf_counter() - start)
         if remark := equal.note():
             info(remark)
@@ -118,22 +121,6 @@ def _train_and_compare(plan: Plan, folder: Path, workers: Workers, writer: Any) 
     if failures:
         raise TrainingError(f"{len(failures)} of {runs.total} runs failed; the same command tries them again")
     shutil.rmtree(runs.prefix_folder, ignore_errors=True)
-
-
-def _train(plan: Plan, families: Sequence["Family"], runs: ArmRuns) -> None:
-    """Train the missing runs: all of them, or with sequential seeds as many as decide the arms."""
-    if not plan.sweep.is_sequential:
-        runs.train(plan.arms, plan.sweep.all_seeds)
-        return
-    from pipeline.sweeps.rounds import train_in_rounds
-
-    train_in_rounds(plan, families, runs)
-
-
-def _claim_launcher(plan_id: str) -> None:
-    from pipeline.sweeps.summary_run import claim_launcher
-
-    claim_launcher(plan_id)
 
 
 def _warnings(plan: Plan) -> Iterator[str]:
