@@ -3,6 +3,7 @@
 from collections import Counter
 
 from pipeline.comparison import number_format as shown
+from pipeline.comparison.decisions import OPEN, UNDECIDED
 from pipeline.comparison.number_format import NOTHING
 from pipeline.comparison.results import ArmResult, Comparison
 from pipeline.maths.row_covariance import NewRows
@@ -37,7 +38,7 @@ Its uncertainty is split by variance into that of seeds and that of rows; ± is 
 SIDES = "Side effects: untested differences to the baseline; *: the 95% interval over seeds excludes 0."
 
 VERDICTS = ("better", "better, by less than the margin", "equal within the margin", "identical",
-            "worse, by less than the margin", "worse", "open", "not distinguishable", "without a verdict")  # fmt: skip
+            "worse, by less than the margin", "worse", OPEN, UNDECIDED, "without a verdict")  # fmt: skip
 
 
 def count(number: int, noun: str) -> str:
@@ -142,7 +143,7 @@ def in_full(arm: ArmResult, comparison: Comparison) -> str:
     words, new = shown_verdict(arm), arm.new_rows
     if arm.role == "control" and arm.control_of:
         return f"{words} of {arm.control_of}"
-    if words in ("open", "not distinguishable") and arm.difference:
+    if words in (OPEN, UNDECIDED) and arm.difference:
         low, high, places = arm.difference.low, arm.difference.high, _places(arm)
         if arm.difference.sd == 0:
             words += f": all differences are {difference(arm)} so far, which decides nothing"

@@ -1,12 +1,14 @@
 """`plan: true`: what a sweep would train and what it could find. Trains nothing and opens no run."""
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import median, stdev
+from statistics import median
 from typing import NamedTuple
 
+from pipeline.comparison.decisions import differences
 from pipeline.comparison.families import Family
 from pipeline.config.strict_config import to_yaml
 from pipeline.errors import UserError
@@ -175,7 +177,7 @@ def _detectable(
     others = _spreads(finished, baseline, metric)
     lines: dict[str, list[str]] = {}
     for arm in arms:
-        own, family = _spread(runs.values(arm.name, metric), baseline), family_of[arm.name]
+        own, family = differences(runs.values(arm.name, metric), baseline).sd, family_of[arm.name]
         sd = own or (median(others) if others else None)
         if family.looks[-1] < 2:
             lines.setdefault("unknown, since one seed has no interval", []).append(arm.name)
@@ -195,13 +197,8 @@ def _spreads(finished: Sequence[StoredRun], baseline: Mapping[int, float], metri
     values: dict[tuple[str, str], dict[int, float]] = {}
     for run in finished:
         tags = run.tags
-        if tags.get("role") == "arm" and metric in run.metrics and tags.get("seed", "").isdecimal():
+        known = tags.get("role") == "arm" and tags.get("seed", "").isdecimal()
+        if known and math.isfinite(run.metrics.get(metric, math.nan)):
             arm = values.setdefault((tags.get("sweep_id", ""), tags.get("arm", "")), {})
             arm[int(tags["seed"])] = run.metrics[metric]
-    return [sd for own in values.values() if (sd := _spread(own, baseline))]
-
-
-def _spread(arm: Mapping[int, float], baseline: Mapping[int, float]) -> float | None:
-    """Standard deviation of the differences over the shared seeds; None with fewer than two."""
-    differences = [arm[seed] - baseline[seed] for seed in arm.keys() & baseline.keys()]
-    return stdev(differences) if len(differences) > 1 else None
+    return [sd for own in values.values() if (sd := differences(own, baseline).sd)]

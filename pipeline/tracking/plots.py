@@ -3,12 +3,14 @@
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+MOST_ASPECTS = 100  # in a picture, those with the most labels; tables contain all
 Floats = npt.NDArray[np.float64]
+T = TypeVar("T", npt.NDArray[np.int64], Sequence[int])
 
 
 def calibration(curves: Mapping[str, tuple[Floats, Floats, Floats]], file: Path) -> None:
@@ -27,6 +29,7 @@ def calibration(curves: Mapping[str, tuple[Floats, Floats, Floats]], file: Path)
 
 def confusion(matrices: Mapping[str, npt.NDArray[np.int64]], names: Sequence[str], file: Path) -> None:
     """Plot confusion matrices [C, C] (rows: true classes), one panel each, coloured by the share of the row."""
+    matrices = _largest(matrices, MOST_ASPECTS)
     figure, axes = _figure(len(matrices), 4)
     ticks = range(len(names))
     for axis, (title, counts) in zip(axes, matrices.items(), strict=True):
@@ -72,6 +75,7 @@ def sentiments(counts: Mapping[str, Sequence[int]], names: Sequence[str], file: 
 
     counts: row name -> number of labels of each sentiment; the first row is the total of all aspects.
     """
+    counts = _largest(counts, 1 + MOST_ASPECTS)
     figure, axes = _figure(2, 2)
     figure.set_figheight(1.7 + 0.26 * len(counts))
     values = np.array(list(counts.values()), dtype=np.float64)
@@ -86,11 +90,16 @@ def sentiments(counts: Mapping[str, Sequence[int]], names: Sequence[str], file: 
         axis.invert_yaxis()
         axis.locator_params(axis="x", nbins=6)
         axis.grid(alpha=0.3, axis="x")
-    rows = [row.replace("$", r"\$") for row in counts]  # matplotlib reads text between two dollars as a formula
-    axes[0].set_yticklabels([f"{row}: {int(total):,}" for row, total in zip(rows, values.sum(1), strict=True)])
+    axes[0].set_yticklabels([f"{row}: {int(total):,}" for row, total in zip(counts, values.sum(1), strict=True)])
     axes[1].set(xlim=(0, 1))
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
     figure.savefig(file, dpi=110)
+
+
+def _largest(counts: Mapping[str, T], most: int) -> dict[str, T]:
+    """The entries with the largest sums, in their order. matplotlib reads text between two dollars as a formula."""
+    largest = set(sorted(counts, key=lambda name: -int(np.sum(counts[name])))[:most])
+    return {name.replace("$", r"\$"): counts[name] for name in counts if name in largest}
 
 
 def _figure(panels: int, most_columns: int) -> tuple[Any, list[Any]]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pipeline.comparison.decisions import OPEN, UNDECIDED
 from pipeline.comparison.number_format import estimate
 from pipeline.comparison.page.charts import Scale, Tick, axis_ticks
 from pipeline.comparison.results import ArmResult, Comparison
@@ -13,7 +14,7 @@ LEFT, RIGHT, TOP, BOTTOM = 58, 6, 8, 20  # margins around the plot
 INSET = 14  # between the plot's sides and the first and last look
 WIDEST = 2  # the axis reaches this multiple of the arms' median interval: a far worse arm must not flatten the others
 MOST_COLUMNS, FEWEST_COLUMNS = 6, 4
-ORDER = ("better", "better, by less than the margin", "open", "not distinguishable", "equal within the margin",
+ORDER = ("better", "better, by less than the margin", OPEN, UNDECIDED, "equal within the margin",
          "identical", "worse, by less than the margin", "worse")  # fmt: skip
 
 

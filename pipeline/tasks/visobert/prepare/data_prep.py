@@ -32,7 +32,6 @@ FILES = (
     "duplicates.csv", "duplicates.json", "token_lengths.json", ALPHA_FILE,
 )  # fmt: skip
 OVERSAMPLED = 0.1  # a training split with a larger share of copies counts as oversampled
-MAX_PLOTTED = 100  # the picture shows this many aspects, those with the most labels; the files contain all
 MAX_LISTED = 20  # number of dropped cells that are printed; the files contain all
 
 
@@ -168,10 +167,8 @@ def _write(analysis: Analysis, output: Path) -> list[Path]:
         }  # fmt: skip
         write_distribution(analysis.distributions, more, folder / FILES[0], folder / FILES[1])
         counts = dict(zip(alpha.aspects, alpha.per_aspect_counts, strict=True))
-        largest = set(sorted(counts, key=lambda aspect: -sum(counts[aspect]))[:MAX_PLOTTED])
-        plotted = {ALL: alpha.counts} | {aspect: counts[aspect] for aspect in counts if aspect in largest}
         with optional(PICTURE):
-            plots.sentiments(plotted, SENTIMENTS, folder / PICTURE)
+            plots.sentiments({ALL: alpha.counts} | counts, SENTIMENTS, folder / PICTURE)
         if not (folder / PICTURE).exists():
             files.remove(PICTURE)
         write_duplicates(analysis.with_text, analysis.groups, analysis.duplicates, folder)

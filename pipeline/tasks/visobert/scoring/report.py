@@ -16,7 +16,6 @@ from pipeline.tasks.visobert.scoring.scores import aspect_table, confusion
 from pipeline.tracking import plots
 
 MAX_ERRORS = 200
-MAX_PLOTTED = 100  # the picture shows this many aspects, those with the most labels; the tables contain all
 
 
 def write_report(folder: Path, split: str, reviews: Reviews, predictions: Predictions) -> None:
@@ -33,11 +32,8 @@ def write_report(folder: Path, split: str, reviews: Reviews, predictions: Predic
     frames = {aspect: pd.DataFrame(counts, index=pd.Index(SENTIMENTS, name="truth"), columns=list(SENTIMENTS))
               for aspect, counts in matrices.items()}  # fmt: skip
     write_csv(pd.concat(frames, names=["aspect"]).reset_index(), tables / f"{split}_confusion.csv")
-    largest = sorted(matrices, key=lambda aspect: -int(matrices[aspect].sum()))[:MAX_PLOTTED]
-    plotted = {aspect.replace("$", r"\$"): counts  # matplotlib parses text between two $ as a formula
-               for aspect, counts in matrices.items() if aspect in largest}  # fmt: skip
     with optional(f"plots/{split}_confusion.png"):
-        plots.confusion(plotted, SENTIMENTS, pictures / f"{split}_confusion.png")
+        plots.confusion(matrices, SENTIMENTS, pictures / f"{split}_confusion.png")
     texts = {"text": list(reviews.texts), "labels": [reviews.labels_text(row) for row in range(len(reviews))]}
     write_csv(pd.concat([pd.DataFrame(texts), predictions.frame()], axis=1), tables / f"{split}_predictions.csv")
     write_csv(confident_errors(reviews, predictions), tables / f"{split}_errors.csv")
