@@ -2,14 +2,13 @@
 
 from collections.abc import Callable
 
-from bench import evaluation, growth, mmoe, peers, prepare, recording, sequential_seeds, start, visobert
+from bench import growth, mmoe, peers, prepare, recording, sequential_seeds, start, visobert
 from bench.workshop import Workshop
 
 FIGURES: dict[str, Callable[[Workshop], None]] = {  # in the order of measurement; some functions print several figures
     "help_s": start.help_text,
     "first_step_s": start.first_step,
     "first_step_fresh_s": start.first_step,
-    "auc_1m_ms": evaluation.auc_1m,
     "cost_of_answer": sequential_seeds.cost_of_answer,
     "cost_of_answer_prefixes": sequential_seeds.cost_of_answer,
     "cost_of_answer_stopping": sequential_seeds.cost_of_answer,

@@ -38,7 +38,6 @@ PROMISED = [
     "visobert_vs_naive_bf16",
     "visobert_vs_naive_fp32",
     "visobert_vs_trainer",
-    "auc_1m_ms",
     "cost_of_answer",
     "first_step_s",
     "help_s",

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
 
-from pipeline.maths.metrics import auc, binary_metrics, calibration_bins, expected_calibration_error
+from pipeline.maths.metrics import auc, binary_metrics, calibration_bins
 
 Array = npt.NDArray[np.float64]
 
@@ -18,6 +18,11 @@ Array = npt.NDArray[np.float64]
 def metrics_of(label: Array | list[float], probability: Array | list[float]) -> dict[str, float]:
     p = np.asarray(probability, dtype=np.float64)
     return binary_metrics(np.asarray(label, dtype=np.float64), np.log(p), np.log1p(-p))
+
+
+def expected_calibration_error(label: Array, probability: Array, bins: int = 10) -> float:
+    predicted, observed, rows = calibration_bins(label, probability, bins)
+    return float(np.average(np.abs(predicted - observed), weights=rows))
 
 
 def auc_by_pairs(label: Array, score: Array) -> float:
