@@ -57,10 +57,10 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     return [index * step for index in range(first, last + 1)]
 
 
-def log_ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """At most `most` + 1 powers of ten from low to high, evenly spaced."""
+def log_ticks(low: float, high: float) -> list[float]:
+    """At most six powers of ten from low to high, evenly spaced."""
     powers = list(range(math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9) + 1))
-    return [10.0**power for power in powers[:: max(1, math.ceil(len(powers) / (most + 1)))]]
+    return [10.0**power for power in powers[:: max(1, math.ceil(len(powers) / 6))]]
 
 
 def tick_text(value: float, step: float, sign: bool = False) -> str:

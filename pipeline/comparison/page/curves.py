@@ -138,9 +138,9 @@ def window(points: int) -> int:
     return max(1, points // SMOOTHED_SHARE) if points > SMOOTH_ABOVE else 1
 
 
-def thin(count: int, most: int = MOST_POINTS) -> Steps:
-    """Evenly spaced indices of up to `most` of `count` points, with the first and the last."""
-    return np.unique(np.rint(np.linspace(0, count - 1, min(count, most))).astype(np.int64))
+def thin(count: int) -> Steps:
+    """Evenly spaced indices of up to MOST_POINTS of `count` points, with the first and the last."""
+    return np.unique(np.rint(np.linspace(0, count - 1, min(count, MOST_POINTS))).astype(np.int64))
 
 
 def left_out(history: pd.DataFrame, metrics: Sequence[str]) -> int:

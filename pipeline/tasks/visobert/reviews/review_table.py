@@ -122,12 +122,6 @@ def capped_repeats(labels: npt.NDArray[np.int8], ratio: float) -> npt.NDArray[np
     return repeats
 
 
-def padding_efficiency(lengths: npt.NDArray[np.int64], batches: Sequence[Rows]) -> float:
-    """Share of the positions in the padded batches that are tokens, not padding."""
-    padded = sum(len(rows) * int(lengths[rows].max()) for rows in batches)
-    return sum(int(lengths[rows].sum()) for rows in batches) / padded
-
-
 def tokenise(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int, cache: Path) -> Tokens:
     """Tokenise texts, or read their tokens from `cache`, where they are stored by a digest of tokenizer and texts."""
     digest = hashlib.sha256(f"{tokenizer.digest} {max_tokens}".encode())
