@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.comparison.run_loading import READERS, artifact_uris
 from pipeline.comparison.selection import first_text, runs_by_seed
+from pipeline.maths.arrays import Floats
 from pipeline.maths.metrics import auc
 from pipeline.maths.row_covariance import NewRows, RowCovariance, auc_influence, new_rows_interval, ratio_influence
 from pipeline.names import TEST_ROWS_FILE
@@ -24,7 +24,6 @@ from pipeline.runtime.text import listed
 from pipeline.tasks.registry import declarations
 from pipeline.tracking.stored_runs import artifact
 
-Array = npt.NDArray[np.float64]
 ROUNDING = float(np.finfo(np.float32).eps)  # twice the largest relative rounding error of float32
 
 
@@ -82,7 +81,7 @@ class _Reader:
         self.first: MetricRows | None = None  # all runs must have its rows
         self.missing, self.other_rows, self.other_metric = list[str](), list[str](), list[str]()
 
-    def influences(self, arms: Sequence[str], seed: int) -> dict[str, Array]:
+    def influences(self, arms: Sequence[str], seed: int) -> dict[str, Floats]:
         """Influence of each row on the metric of each arm's run [rows], for the runs whose rows can be used."""
         influences = {}
         with tempfile.TemporaryDirectory(prefix="focal-pipeline-") as folder, ThreadPoolExecutor(READERS) as pool:
@@ -101,7 +100,7 @@ class _Reader:
                     influences[arm] = influence
         return influences
 
-    def _read(self, arm: str, seed: int, folder: Path) -> tuple["MetricRows | None", Array | None]:
+    def _read(self, arm: str, seed: int, folder: Path) -> tuple["MetricRows | None", Floats | None]:
         """Rows of a run, and their influence on the metric if they reproduce it."""
         run = self.run_ids[arm][seed]
         file = artifact(run, self.uris[run], TEST_ROWS_FILE, folder)
@@ -142,8 +141,8 @@ class _Reader:
 class MetricRows:
     """Inputs of a metric for each test row: label and score, or numerator and denominator."""
 
-    first: Array
-    second: Array
+    first: Floats
+    second: Floats
     labelled: bool  # True: label and score, for an AUC
 
     @property
@@ -157,7 +156,7 @@ class MetricRows:
         denominator = self.second.sum()
         return float(self.first.sum() / denominator) if denominator else math.nan
 
-    def influence(self) -> Array:
+    def influence(self) -> Floats:
         """Influence of each row on the metric [rows]; for an AUC the rows of class 1 come first."""
         if self.labelled:
             event = self.first > 0
@@ -190,7 +189,7 @@ class MetricRows:
         return alike and (not self.labelled or np.array_equal(self.first, other.first))
 
 
-def _auc(label: Array, score: Array) -> float:
+def _auc(label: Floats, score: Floats) -> float:
     """AUC, or NaN if it is undefined."""
     try:
         return auc(label, score) if np.isin(label, (0, 1)).all() else math.nan

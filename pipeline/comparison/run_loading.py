@@ -19,6 +19,7 @@ from pipeline.comparison.compare_config import check_source
 from pipeline.comparison.families import families_of
 from pipeline.comparison.membership import Membership
 from pipeline.errors import UserError
+from pipeline.maths.arrays import Floats, Ints
 from pipeline.names import CANONICAL, QUESTION, SWEEP
 from pipeline.runtime.console import warn
 from pipeline.storage.run_folder import HISTORY_FILE
@@ -155,8 +156,8 @@ class RunPoints(NamedTuple):
     """A run's points, ordered by metric and step."""
 
     counts: Mapping[str, int]  # metric -> number of points, in the order of the arrays
-    steps: npt.NDArray[np.int64]
-    values: npt.NDArray[np.float64]
+    steps: Ints
+    values: Floats
 
 
 def load_history(runs: pd.DataFrame | Sequence[str], metrics: Sequence[str] | None = None) -> pd.DataFrame:
@@ -224,9 +225,9 @@ def points_of_store(points: Mapping[str, Sequence[Point]]) -> RunPoints:
 def _ordered(
     names: Sequence[str],
     codes: npt.NDArray[Any],
-    steps: npt.NDArray[np.int64],
-    values: npt.NDArray[np.float64],
-    times: npt.NDArray[np.int64],
+    steps: Ints,
+    values: Floats,
+    times: Ints,
 ) -> RunPoints:
     """Order points by metric name, step, time and value; drop duplicates, as MLflow does.
 

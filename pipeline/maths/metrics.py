@@ -6,14 +6,13 @@ N = rows, G = distinct scores.
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[np.float64]
-Counts = npt.NDArray[np.int64]
+from pipeline.maths.arrays import Flags, Floats, Ints
+
 BINS = 10
 
 
-def binary_metrics(label: Array, log_p: Array, log_1mp: Array) -> dict[str, float]:
+def binary_metrics(label: Floats, log_p: Floats, log_1mp: Floats) -> dict[str, float]:
     """auc, pr_auc, logloss (nats), ece and calibration of one event.
 
     `ece` is the mean |predicted - observed| over the bins of `calibration_bins`, weighted by their numbers of rows.
@@ -43,7 +42,7 @@ def binary_metrics(label: Array, log_p: Array, log_1mp: Array) -> dict[str, floa
     return metrics
 
 
-def auc(label: Array, score: Array) -> float:
+def auc(label: Floats, score: Floats) -> float:
     """Area under the ROC curve: share of pairs in which the row of class 1 has the higher score; ties count half.
 
     This is the Mann-Whitney U divided by the number of pairs (Hanley and McNeil 1982). It is computed in integers, so
@@ -60,7 +59,7 @@ def auc(label: Array, score: Array) -> float:
     return _area_under_roc(groups)
 
 
-def calibration_bins(label: Array, probability: Array, bins: int = BINS) -> tuple[Array, Array, Array]:
+def calibration_bins(label: Floats, probability: Floats, bins: int = BINS) -> tuple[Floats, Floats, Floats]:
     """Mean prediction, mean observation and number of rows of each quantile bin of the predicted probability.
 
     With bins of equal width (Guo et al. 2017, equation 3), nearly all rows of a rare event would be in one bin. The
@@ -72,17 +71,17 @@ def calibration_bins(label: Array, probability: Array, bins: int = BINS) -> tupl
 class _Groups(NamedTuple):
     """Rows with the same score, by ascending score. [G]"""
 
-    score: Array
-    rows: Counts
-    events: Counts
+    score: Floats
+    rows: Ints
+    events: Ints
 
 
-def _grouped(event: npt.NDArray[np.bool_], score: Array) -> _Groups:
+def _grouped(event: Flags, score: Floats) -> _Groups:
     distinct, group, rows = np.unique(score, return_inverse=True, return_counts=True)
     return _Groups(distinct, rows, np.bincount(group[event], minlength=len(distinct)))
 
 
-def _merged(groups: _Groups, score: Array) -> _Groups:
+def _merged(groups: _Groups, score: Floats) -> _Groups:
     """The groups by another score of each, [G], which several may share."""
     distinct, group = np.unique(score, return_inverse=True)
     rows, events = (np.bincount(group, weights=counts).astype(np.int64) for counts in (groups.rows, groups.events))
@@ -108,12 +107,12 @@ def _average_precision(groups: _Groups) -> float:
     return float(np.sum(groups.events * (true_positives / predicted_positives)) / true_positives[0])
 
 
-def _bins(groups: _Groups, bins: int) -> tuple[Array, Array, Array]:
+def _bins(groups: _Groups, bins: int) -> tuple[Floats, Floats, Floats]:
     shared = np.repeat(groups.events / groups.rows, groups.rows)  # mean label of rows with equal scores
     predicted = [part for part in np.array_split(np.repeat(groups.score, groups.rows), bins) if len(part)]
     observed = np.array_split(shared, bins)[: len(predicted)]  # with fewer rows than bins the last bins are empty
     return _means(predicted), _means(observed), np.array([len(part) for part in predicted], dtype=np.float64)
 
 
-def _means(parts: list[Array]) -> Array:
+def _means(parts: list[Floats]) -> Floats:
     return np.array([part.mean() for part in parts])

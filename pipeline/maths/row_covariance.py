@@ -20,10 +20,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from scipy.stats import t
 
-Array = npt.NDArray[np.float64]
+from pipeline.maths.arrays import Floats
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class NewRows:
         return _half_width(seeds_variance, seeds, self.rows_variance / rows, self.deciding_rows * rows, self.level)[0]
 
 
-def auc_influence(positive: Array, negative: Array) -> Array:
+def auc_influence(positive: Floats, negative: Floats) -> Floats:
     """Placement value of each row: the share of rows of the other class that it is on the right side of; ties half.
 
     positive: scores of the rows of class 1 [P]; negative: of the others [N]. Returns: [P + N], the positives first.
@@ -64,7 +63,7 @@ def auc_influence(positive: Array, negative: Array) -> Array:
     return np.concatenate([_share_below(positive, negative), 1 - _share_below(negative, positive)])
 
 
-def ratio_influence(numerator: Array, denominator: Array) -> Array:
+def ratio_influence(numerator: Floats, denominator: Floats) -> Floats:
     """Influence of each row [N] on sum(numerator) / sum(denominator); the ratio varies as their mean does."""
     ratio = numerator.sum() / denominator.sum()
     return np.asarray((numerator - ratio * denominator) / denominator.mean())
@@ -81,7 +80,7 @@ class RowCovariance:
         self.total = np.zeros(sum(groups))
         self.own = 0.0
 
-    def add(self, influence: Array) -> None:
+    def add(self, influence: Floats) -> None:
         """Add a seed: influences on the arm's metric minus those on the baseline's [rows], group by group."""
         self.seeds += 1
         self.total += influence
@@ -109,7 +108,7 @@ class RowCovariance:
         squares = np.square(self.total - self.total.mean())
         return float(squares.sum() ** 2 / np.square(squares).sum()) if squares.any() else len(squares)
 
-    def _variance(self, influence: Array) -> float:
+    def _variance(self, influence: Floats) -> float:
         if min(self.groups) < 2:
             return math.nan
         parts = np.split(influence, np.cumsum(self.groups)[:-1])
@@ -146,7 +145,7 @@ def _half_width(
     return float(max(over_seeds, t.isf(level / 2, degrees) * math.sqrt(variance))), degrees
 
 
-def _share_below(scores: Array, others: Array) -> Array:
+def _share_below(scores: Floats, others: Floats) -> Floats:
     """Share of `others` below each score; ties count half."""
     others = np.sort(others)
     below = np.searchsorted(others, scores, "left") + np.searchsorted(others, scores, "right")

@@ -8,12 +8,10 @@ from itertools import pairwise
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 from scipy.stats import t
 
+from pipeline.maths.arrays import Floats
 from pipeline.maths.statistics import paired
-
-Array = npt.NDArray[np.float64]
 
 LOOKS = (3, 5, 8, 12, 20, 32, 50, 80)  # numbers of seeds after which an arm may be decided
 LEVEL = 0.05  # probability of any false claim in a family of arms
@@ -60,7 +58,7 @@ def nominal_level(arms: int) -> float:
 
 
 @cache
-def _smallest_p_values() -> Array:
+def _smallest_p_values() -> Floats:
     """Smallest two-sided p value over all looks, for each of PATHS paths of Gaussian differences; 1 if above LEVEL."""
     smallest = np.ones(PATHS)
     for seeds, mean, sd in _null_paths(LOOKS, PATHS):
@@ -70,7 +68,7 @@ def _smallest_p_values() -> Array:
     return smallest
 
 
-def _null_paths(schedule: Sequence[int], paths: int) -> Iterator[tuple[int, Array, Array]]:
+def _null_paths(schedule: Sequence[int], paths: int) -> Iterator[tuple[int, Floats, Floats]]:
     """At each look: its seeds, and mean and standard deviation of that many standard normal differences. [paths]
 
     The seeds between two looks enter through their sum and, independent of it, the chi-squared sum of squares about

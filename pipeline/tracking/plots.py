@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
+
+from pipeline.maths.arrays import Floats, Ints
 
 MOST_ASPECTS = 100  # in a picture, those with the most labels; tables contain all
-Floats = npt.NDArray[np.float64]
-T = TypeVar("T", npt.NDArray[np.int64], Sequence[int])
+T = TypeVar("T", Ints, Sequence[int])
 
 
 def calibration(curves: Mapping[str, tuple[Floats, Floats, Floats]], file: Path) -> None:
@@ -27,7 +27,7 @@ def calibration(curves: Mapping[str, tuple[Floats, Floats, Floats]], file: Path)
     figure.savefig(file, dpi=110)
 
 
-def confusion(matrices: Mapping[str, npt.NDArray[np.int64]], names: Sequence[str], file: Path) -> None:
+def confusion(matrices: Mapping[str, Ints], names: Sequence[str], file: Path) -> None:
     """Plot confusion matrices [C, C] (rows: true classes), one panel each, coloured by the share of the row."""
     matrices = _largest(matrices, MOST_ASPECTS)
     figure, axes = _figure(len(matrices), 4)

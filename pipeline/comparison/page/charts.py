@@ -12,9 +12,8 @@ from pipeline.comparison import number_format as shown
 from pipeline.comparison.number_format import MINUS
 from pipeline.comparison.page.curves import Curve
 from pipeline.comparison.results import ArmResult
+from pipeline.maths.arrays import Floats
 from pipeline.maths.statistics import Paired
-
-Floats = npt.NDArray[np.float64]
 
 WIDTH, HEIGHT = 360, 216  # size of a panel in pixels
 LEFT, RIGHT, TOP, BOTTOM = 58, 10, 8, 24  # margins around a panel's plot

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from functools import reduce
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 from scipy.stats import t
 
-Floats = npt.NDArray[np.float64]
-Steps = npt.NDArray[np.int64]
-Run = tuple[Steps, Floats]  # steps [N], increasing, and finite values [N] of a metric
+from pipeline.maths.arrays import Floats, Ints
+
+Run = tuple[Ints, Floats]  # steps [N], increasing, and finite values [N] of a metric
 Arms = Mapping[str, Mapping[int, str]]  # name -> seed -> run id
 PointsByRun = Mapping[tuple[str, str], Run]  # (metric, run id) -> points
 
@@ -26,7 +25,7 @@ LEVEL = 0.05  # two-sided, of the interval of a difference at each step
 class Curve:
     """One metric of one arm, or its difference to the baseline: arrays [P] of equal length, P <= MOST_POINTS."""
 
-    steps: Steps
+    steps: Ints
     mean: Floats  # over the seeds that have the step
     low: Floats  # lowest value of these seeds; of a difference, the low end of its interval
     high: Floats
@@ -101,7 +100,7 @@ def combine_differences(seeds: Sequence[tuple[Run, Run]]) -> Curve | None:
     return Curve(common[shown], mean, mean - half, mean + half, len(seeds))
 
 
-def _intersection(one: Steps, other: Steps) -> Steps:
+def _intersection(one: Ints, other: Ints) -> Ints:
     return one if np.array_equal(one, other) else np.intersect1d(one, other, assume_unique=True)
 
 
@@ -138,7 +137,7 @@ def window(points: int) -> int:
     return max(1, points // SMOOTHED_SHARE) if points > SMOOTH_ABOVE else 1
 
 
-def thin(count: int) -> Steps:
+def thin(count: int) -> Ints:
     """Evenly spaced indices of up to MOST_POINTS of `count` points, with the first and the last."""
     return np.unique(np.rint(np.linspace(0, count - 1, min(count, MOST_POINTS))).astype(np.int64))
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.compute import distributed
 from pipeline.data.schema import DataSchema, Split
+from pipeline.maths.arrays import Floats
 from pipeline.maths.calibration import Affine, Fitted, fit_click, fit_funnel, rescaled
 from pipeline.maths.losses import (
     LogProbability,
@@ -24,7 +25,7 @@ from pipeline.maths.losses import (
     log_probability,
     product_log_probability,
 )
-from pipeline.maths.metrics import Array, binary_metrics, calibration_bins
+from pipeline.maths.metrics import binary_metrics, calibration_bins
 from pipeline.names import CALIBRATED
 from pipeline.runtime.console import info
 from pipeline.tasks.base import write_test_rows
@@ -45,7 +46,7 @@ COMMON_LOSSES = {
 CALIBRATION_METRICS = ("ece", "logloss", "calibration")
 GATE_METRIC = re.compile(r"gate/(\w+)/expert_(\d+)")
 
-Events = Mapping[str, tuple[Array, LogProbability]]
+Events = Mapping[str, tuple[Floats, LogProbability]]
 
 
 class Outputs(NamedTuple):

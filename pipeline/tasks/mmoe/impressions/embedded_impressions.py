@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -26,6 +25,7 @@ from pipeline.data.schema import (
     Feature,
     Split,
 )
+from pipeline.maths.arrays import Floats, Ints
 from pipeline.storage.files import file_sha256
 from pipeline.storage.folders import made_once
 from pipeline.tasks.mmoe.config import EmbeddedDataConfig
@@ -39,9 +39,6 @@ SIZES = {"user": USERS, "item": ITEMS, "age": 8, "city": 40, "interests": 30, "c
          "hour": 24, "device": 4, "slot": 6}  # fmt: skip
 MULTI = ("interests", "tags")
 NUMERIC_EDGES = 33
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 
 
 class Bags(NamedTuple):

@@ -19,11 +19,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from pipeline.data.cells import Floats, Ints
 from pipeline.data.digests import split_positions, text_hashes
 from pipeline.data.raw_files import is_gzip, read_errors
 from pipeline.data.schema import MISSING_TEXT, SPLITS
 from pipeline.errors import UserError
+from pipeline.maths.arrays import Flags, Floats, Ints
 from pipeline.tasks.mmoe.prepare.aliccp_config import AliccpFeature, AliccpSource
 
 BLOCK_BYTES = 8 << 20  # size of the blocks of lines that are parsed at once
@@ -43,7 +43,6 @@ _INFINITE = 3.4028235677973362e38  # the smallest double that is infinite as flo
 _KEY = pa.dictionary(pa.int32(), pa.binary())  # field\x02id
 _CODED = np.dtype([("code", np.int32), ("value", np.float32)])
 
-Bools = npt.NDArray[np.bool_]
 Coded = npt.NDArray[Any]  # _CODED
 Progress = Callable[[str, int, float], None]  # stage, rows done, share of the stage that is done (0 = unknown)
 
@@ -51,8 +50,8 @@ Progress = Callable[[str, int, float], None]  # stage, rows done, share of the s
 class Rows(NamedTuple):
     """Samples. `users` are numbered across all files; -1 if there is none."""
 
-    click: Bools
-    conversion: Bools
+    click: Flags
+    conversion: Flags
     splits: npt.NDArray[np.int8]
     users: Ints
     lengths: Ints  # number of the sample's own features
@@ -244,5 +243,5 @@ def _parsed(lists: pa.Array) -> tuple[Ints, pa.DictionaryArray, Floats]:
     return np.repeat(np.arange(len(lists)), lengths), table["key"].combine_chunks(), table["value"].to_numpy()
 
 
-def _bools(array: pa.Array) -> Bools:
+def _bools(array: pa.Array) -> Flags:
     return np.array(array, dtype=np.bool_)

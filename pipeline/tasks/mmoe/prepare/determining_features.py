@@ -14,14 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data.schema import DataSchema, Feature
+from pipeline.maths.arrays import Flags, Floats
 from pipeline.maths.metrics import auc
 
 SUSPICIOUS = 0.995  # AUC
 MOST_ROWS = 500_000  # of a split that are read
 LEAST_ROWS = 10  # of each class in the validation split; chance ranks fewer rows perfectly
 
-Floats = npt.NDArray[np.float64]
-Labels = npt.NDArray[np.bool_]
 RowIds = tuple[npt.NDArray[Any], npt.NDArray[Any]]  # ids of all rows, and the number of ids in each row
 
 
@@ -64,12 +63,12 @@ class _Rows:
     def column(self, name: str) -> pa.Array:
         return self.file.read_row_groups(list(self.groups), columns=[name])[name].combine_chunks()
 
-    def label(self, name: str) -> Labels:
-        labels: Labels = np.asarray(self.column(name)) != 0
+    def label(self, name: str) -> Flags:
+        labels: Flags = np.asarray(self.column(name)) != 0
         return labels
 
 
-def _scores(feature: Feature, train: pa.Array, valid: pa.Array, label: Labels) -> list[Floats]:
+def _scores(feature: Feature, train: pa.Array, valid: pa.Array, label: Flags) -> list[Floats]:
     """Scores of the validation rows, higher for more events. label: [training rows]."""
     if feature.kind != "numeric":
         return [_log_odds(_bags(train), _bags(valid), label, feature.size)]
@@ -93,7 +92,7 @@ def _bins(values: Floats, feature: Feature) -> RowIds:
     return bins, np.ones(len(values), np.int64)
 
 
-def _log_odds(train: RowIds, valid: RowIds, label: Labels, size: int) -> Floats:
+def _log_odds(train: RowIds, valid: RowIds, label: Flags, size: int) -> Floats:
     """Sum over a row's ids of their log odds of the event, relative to those of all rows (naive Bayes).
 
     An id that training rows do not have adds nothing. Every id has one more row with the mean rate.

@@ -26,6 +26,7 @@ from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import connected_components
 from sklearn.feature_extraction.text import CountVectorizer
 
+from pipeline.maths.arrays import Flags, Ints
 from pipeline.storage.csv_table import cell
 from pipeline.storage.files import write_json
 from pipeline.tasks.visobert.reviews.reviews import Reviews, folded
@@ -35,8 +36,6 @@ SHINGLE = 5  # length of a shingle, in characters
 THRESHOLD = 0.8
 NEIGHBOURS = 32
 PAIRS_AT_ONCE = 50_000
-
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -124,14 +123,14 @@ def _candidates(shingles: csr_array) -> Iterator[Ints]:
         yield np.unique(np.sort(np.stack([left[near], right[near]], axis=1), axis=1), axis=0)
 
 
-def similar(shingles: csr_array, pairs: Ints) -> npt.NDArray[np.bool_]:
+def similar(shingles: csr_array, pairs: Ints) -> Flags:
     """Flags [P]: True if the Jaccard similarity of a pair is at least THRESHOLD. pairs: [P, 2]"""
     shared = [np.empty(0, dtype=np.int64)]
     for start in range(0, len(pairs), PAIRS_AT_ONCE):
         first, second = pairs[start : start + PAIRS_AT_ONCE].T
         shared.append(shingles[first].multiply(shingles[second]).sum(axis=1))
     both, sizes = np.concatenate(shared), np.diff(shingles.indptr)[pairs].sum(axis=1)
-    near: npt.NDArray[np.bool_] = both >= THRESHOLD * (sizes - both) - 1e-9
+    near: Flags = both >= THRESHOLD * (sizes - both) - 1e-9
     return near
 
 

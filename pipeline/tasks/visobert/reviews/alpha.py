@@ -17,6 +17,7 @@ from annotated_types import Ge
 from pydantic import TypeAdapter
 
 from pipeline.errors import UserError
+from pipeline.maths.arrays import Floats, Ints
 from pipeline.storage.files import replacing, write_json
 from pipeline.tasks.visobert.reviews.columns import quoted
 from pipeline.tasks.visobert.reviews.reviews import Reviews
@@ -25,7 +26,6 @@ from pipeline.tasks.visobert.reviews.sentiments import SENTIMENTS
 ALPHA_FILE = "alpha.json"
 FORMULA = "alpha[s] = labelled_cells / (3 * counts[s]), s in the order positive, negative, neutral"
 
-Counts = npt.NDArray[np.int64]
 Count = Annotated[int, Ge(0)]
 Weight = Annotated[float, Ge(0)]
 Mode = Literal["auto", "custom", "ones"]
@@ -103,18 +103,18 @@ def check_same_data(alpha: Alpha, train: Reviews, detection_only: Sequence[str],
         )
 
 
-def count_sentiments(labels: npt.NDArray[np.int8], repeats: npt.NDArray[np.float64] | None = None) -> Counts:
+def count_sentiments(labels: npt.NDArray[np.int8], repeats: Floats | None = None) -> Ints:
     """Count the labelled cells of each aspect and sentiment. labels [N, A] -> [A, 3]
 
     `repeats`: [N], how often each review counts; the sums are rounded.
     """
     weights = np.ones(len(labels)) if repeats is None else repeats
     counts = np.stack([weights @ (labels == code) for code in range(len(SENTIMENTS))], axis=1)
-    rounded: Counts = np.rint(counts).astype(np.int64)
+    rounded: Ints = np.rint(counts).astype(np.int64)
     return rounded
 
 
-def auto_alpha(counts: Sequence[int] | Counts, dropped: str = "") -> tuple[float, float, float]:
+def auto_alpha(counts: Sequence[int] | Ints, dropped: str = "") -> tuple[float, float, float]:
     """total / (3 * count) for each sentiment. counts: [3]; dropped: text about dropped cells, for the error message
 
     Raises:
@@ -136,7 +136,7 @@ def compute_alpha(
     reviews: Reviews,
     detection_only: Sequence[str],
     focal_alpha: Literal["auto"] | tuple[float, float, float] | None,
-    repeats: npt.NDArray[np.float64] | None = None,
+    repeats: Floats | None = None,
 ) -> Alpha:
     """Compute alpha of a training split, ignoring the sentiments of its `detection_only` aspects.
 
@@ -177,6 +177,6 @@ def _dropped_cells(reviews: Reviews) -> str:
     return f"{count} of {reviews.cells} cells are no labels (first: {where})"
 
 
-def _triple(counts: Counts) -> tuple[int, int, int]:
+def _triple(counts: Ints) -> tuple[int, int, int]:
     positive, negative, neutral = counts.tolist()
     return positive, negative, neutral

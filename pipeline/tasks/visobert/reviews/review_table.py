@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import os_errors
+from pipeline.maths.arrays import Floats, Ints
 from pipeline.storage.files import replacing
 from pipeline.tasks.base import Rows
 from pipeline.tasks.visobert.reviews.sentiments import SENTIMENTS
@@ -65,11 +66,11 @@ class ReviewTable:
 
 
 def length_buckets(
-    lengths: npt.NDArray[np.int64],
+    lengths: Ints,
     batch_size: int,
     batch_tokens: int,
     generator: np.random.Generator | None = None,
-    repeats: npt.NDArray[np.float64] | None = None,
+    repeats: Floats | None = None,
 ) -> list[Rows]:
     """Divide rows into batches of similar length, of at most `batch_size` rows and `batch_tokens` tokens.
 
@@ -97,7 +98,7 @@ def length_buckets(
     return [batches[index] for index in generator.permutation(len(batches))]
 
 
-def _bounds(lengths: npt.NDArray[np.int64], batch_size: int, batch_tokens: int) -> list[int]:
+def _bounds(lengths: Ints, batch_size: int, batch_tokens: int) -> list[int]:
     """Boundaries of consecutive batches, each as large as both limits allow."""
     bounds = [0]
     while bounds[-1] < len(lengths):
@@ -108,7 +109,7 @@ def _bounds(lengths: npt.NDArray[np.int64], batch_size: int, batch_tokens: int) 
     return bounds
 
 
-def capped_repeats(labels: npt.NDArray[np.int8], ratio: float) -> npt.NDArray[np.float64]:
+def capped_repeats(labels: npt.NDArray[np.int8], ratio: float) -> Floats:
     """Average number of times that oversampling draws each review in an epoch. labels: [N, A] -> [N]
 
     It is the count of the most frequent sentiment divided by that of the review's rarest sentiment, but at most

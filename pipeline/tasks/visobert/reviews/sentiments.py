@@ -3,6 +3,8 @@
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.maths.arrays import Flags
+
 SENTIMENTS = ("positive", "negative", "neutral")  # the order of alpha and of array axes of size 3
 NOT_MENTIONED, MENTIONED, UNKNOWN = -1, 3, -2  # codes in addition to the indices of SENTIMENTS
 CODES = {"positive": 0, "negative": 1, "neutral": 2, "not_mentioned": NOT_MENTIONED, "mentioned": MENTIONED}
@@ -10,6 +12,6 @@ CODES = {"positive": 0, "negative": 1, "neutral": 2, "not_mentioned": NOT_MENTIO
 Labels = npt.NDArray[np.int8]
 
 
-def labelled(labels: Labels) -> npt.NDArray[np.bool_]:
+def labelled(labels: Labels) -> Flags:
     """Flags of the cells with a sentiment, in the shape of `labels`."""
     return (labels >= 0) & (labels < len(SENTIMENTS))

@@ -11,6 +11,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
 
+from pipeline.maths.arrays import Flags, Floats
 from pipeline.runtime.console import optional
 from pipeline.tasks.visobert.reviews.sentiments import NOT_MENTIONED, SENTIMENTS, UNKNOWN, Labels, labelled
 from pipeline.tasks.visobert.reviews.splits import Splits
@@ -95,13 +96,11 @@ class TfidfBaseline:
     def _matrix(self, texts: Sequence[str]) -> csr_matrix:
         return csr_matrix(hstack([vectorizer.transform(texts) for vectorizer in self.vectorizers]))
 
-    def _mentioned(self, matrix: csr_matrix) -> npt.NDArray[np.float64]:
+    def _mentioned(self, matrix: csr_matrix) -> Floats:
         return np.stack([predict(matrix)[:, 1] for predict in self.detectors], 1)
 
 
-def _fit(
-    matrix: csr_matrix, target: npt.NDArray[np.generic], rows: npt.NDArray[np.bool_]
-) -> Callable[[csr_matrix], npt.NDArray[np.float64]]:
+def _fit(matrix: csr_matrix, target: npt.NDArray[np.generic], rows: Flags) -> Callable[[csr_matrix], Floats]:
     """Fit a classifier on some rows; returns a function from features to probabilities, with one column per class."""
     classes = np.unique(target[rows]).astype(np.int64)
     width = 2 if target.dtype == np.bool_ else len(SENTIMENTS)
@@ -114,7 +113,7 @@ def _fit(
         model = OneVsRestClassifier(model)  # liblinear is binary
     model.fit(matrix[rows], target[rows])
 
-    def predict(features: csr_matrix) -> npt.NDArray[np.float64]:
+    def predict(features: csr_matrix) -> Floats:
         columns = np.zeros((features.shape[0], width))
         columns[:, classes] = model.predict_proba(features)
         return columns

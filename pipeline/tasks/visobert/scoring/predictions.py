@@ -9,12 +9,10 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
+from pipeline.maths.arrays import Flags, Floats
 from pipeline.maths.calibration import Fitted
 from pipeline.tasks.visobert.model import Output
 from pipeline.tasks.visobert.reviews.sentiments import SENTIMENTS
-
-Flags = npt.NDArray[np.bool_]
-Floats = npt.NDArray[np.float64]
 
 MENTIONED_TEXT = "mentioned"
 

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
 
+from pipeline.maths.arrays import Flags, Floats, Ints
 from pipeline.tasks.visobert.reviews.sentiments import (
     MENTIONED,
     NOT_MENTIONED,
@@ -14,7 +15,7 @@ from pipeline.tasks.visobert.reviews.sentiments import (
     Labels,
     labelled,
 )
-from pipeline.tasks.visobert.scoring.predictions import Flags, PredictedLabels
+from pipeline.tasks.visobert.scoring.predictions import PredictedLabels
 
 CLASSES = tuple(range(len(SENTIMENTS)))
 PRIOR_MENTIONS = 30  # the prior threshold 0.5 has the weight of this many mentions
@@ -118,7 +119,7 @@ def _pair_scores(labels: Labels, sentiment: npt.NDArray[np.int8], mentioned: Fla
     }
 
 
-def tuned_thresholds(labels: Labels, probability: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def tuned_thresholds(labels: Labels, probability: Floats) -> Floats:
     """Threshold of each aspect on the probability of a mention, tuned for F1 on these rows. probability: [N, A] -> [A]
 
     The threshold with the best F1 is the midpoint of two neighbouring probabilities. As it is uncertain if there are
@@ -135,7 +136,7 @@ def tuned_thresholds(labels: Labels, probability: npt.NDArray[np.float64]) -> np
     return thresholds
 
 
-def _best_threshold(truth: Flags, values: npt.NDArray[np.float64]) -> float:
+def _best_threshold(truth: Flags, values: Floats) -> float:
     """The threshold with the best F1; the highest one if several are equal. At least one `truth` must be true."""
     order = np.argsort(-values, kind="stable")
     values, hits = values[order], np.cumsum(truth[order])
@@ -146,12 +147,12 @@ def _best_threshold(truth: Flags, values: npt.NDArray[np.float64]) -> float:
     return float((values[best] + below) / 2)
 
 
-def confusion(labels: Labels, sentiment: npt.NDArray[np.int8]) -> npt.NDArray[np.int64]:
+def confusion(labels: Labels, sentiment: npt.NDArray[np.int8]) -> Ints:
     """Confusion matrix [3, 3] of labelled cells, truth by prediction. labels and sentiment have the same shape."""
     cells = labelled(labels)
     if not cells.any():
         return np.zeros((len(CLASSES), len(CLASSES)), dtype=np.int64)
-    counts: npt.NDArray[np.int64] = confusion_matrix(labels[cells], sentiment[cells], labels=CLASSES)
+    counts: Ints = confusion_matrix(labels[cells], sentiment[cells], labels=CLASSES)
     return counts
 
 
