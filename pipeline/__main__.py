@@ -8,14 +8,14 @@ from typing import Any, NoReturn
 import click
 
 from pipeline.config.strict_config import Config, keys, keys_in_unions, load, nearest
-from pipeline.entries import ENTRIES, Entry
+from pipeline.entries import Entry, entry_names, find_entry
 from pipeline.errors import UserError
 from pipeline.runtime import process_rank as ranks
 from pipeline.runtime.console import open_standard_streams
 from pipeline.runtime.importing import import_reference
 from pipeline.runtime.interrupts import Interrupted, interruptible
 from pipeline.runtime.text import visible
-from pipeline.tasks.registry import ROOT, TASKS, config_class, declarations, task_factory
+from pipeline.tasks.registry import ROOT, config_class, declarations, task_factory, task_names
 
 LONGEST_LINE = 3000  # characters of an error message
 
@@ -53,7 +53,7 @@ def command(name: str, entry: Entry) -> click.Command:
         validated = load(model, source, overrides, shown_as=shown)
         if not entry.trains and ranks.world_size() > 1:
             raise UserError(f"{name}: found WORLD_SIZE {ranks.world_size()}, allowed: 1 (torchrun is for "
-                            f"{' and '.join(TASKS)})")  # fmt: skip
+                            f"{' and '.join(task_names())})")  # fmt: skip
         if entry.trains:
             _train(validated, name, frozenset(overrides))
             return
@@ -111,14 +111,14 @@ class Entries(click.Group):
     """Command group that imports only the command that is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        return [*ENTRIES, *TOOLS]
+        return [*entry_names(), *TOOLS]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        return command(cmd_name, ENTRIES[cmd_name]) if cmd_name in ENTRIES else TOOLS.get(cmd_name)
+        return command(cmd_name, find_entry(cmd_name)) if cmd_name in entry_names() else TOOLS.get(cmd_name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Entry points"):
-            formatter.write_dl([(name, _about(name)) for name in ENTRIES])
+            formatter.write_dl([(name, _about(name)) for name in entry_names()])
         with formatter.section("Tools"):
             formatter.write_dl([(name, str(tool.help)) for name, tool in TOOLS.items()])
 
@@ -126,7 +126,7 @@ class Entries(click.Group):
 def _about(name: str) -> str:
     """What an entry point does, or why it cannot be used."""
     try:
-        return ENTRIES[name].about
+        return find_entry(name).about
     except UserError as error:
         return visible(f"cannot be used: {error}")
 
@@ -149,7 +149,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         name = error.option_name.lstrip("-")
         _fail(f"unknown key {name}{nearest(name, candidates)}", 2)
     except click.NoSuchCommand as error:
-        _fail(f"unknown entry point {error.command_name}{nearest(str(error.command_name), [*ENTRIES, *TOOLS])}", 2)
+        hint = nearest(str(error.command_name), [*entry_names(), *TOOLS])
+        _fail(f"unknown entry point {error.command_name}{hint}", 2)
     except click.ClickException as error:
         _fail(error.format_message(), 2)
     except UserError as error:

@@ -1,9 +1,8 @@
 """Table of the entry points. Configs and functions are text references, so that this module imports none of them."""
 
-from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from pipeline.tasks.registry import SHIPPED, TASKS
+from pipeline.tasks.registry import SHIPPED, task_entry, task_names
 
 
 class Entry(NamedTuple):
@@ -43,20 +42,11 @@ OWN = {
 }  # fmt: skip
 
 
-class EntryTable(Mapping[str, Entry]):
-    """The project's own entry points and those that train a task. Looking one up can raise a UserError, see `Tasks`."""
-
-    def __getitem__(self, name: str) -> Entry:
-        return OWN[name] if name in OWN else Entry(*TASKS[name], trains=True)
-
-    def __contains__(self, name: object) -> bool:
-        return name in OWN or name in TASKS
-
-    def __iter__(self) -> Iterator[str]:
-        return iter([*OWN, *TASKS])
-
-    def __len__(self) -> int:
-        return len(OWN) + len(TASKS)
+def entry_names() -> list[str]:
+    """The project's own entry points and those that train a task."""
+    return [*OWN, *task_names()]
 
 
-ENTRIES = EntryTable()
+def find_entry(name: str) -> Entry:
+    """Look up an entry point. Raises what `task_entry` does."""
+    return OWN[name] if name in OWN else Entry(*task_entry(name), trains=True)

@@ -14,7 +14,7 @@ import torch
 
 from pipeline.compute import distributed
 from pipeline.config.strict_config import load
-from pipeline.entries import ENTRIES
+from pipeline.entries import find_entry
 from pipeline.runs.launch import prepare_torch
 from pipeline.runtime import process_rank
 from pipeline.runtime.console import Console
@@ -37,7 +37,7 @@ def gradients(training: Training, step: int) -> dict[str, torch.Tensor]:
 
 def main(file: Path) -> None:
     asked: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    entry = ENTRIES[asked["task"]]
+    entry = find_entry(asked["task"])
     config = load(import_reference(entry.config), Path(asked["config"]), asked["overrides"])
     device = prepare_torch(config)
     distributed.init(device)

@@ -12,11 +12,11 @@ from conftest import ROOT, run_pipeline
 
 from pipeline.__main__ import command
 from pipeline.config.strict_config import keys
-from pipeline.entries import ENTRIES, OWN
+from pipeline.entries import OWN, find_entry
 from pipeline.runtime.importing import import_reference
 from pipeline.tasks.registry import SHIPPED
 
-SHIPPED_ENTRIES = {name: ENTRIES[name] for name in (*OWN, *SHIPPED)}  # without those of installed packages
+SHIPPED_ENTRIES = {name: find_entry(name) for name in (*OWN, *SHIPPED)}  # without those of installed packages
 PACKAGE = ROOT / "pipeline"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
@@ -64,16 +64,16 @@ def test_mlproject_and_the_command_line_have_the_same_entries() -> None:
     assert set(project["entry_points"]) == set(OWN) | set(SHIPPED)
     for name, block in project["entry_points"].items():
         assert list(block["parameters"]) == ["config"]  # any other default would beat the YAML
-        assert block["parameters"]["config"]["default"] == ENTRIES[name].file
-        assert (ROOT / ENTRIES[name].file).is_file()
+        assert block["parameters"]["config"]["default"] == find_entry(name).file
+        assert (ROOT / find_entry(name).file).is_file()
         assert block["command"] == f"python -m pipeline {name} --config {{config}}"
 
 
 @pytest.mark.parametrize("name", SHIPPED_ENTRIES)
 def test_help_lists_every_key_with_type_default_and_meaning(name: str) -> None:
-    result = CliRunner().invoke(command(name, ENTRIES[name]), ["--help"], terminal_width=10_000)
+    result = CliRunner().invoke(command(name, find_entry(name)), ["--help"], terminal_width=10_000)
     assert result.exit_code == 0
-    model = import_reference(ENTRIES[name].config)
+    model = import_reference(find_entry(name).config)
     options = {
         text.split(" VALUE ")[0].split(", --")[-1]: text for text in " ".join(result.output.split()).split(" --")
     }

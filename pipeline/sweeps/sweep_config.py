@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from pipeline.config.strict_config import Config, Positive, nearest
-from pipeline.tasks.registry import TASKS
+from pipeline.tasks.registry import task_names
 
 Overrides = dict[str, Any]  # dotted key or short name -> value
 if TYPE_CHECKING:
     TaskName = str
 else:
-    TaskName = Literal[tuple(TASKS)]  # the entry points that train
+    TaskName = Literal[tuple(task_names())]  # the entry points that train
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 

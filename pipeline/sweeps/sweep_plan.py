@@ -15,7 +15,7 @@ from pipeline.config.run_config import RunConfig
 from pipeline.config.strict_config import canonical, flatten, keys, load, nearest, read_yaml, validate
 from pipeline.errors import UserError
 from pipeline.sweeps.sweep_config import GridConfig, Overrides, SearchConfig, SweepConfig
-from pipeline.tasks.registry import ROOT, TASKS
+from pipeline.tasks.registry import ROOT, task_entry
 
 NAME = "name"  # key that names an arm in a list
 DEFAULT_NAMES = ("baseline", "run")  # names that tasks give to runs with default settings
@@ -101,7 +101,7 @@ def resolve(
     Raises:
         UserError: a setting is invalid. The message names the sweep file and the arm.
     """
-    base = ROOT / TASKS[sweep.task].file
+    base = ROOT / task_entry(sweep.task).file
     if sweep.file:
         base = next((path for place in places if (path := place / sweep.file).is_file()), Path(sweep.file))
     read_yaml(base)

@@ -8,7 +8,7 @@ The tasks of other packages are those that they declare as entry points of the g
 
 import re
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -44,40 +44,33 @@ SHIPPED = {
 }  # fmt: skip
 
 
-class Tasks(Mapping[str, TaskEntry]):
-    """The shipped tasks and those of other packages. The entry of another package is imported when it is looked up.
+def task_names() -> list[str]:
+    """The shipped tasks and those of other packages, of which nothing is imported."""
+    return list(dict.fromkeys([*SHIPPED, *sorted(_declared())]))
 
-    A lookup raises a UserError if the entry's name is not allowed or declared twice, or if it cannot be imported.
+
+def task_entry(name: str) -> TaskEntry:
+    """Look up a task; the entry of another package is imported.
+
+    Raises:
+        KeyError: there is no such task.
+        UserError: the name is not allowed or declared twice, or the entry cannot be imported.
     """
-
-    def __getitem__(self, name: str) -> TaskEntry:
-        declared = _declared().get(name, ())
-        if name not in SHIPPED and not declared:
-            raise KeyError(name)
-        owners = ["focal-pipeline"] * (name in SHIPPED) + [_owner(point) for point in declared]
-        if len(owners) > 1:
-            raise UserError(f"{name}: found in {' and in '.join(owners)}, allowed: one package with this name")
-        if not NAME.fullmatch(name):
-            raise UserError(f"{name}: found in {owners[0]}, allowed: {PREFIX}<task>, where <task> begins with a letter "
-                            "and has a-z, 0-9 and _")  # fmt: skip
-        if name in SHIPPED:
-            return SHIPPED[name]
-        entry = _imported(name, declared[0].value)
-        if not isinstance(entry, TaskEntry):
-            raise UserError(f"{name}: found {declared[0].value} of type {type(entry).__name__}, allowed: a TaskEntry")
-        return entry
-
-    def __contains__(self, name: object) -> bool:
-        return name in SHIPPED or name in _declared()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys([*SHIPPED, *sorted(_declared())]))
-
-    def __len__(self) -> int:
-        return len(set(SHIPPED) | set(_declared()))
-
-
-TASKS = Tasks()
+    declared = _declared().get(name, ())
+    if name not in SHIPPED and not declared:
+        raise KeyError(name)
+    owners = ["focal-pipeline"] * (name in SHIPPED) + [_owner(point) for point in declared]
+    if len(owners) > 1:
+        raise UserError(f"{name}: found in {' and in '.join(owners)}, allowed: one package with this name")
+    if not NAME.fullmatch(name):
+        raise UserError(f"{name}: found in {owners[0]}, allowed: {PREFIX}<task>, where <task> begins with a letter "
+                        "and has a-z, 0-9 and _")  # fmt: skip
+    if name in SHIPPED:
+        return SHIPPED[name]
+    entry = _imported(name, declared[0].value)
+    if not isinstance(entry, TaskEntry):
+        raise UserError(f"{name}: found {declared[0].value} of type {type(entry).__name__}, allowed: a TaskEntry")
+    return entry
 
 
 def config_class(name: str) -> type[RunConfig]:
@@ -86,7 +79,7 @@ def config_class(name: str) -> type[RunConfig]:
     Raises:
         UserError: it cannot be imported, or its `task` is not the one that the entry point's name says.
     """
-    reference = TASKS[name].config
+    reference = task_entry(name).config
     config = _imported(name, reference)
     if not (isinstance(config, type) and issubclass(config, RunConfig)):
         raise UserError(f"{name}: found config {reference}, allowed: a subclass of RunConfig")
@@ -102,7 +95,7 @@ def task_factory(name: str) -> Callable[[Any], Any]:
     Raises:
         UserError: it cannot be imported.
     """
-    factory: Callable[[Any], Any] = _imported(name, TASKS[name].make)
+    factory: Callable[[Any], Any] = _imported(name, task_entry(name).make)
     return factory
 
 

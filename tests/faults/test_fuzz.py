@@ -109,12 +109,12 @@ def stop_before_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def planned(config: Any, file: Path, typed: Mapping[str, str]) -> None:
         reached(config)
-        model = real(command_line.ENTRIES[config.task].config)
+        model = real(command_line.find_entry(config.task).config)
         plan = sweep_plan.resolve(config, file, model, [Path(), file.parent, ROOT], typed)
         assert plan.identity()
         assert sweep_plan.to_yaml(plan)
 
-    stops: dict[str, Callable[..., None]] = {entry.target: reached for entry in command_line.ENTRIES.values()}
+    stops: dict[str, Callable[..., None]] = {entry.target: reached for entry in map(command_line.find_entry, ENTRIES)}
     stops |= {"pipeline.runs.launch:launch": launched, "pipeline.sweeps.sweep:sweep": planned,
               "pipeline.tracking.writer_client:writer_for": lambda _: contextlib.nullcontext()}  # fmt: skip
     monkeypatch.setattr(command_line, "task_factory", lambda name: name)
@@ -233,10 +233,10 @@ def written(tree: Any) -> str:
 
 # ---------------------------------------------------------------- configs of every entry point
 
-ENTRIES = list(command_line.ENTRIES)
-PATHS = {name: [key.path for key in keys(command_line.import_reference(entry.config))]
-         for name, entry in command_line.ENTRIES.items()}  # fmt: skip
-SHIPPED = {name: (ROOT / str(entry.file)).read_text() for name, entry in command_line.ENTRIES.items()}
+ENTRIES = command_line.entry_names()
+PATHS = {name: [key.path for key in keys(command_line.import_reference(command_line.find_entry(name).config))]
+         for name in ENTRIES}  # fmt: skip
+SHIPPED = {name: (ROOT / str(command_line.find_entry(name).file)).read_text() for name in ENTRIES}
 SWEEP = {"task": "train_mmoe", "config": "configs/mtl_mmoe.yaml", "settings": {"max_steps": 10},
          "baseline": {"aux_focal": False},
          "arms": [{"aux_focal": True, "lambda": 0.1}, {"name": "b", "aux_focal": True, "lambda": 0.2}],

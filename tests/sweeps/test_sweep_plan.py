@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config.strict_config import load
-from pipeline.entries import ENTRIES
+from pipeline.entries import find_entry
 from pipeline.errors import UserError
 from pipeline.runtime.importing import import_reference
 from pipeline.sweeps.arm_runs import ArmRuns
@@ -34,13 +34,13 @@ def plan_of(folder: Path, typed: dict[str, str] | None = None, **changes: Any) -
     file = folder / "sweep.yaml"
     file.write_text(yaml.safe_dump({key: value for key, value in (SWEEP | changes).items() if value is not ...}))
     sweep = load(SweepConfig, file)
-    return resolve(sweep, file, import_reference(ENTRIES[sweep.task].config), [ROOT], typed)
+    return resolve(sweep, file, import_reference(find_entry(sweep.task).config), [ROOT], typed)
 
 
 def shipped(name: str) -> Plan:
     file = ROOT / "configs/sweeps" / f"{name}.yaml"
     sweep = load(SweepConfig, file)
-    return resolve(sweep, file, import_reference(ENTRIES[sweep.task].config), [ROOT])
+    return resolve(sweep, file, import_reference(find_entry(sweep.task).config), [ROOT])
 
 
 def test_the_shipped_sweep_holds_the_five_arms() -> None:
