@@ -2,9 +2,9 @@
 
 Categories are texts, and a value has the same text in every file format. Strings are unchanged. Integers and decimals
 are written in digits, and floats as the shortest decimals that round-trip (`0.5`, `3.0`, `1e+22`). Booleans are `True`
-and `False`. Dates are written as `2024-05-01`, and times as `2024-05-01 12:00:00`, with a fraction if it is not zero,
-or as a date at midnight. If all values of a column are whole numbers, `3.0` becomes `3`; if all are booleans, `true`
-becomes `True`.
+and `False`. Dates are written as `2024-05-01`, and times as `2024-05-01 12:00:00`, with a fraction if it is not zero
+and an offset if it is not UTC, or as a date at midnight. If all values of a column are whole numbers, `3.0` becomes
+`3`; if all are booleans, `true` becomes `True`.
 """
 
 import math
@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config.strict_config import nearest
-from pipeline.data.list_cells import listed_items
+from pipeline.data.json_cells import listed_items
 from pipeline.data.raw_schema import FeatureSource
 from pipeline.data.schema import Feature
 from pipeline.errors import UserError
@@ -31,9 +31,11 @@ Place = Callable[[int], str]  # row of a batch, from 0 -> its location for error
 
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-_SPELLINGS = {"whole": r"^[+-]?[0-9]+(\.0*)?$", "truth": r"^(?i:true|false)$"}
-_MIDNIGHT = r"^(\d{4}-\d\d-\d\d)[ T]00:00:00(\.0+)?$"
-_TIME = r"^(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)(\.\d*?[1-9])?\.?0*$"
+_TRUTH = r"(?i:true|false)"
+_SPELLINGS = {"whole": r"^[+-]?[0-9]+(\.0*)?$", "truth": rf"^{_TRUTH}$"}
+_UTC = r"Z|\+00:?00"
+_MIDNIGHT = rf"^(\d{{4}}-\d\d-\d\d)[ T]00:00:00(?:\.0+)?(?:{_UTC})?$"
+_TIME = rf"^(\d{{4}}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)(\.\d*?[1-9])?\.?0*(?:{_UTC}|([+-]\d\d:\d\d))?$"
 _SPACES = "[ \u00a0\u2009\u202f]"  # plain, no-break, thin and narrow no-break, as numbers are printed with
 
 
@@ -57,8 +59,8 @@ class Bags(NamedTuple):
 class Cells:
     """Reader of cells.
 
-    missing: texts that mean a missing value. strip: whether to strip whitespace around text. decimal, thousands: marks
-    of numbers written as text; None = groups of digits have no mark.
+    missing: texts that mean a missing value; `-1` also means `-1.0`, and `false` `False`. strip: whether to strip
+    whitespace around text. decimal, thousands: marks of numbers written as text; None = groups of digits have no mark.
     """
 
     missing: tuple[str, ...]
@@ -76,19 +78,17 @@ class Cells:
         if is_list(raw.type):
             raise UserError(f"{place(0)}, column {column}: found lists, allowed: one value a row")
         encoded = raw.dictionary_encode()
-        values, missing = _canonical(encoded.dictionary), self._missing_values
-        if pa.types.is_string(raw.type):
-            missing = self._missing_text
-            values = pc.utf8_trim_whitespace(values) if self.strip else values
+        values = _canonical(encoded.dictionary)
+        values = pc.utf8_trim_whitespace(values) if self.strip else values
         if (pc.max(pc.binary_length(values)).as_py() or 0) >= len("2024-05-01 00:00:00"):
             values = pc.replace_substring_regex(values, _MIDNIGHT, r"\1")
-            values = pc.replace_substring_regex(values, _TIME, r"\1 \2\3")
-        values = _null_where(pc.is_in(values, value_set=missing), values)
+            values = pc.replace_substring_regex(values, _TIME, r"\1 \2\3\4")
+        values = self._without_missing(values)
         codes = encoded.indices.fill_null(len(values)).to_numpy(zero_copy_only=False).astype(np.int64)
         return Texts(pa.concat_arrays([values, pa.nulls(1, pa.string())]), codes)
 
     def numbers(self, raw: pa.Array, column: str, place: Place, allowed: str = "a number") -> Floats:
-        """Read a column as numbers; NaN if missing. A number in `missing` is recognised in any spelling.
+        """Read a column as numbers; NaN if missing. Truth values are 1 and 0; a number in `missing` has any spelling.
 
         Raises:
             UserError: the column holds lists, or a text that is not a number.
@@ -98,8 +98,7 @@ class Cells:
             raise UserError(f"{place(0)}, column {column}: found lists, allowed: {allowed} a row")
         text = raw
         if pa.types.is_string(raw.type):
-            text = pc.utf8_trim_whitespace(raw)
-            text = self._with_points(_null_where(pc.is_in(text, value_set=self._missing_text), text))
+            text = self._with_points(self._without_missing(pc.utf8_trim_whitespace(raw)))
         try:
             values: Floats = _doubles(text).to_numpy(zero_copy_only=False)
         except pa.ArrowInvalid:
@@ -155,8 +154,7 @@ class Cells:
         raw = plain(raw, column, place)
         if pa.types.is_string(raw.type):
             cells = pc.utf8_trim_whitespace(raw) if self.strip else raw
-            cells = _null_where(pc.is_in(cells, value_set=self._missing_text), cells)
-            raw = _split(cells, separator, column, place)
+            raw = _split(self._without_missing(cells), separator, column, place)
         elif not is_list(raw.type):
             valid = pc.invert(pc.is_null(raw, nan_is_null=pa.types.is_floating(raw.type)))
             return raw.filter(valid), valid.to_numpy(zero_copy_only=False).astype(np.int64)
@@ -170,23 +168,18 @@ class Cells:
             return texts
         mark = _SPACES if self.thousands == " " else re.escape(self.thousands or "")
         groups = f"[0-9]{{1,3}}({mark}[0-9]{{3}})+|" if mark else ""
-        number = rf"^[+-]?({groups}[0-9]*)({re.escape(self.decimal)}[0-9]*)?([eE][+-]?[0-9]+)?$"
+        number = rf"^([+-]?({groups}[0-9]*)({re.escape(self.decimal)}[0-9]*)?([eE][+-]?[0-9]+)?|{_TRUTH})$"
         plain_texts = pc.replace_substring_regex(texts, mark, "") if mark else texts
         plain_texts = pc.replace_substring(plain_texts, self.decimal, ".")
         return pc.if_else(pc.match_substring_regex(texts, number), plain_texts, "not a number")
 
-    @cached_property
-    def _missing_text(self) -> pa.Array:
-        return pa.array(["", *self.missing], pa.string())
+    def _without_missing(self, texts: pa.Array) -> pa.Array:
+        spelt = respelt(texts, "whole", "truth") if any(map(number_text, self.missing)) else texts
+        return pc.if_else(pc.is_in(spelt, value_set=self._missing_texts), pa.scalar(None, pa.string()), texts)
 
     @cached_property
-    def _missing_values(self) -> pa.Array:
-        """Missing texts for columns that are not text, where `-1`, `-1.0` and `-1.00` are the same number."""
-        texts = ["", *self.missing]
-        for text in self.missing:
-            texts += [number] if (number := number_text(text)) else []
-            texts += [repr(float(text))] if _NUMBER.fullmatch(text.strip()) else []
-        return pa.array(texts, pa.string())
+    def _missing_texts(self) -> pa.Array:
+        return respelt(pa.array(["", *self.missing], pa.string()), "whole", "truth")
 
     @cached_property
     def _missing_numbers(self) -> list[float]:
@@ -212,8 +205,12 @@ def is_list(kind: pa.DataType) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
+def is_binary(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
+
+
 def plain(raw: pa.Array, column: str, place: Place) -> pa.Array:
-    """Convert a column to string, integer, float, boolean, null, or a list.
+    """Convert a column to string, integer, float, decimal, null, or a list.
 
     Raises:
         UserError: its type is not supported, or bytes are not UTF-8.
@@ -221,23 +218,33 @@ def plain(raw: pa.Array, column: str, place: Place) -> pa.Array:
     kind, types = raw.type, pa.types
     if types.is_dictionary(kind):
         return plain(raw.dictionary_decode(), column, place)
-    if types.is_float16(kind):
-        return raw.cast(pa.float32())
-    unchanged = (types.is_string, types.is_integer, types.is_floating, types.is_boolean, types.is_null, is_list)
-    if any(is_(kind) for is_ in unchanged):
+    if types.is_float16(kind):  # the shortest decimals again: 0.1, not 0.09998
+        raw = pa.array(raw.to_numpy(zero_copy_only=False).astype(str).astype(np.float32))
+    elif types.is_decimal32(kind) or types.is_decimal64(kind):
+        raw = raw.cast(pa.decimal128(kind.precision, kind.scale))
+    elif types.is_boolean(kind):
+        raw = pc.if_else(raw, "True", "False")
+    elif is_binary(kind):
+        raw = decoded(raw, column, place)
+    elif types.is_timestamp(kind) and kind.tz == "UTC":
+        raw = raw.cast(pa.timestamp(kind.unit)).cast(pa.string())
+    elif types.is_timestamp(kind):  # an offset as pandas writes it: +07:00
+        raw = pc.replace_substring_regex(raw.cast(pa.string()), r"([+-]\d\d)(\d\d)$", r"\1:\2")
+    elif types.is_large_string(kind) or types.is_string_view(kind) or types.is_date(kind):
+        raw = raw.cast(pa.string())
+    plain_types = (types.is_string, types.is_integer, types.is_floating, types.is_decimal, types.is_null, is_list)
+    if any(is_(raw.type) for is_ in plain_types):
         return raw
-    if types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind):
-        return _decoded(raw, column, place)
-    if types.is_timestamp(kind):
-        raw = raw.cast(pa.timestamp("us"), safe=False)  # the text must not depend on the time unit
-    textual = (types.is_large_string, types.is_string_view, types.is_date, types.is_timestamp, types.is_decimal)
-    if any(is_(kind) for is_ in textual):
-        return raw.cast(pa.string())
     allowed = "text, numbers, truth values, dates, or lists of them"
     raise UserError(f"{place(0)}, column {column}: found values of type {kind}, allowed: {allowed}")
 
 
-def _decoded(raw: pa.Array, column: str, place: Place) -> pa.Array:
+def decoded(raw: pa.Array, column: str, place: Place) -> pa.Array:
+    """Decode bytes as UTF-8.
+
+    Raises:
+        UserError: they are not UTF-8.
+    """
     try:
         return raw.cast(pa.binary()).cast(pa.string())
     except pa.ArrowInvalid:
@@ -260,8 +267,8 @@ def number_text(text: str) -> str | None:
         if not _NUMBER.fullmatch(text):
             return None
         value = float(text)
-        return str(int(value)) if value.is_integer() else repr(value)
-    except (ValueError, OverflowError):
+        return f"{value:.0f}" if value.is_integer() else repr(value)  # keeps the sign of -0.0
+    except ValueError:
         return None
 
 
@@ -273,32 +280,38 @@ def spellings(texts: pa.Array) -> set[str]:
     }  # fmt: skip
 
 
-def respelt(texts: pa.Array, spelling: str) -> pa.Array:
-    """Convert texts to the canonical form of a spelling; texts that do not match it are unchanged."""
-    if spelling == "whole" and pc.any(pc.match_substring(texts, ".")).as_py():
-        return pc.replace_substring_regex(texts, r"^([+-]?[0-9]+)\.0*$", r"\1")
-    if spelling == "truth":
-        return pc.if_else(pc.match_substring_regex(texts, _SPELLINGS["truth"]), pc.utf8_capitalize(texts), texts)
+def respelt(texts: pa.Array, *forms: str) -> pa.Array:
+    """Convert texts to the canonical form of each spelling that they match; others are unchanged."""
+    if "whole" in forms and pc.any(pc.match_substring(texts, ".")).as_py():
+        texts = pc.replace_substring_regex(texts, r"^([+-]?[0-9]+)\.0*$", r"\1")
+    if "truth" in forms:
+        texts = pc.if_else(pc.match_substring_regex(texts, _SPELLINGS["truth"]), pc.utf8_capitalize(texts), texts)
     return texts
 
 
 def _canonical(distinct: pa.Array) -> pa.Array:
     """Canonical texts of distinct values; null for NaN."""
     kind = distinct.type
-    if pa.types.is_boolean(kind):
-        return pc.if_else(distinct, "True", "False")
+    if pa.types.is_decimal(kind):  # Arrow writes 0.0000005 as 5E-7
+        return pa.array([f"{value:f}" for value in distinct.to_pylist()], pa.string())
     if pa.types.is_floating(kind):
         values = distinct.to_numpy(zero_copy_only=False)
         return pa.array(values.astype(str).astype(object), pa.string(), mask=np.isnan(values))
     return distinct.cast(pa.string())
 
 
-def _null_where(mask: pa.Array, texts: pa.Array) -> pa.Array:
-    return pc.if_else(mask, pa.scalar(None, pa.string()), texts)
-
-
 def _doubles(column: pa.Array) -> pa.Array:
-    return column.cast(pa.float64(), safe=pa.types.is_string(column.type))
+    """Doubles of the decimals that a column is written with: 0.1 in 32 bits is 0.1, not 0.10000000149."""
+    if pa.types.is_float32(column.type) or pa.types.is_decimal(column.type):
+        column = column.cast(pa.string())
+    if not pa.types.is_string(column.type):
+        return column.cast(pa.float64(), safe=False)
+    try:
+        return column.cast(pa.float64())
+    except pa.ArrowInvalid:
+        for truth, number in (("true", "1"), ("false", "0")):
+            column = pc.replace_substring_regex(column, rf"^(?i:{truth})$", number)
+        return column.cast(pa.float64())
 
 
 def _is_number(text: pa.Array) -> bool:

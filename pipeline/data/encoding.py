@@ -57,7 +57,7 @@ class Encoder:
         Raises:
             UserError: a column is missing or ambiguous, or contains an invalid value.
         """
-        columns, mixed = {}, set()
+        columns, typed = {}, set()
         for feature in self.features:
             for name in filter(None, (feature.name, feature.weights)):
                 if name not in frame.columns:
@@ -66,33 +66,34 @@ class Encoder:
                     raise UserError(f"input: column {name} is there twice")
                 try:
                     array = pa.Array.from_pandas(frame[name])
+                    lost = not _holds_text(array.type)
                 except (pa.ArrowException, TypeError, ValueError, OverflowError):
                     # pandas may read parts of a column as different types; this is rare, so convert cell by cell
                     texts = [_cell_text(cell, feature.separator) for cell in frame[name]]
-                    array = pa.array(texts, pa.string())
-                    mixed.add(name)
+                    array, lost = pa.array(texts, pa.string()), True
+                if lost:
+                    typed.add(name)
                 columns[name] = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
-        return self.encode_columns(columns, lambda row: f"input: row {row + 1}", mixed)
+        return self.encode_columns(columns, lambda row: f"input: row {row + 1}", typed)
 
     def encode_columns(
-        self, raw: Mapping[str, pa.Array], place: Place, mixed: Collection[str] = ()
+        self, raw: Mapping[str, pa.Array], place: Place, typed: Collection[str] = ()
     ) -> dict[str, pa.Array]:
-        """Encode raw Arrow columns. mixed: columns of texts that were values of several types."""
+        """Encode raw Arrow columns. typed: columns of numbers or booleans, whose spelling in a file is lost."""
         encoded: dict[str, pa.Array] = {}
         for feature in self.features:
             name, column = feature.name, raw[feature.name]
-            typed = name in mixed or not _holds_text(column.type)
             if feature.kind == "numeric":
                 values = self.cells.numbers(column, name, place)
                 encoded[name] = pa.array(filled(values, feature.fill, name, place))
             elif feature.kind == "categorical":
                 texts = self.cells.texts(column, name, place)
-                encoded[name] = pa.array(self.vocabularies[name].encode(texts, typed=typed))
+                encoded[name] = pa.array(self.vocabularies[name].encode(texts, typed=name in typed))
             else:
                 weights = raw[feature.weights] if feature.weights else None
                 bags = self.cells.bags(name, column, weights, feature, place)
                 offsets = pa.array(np.concatenate([[0], np.cumsum(bags.lengths)]).astype(np.int32))
-                ids = self.vocabularies[name].encode(bags.texts, typed=typed)
+                ids = self.vocabularies[name].encode(bags.texts, typed=name in typed)
                 encoded[name] = pa.ListArray.from_arrays(offsets, pa.array(ids))
                 if bags.weights is not None:
                     flat = pa.array(bags.weights.astype(np.float32))

@@ -3,7 +3,6 @@
 import codecs
 import gzip
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.data.json_cells import parsed, text_of
 from pipeline.data.raw_files import is_gzip
 from pipeline.errors import UserError
 
@@ -29,20 +29,22 @@ class JsonReader:
     def batches(self, positions: Sequence[int], rows: int) -> Iterator[pa.RecordBatch]:
         objects, names = self._objects(), [self.names[position] for position in positions]
         while batch := list(itertools.islice(objects, rows)):
-            columns = []
-            for name in names:
-                cells = [row.get(name) for _, row in batch]
-                are_lists = self._are_lists[name]
-                for (number, _), cell in zip(batch, cells, strict=True):
-                    if isinstance(cell, dict) or (cell is not None and isinstance(cell, list) != are_lists):
-                        allowed = "texts, numbers and truth values, or lists of them in every row"
-                        problem = f"row {number}, column {name}: found {cell!r:.80}, allowed: {allowed}"
-                        raise UserError(f"{self.file}: {problem}")
-                columns.append(pa.array(
-                    [[_text(part) for part in cell] if isinstance(cell, list) else _text(cell) for cell in cells],
-                    pa.list_(pa.string()) if are_lists else pa.string(),
-                ))  # fmt: skip
+            columns = [self._column(name, batch) for name in names]
             yield pa.record_batch(columns, [str(position) for position in positions])
+
+    def _column(self, name: str, batch: Sequence[tuple[int, dict[str, Any]]]) -> pa.Array:
+        cells, are_lists = list[Any](), self._are_lists[name]
+        for number, row in batch:
+            cell = row.get(name)
+            try:
+                if are_lists and cell is not None and not isinstance(cell, list):
+                    raise ValueError("not a list")
+                cells.append(list(map(text_of, cell)) if are_lists and cell is not None else text_of(cell))
+            except ValueError:
+                allowed = "texts, numbers and truth values, or lists of them in every row"
+                problem = f"row {number}, column {name}: found {cell!r:.80}, allowed: {allowed}"
+                raise UserError(f"{self.file}: {problem}") from None
+        return pa.array(cells, pa.list_(pa.string()) if are_lists else pa.string())
 
     @cached_property
     def _are_lists(self) -> dict[str, bool]:
@@ -59,21 +61,9 @@ class JsonReader:
         with gzip.open(self.file) if is_gzip(self.file) else self.file.open("rb") as lines:
             for number, line in enumerate(filter(bytes.strip, lines), 1):
                 try:
-                    row = json.loads(line.removeprefix(codecs.BOM_UTF8), parse_int=str, parse_float=str,
-                                     parse_constant=str, object_pairs_hook=_without_repeats)  # fmt: skip
+                    row = parsed(line.removeprefix(codecs.BOM_UTF8))
                 except (ValueError, RecursionError) as error:
                     raise UserError(f"{self.file}: row {number}: not JSON: {error}") from None
                 if not isinstance(row, dict):
                     raise UserError(f"{self.file}: row {number}: found {line[:40]!r}, allowed: an object of columns")
                 yield number, row
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        raise ValueError("a key is there twice")
-    return row
-
-
-def _text(value: Any) -> str | None:
-    return str(value) if value is not None else None

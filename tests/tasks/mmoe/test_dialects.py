@@ -136,7 +136,7 @@ def test_lists_as_json_and_as_python_write_them(tmp_path: Path) -> None:
     frame = pd.DataFrame({"click": 0, "bought": 0, "tags": cells})
     frame.to_csv(tmp_path / "data.csv", index=False)
     prepare(tmp_path / "data.csv", write_schema(tmp_path, {"tags": "multi"}), tmp_path / "out")
-    assert dict(values_of(tmp_path, "tags")) == dict.fromkeys(ids, 3) | {"a/b": 1, "true": 1, "7": 1, "2.50": 1}
+    assert dict(values_of(tmp_path, "tags")) == dict.fromkeys(ids, 3) | {"a/b": 1, "True": 1, "7": 1, "2.50": 1}
     lengths = [len(bag) for bag in pq.read_table(tmp_path / "out" / "train.parquet")["tags"].to_pylist()]
     assert lengths == [5, 5, 5, 4, 0]
     frame["tags"] = ["['a', None]", '["a", null]', "[None]", "['None']", "['a', '-']"]

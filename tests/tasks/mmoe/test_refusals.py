@@ -140,6 +140,8 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     ('{"click": 1, "bought": 0, "city": "a", "price": 1}\n\n[1]\n', "row 2: found b'[1]\\n', allowed: an object"),
     ('{"click": 1, "click": 1, "bought": 0, "city": "a", "price": 1}', "row 1: not JSON: a key is there twice"),
     ('{"click": 1, "bought": 0, "city": {"a": 1}, "price": 1}', "row 1, column city: found {'a': '1'}, allowed: texts"),
+    ('{"click": 1, "bought": 0, "city": [{"a": 1}], "price": 1}', "row 1, column city: found [{'a': '1'}], allowed:"),
+    ('{"click": 1, "bought": 0, "city": "\\ud83d", "price": 1}', "row 1, column city: found '\\ud83d', allowed: texts"),
     ('{"click": 1, "bought": 0, "town": "a", "price": 1}', "no column city"),
     ('{"click": 1, "bought": 0, "city": "a", "price": "x"}', "row 1, column price: found 'x', allowed: a number"),
 ])  # fmt: skip

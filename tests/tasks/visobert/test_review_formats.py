@@ -7,12 +7,15 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import quoteattr
 from zipfile import ZipFile
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import ROOT
@@ -432,6 +435,19 @@ EXTERNAL = '<!DOCTYPE x [<!ENTITY a SYSTEM "file:///etc/hostname">]><x><sentence
 )  # fmt: skip
 def test_damaged_files(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
     assert refused(tmp_path, content, name).startswith(message)
+
+
+def test_decimals_and_bytes_of_parquet(tmp_path: Path) -> None:
+    labels = pa.array([Decimal(1), Decimal(2), None, Decimal(0)], pa.decimal128(9, 7))
+    texts = pa.array([b"Pin", "Giá".encode(), b"x", b"y"], pa.large_binary())
+    pq.write_table(pa.table({"text": texts, "A": labels}), tmp_path / "a.parquet")
+    reviews = read_reviews(tmp_path / "a.parquet", ReviewFormatConfig(labels="0-3"))
+    assert reviews.texts == ("Pin", "Giá", "x", "y")
+    assert reviews.labels.tolist() == [[P], [N], [O], [O]]
+    pq.write_table(pa.table({"text": pa.array([b"Pin", b"Gi\xe1"]), "A": ["Positive"] * 2}), tmp_path / "a.parquet")
+    assert refused(tmp_path, (tmp_path / "a.parquet").read_bytes(), "a.parquet") == (
+        "row 2, column text: found b'Gi\\xe1', allowed: UTF-8 text"
+    )
 
 
 @pytest.mark.parametrize("span", ["8, 0", "3, 3", "-1, 3", "0, NaN"])

@@ -11,7 +11,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 
 import numpy as np
@@ -59,9 +59,9 @@ class BatchColumns:
         return pa.array(self.cells.numbers(self._raw(column), column, self.batch.place))
 
     def label(self, column: str) -> pa.Array:
-        """Column as booleans without missing values."""
+        """Column as booleans; 0 and 1 are never missing values."""
         raw = self._raw(column)
-        values, codes = self.cells.texts(raw, column, self.batch.place)
+        values, codes = replace(self.cells, missing=()).texts(raw, column, self.batch.place)
         truth = [_LABELS.get(text.lower()) if text is not None else None for text in values.to_pylist()]
         unknown = np.flatnonzero(np.array([value is None for value in truth])[codes])
         if len(unknown):

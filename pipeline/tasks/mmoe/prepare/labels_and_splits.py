@@ -116,7 +116,7 @@ class LabelsAndSplits:
         if declared.by is not None:
             texts = self.cells.texts(batch.columns[declared.by], declared.by, batch.place)
             valid = texts.values.is_valid().to_numpy(zero_copy_only=False)
-            hashes = text_hashes(respelt(respelt(texts.values, "whole"), "truth").fill_null(""))
+            hashes = text_hashes(respelt(texts.values, "whole", "truth").fill_null(""))
             keys = np.where(valid[texts.codes], hashes[texts.codes], keys)
         divided = [split for split in SPLITS if split not in self.own_splits and split not in self.conditions]
         shares = [float(getattr(declared, split)) for split in divided]

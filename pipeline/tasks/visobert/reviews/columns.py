@@ -11,6 +11,7 @@ import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config.strict_config import nearest
+from pipeline.data.cells import decoded, is_binary
 from pipeline.errors import UserError, os_errors
 from pipeline.storage.files import check_file
 from pipeline.tasks.visobert.reviews.semeval_xml import read_semeval
@@ -76,8 +78,8 @@ def clean_name(name: str) -> str:
 
 def cell_text(cell: object) -> str:
     """A label cell as text; empty for None and NaN."""
-    if isinstance(cell, str):
-        return cell
+    if isinstance(cell, str | Decimal):
+        return f"{cell:f}" if isinstance(cell, Decimal) else cell
     return "" if cell is None or cell != cell else json.dumps(cell, ensure_ascii=False, default=str)  # noqa: PLR0124
 
 
@@ -232,7 +234,11 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
 def _read_parquet(file: Path, content: bytes) -> Content:
     try:
         table = pq.read_table(pa.BufferReader(content))
-        return Content(list(table.column_names), [column.to_pylist() for column in table.columns])
+        names, columns = list(table.column_names), table.columns
+        for number, (name, column) in enumerate(zip(names, columns, strict=True)):
+            if is_binary(column.type):
+                columns[number] = decoded(column.combine_chunks(), name, lambda row: f"{file}: row {row + 1}")
+        return Content(names, [column.to_pylist() for column in columns])
     except (pa.ArrowException, OSError) as error:
         reason = str(error).split("\n")[0][:200]
         raise UserError(f"{file}: not a readable Parquet file ({reason})") from None
