@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -102,12 +101,13 @@ class Cells:
         try:
             values: Floats = _doubles(text).to_numpy(zero_copy_only=False)
         except pa.ArrowInvalid:
-            row = next(row for row in range(len(text)) if not _is_number(text[row : row + 1]))
+            row = _first_invalid(_doubles, text)
             if self.decimal != "." or self.thousands:
                 example = f"1{self.thousands or ''}234{self.decimal}5"
                 allowed += f", written like {example}, as csv.decimal and csv.thousands say"
             raise cell_error(place, row, column, raw[row].as_py(), allowed) from None
-        return np.where(np.isin(values, self._missing_numbers), np.nan, values) if self._missing_numbers else values
+        missing = [float(each) for each in self.missing if _NUMBER.fullmatch(each.strip())]
+        return np.where(np.isin(values, missing), np.nan, values) if missing else values
 
     def bags(
         self, name: str, raw: pa.Array, weights: pa.Array | None, source: Feature | FeatureSource, place: Place
@@ -174,21 +174,15 @@ class Cells:
         return pc.if_else(pc.match_substring_regex(texts, number), plain_texts, "not a number")
 
     def _without_missing(self, texts: pa.Array) -> pa.Array:
-        spelt = respelt(texts, "whole", "truth") if any(map(number_text, self.missing)) else texts
-        return pc.if_else(pc.is_in(spelt, value_set=self._missing_texts), pa.scalar(None, pa.string()), texts)
-
-    @cached_property
-    def _missing_texts(self) -> pa.Array:
-        return respelt(pa.array(["", *self.missing], pa.string()), "whole", "truth")
-
-    @cached_property
-    def _missing_numbers(self) -> list[float]:
-        return [float(text) for text in self.missing if _NUMBER.fullmatch(text.strip())]
+        spelt, missing = texts, pa.array(["", *self.missing], pa.string())
+        if any(map(number_text, self.missing)):
+            spelt, missing = (respelt(each, "whole", "truth") for each in (texts, missing))
+        return pc.if_else(pc.is_in(spelt, value_set=missing), pa.scalar(None, pa.string()), texts)
 
 
 def cell_error(place: Place, row: int, column: str, value: Any, allowed: str) -> UserError:
     missing = value is None or (isinstance(value, float) and math.isnan(value))
-    shown = "no value" if missing else repr(value)
+    shown = "no value" if missing else repr(value) if isinstance(value, str | bytes) else str(value)
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
     return UserError(f"{place(int(row))}, column {column}: found {shown}, allowed: {allowed}")
 
@@ -245,15 +239,12 @@ def decoded(raw: pa.Array, column: str, place: Place) -> pa.Array:
     Raises:
         UserError: they are not UTF-8.
     """
+    raw = raw.cast(pa.binary())
     try:
-        return raw.cast(pa.binary()).cast(pa.string())
+        return raw.cast(pa.string())
     except pa.ArrowInvalid:
-        for row, value in enumerate(raw.to_pylist()):
-            try:
-                (value or b"").decode()
-            except UnicodeDecodeError:
-                raise cell_error(place, row, column, value, "UTF-8 text") from None
-        raise
+        row = _first_invalid(lambda cells: cells.cast(pa.string()), raw)
+        raise cell_error(place, row, column, raw[row].as_py(), "UTF-8 text") from None
 
 
 def number_text(text: str) -> str | None:
@@ -314,12 +305,13 @@ def _doubles(column: pa.Array) -> pa.Array:
         return column.cast(pa.float64())
 
 
-def _is_number(text: pa.Array) -> bool:
-    try:
-        _doubles(text)
-    except pa.ArrowInvalid:
-        return False
-    return True
+def _first_invalid(convert: Callable[[pa.Array], pa.Array], cells: pa.Array) -> int:
+    for row in range(len(cells)):
+        try:
+            convert(cells[row : row + 1])
+        except pa.ArrowInvalid:
+            return row
+    raise ValueError("every row is valid")
 
 
 def _split(cells: pa.Array, separator: str, column: str, place: Place) -> pa.Array:
@@ -334,11 +326,10 @@ def _split(cells: pa.Array, separator: str, column: str, place: Place) -> pa.Arr
         return lists
     split = lists.to_pylist()
     for row in np.flatnonzero(bracketed.to_numpy(zero_copy_only=False)).tolist():
-        text = cells[row].as_py()
-        split[row] = listed_items(text)
+        split[row] = listed_items(cells[row].as_py())
         if split[row] is None:
             allowed = "ids with the separator between them, or a list as JSON or Python writes it"
-            raise cell_error(place, row, column, text, allowed)
+            raise cell_error(place, row, column, cells[row].as_py(), allowed)
     return pa.array(split, pa.list_(pa.string()))
 
 
@@ -347,8 +338,5 @@ def _ids_and_weights(elements: pa.Array, separator: str) -> tuple[pa.Array, pa.A
     if not pa.types.is_string(elements.type):
         return elements, pa.nulls(len(elements), pa.string())
     parts = pc.split_pattern(elements, separator, max_splits=1, reverse=True)
-    counts = pc.list_value_length(parts).fill_null(0).to_numpy(zero_copy_only=False)
-    ends = np.cumsum(counts, dtype=np.int64)
-    flat = parts.flatten()
-    ids = flat.take(pa.array(ends - counts, mask=counts == 0))
-    return ids, flat.take(pa.array(ends - 1, mask=counts < 2))
+    parts = pc.list_slice(parts, 0, 2, return_fixed_size_list=True)  # pads with null
+    return pc.list_element(parts, 0), pc.list_element(parts, 1)

@@ -1,10 +1,9 @@
 """The rows of raw CSV, JSON Lines or Parquet files as a stream of batches."""
 
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -34,18 +33,9 @@ class Batch:
         return f"{self.file.path}: row {self.first + row}"
 
 
-class Reader(Protocol):
-    """Reader of one raw file."""
-
-    @property
-    def names(self) -> list[str]: ...
-
-    def batches(self, positions: Sequence[int], rows: int) -> Iterator[pa.RecordBatch]:
-        """Yield the columns at these positions, about `rows` rows at a time."""
-        ...
-
-
 class ParquetReader:
+    """Reader of one Parquet file."""
+
     def __init__(self, file: Path) -> None:
         self.file = file
 
@@ -84,12 +74,10 @@ class RawTable:
             )
         check_dialect(dialect)
 
-        def reader(file: Path) -> Reader:
-            if formats[0] == "CSV":
-                return CsvReader(file, dialect, columns)
-            return JsonReader(file) if formats[0] == "JSON Lines" else ParquetReader(file)
-
-        self._readers = {file.path: reader(file.path) for file in self.files}
+        readers: dict[str, Callable[[Path], CsvReader | JsonReader | ParquetReader]] = {
+            "CSV": lambda file: CsvReader(file, dialect, columns), "JSON Lines": JsonReader, "Parquet": ParquetReader
+        }  # fmt: skip
+        self._readers = {file.path: readers[formats[0]](file.path) for file in self.files}
 
     def names(self, file: RawFile) -> list[str]:
         """Names of a file's columns, including partition columns, normalised to Unicode NFC."""

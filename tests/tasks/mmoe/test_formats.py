@@ -15,6 +15,7 @@ import pytest
 from raw_tables import column, values_of, write_schema
 
 from pipeline.data.encoding import Encoder
+from pipeline.errors import UserError
 from pipeline.tasks.mmoe.prepare.preparation import prepare
 
 RARE, GONE = "out of vocabulary", "missing"
@@ -114,6 +115,13 @@ def test_lists(tmp_path: Path, cells: list[str], parsed: list[Any], array: pa.Ar
     for file in written(tmp_path, cells, parsed, array):
         prepare(file, schema, tmp_path / "out")
         assert decoded(tmp_path) == expected, file.name
+
+
+def test_a_decimal_is_shown_as_a_number(tmp_path: Path) -> None:
+    click = pa.array([Decimal(1), Decimal(2)], pa.decimal128(4, 1))
+    pq.write_table(pa.table({"click": click, "bought": [0, 0], "x": ["a", "b"]}), tmp_path / "data.parquet")
+    with pytest.raises(UserError, match=r"row 2, column click: found 2\.0, allowed: 0 or 1$"):
+        prepare(tmp_path / "data.parquet", write_schema(tmp_path, {"x": "categorical"}), tmp_path / "out")
 
 
 def test_a_folder_whose_files_have_different_types(tmp_path: Path) -> None:
