@@ -3,11 +3,20 @@
 import ast
 import json
 import re
+from collections import Counter
 from typing import Any
 
 _ITEM = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[-+.\w]+"""
 _LIST = re.compile(rf"\[\s*(?:(?:{_ITEM})\s*(?:,\s*(?:{_ITEM})\s*)*)?\]")
-_CONSTANTS = {"NaN": None, "Infinity": "inf", "-Infinity": "-inf"}
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object and refuse duplicate keys, of which json would keep the last."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"key {repeated!r} is there twice")
+    return record
 
 
 def parsed(text: str | bytes) -> Any:
@@ -16,8 +25,8 @@ def parsed(text: str | bytes) -> Any:
     Raises:
         ValueError, RecursionError: it is not JSON, or an object has a key twice.
     """
-    return json.loads(text, parse_int=str, parse_float=str, parse_constant=_CONSTANTS.get,
-                      object_pairs_hook=_without_repeats)  # fmt: skip
+    constants = {"NaN": None, "Infinity": "inf", "-Infinity": "-inf"}.get
+    return json.loads(text, parse_int=str, parse_float=str, parse_constant=constants, object_pairs_hook=unique_keys)
 
 
 def text_of(value: Any) -> str | None:
@@ -46,10 +55,3 @@ def listed_items(text: str) -> list[str | None] | None:
         return list(map(text_of, items))
     except (ValueError, RecursionError):
         return None
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        raise ValueError("a key is there twice")
-    return row

@@ -138,7 +138,7 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("text", "expected"), [
     ('{"click": 1, "bought": 0, "city": "a", "price": 1}\n{"click": 1,\n', "row 2: not JSON"),
     ('{"click": 1, "bought": 0, "city": "a", "price": 1}\n\n[1]\n', "row 2: found b'[1]\\n', allowed: an object"),
-    ('{"click": 1, "click": 1, "bought": 0, "city": "a", "price": 1}', "row 1: not JSON: a key is there twice"),
+    ('{"click": 1, "click": 1, "bought": 0, "city": "a", "price": 1}', "row 1: not JSON: key 'click' is there twice"),
     ('{"click": 1, "bought": 0, "city": {"a": 1}, "price": 1}', "row 1, column city: found {'a': '1'}, allowed: texts"),
     ('{"click": 1, "bought": 0, "city": [{"a": 1}], "price": 1}', "row 1, column city: found [{'a': '1'}], allowed:"),
     ('{"click": 1, "bought": 0, "city": "\\ud83d", "price": 1}', "row 1, column city: found '\\ud83d', allowed: texts"),

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config.strict_config import nearest
 from pipeline.data.cells import decoded, is_binary
+from pipeline.data.json_cells import unique_keys
 from pipeline.errors import UserError, os_errors
 from pipeline.storage.files import check_file
 from pipeline.tasks.visobert.reviews.semeval_xml import read_semeval
@@ -184,7 +185,7 @@ def _read_json(file: Path, content: bytes) -> Content:
 
 def _parse_json(file: Path, where: str, text: str) -> object:
     try:
-        parsed: object = json.loads(text, object_pairs_hook=_unique_keys)
+        parsed: object = json.loads(text, object_pairs_hook=unique_keys)
         return parsed
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: {where}: not JSON ({error})") from None
@@ -220,15 +221,6 @@ def _check_characters(file: Path, names: Sequence[str], columns: Sequence[Sequen
         for row, cell in enumerate(cells, 1):
             if isinstance(cell, str | list | dict) and HALF_CHARACTER.search(cell_text(cell)):
                 raise UserError(f"{file}: row {row}, column {name}: found half a character (an unpaired surrogate)")
-
-
-def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Build a JSON object and refuse duplicate keys, of which json would keep the last."""
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"key {repeated!r} appears twice")
-    return record
 
 
 def _read_parquet(file: Path, content: bytes) -> Content:
