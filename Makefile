@@ -26,9 +26,9 @@ notebook: setup
 	$(PIP) --editable '.[notebooks]'
 	$(VENV)/bin/jupyter lab notebooks
 
-# Six processes on two cores: many tests wait for processes that they have started.
+# Four processes on two cores: many tests wait for processes that they have started. In the order of tests/conftest.py.
 test: setup
-	$(RUN) -m pytest --numprocesses 6 --dist loadgroup
+	$(RUN) -m pytest --numprocesses 4 --dist loadgroup --no-loadscope-reorder
 
 # One process: what they measure is not for sharing the cores.
 faults: setup

@@ -23,7 +23,7 @@ import pytest
 from pipeline.tracking.ui import QUIET
 
 HOST = "127.0.0.1"
-START_SECONDS = 120  # how long a server may take until it answers
+START_SECONDS = 600  # how long a server may take until it answers, on the busiest machine
 STOP_SECONDS = 15  # how long it may take to end by itself
 
 
@@ -151,13 +151,13 @@ class Door:
     def __init__(self, server: MlflowServer) -> None:
         self.server, self.port = server, free_port()
         self.uri = f"http://{HOST}:{self.port}"
-        self.is_open = False
+        self.is_open, self.carried = False, 0  # bytes
 
     def open(self) -> None:
         """Let connections through."""
         self.listener = socket.create_server((HOST, self.port))
         self.listener.settimeout(0.1)
-        self.ends, self.is_open = list[socket.socket](), True
+        self.ends, self.is_open, self.carried = list[socket.socket](), True, 0
         self.accepting = threading.Thread(target=self._accept, daemon=True)
         self.accepting.start()
 
@@ -176,7 +176,16 @@ class Door:
                 outside = socket.create_connection((HOST, self.server.port))
                 self.ends += [inside, outside]
                 for way in ((inside, outside), (outside, inside)):
-                    threading.Thread(target=_carry, args=way, daemon=True).start()
+                    threading.Thread(target=self._carry, args=way, daemon=True).start()
+
+    def _carry(self, source: socket.socket, target: socket.socket) -> None:
+        """Send on what comes, until one of the two ends."""
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                self.carried += len(data)
+                target.sendall(data)
+        _cut(source)
+        _cut(target)
 
     def __enter__(self) -> Self:
         self.open()
@@ -184,15 +193,6 @@ class Door:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.shut()
-
-
-def _carry(source: socket.socket, target: socket.socket) -> None:
-    """Send on what comes, until one of the two ends."""
-    with suppress(OSError):
-        while data := source.recv(1 << 16):
-            target.sendall(data)
-    _cut(source)
-    _cut(target)
 
 
 def _cut(end: socket.socket) -> None:

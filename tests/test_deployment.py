@@ -56,7 +56,7 @@ def shell(script: str, folder: Path, **settings: str) -> Iterator[Variables]:
             cwd=folder, env=clean, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip
     try:
-        code = process.wait(300)
+        code = process.wait(900)
         logs = [file for file in (said, folder / "server" / "server.log") if file.exists()]
         assert code == 0, "\n".join(file.read_text()[-3000:] for file in logs)
         yield dict(line.split("=", 1) for line in variables.read_text().split("\0") if line)

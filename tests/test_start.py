@@ -2,7 +2,6 @@
 
 import gc
 import importlib
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +11,20 @@ from conftest import SHRUNK, only_full
 
 from pipeline.runtime.importing import uncollected
 
-OF_IMPORT = re.compile(r"^import time: +\d+ \| +\d+ \| +(\S+)$", re.MULTILINE)
+PROGRAM = """
+import atexit, sys
+atexit.register(lambda: print("modules:", *sys.modules, file=sys.stderr))
+from pipeline.__main__ import main
+main()
+"""
 
 
 def imported_by(*arguments: str) -> tuple[set[str], str]:
     """Every module that `python -m pipeline ...` has imported when it ends, and its standard output."""
-    command = [sys.executable, "-X", "importtime", "-m", "pipeline", *arguments]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-    modules = set(OF_IMPORT.findall(found.stderr))
+    command = [sys.executable, "-c", PROGRAM, *arguments]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    (line,) = (line for line in found.stderr.splitlines() if line.startswith("modules:"))
+    modules = set(line.split())
     assert "pipeline.config.strict_config" in modules  # else nothing was told, and nothing could be missed
     return modules, found.stdout
 

@@ -15,7 +15,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
     if len(record) < len(pairs):
         repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"key {repeated!r} is there twice")
+        raise ValueError(f"key {repeated!r} appears twice")
     return record
 
 

@@ -171,7 +171,8 @@ class Work:
 
     def make_task(self, entry: str, config: Any) -> Any:
         """Create the task of a config, reusing the previous task's data if possible."""
-        shared = self.task.with_config(config) if self.task is not None else None
+        same_kind = self.task is not None and type(self.task.config) is type(config)
+        shared = self.task.with_config(config) if same_kind else None
         self.task = shared or task_factory(entry)(config)
         return self.task
 

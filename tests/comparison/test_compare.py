@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -126,22 +127,28 @@ def scores_of(area: float) -> list[float]:
     return [9.0, *range(1, 9), *(count + 0.5 for count in won)]
 
 
+@contextmanager
+def new_store(folder: Path, empty_store: Path, artifacts: str = "artifacts") -> Iterator[Store]:
+    """A store with the experiment `sweeps`, which MLflow and the pipeline use."""
+    import mlflow
+
+    shutil.copyfile(empty_store, folder / "mlflow.db")
+    store = Store(folder)
+    store.experiment("sweeps", (folder / artifacts).as_uri())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", store.uri)
+        mlflow.set_tracking_uri(store.uri)
+        yield store
+    mlflow.set_tracking_uri(None)
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[Store]:
     """A sweep of three arms and a control over three seeds, and unrelated runs."""
-    import mlflow
-
-    folder = tmp_path_factory.mktemp("compare")
-    shutil.copyfile(empty_store, folder / "mlflow.db")
-    new_store = Store(folder)
-    new_store.experiment("sweeps", (folder / "a folder, 100% mine").as_uri())
-    new_store.experiment("loose", str(folder / "loose"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", new_store.uri)
-        mlflow.set_tracking_uri(new_store.uri)
-        fill(new_store)
-        yield new_store
-    mlflow.set_tracking_uri(None)
+    with new_store(tmp_path_factory.mktemp("compare"), empty_store, "a folder, 100% mine") as store:
+        store.experiment("loose", str(store.folder / "loose"))
+        fill(store)
+        yield store
 
 
 def fill(store: Store) -> None:

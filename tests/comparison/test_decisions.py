@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import t
+from test_compare import arm as arm_of
 from test_report import EMPTY, NEW_ROWS, Page, plain
 
 from pipeline.comparison import wording
@@ -15,7 +16,7 @@ from pipeline.comparison.answer import answer, duration
 from pipeline.comparison.families import Family
 from pipeline.comparison.page.looks import HEIGHT, columns, look_charts, value_range
 from pipeline.comparison.page.view import page as page_of
-from pipeline.comparison.results import ArmResult, Comparison
+from pipeline.comparison.results import Comparison
 from pipeline.comparison.verdicts import compare, to_frame, to_markdown, to_text
 from pipeline.maths.row_covariance import NewRows
 
@@ -43,10 +44,6 @@ def frame(arms: dict[str, tuple[float, ...]], looks: tuple[int, ...] = (3, 5), *
     family = Family(tuple(arms), LEVEL, looks)
     runs.attrs = {"metric": METRIC, "mode": "max", "families": (family,), "other_families": 0, "margin": None} | attrs
     return runs
-
-
-def arm_of(comparison: Comparison, name: str) -> ArmResult:
-    return next(arm for arm in comparison.arms if arm.name == name)
 
 
 def verdicts(comparison: Comparison) -> dict[str, str]:

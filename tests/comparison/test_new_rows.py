@@ -1,7 +1,6 @@
 """Intervals on new rows from runs' stored test rows, against sklearn and the definitions in O(rows^2)."""
 
 import math
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pandas as pd
 import pytest
 from scipy.stats import t
 from sklearn.metrics import average_precision_score, roc_auc_score
-from test_compare import Store, arm, rows_of
+from test_compare import Store, arm, new_store, rows_of
 from test_row_covariance import Array, delong, off_diagonal_mean, wins
 
 from pipeline.comparison.new_rows import MetricRows, new_rows
@@ -26,17 +25,8 @@ LABEL = [math.nan, *[1.0, 0, 0, 0, 0, 0] * (ROWS // 6)]  # the first row is none
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[Store]:
-    import mlflow
-
-    folder = tmp_path_factory.mktemp("rows")
-    shutil.copyfile(empty_store, folder / "mlflow.db")
-    new_store = Store(folder)
-    new_store.experiment("sweeps", (folder / "artifacts").as_uri())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", new_store.uri)
-        mlflow.set_tracking_uri(new_store.uri)
-        yield new_store
-    mlflow.set_tracking_uri(None)
+    with new_store(tmp_path_factory.mktemp("rows"), empty_store) as store:
+        yield store
 
 
 def scores(seeds: int = SEEDS) -> dict[str, Array]:

@@ -83,7 +83,8 @@ def executed(laboratory: Laboratory) -> dict[str, Executed]:
             cell.metadata.tags = ["raises-exception"]
             parts[name].append(cell)
         book.cells += parts[name]
-    NotebookClient(book, timeout=300, resources={"metadata": {"path": str(folder)}}).execute(env=dict(os.environ))
+    patience = {"timeout": 900, "startup_timeout": 900, "iopub_timeout": 900}  # a busy kernel's output comes late
+    NotebookClient(book, resources={"metadata": {"path": str(folder)}}, **patience).execute(env=dict(os.environ))
     return {name: found_in(cells) for name, cells in parts.items()}
 
 

@@ -1,7 +1,6 @@
 """The same words and numbers in a terminal, in Markdown, on the page and in MLflow's note."""
 
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from scipy.stats import ttest_rel
-from test_compare import Store, run_entry
+from test_compare import Store, new_store, run_entry
 from test_report import EMPTY, Page
 
 from pipeline.comparison import wording
@@ -42,21 +41,12 @@ Reading = dict[str, tuple[str, ...]]  # arm -> a text for each heading
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[Store]:
-    import mlflow
-
-    folder = tmp_path_factory.mktemp("wording")
-    shutil.copyfile(empty_store, folder / "mlflow.db")
-    new_store = Store(folder)
-    new_store.experiment("sweeps", (folder / "artifacts").as_uri())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", new_store.uri)
-        mlflow.set_tracking_uri(new_store.uri)
+    with new_store(tmp_path_factory.mktemp("wording"), empty_store) as store:
         for arm, values in VALUES.items():
             control = {"role": "control", "control_of": "higher"} if arm == "reweighted" else {}
             for seed, value in enumerate(values):
-                new_store.run(arm, seed, {"test/auc_ctcvr": value}, sweep_id=SWEEP, **control)
-        yield new_store
-    mlflow.set_tracking_uri(None)
+                store.run(arm, seed, {"test/auc_ctcvr": value}, sweep_id=SWEEP, **control)
+        yield store
 
 
 def places(uncertainty: float) -> int:

@@ -34,6 +34,7 @@ MMOE = {
     "evaluation.every_steps": "100000", "tracking.influence_every": "7",
 }  # fmt: skip
 
+pytestmark = pytest.mark.xdist_group("ranks")  # one process forks them all
 
 # A step's sums over 51 rows and up to 112 inputs of a layer, added up in another order and by kernels for another
 # shape: so many roundings of fp32 at the most. Shares that are wrong (26 of 51 rows for a half) are off by 2e-2.
@@ -69,7 +70,7 @@ def trained(folder: Path, size: int, overrides: Mapping[str, str], **asked: Any)
     for process in processes:
         process.start()
     for rank, process in enumerate(processes):
-        process.join(timeout=300)
+        process.join(timeout=900)
         assert process.exitcode == 0, Path(f"{file}.{rank}.log").read_text(encoding="utf-8")
     return torch.load(f"{file}.out", weights_only=False)
 
@@ -268,7 +269,7 @@ def test_a_killed_rank_ends_the_job_and_any_number_goes_on(
         ["pgrep", "-f", "-P", str(job.pid), "pipeline train_mmoe"], capture_output=True, text=True, check=True
     ).stdout.split()[-1])  # fmt: skip
     os.kill(victim, signal.SIGKILL)
-    _, stderr = job.communicate(timeout=300)
+    _, stderr = job.communicate(timeout=900)
     assert job.returncode == 1
     assert "SIGKILL" in stderr
     assert "resume=auto continues it" in stderr
@@ -285,12 +286,12 @@ def test_a_killed_rank_ends_the_job_and_any_number_goes_on(
         folder = tmp_path / str(size)
         shutil.copytree(here, folder)
         job = torchrun(size, folder, *arguments)
-        _, stderr = job.communicate(timeout=300)
+        _, stderr = job.communicate(timeout=900)
         assert job.returncode == 0, stderr
         assert "continues after step" in stderr
         assert_same_run(points_of(folder), expected)
     job = torchrun(2, tmp_path / "2", *arguments)
-    _, stderr = job.communicate(timeout=300)
+    _, stderr = job.communicate(timeout=900)
     assert job.returncode == 0, stderr
     assert "is finished already" in stderr
 

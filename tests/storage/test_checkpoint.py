@@ -32,7 +32,7 @@ from pipeline.storage.weights import load_weights, save_weights
 
 FILES = ("state.pt", "manifest.json")
 STATE = {"model": {"weight": torch.arange(6.0).reshape(2, 3)}, "steps": 7}
-in_place = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+in_place = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 def bits(tensor: Tensor) -> bytes:

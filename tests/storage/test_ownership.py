@@ -168,7 +168,7 @@ def test_live_owner_calls_do_not_disturb_each_other_or_an_owner(folder: Path, mo
         owner.check()
         owner.release()
         for asker in askers:
-            output = asker.communicate(timeout=300)[0].strip()
+            output = asker.communicate()[0].strip()
             assert set(output.strip("{}").replace("'", "").split(", ")) <= {"None", f"process {os.getpid()} on {HOST}"}
     finally:
         for asker in askers:
@@ -194,7 +194,7 @@ def test_a_stopped_owner_learns_that_it_was_taken_over(folder: Path) -> None:
 
 
 @given(numbers=st.tuples(st.integers(1, 3), st.integers(1, 3)), hosts=st.permutations([HOST, "elsewhere", "a"]))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_of_two_owners_one_goes_on(
     tmp_path: Path,
     numbers: tuple[int, int],

@@ -2,12 +2,11 @@
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy.stats import t
 from test_sweep_plan import plan_of
 
@@ -182,26 +181,22 @@ def test_controls_are_trained_while_one_of_their_arms_is_open(tmp_path: Path) ->
                                          "w+.2 w2000": 3}  # fmt: skip
 
 
-@given(killed_after=st.integers(0, 25))
-@settings(max_examples=8)
-def test_killed_anywhere_it_comes_to_the_same_decisions_and_trains_nothing_twice(
-    tmp_path_factory: pytest.TempPathFactory, killed_after: int
-) -> None:
-    plan = plan_with(tmp_path_factory.mktemp("killed"), ["better", "late", "noisy"])
+def test_killed_anywhere_it_comes_to_the_same_decisions_and_trains_nothing_twice(tmp_path: Path) -> None:
+    """Before the first run, in the first round, between two rounds, in the last one, and after the last run."""
+    plan = plan_with(tmp_path, ["better", "late", "noisy"])
     families = grown((), plan)
     undisturbed = FakeWorkers()
     expected = train_in_rounds(plan, families, runs_with(plan, undisturbed))
-    first, again = FakeWorkers(killed_after), FakeWorkers()
-    runs = runs_with(plan, first)
-    if killed_after < len(undisturbed.trained):
-        with pytest.raises(KeyboardInterrupt):
-            train_in_rounds(plan, families, runs)
-    else:
-        train_in_rounds(plan, families, runs)
+    assert len(undisturbed.trained) == 27  # 3 seeds of 4 arms, then 5 of 3
     recorded = families_of({f"family_{number}": family.to_tag() for number, family in enumerate(families, 1)})
-    resumed = runs_with(plan, again, stored_runs(plan, runs))
-    assert train_in_rounds(plan, grown(recorded, plan), resumed) == expected
-    assert sorted(first.trained + again.trained) == sorted(undisturbed.trained)
+    for killed_after in (0, 5, 12, 26, 27):
+        first, again = FakeWorkers(killed_after), FakeWorkers()
+        runs = runs_with(plan, first)
+        with pytest.raises(KeyboardInterrupt) if killed_after < 27 else nullcontext():
+            train_in_rounds(plan, families, runs)
+        resumed = runs_with(plan, again, stored_runs(plan, runs))
+        assert train_in_rounds(plan, grown(recorded, plan), resumed) == expected
+        assert sorted(first.trained + again.trained) == sorted(undisturbed.trained)
 
 
 def test_more_arms_and_more_seeds_continue_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,9 +19,9 @@ import optuna
 import pandas as pd
 import pytest
 import yaml
-from conftest import ROOT, SHRUNK, Call, in_laboratory, only_full, store_in, wait_for
+from conftest import ROOT, SHRUNK, Call, in_laboratory, lending, only_full, store_in, wait_for
 from filelock import FileLock
-from laboratory import ARMS, METRIC, MMOE, Laboratory
+from laboratory import ARMS, METRIC, MMOE, SWEEPS_WORKERS, Laboratory, lending_workers
 from safetensors.numpy import load_file
 from scipy import stats
 
@@ -42,6 +42,7 @@ from pipeline.sweeps.sweep_plan import resolve
 from pipeline.tasks.mmoe.config import MmoeConfig
 from pipeline.tracking.messages import StoredRun
 from pipeline.tracking.run import MemoryRun
+from pipeline.tracking.writer_client import Writer
 
 SETTINGS: dict[str, Any] = {key: yaml.safe_load(value) for key, value in SHRUNK.items()}
 
@@ -105,6 +106,8 @@ def finished(laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch) -> Laborat
     """The finished sweep MMOE (two arms, a control, the baseline; two seeds), in its folder."""
     monkeypatch.chdir(laboratory.folder)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{laboratory.folder / 'mlflow.db'}")
+    for name, value in laboratory.processes.items():
+        monkeypatch.setattr(name, value)
     return laboratory
 
 
@@ -299,11 +302,12 @@ shares_worker = pytest.mark.xdist_group("workshop")  # starts its worker once
 
 @dataclass(frozen=True)
 class Workshop:
-    """A folder with a tracking store, and a worker for all sweeps there, since starting one takes seconds."""
+    """A folder with a tracking store, a worker and a writer for all sweeps there, since starting them takes seconds."""
 
     folder: Path
     client: Any  # MLflow's
     workers: LocalWorkers
+    writer: Writer
 
 
 @pytest.fixture(scope="module")
@@ -317,27 +321,20 @@ def started_workshop(tmp_path_factory: pytest.TempPathFactory, empty_store: Path
         patch.chdir(folder)
         patch.setenv("MLFLOW_TRACKING_URI", uri)
         patch.setenv("GIT_DIR", str(folder))  # hides changes of this code, whose runs would not be adopted
-        workers = LocalWorkers(1, folder / "workers")
-    yield Workshop(folder, MlflowClient(uri), workers)
+        workers, writer = LocalWorkers(1, folder / "workers"), Writer()
+    with writer:
+        yield Workshop(folder, MlflowClient(uri), workers, writer)
     workers.close()
     assert [worker.poll() for worker in workers.workers] == [0]  # it saw the end of its input
 
 
 @pytest.fixture
 def workshop(started_workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Workshop:
-    """Sweeps that are started in this process use its worker."""
+    """Sweeps that are started in this process use its worker and its writer."""
     monkeypatch.setattr("pipeline.sweeps.summary_run.code_changes", lambda _: "")
-
-    class SharedWorkers(LocalWorkers):
-        def __init__(self, size: int, folder: Path, gpus: Any = ()) -> None:  # noqa: ARG002
-            folder.mkdir(parents=True, exist_ok=True)
-            self.__dict__ = started_workshop.workers.__dict__
-
-        def close(self) -> None:
-            """The fixture does that."""
-
-    monkeypatch.setattr("pipeline.sweeps.sweep.LocalWorkers", SharedWorkers)
-    monkeypatch.setattr("pipeline.sweeps.planning.LocalWorkers", SharedWorkers)
+    for name in SWEEPS_WORKERS:
+        monkeypatch.setattr(name, lending_workers(started_workshop.workers))
+    monkeypatch.setattr("pipeline.tracking.writer_client.Writer", lending(started_workshop.writer))
     monkeypatch.chdir(started_workshop.folder)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{started_workshop.folder / 'mlflow.db'}")
     return started_workshop
@@ -653,7 +650,12 @@ def test_a_worker_that_dies_is_replaced_and_its_job_alone_fails(workshop: Worksh
     workers = workshop.workers
     (first,) = workers.workers
     os.kill(first.pid, signal.SIGSTOP)  # it takes a job and does nothing
-    threading.Timer(0.5, os.kill, (first.pid, signal.SIGKILL)).start()
+
+    def kill() -> None:
+        wait_for(lambda: workers.workers[first])
+        os.kill(first.pid, signal.SIGKILL)
+
+    threading.Thread(target=kill).start()
     config = f"data: {{path: {impressions}}}"
     requests = {"lost": config, "fine": config, "wrong": "x: 1"}
     lost, fine, wrong = jobs = [Job(name, DigestData("train_mmoe", text)) for name, text in requests.items()]

@@ -57,14 +57,14 @@ def table(splits: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 @pytest.fixture(scope="module")
 def many() -> list[Review]:
-    """20,000 reviews, for shares."""
-    return list(reviews("train", 20_000, seed=1))
+    """10,000 reviews, for shares."""
+    return list(reviews("train", 10_000, seed=1))
 
 
 @pytest.fixture(scope="module")
 def clean() -> list[Review]:
-    """The same 20,000 as `many`, written cleanly."""
-    return list(reviews("train", 20_000, seed=1, clean=True))
+    """The same 10,000 as `many`, written cleanly."""
+    return list(reviews("train", 10_000, seed=1, clean=True))
 
 
 # Labels

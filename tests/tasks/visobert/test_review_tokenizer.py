@@ -27,6 +27,8 @@ from pipeline.tasks.visobert.tokenizer import (
     unknown_share,
 )
 
+pytestmark = pytest.mark.xdist_group("review model")  # of whose process transformers is imported
+
 TEXTS = [
     "Pin trâu, máy đẹp lắm nhé!",
     "Máy ĐẸP quá nhưng pin tụt nhanh 100%",
