@@ -77,6 +77,16 @@ def impressions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def many_impressions(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A prepared folder of 40,000 impressions: every split has conversions."""
+    from pipeline.tasks.mmoe.impressions.embedded_impressions import generate
+
+    folder = tmp_path_factory.mktemp("many_impressions")
+    generate(folder, rows=40_000, seed=0)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tracking database without runs; making one takes seconds, copying it none. One for all test processes."""
     folder = tmp_path_factory.getbasetemp()

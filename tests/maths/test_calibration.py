@@ -23,7 +23,6 @@ from pipeline.tasks.base import evaluate, evaluating
 from pipeline.tasks.mmoe import predict
 from pipeline.tasks.mmoe.config import HEADS, MmoeConfig
 from pipeline.tasks.mmoe.evaluation import labelled
-from pipeline.tasks.mmoe.impressions.embedded_impressions import generate
 from pipeline.tasks.mmoe.task import MmoeTask
 from pipeline.tracking.run import MemoryRun
 from pipeline.training.loop import Training
@@ -134,14 +133,6 @@ def test_a_temperature_against_another_optimizer() -> None:
 # ---------------------------------------------------------------- a run
 
 
-@pytest.fixture(scope="module")
-def many(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A prepared folder of 40,000 impressions: every split has conversions."""
-    folder = tmp_path_factory.mktemp("many")
-    generate(folder, rows=40_000, seed=0)
-    return str(folder)
-
-
 def trained(config: MmoeConfig) -> tuple[MmoeTask, MemoryRun, Training]:
     torch.set_num_threads(1)
     task, run = MmoeTask(config), MemoryRun()
@@ -155,8 +146,10 @@ def logged(run: MemoryRun) -> dict[tuple[int, str], float]:
             if not name.startswith(MEASURED)}  # fmt: skip
 
 
-def test_a_run_of_the_mmoe(small: Make, many: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = {"data.path": many, "training.batch_size": 256, "optim.dense.lr": 0.03}
+def test_a_run_of_the_mmoe(
+    small: Make, many_impressions: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"data.path": many_impressions, "training.batch_size": 256, "optim.dense.lr": 0.03}
     task, run, training = trained(small(**options))
     model = training.result.model
     assert {key: float(value) for key, value in run.params.items()} == {
@@ -198,7 +191,7 @@ def test_a_run_of_the_mmoe(small: Make, many: str, tmp_path: Path, capsys: pytes
     # the logged model
     task.export(model, tmp_path)
     assert json.loads((tmp_path / "calibration.json").read_text()) == task.evaluation.calibration
-    answer, frame = predict.load(tmp_path), pd.DataFrame(predict.raw_example(Path(many), 300))
+    answer, frame = predict.load(tmp_path), pd.DataFrame(predict.raw_example(Path(many_impressions), 300))
     found, raw = answer(frame), answer(frame, raw=True)
     for head in HEADS:
         expected = (

@@ -30,7 +30,6 @@ from pipeline.maths.losses import binary_focal_factor, log_probability, multi_la
 from pipeline.runtime.console import Console
 from pipeline.tasks.base import Task, evaluate, evaluating
 from pipeline.tasks.mmoe.config import MmoeConfig
-from pipeline.tasks.mmoe.impressions.embedded_impressions import generate
 from pipeline.tasks.mmoe.impressions.impression_table import read_split
 from pipeline.tasks.mmoe.task import MmoeTask
 from pipeline.tasks.visobert.config import VisobertConfig
@@ -60,14 +59,6 @@ FOCAL = {
 # gradients are sums that cancel. A part that is weighted, or a row that counts twice, is off by percents.
 SUMS = 1e-3
 POSITIVE = "influence/focal_factor_positive"  # absent where a step has no conversion
-
-
-@pytest.fixture(scope="module")
-def many(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A prepared folder of 40,000 impressions: every split has conversions."""
-    folder = tmp_path_factory.mktemp("many")
-    generate(folder, rows=40_000, seed=0)
-    return str(folder)
 
 
 def train(task: Task) -> MemoryRun:
@@ -210,10 +201,12 @@ def textbook(config: MmoeConfig, logits: Tensor, click: Tensor, bought: Tensor) 
     ],
     ids=" ".join,
 )
-def test_a_steps_influence_is_that_of_textbook_losses(small: Make, many: str, options: dict[str, Any]) -> None:
+def test_a_steps_influence_is_that_of_textbook_losses(
+    small: Make, many_impressions: str, options: dict[str, Any]
+) -> None:
     """Of the unweighted parts, over all rows of the step, at the experts and at the click's tower."""
-    common = {"data.path": many, "training.batch_size": 2000, "training.max_steps": 1, "tracking.influence_every": 1,
-              "loss.aux_focal.warmup_steps": 0}  # fmt: skip
+    common = {"data.path": many_impressions, "training.batch_size": 2000, "training.max_steps": 1,
+              "tracking.influence_every": 1, "loss.aux_focal.warmup_steps": 0}  # fmt: skip
     config = small(**common | options)
     logged = steps(train(MmoeTask(config)))[0]
     torch.manual_seed(config.seed)
@@ -241,9 +234,9 @@ def test_a_steps_influence_is_that_of_textbook_losses(small: Make, many: str, op
         assert logged[f"influence/focal_factor_{name}"] == pytest.approx(parts[name].item(), rel=SUMS)
 
 
-def test_shares_add_up_whatever_a_micro_batch_holds(small: Make, many: str) -> None:
+def test_shares_add_up_whatever_a_micro_batch_holds(small: Make, many_impressions: str) -> None:
     """3,000 rows in one piece, and in pieces of which some have no conversion and one no click."""
-    task = MmoeTask(small(**{"data.path": many, "loss.aux_focal.warmup_steps": 0}))
+    task = MmoeTask(small(**{"data.path": many_impressions, "loss.aux_focal.warmup_steps": 0}))
     torch.manual_seed(0)
     model, rows = task.model(), np.arange(3000)
     click, conversion = task.data.train.labels
@@ -265,9 +258,9 @@ def test_shares_add_up_whatever_a_micro_batch_holds(small: Make, many: str) -> N
     assert found[1] == pytest.approx(found[0], rel=SUMS)
 
 
-def test_nothing_of_the_focal_term_before_the_gate_or_in_the_baseline(small: Make, many: str) -> None:
+def test_nothing_of_the_focal_term_before_the_gate_or_in_the_baseline(small: Make, many_impressions: str) -> None:
     """Arms that differ only behind the gate leave the same points before it, and after it the focal names join."""
-    common = {"tracking.influence_every": 1, "data.path": many, "training.batch_size": 512}
+    common = {"tracking.influence_every": 1, "data.path": many_impressions, "training.batch_size": 512}
     arms: list[dict[str, Any]] = [
         {"loss.aux_focal.enabled": "false"},
         {},
@@ -381,13 +374,15 @@ def logits_of(task: MmoeTask, model: nn.Module, split: str) -> tuple[Floats, Flo
 
 
 @pytest.mark.parametrize("split", ["valid", "test"])
-def test_validation_losses_by_textbook_formulas_whatever_the_arm(small: Make, many: str, split: str) -> None:
+def test_validation_losses_by_textbook_formulas_whatever_the_arm(
+    small: Make, many_impressions: str, split: str
+) -> None:
     arms: list[dict[str, Any]] = [
         {"loss.aux_focal.enabled": "false"},
         {"loss.aux_focal.gamma": 1.5, "loss.aux_focal.use_alpha": "true"},
         {"loss.late_pos_weight.ctcvr": 100, "loss.late_pos_weight.warmup_steps": 0},
     ]
-    tasks = [MmoeTask(small(**{"data.path": many, "evaluation.batch_size": 1111}, **arm)) for arm in arms]
+    tasks = [MmoeTask(small(**{"data.path": many_impressions, "evaluation.batch_size": 1111}, **arm)) for arm in arms]
     torch.manual_seed(1)
     model = tasks[0].model()
     with torch.no_grad():
@@ -423,9 +418,9 @@ def test_a_split_without_a_click_has_no_loss_of_clicks(small: Make) -> None:
 # ---------------------------------------------------------------- the re-weighting control
 
 
-def test_the_late_weight_acts_from_its_step_on(small: Make, many: str) -> None:
+def test_the_late_weight_acts_from_its_step_on(small: Make, many_impressions: str) -> None:
     """From step 0 on it is the static weight 400; later on it changes nothing before; 0 changes nothing at all."""
-    common = {"data.path": many, "training.batch_size": 512, "loss.aux_focal.enabled": "false"}
+    common = {"data.path": many_impressions, "training.batch_size": 512, "loss.aux_focal.enabled": "false"}
     late, clip, start = "loss.late_pos_weight.ctcvr", "loss.pos_weight_clip.ctcvr", "loss.late_pos_weight.warmup_steps"
     plain = train(MmoeTask(small(**common)))
     at_once = train(MmoeTask(small(**common, **{late: 100, start: 0})))
@@ -501,8 +496,8 @@ def test_warnings_of_the_control(small: Make) -> None:
 # ---------------------------------------------------------------- per-row test scores
 
 
-def test_the_aucs_of_the_file_are_the_logged_ones(small: Make, many: str, tmp_path: Path) -> None:
-    task = MmoeTask(small(**{"data.path": many, "evaluation.batch_size": 999}))
+def test_the_aucs_of_the_file_are_the_logged_ones(small: Make, many_impressions: str, tmp_path: Path) -> None:
+    task = MmoeTask(small(**{"data.path": many_impressions, "evaluation.batch_size": 999}))
     torch.manual_seed(2)
     model = task.model()
     with evaluating(model):
@@ -516,7 +511,7 @@ def test_the_aucs_of_the_file_are_the_logged_ones(small: Make, many: str, tmp_pa
         found = roc_auc_score(table[f"label/{metric}"], table[f"score/{metric}"])
         assert found == pytest.approx(logged[f"test/{metric}"], abs=1e-4)
         assert read_rows(file, f"test/{metric}").reproduce(logged[f"test/{metric}"])
-    rows = pd.read_parquet(Path(many) / "test.parquet", columns=["click", "conversion"])
+    rows = pd.read_parquet(Path(many_impressions) / "test.parquet", columns=["click", "conversion"])
     assert table["label/auc_ctr"].tolist() == rows["click"].tolist()
     assert table["label/auc_ctcvr"].tolist() == rows["conversion"].tolist()
     z, _, _ = logits_of(task, model, "test")
@@ -526,14 +521,14 @@ def test_the_aucs_of_the_file_are_the_logged_ones(small: Make, many: str, tmp_pa
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_no_rows_unless_they_are_wanted_and_there(small: Make, many: str, tmp_path: Path) -> None:
-    task = MmoeTask(small(**{"data.path": many, "tracking.log_rows": "false"}))
+def test_no_rows_unless_they_are_wanted_and_there(small: Make, many_impressions: str, tmp_path: Path) -> None:
+    task = MmoeTask(small(**{"data.path": many_impressions, "tracking.log_rows": "false"}))
     with evaluating(model := task.model()):
         task.report(model, tmp_path / "off", "cpu")
-    task = MmoeTask(small(**{"data.path": many}))
+    task = MmoeTask(small(**{"data.path": many_impressions}))
     schema = task.data.schema.model_copy(update={"splits": {"empty": task.data.schema.splits["test"].model_copy(
         update={"rows": 0, "file": "empty.parquet"})}})  # fmt: skip
-    pq.write_table(pq.read_table(Path(many) / "test.parquet").slice(0, 0), tmp_path / "empty.parquet")
+    pq.write_table(pq.read_table(Path(many_impressions) / "test.parquet").slice(0, 0), tmp_path / "empty.parquet")
     empty = read_split(tmp_path, schema, "empty")
     task.data.test = empty
     with evaluating(model := task.model()):

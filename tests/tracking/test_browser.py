@@ -20,6 +20,7 @@ from urllib.parse import parse_qs
 import pytest
 from conftest import Call, in_laboratory
 from laboratory import ARMS, Laboratory
+from server import free_port
 
 from pipeline.__main__ import ui_command
 from pipeline.errors import UserError
@@ -41,12 +42,6 @@ DRAWN = """() => {
 
 def charts(task: str) -> tuple[str, ...]:
     return declarations(task).charts
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
 
 
 def start_ui(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:

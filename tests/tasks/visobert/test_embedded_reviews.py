@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import itertools
 import re
 import statistics
 import subprocess
@@ -185,16 +184,13 @@ def is_toneless(text: str) -> bool:
     ("habit", "least", "most"),
     [
         (has(r"\b(ko|k|hok|khum|kh)\b"), 0.03, 0.2),
-        (has(r"\b(đc|dc|đk)\b"), 0.01, 0.2),
-        (has(r"\b(sp|nv|mn|mk|r|z|j)\b"), 0.02, 0.3),
         (has(r":\)|:\(|[\U0001f300-\U0001faff]"), 0.1, 0.3),
-        (has(r"\d"), 0.2, 0.7),
         (has(r"\n"), 0.08, 0.25),
         (is_toneless, 0.06, 0.12),  # 8% whole reviews, and the short ones that have no marks anyway
         (lambda text: is_toneless(text) and len(text.split()) > 15, 0.04, 0.1),
         (lambda text: not unicodedata.is_normalized("NFC", text), 0.025, 0.045),  # so that normalisation matters
     ],
-    ids=["not", "received", "product", "emoticon", "digit", "line", "toneless", "long_toneless", "decomposed"],
+    ids=["not", "emoticon", "line", "toneless", "long_toneless", "decomposed"],
 )
 def test_writing_habits(
     many: list[Review], clean: list[Review], habit: Callable[[str], bool], least: float, most: float
@@ -209,20 +205,6 @@ def test_every_text_is_whole(many: list[Review], clean: list[Review]) -> None:
         assert not set("{}|") & set(review.text)
         assert any(unicodedata.is_normalized(form, review.text) for form in ("NFC", "NFD"))
     assert not [review for review in clean if re.search(r"\b(đc|khum|mn)\b|[\U0001f300-\U0001faff]", review.text)]
-
-
-def test_phrases_are_many_and_well_formed() -> None:
-    for aspect, mark in itertools.product(ASPECTS, embedded.MARKS.values()):
-        own = embedded.PHRASES.get(aspect + mark, ())
-        least = 0 if aspect == "Others" and mark != "=" else 5 if mark == "=" else 12
-        assert len(set(own)) == len(own) >= least, (aspect, mark)
-    assert set(embedded.PHRASES) - {aspect + mark for aspect in ASPECTS for mark in ("", *embedded.MARKS.values())} == {
-        "any+", "any-", "any=", "leads", "fillers", "decoys"
-    }  # fmt: skip
-    for phrase in itertools.chain(*embedded.PHRASES.values(), *embedded.WORDS.values()):
-        assert unicodedata.is_normalized("NFC", phrase)
-        assert set(re.findall(r"\{([^{}]+)\}", phrase)) <= set(embedded.WORDS), phrase
-        assert phrase.count("{") == phrase.count("}")
 
 
 # Learnable, not trivial

@@ -250,11 +250,8 @@ def test_offline_without_the_model_is_one_line_that_helps(workplace: Path, call_
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        ({"alpha": "atuo"}, ["--alpha", "'atuo'", "auto"]),
         ({"data.aspects": "[Battery, Kamera]"}, ["Kamera"]),
         ({"data.text_column": "dta"}, ["dta", "data"]),
-        ({"model.pooling": "pooler"}, ["model.pooling", "cls, aspect_attention"]),
-        ({"model.name": "nowhere/"}, ["model.name", "nowhere/"]),
     ],
 )
 def test_bad_input_is_one_line(
