@@ -6,16 +6,12 @@ import os
 import pickle
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 import numpy as np
 import pandas as pd
@@ -26,7 +22,6 @@ from conftest import ROOT, Call, only_full
 from hypothesis import given as examples
 from hypothesis import strategies as st
 from safetensors import SafetensorError
-from server import free_port
 from test_report import arm as arm_of
 from test_report import comparison
 
@@ -531,94 +526,6 @@ def test_the_rule_sees_what_it_forbids(tmp_path: Path) -> None:
             "re.compile('x')"]  # fmt: skip
     file.write_text("\n".join(fine))
     assert not dangers(nodes(file))
-
-
-# ---------------------------------------------------------------- the server that `make ui` starts
-
-
-def make_ui(port: int) -> list[str]:
-    """`make ui`'s own command line, without the interpreter."""
-    recipe = subprocess.run(
-        ["make", "--no-print-directory", "--dry-run", "-o", "setup", "ui", f"PORT={port}"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    ).stdout.strip().splitlines()[-1]  # fmt: skip
-    _, *arguments = recipe.split()
-    assert arguments[:3] == ["-m", "pipeline", "ui"]
-    return arguments
-
-
-@pytest.fixture
-def sweep(client: Any) -> None:
-    """The store has a sweep that `make ui` shows."""
-    client.create_run("0", tags={"sweep_id": "0123456789abcdef", "role": "summary", "metric": "test/auc_ctcvr"})
-
-
-class Started(Exception):  # noqa: N818 (no error)
-    """In place of a process: its command line, and its environment if it is given one."""
-
-    def __init__(self, command: list[str], **options: Any) -> None:
-        self.command, self.environment = command, options.get("env")
-
-
-def start(*arguments: Any, **options: Any) -> None:
-    raise Started(*arguments, **options)
-
-
-def test_make_ui_serves_this_machine_alone(sweep: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the Makefile to the server that listens, each is called here; nothing is started."""
-    import mlflow.server
-    from click.testing import CliRunner
-    from mlflow.cli import cli
-
-    from pipeline.tracking import ui
-
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # or the command sets it
-    port = free_port()
-    options = make_ui(port)[3:]
-    with monkeypatch.context() as patch:
-        patch.setattr(ui.subprocess, "Popen", start)
-        patch.setattr(ui.signal, "signal", lambda *_: None)
-        with pytest.raises(Started) as ours:
-            command_line.ui_command.main(options, standalone_mode=False)
-    assert ours.value.command[:4] == [sys.executable, "-m", "mlflow", "ui"]
-    with monkeypatch.context() as patch:
-        patch.setattr(mlflow.server, "_exec_cmd", start)
-        patch.setenv("MLFLOW_BACKEND_STORE_URI", ours.value.environment["MLFLOW_BACKEND_STORE_URI"])
-        with pytest.raises(Started) as mlflows:
-            CliRunner().invoke(cli, ours.value.command[3:], catch_exceptions=False)
-    command = mlflows.value.command
-    assert command[:3] == [sys.executable, "-m", "uvicorn"]
-    assert [command[place + 1] for place, word in enumerate(command) if word == "--host"] == ["127.0.0.1"]
-    assert [command[place + 1] for place, word in enumerate(command) if word == "--port"] == [str(port)]
-    assert not [word for word in command if word.startswith(("--uds", "--fd"))]
-
-
-def listening(port: int) -> set[str]:
-    """Local addresses (hex, as the kernel lists them) at which somebody waits on the port."""
-    found = set()
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        for line in Path(table).read_text(encoding="utf-8").splitlines()[1:]:
-            address, state = line.split()[1], line.split()[3]
-            if state == "0A" and int(address.split(":")[1], 16) == port:
-                found.add(address.split(":")[0])
-    return found
-
-
-@pytest.mark.faults
-@only_full
-@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs Linux' table of sockets")
-def test_what_make_ui_starts_listens_on_this_machine_alone(sweep: None, workplace: Path) -> None:
-    port = free_port()
-    environment = {**os.environ, "BROWSER": "true", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *make_ui(port)]
-    with subprocess.Popen(command, cwd=workplace, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout
-            assert process.stdout.readline().startswith(f"http://127.0.0.1:{port}/")
-            assert urlopen(f"http://127.0.0.1:{port}/health", timeout=300).status == 200
-            assert listening(port) == {"0100007F"}  # 127.0.0.1, least byte first
-        finally:
-            process.send_signal(signal.SIGINT)
 
 
 # ---------------------------------------------------------------- secrets

@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import parse_qs
 
 import pytest
-from conftest import Call, in_laboratory
+from conftest import ROOT, Call, in_laboratory
 from laboratory import ARMS, Laboratory
 from server import free_port
 
@@ -44,19 +44,39 @@ def charts(task: str) -> tuple[str, ...]:
     return declarations(task).charts
 
 
-def start_ui(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+def make_ui(port: int) -> list[str]:
+    """`make ui`'s own command line, without the interpreter."""
+    command = ["make", "--no-print-directory", "--dry-run", "-o", "setup", "ui", f"PORT={port}"]
+    recipe = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    _, *arguments = recipe.strip().splitlines()[-1].split()
+    assert arguments[:3] == ["-m", "pipeline", "ui"]
+    return arguments
+
+
+def start_ui(folder: Path, port: int) -> subprocess.Popen[str]:
     """`make ui` as it is run in a terminal, with no desktop around it."""
     hidden = ("DISPLAY", "WAYLAND_DISPLAY")
     return subprocess.Popen(
-        [sys.executable, "-m", "pipeline", "ui", *arguments],
+        [sys.executable, *make_ui(port)],
         cwd=folder,
-        env={name: value for name, value in os.environ.items() if name not in hidden} | environment,
+        env={name: value for name, value in os.environ.items() if name not in hidden} | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         # a process that is started in the background ignores Ctrl-C, and hands that on
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
     )
+
+
+def listening(port: int) -> set[str]:
+    """Local addresses (hex, as the kernel lists them) at which somebody waits on the port."""
+    found = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text(encoding="utf-8").splitlines()[1:]:
+            address, state = line.split()[1], line.split()[3]
+            if state == "0A" and int(address.split(":")[1], 16) == port:
+                found.add(address.split(":")[0])
+    return found
 
 
 @pytest.fixture
@@ -81,13 +101,15 @@ def page() -> Iterator[Any]:
 
 @contextmanager
 def served(folder: Path) -> Iterator[str]:
-    """The link that the command gives; it ends by Ctrl-C and leaves nothing on the port."""
+    """The link that the command gives, on this machine alone; it ends by Ctrl-C and leaves nothing on the port."""
     port = free_port()
-    process = start_ui(folder, "--port", str(port))
+    process = start_ui(folder, port)
     try:
         assert process.stdout
         address = process.stdout.readline().strip()
         assert address.startswith(f"http://{HOST}:{port}/"), process.communicate()[1]
+        if Path("/proc/net/tcp").exists():
+            assert listening(port) == {"0100007F"}  # 127.0.0.1, least byte first
         yield address
         process.send_signal(signal.SIGINT)
         _, complaints = process.communicate(timeout=600)
