@@ -34,7 +34,7 @@ from pipeline.tracking.store_errors import one_line
 from pipeline.tracking.stored_runs import runs_of_sweep, runs_of_tag, store_exists
 
 HOST = "127.0.0.1"
-START_SECONDS = 120  # how long to wait for the server's first answer
+START_SECONDS = 600  # how long to wait for the first answer of a server that runs, on the busiest machine
 STOP_SECONDS = 5  # how long to wait before killing the server
 VIEW_TAG = "mlflow.sharedViewState."  # prefix of an experiment's tag; the rest of the tag is the key in the link
 TRAINING = "workflowType=machine_learning"  # in a link; by default, MLflow shows its GenAI pages
