@@ -63,7 +63,7 @@ class Encoder:
                 if name not in frame.columns:
                     raise UserError(f"input: {no_column(name, [str(column) for column in frame.columns])}")
                 if not isinstance(frame[name], pd.Series):
-                    raise UserError(f"input: column {name} is there twice")
+                    raise UserError(f"input: column {name} appears twice")
                 try:
                     array = pa.Array.from_pandas(frame[name])
                     lost = not _holds_text(array.type)

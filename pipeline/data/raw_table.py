@@ -97,7 +97,7 @@ class RawTable:
             names, first = self.names(file), 1
             for name in columns:
                 if names.count(name) != 1:
-                    problem = f"column {name} is there twice" if name in names else no_column(name, names)
+                    problem = f"column {name} appears twice" if name in names else no_column(name, names)
                     raise UserError(f"{file.path}: {problem}")
             with read_errors(file.path):
                 for table in self._tables(file, names, columns, rows):

@@ -150,7 +150,7 @@ def test_frames_that_are_refused(tmp_path: Path) -> None:
         (good.assign(price=[1, 2, 1e39]), "row 3, column price: found 1e+39, allowed: finite"),
         (good.assign(city=[["a"], ["b"], []]), "row 1, column city: found lists, allowed: one value a row"),
         (good.assign(city=[{"a": 1}] * 3), "column city: found values of type struct"),
-        (pd.concat([good, good["city"]], axis=1), "column city is there twice"),
+        (pd.concat([good, good["city"]], axis=1), "column city appears twice"),
     ]:
         with pytest.raises(UserError) as caught:
             encoder.encode(frame)

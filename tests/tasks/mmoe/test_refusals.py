@@ -47,7 +47,7 @@ def refusal(folder: Path, data: Path, features: dict[str, Any] = PLAIN, **keys: 
     ("click,bought,town,price\n1,1,a,1\n", "schema.yaml: features.city: no column city; allowed: click, bought, t"),
     ("click,bought,city,prices\n1,1,a,1\n", "schema.yaml: features.price: no column price; did you mean prices?"),
     ("clack,bought,city,price\n1,1,a,1\n", "labels.click: no column click; did you mean clack?"),
-    ("click,bought,city,city\n1,1,a,1\n", "column city is there twice"),
+    ("click,bought,city,city\n1,1,a,1\n", "column city appears twice"),
     ("click,bought,city,price\n", "no rows, allowed: at least one training row"),
     ("", "the file is empty"),
     ("\n\n", "no rows"),
@@ -138,7 +138,7 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("text", "expected"), [
     ('{"click": 1, "bought": 0, "city": "a", "price": 1}\n{"click": 1,\n', "row 2: not JSON"),
     ('{"click": 1, "bought": 0, "city": "a", "price": 1}\n\n[1]\n', "row 2: found b'[1]\\n', allowed: an object"),
-    ('{"click": 1, "click": 1, "bought": 0, "city": "a", "price": 1}', "row 1: not JSON: key 'click' is there twice"),
+    ('{"click": 1, "click": 1, "bought": 0, "city": "a", "price": 1}', "row 1: not JSON: key 'click' appears twice"),
     ('{"click": 1, "bought": 0, "city": {"a": 1}, "price": 1}', "row 1, column city: found {'a': '1'}, allowed: texts"),
     ('{"click": 1, "bought": 0, "city": [{"a": 1}], "price": 1}', "row 1, column city: found [{'a': '1'}], allowed:"),
     ('{"click": 1, "bought": 0, "city": "\\ud83d", "price": 1}', "row 1, column city: found '\\ud83d', allowed: texts"),
