@@ -105,7 +105,7 @@ def broadcast(make: Callable[[], Any]) -> Any:
         distributed.broadcast(size, 0)
         content = torch.frombuffer(buffer.getbuffer() if is_main_process() else bytearray(int(size)), dtype=torch.uint8)
         distributed.broadcast(content, 0)
-    return torch.load(BytesIO(content.numpy()), map_location="cpu", weights_only=True)
+    return torch.load(BytesIO(content.numpy().tobytes()), map_location="cpu", weights_only=True)
 
 
 def local_rows(rows: Any) -> Any:

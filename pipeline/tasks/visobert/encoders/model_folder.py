@@ -30,7 +30,7 @@ def model_folder(name: str, revision: str | None, *, weights: bool) -> Path:
             raise UserError(f"model.name {name}: {folder / missing} is missing{hint}")
         return folder
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         if folder.exists():
