@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+from pipeline.comparison.answer import duration
 from pipeline.comparison.decisions import differences
 from pipeline.comparison.families import Family
 from pipeline.config.strict_config import to_yaml
@@ -93,10 +94,10 @@ def describe(
     yield f"optimizer steps: {each(lambda own: f'{own.steps:,}')}; without shared prefixes {alone}"
     if speed := _speed(finished):
         rate, run, jobs = *speed, plan.sweep.jobs
-        hours = each(lambda own: f"{own.steps / rate / jobs / 3600:.2g}")
-        yield f"hours: {hours}; {jobs} at a time, each with the {rate:.3g} steps a second of {run.name} ({run.run_id})"
+        times = each(lambda own: duration(own.steps / rate / jobs))
+        yield f"time: {times}; {jobs} at a time, each with the {rate:.3g} steps a second of {run.name} ({run.run_id})"
     else:
-        yield "hours: unknown, since no finished run on these data has its speed logged"
+        yield "time: unknown, since no finished run on these data has its speed logged"
     saved = [run for run in finished if CHECKPOINT_MEGABYTES in run.metrics]
     if saved:
         size, run = saved[-1].metrics[CHECKPOINT_MEGABYTES], saved[-1]
