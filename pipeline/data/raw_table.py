@@ -72,6 +72,9 @@ class RawTable:
             raise UserError(
                 f"{self.files[0].path}: columns names a headerless CSV's columns; a {formats[0]} file has its own"
             )
+        if formats[0] == "JSON Lines" and (dialect.decimal != "." or dialect.thousands):
+            raise UserError(f"{self.files[0].path}: csv.decimal or csv.thousands is given, but numbers of JSON have "
+                            "a decimal point; allowed: neither of the two")  # fmt: skip
         check_dialect(dialect)
 
         readers: dict[str, Callable[[Path], CsvReader | JsonReader | ParquetReader]] = {

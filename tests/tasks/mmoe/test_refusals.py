@@ -150,6 +150,14 @@ def test_bad_json(tmp_path: Path, text: str, expected: str) -> None:
     assert expected in refusal(tmp_path, tmp_path / "data.jsonl")
 
 
+@pytest.mark.parametrize("marks", [{"thousands": "."}, {"decimal": ","}])
+def test_marks_in_numbers_of_json(tmp_path: Path, marks: dict[str, str]) -> None:
+    """With points between thousands, 1.234 would be read as 1234."""
+    (tmp_path / "data.jsonl").write_text('{"click": 1, "bought": 0, "city": "a", "price": 1.234}')
+    marks = {"decimal": ",", **marks}
+    assert "numbers of JSON have a" in refusal(tmp_path, tmp_path / "data.jsonl", csv=marks)
+
+
 def test_files_cut_in_half(tmp_path: Path) -> None:
     rows = np.random.default_rng(0).integers(0, 2**40, 20_000)
     text = "click,bought,city,price\n" + "".join(f"1,0,{row},{row}\n" for row in rows)
