@@ -377,7 +377,7 @@ def test_a_folder_of_runs_is_delivered_but_for_the_one_that_is_alive(
             for name in ("one", "two")]  # fmt: skip
     client = use(other, monkeypatch)
     owner = Ownership(runs[0].folder)
-    with pytest.raises(UserError, match="1 of 2 runs of outputs are not whole"):
+    with pytest.raises(UserError, match="1 of 2 runs of outputs were not fully delivered"):
         sync(Path("outputs"))
     assert f"run {runs[0].id} is in use by" in capsys.readouterr().err
     owner.release()
@@ -405,7 +405,7 @@ def test_a_damaged_folder_leaves_the_others(
         return deliver(folder, *arguments)
 
     monkeypatch.setattr(syncing, "_deliver", stumbles)
-    with pytest.raises(UserError, match="2 of 5 runs of outputs are not whole"):
+    with pytest.raises(UserError, match="2 of 5 runs of outputs were not fully delivered"):
         sync(Path("outputs"))
     lines = capsys.readouterr().err.splitlines()
     damaged = runs["lacking"].journal.file.resolve()

@@ -12,8 +12,9 @@ from pipeline.compute import distributed
 from pipeline.compute.device import AMP, precision
 from pipeline.config.run_config import ScheduleConfig
 from pipeline.data.shuffle import Shuffle
+from pipeline.maths.arrays import Floats
 from pipeline.maths.losses import binary_cross_entropy, binary_focal, log_probability
-from pipeline.maths.metrics import Array, binary_metrics
+from pipeline.maths.metrics import binary_metrics
 from pipeline.tasks.base import TOTAL, Dataset, ModelExport, Rows, Task, save_model, write_test_rows
 
 from .config import FraudConfig
@@ -83,7 +84,7 @@ class FraudTask(Task[FraudConfig]):
     def logged_losses(self, names: Sequence[str]) -> Sequence[str]:
         return names if self.focal.log_components else [TOTAL]
 
-    def predict(self, model: nn.Module, split: str, device: str) -> tuple[Array, Array, Array]:
+    def predict(self, model: nn.Module, split: str, device: str) -> tuple[Floats, Floats, Floats]:
         """Labels of a split, and the predicted log probabilities of fraud and of no fraud."""
         data, size = self.data.splits[split], self.config.evaluation.batch_size
 
