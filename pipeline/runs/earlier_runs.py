@@ -144,7 +144,7 @@ def _local_runs(output_dir: Path) -> list[tuple[Path, Record]]:
         try:
             opened = folder.opening()
         except OSError as error:
-            warn(f"{folder.journal}: {error.strerror or error}; the run is passed over")
+            warn(f"{folder.journal}: {error.strerror or error}; this run is skipped")
             continue
         if opened:
             runs.append((folder.path, opened))

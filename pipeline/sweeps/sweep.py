@@ -142,8 +142,8 @@ def _locked(folder: Path) -> Iterator[None]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         acquired = lock.acquire()
     except Timeout:
-        raise UserError(f"this sweep is already running (it holds {lock.lock_file}); wait for its end, or end it "
-                        "first") from None  # fmt: skip
+        message = f"this sweep is already running (it holds {lock.lock_file}); wait until it ends, or stop it"
+        raise UserError(message) from None
     except OSError as error:
         raise UserError(f"output_dir {folder.parent}: {error.strerror or error}") from None
     with acquired:
