@@ -62,7 +62,7 @@ def rounding(largest_step: float, count: int, width: int) -> float:
     Adam moves a weight by at most 1.6 lr, since |m| <= 1.6 sqrt(v): (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)) by
     Cauchy and Schwarz. Row-wise Adagrad by sqrt(width) lr, since |g| <= sqrt(width) sqrt(mean g^2).
     """
-    return (12 + width) * count * EPS * (largest_step * count + float(table_of(width).abs().max()))
+    return (12 + width) * count * EPS * (largest_step * count + float(table_of(width).detach().abs().max()))
 
 
 @given(st.integers(0, 10_000), st.integers(1, 12), st.sampled_from([1, 3, 8, 10]))
