@@ -88,6 +88,25 @@ def load_runs(
     return frame
 
 
+def load_sweeps(experiment: str | None = None) -> pd.DataFrame:
+    """Load the sweeps of an experiment (name or id; None: of all), one row each, oldest first.
+
+    Columns: title (its first characters), sweep_id, task, metric, mode ("": by the metric's name) and margin (NaN:
+    none). A sweep whose runs all began in other sweeps is among them.
+
+    Raises:
+        UserError: there is no such experiment or no sweep in it, or the tracking store is unreachable.
+    """
+    found = runs_of_filter(experiment, "tags.role = 'summary'")
+    if not found:
+        place = f"experiment {experiment}: " if experiment else ""
+        raise UserError(f"{place}found no sweep in {tracking_uri()}")
+    names = ("sweep_id", "task", "metric", "mode", "margin")
+    rows = [(run.name.removeprefix("sweep "), *(run.tags.get(name) for name in names)) for run in found]
+    frame = pd.DataFrame(rows, columns=["title", *names])
+    return frame.assign(margin=pd.to_numeric(frame["margin"]))
+
+
 def other_families(sweep_id: str, question: str) -> int:
     """Number of families in other sweeps that ask the same question."""
     others = [run.tags for run in runs_of_tag(QUESTION, question) if run.tags.get("sweep_id") != sweep_id]

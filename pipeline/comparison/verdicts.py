@@ -21,7 +21,7 @@ from pipeline.comparison.new_rows import new_rows as on_new_rows
 from pipeline.comparison.number_format import estimate
 from pipeline.comparison.page.view import write_page
 from pipeline.comparison.results import ArmResult, Comparison
-from pipeline.comparison.run_loading import load_history, load_runs
+from pipeline.comparison.run_loading import load_history, load_runs, load_sweeps
 from pipeline.comparison.selection import (
     baseline_arm,
     choose_metric,
@@ -60,6 +60,7 @@ __all__ = [
     "estimate",
     "load_history",
     "load_runs",
+    "load_sweeps",
     "sentence",
     "to_frame",
     "to_markdown",

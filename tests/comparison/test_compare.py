@@ -27,6 +27,7 @@ from pipeline.comparison.verdicts import (
     compare,
     load_history,
     load_runs,
+    load_sweeps,
     to_frame,
     to_markdown,
     to_text,
@@ -80,7 +81,7 @@ class Store:
         """`points`: logged beside `metrics`, and written to history.parquet where `history`."""
         from mlflow.entities import Metric, Param, RunTag
 
-        run = self.client.create_run(self.experiments[experiment], run_name=f"{arm} s{seed}")
+        run = self.client.create_run(self.experiments[experiment], run_name=arm if seed is None else f"{arm} s{seed}")
         run_id = str(run.info.run_id)
         known = {"arm": arm, "seed": None if seed is None else str(seed), "task": "mmoe", "data_digest": DIGEST}
         known |= {"role": "baseline" if arm == "baseline" else "arm" if arm else None} | tags
@@ -200,8 +201,8 @@ def fill(store: Store) -> None:
             )
     store.run("bad", 3, {}, status="FAILED", sweep_id=SWEEP)
     store.run("sweep", None, {"test/auc_ctcvr": 1.0}, sweep_id=SWEEP, role="launcher")
-    summary = {"metric": "test/auc_ctcvr", "mode": "max"}
-    store.run("summary", None, {"test/auc_ctcvr": 1.0}, sweep_id=SWEEP, role="summary", **summary)
+    summary = {"metric": "test/auc_ctcvr", "mode": "max", "margin": "0.002"}
+    store.run("sweep CTCVR", None, {"test/auc_ctcvr": 1.0}, sweep_id=SWEEP, role="summary", **summary)
     for arm, value in (("baseline", 0.5), ("l.1 g1", 0.75)):
         store.run(arm, 4, {"test/auc_ctcvr": value}, sweep_id=LONELY)
     store.run("l.1 g1", 4, {"test/auc_ctcvr": 0.5}, sweep_id=SWITCHED)
@@ -471,6 +472,14 @@ def test_colors_are_the_tags_and_never_shared(comparison: Comparison) -> None:
     colors = [a.color for a in comparison.arms]
     assert colors[0] == "#123456"
     assert len(set(colors)) == 5
+
+
+def test_sweeps_are_listed_by_their_summary_runs(store: Store) -> None:
+    (row,) = load_sweeps().to_dict("records")
+    columns = {"sweep_id": SWEEP, "title": "CTCVR", "metric": "test/auc_ctcvr", "mode": "max", "margin": 0.002}
+    assert {name: row[name] for name in columns} == columns
+    with pytest.raises(UserError, match="experiment loose: found no sweep in sqlite"):
+        load_sweeps("loose")
 
 
 @pytest.mark.parametrize(

@@ -19,13 +19,13 @@ from conftest import ROOT, in_laboratory, project_in
 from laboratory import ARMS, METRIC, Laboratory
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell
-from scipy.stats import ttest_rel
+from scipy.stats import t, ttest_rel
 
 from pipeline.errors import UserError
 
 pytestmark = in_laboratory
 
-BOOKS = ("alpha", "compare_runs", "loss_components")
+BOOKS = ("alpha", "compare_runs", "findings", "loss_components")
 SENTIMENTS = ("positive", "negative", "neutral")
 
 
@@ -48,6 +48,9 @@ ASKED = {
         "gates": [int(gate) for gate in gates],
         "curve": {arm.name: (smooth[arm.name] - smooth["baseline"]).mean(axis=1).to_dict() for arm in arms},
         "curves": curves}""",
+    "findings": """{
+        "table": json.loads(table.to_json(orient="records", double_precision=15)),
+        "reasons": {arm: row.to_dict() for (_, arm), row in reasons.iterrows()}}""",
     "loss_components": """{
         "run": run["run_id"], "gate": int(gate), "error": error.to_dict(), "holds": bool((units < 8).all()),
         "after": after.mean().to_dict(), "shares": shares.loc[11].to_dict(), "added": added.to_dict(),
@@ -75,7 +78,8 @@ def executed(laboratory: Laboratory) -> dict[str, Executed]:
         code = [cell for cell in nbformat.read(folder / f"{name}.ipynb", as_version=4).cells
                 if cell.cell_type == "code"]  # fmt: skip
         again = "\n".join(cell.source for cell in code[1:3])
-        parts[name] = [new_code_cell("%reset -f"), new_code_cell(f"__import__('os').chdir({str(folder)!r})"), *code,
+        place = f"import os; os.chdir({str(folder)!r}); os.environ['EXPERIMENT'] = 'Default'"
+        parts[name] = [new_code_cell("%reset -f"), new_code_cell(place), *code,
                        new_code_cell(f"import json; print(json.dumps({expression}))")]  # fmt: skip
         if name in wrong:
             key, value = wrong[name].split("=")
@@ -265,6 +269,34 @@ def test_loss_components_turns_one_run_inside_out(laboratory: Laboratory, execut
     assert result.figures == 2
 
 
+def test_findings_of_every_sweep_in_the_experiment(laboratory: Laboratory, executed: dict[str, Executed]) -> None:
+    result = executed["findings"]
+    table = {(row["question"], row["arm"]): row for row in result.values["table"]}
+    questions = {"mmoe": f"mmoe: {METRIC}, embedded data",
+                 "visobert": "alpha: test/sentiment_f1_macro, embedded data"}  # fmt: skip
+    arms = {"mmoe": ("l0 g2 w3", "l5 g1 w3"), "visobert": ("auto g0", "1 1.2 1.5 g2")}  # without the controls
+    assert table.keys() == {(questions[task], arm) for task in arms for arm in arms[task]}
+    for task, metric in {"mmoe": METRIC, "visobert": "test/sentiment_f1_macro"}.items():
+        values = laboratory.by_arm(task, metric)
+        for arm in arms[task]:
+            row, apart = table[questions[task], arm], [values[arm][seed] - values["baseline"][seed] for seed in (0, 1)]
+            assert row["seeds"] == "0-1"
+            assert row["difference"] == pytest.approx(np.mean(apart))
+            if any(apart):  # Bonferroni of two arms: Student's interval at 97.5% with one degree of freedom
+                half = t.ppf(1 - 0.05 / 2 / 2, 1) * np.std(apart, ddof=1) / np.sqrt(2)
+                assert [row["low"], row["high"]] == pytest.approx([np.mean(apart) - half, np.mean(apart) + half])
+
+    sweep = laboratory.sweep("mmoe")
+    for arm in arms["mmoe"]:
+        runs = laboratory.runs(f"tags.sweep_id = '{sweep}' AND tags.arm = '{arm}'")
+        for name in ("focal_over_bce", "cosine_bce_focal", "focal_factor_positive", "focal_factor_negative"):
+            points = [value for run in runs
+                      for value in laboratory.points(run.info.run_id, f"influence/{name}").values()]  # fmt: skip
+            assert result.values["reasons"][arm][f"influence/{name}"] == pytest.approx(np.mean(points))
+    assert result.figures == 1  # the map needs its own data
+    assert "no sweep on folders of docs/findings/worlds.py" in result.printed
+
+
 def test_alpha_from_distribution_to_effect(laboratory: Laboratory, executed: dict[str, Executed]) -> None:
     result = executed["alpha"]
 
@@ -304,6 +336,7 @@ def test_alpha_from_distribution_to_effect(laboratory: Laboratory, executed: dic
 COMMANDS = {
     "alpha": "mlflow run . -e data_prep --env-manager=local",
     "compare_runs": "mlflow run . -e sweep --env-manager=local",
+    "findings": "mlflow run . -e sweep -P config=configs/findings/census_focal.yaml --env-manager=local",
     "loss_components": "mlflow run . -e train_mmoe --env-manager=local",
 }
 

@@ -76,6 +76,20 @@ def test_the_shipped_alpha_sweep_is_a_grid_without_its_baseline() -> None:
     assert any("is the same run as baseline" in note for note in plan.notes)
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "configs/findings").glob("*.yaml")), ids=lambda file: file.stem)
+def test_sweeps_of_findings_ask_one_question_each(file: Path) -> None:
+    """Before training: one metric, and a margin, or for a confirmation ten seeds that no first sweep may use."""
+    sweep = load(SweepConfig, file)
+    plan = resolve(sweep, file, import_reference(ENTRIES[sweep.task].config), [ROOT])
+    assert sweep.metric == plan.metric
+    assert plan.experiment == "findings"
+    if sweep.is_sequential:
+        assert sweep.margin
+    else:
+        assert len(sweep.all_seeds) == 10
+        assert min(sweep.all_seeds) > 80  # the most that a sweep may add
+
+
 @given(
     st.dictionaries(st.sampled_from("abcd"), st.lists(st.integers(0, 3), min_size=1, max_size=3, unique=True),
                     min_size=1, max_size=4),
