@@ -16,9 +16,9 @@ class FocalConfig(Config):
     warmup_steps: int = Field(2000, ge=0)
     """first optimizer step with the focal term"""
     lambda_: float = Field(0.1, alias="lambda", ge=0)
-    """weight of the focal term; usual: 0.05-0.2"""
+    """weight of the focal term; usual: 0.05-0.2, a habit that no finding supports (docs/findings.md)"""
     gamma: float = Field(1.0, ge=0, le=100)
-    """focusing exponent; usual: 1-2"""
+    """focusing exponent; usual: 1-2, a habit that no finding supports (docs/findings.md)"""
     use_alpha: bool = False
     """weigh positives by alpha and negatives by 1 - alpha in the focal term"""
     alpha: float = Field(0.25, ge=0, le=1)
@@ -46,9 +46,9 @@ class FocalConfig(Config):
         """
         warnings = []
         if self.lambda_ > 0.2:
-            warnings.append(f"{block}.lambda is {self.lambda_:g}; usual: 0.05-0.2")
+            warnings.append(f"{block}.lambda is {self.lambda_:g}; usual: 0.05-0.2, by habit (docs/findings.md)")
         if not 1 <= self.gamma <= 2:
-            warnings.append(f"{block}.gamma is {self.gamma:g}; usual: 1-2")
+            warnings.append(f"{block}.gamma is {self.gamma:g}; usual: 1-2, by habit (docs/findings.md)")
         if not self.enabled:
             acting = {f"{block}.{key}" for key in ("enabled", "log_components")}
             idle = sorted({key for key in given if key.startswith(f"{block}.")} - acting)

@@ -25,7 +25,8 @@ def test_positives_are_weighted_with_use_alpha_alone() -> None:
 @pytest.mark.parametrize(("values", "given", "expected"), [
     ({"enabled": True, "lambda": 0.2, "gamma": 2}, {"lambda", "gamma"}, []),
     ({"enabled": True, "lambda": 0.3, "gamma": 0.5}, set(),
-     ["loss.x.lambda is 0.3; usual: 0.05-0.2", "loss.x.gamma is 0.5; usual: 1-2"]),
+     ["loss.x.lambda is 0.3; usual: 0.05-0.2, by habit (docs/findings.md)",
+      "loss.x.gamma is 0.5; usual: 1-2, by habit (docs/findings.md)"]),
     ({"enabled": True}, {"alpha"}, ["loss.x.alpha has no effect while loss.x.use_alpha is false"]),
     ({}, {"enabled", "log_components", "lambda", "gamma"},
      ["loss.x.gamma has no effect while loss.x.enabled is false",
