@@ -80,7 +80,7 @@ def test_the_shipped_alpha_sweep_is_a_grid_without_its_baseline() -> None:
 def test_sweeps_of_findings_ask_one_question_each(file: Path) -> None:
     """Before training: one metric, and a margin, or for a confirmation ten seeds that no first sweep may use."""
     sweep = load(SweepConfig, file)
-    plan = resolve(sweep, file, import_reference(ENTRIES[sweep.task].config), [ROOT])
+    plan = resolve(sweep, file, import_reference(find_entry(sweep.task).config), [ROOT])
     assert sweep.metric == plan.metric
     assert plan.experiment == "findings"
     if sweep.is_sequential:
