@@ -70,6 +70,8 @@ def test_confirmations_are_one_sided_and_adjusted_over_the_page(monkeypatch: pyt
     monkeypatch.setattr(confirm, "load_sweeps", lambda _: pd.DataFrame({"sweep_id": list(results)}))
     monkeypatch.setattr(confirm, "load_runs", lambda sweep: sweep)
     monkeypatch.setattr(confirm, "compare", lambda runs, **_: results[runs])
+    assert "p" not in confirm.confirmations("any")  # four of ten seeds: not finished
+    monkeypatch.setattr(confirm, "SEEDS", 4)
     table = confirm.confirmations("any").set_index("arm")
     assert list(table.index) == ["up", "down", "alone"]  # the arm that is equal is not asked about
     # t = mean / (sd / 2): 2 / (sqrt(2 / 3) / 2) up, and 1 / (sqrt(6 / 3) / 2) down
@@ -88,4 +90,5 @@ def test_seeds_that_the_first_sweep_had_confirm_nothing(monkeypatch: pytest.Monk
     monkeypatch.setattr(confirm, "load_sweeps", lambda _: pd.DataFrame({"sweep_id": list(results)}))
     monkeypatch.setattr(confirm, "load_runs", lambda sweep: sweep)
     monkeypatch.setattr(confirm, "compare", lambda runs, **_: results[runs])
+    monkeypatch.setattr(confirm, "SEEDS", 4)
     assert "p" not in confirm.confirmations("any")

@@ -7,17 +7,22 @@ metric and data is looked up; none of its seeds is one of the first sweep. An ar
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 
 import pandas as pd
 from scipy.stats import ttest_1samp
 
 from pipeline.comparison.results import ArmResult, Comparison
 from pipeline.comparison.verdicts import compare, load_runs, load_sweeps
+from pipeline.errors import UserError
+
+SEEDS = 10  # of a second sweep; with fewer finished it is not looked at
 
 
 def confirmations(experiment: str) -> pd.DataFrame:
     """A row for each arm that was called better or worse."""
-    results = [compare(load_runs(sweep), new_rows=False) for sweep in load_sweeps(experiment)["sweep_id"]]
+    results = list(finished(experiment))
     second = {(arm.name, result.metric, result.data_digest): (arm, result)
               for result in results if result.design == "fixed" for arm in result.arms}  # fmt: skip
     table = pd.DataFrame([
@@ -34,6 +39,13 @@ def confirmations(experiment: str) -> pd.DataFrame:
     return table.assign(confirmed=table["p (Holm)"].le(0.05).where(tested, "not tested"))
 
 
+def finished(experiment: str) -> Iterator[Comparison]:
+    """The sweeps of an experiment of which a run is finished."""
+    for sweep in load_sweeps(experiment)["sweep_id"]:
+        with suppress(UserError):
+            yield compare(load_runs(sweep), new_rows=False)
+
+
 def confirmation(
     first: ArmResult, sweep: Comparison, arm: ArmResult | None, second: Comparison | None
 ) -> dict[str, float]:
@@ -43,6 +55,8 @@ def confirmation(
     up = first.verdict.startswith("better") == (sweep.mode == "max")
     base = second.arms[0].values
     differences = [value - base[seed] for seed, value in arm.values.items() if seed in base]
+    if len(differences) < SEEDS:
+        return {}
     p = ttest_1samp(differences, 0, alternative="greater" if up else "less").pvalue
     return {"seeds": len(differences), "difference": arm.difference.mean, "p": float(p)}
 
