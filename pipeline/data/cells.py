@@ -122,6 +122,8 @@ class Cells:
         weights_name = source.weights or name
         if weights is not None:
             weights, counts = self._elements(weights, weights_name, source.separator, place)
+            lone = (lengths == 0) & (counts == 1)  # the weight of one missing id, which as text is a missing cell
+            weights, counts = weights.filter(pa.array(np.repeat(~lone, counts))), counts - lone
             different = np.flatnonzero(lengths != counts)
             if len(different):
                 row = int(different[0])

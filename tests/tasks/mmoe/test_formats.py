@@ -117,6 +117,23 @@ def test_lists(tmp_path: Path, cells: list[str], parsed: list[Any], array: pa.Ar
         assert decoded(tmp_path) == expected, file.name
 
 
+def test_the_weight_of_a_missing_id_goes_with_it(tmp_path: Path) -> None:
+    """A list of one missing id is, as text, a missing cell."""
+    ids, weights = [["a", "b"], ["NA"], []], [[1.0, 2.0], [0.5], []]
+    table = pa.table({"click": [1, 1, 1], "bought": [0, 0, 0], "x": ids, "w": weights})
+    pq.write_table(table, tmp_path / "data.parquet")
+    rows = "".join(f"1,0,{'|'.join(x)},{'|'.join(map(str, w))}\n" for x, w in zip(ids, weights, strict=True))
+    (tmp_path / "data.csv").write_text(f"click,bought,x,w\n{rows}", encoding="utf-8")
+    schema = write_schema(tmp_path, {"x": {"kind": "multi", "weights": "w"}})
+    for name in ("data.csv", "data.parquet"):
+        prepare(tmp_path / name, schema, tmp_path / "out")
+        assert decoded(tmp_path) == [["a", "b"], [], []], name
+        assert column(tmp_path, "x.weights") == [[1.0, 2.0], [], []], name
+    (tmp_path / "data.csv").write_text("click,bought,x,w\n1,0,a,1\n1,0,NA,1|2\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"row 2, column w: found 2 weights for the 0 ids of x"):
+        prepare(tmp_path / "data.csv", schema, tmp_path / "out")
+
+
 def test_a_decimal_is_shown_as_a_number(tmp_path: Path) -> None:
     click = pa.array([Decimal(1), Decimal(2)], pa.decimal128(4, 1))
     pq.write_table(pa.table({"click": click, "bought": [0, 0], "x": ["a", "b"]}), tmp_path / "data.parquet")
