@@ -25,7 +25,17 @@ from server import free_port
 from pipeline.__main__ import ui_command
 from pipeline.errors import UserError
 from pipeline.tasks.registry import declarations
-from pipeline.tracking.ui import HOST, VIEW_TAG, check_free, has_desktop, link, newest_sweep, show, wait_until_up
+from pipeline.tracking.ui import (
+    HOST,
+    VIEW_TAG,
+    check_free,
+    has_desktop,
+    link,
+    newest_sweep,
+    serving,
+    show,
+    wait_until_up,
+)
 
 CHARTS = ("valid/logloss_ctcvr", "loss_ctcvr_bce", "loss_ctcvr_focal")
 CARD = "[data-testid=experiment-view-compare-runs-card]"
@@ -307,6 +317,23 @@ def test_a_browser_is_opened_where_there_is_a_desktop(
     assert has_desktop() == desktop
     assert opened == (["http://host:1/"] if desktop else [])
     assert capsys.readouterr().out == "http://host:1/\n"
+
+
+class Started(Exception):  # noqa: N818 (no error)
+    """In place of a process: its command line."""
+
+
+def test_the_server_listens_on_this_machine_alone(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen where it is really started, too, by the test that needs Chromium."""
+
+    def start(command: list[str], **_: Any) -> None:
+        raise Started(command)
+
+    monkeypatch.setattr("pipeline.tracking.ui.subprocess.Popen", start)
+    with pytest.raises(Started) as started, serving(5000):
+        pass
+    (command,) = started.value.args
+    assert command[command.index("--host") + 1] == "127.0.0.1"
 
 
 def test_a_port_in_use_is_one_line(call_pipeline: Call, monkeypatch: pytest.MonkeyPatch) -> None:
