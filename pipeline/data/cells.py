@@ -3,7 +3,7 @@
 Categories are texts, and a value has the same text in every file format. Strings are unchanged. Integers and decimals
 are written in digits, and floats as the shortest decimals that round-trip (`0.5`, `3.0`, `1e+22`). Booleans are `True`
 and `False`. Dates are written as `2024-05-01`, and times as `2024-05-01 12:00:00`, with a fraction if it is not zero
-and an offset if it is not UTC, or as a date at midnight. If all values of a column are whole numbers, `3.0` becomes
+and an offset if it is not UTC, or as a date at midnight. Times of day are `12:00:00`. If all values of a column are whole numbers, `3.0` becomes
 `3`; if all are booleans, `true` becomes `True`.
 """
 
@@ -222,6 +222,8 @@ def plain(raw: pa.Array, column: str, place: Place) -> pa.Array:
         raw = pc.if_else(raw, "True", "False")
     elif is_binary(kind):
         raw = decoded(raw, column, place)
+    elif types.is_time(kind):
+        raw = pc.replace_substring_regex(raw.cast(pa.string()), r"^([\d:]+)(\.\d*?[1-9])?\.?0*$", r"\1\2")
     elif types.is_timestamp(kind) and kind.tz == "UTC":
         raw = raw.cast(pa.timestamp(kind.unit)).cast(pa.string())
     elif types.is_timestamp(kind):  # an offset as pandas writes it: +07:00
@@ -231,7 +233,7 @@ def plain(raw: pa.Array, column: str, place: Place) -> pa.Array:
     plain_types = (types.is_string, types.is_integer, types.is_floating, types.is_decimal, types.is_null, is_list)
     if any(is_(raw.type) for is_ in plain_types):
         return raw
-    allowed = "text, numbers, truth values, dates, or lists of them"
+    allowed = "text, numbers, truth values, dates, times, or lists of them"
     raise UserError(f"{place(0)}, column {column}: found values of type {kind}, allowed: {allowed}")
 
 

@@ -3,7 +3,7 @@
 import csv
 import json
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import UTC, datetime, time, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,10 @@ def decoded(folder: Path) -> list[Any]:
       [str(NOON.astimezone(HANOI)), "2024-05-01T00:00:00+07:00"],
       pa.array([NOON, NOON - timedelta(hours=19)], pa.timestamp("us", "Asia/Ho_Chi_Minh"))), {},
      ["2024-05-01 19:00:00+07:00", "2024-05-01 00:00:00+07:00"]),
+    ((["12:30:00", "00:00:00.25"], ["12:30:00", "00:00:00.25"],
+      pa.array([time(12, 30), time(0, 0, 0, 250_000)], pa.time64("us"))), {}, ["12:30:00", "00:00:00.25"]),
+    ((["12:30:10", "00:00:00"], ["12:30:10", "00:00:00"], pa.array([time(12, 30, 10), time(0)], pa.time32("s"))), {},
+     ["12:30:10", "00:00:00"]),
 ])  # fmt: skip
 def test_ids(tmp_path: Path, forms: tuple[Any, Any, pa.Array], keys: dict[str, Any], expected: list[str]) -> None:
     feature = {"kind": "categorical", "min_count": keys.get("min_count", 1)}

@@ -450,6 +450,31 @@ def test_decimals_and_bytes_of_parquet(tmp_path: Path) -> None:
     )
 
 
+def in_each_format(folder: Path, texts: Sequence[Any], labels: Sequence[Any]) -> list[Path]:
+    """The same two columns as CSV, JSON Lines and Parquet."""
+    frame = pd.DataFrame({"data": texts, "A": labels})
+    frame.to_csv(folder / "a.csv", index=False)
+    frame.to_json(folder / "a.jsonl", orient="records", lines=True, force_ascii=False)
+    frame.to_parquet(folder / "a.parquet")
+    return [folder / f"a.{suffix}" for suffix in ("csv", "jsonl", "parquet")]
+
+
+def test_numbers_as_texts_and_labels(tmp_path: Path) -> None:
+    for texts, shown in (([5, 10], ("5", "10")), ([0.5, 2.5], ("0.5", "2.5"))):
+        for file in in_each_format(tmp_path, texts, [1.0, -1.0]):
+            read = read_reviews(file, ReviewFormatConfig(labels="-1/0/1"))
+            assert (read.texts, read.labels[:, 0].tolist()) == (shown, [P, N]), file.name
+    (tmp_path / "a.csv").write_text("data,A\nx,1e0\ny,-1.0E+00\n")
+    assert read_reviews(tmp_path / "a.csv", ReviewFormatConfig(labels="-1/0/1")).labels[:, 0].tolist() == [P, N]
+
+
+@pytest.mark.parametrize(("row", "column"), [(["b\0c", "Positive"], "data"), (["b", "Posi\0tive"], "A")])
+def test_no_format_may_hold_nul(tmp_path: Path, row: list[str], column: str) -> None:
+    for file in in_each_format(tmp_path, ["a", row[0]], ["Negative", row[1]]):
+        with pytest.raises(UserError, match=f"{file.name}: row 2, column {column}: found NUL; remove it"):
+            read_reviews(file, ReviewFormatConfig())
+
+
 @pytest.mark.parametrize("span", ["8, 0", "3, 3", "-1, 3", "0, NaN"])
 def test_spans_that_are_none(tmp_path: Path, span: str) -> None:
     line = f'{{"text": "Pin tốt", "labels": [[{span}, "A#POSITIVE"], [0, 3, "B#NEGATIVE"]]}}'

@@ -403,7 +403,7 @@ def test_damaged_csv(tmp_path: Path, text: str, message: str) -> None:
     [
         ('{"data": "x", "A": "Positive"}\n\n{"data": "y"\n', "line 3: not JSON (Expecting ',' delimiter"),
         ('{"data": "x", "A": "Positive"}\n["y"]\n', "line 2: found a list, allowed: an object"),
-        ('\n{"data": 5, "A": "Positive"}\n', "row 1, column data: found '5', allowed: text"),
+        ('\n{"data": true, "A": "Positive"}\n', "row 1, column data: found 'true', allowed: text"),
         ('{"data": "x", "A": "Positive"}\n{"data": "y", "A": 1}\n', "row 2, column A: found '1', allowed: Positive"),
         ('{"data": "x", "A": ["Positive"]}\n', "row 1, column A: found '[\"Positive\"]', allowed: Positive"),
         ('{"data": "xx", "A": "Positive"}\n{"data": "a\\ud83d", "A": ""}\n', "row 2, column data: found half a char"),

@@ -35,6 +35,7 @@ GZIP = ".gz"
 UNNAMED = re.compile(r"|Unnamed: \d+|__index_level_\d+__")  # names that pandas gives to its index
 OTHER_DELIMITER = re.compile(r"[,;|\t]")
 HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")  # unpaired surrogate: allowed in JSON escapes, but not in UTF-8
+NO_TEXT = re.compile(r"[\0\ud800-\udfff]")
 
 
 class Content(NamedTuple):
@@ -66,6 +67,7 @@ def read_columns(file: Path, delimiter: str | None = None) -> tuple[str, Columns
         if delimiter:
             cells = cells._replace(notes=[*cells.notes, f"{file}: data.delimiter has no effect on {suffix}"])
     names = [clean_name(name) for name in cells.names]
+    _check_characters(file, names, cells.columns)
     for name, count in Counter(names).items():
         if count > 1 and not UNNAMED.fullmatch(name):
             raise UserError(f"{file}: column {name} appears twice")
@@ -127,7 +129,7 @@ def _decode(file: Path, content: bytes) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise UserError(f"{file}: not UTF-8 ({error.reason} at byte {error.start}, line {line})") from None
-    if "\0" in text:
+    if "\0" in text.partition("\n")[0]:  # UTF-16 without a mark
         raise UserError(f"{file}: not UTF-8 text (a zero at byte {content.index(0)})")
     return text
 
@@ -170,7 +172,7 @@ def _read_jsonl(file: Path, content: bytes) -> Content:
     for number, line in enumerate(_decode(file, content).split("\n"), 1):
         if line.strip():
             records.append(_record(file, f"line {number}", _parse_json(file, f"line {number}", line)))
-    return _from_records(file, content, records)
+    return _from_records(records)
 
 
 def _read_json(file: Path, content: bytes) -> Content:
@@ -180,7 +182,7 @@ def _read_json(file: Path, content: bytes) -> Content:
         return _read_jsonl(file, content)
     parsed = _parse_json(file, "array", text)
     assert isinstance(parsed, list)
-    return _from_records(file, content, [_record(file, f"row {row}", each) for row, each in enumerate(parsed, 1)])
+    return _from_records([_record(file, f"row {row}", each) for row, each in enumerate(parsed, 1)])
 
 
 def _parse_json(file: Path, where: str, text: str) -> object:
@@ -197,12 +199,9 @@ def _record(file: Path, where: str, record: object) -> dict[str, object]:
     return record
 
 
-def _from_records(file: Path, content: bytes, records: Sequence[Mapping[str, object]]) -> Content:
+def _from_records(records: Sequence[Mapping[str, object]]) -> Content:
     names = list(dict.fromkeys(name for record in records for name in record))
-    columns: list[Sequence[object]] = [[record.get(name) for record in records] for name in names]
-    if b"\\u" in content:  # an escape may stand for an unpaired surrogate or for NUL
-        _check_characters(file, names, columns)
-    return Content(names, columns)
+    return Content(names, [[record.get(name) for record in records] for name in names])
 
 
 def _read_vlsp(file: Path, content: bytes) -> Content:
@@ -215,12 +214,14 @@ def _read_semeval(file: Path, content: bytes) -> Content:
 
 
 def _check_characters(file: Path, names: Sequence[str], columns: Sequence[Sequence[object]]) -> None:
+    """Refuse NUL and half characters, which not every format can hold."""
     for name, cells in zip(names, columns, strict=True):
-        if "\0" in name or HALF_CHARACTER.search(name):
+        if NO_TEXT.search(name):
             raise UserError(f"{file}: column {name!r}: allowed: a name of whole characters other than NUL")
         for row, cell in enumerate(cells, 1):
-            if isinstance(cell, str | list | dict) and HALF_CHARACTER.search(cell_text(cell)):
-                raise UserError(f"{file}: row {row}, column {name}: found half a character (an unpaired surrogate)")
+            if isinstance(cell, str | list | dict) and (found := NO_TEXT.search(cell_text(cell))):
+                kind = "NUL" if found[0] == "\0" else "half a character (an unpaired surrogate)"
+                raise UserError(f"{file}: row {row}, column {name}: found {kind}; remove it")
 
 
 def _read_parquet(file: Path, content: bytes) -> Content:

@@ -26,12 +26,12 @@ DIALECTS: Mapping[DialectName, Spellings] = {
 }
 WORDS: Sequence[DialectName] = ("english", "POS/NEG/NEU", "vietnamese")  # their words have one meaning each
 
-_NUMBER = re.compile(r"([+-]?[0-9]{1,18})(?:\.0*)?")
+_NUMBER = re.compile(r"([+-]?[0-9]{1,18})(?:\.0*)?(?:e[+-]?0+)?")
 _UNCLEAR = re.compile(r"[+-]?[0-9.]+|none|null|nan|n/?a|-|true|false|yes|no")  # means something else in every project
 
 
 def label_key(text: str) -> str:
-    """Key that is equal for the spellings of one label: NFC, case folded, single spaces; `+1` and `1.0` are `1`."""
+    """Key that is equal for the spellings of a label: NFC, case folded, single spaces; `+1`, `1.0` and `1e0` are `1`."""
     key = " ".join(unicodedata.normalize("NFC", text).casefold().split())
     number = _NUMBER.fullmatch(key)
     return str(int(number[1])) if number else key

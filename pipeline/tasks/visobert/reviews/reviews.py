@@ -7,6 +7,7 @@ Labels are either in one column per aspect, whose cells are a label or empty, or
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -183,13 +184,12 @@ def _first_of(names: Sequence[str], columns: Sequence[str] | Columns) -> str | N
 
 
 def _texts(file: Path, column: str, cells: Sequence[object]) -> list[str]:
-    """The texts of a column in NFC; empty for empty cells."""
+    """The texts of a column in NFC; empty for empty cells. A number is a text, as it is in CSV."""
     texts = []
     for row, cell in enumerate(cells, 1):
-        text = "" if cell is None or cell != cell else cell  # noqa: PLR0124 (only NaN differs from itself)
-        if not isinstance(text, str):
+        if isinstance(cell, bool) or not (cell is None or isinstance(cell, str | int | float | Decimal)):
             raise UserError(f"{file}: row {row}, column {column}: found {quoted(cell_text(cell))}, allowed: text")
-        texts.append(unicodedata.normalize("NFC", text))
+        texts.append(unicodedata.normalize("NFC", cell_text(cell)))
     if not any(map(str.strip, texts)):
         raise UserError(f"{file}: column {column}: found no text in any of {len(texts)} rows")
     return texts
