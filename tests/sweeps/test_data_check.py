@@ -13,6 +13,7 @@ from pipeline.data.schema import DataSchema
 from pipeline.errors import UserError
 from pipeline.sweeps.data_check import check_data
 from pipeline.sweeps.jobs import Job
+from pipeline.sweeps.requests import DataDigest, DigestData
 from pipeline.sweeps.sweep_config import SweepConfig
 from pipeline.sweeps.sweep_plan import Plan, resolve
 from pipeline.sweeps.worker import Work
@@ -110,3 +111,25 @@ def test_a_sweep_on_clicks_is_judged_by_them(tmp_path: Path, impressions: Path) 
     ]
     with pytest.raises(UserError, match=r"^metric: test/auc_ctcvr needs conversion labels"):
         checked_plan(sweep_file(tmp_path, clicks, **changes, metric="test/auc_ctcvr"))
+
+
+def test_a_worker_serves_one_task_after_the_other(tmp_path: Path, impressions: Path) -> None:
+    (tmp_path / "reviews.csv").write_text("data,A\n" + "".join(f"text {n},Positive\n" for n in range(40)))
+    configs = {
+        "train_mmoe": f"data: {{path: {impressions}}}",
+        "train_visobert": f"""
+            data: {{train: {tmp_path}/reviews.csv, cache: {tmp_path}}}
+            model: {{name: embedded}}
+            multi_label: {{focal_alpha: null}}
+        """,
+    }
+
+    def digest(worker: Work, entry: str) -> str:
+        reply = worker.do(DigestData(entry, configs[entry]))
+        assert isinstance(reply, DataDigest), reply
+        return reply.digest
+
+    fresh = {entry: digest(Work(None, print, threading.Event()), entry) for entry in configs}  # type: ignore[arg-type]
+    worker = Work(None, print, threading.Event())  # type: ignore[arg-type]
+    for entry in [*configs, *configs]:
+        assert digest(worker, entry) == fresh[entry]
