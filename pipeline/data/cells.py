@@ -1,14 +1,8 @@
-"""Read raw columns of files and data frames as texts, numbers or bags of ids.
-
-Categories are texts, and a value has the same text in every file format. Strings are unchanged. Integers and decimals
-are written in digits, and floats as the shortest decimals that round-trip (`0.5`, `3.0`, `1e+22`). Booleans are `True`
-and `False`. Dates are written as `2024-05-01`, and times as `2024-05-01 12:00:00`, with a fraction if it is not zero
-and an offset if it is not UTC, or as a date at midnight. Times of day are `12:00:00`. If all values of a column are whole numbers, `3.0` becomes
-`3`; if all are booleans, `true` becomes `True`.
-"""
+"""Read raw columns of files and data frames as texts, numbers or bags of ids."""
 
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config.strict_config import nearest
+from pipeline.data.canonical_text import NUMBER, TRUTH, canonical, canonical_times, number_text, respelt
 from pipeline.data.json_cells import listed_items
 from pipeline.data.raw_schema import FeatureSource
 from pipeline.data.schema import Feature
@@ -28,13 +23,8 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Place = Callable[[int], str]  # row of a batch, from 0 -> its location for error messages
 
-_INTEGER = re.compile(r"[+-]?[0-9]+")
-_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-_TRUTH = r"(?i:true|false)"
-_SPELLINGS = {"whole": r"^[+-]?[0-9]+(\.0*)?$", "truth": rf"^{_TRUTH}$"}
-_UTC = r"Z|\+00:?00"
-_MIDNIGHT = rf"^(\d{{4}}-\d\d-\d\d)[ T]00:00:00(?:\.0+)?(?:{_UTC})?$"
-_TIME = rf"^(\d{{4}}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)(\.\d*?[1-9])?\.?0*(?:{_UTC}|([+-]\d\d:\d\d))?$"
+_SEVERAL = r"""^(\[\s*(['"].*['"])?\s*\]|\{\s*".*\})$"""  # a list or an object as JSON or Python writes it
+_NO_LIST = r"""^(\{.*\}|\(\s*['"].*\)|set\(\))$"""  # arrays of PostgreSQL, objects, sets and tuples
 _SPACES = "[ \u00a0\u2009\u202f]"  # plain, no-break, thin and narrow no-break, as numbers are printed with
 
 
@@ -71,18 +61,21 @@ class Cells:
         """Read a column with one value per row as texts.
 
         Raises:
-            UserError: the column holds lists, or values of an unsupported type.
+            UserError: the column holds lists, also as text, or values of an unsupported type.
         """
         raw = plain(raw, column, place)
         if is_list(raw.type):
             raise UserError(f"{place(0)}, column {column}: found lists, allowed: one value a row")
         encoded = raw.dictionary_encode()
-        values = _canonical(encoded.dictionary)
+        values = canonical(encoded.dictionary)
         values = pc.utf8_trim_whitespace(values) if self.strip else values
-        if (pc.max(pc.binary_length(values)).as_py() or 0) >= len("2024-05-01 00:00:00"):
-            values = pc.replace_substring_regex(values, _MIDNIGHT, r"\1")
-            values = pc.replace_substring_regex(values, _TIME, r"\1 \2\3\4")
-        values = self._without_missing(values)
+        if pc.all(pc.string_is_ascii(values)).as_py() is False:
+            values = pa.array([text and unicodedata.normalize("NFC", text) for text in values.to_pylist()], pa.string())
+        if pc.any(several := pc.match_substring_regex(values, _SEVERAL)).as_py():
+            codes = encoded.indices.to_numpy(zero_copy_only=False)
+            row = int(np.flatnonzero(np.isin(codes, np.flatnonzero(several.fill_null(False))))[0])
+            raise cell_error(place, row, column, raw[row].as_py(), "one value a row; kind: multi reads lists")
+        values = self._without_missing(canonical_times(values))
         codes = encoded.indices.fill_null(len(values)).to_numpy(zero_copy_only=False).astype(np.int64)
         return Texts(pa.concat_arrays([values, pa.nulls(1, pa.string())]), codes)
 
@@ -106,7 +99,7 @@ class Cells:
                 example = f"1{self.thousands or ''}234{self.decimal}5"
                 allowed += f", written like {example}, as csv.decimal and csv.thousands say"
             raise cell_error(place, row, column, raw[row].as_py(), allowed) from None
-        missing = [float(each) for each in self.missing if _NUMBER.fullmatch(each.strip())]
+        missing = [float(each) for each in self.missing if NUMBER.fullmatch(each.strip())]
         return np.where(np.isin(values, missing), np.nan, values) if missing else values
 
     def bags(
@@ -170,7 +163,7 @@ class Cells:
             return texts
         mark = _SPACES if self.thousands == " " else re.escape(self.thousands or "")
         groups = f"[0-9]{{1,3}}({mark}[0-9]{{3}})+|" if mark else ""
-        number = rf"^([+-]?({groups}[0-9]*)({re.escape(self.decimal)}[0-9]*)?([eE][+-]?[0-9]+)?|{_TRUTH})$"
+        number = rf"^([+-]?({groups}[0-9]*)({re.escape(self.decimal)}[0-9]*)?([eE][+-]?[0-9]+)?|{TRUTH})$"
         plain_texts = pc.replace_substring_regex(texts, mark, "") if mark else texts
         plain_texts = pc.replace_substring(plain_texts, self.decimal, ".")
         return pc.if_else(pc.match_substring_regex(texts, number), plain_texts, "not a number")
@@ -251,50 +244,6 @@ def decoded(raw: pa.Array, column: str, place: Place) -> pa.Array:
         raise cell_error(place, row, column, raw[row].as_py(), "UTF-8 text") from None
 
 
-def number_text(text: str) -> str | None:
-    """Canonical text of a number or boolean (`07` -> `7`, `true` -> `True`); None for other texts."""
-    text = text.strip()
-    if text.lower() in ("true", "false"):
-        return text.capitalize()
-    try:
-        if _INTEGER.fullmatch(text):
-            return str(int(text))  # exact, however long
-        if not _NUMBER.fullmatch(text):
-            return None
-        value = float(text)
-        return f"{value:.0f}" if value.is_integer() else repr(value)  # keeps the sign of -0.0
-    except ValueError:
-        return None
-
-
-def spellings(texts: pa.Array) -> set[str]:
-    """The spellings `whole` and `truth` (see `Feature.spelling`) that fit all texts; nulls are ignored."""
-    return {
-        spelling for spelling, pattern in _SPELLINGS.items()
-        if pc.all(pc.match_substring_regex(texts, pattern), min_count=0).as_py() is not False
-    }  # fmt: skip
-
-
-def respelt(texts: pa.Array, *forms: str) -> pa.Array:
-    """Convert texts to the canonical form of each spelling that they match; others are unchanged."""
-    if "whole" in forms and pc.any(pc.match_substring(texts, ".")).as_py():
-        texts = pc.replace_substring_regex(texts, r"^([+-]?[0-9]+)\.0*$", r"\1")
-    if "truth" in forms:
-        texts = pc.if_else(pc.match_substring_regex(texts, _SPELLINGS["truth"]), pc.utf8_capitalize(texts), texts)
-    return texts
-
-
-def _canonical(distinct: pa.Array) -> pa.Array:
-    """Canonical texts of distinct values; null for NaN."""
-    kind = distinct.type
-    if pa.types.is_decimal(kind):  # Arrow writes 0.0000005 as 5E-7
-        return pa.array([f"{value:f}" for value in distinct.to_pylist()], pa.string())
-    if pa.types.is_floating(kind):
-        values = distinct.to_numpy(zero_copy_only=False)
-        return pa.array(values.astype(str).astype(object), pa.string(), mask=np.isnan(values))
-    return distinct.cast(pa.string())
-
-
 def _doubles(column: pa.Array) -> pa.Array:
     """Doubles of the decimals that a column is written with: 0.1 in 32 bits is 0.1, not 0.10000000149."""
     if pa.types.is_float32(column.type) or pa.types.is_decimal(column.type):
@@ -322,14 +271,15 @@ def _split(cells: pa.Array, separator: str, column: str, place: Place) -> pa.Arr
     """Split text cells into lists of texts. A cell may also be a list as JSON or Python writes it: `["a", "b"]`.
 
     Raises:
-        UserError: a cell in brackets is not a valid list.
+        UserError: a cell in brackets is not a valid list, or is a set, a tuple or an object.
     """
-    bracketed = pc.and_(pc.starts_with(cells, "["), pc.ends_with(cells, "]")).fill_null(False)
+    brackets = pc.and_(pc.starts_with(cells, "["), pc.ends_with(cells, "]"))
+    brackets = pc.or_(brackets, pc.match_substring_regex(cells, _NO_LIST)).fill_null(False)
     lists = pc.split_pattern(cells, separator)
-    if not pc.any(bracketed).as_py():
+    if not pc.any(brackets).as_py():
         return lists
     split = lists.to_pylist()
-    for row in np.flatnonzero(bracketed.to_numpy(zero_copy_only=False)).tolist():
+    for row in np.flatnonzero(brackets.to_numpy(zero_copy_only=False)).tolist():
         split[row] = listed_items(cells[row].as_py())
         if split[row] is None:
             allowed = "ids with the separator between them, or a list as JSON or Python writes it"

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.data.cells import Cells, Floats, Place, Texts, cell_error, no_column, number_text, respelt
+from pipeline.data.canonical_text import number_text, respelt
+from pipeline.data.cells import Cells, Floats, Place, Texts, cell_error, no_column
 from pipeline.data.digests import text_hashes
 from pipeline.data.schema import FIRST_ID, MISSING, OUT_OF_VOCABULARY, VOCABULARY_FILE, DataSchema, Feature
 from pipeline.errors import UserError, os_errors
@@ -69,7 +70,9 @@ class Encoder:
                     lost = not _holds_text(array.type)
                 except (pa.ArrowException, TypeError, ValueError, OverflowError):
                     # pandas may read parts of a column as different types; this is rare, so convert cell by cell
-                    texts = [_cell_text(cell, feature.separator) for cell in frame[name]]
+                    is_number = feature.kind == "numeric" or name == feature.weights
+                    decimal = self.cells.decimal if is_number else "."
+                    texts = [_cell_text(cell, feature.separator, decimal) for cell in frame[name]]
                     array, lost = pa.array(texts, pa.string()), True
                 if lost:
                     typed.add(name)
@@ -167,11 +170,12 @@ def _holds_text(kind: pa.DataType) -> bool:
     return not (numeric or pa.types.is_boolean(kind))
 
 
-def _cell_text(cell: Any, separator: str) -> str | None:
+def _cell_text(cell: Any, separator: str, decimal: str) -> str | None:
+    """Text of a cell as in a file; decimal: the mark of its numbers."""
     if isinstance(cell, str):
         return cell
     if isinstance(cell, list | tuple | np.ndarray):
-        return separator.join(_cell_text(part, separator) or "" for part in cell)
+        return separator.join(_cell_text(part, separator, decimal) or "" for part in cell)
     if cell is None or pd.isna(cell):
         return None
-    return number_text(str(cell)) or str(cell)
+    return (number_text(str(cell)) or str(cell)).replace(".", decimal)

@@ -7,7 +7,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.data.cells import Floats, Ints, Texts, respelt, spellings
+from pipeline.data.canonical_text import respelt, spellings
+from pipeline.data.cells import Floats, Ints, Texts
 from pipeline.data.digests import splitmix64
 
 SAMPLE_ROWS = 200_000

@@ -52,6 +52,6 @@ def listed_items(text: str) -> list[str | None] | None:
                 return None
             written = [None if item in ("None", "nan") else item for item in re.findall(_ITEM, text)]
             items = [ast.literal_eval(item) if item and item[0] in "'\"" else item for item in written]
-        return list(map(text_of, items))
+        return list(map(text_of, items)) if isinstance(items, list) else None
     except (ValueError, RecursionError):
         return None

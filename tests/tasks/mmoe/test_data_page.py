@@ -165,7 +165,7 @@ CASES: dict[str, tuple[Write, Check]] = {
     "quotes escaped with a backslash (Spark, Hive, MySQL)": (
         csv(PLAIN.replace("Vinh", '"5\\" disk, new"')), values("city", ("Huế", 2), ('5" disk, new', 1))),
     "text in another encoding (Windows, Vietnamese)": (
-        csv(PLAIN.replace("ế", "ê\u0301"), encoding="cp1258"), values("city", ("Huê\u0301", 2), ("Vinh", 1))),
+        csv(PLAIN.replace("ế", "ê\u0301"), encoding="cp1258"), values("city", ("Huế", 2), ("Vinh", 1))),
     'UTF-16 with tabs (Excel\'s "Unicode text")': (
         csv(PLAIN.replace(",", "\t"), "data.txt", encoding="utf-16"), usual),
     "spaces around values that mean something": (csv(WIDE), values("city", (" Huế ", 2), ("Vinh", 1))),

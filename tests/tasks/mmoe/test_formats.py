@@ -2,6 +2,7 @@
 
 import csv
 import json
+import unicodedata
 from collections.abc import Sequence
 from datetime import UTC, datetime, time, timedelta, timezone
 from decimal import Decimal
@@ -21,6 +22,7 @@ from pipeline.tasks.mmoe.prepare.preparation import prepare
 RARE, GONE = "out of vocabulary", "missing"
 NOON = datetime(2024, 5, 1, 12, tzinfo=UTC)
 HANOI = timezone(timedelta(hours=7))
+HUE = unicodedata.normalize("NFD", "Huế")
 SIGNED = pa.array([0.0, 0.0, -0.0, 1.5, 1.5])
 
 
@@ -68,6 +70,18 @@ def decoded(folder: Path) -> list[Any]:
       [str(NOON.astimezone(HANOI)), "2024-05-01T00:00:00+07:00"],
       pa.array([NOON, NOON - timedelta(hours=19)], pa.timestamp("us", "Asia/Ho_Chi_Minh"))), {},
      ["2024-05-01 19:00:00+07:00", "2024-05-01 00:00:00+07:00"]),
+    ((["2024-05-01 12:00:00+00", "2024-05-01 12:00:00 UTC", "2024-05-01T19:00:00+0700", "2024-05-01 19:00:00.5+07"],
+      ["2024-05-01T12:00:00Z"] * 2 + ["2024-05-01T19:00:00+07:00", "2024-05-01T19:00:00.500+07:00"],
+      pa.array(["2024-05-01 12:00:00"] * 2 + ["2024-05-01 19:00:00+07:00", "2024-05-01 19:00:00.5+07:00"])), {},
+     ["2024-05-01 12:00:00"] * 2 + ["2024-05-01 19:00:00+07:00", "2024-05-01 19:00:00.5+07:00"]),
+    ((["12345678", "1.2345678E7", "9", "9.0"], [12345678, "1.2345678E7", 9, "9.0"],
+      pa.array([12345678.0, 12345678.0, 9.0, 9.0])), {}, ["12345678", "12345678", "9", "9"]),
+    ((["100000", "1e+05", "2e+22"], [100000, "1e+05", "2e+22"], pa.array([1e5, 1e5, 2e22])), {},
+     ["100000", "100000", "20000000000000000000000"]),
+    ((["12E4", "120000"], ["12E4", "120000"], pa.array(["12E4", "120000"])), {}, ["12E4", "120000"]),
+    ((["1.5e+00", "100000"], ["1.5e+00", "100000"], pa.array(["1.5e+00", "100000"])), {}, ["1.5e+00", "100000"]),
+    ((["Huế", HUE, "[18,25]", "[Promo]"], ["Huế", HUE, "[18,25]", "[Promo]"],
+      pa.array(["Huế", HUE, "[18,25]", "[Promo]"])), {}, ["Huế", "Huế", "[18,25]", "[Promo]"]),
     ((["12:30:00", "00:00:00.25"], ["12:30:00", "00:00:00.25"],
       pa.array([time(12, 30), time(0, 0, 0, 250_000)], pa.time64("us"))), {}, ["12:30:00", "00:00:00.25"]),
     ((["12:30:10", "00:00:00"], ["12:30:10", "00:00:00"], pa.array([time(12, 30, 10), time(0)], pa.time32("s"))), {},
@@ -121,6 +135,25 @@ def test_lists(tmp_path: Path, cells: list[str], parsed: list[Any], array: pa.Ar
         assert decoded(tmp_path) == expected, file.name
 
 
+@pytest.mark.parametrize(
+    ("text", "value", "array"),
+    [("['a', 'b']", ["a", "b"], pa.array([["a"], ["a", "b"]])), ("[]", [], pa.array([["a"], []])),
+     ('{"a": 1}', {"a": 1}, None)],
+)  # fmt: skip
+def test_several_values_of_a_categorical_feature(tmp_path: Path, text: str, value: Any, array: pa.Array) -> None:
+    schema = write_schema(tmp_path, {"x": "categorical"})
+    for file in written(tmp_path, ["a", text], [None, value], pa.array(["a", text]) if array is None else array):
+        with pytest.raises(UserError, match=f"{file.name}.*: row [12], column x: found .*allowed: "):
+            prepare(file, schema, tmp_path / "out")
+
+
+@pytest.mark.parametrize("cell", ["{sport,news}", "{}", "('sport', 'news')", "{'sport'}", "set()", '{"a": 0.5}'])
+def test_a_cell_that_is_another_collection(tmp_path: Path, cell: str) -> None:
+    for file in written(tmp_path, ["a|b", cell], ["a|b", cell], pa.array(["a|b", cell])):
+        with pytest.raises(UserError, match=f"{file.name}.*: row 2, column x: found .*allowed: ids with the separator"):
+            prepare(file, write_schema(tmp_path, {"x": "multi"}), tmp_path / "out")
+
+
 def test_the_weight_of_a_missing_id_goes_with_it(tmp_path: Path) -> None:
     """A list of one missing id is, as text, a missing cell."""
     ids, weights = [["a", "b"], ["NA"], []], [[1.0, 2.0], [0.5], []]
@@ -168,3 +201,11 @@ def test_decimals_of_a_frame_have_points_whatever_the_file_has(tmp_path: Path) -
     prepare(tmp_path / "data.csv", write_schema(tmp_path, {"x": "numeric"}, csv=dialect), tmp_path / "out")
     frame = pd.DataFrame({"x": [Decimal("0.5"), Decimal("1000.25")]})
     assert Encoder.load(tmp_path / "out").encode(frame)["x"].to_pylist() == [0.5, 1000.25]
+
+
+def test_numbers_of_a_frame_of_mixed_types_are_numbers_whatever_the_file_has(tmp_path: Path) -> None:
+    (tmp_path / "data.csv").write_text("click;bought;x\n1;0;0,5\n1;0;1.000,25\n", encoding="utf-8")
+    dialect = {"delimiter": ";", "decimal": ",", "thousands": "."}
+    prepare(tmp_path / "data.csv", write_schema(tmp_path, {"x": "numeric"}, csv=dialect), tmp_path / "out")
+    frame = pd.DataFrame({"x": pd.Series([1.234, "2,5", 7], dtype=object)})
+    assert Encoder.load(tmp_path / "out").encode(frame)["x"].to_pylist() == pytest.approx([1.234, 2.5, 7])

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.data.cells import Cells, cell_error, no_column, respelt
+from pipeline.data.canonical_text import respelt
+from pipeline.data.cells import Cells, cell_error, no_column
 from pipeline.data.digests import split_positions, text_hashes
 from pipeline.data.raw_schema import Where
 from pipeline.data.raw_table import Batch, RawTable

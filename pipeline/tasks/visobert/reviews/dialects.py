@@ -31,7 +31,7 @@ _UNCLEAR = re.compile(r"[+-]?[0-9.]+|none|null|nan|n/?a|-|true|false|yes|no")  #
 
 
 def label_key(text: str) -> str:
-    """Key that is equal for the spellings of a label: NFC, case folded, single spaces; `+1`, `1.0` and `1e0` are `1`."""
+    """Key that is equal for the spellings of a label: NFC, case folded, single spaces; `+1`, `1.0`, `1e0` are `1`."""
     key = " ".join(unicodedata.normalize("NFC", text).casefold().split())
     number = _NUMBER.fullmatch(key)
     return str(int(number[1])) if number else key
