@@ -22,6 +22,8 @@ HEADER_BYTES = 1 << 20  # maximum length of the header line
 MAGIC = {b"\x1f\x8b": "gzip; call it .csv.gz", b"PAR1": "Parquet; call it .parquet",
          b"PK\x03\x04": "a ZIP archive; unpack it", b"\xd0\xcf\x11\xe0": "an Excel file; save it as CSV",
          b"\x28\xb5\x2f\xfd": "zstd; unpack it"}  # fmt: skip
+UTF16 = "UTF-16"
+_ESCAPE = ", or csv.escape names what escapes them"
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _WRONG_ROW = re.compile(r"Row #(\d+): Expected (\d+) columns, got (\d+)")  # Arrow's error message
 
@@ -98,15 +100,17 @@ class CsvReader:
         interpreter and abort the process (SIGABRT).
         """
         with self._open_bytes() as stream:
-            if problem := _foreign(bytes(stream.read(HEADER_BYTES)), self._is_utf8):
-                raise UserError(f"{self.file}: found {problem}")
+            kind = foreign_format(bytes(stream.read(HEADER_BYTES)))
+        if kind and (kind != UTF16 or self._is_utf8):
+            other = ", or csv.encoding: utf-16" if kind == UTF16 else ""
+            raise UserError(f"{self.file}: found {kind}, allowed: UTF-8 text{other}")
         with self._open() as stream:
             start = bytes(stream.read(HEADER_BYTES))
         text = start.removeprefix(codecs.BOM_UTF8).decode(errors="surrogateescape")
         try:
             names = next(filter(None, self._rows(io.StringIO(text, newline=""))), None)
         except csv.Error as error:
-            raise UserError(f"{self.file}: the header: {_quote_problem(error)}") from None
+            raise UserError(f"{self.file}: the header: {quote_problem(error, _ESCAPE)}") from None
         if names is None:
             raise UserError(f"{self.file}: no rows")
         for name in names:
@@ -128,7 +132,7 @@ class CsvReader:
                 for number, _ in enumerate(filter(None, self._rows(text)), 1 - header):  # noqa: B007 (for the error)
                     pass
             except csv.Error as error:
-                raise UserError(f"{self.file}: row {number + 1}: {_quote_problem(error)}") from None
+                raise UserError(f"{self.file}: row {number + 1}: {quote_problem(error, _ESCAPE)}") from None
 
     def _rows(self, text: io.TextIOBase) -> Iterator[list[str]]:
         csv.field_size_limit(BLOCK_BYTES)
@@ -163,19 +167,19 @@ class CsvReader:
         return [name.strip() for name in names] if self.dialect.strip else list(names)
 
 
-def _foreign(start: bytes, utf8: bool) -> str:
-    """Recognise a file that is not text, or not UTF-8, by its first bytes. Returns its format; "" if it may be text."""
+def foreign_format(start: bytes) -> str:
+    """Recognise a file that is not text, or UTF-16, by its first bytes. Returns its format; "" if it may be UTF-8."""
     for magic, kind in MAGIC.items():
         if start.startswith(magic):
-            return f"{kind}, allowed: UTF-8 text"
+            return kind
     utf16 = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or start[:64].count(0) > len(start[:64]) // 4
-    return "UTF-16, allowed: UTF-8 text, or csv.encoding: utf-16" if utf16 and utf8 else ""
+    return UTF16 if utf16 else ""
 
 
-def _quote_problem(error: csv.Error) -> str:
+def quote_problem(error: csv.Error, other: str = "") -> str:
+    """Describe an error of Python's CSV reader. other: what else is allowed for quotes within quotes."""
     if "unexpected end" in str(error):
         return "found a quote that is never closed"
     if "expected after" in str(error):
-        allowed = "quotes within quotes are doubled, or csv.escape names what escapes them"
-        return f"found text after a closing quote, allowed: {allowed}"
+        return f"found text after a closing quote, allowed: quotes within quotes are doubled{other}"
     return f"a value over {BLOCK_BYTES >> 20} MiB" if "field limit" in str(error) else str(error)

@@ -32,7 +32,7 @@ class ReviewFormatConfig(Config):
     """Format of review files: tables with one label column per aspect or one for all aspects, or published layouts."""
 
     text_column: str | None = Field(None, min_length=1)
-    """column of the text; null = the first existing one of data, text, comment, review, content, sentence"""
+    """column of the text; null = data, text, comment, review, content or sentence"""
     label_column: str | None = Field(None, min_length=1)
     """column of all labels, {ASPECT#Polarity};{ASPECT} or JSON; null = label or labels, else one column per aspect"""
     aspects: tuple[str, ...] | None = Field(None, min_length=1)

@@ -136,10 +136,15 @@ def semeval(tag: str, whole: bool = False) -> str:
     return f"<Reviews><Review><sentences>{''.join(units)}</sentences></Review></Reviews>"
 
 
-def workbook(rows: Sequence[Sequence[Any]], *more: str) -> bytes:
-    """A workbook as Excel writes it, by hand: one sheet with the rows, and empty ones with the names in `more`."""
+def workbook(rows: Sequence[Sequence[Any]], *more: str, calculation: str = "") -> bytes:
+    """A workbook as Excel writes it, by hand: one sheet with the rows, and empty ones with the names in `more`.
+
+    `calculation`: the element of that name, for after the sheets.
+    """
 
     def cell(value: Any) -> str:
+        if isinstance(value, tuple):  # a formula, the kind of its value, and the value
+            return f'<c t="{value[1]}"><f>{value[0]}</f><v>{value[2]}</v></c>'
         if isinstance(value, str):
             return (
                 f'<c t="inlineStr"><is><t xml:space="preserve">{value.replace("&", "&amp;")}</t></is></c>'
@@ -165,7 +170,8 @@ def workbook(rows: Sequence[Sequence[Any]], *more: str) -> bytes:
         f'ContentType="{kind}.sheet.main+xml"/>{parts}</Types>',
         "_rels/.rels": f'<Relationships xmlns="{package}/relationships"><Relationship Id="r1" '
         f'Type="{relations}/officeDocument" Target="xl/workbook.xml"/></Relationships>',
-        "xl/workbook.xml": f'<workbook xmlns="{main}" xmlns:r="{relations}"><sheets>{sheets}</sheets></workbook>',
+        "xl/workbook.xml": f'<workbook xmlns="{main}" xmlns:r="{relations}"><sheets>{sheets}</sheets>'
+        f"{calculation}</workbook>",
         "xl/_rels/workbook.xml.rels": f'<Relationships xmlns="{package}/relationships">{targets}</Relationships>',
     }
     for number in range(1, len(names) + 1):
@@ -425,6 +431,13 @@ EXTERNAL = '<!DOCTYPE x [<!ENTITY a SYSTEM "file:///etc/hostname">]><x><sentence
         ("a.csv", "text;A\nx;Positive\n", "found one column, 'text;A'; data.delimiter names what separates columns"),
         ("a.csv", 'text;A\n"x, y";Positive\n', "found one column, 'text;A'; data.delimiter names what"),
         ("a.csv", "text\tA\nx, y\tPositive\n", "found one column, 'text\\tA'; data.delimiter names what"),
+        ("a.csv", gzip.compress(b"text,A\nx,Positive\n", mtime=0), "found gzip; call it .csv.gz, allowed: UTF-8 text"),
+        ("a.jsonl", gzip.compress(b"{}", mtime=0), "found gzip; call it .jsonl.gz, allowed: UTF-8 text"),
+        ("a.csv", b"PAR1\x15\x04\x15", "found Parquet; call it .parquet, allowed: UTF-8 text"),
+        ("a.tsv", b"PK\3\4\xff xl/workbook.xml", "found an Excel file; call it .xlsx, allowed: UTF-8 text"),
+        ("a.csv", b"PK\3\4\xff", "found a ZIP archive; unpack it, allowed: UTF-8 text"),
+        ("a.jsonl", '{"text": "x", "A": "Positive"}'.encode("utf-16"), "found UTF-16, allowed: UTF-8 text"),
+        ("a.tsv", 'text\tA\n"x" y\tPositive\n', "line 2: found text after a closing quote, allowed: quotes within"),
         ("a.csv.gz", "text,A\nx,Positive\n", "not a readable gzip file (Not a gzipped file"),
         ("a.csv.gz", gzip.compress(b"text,A\nx,Positive\n", mtime=0)[:-9], "not a readable gzip file ("),
         ("a.csv.gz", gzip.compress(b"", mtime=0), "the file is empty"),
@@ -527,3 +540,51 @@ def test_workbooks(tmp_path: Path) -> None:
     other[8] = other[other.rindex(b"PK\1\2") + 10] = 99  # a compression that there is not
     for content in (b"PK and so on", gzip.compress(b"x", mtime=0), cut, bytes(other)):
         assert refused(tmp_path, content, "a.xlsx").startswith("not a readable workbook (")
+
+
+def test_escaped_characters_of_workbooks(tmp_path: Path) -> None:
+    """ECMA-376, part 1, 22.9.2.19 (ST_Xstring): _xHHHH_ stands for a character, _x005F_ for the _ of a text."""
+    pytest.importorskip("openpyxl", reason="the extra xlsx is not installed")
+    rows = [("text", "A_x0020_B"), ("đẹp_x000D_\nlắm", "Positive"), ("_x005F_x000D_", ""), ("a_x1_", "")]
+    reviews = read(tmp_path, workbook(rows), "a.xlsx")
+    assert (reviews.texts, reviews.aspects) == (("đẹp\r\nlắm", "_x000D_", "a_x1_"), ("A B",))
+
+
+NO_VALUE = "found a formula without a value, allowed: text, or a workbook saved by a program that computes formulas"
+
+
+def test_formulas_of_workbooks(tmp_path: Path) -> None:
+    openpyxl = pytest.importorskip("openpyxl", reason="the extra xlsx is not installed")
+    computed: list[tuple[Any, ...]] = [("text", "A"), (("B3", "str", "ngon"), ("2-1", "n", 1)),
+                                       ("x", ('IF(TRUE,"",1)', "str", "")), ("y", ("1-1", "n", 0))]  # fmt: skip
+    reviews = read(tmp_path, workbook(computed), "a.xlsx", labels="-1/0/1")
+    assert (reviews.texts, reviews.labels.tolist()) == (("ngon", "x", "y"), [[P], [O], [U]])
+    for rows, cell in (
+        ([("text", "A"), ("ngon", "Positive"), ("=)) ngon", "Positive")], "A3"),
+        ([("text", "A"), ("ngon", "Positive"), ("rẻ", "=B2")], "B3"),
+    ):
+        book = openpyxl.Workbook()
+        for row in rows:
+            book.active.append(row)
+        book.save(tmp_path / "b.xlsx")  # without values of formulas
+        assert refused(tmp_path, (tmp_path / "b.xlsx").read_bytes(), "b.xlsx") == f"cell {cell}: {NO_VALUE}"
+    # XlsxWriter writes 0 as the value of every formula
+    zero = [("text", "A"), ((")) ngon", "n", 0), "Positive")]
+    content = workbook(zero, calculation='<calcPr calcId="124519" fullCalcOnLoad="1"/>')
+    assert refused(tmp_path, content, "a.xlsx") == f"cell A2: {NO_VALUE}"
+
+
+def test_rows_within_quotes(tmp_path: Path) -> None:
+    """A file with tabs, written without quoting: the quote before Tốt is closed by the one after xấu."""
+    allowed = "cells that contain quotes are in quotes, and quotes within quotes are doubled"
+    rest = "Pin trâu\tPositive\n"
+    for line_end in ("\n", "\r\n"):
+        text = f'text\tA\n{rest}"Tốt lắm\tPositive\nxấu"\tNegative\n'.replace("\n", line_end)
+        assert refused(tmp_path, text, "a.tsv") == f"row 2, column text: found rows in quotes, allowed: {allowed}"
+    last = 'A\tn\ttext\nPositive\t1\t"Tốt\nNegative\t2\tvừa\nPositive\t3\txấu"\n'
+    assert refused(tmp_path, last, "a.tsv").startswith("row 1, column text: found rows in quotes")
+    # tabs and line breaks of a text
+    for cell in ("Màu:\tđẹp\nPin", "Tốt\nPositive\tPin", "\tx\ny"):
+        assert read(tmp_path, f'text\tA\n{rest}"{cell}"\tNegative\n', "a.tsv").texts == ("Pin trâu", cell)
+    commas = 'text,A\nx,5\n"giá 3,5\nsao",1\n'
+    assert read(tmp_path, commas, labels={"positive": [5], "negative": [1]}).texts == ("x", "giá 3,5\nsao")

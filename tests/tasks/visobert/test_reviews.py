@@ -133,7 +133,10 @@ def test_an_index_column_is_left_out(tmp_path: Path) -> None:
     frame = pd.DataFrame({"data": ["a", "b"], "Price": ["Positive", "Negative"]})
     frame.to_csv(tmp_path / "once.csv")
     pd.read_csv(tmp_path / "once.csv").to_csv(tmp_path / "twice.csv")  # now also `Unnamed: 0`
-    for name in ("once.csv", "twice.csv"):
+    twice = (tmp_path / "twice.csv").read_text()
+    written(tmp_path, f"Unnamed: 0.1{twice}", "thrice.csv")  # as pandas reads and writes twice.csv
+    assert (tmp_path / "thrice.csv").read_text().startswith("Unnamed: 0.1,Unnamed: 0,data,Price\n")
+    for name in ("once.csv", "twice.csv", "thrice.csv"):
         reviews = read_reviews(tmp_path / name, ReviewFormatConfig())
         assert reviews.aspects == ("Price",)
         assert reviews.notes == (f"{tmp_path / name}: a column without a name is left out",)
@@ -144,11 +147,59 @@ def test_an_index_column_is_left_out(tmp_path: Path) -> None:
 
 def test_the_text_column(tmp_path: Path) -> None:
     assert read(tmp_path, "Review,A\nx,Positive\n").texts == ("x",)
-    assert read(tmp_path, "text,data\nPositive,x\n").texts == ("x",)  # data comes before text
     assert read(tmp_path, "text,data\nx,Positive\n", text_column="text").aspects == ("data",)
     assert "no text column (data, text," in refused(tmp_path, "body,A\nx,Positive\n")
     message = refused(tmp_path, "body,A\nx,Positive\n", text_column="bodi")
     assert message == "reviews.csv: data.text_column: no column bodi; did you mean body?"
+
+
+def test_several_text_or_label_columns_are_refused(tmp_path: Path) -> None:
+    dates = "data,text,labels\n2024-05-01,Pin tốt,{PIN#Positive}\n"
+    message = "reviews.csv: found columns data and text, allowed: data.text_column names the one that is meant"
+    assert refused(tmp_path, dates) == message
+    assert read(tmp_path, dates, text_column="text").texts == ("Pin tốt",)
+    assert "found columns Text and text, allowed: data.text_column" in refused(tmp_path, "Text,A,text\nx,Positive,y\n")
+    wide = "text,content,A\nx,Positive,Negative\n"
+    assert "found columns text and content, allowed: data.text_column" in refused(tmp_path, wide)
+    aspects = read_reviews(written(tmp_path, wide), form(aspects=("content", "A")))
+    assert (aspects.texts, aspects.labels.tolist()) == (("x",), [[P, N]])
+    two = "text,label,labels\nx,{A#Negative},{A#Positive}\n"
+    message = "reviews.csv: found columns label and labels, allowed: data.label_column names the one that is meant"
+    assert refused(tmp_path, two) == message
+    assert read(tmp_path, two, label_column="labels").labels.tolist() == [[P]]
+    assert read(tmp_path, two, text_column="label").texts == ("{A#Negative}",)
+    marks = "text,comment\nx,{A#Neutral}\n"
+    assert read(tmp_path, marks, label_column="comment").labels.tolist() == [[U]]
+
+
+@pytest.mark.parametrize("header", ["text,aspect,polarity", "id,Category,text,Sentiment,from", "text,aspect,label"])
+def test_one_row_per_aspect_is_refused(tmp_path: Path, header: str) -> None:
+    cells = {"text": "ngon", "id": "7", "from": "0"}
+    names = header.split(",")
+    rows = [[cells.get(name, pair[name.casefold() in ("polarity", "sentiment", "label")]) for name in names]
+            for pair in (("food", "positive"), ("service", "negative"))]  # fmt: skip
+    text = "\n".join(map(",".join, [names, *rows]))
+    aspect, label = (name for name in names if name not in cells)
+    message = (
+        f"reviews.csv: found one row per aspect (columns {aspect} and {label}), allowed: one row per review, "
+        "such as a column labels with {ASPECT#Polarity};{ASPECT#Polarity}"
+    )
+    for keys in ({}, {"on_bad_label": "drop"}):
+        assert refused(tmp_path, text, **keys) == message
+    for aspects in ((label,), ("food", "service")):
+        with pytest.raises(UserError, match="found one row per aspect"):
+            read_reviews(written(tmp_path, text), form(aspects=aspects))
+
+
+def test_columns_called_category_or_sentiment(tmp_path: Path) -> None:
+    """They may be aspects, or say something about the whole review, beside aspects."""
+    both = read(tmp_path, "text,category,sentiment\nx,Positive,\ny,,Negative\n")
+    assert (both.aspects, both.labels.tolist()) == (("category", "sentiment"), [[P, O], [O, N]])
+    beside = "text,category,sentiment,PIN\nx,phone,positive,Negative\n"
+    assert "column category: found 'phone'" in refused(tmp_path, beside)
+    assert read_reviews(written(tmp_path, beside), form(aspects=("PIN",))).labels.tolist() == [[N]]
+    assert read(tmp_path, "text,category,sentiment,labels\nx,phone,positive,{A#Negative}\n").labels.tolist() == [[N]]
+    assert read(tmp_path, "text,category,label\nx,phone,{A#Negative}\n").labels.tolist() == [[N]]
 
 
 def test_a_label_column_beside_columns_of_aspects(tmp_path: Path) -> None:
@@ -317,6 +368,20 @@ def test_labels_of_another_form_are_never_names(tmp_path: Path, cell: str) -> No
     assert (reviews.aspects, reviews.labels.tolist()) == (("A", "B"), [[P, M], [X, X]])
 
 
+@pytest.mark.parametrize(
+    ("labels", "cell"),
+    [("0-3", "{CAMERA 2}"), ("0-3", "{CAMERA 3.0}"), ("-1/0/1", "{CAMERA 1}"), ("0-3", '["CAMERA 2"]'),
+     ({"positive": ["tốt"], "negative": ["2"], "neutral": ["3"]}, "{CAMERA tốt}")],
+)  # fmt: skip
+def test_a_label_after_a_space_is_no_part_of_a_name(tmp_path: Path, labels: Any, cell: str) -> None:
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer).writerows([("data", "label"), ("x", "{CAMERA};{IPHONE 9}"), ("y", cell)])
+    message = refused(tmp_path, buffer.getvalue(), labels=labels)
+    assert message.startswith(f"reviews.csv: row 2, column label: found {cell!r}, allowed: {{ASPECT#")
+    dropped = read(tmp_path, buffer.getvalue(), labels=labels, on_bad_label="drop")
+    assert (dropped.aspects, dropped.labels.tolist()) == (("CAMERA", "IPHONE 9"), [[M, M], [X, X]])
+
+
 def test_names_of_aspects(tmp_path: Path) -> None:
     """What is left to a name; the polarity is what follows the last #."""
     names = ("SER&ACC", "Độ bền", "COVID-19", "5G", "Shop's own", "Pin (sạc)", "a.b", "POS", "positively")
@@ -372,11 +437,14 @@ def test_encodings(tmp_path: Path) -> None:
             read_reviews(tmp_path / "reviews.csv", form())
         return str(caught.value).removeprefix(f"{tmp_path}/reviews.csv: ")
 
-    assert error_of(WIDE.encode("utf-16")).startswith("not UTF-8 (invalid start byte at byte 0, line 1)")
+    assert error_of(WIDE.encode("utf-16")) == "found UTF-16, allowed: UTF-8 text"
     assert error_of(b"data,A\nx,Positive\n\xfeok,\n") == "not UTF-8 (invalid start byte at byte 18, line 3)"
     bom = "\ufeffdata,A\nx,Positive\n".encode() + "pin tr\u00e2u,\n".encode("cp1258")
     assert error_of(bom) == "not UTF-8 (invalid continuation byte at byte 27, line 3)"
-    assert error_of("data,A\nx,Positive\n".encode("utf-16-le")) == "not UTF-8 text (a zero at byte 1)"
+    assert error_of("data,A\nx,Positive\n".encode("utf-16-le")) == "found UTF-16, allowed: UTF-8 text"
+
+
+TEXT_AFTER_QUOTE = "found text after a closing quote, allowed: quotes within quotes are doubled"
 
 
 @pytest.mark.parametrize(
@@ -387,8 +455,9 @@ def test_encodings(tmp_path: Path) -> None:
         ("data,A\n", "no reviews, only a header"),
         ("data,A\nx,Positive\ny\n", "row 2: found 1 columns, allowed: 2"),
         ('data,A\n"x\ny",Positive\n\nz,Positive,\n', "row 2: found 3 columns, allowed: 2"),
-        ('data,A\nx,Positive\n"y,Positive\n', "line 3: a quote that is never closed"),
-        ('data,A\n"x"y,Positive\n', "line 2: ',' expected after '\"'"),
+        ('data,A\nx,Positive\n"y,Positive\n', "line 3: found a quote that is never closed"),
+        ('data,A\n"x"y,Positive\n', f"line 2: {TEXT_AFTER_QUOTE}"),
+        ('data,A\nx,Positive\n"5\\" rẻ",Positive\n', f"line 3: {TEXT_AFTER_QUOTE}"),
         ("data,A,A\nx,Positive,Positive\n", "column A appears twice"),
         ("data\nx\n", "no aspect: column data is the only one"),
         ("data,label\nx,\n", "column label: found no label in any of 1 rows"),

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config.strict_config import nearest
 from pipeline.data.cells import decoded, is_binary
+from pipeline.data.csv_reader import foreign_format, quote_problem
 from pipeline.data.json_cells import unique_keys
 from pipeline.errors import UserError, os_errors
 from pipeline.storage.files import check_file
@@ -32,7 +33,7 @@ Columns = Mapping[str, Sequence[object]]  # cells are text or None; JSON, Parque
 TEXT, LABELS = "text", "labels"  # columns of the layouts that do not name theirs
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 GZIP = ".gz"
-UNNAMED = re.compile(r"|Unnamed: \d+|__index_level_\d+__")  # names that pandas gives to its index
+UNNAMED = re.compile(r"|Unnamed: \d+(?:\.\d+)?|__index_level_\d+__")  # names that pandas gives to its index
 OTHER_DELIMITER = re.compile(r"[,;|\t]")
 HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")  # unpaired surrogate: allowed in JSON escapes, but not in UTF-8
 NO_TEXT = re.compile(r"[\0\ud800-\udfff]")
@@ -124,14 +125,15 @@ def _decompressed(file: Path, content: bytes) -> bytes:
 
 
 def _decode(file: Path, content: bytes) -> str:
+    if kind := foreign_format(content):
+        if b"xl/workbook.xml" in content:
+            kind = "an Excel file; call it .xlsx"
+        raise UserError(f"{file}: found {kind.replace('.csv', _suffix(file))}, allowed: UTF-8 text")
     try:
-        text = content.decode().removeprefix("\ufeff")
+        return content.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise UserError(f"{file}: not UTF-8 ({error.reason} at byte {error.start}, line {line})") from None
-    if "\0" in text.partition("\n")[0]:  # UTF-16 without a mark
-        raise UserError(f"{file}: not UTF-8 text (a zero at byte {content.index(0)})")
-    return text
 
 
 def _read_delimited(file: Path, content: bytes, delimiter: str) -> Content:
@@ -145,11 +147,35 @@ def _read_delimited(file: Path, content: bytes, delimiter: str) -> Content:
             raise UserError(f"{file}: {found}; data.delimiter names what separates columns")
         rows = list(lines)
     except csv.Error as error:
-        reason = "a quote that is never closed" if "unexpected end" in str(error) else str(error)
-        raise UserError(f"{file}: line {reader.line_num}: {reason}") from None
+        raise UserError(f"{file}: line {reader.line_num}: {quote_problem(error)}") from None
     finally:
         csv.field_size_limit(limit)
-    return _from_rows(file, names, rows)
+    content = _from_rows(file, names, rows)
+    if delimiter == "\t":
+        _check_unquoted(file, content)
+    return content
+
+
+def _check_unquoted(file: Path, content: Content) -> None:
+    """Refuse a file with tabs that was written without quoting, where a quoted cell holds the rows between two quotes.
+
+    Such a cell begins with the end of one row and ends with the beginning of another, and one of their values is in
+    that column elsewhere too.
+    """
+    names, columns, _ = content
+    for position, cells in enumerate(columns):
+        for row, cell in enumerate(cells, 1):
+            if not (isinstance(cell, str) and "\t" in cell and "\n" in cell):
+                continue
+            first, *_, last = cell.split("\n")
+            after, before = first.rstrip("\r").split("\t")[1:], last.split("\t")[:-1]
+            others = [*columns[:position], *columns[position + 1 :]]
+            if (len(before), len(after)) == (position, len(columns) - position - 1) and any(
+                value and value in other for value, other in zip(before + after, others, strict=True)
+            ):
+                where = f"row {row}, column {names[position]}"
+                allowed = "cells that contain quotes are in quotes, and quotes within quotes are doubled"
+                raise UserError(f"{file}: {where}: found rows in quotes, allowed: {allowed}")
 
 
 def _from_rows(file: Path, names: list[str], rows: Sequence[Sequence[object]], notes: Sequence[str] = ()) -> Content:

@@ -21,7 +21,7 @@ from pipeline.tasks.visobert.reviews.sentiments import MENTIONED, NOT_MENTIONED,
 
 _BRACES = re.compile(r"\{([^{}]+)\}")
 _OBJECT = re.compile(r"""\s*\{\s*["'}]""")
-_ASPECT_KEYS, _LABEL_KEYS = ("aspect", "category"), ("polarity", "sentiment")  # of an object in an array
+ASPECT_KEYS, LABEL_KEYS = ("aspect", "category"), ("polarity", "sentiment")  # of an object in an array
 # Patterns that no aspect name contains. Pieces such as `{A:Positive}` or `{A#Positive, B#Negative}` are labels in the
 # format of another program.
 _NO_NAME = re.compile(r"""["“”«»`]|(?<!\w)['‘’]|['‘’](?!\w)|(?<![^\W_])(?:positive|negative|neutral)(?![^\W_])""")
@@ -178,7 +178,7 @@ def _in_array(dialect: Dialect, item: object) -> tuple[tuple[str, ...], int]:
     """Possible aspects and label of an item of an array.
 
     It is `"ASPECT#Polarity"`, `["ASPECT", "Polarity"]`, `[start, end, "ASPECT#Polarity"]`, or an object with a key of
-    _ASPECT_KEYS and one of _LABEL_KEYS.
+    ASPECT_KEYS and one of LABEL_KEYS.
     """
     match item:
         case str(text) if label_code(dialect, text) == UNKNOWN:  # a label alone is no aspect
@@ -189,8 +189,8 @@ def _in_array(dialect: Dialect, item: object) -> tuple[tuple[str, ...], int]:
         case [str(aspect), label]:
             return _pair(dialect, aspect, label)
         case dict():
-            aspects = [item[key] for key in _ASPECT_KEYS if isinstance(item.get(key), str)]
-            labels = [item[key] for key in _LABEL_KEYS if key in item]
+            aspects = [item[key] for key in ASPECT_KEYS if isinstance(item.get(key), str)]
+            labels = [item[key] for key in LABEL_KEYS if key in item]
             if len(aspects) == len(labels) == 1:
                 return _pair(dialect, aspects[0], labels[0])
     return (), UNKNOWN
@@ -210,9 +210,12 @@ def _in_braces(dialect: Dialect, piece: str) -> tuple[tuple[str, ...], int]:
     parts = [clean_name(part) for part in match[1].split("#")] if match else [""]
     names = parts[:-1] or parts
     plain = unicodedata.normalize("NFKC", "#".join(names)).casefold()
-    if not all(names) or _NO_NAME.search(plain) or (len(parts) == 1 and _NO_MENTION.search(plain)):
+    if not all(names) or _NO_NAME.search(plain):
         return (), UNKNOWN
     if len(parts) == 1:
+        _, *words = plain.split()
+        if _NO_MENTION.search(plain) or (words and dialect.meaning(words[-1])):  # {A 2}, where 2 is a label
+            return (), UNKNOWN
         return ("#".join(names),), MENTIONED
     code = label_code(dialect, parts[-1]) if parts[-1] else UNKNOWN
     # an unknown polarity may be a part of the name: {ROOMS#DESIGN}

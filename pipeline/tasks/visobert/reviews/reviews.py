@@ -5,7 +5,7 @@ Labels are either in one column per aspect, whose cells are a label or empty, or
 """
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
@@ -16,10 +16,19 @@ import numpy.typing as npt
 from pipeline.config.strict_config import canonical
 from pipeline.errors import UserError
 from pipeline.tasks.visobert.config import ReviewFormatConfig
-from pipeline.tasks.visobert.reviews.columns import Columns, cell_text, clean_name, no_such, quoted, read_columns
-from pipeline.tasks.visobert.reviews.label_column import read_label_column
-from pipeline.tasks.visobert.reviews.labels import WORDS, BadLabel, read_aspect_columns
-from pipeline.tasks.visobert.reviews.sentiments import MENTIONED, labelled
+from pipeline.tasks.visobert.reviews.columns import (
+    UNNAMED,
+    Columns,
+    cell_text,
+    clean_name,
+    no_such,
+    quoted,
+    read_columns,
+)
+from pipeline.tasks.visobert.reviews.dialects import Dialect
+from pipeline.tasks.visobert.reviews.label_column import ASPECT_KEYS, LABEL_KEYS, read_label_column
+from pipeline.tasks.visobert.reviews.labels import WORDS, BadLabel, label_code, read_aspect_columns
+from pipeline.tasks.visobert.reviews.sentiments import MENTIONED, UNKNOWN, labelled
 from pipeline.tasks.visobert.spelling import one_spelling
 
 TEXT_COLUMNS = ("data", "text", "comment", "review", "content", "sentence")
@@ -96,6 +105,7 @@ def read_reviews(file: Path, form: ReviewFormatConfig, aspects: tuple[str, ...] 
     text_column = _text_column(file, columns, form)
     texts = _texts(file, text_column, columns[text_column])
     label_column = _label_column(file, columns, form, text_column)
+    _check_one_row_per_review(file, columns, form, text_column, label_column)
     if label_column is None:
         table = read_aspect_columns(file, columns, text_column, form, aspects)
     else:
@@ -145,7 +155,7 @@ def detection_only_aspects(training: Reviews, configured: Sequence[str]) -> tupl
 def _text_column(file: Path, columns: Columns, form: ReviewFormatConfig) -> str:
     if form.text_column is not None:
         return _configured_column(file, columns, "text_column", form.text_column)
-    column = _first_of(TEXT_COLUMNS, columns)
+    column = _only_one_of(file, TEXT_COLUMNS, columns, form, "text_column")
     if column is None:
         raise UserError(
             f"{file}: no text column ({', '.join(TEXT_COLUMNS)}) among {', '.join(list(columns)[:12])}; "
@@ -157,7 +167,7 @@ def _text_column(file: Path, columns: Columns, form: ReviewFormatConfig) -> str:
 def _label_column(file: Path, columns: Columns, form: ReviewFormatConfig, text_column: str) -> str | None:
     """The column with all labels; None if there is none.
 
-    It is the configured label column. Without one: None if each configured aspect has its own column, else the first
+    It is the configured label column. Without one: None if each configured aspect has its own column, else the one
     of LABEL_COLUMNS that exists.
     """
     if form.label_column is not None:
@@ -167,7 +177,29 @@ def _label_column(file: Path, columns: Columns, form: ReviewFormatConfig, text_c
         return name
     if form.aspects and all(clean_name(aspect) in columns for aspect in form.aspects):
         return None
-    return _first_of(LABEL_COLUMNS, [name for name in columns if name != text_column])
+    return _only_one_of(file, LABEL_COLUMNS, [name for name in columns if name != text_column], form, "label_column")
+
+
+def _check_one_row_per_review(
+    file: Path, columns: Columns, form: ReviewFormatConfig, text_column: str, label_column: str | None
+) -> None:
+    """Refuse a file with one row per aspect: a column with the names of aspects, and one with their labels.
+
+    Columns of aspects may have such names too, so the former must have no label, and no other column may be an aspect.
+    """
+    aspect = next(iter(_called(ASPECT_KEYS, columns)), None)
+    label = next(iter(_called((*LABEL_KEYS, *LABEL_COLUMNS), columns)), None)
+    if aspect is None or label is None or label_column not in (None, label):
+        return
+    dialect = Dialect.of(form.labels)
+    texts = {name: {text for text in map(cell_text, cells) if text.strip()} for name, cells in columns.items()}
+    with_label = {name for name in columns if any(label_code(dialect, text) != UNKNOWN for text in texts[name])}
+    possible = with_label if form.aspects is None else columns.keys() & set(map(clean_name, form.aspects))
+    others = {name for name in possible if not UNNAMED.fullmatch(name)} - {text_column, aspect, label}
+    if label in with_label and texts[aspect] and aspect not in with_label and not others:
+        found = f"found one row per aspect (columns {aspect} and {label})"
+        example = "such as a column labels with {ASPECT#Polarity};{ASPECT#Polarity}"
+        raise UserError(f"{file}: {found}, allowed: one row per review, {example}")
 
 
 def _configured_column(file: Path, columns: Columns, key: str, value: str) -> str:
@@ -177,10 +209,26 @@ def _configured_column(file: Path, columns: Columns, key: str, value: str) -> st
     return name
 
 
-def _first_of(names: Sequence[str], columns: Sequence[str] | Columns) -> str | None:
-    """The column of the first entry of `names` that exists, ignoring case; None if there is none."""
-    columns_by_name = {column.casefold(): column for column in reversed(list(columns))}
-    return next((columns_by_name[name] for name in names if name in columns_by_name), None)
+def _called(names: Sequence[str], columns: Iterable[str]) -> list[str]:
+    """The columns with one of these names, ignoring case, in the order of `names`."""
+    return [column for name in names for column in columns if column.casefold() == name]
+
+
+def _only_one_of(
+    file: Path, names: Sequence[str], columns: Iterable[str], form: ReviewFormatConfig, key: str
+) -> str | None:
+    """The column with one of these names; None if there is none. Columns that other keys name are the last choice.
+
+    Raises:
+        UserError: there are several.
+    """
+    found = _called(names, columns)
+    named = {clean_name(name) for name in (*(form.aspects or ()), form.label_column or "")}
+    found = [column for column in found if column not in named] or found
+    if len(found) > 1:
+        names_one = f"data.{key} names the one that is meant"
+        raise UserError(f"{file}: found columns {' and '.join(found)}, allowed: {names_one}")
+    return next(iter(found), None)
 
 
 def _texts(file: Path, column: str, cells: Sequence[object]) -> list[str]:
