@@ -150,10 +150,10 @@ def _read_delimited(file: Path, content: bytes, delimiter: str) -> Content:
         raise UserError(f"{file}: line {reader.line_num}: {quote_problem(error)}") from None
     finally:
         csv.field_size_limit(limit)
-    content = _from_rows(file, names, rows)
+    cells = _from_rows(file, names, rows)
     if delimiter == "\t":
-        _check_unquoted(file, content)
-    return content
+        _check_unquoted(file, cells)
+    return cells
 
 
 def _check_unquoted(file: Path, content: Content) -> None:
