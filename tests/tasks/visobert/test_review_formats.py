@@ -572,19 +572,3 @@ def test_formulas_of_workbooks(tmp_path: Path) -> None:
     zero = [("text", "A"), ((")) ngon", "n", 0), "Positive")]
     content = workbook(zero, calculation='<calcPr calcId="124519" fullCalcOnLoad="1"/>')
     assert refused(tmp_path, content, "a.xlsx") == f"cell A2: {NO_VALUE}"
-
-
-def test_rows_within_quotes(tmp_path: Path) -> None:
-    """A file with tabs, written without quoting: the quote before Tốt is closed by the one after xấu."""
-    allowed = "cells that contain quotes are in quotes, and quotes within quotes are doubled"
-    rest = "Pin trâu\tPositive\n"
-    for line_end in ("\n", "\r\n"):
-        text = f'text\tA\n{rest}"Tốt lắm\tPositive\nxấu"\tNegative\n'.replace("\n", line_end)
-        assert refused(tmp_path, text, "a.tsv") == f"row 2, column text: found rows in quotes, allowed: {allowed}"
-    last = 'A\tn\ttext\nPositive\t1\t"Tốt\nNegative\t2\tvừa\nPositive\t3\txấu"\n'
-    assert refused(tmp_path, last, "a.tsv").startswith("row 1, column text: found rows in quotes")
-    # tabs and line breaks of a text
-    for cell in ("Màu:\tđẹp\nPin", "Tốt\nPositive\tPin", "\tx\ny"):
-        assert read(tmp_path, f'text\tA\n{rest}"{cell}"\tNegative\n', "a.tsv").texts == ("Pin trâu", cell)
-    commas = 'text,A\nx,5\n"giá 3,5\nsao",1\n'
-    assert read(tmp_path, commas, labels={"positive": [5], "negative": [1]}).texts == ("x", "giá 3,5\nsao")

@@ -150,32 +150,7 @@ def _read_delimited(file: Path, content: bytes, delimiter: str) -> Content:
         raise UserError(f"{file}: line {reader.line_num}: {quote_problem(error)}") from None
     finally:
         csv.field_size_limit(limit)
-    cells = _from_rows(file, names, rows)
-    if delimiter == "\t":
-        _check_unquoted(file, cells)
-    return cells
-
-
-def _check_unquoted(file: Path, content: Content) -> None:
-    """Refuse a file with tabs that was written without quoting, where a quoted cell holds the rows between two quotes.
-
-    Such a cell begins with the end of one row and ends with the beginning of another, and one of their values is in
-    that column elsewhere too.
-    """
-    names, columns, _ = content
-    for position, cells in enumerate(columns):
-        for row, cell in enumerate(cells, 1):
-            if not (isinstance(cell, str) and "\t" in cell and "\n" in cell):
-                continue
-            first, *_, last = cell.split("\n")
-            after, before = first.rstrip("\r").split("\t")[1:], last.split("\t")[:-1]
-            others = [*columns[:position], *columns[position + 1 :]]
-            if (len(before), len(after)) == (position, len(columns) - position - 1) and any(
-                value and value in other for value, other in zip(before + after, others, strict=True)
-            ):
-                where = f"row {row}, column {names[position]}"
-                allowed = "cells that contain quotes are in quotes, and quotes within quotes are doubled"
-                raise UserError(f"{file}: {where}: found rows in quotes, allowed: {allowed}")
+    return _from_rows(file, names, rows)
 
 
 def _from_rows(file: Path, names: list[str], rows: Sequence[Sequence[object]], notes: Sequence[str] = ()) -> Content:
