@@ -5,6 +5,7 @@ import csv
 import gzip
 import io
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -58,12 +59,12 @@ class CsvReader:
     @cached_property
     def names(self) -> list[str]:
         with self._decoding():
-            return self._stripped(self.columns or self._first_line[0])
+            return list(self.columns or self._first_line[0])
 
     def batches(self, positions: Sequence[int], rows: int) -> Iterator[pa.RecordBatch]:  # noqa: ARG002 (by bytes)
         """Yield the columns at these positions, in blocks of `BLOCK_BYTES`."""
         first, empty_lines = self._first_line
-        header = not self.columns or self._stripped(first) == self._stripped(self.columns)
+        header = not self.columns or _folded(first) == _folded(self.columns)
         if not self._checked:  # only once, although the file is read twice
             with self._decoding():
                 self._check_quotes(header)
@@ -163,8 +164,10 @@ class CsvReader:
     def _open_bytes(self) -> Any:
         return pa.input_stream(str(self.file), compression="gzip" if is_gzip(self.file) else None)
 
-    def _stripped(self, names: Sequence[str]) -> list[str]:
-        return [name.strip() for name in names] if self.dialect.strip else list(names)
+
+def _folded(names: Sequence[str]) -> list[str]:
+    """Names without differences in case, outer spaces and Unicode form."""
+    return [unicodedata.normalize("NFC", name.strip().casefold()) for name in names]
 
 
 def foreign_format(start: bytes) -> str:

@@ -3,7 +3,7 @@
 import unicodedata
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
 from pipeline.config.strict_config import Config, Positive
 from pipeline.data.schema import SPLITS
@@ -65,8 +65,18 @@ def kind_alone(value: Any) -> Any:
 
 
 class Where(Config):
-    where: str = Field(min_length=1)
+    where: Name
     """condition, as for labels"""
+
+
+def _no_text(value: Any, info: ValidationInfo) -> Any:
+    if isinstance(value, str):
+        name = info.field_name
+        raise ValueError(f"a condition is written {{where: 'day >= 8'}}; a file is named by data.{name}")
+    return value
+
+
+Part = Annotated[Annotated[float, Field(ge=0, lt=1)] | Where, BeforeValidator(_no_text)]
 
 
 class SplitSource(Config):
@@ -76,9 +86,9 @@ class SplitSource(Config):
     """seed of the random split"""
     train: float = Field(0.8, gt=0, le=1)
     """share of the training split"""
-    validation: Annotated[float, Field(ge=0, lt=1)] | Where = 0.1
+    validation: Part = 0.1
     """share of the validation split, or a condition for its rows, as for labels: `{where: 'day == 7'}`"""
-    test: Annotated[float, Field(ge=0, lt=1)] | Where = 0.1
+    test: Part = 0.1
     """share of the test split, or a condition: `{where: 'day >= 8'}`; shares divide the rows that meet no condition"""
 
     @model_validator(mode="after")

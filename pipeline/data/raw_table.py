@@ -65,6 +65,7 @@ class RawTable:
         """columns: the column names of CSV files without a header."""
         self.files = list_files(data, own)
         dialect = dialect or CsvSource()
+        self._strip = dialect.strip
         formats = sorted({file_format(file.path) for file in self.files})
         if len(formats) > 1:
             raise UserError(f"{data}: found {' and '.join(formats)} files, allowed: one format")
@@ -83,10 +84,11 @@ class RawTable:
         self._readers = {file.path: readers[formats[0]](file.path) for file in self.files}
 
     def names(self, file: RawFile) -> list[str]:
-        """Names of a file's columns, including partition columns, normalised to Unicode NFC."""
+        """Names of a file's columns, including partition columns, in Unicode NFC, stripped as cells are."""
         with read_errors(file.path):
             names = self._readers[file.path].names
-        return [unicodedata.normalize("NFC", name) for name in [*names, *file.partition]]
+        names = [unicodedata.normalize("NFC", name) for name in names]
+        return [*(name.strip() if self._strip else name for name in names), *file.partition]
 
     def batches(self, columns: Sequence[str], rows: int) -> Iterator[Batch]:
         """Yield these columns of all rows in order, at most `rows` rows at a time.

@@ -70,6 +70,9 @@ def holds(condition: str) -> list[bool]:
         ('ﬁeld == "x"', [1, 0, 1, 0]),  # Python itself would look for "field"
         ('status == "`new`"', [0, 0, 0, 0]),  # a backtick inside a text is a letter
         ('status == " new "', [1, 0, 0, 0]),  # cells are compared stripped, so is the text
+        ('age == "18.0"', [0, 1, 0, 0]),  # cells of whole numbers are compared without a fraction, so is the text
+        ('age in ["17.", "30"]', [1, 0, 1, 0]),
+        ('age >= "018"', [1, 1, 1, 0]),  # a text that begins with 0 is a code, and "17" comes after "018"
     ],
 )
 def test_truth(condition: str, expected: list[int]) -> None:
@@ -96,7 +99,18 @@ def test_columns() -> None:
         ("age == -'x'", 9, "found 'x'"),
         ("age == 1e999", 8, "found 1e999"),
         ("age is 3", 8, "found 3 after is"),
-        ("age == 9007199254740993", 8, 'write "9007199254740993", in quotes'),
+        ("age == 9007199254740993", 8, 'write == or in with "9007199254740993", in quotes'),
+        ("age > '8'", 7, "found '8', whose order would be that of texts; write it without quotes"),
+        ('"1e5" >= age', 1, "write it without quotes"),
+        ("age < '-0.50'", 7, "write it without quotes"),
+        ('age < "9007199254740993"', 7, "so large a number can only be compared by ==, != and in"),
+        ("Purchase Time > 3", 10, "a column whose name is no plain word stands in backticks: `Purchase Time`"),
+        ("2nd_price > 3", 1, "stands in backticks"),
+        ("event-type == 'x'", 1, "stands in backticks"),
+        ("user.age > 3", 1, "stands in backticks"),
+        ("age == 08", 8, "a number begins with 0; write a date or a code in quotes, or a number without the zero"),
+        ("age >= 2024-05-08", 13, "write a date or a code in quotes"),
+        ("age >= 2024-10-18", 8, "found 2024-10-18 where a text or a number is due"),
         ('age < ""', 7, "found an empty text, which means: missing"),
         ("age in 3", 8, "found 3 after in"),
         ("age in []", 8, "found [] after in"),

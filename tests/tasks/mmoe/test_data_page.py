@@ -177,6 +177,10 @@ CASES: dict[str, tuple[Write, Check]] = {
     "a folder with `train.csv`, `validation.csv` and `test.csv`": (
         files({"train.csv": PLAIN, "validation.csv": f"{HEADER}\n{ROWS[0]}\n", "test.csv": f"{HEADER}\n{ROWS[2]}\n"}),
         all_of(usual, has("price", 1234.5, split="validation"), has("price", 3, split="test"))),
+    "a folder of shards: `train-00000-of-00002.csv`, ..., `test-00000-of-00001.csv` (Hugging Face)": (
+        files({"train-00000-of-00002.csv": "\n".join([HEADER, ROWS[0]]), "test-00000-of-00001.csv": PLAIN,
+               "train-00001-of-00002.csv": "\n".join([HEADER, *ROWS[1:]])}),
+        all_of(usual, rows(train=3, validation=0, test=3))),
     "a folder per day: `day=7/part.csv`": (
         files({"day=7/part.csv": PLAIN, "day=8/part.csv": f"{HEADER}\n{ROWS[1]}\n"}),
         all_of(rows(train=3, validation=0, test=1), has("price", 20, split="test"))),
@@ -205,6 +209,10 @@ CASES: dict[str, tuple[Write, Check]] = {
     "users whose rows must stay together": (csv(USERS), of_users),
     "days, the last ones for the test": (
         csv(DAYS), all_of(has("price", 1, 2), has("price", 7, split="validation"), has("price", 9, 8, split="test"))),
+    "a column with a space in its name, or a sign": (
+        csv("Watch time,Paid at,city,price\n9,2024-05-01T00:00:00,Huế,1234.5\n4,2024-04-30 23:00:00,Vinh,20\n"
+            "1,,Huế,3\n"),
+        usual),
 }  # fmt: skip
 
 
@@ -215,7 +223,7 @@ def test_every_line_has_a_case() -> None:
 @pytest.mark.parametrize("have", lines())
 def test_a_line_of_the_table(tmp_path: Path, have: str) -> None:
     what = lines()[have]
-    tree: dict[str, Any] = {} if what == "nothing" else yaml.safe_load(re.fullmatch(r"`(\{.*\})`", what)[1])  # type: ignore[index]
+    tree: dict[str, Any] = {} if what == "nothing" else yaml.safe_load(re.fullmatch(r"`+(\{.*\})`+", what)[1])  # type: ignore[index]
     write, check = CASES[have]
     data = write(tmp_path)
     schema = tmp_path / "schema.yaml"

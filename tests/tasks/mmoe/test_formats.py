@@ -117,6 +117,34 @@ def test_conditions_compare_the_written_number(tmp_path: Path) -> None:
         assert values_of(tmp_path, "x") == [("0.2", 1)], file.name
 
 
+DAYS = ["2024-05-01 00:00:00", "2024-05-01 13:00:00", "2024-04-30 23:00:00"]
+TIMES = (DAYS, DAYS, pa.array([datetime.fromisoformat(day) for day in DAYS]))
+TRUTH = (["true", "false", "true"], [True, False, True], pa.array([True, False, True]))
+USERS = (["123", "123.0", "7.0"], [123, 123.0, 7.0], pa.array([123.0, 123.0, 7.0]))
+
+
+@pytest.mark.parametrize(("forms", "condition", "expected"), [
+    (TIMES, 'x >= "2024-05-01T12:00:00"', [0, 1, 0]),
+    (TIMES, 'x >= "2024-05-01 00:00:00"', [1, 1, 0]),
+    (TIMES, 'x >= "2024-05-01"', [1, 1, 0]),
+    (TIMES, 'x < "2024-05-01 00:00:00"', [0, 0, 1]),
+    (TIMES, 'x == "2024-05-01 00:00:00"', [1, 0, 0]),
+    (TIMES, 'x not in ["2024-05-01", "2024-05-01T13:00:00.000Z"]', [0, 0, 1]),
+    (TRUTH, 'x == "true"', [1, 0, 1]),
+    (TRUTH, 'x in ["TRUE"]', [1, 0, 1]),
+    (TRUTH, 'x != "True"', [0, 1, 0]),
+    (USERS, 'x == "123"', [1, 1, 0]),
+    (USERS, 'x in ["123.0", ""]', [1, 1, 0]),
+])  # fmt: skip
+def test_conditions_read_texts_as_cells(
+    tmp_path: Path, forms: tuple[Any, Any, pa.Array], condition: str, expected: list[int]
+) -> None:
+    schema = write_schema(tmp_path, {"bought": "categorical"}, labels={"click": condition})
+    for file in written(tmp_path, *forms):
+        prepare(file, schema, tmp_path / "out")
+        assert column(tmp_path, "click") == expected, file.name
+
+
 @pytest.mark.parametrize(("cells", "parsed", "array", "expected"), [
     (['[true, "x"]', "[True, 'x']", "x|True"], [[True, "x"], [True, "x"], ["x", True]],
      pa.array([["True", "x"], ["True", "x"], ["x", "True"]]), [["True", "x"], ["True", "x"], ["x", "True"]]),

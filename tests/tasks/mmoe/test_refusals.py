@@ -68,7 +68,7 @@ def test_bad_csv(tmp_path: Path, text: str, expected: str) -> None:
 @pytest.mark.parametrize(("features", "keys", "expected"), [
     (PLAIN | {"click": "categorical"}, {}, "features.click: a label reads column click; as a feature it would leak"),
     (PLAIN, {"labels": LABELS | {"conversion": "click and city == 'a'"}}, "features.city: a label reads column city"),
-    (PLAIN, {"labels": LABELS | {"click": 'price > "1"'}}, "features.price: a label reads column price"),
+    (PLAIN, {"labels": LABELS | {"click": "price > 1"}}, "features.price: a label reads column price"),
     ({"city": {"kind": "multi", "weights": "bought"}}, {}, "features.city: a label reads column bought"),
     (PLAIN, {"labels": LABELS | {"click": "price >"}}, "neither a column of"),
     (PLAIN, {"labels": LABELS | {"click": "pricy > 3"}}, "labels.click: no column pricy; did you mean price?"),
@@ -81,6 +81,9 @@ def test_bad_csv(tmp_path: Path, text: str, expected: str) -> None:
     (PLAIN, {"split": {"test": {"where": "days > 3"}}}, "split.test.where: no column days"),
     (PLAIN, {"split": {"test": {"where": "days >"}}}, "split.test.where: neither a column"),
     (PLAIN, {"split": {"test": {"when": "price > 3"}}}, "split.test"),
+    (PLAIN, {"split": {"test": "price >= 8"}}, "(a condition is written {where: 'day >= 8'}; a file is n"),
+    (PLAIN, {"split": {"validation": "NL/dev.csv"}}, "a file is named by data.validation)"),
+    (PLAIN, {"labels": LABELS | {"click": 'bought != "-1.0"'}, "missing_values": ["-1"]}, "compares with '-1.0'"),
     ({"city": "categorical", False: "categorical"}, {}, "features: found key false, allowed: text; write it in q"),
     (PLAIN, {"columns": ["click", False]}, "YAML reads it as false: write the name in quotes"),
     (PLAIN, {"csv": {"delimiter": ",,"}}, "csv.delimiter: found ',,', allowed: an ASCII character"),
@@ -148,6 +151,14 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
 def test_bad_json(tmp_path: Path, text: str, expected: str) -> None:
     (tmp_path / "data.jsonl").write_text(text)
     assert expected in refusal(tmp_path, tmp_path / "data.jsonl")
+
+
+@pytest.mark.parametrize("name", ["part.json", "x.ndjson", "part.JSON.gz"])
+def test_json_by_another_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"click": 1, "bought": 0, "city": "a", "price": 1}')
+    assert f"{name}: found JSON by its name, allowed: one object per line in a file called .jsonl" in refusal(
+        tmp_path, tmp_path / name
+    )
 
 
 @pytest.mark.parametrize("marks", [{"thousands": "."}, {"decimal": ","}])

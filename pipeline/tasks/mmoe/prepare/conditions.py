@@ -2,8 +2,9 @@
 
 A condition consists of comparisons (`== != < <= > >=`, `in [..]`, `not in [..]`) of a column with texts or numbers,
 `is missing`, `is not missing`, columns of 0/1 labels, `and`, `or`, `not` and parentheses. A column whose name is not a
-Python name is written in backticks. The empty text means a missing value. With any other text or number, a missing
-value makes `!=` and `not in` true and all other comparisons false.
+Python name is written in backticks. Texts are read as cells are, so that times, whole numbers and booleans have one
+spelling. The empty text means a missing value. With any other text or number, a missing value makes `!=` and `not in`
+true and all other comparisons false.
 """
 
 import ast
@@ -18,13 +19,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.data.cells import Cells, cell_error
+from pipeline.data.cells import Cells, cell_error, number_text, respelt
 from pipeline.data.raw_table import Batch
 from pipeline.errors import UserError
 
 ALLOWED = (
-    "a column compared (==, !=, <, <=, >, >=, in [..], not in [..]) with a text or a number, `is missing`, `is not "
-    "missing`, a column of 0/1 labels, and, or, not, (..)"
+    "a column compared (==, !=, <, <=, >, >=, in [..], not in [..]) with a number, or with a text or date in quotes, "
+    "`is missing`, `is not missing`, a column of 0/1 labels, and, or, not, (..); a column whose name is no plain word "
+    "stands in backticks: `Purchase Time`"
 )
 _COMPARE: dict[type[ast.cmpop], tuple[str, str]] = {  # Arrow function, and the one for swapped sides
     ast.Eq: ("equal", "equal"),
@@ -36,6 +38,7 @@ _COMPARE: dict[type[ast.cmpop], tuple[str, str]] = {  # Arrow function, and the 
 }
 _LABELS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 EXACT = 2**53  # doubles represent every whole number up to this one
+_PADDED = re.compile(r"0[0-9]+")  # texts of one length, whose order is that of their numbers
 _QUOTED = re.compile(rb"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|`[^`]*`""")
 
 
@@ -50,9 +53,9 @@ class BatchColumns:
         self.cells, self.batch, self.click = cells, batch, click
 
     def text(self, column: str) -> pa.Array:
-        """Column as stripped texts; null if missing."""
+        """Column as canonical texts; null if missing."""
         values, codes = self.cells.texts(self._raw(column), column, self.batch.place)
-        return values.take(pa.array(codes))
+        return respelt(values, "whole", "truth").take(pa.array(codes))
 
     def number(self, column: str) -> pa.Array:
         """Column as doubles; NaN if missing."""
@@ -114,7 +117,10 @@ class _Parser:
             return self.truth(tree.body)
         except SyntaxError as error:
             position = error.offset - 1 if error.offset else len(self.text)  # 0 or None: at the end
-            raise self.error(position, error.msg) from None
+            problem = error.msg
+            if problem.startswith("leading zeros"):
+                problem = "a number begins with 0; write a date or a code in quotes, or a number without the zero"
+            raise self.error(position, problem) from None
         except (RecursionError, MemoryError, ValueError, OverflowError):
             raise self.error(0, "cannot be read") from None
 
@@ -159,11 +165,10 @@ class _Parser:
         if isinstance(left, ast.Constant | ast.UnaryOp):  # 18 < age
             left, right, function = right, left, swapped
         column, constant = self.column(left), self.constant(right)
-        compare = getattr(pc, function)
+        compare, equal = getattr(pc, function), function == "equal"
+        if isinstance(constant, str) and function not in ("equal", "not_equal"):
+            self.check_order(constant, right)
         if constant == "":
-            if function not in ("equal", "not_equal"):
-                raise self.node_error(right, "found an empty text, which means: missing")
-            equal = function == "equal"
             return lambda columns: pc.invert(_is_valid(columns, column)) if equal else _is_valid(columns, column)
         # a comparison with a missing value gives null
         return lambda columns: compare(_read(columns, column, constant), constant).fill_null(function == "not_equal")
@@ -174,13 +179,23 @@ class _Parser:
         constants = [self.constant(element) for element in node.elts]
         if len({type(constant) for constant in constants}) > 1:
             raise self.node_error(node, "found texts and numbers in one list")
-        allowed = pa.array([constant or None for constant in constants]) if "" in constants else pa.array(constants)
+        allowed = pa.array([None if constant == "" else constant for constant in constants])
 
         def evaluate(columns: BatchColumns) -> pa.Array:
             within = pc.is_in(_read(columns, column, constants[0]), value_set=allowed)
             return pc.invert(within) if negated else within
 
         return evaluate
+
+    def check_order(self, text: str, node: ast.expr) -> None:
+        """Refuse an order of texts where an order of numbers is meant: "10" comes before "8", but "08" before "10"."""
+        if text == "":
+            raise self.node_error(node, "found an empty text, which means: missing")
+        if number_text(text) in (None, "True", "False") or _PADDED.fullmatch(text):
+            return
+        exact = abs(float(text)) < EXACT
+        advice = "write it without quotes" if exact else "so large a number can only be compared by ==, != and in"
+        raise self.node_error(node, f"found {self.written(node)}, whose order would be that of texts; {advice}")
 
     def column(self, node: ast.expr) -> str:
         if not isinstance(node, ast.Name):
@@ -200,13 +215,19 @@ class _Parser:
         value = node.value if isinstance(node, ast.Constant) else None
         if isinstance(value, str):
             self.texts.append(value.strip())
-            return value.strip()
+            return _canonical(value)
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
             if isinstance(value, int) and value >= EXACT:
                 raise self.node_error(node, f"found {value}, which has neighbours that are the same as a double; "
-                                        f'write "{sign * value}", in quotes')  # fmt: skip
+                                        f'write == or in with "{sign * value}", in quotes')  # fmt: skip
             return float(sign * value)
         raise self.node_error(node, f"found {self.written(node)} where a text or a number is due")
+
+
+def _canonical(text: str) -> str:
+    """The text as `BatchColumns.text` has it in a column."""
+    values = Cells(missing=()).texts(pa.array([text]), "", lambda _: "").values
+    return respelt(values, "whole", "truth")[0].as_py() or ""
 
 
 def _is_valid(columns: BatchColumns, column: str) -> pa.Array:

@@ -138,8 +138,10 @@ class LabelsAndSplits:
             condition = parse(text)
         except UserError as error:
             raise self._error(key, f"neither a column of {self.file} nor a condition: {error}") from None
-        for constant in condition.texts:
-            if constant and constant in self.declared.missing_values:
+        texts = pa.array([*condition.texts], pa.string())
+        values, codes = self.label_cells.texts(texts, key, lambda _: str(self.schema_file))
+        for constant, missing in zip(condition.texts, values.is_null().take(pa.array(codes)).to_pylist(), strict=True):
+            if constant and missing:
                 raise self._error(
                     key,
                     f"compares with {constant!r}, which missing_values reads as no value, and that is equal to "
