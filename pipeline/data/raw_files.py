@@ -110,8 +110,8 @@ def _split_paths(data: Path, own: Mapping[str, Path]) -> list[tuple[str | None, 
                         "data.validation and data.test name the files or folders of each split")  # fmt: skip
     if len(splits) > 1:
         names = _listed([path for path in read if named[path]])
-        warn(f"{data}: {names} are read as one with the others; data.train, data.validation and data.test name files "
-             "of their own")  # fmt: skip
+        warn(f"{data}: read as one with the others: {names}; data.train, data.validation and data.test name files of "
+             "their own")  # fmt: skip
     _warn_of_unread(data, [path for path in unread if path.is_file()])  # _data_files warns of folders
     return [(None, data), *own.items()]
 

@@ -300,7 +300,7 @@ def test_splits_of_their_own_files(tmp_path: Path, capfd: pytest.CaptureFixture[
     days(tmp_path, "NL/more.csv", [7])
     prepare(tmp_path / "NL", schema, tmp_path / "out")
     assert "more.csv" not in (warning := capfd.readouterr().err)
-    assert "test.csv, train.csv are read as one with the others" in warning
+    assert "read as one with the others: test.csv, train.csv; " in warning
 
 
 def test_partitioned_folders(tmp_path: Path) -> None:
