@@ -135,6 +135,9 @@ USERS = (["123", "123.0", "7.0"], [123, 123.0, 7.0], pa.array([123.0, 123.0, 7.0
     (TRUTH, 'x != "True"', [0, 1, 0]),
     (USERS, 'x == "123"', [1, 1, 0]),
     (USERS, 'x in ["123.0", ""]', [1, 1, 0]),
+    (USERS, 'x == "1.23e+02"', [1, 1, 0]),
+    ((["Huê\u0301", "Hue"], ["Huê\u0301", "Hue"], pa.array(["Huê\u0301", "Hue"])), 'x == "Huế"', [1, 0]),
+    ((["Huế", "Hue"], ["Huế", "Hue"], pa.array(["Huế", "Hue"])), 'x == "Huê\u0301"', [1, 0]),
 ])  # fmt: skip
 def test_conditions_read_texts_as_cells(
     tmp_path: Path, forms: tuple[Any, Any, pa.Array], condition: str, expected: list[int]

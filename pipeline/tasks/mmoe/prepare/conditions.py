@@ -10,6 +10,7 @@ true and all other comparisons false.
 import ast
 import math
 import re
+import unicodedata
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.data.cells import Cells, cell_error, number_text, respelt
+from pipeline.data.canonical_text import canonical_times, number_text, respelt
+from pipeline.data.cells import Cells, cell_error
 from pipeline.data.raw_table import Batch
 from pipeline.errors import UserError
 
@@ -226,8 +228,8 @@ class _Parser:
 
 def _canonical(text: str) -> str:
     """The text as `BatchColumns.text` has it in a column."""
-    values = Cells(missing=()).texts(pa.array([text]), "", lambda _: "").values
-    return respelt(values, "whole", "truth")[0].as_py() or ""
+    stripped = pa.array([unicodedata.normalize("NFC", text.strip())])
+    return str(respelt(canonical_times(stripped), "whole", "truth")[0])
 
 
 def _is_valid(columns: BatchColumns, column: str) -> pa.Array:
