@@ -68,6 +68,7 @@ class CsvReader:
         if not self._checked:  # only once, although the file is read twice
             with self._decoding():
                 self._check_quotes(header)
+                self._check_nulls()
             self._checked = True
         # use positions as names, because the header may contain duplicates
         names = [str(number) for number in range(len(self.names))]
@@ -134,6 +135,17 @@ class CsvReader:
                     pass
             except csv.Error as error:
                 raise UserError(f"{self.file}: row {number + 1}: {quote_problem(error, _ESCAPE)}") from None
+
+    def _check_nulls(self) -> None:
+        """Refuse `\\N`, a missing value of MySQL and Hive, where the backslash escapes: Arrow reads it as `N`."""
+        if self.dialect.escape != "\\":
+            return
+        around = re.escape(self.dialect.delimiter) + "\r\n"
+        null = re.compile(rf"(^|[{around}])\\N([{around}]|$)".encode())
+        with self._open() as stream:
+            if any(null.search(chunk) for chunk in iter(lambda: stream.read(BLOCK_BYTES), b"")):
+                allowed = "empty cells, or csv.escape: null, with which missing_values may name it"
+                raise UserError(f"{self.file}: found \\N, which csv.escape reads as N, allowed: {allowed}")
 
     def _rows(self, text: io.TextIOBase) -> Iterator[list[str]]:
         csv.field_size_limit(BLOCK_BYTES)

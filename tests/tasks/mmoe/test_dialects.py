@@ -152,3 +152,18 @@ def test_lists_as_json_and_as_python_write_them(tmp_path: Path) -> None:
         else:  # not in brackets: a text
             prepare(tmp_path / "data.csv", write_schema(tmp_path, {"tags": "multi"}), tmp_path / "out")
             assert values_of(tmp_path, "tags") == [('["a"', 5)]
+
+
+@pytest.mark.parametrize("text", ["1,0,\\N\n1,0,Vinh\n", "1,0,Vinh\r\n1,0,\\N", "\\N,0,Vinh\n"])
+def test_a_null_of_mysql_is_no_letter(tmp_path: Path, text: str) -> None:
+    r"""With csv.escape, `\N` would be read as `N`; without it, it can be a missing value. `A\N` is `AN`."""
+    (tmp_path / "data.csv").write_text("click,bought,city\n" + text, encoding="utf-8")
+    schema = write_schema(tmp_path, {"city": "categorical"}, csv={"escape": "\\"})
+    with pytest.raises(UserError, match=r"data.csv: found \\N, which csv.escape reads as N, allowed: empty cells, or"):
+        prepare(tmp_path / "data.csv", schema, tmp_path / "out")
+    (tmp_path / "data.csv").write_text("click,bought,city\n1,0,A\\N\n", encoding="utf-8")
+    prepare(tmp_path / "data.csv", schema, tmp_path / "out")
+    assert values_of(tmp_path, "city") == [("AN", 1)]
+    if text.startswith("1"):
+        prepare_text(tmp_path, "click,bought,city\n" + text, {"city": "categorical"}, missing_values=["\\N"])
+        assert values_of(tmp_path, "city") == [("Vinh", 1)]
