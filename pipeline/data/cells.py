@@ -24,7 +24,7 @@ Ints = npt.NDArray[np.int64]
 Place = Callable[[int], str]  # row of a batch, from 0 -> its location for error messages
 
 _SEVERAL = r"""^(\[\s*(['"].*['"])?\s*\]|\{\s*".*\})$"""  # a list or an object as JSON or Python writes it
-_NO_LIST = r"""^(\{.*\}|\(\s*['"].*\)|set\(\))$"""  # arrays of PostgreSQL, objects, sets and tuples
+_NO_LIST = r"""^(\{[^{}]*\}|\(\s*['"].*\)|set\(\))$"""  # arrays of PostgreSQL, objects, sets and tuples
 _SPACES = "[ \u00a0\u2009\u202f]"  # plain, no-break, thin and narrow no-break, as numbers are printed with
 
 
