@@ -1,7 +1,7 @@
 """Comparison of tracked runs over seeds, with a verdict on whether each arm is better than the baseline.
 
-The verdict is about one primary metric and comes from intervals of the differences over seeds, paired by seed, with
-Bonferroni's correction for the number of arms that are not controls (`decisions.py`).
+The verdict is about one primary metric and comes from intervals of the differences over seeds, paired by seed, at a
+level adjusted for the number of arms that are not controls and, where seeds are added, for the looks (`decisions.py`).
 """
 
 import hashlib

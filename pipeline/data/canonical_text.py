@@ -75,7 +75,7 @@ def _without_exponents(texts: pa.Array) -> pa.Array:
     return pa.array(written, pa.string())
 
 
-def canonical(distinct: pa.Array) -> pa.Array:
+def canonical_texts(distinct: pa.Array) -> pa.Array:
     """Canonical texts of distinct values; null for NaN."""
     kind = distinct.type
     if pa.types.is_decimal(kind):  # Arrow writes 0.0000005 as 5E-7

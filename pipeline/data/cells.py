@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config.strict_config import nearest
-from pipeline.data.canonical_text import NUMBER, TRUTH, canonical, canonical_times, number_text, respelt
+from pipeline.data.canonical_text import NUMBER, TRUTH, canonical_texts, canonical_times, number_text, respelt
 from pipeline.data.json_cells import listed_items
 from pipeline.data.raw_schema import FeatureSource
 from pipeline.data.schema import Feature
@@ -23,8 +23,9 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Place = Callable[[int], str]  # row of a batch, from 0 -> its location for error messages
 
-_SEVERAL = r"""^(\[\s*(['"].*['"])?\s*\]|\{\s*".*\})$"""  # a list or an object as JSON or Python writes it
-_NO_LIST = r"""^(\{[^{}]*\}|\(\s*['"].*\)|set\(\))$"""  # arrays of PostgreSQL, objects, sets and tuples
+_SEVERAL = r"""^(\[\s*(['"].*['"])?\s*\]|\{\s*".*\})$"""  # a list of quoted texts, or a JSON object
+# arrays of PostgreSQL, objects, sets and tuples
+_NO_LIST = r"""^(\{[^{}]*\}|\(\s*['"].*\)|\([-\d.]+(, ?[-\d.]+)*,?\)|set\(\))$"""
 _SPACES = "[ \u00a0\u2009\u202f]"  # plain, no-break, thin and narrow no-break, as numbers are printed with
 
 
@@ -67,7 +68,7 @@ class Cells:
         if is_list(raw.type):
             raise UserError(f"{place(0)}, column {column}: found lists, allowed: one value a row")
         encoded = raw.dictionary_encode()
-        values = canonical(encoded.dictionary)
+        values = canonical_texts(encoded.dictionary)
         values = pc.utf8_trim_whitespace(values) if self.strip else values
         if pc.all(pc.string_is_ascii(values)).as_py() is False:
             values = pa.array([text and unicodedata.normalize("NFC", text) for text in values.to_pylist()], pa.string())

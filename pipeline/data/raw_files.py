@@ -106,8 +106,8 @@ def _split_paths(data: Path, own: Mapping[str, Path]) -> list[tuple[str | None, 
         return [(None if named[path] == "train" else named[path], path) for path in ordered]
     split_folders = [path for path in folders if named[path]]
     if split_folders and not own and not partitioned:
-        raise UserError(f"{data}: found {_listed(split_folders)} beside other data or without train; data.train, "
-                        "data.validation and data.test name the files or folders of each split")  # fmt: skip
+        allowed = "train beside validation or test and nothing else, or data.train, data.validation and data.test"
+        raise UserError(f"{data}: found {_listed(split_folders)}, allowed: {allowed}, which name files or folders")
     if len(splits) > 1:
         names = _listed([path for path in read if named[path]])
         warn(f"{data}: read as one with the others: {names}; data.train, data.validation and data.test name files of "

@@ -3,7 +3,7 @@
 import unicodedata
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
 from pipeline.config.strict_config import Config, Positive
 from pipeline.data.schema import SPLITS
@@ -19,6 +19,7 @@ def _as_name(value: Any) -> Any:
 
 
 Name = Annotated[str, BeforeValidator(_as_name), Field(min_length=1)]
+Condition = Annotated[str, AfterValidator(lambda text: unicodedata.normalize("NFC", text)), Field(min_length=1)]
 
 
 class FeatureSource(Config):
@@ -65,18 +66,18 @@ def kind_alone(value: Any) -> Any:
 
 
 class Where(Config):
-    where: Name
+    where: Condition
     """condition, as for labels"""
 
 
-def _no_text(value: Any, info: ValidationInfo) -> Any:
+def _refuse_text(value: Any, info: ValidationInfo) -> Any:
     if isinstance(value, str):
         name = info.field_name
         raise ValueError(f"a condition is written {{where: 'day >= 8'}}; a file is named by data.{name}")
     return value
 
 
-Part = Annotated[Annotated[float, Field(ge=0, lt=1)] | Where, BeforeValidator(_no_text)]
+ShareOrWhere = Annotated[Annotated[float, Field(ge=0, lt=1)] | Where, BeforeValidator(_refuse_text)]
 
 
 class SplitSource(Config):
@@ -86,9 +87,9 @@ class SplitSource(Config):
     """seed of the random split"""
     train: float = Field(0.8, gt=0, le=1)
     """share of the training split"""
-    validation: Part = 0.1
+    validation: ShareOrWhere = 0.1
     """share of the validation split, or a condition for its rows, as for labels: `{where: 'day == 7'}`"""
-    test: Part = 0.1
+    test: ShareOrWhere = 0.1
     """share of the test split, or a condition: `{where: 'day >= 8'}`; shares divide the rows that meet no condition"""
 
     @model_validator(mode="after")

@@ -217,6 +217,8 @@ class _ArmBuilder:
         name = entry.get(NAME)
         if name is not None and (not isinstance(name, str) or not name.strip()):
             raise UserError(f"{where}: name: found {name!r}, allowed: text")
+        if name in DEFAULT_NAMES:
+            raise UserError(f"{where}: name: found {name}, allowed: another name")
         return self.build(_without_name(entry), where, name)
 
 
@@ -291,11 +293,11 @@ def _with_distinct_names(arms: Sequence[Arm], baseline: Arm) -> list[Arm]:
         usual = arm.name in DEFAULT_NAMES
         others = [baseline] if usual else [other for other in arms if other.name == arm.name and other is not arm]
         settings, other_settings = arm.config.decisive(), [other.config.decisive() for other in others]
-        parts = [] if usual else [arm.name]
-        for key in sorted(arm.overridden & settings.keys()):
-            if any(other[key] != settings[key] for other in other_settings):
-                parts.append(f"{key.rsplit('.', 1)[-1]} {settings[key]}")
-        renamed.append(replace(arm, name=" ".join(parts)))
+        differing = [key for key in sorted(settings) if any(other[key] != settings[key] for other in other_settings)]
+        own = [key for key in differing if key in arm.overridden]
+        keys_shown = own or [key for key in differing if key in baseline.overridden]
+        parts = [f"{key.rsplit('.', 1)[-1]} {settings[key]}" for key in keys_shown]
+        renamed.append(replace(arm, name=" ".join(parts if usual else [arm.name, *parts])))
     return renamed
 
 

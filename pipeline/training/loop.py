@@ -247,18 +247,17 @@ class Training:
         Raises:
             ValueError, RuntimeError: the state does not fit the model.
         """
-        self.load_state(checkpoint.state)
-        self.best_weights.load_state(checkpoint.state["keeper"], checkpoint.folder / BEST_LINK)
+        self.load_state(checkpoint.state, checkpoint.folder / BEST_LINK)
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Load the result of `state`, without the file of the best weights."""
+    def load_state(self, state: Mapping[str, Any], best: Path | None = None) -> None:
+        """Load the result of `state`. best: the file of the best weights; None = there is none."""
         self.result.steps, self.evaluated_at, self.due = state["steps"], state["evaluated_at"], state["due"]
         self.result.metrics = dict(state["metrics"])
         self.model.load_state_dict(state["model"])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
         self.scaler.load_state_dict(state["scaler"])
-        self.best_weights.load_state(state["keeper"], None)
+        self.best_weights.load_state(state["keeper"], best)
         self.random = state["random"]
 
     def _is_over(self) -> bool:

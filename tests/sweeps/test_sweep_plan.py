@@ -120,6 +120,20 @@ def test_settings_of_a_grid_that_are_the_same_are_named_as_they_were_written(tmp
         plan_of(tmp_path, arms=[{"lambda": 0.05}, {"lambda": 0.1}, {"loss.aux_focal.lambda": "5e-2"}])
 
 
+def test_an_arm_is_named_after_what_the_baseline_alone_overrides(tmp_path: Path) -> None:
+    changes = {
+        "baseline": {"aux_focal": False, "optim.dense.lr": 0.002},
+        "arms": [{"aux_focal": False}, {"lambda": 0.05}],
+    }
+    assert [arm.name for arm in plan_of(tmp_path, **changes).arms] == ["baseline", "lr 0.003", "l.05 g1 w2000"]
+
+
+@pytest.mark.parametrize("name", ["run", "baseline"])
+def test_a_name_that_runs_have_by_default_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=f"arm 1: name: found {name}, allowed: another name"):
+        plan_of(tmp_path, arms=[{"lambda": 0.05, "name": name}])
+
+
 def test_a_bare_no_of_yaml_is_a_precision_everywhere_in_a_sweep(tmp_path: Path) -> None:
     yes = yaml.safe_load("[no, bf16]")
     assert yes[0] is False

@@ -1,5 +1,6 @@
 """Config keys of `train_mmoe` (configs/mtl_mmoe.yaml) and of `prepare_ctr`."""
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -217,8 +218,7 @@ class MmoeConfig(RunConfig):
     def shared_prefix(self) -> tuple[Self, int | None]:
         focal, late = self.loss.aux_focal, self.loss.late_pos_weight
         steps = [focal.warmup_steps] * focal.enabled + [late.warmup_steps] * (late.ctcvr > 0)
-        plain = {"aux_focal": {"log_components": focal.log_components}, "late_pos_weight": {}}
-        return self.with_values(loss=self.loss.model_dump(by_alias=True) | plain), min(steps, default=None)
+        return self._without_focal({}), min(steps, default=None)
 
     def control(self) -> Self | None:
         """Config of the control; None if this config has no focal loss.
@@ -231,10 +231,13 @@ class MmoeConfig(RunConfig):
         if not focal.enabled or not focal.lambda_:
             return None
         late = {"warmup_steps": focal.warmup_steps, "ctcvr": focal.lambda_ + self.loss.late_pos_weight.ctcvr}
-        return self.with_values(
-            loss=self.loss.model_dump(by_alias=True)
-            | {"aux_focal": {"log_components": focal.log_components}, "late_pos_weight": late}
-        )
+        return self._without_focal(late)
+
+    def _without_focal(self, late_pos_weight: Mapping[str, float]) -> Self:
+        """The config without a focal loss, and with these late positive weights."""
+        focal = {"log_components": self.loss.aux_focal.log_components}
+        parts = {"aux_focal": focal, "late_pos_weight": late_pos_weight}
+        return self.with_values(loss=self.loss.model_dump(by_alias=True) | parts)
 
     def for_clicks(self, data: str) -> Self:
         """Config of a run on data without conversion labels; the default evaluation metric becomes `valid/auc_ctr`.

@@ -178,7 +178,9 @@ def test_several_values_of_a_categorical_feature(tmp_path: Path, text: str, valu
             prepare(file, schema, tmp_path / "out")
 
 
-@pytest.mark.parametrize("cell", ["{sport,news}", "{}", "('sport', 'news')", "{'sport'}", "set()", '{"a": 0.5}'])
+@pytest.mark.parametrize(
+    "cell", ["{sport,news}", "{}", "('sport', 'news')", "{'sport'}", "set()", '{"a": 0.5}', "(1, 2)"]
+)
 def test_a_cell_that_is_another_collection(tmp_path: Path, cell: str) -> None:
     for file in written(tmp_path, ["a|b", cell], ["a|b", cell], pa.array(["a|b", cell])):
         with pytest.raises(UserError, match=f"{file.name}.*: row 2, column x: found .*allowed: ids with the separator"):

@@ -89,7 +89,7 @@ def test_files_that_are_also_in_the_folder(tmp_path: Path, capfd: Stderr) -> Non
     {"a.csv": [1], "test/p.csv": [2]}, {"test/p.csv": [1], "val/p.csv": [2]},
 ])  # fmt: skip
 def test_folders_of_splits_beside_other_data(tmp_path: Path, files: dict[str, list[int]]) -> None:
-    with pytest.raises(UserError, match=r"data: found (test|train|test, train|test, val) beside other data or without"):
+    with pytest.raises(UserError, match=r"data: found (test|train|test, train|test, val), allowed: train beside"):
         prepared(tmp_path, files)
 
 

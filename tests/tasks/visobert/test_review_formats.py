@@ -488,6 +488,19 @@ def test_no_format_may_hold_nul(tmp_path: Path, row: list[str], column: str) -> 
             read_reviews(file, ReviewFormatConfig())
 
 
+@pytest.mark.parametrize(
+    "cell",
+    ['[["A\\u0000B", "Positive"]]', '["A\\u0000B#Positive"]', '{"A\\u0000B": "Positive"}', '["A\\ud83d#Positive"]'],
+)
+def test_no_aspect_may_hold_nul_or_half_a_character(tmp_path: Path, cell: str) -> None:
+    """Escaped in JSON, in a cell of CSV and as a value of JSON Lines."""
+    (tmp_path / "a.csv").write_text(delimited([("text", "labels"), ("x", cell)]), encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "x", "labels": {cell}}}', encoding="utf-8")
+    for name in ("a.csv", "a.jsonl"):
+        with pytest.raises(UserError, match=f"{name}: row 1, column labels: found "):
+            read_reviews(tmp_path / name, ReviewFormatConfig())
+
+
 @pytest.mark.parametrize("span", ["8, 0", "3, 3", "-1, 3", "0, NaN"])
 def test_spans_that_are_none(tmp_path: Path, span: str) -> None:
     line = f'{{"text": "Pin tốt", "labels": [[{span}, "A#POSITIVE"], [0, 3, "B#NEGATIVE"]]}}'

@@ -155,16 +155,16 @@ def test_the_text_column(tmp_path: Path) -> None:
 
 def test_several_text_or_label_columns_are_refused(tmp_path: Path) -> None:
     dates = "data,text,labels\n2024-05-01,Pin tốt,{PIN#Positive}\n"
-    message = "reviews.csv: found columns data and text, allowed: data.text_column names the one that is meant"
+    message = "reviews.csv: found columns data and text, allowed: one of them, or data.text_column names it"
     assert refused(tmp_path, dates) == message
     assert read(tmp_path, dates, text_column="text").texts == ("Pin tốt",)
-    assert "found columns Text and text, allowed: data.text_column" in refused(tmp_path, "Text,A,text\nx,Positive,y\n")
+    assert "found columns Text and text, allowed: one of them" in refused(tmp_path, "Text,A,text\nx,Positive,y\n")
     wide = "text,content,A\nx,Positive,Negative\n"
-    assert "found columns text and content, allowed: data.text_column" in refused(tmp_path, wide)
+    assert "found columns text and content, allowed: one of them" in refused(tmp_path, wide)
     aspects = read_reviews(written(tmp_path, wide), form(aspects=("content", "A")))
     assert (aspects.texts, aspects.labels.tolist()) == (("x",), [[P, N]])
     two = "text,label,labels\nx,{A#Negative},{A#Positive}\n"
-    message = "reviews.csv: found columns label and labels, allowed: data.label_column names the one that is meant"
+    message = "reviews.csv: found columns label and labels, allowed: one of them, or data.label_column names it"
     assert refused(tmp_path, two) == message
     assert read(tmp_path, two, label_column="labels").labels.tolist() == [[P]]
     assert read(tmp_path, two, text_column="label").texts == ("{A#Negative}",)

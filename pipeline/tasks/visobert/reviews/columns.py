@@ -35,8 +35,7 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 GZIP = ".gz"
 UNNAMED = re.compile(r"|Unnamed: \d+(?:\.\d+)?|__index_level_\d+__")  # names that pandas gives to its index
 OTHER_DELIMITER = re.compile(r"[,;|\t]")
-HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")  # unpaired surrogate: allowed in JSON escapes, but not in UTF-8
-NO_TEXT = re.compile(r"[\0\ud800-\udfff]")
+NO_TEXT = re.compile(r"[\0\ud800-\udfff]")  # NUL, and unpaired surrogates: allowed in JSON escapes, but not in UTF-8
 
 
 class Content(NamedTuple):

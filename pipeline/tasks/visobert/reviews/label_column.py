@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline.errors import UserError
 from pipeline.tasks.visobert.config import ReviewFormatConfig
-from pipeline.tasks.visobert.reviews.columns import HALF_CHARACTER, cell_text, clean_name, no_such, quoted
+from pipeline.tasks.visobert.reviews.columns import NO_TEXT, cell_text, clean_name, no_such, quoted
 from pipeline.tasks.visobert.reviews.dialects import Dialect
 from pipeline.tasks.visobert.reviews.labels import WORDS, BadLabel, LabelTable, configured_aspects, label_code
 from pipeline.tasks.visobert.reviews.sentiments import MENTIONED, NOT_MENTIONED, UNKNOWN, Labels
@@ -24,7 +24,9 @@ _OBJECT = re.compile(r"""\s*\{\s*["'}]""")
 ASPECT_KEYS, LABEL_KEYS = ("aspect", "category"), ("polarity", "sentiment")  # of an object in an array
 # Patterns that no aspect name contains. Pieces such as `{A:Positive}` or `{A#Positive, B#Negative}` are labels in the
 # format of another program.
-_NO_NAME = re.compile(r"""["“”«»`]|(?<!\w)['‘’]|['‘’](?!\w)|(?<![^\W_])(?:positive|negative|neutral)(?![^\W_])""")
+_NO_NAME = re.compile(
+    r"""["“”«»`\0\ud800-\udfff]|(?<!\w)['‘’]|['‘’](?!\w)|(?<![^\W_])(?:positive|negative|neutral)(?![^\W_])"""
+)
 # More patterns that are not allowed in a piece without a polarity: `{A:good}`, `{A=1}`, `{A, B}`, `{A neg}`, `{A+}`
 _NO_MENTION = re.compile(
     r"[:=,|<>\[\]\\→]|[\W_](?:pos|neg|neut?)$|(?:tích|tiêu) cực|trung (?:tính|lập)|\+\s*\d*$|-$|(?<!\w)-\s*\d+$"
@@ -132,7 +134,7 @@ def _pieces(dialect: Dialect, cell: str) -> Iterator[Piece]:
 def _pieces_of_object(dialect: Dialect, cell: str, pairs: Sequence[tuple[object, object]]) -> Iterator[Piece]:
     labels = [label_code(dialect, cell_text(value)) for _, value in pairs]
     if not all(
-        isinstance(name, str) and name.strip() and not HALF_CHARACTER.search(name)
+        isinstance(name, str) and name.strip() and not NO_TEXT.search(name)
         and (code != UNKNOWN or dialect.closest(cell_text(value)))
         for (name, value), code in zip(pairs, labels, strict=True)
     ):  # fmt: skip
@@ -198,7 +200,7 @@ def _in_array(dialect: Dialect, item: object) -> tuple[tuple[str, ...], int]:
 
 def _pair(dialect: Dialect, aspect: str, label: object) -> tuple[tuple[str, ...], int]:
     name = clean_name(aspect)
-    if not name or HALF_CHARACTER.search(name) or _NO_NAME.search(unicodedata.normalize("NFKC", name).casefold()):
+    if not name or _NO_NAME.search(unicodedata.normalize("NFKC", name).casefold()):
         return (), UNKNOWN
     text = cell_text(label)
     return (name,), label_code(dialect, text) if text.strip() else UNKNOWN

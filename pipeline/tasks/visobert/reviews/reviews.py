@@ -187,8 +187,8 @@ def _check_one_row_per_review(
 
     Columns of aspects may have such names too, so the former must have no label, and no other column may be an aspect.
     """
-    aspect = next(iter(_called(ASPECT_KEYS, columns)), None)
-    label = next(iter(_called((*LABEL_KEYS, *LABEL_COLUMNS), columns)), None)
+    aspect = next(iter(_columns_named(ASPECT_KEYS, columns)), None)
+    label = next(iter(_columns_named((*LABEL_KEYS, *LABEL_COLUMNS), columns)), None)
     if aspect is None or label is None or label_column not in (None, label):
         return
     dialect = Dialect.of(form.labels)
@@ -209,7 +209,7 @@ def _configured_column(file: Path, columns: Columns, key: str, value: str) -> st
     return name
 
 
-def _called(names: Sequence[str], columns: Iterable[str]) -> list[str]:
+def _columns_named(names: Sequence[str], columns: Iterable[str]) -> list[str]:
     """The columns with one of these names, ignoring case, in the order of `names`."""
     return [column for name in names for column in columns if column.casefold() == name]
 
@@ -222,13 +222,14 @@ def _only_one_of(
     Raises:
         UserError: there are several.
     """
-    found = _called(names, columns)
-    named = {clean_name(name) for name in (*(form.aspects or ()), form.label_column or "")}
-    found = [column for column in found if column not in named] or found
-    if len(found) > 1:
-        names_one = f"data.{key} names the one that is meant"
-        raise UserError(f"{file}: found columns {' and '.join(found)}, allowed: {names_one}")
-    return next(iter(found), None)
+    candidates = _columns_named(names, columns)
+    configured = {clean_name(name) for name in (*(form.aspects or ()), form.label_column or "")}
+    candidates = [column for column in candidates if column not in configured] or candidates
+    if len(candidates) > 1:
+        raise UserError(
+            f"{file}: found columns {' and '.join(candidates)}, allowed: one of them, or data.{key} names it"
+        )
+    return next(iter(candidates), None)
 
 
 def _texts(file: Path, column: str, cells: Sequence[object]) -> list[str]:
