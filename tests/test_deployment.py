@@ -130,13 +130,13 @@ def client(variables: Variables, monkeypatch: pytest.MonkeyPatch) -> Iterator[An
 
 @pytest.fixture
 def trained(served: Variables, place: Path, train: Train) -> str:
-    """What a training told: the first test that asks for it trains."""
-    told = place / "told"
-    if not told.exists():
+    """What a training printed: the first test that asks for it trains."""
+    output = place / "output"
+    if not output.exists():
         done = train(place / "trained", **clients(served))
         assert done.returncode == 0, done.stderr
-        told.write_text(done.stdout + done.stderr)
-    return told.read_text()
+        output.write_text(done.stdout + done.stderr)
+    return output.read_text()
 
 
 def only_run(found: Any) -> Any:
@@ -172,8 +172,8 @@ def test_no_password_is_left_anywhere(
     assert len(set(passwords)) == 3
     assert all(len(password) >= 24 for password in passwords)
     with client(served, monkeypatch) as found:
-        told = str(only_run(found).to_dictionary()) + trained
-    assert not [password for password in passwords if password in told]
+        output = str(only_run(found).to_dictionary()) + trained
+    assert not [password for password in passwords if password in output]
     looked = list(files(place / "trained"))
     assert [file for file, _ in looked if file.name == "journal.jsonl"]
     assert not [file for file, content in looked for password in passwords if password.encode() in content]
@@ -212,10 +212,10 @@ def test_a_wrong_password_in_the_uri_is_told_in_one_line(
     with client({"MLFLOW_TRACKING_URI": address}, monkeypatch):
         with pytest.raises(Exception, match="401") as caught:
             Opening(RunRequest("refused"), place / "outputs", {}).open()
-        told = refusal(caught.value)
-    assert f"http://127.0.0.1:{served['PORT']}" in told
-    assert "\n" not in told
-    assert "n0t-the-one" not in told + "".join(capfd.readouterr())
+        output = refusal(caught.value)
+    assert f"http://127.0.0.1:{served['PORT']}" in output
+    assert "\n" not in output
+    assert "n0t-the-one" not in output + "".join(capfd.readouterr())
 
 
 def test_the_credentials_file_is_enough(served: Variables, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

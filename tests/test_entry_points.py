@@ -191,9 +191,9 @@ def test_a_bad_override_through_mlproject_fails_the_run(
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")  # its `python`
     with pytest.raises(mlflow.projects.ExecutionException):
         mlflow.projects.run(str(project), "train_mmoe", parameters={"lamda": "0.1"}, env_manager="local")
-    told = capfd.readouterr().err
-    assert "unknown key lamda; did you mean lambda?" in told
-    assert "Traceback" not in told
+    message = capfd.readouterr().err
+    assert "unknown key lamda; did you mean lambda?" in message
+    assert "Traceback" not in message
     assert [run.info.status for run in client.search_runs(["0"])] == ["FAILED"]
 
 
@@ -242,8 +242,8 @@ def test_an_empty_argument_is_one_line(workplace: Path, call_pipeline: Call, arg
 
 
 def test_bad_input_in_a_process_of_its_own(workplace: Path) -> None:
-    told = ["loss.aux_focal.lambda", "found -1", "number >= 0"]
-    assert_one_line(run_pipeline("train_mmoe", "--lambda", "-1", cwd=workplace), *told)
+    parts = ["loss.aux_focal.lambda", "found -1", "number >= 0"]
+    assert_one_line(run_pipeline("train_mmoe", "--lambda", "-1", cwd=workplace), *parts)
     assert_one_line(run_pipeline("trainmmoe", cwd=workplace), "did you mean train_mmoe?")
 
 
@@ -259,16 +259,16 @@ def test_a_tracking_uri_that_is_none_is_one_line(
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "journal.jsonl").touch()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hunter2@[::1")
-    told = call_pipeline(*arguments.split())
-    assert_one_line(told, "error: MLFLOW_TRACKING_URI: found 'http://[::1', allowed: the URI of a tracking store")
-    assert "hunter2" not in told.stderr
+    result = call_pipeline(*arguments.split())
+    assert_one_line(result, "error: MLFLOW_TRACKING_URI: found 'http://[::1', allowed: the URI of a tracking store")
+    assert "hunter2" not in result.stderr
 
 
 def test_the_page_of_a_tracking_uri_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://[::1")
-    told = CliRunner().invoke(ui_command, []).exception
-    assert isinstance(told, UserError)
-    assert str(told).startswith("MLFLOW_TRACKING_URI: found 'http://[::1', allowed: the URI of a tracking store")
+    error = CliRunner().invoke(ui_command, []).exception
+    assert isinstance(error, UserError)
+    assert str(error).startswith("MLFLOW_TRACKING_URI: found 'http://[::1', allowed: the URI of a tracking store")
 
 
 @pytest.fixture

@@ -272,9 +272,9 @@ def test_an_evicted_pod_saves_and_is_followed_by_another(
                    for one in container["env"]}  # fmt: skip
     environment["PATH"] = os.pathsep.join([str(image / "usr/local/bin"), str(Path(sys.executable).parent), os.defpath])
     folder = image / WORKDIR.lstrip("/")
-    with (image / "stderr").open("w") as told:
+    with (image / "stderr").open("w") as log:
         process = subprocess.Popen(container["command"], cwd=folder, env=environment, stdout=subprocess.PIPE,
-                                   stderr=told, start_new_session=True)  # fmt: skip
+                                   stderr=log, start_new_session=True)  # fmt: skip
     try:
         assert process.stdout
         process.stdout.readline()  # of a step

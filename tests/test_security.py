@@ -246,10 +246,10 @@ def tree(folder: Path) -> set[str]:
 
 def test_a_prepared_folder_cannot_name_files_elsewhere(impressions: Path, tmp_path: Path) -> None:
     shutil.copyfile(impressions / "schema.json", tmp_path / "schema.json")
-    told = json.loads((tmp_path / "schema.json").read_text())
+    content = json.loads((tmp_path / "schema.json").read_text())
     for name in [str(impressions / "train.parquet"), f"../{impressions.name}/train.parquet", "..", "", "a\0b", "a/b"]:
-        told["splits"]["train"]["file"] = name
-        (tmp_path / "schema.json").write_text(json.dumps(told))
+        content["splits"]["train"]["file"] = name
+        (tmp_path / "schema.json").write_text(json.dumps(content))
         with pytest.raises(UserError, match=r"splits\.train\.file"):
             read_split(tmp_path, DataSchema.read(tmp_path), "train")
 
@@ -301,23 +301,23 @@ def test_a_pipe_where_the_stream_of_a_split_would_be(impressions: Path, tmp_path
 
 @examples(size=st.integers(2**31), field=st.sampled_from(["size", "hash_buckets"]))
 def test_a_prepared_folder_cannot_have_more_ids_than_there_are(impressions: Path, size: int, field: str) -> None:
-    told = json.loads((impressions / "schema.json").read_text())
-    told["features"][1][field] = size
+    content = json.loads((impressions / "schema.json").read_text())
+    content["features"][1][field] = size
     place, most = f"schema\\.json: features\\.1\\.{field}: found {size}", "allowed: integer >= 0 and <= 2147483647"
     with pytest.raises(UserError, match=f"{place}, {most}$"):
-        validate(DataSchema, told, Path("schema.json"))
-    for feature, ids in zip(told["features"], (2**31 - 2, 2), strict=False):
+        validate(DataSchema, content, Path("schema.json"))
+    for feature, ids in zip(content["features"], (2**31 - 2, 2), strict=False):
         feature |= {field: 0, "size": ids}
     with pytest.raises(UserError, match=r"schema\.json: features: found sizes that sum to \d+, allowed: 2147483647"):
-        validate(DataSchema, told, Path("schema.json"))
+        validate(DataSchema, content, Path("schema.json"))
     for change, text in (
         ({"sise": 3}, "unknown key features.1.sise; did you mean size"),
         ({"name": 3}, "features.1.name: found 3, allowed: text"),
         ({"edges": ["a"]}, "features.1.edges.0: found 'a', "),
     ):
-        odd: dict[str, Any] = {**told["features"][1], **change}  # type: ignore[dict-item]
+        odd: dict[str, Any] = {**content["features"][1], **change}  # type: ignore[dict-item]
         with pytest.raises(UserError, match=re.escape(text)):
-            validate(DataSchema, told | {"features": [told["features"][0], odd]}, Path("schema.json"))
+            validate(DataSchema, content | {"features": [content["features"][0], odd]}, Path("schema.json"))
 
 
 def test_columns_and_aspects_are_no_paths(
@@ -549,18 +549,18 @@ def test_a_uri_is_told_without_its_secrets(uri: str, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     mlflow.set_tracking_uri(None)
-    told = tracking_uri()
+    shown = tracking_uri()
     for secret in (SECRET, "hunter", "user", "password", "token"):
-        assert secret not in told
-    assert told.startswith(uri.split("://", maxsplit=1)[0])
-    assert "127.0.0.1" in told
+        assert secret not in shown
+    assert shown.startswith(uri.split("://", maxsplit=1)[0])
+    assert "127.0.0.1" in shown
 
 
 @pytest.mark.parametrize("uri", [SECRETS[3], pytest.param(SECRETS[0], marks=[pytest.mark.faults, only_full])])
 def test_a_server_that_is_away_is_told_without_secrets(
     uri: str, tmp_path: Path, call_pipeline: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever is told and left in files; test_delivery has the lines for every kind of server."""
+    """Whatever is printed and left in files; test_delivery has the lines for every kind of server."""
     (tmp_path / "reviews.csv").write_text(
         "text,Camera\n" + "".join(f"máy {row},{word}\n" for row, word in enumerate(("Positive", "Negative", "Neutral")))
     )

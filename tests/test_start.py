@@ -25,7 +25,7 @@ def imported_by(*arguments: str) -> tuple[set[str], str]:
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     (line,) = (line for line in found.stderr.splitlines() if line.startswith("modules:"))
     modules = set(line.split())
-    assert "pipeline.config.strict_config" in modules  # else nothing was told, and nothing could be missed
+    assert "pipeline.config.strict_config" in modules  # else nothing was listed, and nothing could be missed
     return modules, found.stdout
 
 

@@ -147,7 +147,7 @@ PLAIN = "allowed: text, numbers, true, false, null, dates, lists and mappings"
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "reason"),
     [
         ("!!binary gIGC", f"experiment: found binary data, {PLAIN}"),
         ("!!binary aGVsbG8=", f"experiment: found binary data, {PLAIN}"),  # bytes that are text, too
@@ -178,9 +178,9 @@ PLAIN = "allowed: text, numbers, true, false, null, dates, lists and mappings"
         (f"0x{'f' * 300}", "experiment: found a whole number of 1200 bits, allowed: up to 1.8e+308"),
     ],
 )
-def test_values_that_fit_no_setting(tmp_path: Path, value: str, told: str) -> None:
+def test_values_that_fit_no_setting(tmp_path: Path, value: str, reason: str) -> None:
     file = text_of(tmp_path, f"experiment: {value}")
-    assert error_of(file).startswith(f"{file}: {told}")
+    assert error_of(file).startswith(f"{file}: {reason}")
 
 
 BINARY = {

@@ -36,26 +36,26 @@ class Kill:
 
 def start(arguments: Sequence[str], folder: Path, kill: Kill | None = None, **environment: str) -> tuple[int, str]:
     """`python -m pipeline ...` in the folder; its exit code (negative: a signal) and what it said on standard error."""
-    told = folder / "stderr.txt"
+    log = folder / "stderr.txt"
     environment = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")} | environment
-    process = CONTEXT.Process(target=_run, args=(list(arguments), str(folder), kill, dict(environment), str(told)))
+    process = CONTEXT.Process(target=_run, args=(list(arguments), str(folder), kill, dict(environment), str(log)))
     process.start()
     process.join(300)
     if process.is_alive():
         process.kill()
-        raise AssertionError(f"{kill}: did not end in 300 s: {told.read_text()}")
+        raise AssertionError(f"{kill}: did not end in 300 s: {log.read_text()}")
     code = process.exitcode
     assert code is not None
-    return code, told.read_text(encoding="utf-8")
+    return code, log.read_text(encoding="utf-8")
 
 
-def _run(arguments: list[str], folder: str, kill: Kill | None, environment: dict[str, str], told: str) -> None:
+def _run(arguments: list[str], folder: str, kill: Kill | None, environment: dict[str, str], log: str) -> None:
     os.setsid()
     os.chdir(folder)
     for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
         del os.environ[name]  # of the test that was first
     os.environ.update(environment)
-    for descriptor, file in ((1, f"{told}.out"), (2, told)):
+    for descriptor, file in ((1, f"{log}.out"), (2, log)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     sys.stdout = os.fdopen(1, "w")
     sys.stderr = os.fdopen(2, "w")

@@ -216,7 +216,7 @@ def test_every_answer_to_every_call(proxy: Proxy, quick: None, monkeypatch: pyte
     pairs = [(call, answer, times) for call in calls for answer in ANSWERS for times in (1, 1 << 30)]
     for number, (call, answer, times) in enumerate(pairs):
         name = f"run {number}"
-        told = f"{call}: {answer} {'once' if times == 1 else 'for good'}"
+        case = f"{call}: {answer} {'once' if times == 1 else 'for good'}"
         proxy.call, proxy.answer, proxy.times = call, answer, times
         ended = make_run(name, limit_retries(monkeypatch, lasting=times > 1))
         proxy.answer = None
@@ -227,30 +227,30 @@ def test_every_answer_to_every_call(proxy: Proxy, quick: None, monkeypatch: pyte
         passing = times == 1 and kind in (UNAVAILABLE, FAILED)
         if ended.refused:
             if passing:
-                wrong.append(f"{told}: refused: {ended.refused}")
+                wrong.append(f"{case}: refused: {ended.refused}")
             if any(run.info.status == "RUNNING" for run in runs):
-                wrong.append(f"{told}: stays RUNNING")
+                wrong.append(f"{case}: stays RUNNING")
             continue
         assert ended.report
         assert ended.folder
         (run,) = runs if len(runs) == 1 else [None]
         if run is None:
-            wrong.append(f"{told}: {len(runs)} runs")
+            wrong.append(f"{case}: {len(runs)} runs")
             continue
         if (passing or (times == 1 and kind == NOT_ALLOWED)) and not unnoticed:
             if not whole(client, run):
-                wrong.append(f"{told}: not whole: {ended.report}")
+                wrong.append(f"{case}: not whole: {ended.report}")
             continue
         if kind in (UNAVAILABLE, NOT_ALLOWED) and ended.report.problems:
-            wrong.append(f"{told}: refused by {ended.report}")
+            wrong.append(f"{case}: refused by {ended.report}")
         if ended.report.waiting and not ended.report.reason:
-            wrong.append(f"{told}: waits for no reason")
+            wrong.append(f"{case}: waits for no reason")
         try:
             sync(ended.folder, again=unnoticed)
         except (UserError, Undelivered) as error:
-            wrong.append(f"{told}: {error} after {ended.report}")
+            wrong.append(f"{case}: {error} after {ended.report}")
             continue
         if not whole(client, client.get_run(run.info.run_id)):
-            wrong.append(f"{told}: not whole after sync: {ended.report}")
+            wrong.append(f"{case}: not whole after sync: {ended.report}")
     print(f"{len(pairs)} pairs of {len(calls)} calls: {json.dumps(calls, indent=1)}")
     assert not wrong, "\n".join(wrong)

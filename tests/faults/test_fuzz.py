@@ -47,8 +47,8 @@ def _count(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     capture = request.config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
-        told = ", ".join(f"{count} {name}" for name, count in CASES.items())
-        print(f"\nfuzz: {CASES.total()} cases ({told}); exit codes {dict(sorted(CODES.items()))}")
+        message = ", ".join(f"{count} {name}" for name, count in CASES.items())
+        print(f"\nfuzz: {CASES.total()} cases ({message}); exit codes {dict(sorted(CODES.items()))}")
 
 
 def outcome(kind: str, *arguments: str) -> tuple[int, str]:
@@ -66,9 +66,9 @@ def outcome(kind: str, *arguments: str) -> tuple[int, str]:
     before = signal.signal(signal.SIGALRM, hangs)
     signal.alarm(PATIENCE)
     faulthandler.dump_traceback_later(4 * PATIENCE, exit=True)  # stuck where no signal gets through
-    told = io.StringIO()
+    message = io.StringIO()
     try:
-        with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stderr(message), contextlib.redirect_stdout(io.StringIO()):
             command_line.main(list(arguments))
     except SystemExit as end:
         code = end.code
@@ -80,14 +80,14 @@ def outcome(kind: str, *arguments: str) -> tuple[int, str]:
     assert not unseen, unseen
     assert isinstance(code, int)
     CODES[code] += 1
-    return code, told.getvalue()
+    return code, message.getvalue()
 
 
-def check(code: int, told: str) -> None:
-    assert code in (0, 2), told
-    assert "Traceback" not in told
+def check(code: int, message: str) -> None:
+    assert code in (0, 2), message
+    assert "Traceback" not in message
     if code == 2:
-        last = told.splitlines()[-1]
+        last = message.splitlines()[-1]
         assert last.startswith("error: ")
         assert len(last) < 4000, "an error that nobody reads"
 
@@ -347,9 +347,9 @@ def test_what_is_no_plain_value_is_refused_wherever_it_stands(tmp_path: Path, da
     text = data.draw(not_plain(data.draw(st.sampled_from(own)), [*PATHS[name], "search.settings.x", "arms.x"]))
     file = tmp_path / "config.yaml"
     file.write_text(text, encoding="utf-8")
-    code, told = outcome("not plain", name, "--config", str(file))
-    check(code, told)
-    assert (code, told[: len(f"error: {file}: ")]) == (2, f"error: {file}: "), told
+    code, message = outcome("not plain", name, "--config", str(file))
+    check(code, message)
+    assert (code, message[: len(f"error: {file}: ")]) == (2, f"error: {file}: "), message
 
 
 # ---------------------------------------------------------------- impressions
@@ -414,9 +414,9 @@ def test_schemas(tmp_path: Path, data: st.DataObject) -> None:
 @cases(15)
 @given(data=st.data())
 def test_what_is_no_plain_value_is_refused_in_a_schema(tmp_path: Path, data: st.DataObject) -> None:
-    code, told = prepared(tmp_path, "not plain", data.draw(not_plain(SCHEMA, SCHEMA_PATHS)), IMPRESSIONS)
-    check(code, told)
-    assert (code, told.startswith(f"error: {tmp_path / 'schema.yaml'}: ")) == (2, True), told
+    code, message = prepared(tmp_path, "not plain", data.draw(not_plain(SCHEMA, SCHEMA_PATHS)), IMPRESSIONS)
+    check(code, message)
+    assert (code, message.startswith(f"error: {tmp_path / 'schema.yaml'}: ")) == (2, True), message
 
 
 @cases(30)
@@ -506,7 +506,7 @@ def three(column: str, labels: tuple[str, str, str] = ("Positive", "Negative", "
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("a.csv", b"\xef\xbb\xbf\n", "the file is empty"),
         ("a.jsonl", three(r"\ud800"), "column '\\ud800': allowed: a name of whole characters other than NUL"),
@@ -515,19 +515,19 @@ def three(column: str, labels: tuple[str, str, str] = ("Positive", "Negative", "
         ("a.jsonl", three("label", (r"{\ud800#Positive}", "", "")), "row 1, column label: found half a character"),
     ],
 )
-def test_reviews_that_were_not_told_in_one_line(tmp_path: Path, name: str, content: bytes, told: str) -> None:
+def test_reviews_that_once_ended_in_a_traceback(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     for more in ([], ["--data.on_bad_label", "drop"]):
         code, line = reviewed(tmp_path, "found before", name, content, *more)
         assert code == 2
-        assert line.startswith(f"error: {tmp_path / name}: {told}")
+        assert line.startswith(f"error: {tmp_path / name}: {message}")
 
 
 def test_a_file_of_many_aspects_is_pictured_in_part(tmp_path: Path) -> None:
     count = 1500  # a picture with a row for each would have more pixels than a PNG may
     lines = [",".join(["text", *(f"a{number}" for number in range(count))])]
     lines += [",".join([word, *[word] * count]) for word in ("Positive", "Negative", "Neutral")]
-    code, told = reviewed(tmp_path, "found before", "wide.csv", "\n".join(lines).encode())
-    assert code == 0, told
+    code, message = reviewed(tmp_path, "found before", "wide.csv", "\n".join(lines).encode())
+    assert code == 0, message
     assert len(json.loads((tmp_path / "out" / "alpha.json").read_text())["aspects"]) == count
 
 
@@ -535,7 +535,7 @@ QUOTES = "quotes within quotes are doubled, or csv.escape names what escapes the
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"clicked,user\n1,\xfe,3\n", "row 1: found 3 columns, allowed: 2"),  # bytes that are no text in such a row
         (b"\n\n1\xfe,\xff\n", "the header is not UTF-8 text; csv.encoding names another encoding"),
@@ -545,19 +545,19 @@ QUOTES = "quotes within quotes are doubled, or csv.escape names what escapes the
         (b"\xff\xfeclicked", "found UTF-16, allowed: UTF-8 text, or csv.encoding: utf-16"),
     ],
 )
-def test_headers_and_rows_of_impressions(tmp_path: Path, content: bytes, told: str) -> None:
+def test_headers_and_rows_of_impressions(tmp_path: Path, content: bytes, message: str) -> None:
     schema = {"labels": {"click": "clicked", "conversion": "clicked"}, "features": {"user": "categorical"}}
     code, line = prepared(tmp_path, "found before", written(schema), content)
     assert code == 2
-    assert line == f"error: {tmp_path / 'data.csv'}: {told}\n"
+    assert line == f"error: {tmp_path / 'data.csv'}: {message}\n"
 
 
 def test_a_header_is_read_as_its_rows_are(tmp_path: Path) -> None:
     rows = "".join(f'{row % 2},"u{row % 3}"\r' for row in range(30))
     schema = {"labels": {"click": "clicked", "conversion": "clicked"}, "features": {'us,"er': "categorical"}}
     content = b"\xef\xbb\xbf\r" + f'clicked,"us,""er"\r{rows}'.encode()
-    code, told = prepared(tmp_path, "found before", written(schema), content)
-    assert code == 0, told
+    code, message = prepared(tmp_path, "found before", written(schema), content)
+    assert code == 0, message
 
 
 def test_errors_are_short_whatever_the_keys(tmp_path: Path) -> None:

@@ -88,8 +88,8 @@ class Reference:
 
     @classmethod
     def of(cls, job: Job, folder: Path) -> "Reference":
-        code, told = start(job.arguments, folder, MLFLOW_TRACKING_URI=f"sqlite:///{folder / 'mlflow.db'}")
-        assert code == 0, told
+        code, message = start(job.arguments, folder, MLFLOW_TRACKING_URI=f"sqlite:///{folder / 'mlflow.db'}")
+        assert code == 0, message
         ((run_id, (status, _)),) = runs(folder).items()
         assert status == "FINISHED"
         logged = points(folder, run_id)
@@ -114,17 +114,17 @@ def killed_again_and_again(reference: Reference, kills: list[Kill], folder: Path
     resuming = [*reference.job.arguments, "--resume", "auto"]
     died, run_id = 0, ""
     for kill in kills:
-        code, told = start(resuming, folder, kill, **uri)
-        assert code == -9, f"{kill}: {told}"
+        code, message = start(resuming, folder, kill, **uri)
+        assert code == -9, f"{kill}: {message}"
         died += 1
         (run_id,) = runs(folder)
-    code, told = start(resuming, folder, **uri)
-    assert code == 0, told
+    code, message = start(resuming, folder, **uri)
+    assert code == 0, message
     assert runs(folder) == {run_id: ("FINISHED", "")}
     reference.check(folder, run_id)
-    code, told = start(resuming, folder, **uri)  # once more: there is nothing left to do
+    code, message = start(resuming, folder, **uri)  # once more: there is nothing left to do
     assert code == 0
-    assert f"run {run_id} is finished already" in told
+    assert f"run {run_id} is finished already" in message
     assert runs(folder) == {run_id: ("FINISHED", "")}
     reference.check(folder, run_id)
     return died

@@ -57,8 +57,8 @@ def test_one_writes_and_the_other_is_refused(
                                 timeout=600, check=False)  # fmt: skip
         assert time.monotonic() - begun < SECONDS
         assert second.returncode == 2, second.stderr
-        told = second.stderr.strip().splitlines()[-1]
-        assert told.startswith(f"error: run {run_id} is in use by process {process.pid} on "), told
+        message = second.stderr.strip().splitlines()[-1]
+        assert message.startswith(f"error: run {run_id} is in use by process {process.pid} on "), message
         count = len(points(folder, run_id))
         wait_for(lambda: len(points(folder, run_id)) > count)  # the first goes on
         process.send_signal(signal.SIGINT)

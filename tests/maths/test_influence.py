@@ -482,8 +482,8 @@ def test_arm_names_of_reviews_and_of_no_task() -> None:
 
 def test_warnings_of_the_control(small: Make) -> None:
     late, start = "loss.late_pos_weight.ctcvr", "loss.late_pos_weight.warmup_steps"
-    told = [text for text in small(**{start: 7}).warnings(frozenset({start})) if "late" in text]
-    assert told == [f"{start} has no effect while {late} is 0"]
+    notes = [text for text in small(**{start: 7}).warnings(frozenset({start})) if "late" in text]
+    assert notes == [f"{start} has no effect while {late} is 0"]
     assert not any("late" in text for text in small(**{start: 7, late: 1}).warnings(frozenset({start, late})))
     task = MmoeTask(small(**{start: 12, late: 1}))
     assert [text for text in task.warnings(12) if "late" in text] == [
@@ -615,9 +615,9 @@ def test_a_review_steps_influence_is_that_of_textbook_losses(make: MakeReviews, 
     parts = {"loss_sentiment": values[cells].mean()}
     expected: dict[str, float] = {}
     if output.aspect is not None:
-        mention, told = torch.sigmoid(output.aspect.double()), mentions(batch.labels)
-        right = torch.where(told == 1, mention, 1 - mention)
-        parts["loss_aspect"] = -torch.log(right)[told >= 0].mean()
+        mention, truth = torch.sigmoid(output.aspect.double()), mentions(batch.labels)
+        right = torch.where(truth == 1, mention, 1 - mention)
+        parts["loss_aspect"] = -torch.log(right)[truth >= 0].mean()
     names = ("encoder.layers.3.", "encoder.norm")  # the last of two convolutions and two recurrences
     top = [weight for name, weight in model.named_parameters() if name.startswith(names)]
     assert len(top) == 6  # two parameters each of norm, linear and the encoder's last norm
@@ -674,8 +674,8 @@ def test_the_pairs_of_the_file_make_the_logged_f1(make: MakeReviews, tmp_path: P
     for row in range(len(truth)):
         judged = [aspect for aspect in ("Pin", "Camera") if truth[aspect][row] != "?"]
         gold = {(a, truth[a][row].lower()) for a in judged if isinstance(truth[a][row], str)}
-        told = {(a, said[a][row]) for a in judged if isinstance(said[a][row], str)}
-        expected = [2 * len(gold & told), len(gold) + len(told)]
+        predicted = {(a, said[a][row]) for a in judged if isinstance(said[a][row], str)}
+        expected = [2 * len(gold & predicted), len(gold) + len(predicted)]
         assert rows.iloc[row].tolist() == expected, row
 
 
@@ -695,8 +695,8 @@ def test_the_pairs_of_any_answers_by_sets(tmp_path: Path, seed: int) -> None:
     for row in range(60):
         judged = [a for a in range(3) if labels[row, a] in (-1, 0, 1, 2)]  # mentions of unknown polarity: not judged
         gold = {(a, labels[row, a]) for a in judged if labels[row, a] >= 0}
-        told = {(a, sentiment[row, a]) for a in judged if mentioned[row, a]}
-        assert rows.iloc[row].tolist() == [2 * len(gold & told), len(gold) + len(told)], row
+        predicted = {(a, sentiment[row, a]) for a in judged if mentioned[row, a]}
+        assert rows.iloc[row].tolist() == [2 * len(gold & predicted), len(gold) + len(predicted)], row
     numerator, denominator = rows.sum()
     logged = score(labels, answers.labels, tuple("abcd"), polar)["pair_f1_micro"]
     assert numerator / denominator == pytest.approx(logged, abs=1e-12)

@@ -350,8 +350,8 @@ def test_kept_are_the_last_two_the_best_and_those_asked_for(small: Make, tmp_pat
 # ---------------------------------------------------------------- data, memory, disk
 
 
-@pytest.mark.parametrize(("change", "told"), [("changed", "was changed"), ("gone", "is gone")])
-def test_data_that_changes_under_a_run_ends_it(small: Make, tmp_path: Path, change: str, told: str) -> None:
+@pytest.mark.parametrize(("change", "message"), [("changed", "was changed"), ("gone", "is gone")])
+def test_data_that_changes_under_a_run_ends_it(small: Make, tmp_path: Path, change: str, message: str) -> None:
     file = tmp_path / "rows.parquet"
     file.write_bytes(b"data")
     task = MmoeTask(small(**{"evaluation.every_steps": 4}))
@@ -363,7 +363,7 @@ def test_data_that_changes_under_a_run_ends_it(small: Make, tmp_path: Path, chan
         file.write_bytes(b"other data")
     else:
         file.unlink()
-    with pytest.raises(TrainingError, match=rf"rows.parquet: {told} while the run was training on it"):
+    with pytest.raises(TrainingError, match=rf"rows.parquet: {message} while the run was training on it"):
         training.train()
     assert Checkpoints(run.folder).steps() == [4]
 

@@ -342,9 +342,9 @@ def test_a_port_in_use_is_one_line(call_pipeline: Call, monkeypatch: pytest.Monk
         taken.bind((HOST, 0))
         taken.listen()
         port = taken.getsockname()[1]
-        told = call_pipeline("ui", "--port", str(port))
-    complaint = told.stderr
-    assert (told.returncode, told.stdout) == (2, "")
+        result = call_pipeline("ui", "--port", str(port))
+    complaint = result.stderr
+    assert (result.returncode, result.stdout) == (2, "")
     reason = "Address already in use" if sys.platform == "linux" else ""
     assert complaint.startswith(f"error: port {port}: {reason}")
     assert complaint.endswith(f"allowed: a free one, as in `make ui PORT={port + 1}`\n")

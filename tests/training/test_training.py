@@ -323,9 +323,9 @@ def test_an_undefined_metric_is_refused_where_it_is_relied_on(small: Make, few: 
 def test_where_the_default_metric_is_undefined_the_last_weights_are_kept(small: Make, few: Path, capsys: Any) -> None:
     config = small(**{"data.path": few, "evaluation.every_steps": 4})
     trained = train_run(config, MmoeTask, None, quiet=True)
-    told = capsys.readouterr().err
-    assert told.count("valid/auc_ctcvr needs both classes: validation has 0 conversions of 100 rows") == 1
-    assert "the weights of the last step are kept as the best" in told
+    message = capsys.readouterr().err
+    assert message.count("valid/auc_ctcvr needs both classes: validation has 0 conversions of 100 rows") == 1
+    assert "the weights of the last step are kept as the best" in message
     run, result = train(config)
     assert all(torch.equal(weight, result.model.state_dict()[name]) for name, weight in final(run).items())
     assert trained.metrics == result.metrics
